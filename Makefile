@@ -1,0 +1,51 @@
+# Everything a newcomer, a developer and CI need. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SOURCES := modularforge launcher checkpoints
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-tests quickstart test test-slow check format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+# Stamps: a target is made again only when what it was made from changed.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing (once; the first time takes a minute or two)"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/installed-tests: $(VENV)/installed
+	@echo "installing what the tests need"
+	@$(PIP) --editable '.[tests]'
+	@touch $@
+
+install: $(VENV)/installed  ## make the virtual environment .venv and install the project
+
+install-tests: $(VENV)/installed-tests  ## install what tests and checks need
+
+quickstart: $(VENV)/installed  ## train, assemble and evaluate on the shipped sample: a few minutes on a laptop
+	$(BIN)/modularforge run-all --config configs/quickstart.yaml
+
+test: $(VENV)/installed-tests  ## run the tests
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/installed-tests  ## run the slow proofs too
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/installed-tests  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-tests  ## sort imports and format
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format --quiet .
+
+clean:  ## delete the virtual environment and caches (runs are kept)
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,145 @@
+"""Read artifacts by their manifest only; every byte that is handed out has been compared with its hash."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from checkpoints import paths
+from checkpoints.environment import cache_folder
+from checkpoints.errors import CorruptArtifactError, MissingArtifactError
+from checkpoints.manifest import MANIFEST_NAME, Manifest
+from checkpoints.reading import check_local_file, check_size, stream_file
+
+if TYPE_CHECKING:
+    from checkpoints.writer import ArtifactWriter, write_artifact
+
+__all__ = ["Artifact", "ArtifactWriter", "cache_folder", "find_artifact", "open_artifact", "write_artifact"]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A committed folder: `url` and what its manifest says."""
+
+    url: str
+    manifest: Manifest
+
+    def file_url(self, name: str) -> str:
+        """URL of one file; raises CorruptArtifactError when the manifest does not name it."""
+        if name not in self.manifest.files:
+            known = ", ".join(sorted(self.manifest.files))
+            raise CorruptArtifactError(f"{self.url} must hold {name}, but its manifest names {known}; make it again")
+        return paths.join(self.url, self.manifest.files_in, name)
+
+    def stream(self, name: str) -> Iterator[bytes]:
+        """One file in parts; when a byte differs, CorruptArtifactError comes after the last: use nothing before."""
+        return stream_file(self.file_url(name), self.manifest.files[name])
+
+    def read_bytes(self, name: str) -> bytes:
+        """One small file, checked."""
+        return b"".join(self.stream(name))
+
+    def read_json(self, name: str) -> Any:
+        """Parse one JSON file, checked."""
+        return json.loads(self.read_bytes(name))
+
+    def local_file(self, name: str, verify: bool = True) -> Path:
+        """One file as a local path; from an object store it is downloaded once.
+
+        Its hash is compared once per process; `verify=False` compares only the size of a file that is local already.
+        """
+        url, entry = self.file_url(name), self.manifest.files[name]
+        if not paths.is_local(url):
+            return self._cached_file(name)
+        path = paths.local_path(url)
+        if verify:
+            return check_local_file(path, entry)
+        check_size(url, entry)
+        return path
+
+    def local_folder(self, verify: bool = True) -> Path:
+        """All files in one local folder, for tools that read folders."""
+        files = {name: self.local_file(name, verify) for name in self.manifest.files}
+        if paths.is_local(self.url):
+            return paths.local_path(self.url)
+        folder = cache_folder() / "folders" / self.manifest.attempt
+        for name, path in files.items():
+            _link(path, folder / name)
+        return folder
+
+    def verify(self) -> None:
+        """Read every byte and compare with the manifest; raises CorruptArtifactError that names all that is wrong."""
+        if found := self.problems():
+            raise CorruptArtifactError("\n".join(found))
+
+    def problems(self) -> list[str]:
+        """One sentence for each file that is missing, extra, truncated, swapped or changed."""
+        return [*self.extra_files(), *(text for name in self.manifest.files if (text := self.problem_of(name)))]
+
+    def problem_of(self, name: str) -> str:
+        """What is wrong with one file, or an empty string; reads all of it."""
+        try:
+            for _ in self.stream(name):
+                pass
+        except CorruptArtifactError as error:
+            return str(error)
+        return ""
+
+    def extra_files(self) -> list[str]:
+        """One sentence for each file that lies among the artifact's files without being named."""
+        folder = paths.join(self.url, self.manifest.files_in)
+        names = {paths.relative(info.url, folder) for info in paths.walk(folder)}
+        return [
+            f"{paths.join(folder, name)} must not be there, because the manifest does not name it; move it away"
+            for name in sorted(names - {*self.manifest.files, MANIFEST_NAME})
+        ]
+
+    def _cached_file(self, name: str) -> Path:
+        entry = self.manifest.files[name]
+        target = cache_folder() / entry.sha256 / Path(name).name
+        try:
+            return check_local_file(target, entry)
+        except CorruptArtifactError:  # not there yet, or damaged in the cache
+            paths.upload(str(target), self.stream(name))
+        return target
+
+
+def find_artifact(url: str) -> Artifact | None:
+    """The committed artifact at a URL, or None; a missing bucket or a damaged manifest is an error, not None."""
+    manifest_url = paths.join(url, MANIFEST_NAME)
+    try:
+        content = paths.read_bytes(manifest_url)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return Artifact(url, Manifest.from_json(content, manifest_url))
+
+
+def open_artifact(url: str) -> Artifact:
+    """The committed artifact at a URL; raises MissingArtifactError."""
+    artifact = find_artifact(url)
+    if artifact is None:
+        raise MissingArtifactError(
+            f"{url} must be a committed artifact, but has no {MANIFEST_NAME}; run the stage that makes it first"
+        )
+    return artifact
+
+
+def _link(path: Path, link: Path) -> None:
+    """Point a symbolic link at a file; safe when several processes do it at once."""
+    link.parent.mkdir(parents=True, exist_ok=True)
+    scratch = link.with_name(f".{link.name}.{os.urandom(4).hex()}")
+    os.symlink(path.resolve(), scratch)
+    os.replace(scratch, link)
+
+
+def __getattr__(name: str) -> Any:
+    """`write_artifact` and `ArtifactWriter` may be imported from here as well."""
+    if name in ("ArtifactWriter", "write_artifact"):
+        from checkpoints import writer
+
+        return getattr(writer, name)
+    raise AttributeError(name)

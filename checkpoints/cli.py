@@ -1,0 +1,158 @@
+"""The command line of the store: list, verify, copy and clean up, on folders and object stores alike."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from checkpoints import paths
+from checkpoints.artifact import Artifact
+from checkpoints.catalog import find_artifacts, newest_checkpoints
+from checkpoints.copying import copy_artifact
+from checkpoints.errors import UserError
+from checkpoints.garbage import delete_garbage, find_garbage
+from checkpoints.parallel import in_order
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+screen = Console(stderr=True)
+FILES_AT_ONCE = 4
+
+Url = Annotated[str, typer.Argument(help="A folder, or a URL such as s3://bucket/run.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for scripts.")]
+Newest = Annotated[bool, typer.Option("--newest", help="Only the newest training checkpoint of every job.")]
+
+
+def main() -> None:
+    """Run the command; an error that a user can repair is one message and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command("ls")
+def list_command(url: Url, as_json: Json = False) -> None:
+    """List artifacts and training checkpoints with step, age and size."""
+    rows = [_row(artifact, url) for artifact in find_artifacts(url)]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table("artifact", "kind", "step", "size", "age", "files")
+    for row in rows:
+        step = "" if row["step"] is None else str(row["step"])
+        table.add_row(row["name"], row["kind"], step, decimal(row["size"]), _age(row["age_seconds"]), str(row["files"]))
+    Console().print(table)
+
+
+@app.command()
+def verify(url: Url, as_json: Json = False) -> None:
+    """Read every byte of every artifact and compare it with the manifests; exit code 1 when something is wrong."""
+    artifacts = find_artifacts(url)
+    problems: dict[str, list[str]] = {artifact.url: artifact.extra_files() for artifact in artifacts}
+    files = [(artifact, name) for artifact in artifacts for name in artifact.manifest.files]
+    with _progress("verify", artifacts) as progress:
+        for (artifact, name), text in zip(files, in_order(_check, files, FILES_AT_ONCE), strict=True):
+            problems[artifact.url] += [text] if text else []
+            progress(artifact.manifest.files[name].size)
+    found = [text for texts in problems.values() for text in texts]
+    if as_json:
+        print(json.dumps({"artifacts": len(artifacts), "files": len(files), "problems": found}, indent=1))
+    else:
+        print("\n".join([*found, f"{len(artifacts)} artifacts, {len(files)} files, {len(found)} problems"]))
+    raise typer.Exit(1 if found else 0)
+
+
+@app.command()
+def pull(url: Url, target: Annotated[str, typer.Argument(help="Folder to copy to.")], newest: Newest = False,
+         as_json: Json = False) -> None:  # fmt: skip
+    """Copy a run, one artifact, or only the newest checkpoints to a folder; run it again to go on after a stop."""
+    _copy("pull", url, target, newest, as_json)
+
+
+@app.command()
+def push(folder: Annotated[str, typer.Argument(help="A run or an artifact in a folder.")], target: Url,
+         newest: Newest = False, as_json: Json = False) -> None:  # fmt: skip
+    """Copy a run, one artifact, or only the newest checkpoints to an object store; run it again to go on."""
+    _copy("push", folder, target, newest, as_json)
+
+
+@app.command()
+def gc(
+    url: Url,
+    grace_hours: Annotated[float, typer.Option(help="Leave what was written to in these last hours.")] = 24.0,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete; otherwise only list.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List, or with --delete remove, what unfinished writes left behind and no manifest names."""
+    garbage = find_garbage(url, grace_hours * 3600)
+    if delete:
+        delete_garbage(garbage)
+    if as_json:
+        rows = [{"url": item.url, "reason": item.reason, "size": item.size} for item in garbage]
+        print(json.dumps({"deleted": delete, "garbage": rows}, indent=1))
+        return
+    for item in garbage:
+        print(f"{item.url}  {item.reason}  {decimal(item.size)}  {_age(time.time() - item.modified)}")
+    print(f"{len(garbage)} {'deleted' if delete else 'found; delete with --delete'}")
+
+
+def _copy(verb: str, source: str, target: str, newest: bool, as_json: bool) -> None:
+    artifacts = find_artifacts(source)
+    chosen = newest_checkpoints(artifacts) if newest else artifacts
+    copied: list[str] = []
+    with _progress(verb, chosen) as progress:
+        for artifact in chosen:
+            place = paths.join(target, paths.relative(artifact.url, source))
+            copied += [place] if copy_artifact(artifact, place, progress) else []
+    if as_json:
+        print(json.dumps({"artifacts": len(chosen), "copied": copied}, indent=1))
+    else:
+        print(f"{len(copied)} copied, {len(chosen) - len(copied)} were there already")
+
+
+def _check(file: tuple[Artifact, str]) -> str:
+    artifact, name = file
+    return artifact.problem_of(name)
+
+
+def _row(artifact: Artifact, root: str) -> dict[str, Any]:
+    manifest = artifact.manifest
+    created = datetime.datetime.fromisoformat(manifest.created).timestamp() if manifest.created else time.time()
+    return {
+        "name": paths.relative(artifact.url, root) or artifact.url.rstrip("/").rsplit("/", 1)[-1],
+        "url": artifact.url,
+        "kind": manifest.kind,
+        "step": manifest.facts.get("step"),
+        "size": manifest.size,
+        "age_seconds": round(time.time() - created),
+        "created": manifest.created,
+        "files": len(manifest.files),
+        "fingerprint": manifest.fingerprint,
+    }
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{max(0, seconds):.0f} s"
+
+
+@contextmanager
+def _progress(verb: str, artifacts: list[Artifact]) -> Iterator[Any]:
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn(verb), *columns, console=screen, disable=not screen.is_terminal) as bar:
+        task = bar.add_task(verb, total=sum(artifact.manifest.size for artifact in artifacts))
+        yield lambda size: bar.advance(task, size)

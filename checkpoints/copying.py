@@ -1,0 +1,148 @@
+"""Copies artifacts between any two places, checked while they pass, and goes on where an interrupted copy stopped.
+
+The files are the same bytes on both sides and `created` stays; only `attempt` and `files_in` differ in the manifest.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from checkpoints import paths
+from checkpoints.artifact import Artifact, find_artifact
+from checkpoints.errors import ArtifactExistsError, CorruptArtifactError, StoreError
+from checkpoints.hashing import CHUNK_BYTES, FileHasher
+from checkpoints.parallel import in_order
+from checkpoints.reading import stream_file
+from checkpoints.retry import call
+from checkpoints.writer import ArtifactWriter
+
+FILES_AT_ONCE = 3
+LOCK_NAME = ".lock"
+Report = Callable[[int], object]
+
+
+def copy_artifact(source: Artifact, target_url: str, report: Report) -> bool:
+    """Copy one artifact; False when it is there already. `report` is told the bytes that are done.
+
+    Raises ArtifactExistsError when the target holds another artifact, CorruptArtifactError when the source is damaged.
+    """
+    existing = find_artifact(target_url)
+    if existing is not None:
+        _require_same(source, existing)
+        report(source.manifest.size)
+        return False
+    writer = _writer(source, target_url)
+    if paths.is_local(target_url):
+        _copy_to_folder(source, writer, report)
+    else:
+        _copy_to_objects(source, writer, report)
+    return True
+
+
+def _writer(source: Artifact, target_url: str) -> ArtifactWriter:
+    """A writer whose attempt follows from the source, so that the same copy finds its own unfinished work."""
+    attempt = f"attempt-{hashlib.sha256(source.manifest.to_json()).hexdigest()[:12]}"
+    target = paths.local_path(target_url)
+    folder = target.with_name(f".{target.name}.{attempt}") if paths.is_local(target_url) else Path(os.devnull)
+    return ArtifactWriter(target_url, folder, attempt, source.manifest)
+
+
+def _copy_to_folder(source: Artifact, writer: ArtifactWriter, report: Report) -> None:
+    call("write", writer.url, lambda: writer.folder.mkdir(parents=True, exist_ok=True))
+    with _locked(writer.folder / LOCK_NAME):
+
+        def fetch(name: str) -> str:
+            call("write", writer.url, lambda: _fetch(source, name, writer.folder / name, report))
+            return name
+
+        for name in in_order(fetch, source.manifest.files, FILES_AT_ONCE):
+            writer.adopt(name, source.manifest.files[name])
+        (writer.folder / LOCK_NAME).unlink()
+        writer.commit(source.manifest.facts, source.manifest.created)
+
+
+def _fetch(source: Artifact, name: str, target: Path, report: Report) -> None:
+    """Bring one file to its place, behind what an earlier copy left; a damaged beginning is fetched again."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    begun = target.exists() and target.stat().st_size > 0
+    try:
+        _append(source, name, target, report)
+    except CorruptArtifactError:
+        if not begun:
+            raise
+        target.unlink()
+        _append(source, name, target, report)
+
+
+def _append(source: Artifact, name: str, target: Path, report: Report) -> None:
+    entry = source.manifest.files[name]
+    with open(target, "ab+") as file:
+        hasher = _hash_beginning(file, name, entry.size)
+        report(hasher.size)
+        for part in stream_file(source.file_url(name), entry, hasher):
+            file.write(part)
+            report(len(part))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _hash_beginning(file: BinaryIO, name: str, size: int) -> FileHasher:
+    """Hash what is there; more than the whole file cannot be ours and is cut off."""
+    file.truncate(min(os.fstat(file.fileno()).st_size, size))
+    file.seek(0)
+    hasher = FileHasher(name)
+    while chunk := file.read(CHUNK_BYTES):
+        hasher.update(chunk)
+    return hasher
+
+
+def _copy_to_objects(source: Artifact, writer: ArtifactWriter, report: Report) -> None:
+    root = paths.join(writer.url, writer.attempt)
+    there = {paths.relative(info.url, root): info.size for info in paths.walk(root)}
+
+    def send(name: str) -> str:
+        entry = source.manifest.files[name]
+        if there.get(name) == entry.size:  # uploads are atomic, and this key holds nothing but this file
+            report(entry.size)
+        else:
+            writer.write_chunks(name, _reported(source.stream(name), report), entry.size)
+        return name
+
+    for name in in_order(send, source.manifest.files, FILES_AT_ONCE):
+        writer.adopt(name, source.manifest.files[name])
+    writer.commit(source.manifest.facts, source.manifest.created)
+
+
+def _reported(parts: Iterator[bytes], report: Report) -> Iterator[bytes]:
+    for part in parts:
+        yield part
+        report(len(part))
+
+
+def _require_same(source: Artifact, existing: Artifact) -> None:
+    if existing.manifest.files != source.manifest.files:
+        raise ArtifactExistsError(
+            f"{existing.url} must be free or the same as {source.url}, but holds another artifact; "
+            "delete it or choose another target"
+        )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Only one process continues an unfinished copy; the lock ends with the process."""
+    with open(path, "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StoreError(f"{path.parent} must have one writer, but another copy is running; wait for it") from error
+        try:
+            yield
+        finally:
+            with suppress(FileNotFoundError):
+                path.unlink()

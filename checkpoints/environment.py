@@ -1,0 +1,33 @@
+"""Every environment variable that the store reads by itself; credentials are left to botocore and fsspec."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+DEFAULT_ATTEMPTS = 8  # with the delays in retry.py about half a minute of trouble is ridden out
+
+
+def max_attempts() -> int:
+    """How often one request is sent at the most: botocore's own variable AWS_MAX_ATTEMPTS, or 8."""
+    text = os.environ.get("AWS_MAX_ATTEMPTS", "")
+    return max(1, int(text)) if text.isdigit() else DEFAULT_ATTEMPTS
+
+
+def endpoint() -> str:
+    """The configured address of the object store, in words and without user name and password."""
+    address = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return re.sub(r"//[^/@]*@", "//", address) if address else "the store's default endpoint"
+
+
+def cache_folder() -> Path:
+    """Where files of object stores are kept for local reading: $MODULARFORGE_CACHE or the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "modularforge"
+    return Path(os.environ.get("MODULARFORGE_CACHE", default))
+
+
+def settings_hash() -> int:
+    """Changes when a variable changes that storage libraries read, so that no stale client is used."""
+    prefixes = ("AWS_", "FSSPEC_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+    return hash(tuple(sorted(item for item in os.environ.items() if item[0].upper().startswith(prefixes))))

@@ -1,0 +1,159 @@
+"""sha256 of a file and of each tensor in it, from one pass over its bytes.
+
+The same hasher runs beside every write, upload, download and check, so no file is read a second time to be hashed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from checkpoints.errors import CorruptArtifactError
+
+CHUNK_BYTES = 8 << 20
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+WEIGHT_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and sha256 of one file; for weight files also sha256 by tensor name."""
+
+    size: int
+    sha256: str
+    tensors: dict[str, str] = field(default_factory=dict)
+
+
+class FileHasher:
+    """Takes a file's bytes in order and in any pieces; `entry` then says what they were."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._whole = hashlib.sha256()
+        self._size = 0
+        self._tensors = TensorHasher(name) if name.endswith(WEIGHT_SUFFIX) else None
+
+    def update(self, chunk: bytes | memoryview) -> None:
+        """Take the next bytes."""
+        self._whole.update(chunk)
+        self._size += len(chunk)
+        if self._tensors:
+            self._tensors.update(memoryview(chunk))
+
+    def entry(self) -> FileEntry:
+        """What has been taken so far as a whole file; raises CorruptArtifactError for a weight file that is not one."""
+        tensors = self._tensors.hashes() if self._tensors else {}
+        return FileEntry(self._size, self._whole.hexdigest(), tensors)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what has been taken so far, whatever it is."""
+        return self._whole.hexdigest()
+
+    @property
+    def size(self) -> int:
+        """Bytes taken so far."""
+        return self._size
+
+    def finished_tensors(self) -> dict[str, str]:
+        """Hashes of the tensors that could be read so far, for reports on a damaged file."""
+        return self._tensors.finished if self._tensors else {}
+
+
+class TensorHasher:
+    """Follows the header of a weight file and hashes each tensor's bytes as they pass."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._head = bytearray()
+        self._header_bytes: int | None = None
+        self._spans: list[tuple[int, int, str]] | None = None
+        self._next = 0
+        self._position = 0
+        self._digest = hashlib.sha256()
+        self._broken = ""
+        self.finished: dict[str, str] = {}
+
+    def update(self, chunk: memoryview) -> None:
+        """Take the next bytes; a header that cannot be read is reported by `hashes`."""
+        if self._spans is None and not self._broken:
+            chunk = self._take_header(chunk)
+        if self._spans is not None:
+            self._take_data(chunk)
+
+    def hashes(self) -> dict[str, str]:
+        """Hash by tensor name; raises CorruptArtifactError unless header and all tensors were there."""
+        if self._broken or self._spans is None or self._next < len(self._spans):
+            reason = self._broken or "it ends too early"
+            raise CorruptArtifactError(f"{self._name} must be a whole weight file, but {reason}; write it again")
+        return dict(sorted(self.finished.items()))
+
+    def _take_header(self, chunk: memoryview) -> memoryview:
+        wanted = LENGTH_BYTES if self._header_bytes is None else LENGTH_BYTES + self._header_bytes
+        taken = min(len(chunk), wanted - len(self._head))
+        self._head += chunk[:taken]
+        if len(self._head) < wanted:
+            return chunk[taken:]
+        if self._header_bytes is not None:
+            self._parse_header()
+            return chunk[taken:]
+        (self._header_bytes,) = struct.unpack("<Q", self._head)
+        if self._header_bytes > MAX_HEADER_BYTES:
+            self._broken = f"its header claims {self._header_bytes} bytes"
+            return chunk[taken:]
+        return self._take_header(chunk[taken:])
+
+    def _parse_header(self) -> None:
+        try:
+            self._spans = tensor_spans(json.loads(self._head[LENGTH_BYTES:]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self._broken = f"its header cannot be read ({error})"
+        else:
+            self._finish_tensors()
+
+    def _take_data(self, chunk: memoryview) -> None:
+        assert self._spans is not None
+        while len(chunk) and self._next < len(self._spans):
+            start, end, _ = self._spans[self._next]
+            skipped = max(0, min(len(chunk), start - self._position))
+            taken = min(len(chunk) - skipped, end - self._position - skipped)
+            self._digest.update(chunk[skipped : skipped + taken])
+            self._position += skipped + taken
+            chunk = chunk[skipped + taken :]
+            self._finish_tensors()
+
+    def _finish_tensors(self) -> None:
+        assert self._spans is not None
+        while self._next < len(self._spans) and self._spans[self._next][1] <= self._position:
+            self.finished[self._spans[self._next][2]] = self._digest.hexdigest()
+            self._digest = hashlib.sha256()
+            self._next += 1
+
+
+def tensor_spans(header: dict[str, Any]) -> list[tuple[int, int, str]]:
+    """(start, end, name) of every tensor in the data part of a weight file, in file order."""
+    tensors = ((name, entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__")
+    spans = sorted((int(start), int(end), name) for name, (start, end) in tensors)
+    if any(start < before for (_, before, _), (start, _, _) in itertools.pairwise(spans)):
+        raise ValueError("tensors overlap")
+    return spans
+
+
+def hash_file(path: Path) -> FileHasher:
+    """Hash a local file from its first byte to its last."""
+    hasher = FileHasher(path.name)
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            hasher.update(chunk)
+    return hasher
+
+
+def describe_file(path: Path) -> FileEntry:
+    """Size and hashes of a local file; raises CorruptArtifactError for a weight file that is not whole."""
+    return hash_file(path).entry()

@@ -1,0 +1,82 @@
+"""The store on any other fsspec file system: ``memory://`` for tests, ``gs://``, ``az://`` and the rest."""
+
+from __future__ import annotations
+
+import datetime
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+from checkpoints.places import FileInfo
+from checkpoints.retry import call
+
+_CREATING = threading.Lock()  # fsspec's memory file system checks and writes in two steps
+
+
+class ObjectStore:
+    """Files of an fsspec file system; all methods take its URLs."""
+
+    def __init__(self, filesystem: Any, protocol: str) -> None:
+        self._files = filesystem
+        self._protocol = protocol
+
+    def read(self, url: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes [start, end) of a file; raises FileNotFoundError."""
+        content: bytes = call("read", url, lambda: self._files.cat_file(url, start=start or None, end=end))
+        return content
+
+    def size(self, url: str) -> int:
+        """Size of a file; raises FileNotFoundError."""
+        info = call("look at", url, lambda: self._files.info(url))
+        if info["type"] != "file":
+            raise FileNotFoundError(url)
+        return int(info["size"])
+
+    def create(self, url: str, content: bytes) -> None:
+        """Write a file that must not exist yet; raises FileExistsError."""
+        with _CREATING:
+            call("create", url, lambda: self._files.pipe_file(url, content, mode="create"))
+
+    def replace(self, url: str, content: bytes) -> None:
+        """Write a file, in place of an older one if there is one."""
+        call("write", url, lambda: self._files.pipe_file(url, content))
+
+    def upload(self, url: str, parts: Iterable[bytes]) -> None:
+        """Write a file from its parts; what an error leaves is under a key that no manifest names."""
+        with call("write", url, lambda: self._files.open(url, "wb")) as file:
+            for part in parts:
+                call("write", url, lambda part=part: file.write(part))  # type: ignore[misc]
+
+    def list_names(self, url: str) -> list[str]:
+        """Names directly below a prefix, sorted; empty when there are none."""
+        try:
+            entries = call("list", url, lambda: self._files.ls(url, detail=False, refresh=True))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries)
+
+    def walk(self, url: str) -> list[FileInfo]:
+        """All files below a prefix."""
+        found = call("list", url, lambda: self._files.find(url, detail=True))
+        return [FileInfo(self._url(path), int(info["size"]), _modified(info)) for path, info in sorted(found.items())]
+
+    def delete(self, urls: Iterable[str]) -> None:
+        """Delete files; those that are gone already are skipped."""
+        for url in urls:
+            try:
+                call("delete", url, lambda url=url: self._files.rm_file(url))  # type: ignore[misc]
+            except FileNotFoundError:
+                continue
+
+    def _url(self, path: str) -> str:
+        return f"{self._protocol}://{path.lstrip('/')}"
+
+
+def _modified(info: dict[str, Any]) -> float:
+    """Time of the last write; file systems name it differently, and unknown counts as now so that gc leaves it."""
+    for name in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        if isinstance(value := info.get(name), datetime.datetime):
+            return value.timestamp()
+        if isinstance(value, int | float):
+            return float(value)
+    return datetime.datetime.now().timestamp()

@@ -1,0 +1,67 @@
+"""Runs a function over items in a few threads and yields the results in order, holding only a few at a time.
+
+Plain threads instead of a pool: pools refuse work once the interpreter begins to exit, and a background save may still
+be uploading then. A thread costs 50 microseconds; an item here is a request of many milliseconds.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """Results of `function` in the order of `items`; at most `workers` items are under way or waiting to be yielded.
+
+    The first error is raised in the caller's thread; all started calls have ended by then.
+    """
+    running: deque[_Call[Item, Result]] = deque()
+    try:
+        for item in items:
+            running.append(_Call(function, item))
+            if len(running) >= workers:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        for call in running:
+            call.thread.join()
+
+
+class _Call(Generic[Item, Result]):
+    """One call in a thread of its own."""
+
+    def __init__(self, function: Callable[[Item], Result], item: Item) -> None:
+        self._results: list[Result] = []
+        self._error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run, args=(function, item))
+        self.thread.start()
+
+    def _run(self, function: Callable[[Item], Result], item: Item) -> None:
+        try:
+            self._results.append(function(item))
+        except BaseException as error:  # carried to the caller's thread
+            self._error = error
+
+    def result(self) -> Result:
+        self.thread.join()
+        if self._error:
+            raise self._error
+        return self._results.pop()
+
+
+@contextmanager
+def meanwhile(function: Callable[[], object]) -> Iterator[None]:
+    """Run `function` in a thread while the body of the `with` runs; its error is raised at the end of the body."""
+    call = _Call(lambda _: function(), None)
+    try:
+        yield
+    finally:
+        call.thread.join()
+    call.result()

@@ -1,0 +1,143 @@
+"""The few storage calls everything else is built from, by URL; the only file that asks fsspec for a file system.
+
+A plain path and ``file://`` are a folder; ``s3://``, ``memory://`` and the rest are object stores. Every call retries
+passing trouble with a log line and raises StoreError with bucket, key and action; a missing file, in a bucket that
+exists, is FileNotFoundError.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+import fsspec
+
+from checkpoints.environment import settings_hash
+from checkpoints.errors import StoreError
+from checkpoints.folder import FolderStore, sync_file, sync_folder, write_atomically
+from checkpoints.objects import ObjectStore
+from checkpoints.places import FileInfo, is_local, join, local_path, relative
+from checkpoints.s3 import S3Store
+
+__all__ = [
+    "FileInfo", "create_bytes", "exists", "file_size", "filesystem", "is_local", "join", "list_folder", "local_path",
+    "read_bytes", "relative", "remove", "replace_bytes", "store_of", "sync_file", "sync_folder", "upload", "walk",
+    "write_atomically",
+]  # fmt: skip
+
+Store = FolderStore | S3Store | ObjectStore
+S3_PROTOCOLS = ("s3", "s3a")
+COMMIT_NAME = "manifest.json"
+# One attempt per request in botocore and s3fs: retry.py repeats, so that every failure is counted and logged.
+S3_CLIENT = {
+    "connect_timeout": 10,
+    "read_timeout": 60,
+    "max_pool_connections": 32,
+    "retries": {"total_max_attempts": 1},
+}
+
+
+def store_of(url: str) -> Store:
+    """The store behind a URL; raises StoreError for a protocol that fsspec does not know."""
+    if is_local(url):
+        return FolderStore()
+    protocol = url.split("://", 1)[0]
+    root = "" if protocol in (*S3_PROTOCOLS, "memory") else url.split("/", 3)[2]
+    settings = json.dumps(fsspec.config.conf.get(protocol, {}), default=str, sort_keys=True)
+    try:
+        return _object_store(protocol, root, os.getpid(), settings, settings_hash())
+    except (ValueError, ImportError) as error:
+        raise StoreError(
+            f"{url} must be a path or a URL with a protocol that fsspec knows, but: {error}; mend the URL"
+        ) from error
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL and the path within it, for streaming inputs; listings are never cached."""
+    options: dict[str, Any] = {} if is_local(url) or url.startswith("memory://") else {"use_listings_cache": False}
+    try:
+        files, path = fsspec.core.url_to_fs(str(local_path(url)) if is_local(url) else url, **options)
+    except (ValueError, ImportError) as error:
+        raise StoreError(
+            f"{url} must be a path or a URL with a protocol that fsspec knows, but: {error}; mend the URL"
+        ) from error
+    return files, path
+
+
+def exists(url: str) -> bool:
+    """Whether a file is there; a missing bucket or a refusal is an error, not an answer."""
+    try:
+        store_of(url).size(url)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def file_size(url: str) -> int:
+    """Size of a file in bytes; raises FileNotFoundError."""
+    return store_of(url).size(url)
+
+
+def read_bytes(url: str, start: int | None = None, end: int | None = None) -> bytes:
+    """A file, or bytes [start, end) of it; raises FileNotFoundError."""
+    return store_of(url).read(url, start or 0, end)
+
+
+def list_folder(url: str) -> list[str]:
+    """Names of the entries of a folder, sorted; empty when there is none."""
+    return store_of(url).list_names(url)
+
+
+def walk(url: str) -> list[FileInfo]:
+    """All files below a URL."""
+    return store_of(url).walk(url)
+
+
+def create_bytes(url: str, content: bytes) -> None:
+    """Write a file that must not exist yet, in one atomic step; raises FileExistsError.
+
+    On an object store a lost answer is resolved by reading back, so `content` must be unique to its writer.
+    """
+    store_of(url).create(url, content)
+
+
+def replace_bytes(url: str, content: bytes) -> None:
+    """Write a small mutable file (logs, records) in one atomic step."""
+    store_of(url).replace(url, content)
+
+
+def upload(url: str, parts: Iterable[bytes]) -> None:
+    """Write a file from parts with only a few of them in memory; nothing appears before the last."""
+    store_of(url).upload(url, parts)
+
+
+def remove(url: str) -> None:
+    """Delete a file or a folder with all it holds; nothing happens when there is none.
+
+    An artifact stops existing in the first step (its folder is renamed, or its manifest deleted), so a deletion that is
+    cut short leaves garbage but never half an artifact.
+    """
+    store = store_of(url)
+    if isinstance(store, FolderStore):
+        store.delete_folder(url)
+        return
+    below = [info.url for info in store.walk(join(url))]
+    manifest = join(url, COMMIT_NAME)
+    store.delete([manifest] if manifest in below else [])
+    store.delete([url, *(name for name in below if name != manifest)])
+
+
+@lru_cache(maxsize=64)
+def _object_store(protocol: str, root: str, process: int, settings: str, environment: int) -> S3Store | ObjectStore:
+    """One client per process and configuration; the arguments after `root` only tell stale clients apart."""
+    if protocol not in S3_PROTOCOLS:
+        return ObjectStore(fsspec.core.url_to_fs(f"{protocol}://{root}")[0], protocol)
+    configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+    files = fsspec.filesystem(
+        "s3", use_listings_cache=False, skip_instance_cache=True, config_kwargs={**S3_CLIENT, **configured}
+    )
+    files.retries = 1
+    return S3Store(files)

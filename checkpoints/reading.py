@@ -1,0 +1,79 @@
+"""Reads files that a manifest names and compares them with it while they pass: size, sha256, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from checkpoints import paths
+from checkpoints.errors import CorruptArtifactError
+from checkpoints.hashing import FileEntry, FileHasher, hash_file
+from checkpoints.parallel import in_order
+
+PART_BYTES = 16 << 20
+READS_IN_FLIGHT = 8
+NAMES_IN_MESSAGE = 3
+REMEDY = "restore it from a copy (python -m checkpoints pull), or delete the artifact and make it again"
+
+
+def stream_file(url: str, entry: FileEntry, hasher: FileHasher | None = None) -> Iterator[bytes]:
+    """The file in parts, in order, fetched a few ahead; a changed byte is CorruptArtifactError after the last part.
+
+    A `hasher` that has taken the first bytes already (of an earlier, interrupted reading) continues behind them.
+    """
+    hasher = hasher or FileHasher(url)
+    check_size(url, entry)
+    store = paths.store_of(url)
+    starts = range(hasher.size, entry.size, PART_BYTES)
+    spans = ((start, min(start + PART_BYTES, entry.size)) for start in starts)
+    for part in in_order(lambda span: store.read(url, *span), spans, READS_IN_FLIGHT):
+        hasher.update(part)
+        yield part
+    check_hash(url, entry, hasher)
+
+
+def check_size(url: str, entry: FileEntry) -> None:
+    """Raise CorruptArtifactError when the file is missing, shorter or longer than its entry says."""
+    try:
+        size = paths.file_size(url)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CorruptArtifactError(f"{url} must be there, as a manifest names it, but is missing; {REMEDY}") from error
+    if size != entry.size:
+        state = "truncated" if size < entry.size else "too long"
+        raise CorruptArtifactError(f"{url} must have {entry.size} bytes, but has {size} ({state}); {REMEDY}")
+
+
+def check_hash(url: str, entry: FileEntry, found: FileHasher) -> None:
+    """Raise CorruptArtifactError, with the names of the damaged tensors, unless the bytes are those of the entry."""
+    if found.size == entry.size and found.sha256 == entry.sha256:
+        return
+    where = damaged_part(entry, found.finished_tensors())
+    raise CorruptArtifactError(
+        f"{url} must have sha256 {entry.sha256[:12]}, but has {found.sha256[:12]}{where}; "
+        f"a bit flipped, or another version was put in its place: {REMEDY}"
+    )
+
+
+def damaged_part(entry: FileEntry, tensors: dict[str, str]) -> str:
+    """Which part of a weight file differs, in words; empty for other files."""
+    if not entry.tensors:
+        return ""
+    damaged = [name for name, digest in entry.tensors.items() if tensors.get(name) != digest]
+    if not damaged:
+        return " (damaged: the header)"
+    more = f" and {len(damaged) - NAMES_IN_MESSAGE} more" if len(damaged) > NAMES_IN_MESSAGE else ""
+    return f" (damaged: tensor {', '.join(damaged[:NAMES_IN_MESSAGE])}{more})"
+
+
+def check_local_file(path: Path, entry: FileEntry) -> Path:
+    """Compare a local file with its entry; a file that did not change since is hashed once per process."""
+    check_size(str(path), entry)
+    status = path.stat()
+    check_hash(str(path), entry, _hash_once(path, status.st_size, status.st_mtime_ns, status.st_ino))
+    return path
+
+
+@lru_cache(maxsize=4096)
+def _hash_once(path: Path, size: int, modified: int, inode: int) -> FileHasher:
+    return hash_file(path)

@@ -1,0 +1,195 @@
+"""The store on S3: single requests through s3fs, each retried and explained by us.
+
+s3fs's own `ls`, `isfile`, `rm` and `put_file` are not used: they cache, take a missing bucket or a 403 for "not there",
+pass over failed deletes, or hold a whole file in memory (all seen in s3fs 2026.9).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+from checkpoints import explain, retry
+from checkpoints.environment import max_attempts
+from checkpoints.parallel import in_order
+from checkpoints.places import FileInfo, join
+from checkpoints.retry import call
+
+REQUESTS_IN_FLIGHT = 8
+
+
+class S3Store:
+    """Objects in buckets; all methods take ``s3://bucket/key`` URLs."""
+
+    def __init__(self, filesystem: Any) -> None:
+        self._s3 = filesystem
+
+    def read(self, url: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes [start, end) of an object; raises FileNotFoundError when the bucket is there and the key is not."""
+        whole = not start and end is None
+        options: dict[str, Any] = {"max_concurrency": 1} if whole else {"start": start, "end": end}
+        content: bytes = call("read", url, lambda: self._s3.cat_file("/".join(_split(url)), **options))
+        return content
+
+    def size(self, url: str) -> int:
+        """Size of an object; raises FileNotFoundError."""
+        try:
+            return int(self._request("look at", url, "head_object")["ContentLength"])
+        except FileNotFoundError:
+            self._check_bucket(url)  # a HEAD has no body that could tell a missing bucket from a missing key
+            raise
+
+    def create(self, url: str, content: bytes) -> None:
+        """Write an object that must not exist yet; raises FileExistsError. `content` must be unique to its writer.
+
+        After an unclear answer (lost, 409, 412) the object is read back: a lost answer may hide our own success, and
+        the HTTP client below may have sent the request twice.
+        """
+        for attempt in range(1, max_attempts() + 1):
+            try:
+                self._put(url, content, IfNoneMatch="*")
+                return
+            except Exception as error:
+                if not (explain.is_conflict(error) or explain.is_transient(error)):
+                    raise explain.explain(error, "create", url) from error
+                if self._holds(url, content):
+                    return
+                if attempt == max_attempts():
+                    raise explain.explain(error, "create", url, attempt) from error
+                retry.wait("create", url, error, attempt, max_attempts())
+
+    def replace(self, url: str, content: bytes) -> None:
+        """Write an object, in place of an older one if there is one."""
+        call("write", url, lambda: self._put(url, content))
+
+    def upload(self, url: str, parts: Iterable[bytes]) -> None:
+        """Write an object from its parts (all but the last of at least 5 MiB), a few of them at a time in memory."""
+        rest = iter(parts)
+        first, second = next(rest, b""), next(rest, None)
+        if second is None:
+            self.replace(url, first)
+        else:
+            self._upload_parts(url, chain([first, second], rest))
+
+    def list_names(self, url: str) -> list[str]:
+        """Names directly below a prefix, sorted; empty when there are none, an error when there is no bucket."""
+        prefix = _prefix(url)
+        names: set[str] = set()
+        for page in self._pages(url, Delimiter="/"):
+            names.update(entry["Prefix"].removeprefix(prefix).strip("/") for entry in page.get("CommonPrefixes", ()))
+            names.update(entry["Key"].removeprefix(prefix) for entry in page.get("Contents", ()))
+        return sorted(names - {""})
+
+    def walk(self, url: str) -> list[FileInfo]:
+        """All objects below a prefix."""
+        bucket = f"s3://{_split(url)[0]}"
+        return [
+            FileInfo(join(bucket, entry["Key"]), int(entry["Size"]), entry["LastModified"].timestamp())
+            for page in self._pages(url)
+            for entry in page.get("Contents", ())
+        ]
+
+    def delete(self, urls: Iterable[str]) -> None:
+        """Delete objects; those that are gone already are skipped."""
+        for _ in in_order(lambda url: self._request("delete", url, "delete_object"), urls, REQUESTS_IN_FLIGHT):
+            pass
+
+    def unfinished_uploads(self, url: str) -> list[tuple[FileInfo, str]]:
+        """Multipart uploads below a prefix that were neither completed nor aborted, with their upload ids."""
+        bucket, key = _split(url)
+        request = {"Prefix": f"{key}/" if key else ""}
+        answer = call("list the uploads of", url, lambda: self._call("list_multipart_uploads", bucket, **request))
+        return [
+            (FileInfo(join(f"s3://{bucket}", entry["Key"]), 0, entry["Initiated"].timestamp()), entry["UploadId"])
+            for entry in answer.get("Uploads", ())
+        ]
+
+    def abort_upload(self, url: str, upload_id: str) -> None:
+        """Throw away the parts of an unfinished upload."""
+        try:
+            self._request("abort the upload of", url, "abort_multipart_upload", UploadId=upload_id)
+        except FileNotFoundError:
+            retry.logger.debug("the upload of %s has ended already", url)
+
+    def _upload_parts(self, url: str, parts: Iterator[bytes]) -> None:
+        upload_id = self._request("start the upload of", url, "create_multipart_upload")["UploadId"]
+        sizes: list[int] = []
+
+        def send(numbered: tuple[int, bytes]) -> dict[str, Any]:
+            number, part = numbered
+            sizes.append(len(part))
+            answer = self._request("upload", url, "upload_part", UploadId=upload_id, PartNumber=number, Body=part)
+            return {"PartNumber": number, "ETag": answer["ETag"]}
+
+        try:
+            done = list(in_order(send, enumerate(parts, 1), REQUESTS_IN_FLIGHT))
+            self._complete(url, upload_id, done, sum(sizes))
+        except BaseException:
+            self._abort_quietly(url, upload_id)
+            raise
+
+    def _complete(self, url: str, upload_id: str, parts: list[dict[str, Any]], size: int) -> None:
+        try:
+            self._request(
+                "complete the upload of", url, "complete_multipart_upload",
+                UploadId=upload_id, MultipartUpload={"Parts": parts},
+            )  # fmt: skip
+        except FileNotFoundError:
+            # The upload is unknown: either aborted by somebody, or completed by a request whose answer was lost.
+            if self.size(url) != size:
+                raise
+
+    def _abort_quietly(self, url: str, upload_id: str) -> None:
+        try:
+            self.abort_upload(url, upload_id)
+        except Exception as error:  # the first error is the one to report; gc finds the parts
+            retry.logger.warning("could not abort the upload of %s: %s", url, error)
+
+    def _holds(self, url: str, content: bytes) -> bool:
+        """Whether the object is there with this content; raises FileExistsError when it has another."""
+        try:
+            found = self.read(url)
+        except FileNotFoundError:
+            return False
+        if found != content:
+            raise FileExistsError(url)
+        return True
+
+    def _check_bucket(self, url: str) -> None:
+        try:
+            call("look at", url, lambda: self._call("head_bucket", _split(url)[0]))
+        except FileNotFoundError as error:
+            raise explain.missing_bucket("look at", url) from error
+
+    def _pages(self, url: str, **options: Any) -> Iterator[dict[str, Any]]:
+        more: dict[str, Any] = {}
+        while True:
+            request = {"Prefix": _prefix(url), **options, **more}
+            page = call("list", url, lambda request=request: self._call("list_objects_v2", _split(url)[0], **request))  # type: ignore[misc]
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _put(self, url: str, content: bytes, **options: Any) -> None:
+        bucket, key = _split(url)
+        self._call("put_object", bucket, Key=key, Body=content, **options)
+
+    def _request(self, action: str, url: str, method: str, **options: Any) -> dict[str, Any]:
+        bucket, key = _split(url)
+        return call(action, url, lambda: self._call(method, bucket, Key=key, **options))
+
+    def _call(self, method: str, bucket: str, **options: Any) -> dict[str, Any]:
+        answer: dict[str, Any] = self._s3.call_s3(method, Bucket=bucket, **options)
+        return answer
+
+
+def _split(url: str) -> tuple[str, str]:
+    bucket, _, key = url.split("://", 1)[1].partition("/")
+    return bucket, key.strip("/")
+
+
+def _prefix(url: str) -> str:
+    key = _split(url)[1]
+    return f"{key}/" if key else ""

@@ -1,0 +1,94 @@
+"""Saves training checkpoints in the background: the training loop waits only while its tensors are copied.
+
+At most one save is under way, so host memory holds at most one copy of the state, in buffers that are used again.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from checkpoints.retry import logger
+from checkpoints.training import Checkpoint, save_checkpoint
+
+
+class CheckpointSaver:
+    """Saves the checkpoints of one job (on rank 0 only); an error surfaces at the next `save`, `check` or `wait`.
+
+    The thread is no daemon: a program that ends without `wait` still finishes the save, or has its failure in the log.
+    """
+
+    def __init__(self, url: str, fingerprint: str, keep_last: int, keep_every: int = 0) -> None:
+        self._url = url
+        self._fingerprint = fingerprint
+        self._keep_last = keep_last
+        self._keep_every = keep_every
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self.stall_seconds = 0.0
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Copy the state and return; tensors and `state` may change right after. Waits for an earlier save first."""
+        start = time.monotonic()
+        if self._thread and self._thread.is_alive():
+            logger.warning("the save before step %d is not done yet; training waits for it", checkpoint.step)
+        self.wait()
+        copied = self._copy(checkpoint)
+        self._thread = threading.Thread(target=self._write, args=(copied,), name=f"save-{checkpoint.step}")
+        self._thread.start()
+        self.stall_seconds = time.monotonic() - start
+
+    def check(self) -> None:
+        """Raise the error of a background save that has failed; costs nothing, for every step of the loop."""
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more; raises the error of the last save."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def __enter__(self) -> CheckpointSaver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait for the last save; its error is raised unless another one is on its way already."""
+        try:
+            self.wait()
+        except Exception:
+            if error is None:
+                raise
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        try:
+            save_checkpoint(self._url, checkpoint, self._fingerprint, self._keep_last, self._keep_every)
+        except Exception as error:  # raised in the caller's thread by `check`
+            logger.error("the checkpoint of step %d is not saved: %s", checkpoint.step, error)
+            self._error = error
+
+    def _copy(self, checkpoint: Checkpoint) -> Checkpoint:
+        state: dict[str, Any] = json.loads(json.dumps(checkpoint.state, allow_nan=False))
+        self._buffers = {name: self._buffer(name, tensor) for name, tensor in checkpoint.tensors.items()}
+        for name, tensor in checkpoint.tensors.items():
+            self._buffers[name].copy_(tensor.detach(), non_blocking=True)
+        if any(tensor.is_cuda for tensor in checkpoint.tensors.values()):
+            torch.cuda.synchronize()
+        return Checkpoint(checkpoint.step, dict(self._buffers), state)
+
+    def _buffer(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The host copy of a tensor, pinned for a GPU's so that the copy runs at full speed."""
+        known = self._buffers.get(name)
+        if known is not None and known.shape == tensor.shape and known.dtype == tensor.dtype:
+            return known
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)

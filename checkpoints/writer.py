@@ -1,0 +1,238 @@
+"""Write artifacts so that they appear whole or not at all.
+
+On a folder the files are written beside the artifact's place and the folder is renamed into it. On an object store they
+are uploaded under a key that belongs to this attempt, and the manifest, created last and only if absent, makes the
+artifact exist. Of two writers exactly one wins, and the other is told.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from checkpoints import explain, paths
+from checkpoints.artifact import Artifact
+from checkpoints.errors import ArtifactExistsError, StoreError
+from checkpoints.hashing import CHUNK_BYTES, FileEntry, FileHasher, describe_file
+from checkpoints.manifest import MANIFEST_NAME, Manifest
+from checkpoints.parallel import in_order, meanwhile
+from checkpoints.places import new_attempt
+from checkpoints.reading import PART_BYTES
+from checkpoints.retry import logger
+
+Chunk = bytes | memoryview
+FILES_AT_ONCE = 3
+MAX_PARTS = 9_000  # S3 allows 10,000
+
+
+class ArtifactWriter:
+    """A local scratch folder whose files become the artifact at `url` when `commit` is called."""
+
+    def __init__(self, url: str, folder: Path, attempt: str, manifest: Manifest) -> None:
+        self.url = url
+        self.folder = folder
+        self.attempt = attempt
+        self._manifest = manifest
+        self._written: dict[str, FileEntry] = {}
+        self.files: dict[str, FileEntry] = {}
+        self.may_be_committed = False
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write one JSON file into the artifact."""
+        target = self.folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def write_chunks(self, name: str, chunks: Iterable[Chunk], size: int = 0) -> FileEntry:
+        """Write one file from its bytes, hashed as they pass; to an object store they go at once, not to the disk.
+
+        `size` is needed only for files of more than 140 GB on an object store, to choose larger parts.
+        """
+        hasher = FileHasher(name)
+        if paths.is_local(self.url):
+            _write_local(self.folder / name, chunks, hasher)
+        else:
+            part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
+            paths.upload(self._upload_url(name), _hashed(in_parts(chunks, part_bytes), hasher))
+        self._written[name] = hasher.entry()
+        return self._written[name]
+
+    def commit(self, facts: dict[str, Any] | None = None, created: str = "") -> Artifact:
+        """Hash the files, publish them, and create the manifest; raises ArtifactExistsError when another won."""
+        self.files = self._all_files()
+        local = paths.is_local(self.url)
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        manifest = replace(
+            self._manifest,
+            facts=facts or {},
+            files=self.files,
+            created=created or now,
+            attempt=self.attempt,
+            files_in="" if local else self.attempt,
+        )
+        content = manifest.to_json()
+        self.may_be_committed = True
+        if local:
+            self._rename_into_place(content)
+        else:
+            self._create_manifest(content)
+        return Artifact(self.url, manifest)
+
+    def adopt(self, name: str, entry: FileEntry) -> None:
+        """Take a file that is in its place already, with these hashes, as written."""
+        self._written[name] = entry
+
+    def discard(self) -> None:
+        """Delete what was uploaded, unless the manifest may name it."""
+        if self.may_be_committed or paths.is_local(self.url):
+            return
+        try:
+            paths.remove(paths.join(self.url, self.attempt))
+        except StoreError as error:  # the first error is the one to report; gc finds the rest
+            logger.warning("could not delete %s: %s", paths.join(self.url, self.attempt), error)
+
+    def _upload_url(self, name: str) -> str:
+        return paths.join(self.url, self.attempt, name)
+
+    def _all_files(self) -> dict[str, FileEntry]:
+        """Entries of all files; those that were put into the folder without `write_chunks` are published now."""
+        names = sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
+        waiting = [name for name in names if name not in self._written]
+        publish = self._hash_and_sync if paths.is_local(self.url) else self._upload_file
+        entries = in_order(publish, waiting, FILES_AT_ONCE)
+        return dict(sorted({**self._written, **dict(zip(waiting, entries, strict=True))}.items()))
+
+    def _hash_and_sync(self, name: str) -> FileEntry:
+        path = self.folder / name
+        with meanwhile(lambda: paths.sync_file(path)):
+            return describe_file(path)
+
+    def _upload_file(self, name: str) -> FileEntry:
+        path = self.folder / name
+        return self.write_chunks(name, _read_chunks(path), path.stat().st_size)
+
+    def _rename_into_place(self, manifest: bytes) -> None:
+        """Make the folder durable, then visible by one rename, then the rename durable."""
+        (self.folder / MANIFEST_NAME).write_bytes(manifest)
+        paths.sync_file(self.folder / MANIFEST_NAME)
+        for folder in (*(path for path in self.folder.rglob("*") if path.is_dir()), self.folder):
+            paths.sync_folder(folder)
+        target = paths.local_path(self.url)
+        try:
+            os.rename(self.folder, target)
+        except OSError as error:
+            self._explain_failed_rename(target, manifest, error)
+        paths.sync_folder(target.parent)
+
+    def _explain_failed_rename(self, target: Path, manifest: bytes, error: OSError) -> None:
+        """Return when the rename did happen (network file systems lose answers), or raise what is wrong."""
+        found = target / MANIFEST_NAME
+        if found.is_file() and found.read_bytes() == manifest:
+            return
+        if found.is_file():
+            raise self._exists() from error
+        if target.exists():
+            raise StoreError(
+                f"{self.url} must be free or a committed artifact, but holds files without a {MANIFEST_NAME}; "
+                "nothing reads them: move this folder away and start again"
+            ) from error
+        raise explain.explain(error, "commit", self.url) from error
+
+    def _create_manifest(self, manifest: bytes) -> None:
+        try:
+            paths.create_bytes(paths.join(self.url, MANIFEST_NAME), manifest)
+        except FileExistsError as error:
+            self.may_be_committed = False
+            raise self._exists() from error
+
+    def _exists(self) -> ArtifactExistsError:
+        return ArtifactExistsError(
+            f"{self.url} must not exist yet, but another writer has committed it; it is left as it is: "
+            "use it, or delete it and start again"
+        )
+
+
+@contextmanager
+def write_artifact(
+    url: str,
+    kind: str,
+    fingerprint: str,
+    settings: dict[str, Any] | None = None,
+    inputs: dict[str, str] | None = None,
+) -> Iterator[ArtifactWriter]:
+    """A writer with a scratch folder that is removed at the end, whatever happens; nothing appears without `commit`."""
+    attempt = new_attempt()
+    manifest = Manifest(kind, fingerprint, settings or {}, inputs or {})
+    try:
+        folder = _scratch_folder(url, attempt)
+    except OSError as error:
+        raise explain.explain(error, "write", url) from error
+    writer = ArtifactWriter(url, folder, attempt, manifest)
+    try:
+        yield writer
+    except OSError as error:
+        writer.discard()
+        if explain.is_full(error):
+            raise explain.explain(error, "write", url) from error
+        raise
+    except BaseException:
+        writer.discard()
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def in_parts(chunks: Iterable[Chunk], part_bytes: int) -> Iterator[bytes]:
+    """The same bytes in parts of one size, the last one shorter."""
+    part = bytearray()
+    for chunk in chunks:
+        rest = memoryview(chunk)
+        while len(rest):
+            taken = part_bytes - len(part)
+            part += rest[:taken]
+            rest = rest[taken:]
+            if len(part) == part_bytes:
+                yield bytes(part)
+                part.clear()
+    if part:
+        yield bytes(part)
+
+
+def _scratch_folder(url: str, attempt: str) -> Path:
+    if not paths.is_local(url):
+        return Path(tempfile.mkdtemp(prefix="modularforge-"))
+    target = paths.local_path(url)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.with_name(f".{target.name}.{attempt}")
+    folder.mkdir()
+    return folder
+
+
+def _write_local(path: Path, chunks: Iterable[Chunk], hasher: FileHasher) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        for chunk in in_parts(chunks, CHUNK_BYTES):
+            with meanwhile(lambda chunk=chunk: hasher.update(chunk)):  # type: ignore[misc]
+                file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _hashed(parts: Iterable[bytes], hasher: FileHasher) -> Iterator[bytes]:
+    for part in parts:
+        hasher.update(part)
+        yield part
+
+
+def _read_chunks(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while chunk := file.read(PART_BYTES):
+            yield chunk

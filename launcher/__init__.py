@@ -1,0 +1,1 @@
+"""Run the stages of the pipeline as jobs: local processes here, a Slurm cluster elsewhere. Loads no torch."""

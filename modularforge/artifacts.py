@@ -1,0 +1,122 @@
+"""What lies in the artifacts of each stage, as objects: the corpus, the backbone, the experts."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from checkpoints import Artifact
+from modularforge.assembly.statistics import EXPERT_NAME, ROUTER_NAME
+from modularforge.data.loader import label_tokens
+from modularforge.data.token_files import TokenFile, Tokens, open_token_file
+from modularforge.data.tokenizer import load_tokenizer, token_byte_lengths
+from modularforge.model.backbone import Decoder
+from modularforge.model.folder import load_expert, load_model, read_tensors
+from modularforge.model.hub_config import read_config
+
+
+def derived_seed(seed: int, *names: object) -> int:
+    """A seed for one purpose: the same names give the same seed, whatever ran before."""
+    digest = hashlib.sha256(":".join(str(name) for name in (seed, *names)).encode()).digest()
+    return int.from_bytes(digest[:4], "little") >> 1
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Prepared data: tokenizer, labels and token files."""
+
+    artifact: Artifact
+
+    def file(self, name: str) -> Path:
+        """Local path of one file."""
+        return self.artifact.local_file(name)
+
+    def tokens(self, split: str) -> TokenFile:
+        """The token file of a split."""
+        return token_file(self.artifact, split)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The one tokenizer of all models."""
+        return load_tokenizer(self.file("tokenizer.json"))
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """metadata.json."""
+        values: dict[str, Any] = self.artifact.read_json("metadata.json")
+        return values
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the vocabulary."""
+        return int(self.metadata["vocab_size"])
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the domains, by label id."""
+        return list(self.metadata["labels"])
+
+    @cached_property
+    def byte_lengths(self) -> Tensor:
+        """Bytes that each token stands for, [V]."""
+        return torch.from_numpy(token_byte_lengths(self.tokenizer))
+
+    def domains(self, split: str, max_tokens: int | None = None) -> dict[str, Tokens]:
+        """The token stream of each domain that has documents in the split."""
+        file = self.tokens(split)
+        streams = {label: label_tokens(file, index, max_tokens) for index, label in enumerate(self.labels)}
+        return {label: tokens for label, tokens in streams.items() if len(tokens) > 1}
+
+
+def token_file(artifact: Artifact, name: str) -> TokenFile:
+    """A token file of an artifact, memory-mapped; from an object store its three files are fetched first."""
+    parts = [artifact.local_file(f"{name}.{part}") for part in ("tokens.bin", "offsets.npy", "labels.npy")]
+    folder = parts[0].parent
+    if any(part.parent != folder for part in parts):
+        folder = artifact.local_folder()
+    return open_token_file(folder, name)
+
+
+def even_streams(domains: dict[str, Tokens], max_tokens: int) -> Tokens:
+    """The streams one after another, each cut to the same length, together at most `max_tokens`."""
+    share = max(2, max_tokens // max(1, len(domains)))
+    return np.concatenate([tokens[:share] for tokens in domains.values()])
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A committed backbone: config.json and weights."""
+
+    artifact: Artifact
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """config.json."""
+        self.artifact.local_file("model.safetensors")
+        return read_config(self.artifact.local_folder())
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights by name."""
+        return read_tensors(self.artifact.local_folder())
+
+    def model(self) -> Decoder:
+        """The backbone itself."""
+        return load_model(self.artifact.local_folder())
+
+    def expert(self, artifact: Artifact) -> Decoder:
+        """An expert's own model on this backbone."""
+        tensors = load_file(artifact.local_file(EXPERT_NAME))
+        anchored = bool(artifact.manifest.facts["anchored"])
+        if anchored:
+            tensors.update(load_file(artifact.local_file(ROUTER_NAME)))
+        return load_expert(self.tensors, self.values, tensors, anchored)

@@ -1,0 +1,1 @@
+"""Merge backbone and experts by a plan of byte ranges, and solve the router from statistics."""

@@ -1,0 +1,163 @@
+"""Which bytes of which file go where: the plan of a merge, made from safetensors headers alone.
+
+A plan is plain data and touches no weights. Executing it (stream.py) is copying spans of bytes in order, so the output
+is the same whatever the chunk size, and equals what a naive in-memory merge would save.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from checkpoints import paths
+from modularforge.errors import DataError, MismatchError
+from modularforge.model import names
+
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+LONGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorSpan:
+    """One tensor inside a weight file: type, shape, and its bytes [start, start + length) of the file at `url`."""
+
+    url: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One weight file to write: its header and the spans that follow it, in order."""
+
+    name: str
+    header: bytes
+    spans: tuple[tuple[str, TensorSpan], ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the finished file."""
+        return len(self.header) + sum(span.length for _, span in self.spans)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """All weight files of a model; with more than one, `index` is the content of their index file."""
+
+    files: tuple[OutputFile, ...]
+
+    @property
+    def index(self) -> dict[str, Any] | None:
+        """Hugging Face's index of a sharded model, or None for a single file."""
+        if len(self.files) == 1:
+            return None
+        weight_map = {name: file.name for file in self.files for name, _ in file.spans}
+        total = sum(span.length for file in self.files for _, span in file.spans)
+        return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def read_header(url: str, hashes: Mapping[str, str] | None = None) -> dict[str, TensorSpan]:
+    """Spans of all tensors of a weight file, from its header; `hashes` are the tensors' sha256 by name."""
+    try:
+        first = paths.read_bytes(url, 0, 8)
+        (length,) = struct.unpack("<Q", first)
+        if length > LONGEST_HEADER:
+            raise ValueError(f"a header of {length} bytes")
+        header = json.loads(paths.read_bytes(url, 8, 8 + length))
+    except (ValueError, struct.error) as error:
+        raise DataError(f"{url} must be a safetensors file, but is not ({error}); make it again") from error
+    spans: dict[str, TensorSpan] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        start, end = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        if prod(shape) * ITEM_BYTES.get(entry["dtype"], -1) != end - start:
+            raise DataError(f"{name} in {url} must have {entry['dtype']} {shape}, but spans {end - start} bytes")
+        sha256 = hashes.get(name, "") if hashes else ""
+        spans[name] = TensorSpan(url, entry["dtype"], shape, 8 + length + start, end - start, sha256)
+    return spans
+
+
+def merged_spans(
+    backbone: Mapping[str, TensorSpan],
+    experts: Mapping[int, Mapping[str, TensorSpan]],
+    routers: Mapping[str, TensorSpan],
+    layers: int,
+    public_slot: int | None,
+) -> dict[str, TensorSpan]:
+    """Tensors of the assembled model by name.
+
+    `experts` maps a slot of the assembled model to that expert's spans, whatever slot its file names. The backbone's
+    own feed-forward blocks become the expert in `public_slot`, or are left out. Raises MismatchError when a layer or
+    part is missing, or a shape or type differs from the backbone's.
+    """
+    merged = {name: span for name, span in backbone.items() if names.is_shared(name)}
+    if public_slot is not None:
+        merged.update({names.dense_to_expert(n, public_slot): s for n, s in backbone.items() if names.is_dense_ffn(n)})
+    for slot, spans in experts.items():
+        by_place = {(p[0], p[2]): span for name, span in spans.items() if (p := names.expert_position(name))}
+        for layer in range(layers):
+            for part in names.PARTS:
+                span = by_place.get((layer, part))
+                _check_fits(
+                    span, backbone[names.dense_ffn(layer, part)], f"expert in slot {slot}, layer {layer}, {part}"
+                )
+                assert span is not None
+                merged[names.expert_ffn(layer, slot, part)] = span
+    return {**merged, **routers}
+
+
+def _check_fits(span: TensorSpan | None, like: TensorSpan, what: str) -> None:
+    if span is None:
+        raise MismatchError(f"{what} must be in its weight file, but is missing; train that expert again")
+    if (span.shape, span.dtype) != (like.shape, like.dtype):
+        raise MismatchError(
+            f"{what} must be {like.dtype} {like.shape} as in the backbone, but is {span.dtype} {span.shape} in "
+            f"{span.url}; "
+            "use experts of this backbone"
+        )
+
+
+def plan_merge(spans: Mapping[str, TensorSpan], max_shard_bytes: int) -> MergePlan:
+    """Distribute tensors over weight files of at most `max_shard_bytes` (a larger tensor gets a file of its own)."""
+    shards: list[list[tuple[str, TensorSpan]]] = [[]]
+    for name, span in in_file_order(spans.items()):
+        if shards[-1] and sum(s.length for _, s in shards[-1]) + span.length > max_shard_bytes:
+            shards.append([])
+        shards[-1].append((name, span))
+    count = len(shards)
+    return MergePlan(
+        tuple(
+            OutputFile(
+                "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors",
+                header_bytes(shard),
+                tuple(shard),
+            )
+            for number, shard in enumerate(shards, start=1)
+        )
+    )
+
+
+def in_file_order(spans: Iterable[tuple[str, TensorSpan]]) -> list[tuple[str, TensorSpan]]:
+    """safetensors' own order: wide types first (so that every tensor is aligned), then by name."""
+    return sorted(spans, key=lambda item: (-ITEM_BYTES[item[1].dtype], item[1].dtype, item[0]))
+
+
+def header_bytes(tensors: Iterable[tuple[str, TensorSpan]]) -> bytes:
+    """Length prefix and header of a weight file holding these tensors without gaps, as safetensors writes them."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, span in tensors:
+        header[name] = {"dtype": span.dtype, "shape": list(span.shape), "data_offsets": [offset, offset + span.length]}
+        offset += span.length
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    return struct.pack("<Q", len(content)) + content

@@ -1,0 +1,75 @@
+"""Router rows of the assembled model, learned by the experts or solved from their statistics, with numpy alone.
+
+Statistics are sums over the tokens of a partition, per layer: the token count, the sum of the router inputs x and of
+their outer products. Sums add up, so routers of any set of experts can be solved at assembly without any data.
+"""
+
+# D width  E experts (trained ones)  R rows of the router (E, and one for the public expert when it is kept)
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Sums over the router inputs of one layer: `count` tokens, `sum_D` of x, `outer_DD` of x times x transposed."""
+
+    count: float
+    sum_D: Array
+    outer_DD: Array
+
+    @property
+    def mean_D(self) -> Array:
+        """Mean router input."""
+        return self.sum_D / self.count
+
+
+def with_public(rows_ED: Array, public_expert: bool) -> Array:
+    """Put the public expert's row, which is zero, before the others when that expert is kept."""
+    return np.concatenate([np.zeros((1, rows_ED.shape[1])), rows_ED]) if public_expert else rows_ED
+
+
+def centred_means(statistics: Sequence[LayerStatistics], temperature: float) -> Array:
+    """Rows [E, D]: each expert's mean input less the mean of all, at unit length, over the temperature."""
+    means_ED = np.stack([item.mean_D for item in statistics])
+    centred_ED = means_ED - means_ED.mean(axis=0)
+    length_E = np.linalg.norm(centred_ED, axis=1, keepdims=True)
+    rows_ED: Array = centred_ED / np.maximum(length_E, 1e-12) / np.sqrt(centred_ED.shape[1]) / temperature
+    return rows_ED
+
+
+def ridge(statistics: Sequence[LayerStatistics], penalty: float, temperature: float) -> Array:
+    """Rows [E, D] that predict from an input which partition it came from (DUME, arXiv 2603.29765).
+
+    Ridge regression of the centred one-hot label (1 - 1/E for the own partition, -1/E elsewhere) on the inputs, every
+    partition weighted alike; `penalty` is a share of the mean diagonal of the second moments. Centring makes zero, the
+    public expert's logit, the score of an input that belongs nowhere in particular.
+    """
+    experts = len(statistics)
+    second_DD = (
+        sum((item.outer_DD / item.count for item in statistics), np.zeros_like(statistics[0].outer_DD)) / experts
+    )
+    means_ED = np.stack([item.mean_D for item in statistics])
+    target_ED = (means_ED - means_ED.mean(axis=0)) / experts
+    width = len(second_DD)
+    regular_DD = second_DD + penalty * np.trace(second_DD) / width * np.eye(width)
+    rows_ED: Array = np.linalg.solve(regular_DD, target_ED.T).T / temperature
+    return rows_ED
+
+
+def kaiming(rows: int, width: int, seed: int) -> Array:
+    """Random rows, uniform within sqrt(3 / width): what an untrained router has (He et al., arXiv 1502.01852)."""
+    bound = np.sqrt(3.0 / width)
+    return np.random.default_rng(seed).uniform(-bound, bound, (rows, width))
+
+
+def uniform(rows: int, width: int) -> Array:
+    """Zero rows: all experts weigh the same, and each token must visit all of them for that to mean anything."""
+    return np.zeros((rows, width))

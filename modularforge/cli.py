@@ -1,0 +1,190 @@
+"""The command line. Every command reads the same settings; torch is imported only inside the commands that compute."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from modularforge.config import Config
+from modularforge.errors import ConfigError
+from modularforge.options import with_settings
+
+app = typer.Typer(
+    name="modularforge",
+    help=(
+        "Train one mixture-of-experts language model as many independent jobs.\n\n"
+        "The stages are prepare-data, train (backbone, then experts), assemble and evaluate; run-all does them in "
+        "turn. What is finished is never done again, so any command may be repeated after a stop."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command("prepare-data")
+@with_settings
+def prepare_data(settings: Config) -> None:
+    """Learn the tokenizer, write token files, and divide the documents among the experts."""
+    from modularforge.stages import prepare
+
+    prepare.run(settings)
+
+
+@app.command()
+@with_settings
+def train(
+    settings: Config,
+    only: Annotated[
+        str | None, typer.Option(help="Train the `backbone`, one `expert`, or the `dense` baseline.")
+    ] = None,
+    index: Annotated[int | None, typer.Option(help="Which expert, from 0; goes with --only expert.")] = None,
+    skip_backbone: Annotated[bool, typer.Option("--skip-backbone", help="Train the experts only.")] = False,
+) -> None:
+    """Train the backbone, then all experts one after another.
+
+    As separate jobs: --only backbone (with DDP: torchrun --nproc-per-node 2 -m modularforge train --only backbone),
+    then --only expert --index K on as many machines as there are experts.
+    """
+    if only not in (None, "backbone", "expert", "dense"):
+        raise ConfigError(f"--only must be backbone, expert or dense, but is {only!r}; choose one of these")
+    if (only == "expert") != (index is not None):
+        raise ConfigError("--only expert and --index K go together; give both, or neither to train everything")
+    if only == "backbone" and skip_backbone:
+        raise ConfigError("--only backbone and --skip-backbone exclude each other; give one of them")
+    if only == "dense":
+        _train_dense(settings)
+    if only in (None, "backbone") and not skip_backbone:
+        _train_backbone(settings)
+    if only in (None, "expert"):
+        _train_experts(settings, range(settings.experts.count) if index is None else [index])
+
+
+def _train_backbone(settings: Config) -> None:
+    from modularforge.stages import backbone
+
+    backbone.run(settings)
+
+
+def _train_experts(settings: Config, indices: range | list[int]) -> None:
+    from modularforge.stages import expert
+
+    for index in indices:
+        expert.run(settings, index)
+
+
+def _train_dense(settings: Config) -> None:
+    from modularforge.stages import dense
+
+    dense.run(settings)
+
+
+@app.command()
+@with_settings
+def assemble(
+    settings: Config,
+    calibrate: Annotated[bool, typer.Option("--calibrate/--no-calibrate", help="Calibrate afterwards.")] = True,
+) -> None:
+    """Merge backbone and experts into one model folder, then calibrate it on validation data."""
+    _assemble(settings, calibrate)
+
+
+def _assemble(settings: Config, calibrate: bool) -> None:
+    from modularforge.stages import assemble as assemble_stage
+
+    assemble_stage.run(settings)
+    if calibrate:
+        from modularforge.stages import calibrate as calibrate_stage
+
+        calibrate_stage.run(settings)
+
+
+@app.command()
+@with_settings
+def evaluate(
+    settings: Config,
+    model: Annotated[str | None, typer.Option(help="Measure only this model folder, and write nothing.")] = None,
+) -> None:
+    """Measure the models of a run side by side: perplexity per domain, routing, samples; prints the table."""
+    _evaluate(settings, model)
+
+
+def _evaluate(settings: Config, model: str | None = None) -> None:
+    from modularforge.evaluation.report import print_table
+    from modularforge.stages import evaluate as evaluate_stage
+
+    if model is not None:
+        print_table(evaluate_stage.measure_folder(settings, model))
+        return
+    if "dense" in settings.evaluation.baselines:
+        _train_dense(settings)
+    print_table(evaluate_stage.run(settings))
+    typer.echo(evaluate_stage.where(settings))
+
+
+@app.command("run-all")
+@with_settings
+def run_all(
+    settings: Config,
+    skip_data: Annotated[bool, typer.Option("--skip-data", help="Take the prepared data as it is.")] = False,
+    skip_backbone: Annotated[bool, typer.Option("--skip-backbone", help="Take the backbone as it is.")] = False,
+    skip_experts: Annotated[bool, typer.Option("--skip-experts", help="Take the experts as they are.")] = False,
+    skip_assembly: Annotated[bool, typer.Option("--skip-assembly", help="Assemble and calibrate nothing.")] = False,
+    skip_calibration: Annotated[bool, typer.Option("--skip-calibration", help="Do not calibrate.")] = False,
+    skip_evaluation: Annotated[bool, typer.Option("--skip-evaluation", help="Measure nothing.")] = False,
+) -> None:
+    """Prepare data, train backbone and experts, assemble, calibrate and evaluate; finished stages are skipped."""
+    if not skip_data:
+        from modularforge.stages import prepare
+
+        prepare.run(settings)
+    if not skip_backbone:
+        _train_backbone(settings)
+    if not skip_experts:
+        _train_experts(settings, range(settings.experts.count))
+    if not skip_assembly:
+        _assemble(settings, not skip_calibration)
+    if not skip_evaluation:
+        _evaluate(settings)
+
+
+@app.command()
+@with_settings
+def generate(
+    settings: Config,
+    model: Annotated[str | None, typer.Option(help="Model folder; without it the run's best model.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; without it you are asked for one.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the continuation.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Choose among the k likeliest; 0: all.")] = 50,
+    top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Choose among those that hold this share.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+) -> None:
+    """Continue a text with a trained model."""
+    from modularforge.evaluation.generation import Sampling
+    from modularforge.evaluation.talk import continue_text, load_for_generation, talk
+
+    if model is None:
+        from modularforge.stages.evaluate import chosen_model
+
+        model = chosen_model(settings).url
+    loaded = load_for_generation(model)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    if prompt is None:
+        talk(loaded, tokens, sampling)
+    else:
+        typer.echo(prompt + continue_text(loaded, prompt, tokens, sampling))
+
+
+@app.command()
+@with_settings
+def info(
+    settings: Config,
+    show_settings: Annotated[bool, typer.Option("--settings", help="Print the resolved settings as YAML.")] = False,
+) -> None:
+    """Print the sizes of backbone and assembled model, FLOPs per token, and the length of the training."""
+    from modularforge.info import describe
+    from modularforge.settings import to_yaml
+
+    typer.echo(to_yaml(settings) if show_settings else describe(settings))

@@ -1,0 +1,311 @@
+"""Every setting, typed, documented and strict; the resolved copy is saved beside every output.
+
+A YAML file, ``--set key=value`` and ``--smoke-test`` are merged in that order and validated at once, so one run of the
+command reports every mistake with its dotted path. This file imports no torch: the launcher and ``--help`` read it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PartitionMethod = Literal["random", "clustered", "curriculum", "domain"]
+RouterKind = Literal["learned", "centred_means", "data_stats", "kaiming", "uniform"]
+
+
+class Section(BaseModel):
+    """A group of settings: unknown names are refused, values are checked and never changed afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, use_attribute_docstrings=True)
+
+
+class SourceConfig(Section):
+    """One labelled part of the corpus: a Hub data set, or files at any URL that fsspec knows."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    """Label of the documents; evaluation reports one row per label and `domain` partitions split by it."""
+    hub: str | None = None
+    """Hub data set (for example `Salesforce/wikitext`); train, validation and test then name its splits."""
+    hub_config: str | None = None
+    """Configuration of the Hub data set (for example `wikitext-103-raw-v1`)."""
+    train: str | list[str] = "train"
+    """Files of the training split: a path, URL or glob, or a list; `sample:law/train.jsonl.gz` is in the package."""
+    validation: str | list[str] | None = None
+    """Files of the validation split; without it `data.heldout_fraction` of the training documents is taken."""
+    test: str | list[str] | None = None
+    """Files of the test split; without it `data.heldout_fraction` of the training documents is taken."""
+    format: Literal["auto", "text", "wikitext", "jsonl", "parquet"] = "auto"
+    """`auto` goes by the ending: .jsonl, .parquet, .tokens and .raw (WikiText), else text; all also .gz .zst .bz2.
+    `wikitext` is one document an article (` = Title = ` lines); `text` one a file, cut where over 64 Ki characters."""
+    text_field: str = "text"
+    """Column that holds the text, in JSONL, Parquet and Hub data sets."""
+    label_field: str | None = None
+    """Column whose value labels each document instead of `name`."""
+
+
+class DataConfig(Section):
+    """Where text comes from and how it becomes tokens."""
+
+    sources: list[SourceConfig] = Field(min_length=1)
+    """The labelled parts of the corpus."""
+    min_article_length: int = Field(100, ge=0)
+    """Documents shorter than this many characters are dropped."""
+    max_documents_per_source: int | None = Field(None, ge=1)
+    """Read at most this many training documents of each source (held-out splits: a tenth of it); null reads all."""
+    heldout_fraction: float = Field(0.01, gt=0, lt=0.5)
+    """Share of the documents held out for validation, and again for test, where a source names no such split."""
+    vocab_size: int = Field(16384, ge=260, le=1_000_000)
+    """Entries of the byte-level BPE vocabulary: 4 special tokens, 256 bytes, and merges."""
+    tokenizer_sample_bytes: int = Field(100_000_000, ge=1000)
+    """The tokenizer learns from this many bytes of training text at the most, spread evenly over the sources."""
+
+
+class PartitionConfig(Section):
+    """How the training documents are divided among the experts."""
+
+    method: PartitionMethod = "clustered"
+    """`domain` by source label, `clustered` by content, `curriculum` by difficulty, `random` as the baseline."""
+    overlap_ratio: float = Field(0.0, ge=0.0, le=0.5)
+    """Every partition also gets documents of the others amounting to this share of its own."""
+    cluster_encoder: str = "tfidf"
+    """`tfidf` (hashed, scikit-learn), or the name of a sentence-transformers model (extra `embeddings`)."""
+    cluster_sample_documents: int = Field(20_000, ge=10)
+    """k-means is fitted on this many documents drawn by the seed; the others are assigned to the centres."""
+
+
+class ModelConfig(Section):
+    """Shape of the backbone; the assembled model has one such feed-forward block per expert and layer."""
+
+    width: int = Field(512, ge=8)
+    """Width of the residual stream."""
+    layers: int = Field(4, ge=1)
+    """Transformer blocks."""
+    heads: int = Field(8, ge=1)
+    """Query heads."""
+    kv_heads: int = Field(8, ge=1)
+    """Key and value heads; fewer than `heads` is grouped-query attention."""
+    ffn_width: int = Field(1368, ge=8)
+    """Inner width of the SwiGLU block; 1368 has the parameters of a plain block of 2048 at width 512."""
+    context_length: int = Field(512, ge=8)
+    """Longest sequence in tokens."""
+    rope_theta: float = Field(10_000.0, gt=0)
+    """Base of the rotary position angles."""
+    norm_epsilon: float = Field(1e-5, gt=0)
+    """Added to the mean square in RMSNorm."""
+    tied_head: bool = True
+    """The output head shares the embedding matrix."""
+
+
+class PhaseConfig(Section):
+    """Length, batch and schedule of one training phase."""
+
+    steps: int = Field(1000, ge=0)
+    """Optimizer steps."""
+    batch_size: int = Field(32, ge=1)
+    """Sequences of `model.context_length` tokens in one step, over all ranks and accumulation steps."""
+    accumulation_steps: int = Field(1, ge=1)
+    """Each step's batch is computed in this many pieces to save memory; the result is the same."""
+    peak_learning_rate: float = Field(1e-3, gt=0)
+    """AdamW learning rate after warm-up."""
+    final_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
+    """The cosine schedule ends at this share of the peak."""
+    warmup_steps: int = Field(100, ge=0)
+    """Steps of linear warm-up."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of matrices; norm gains and embeddings never decay."""
+
+
+class TrainingConfig(Section):
+    """What all training phases share."""
+
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's first moment decay."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """AdamW's second moment decay."""
+    clip_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 autocast or fp32; `auto` is bf16 on a GPU that has it and fp32 on a CPU."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    log_every: int = Field(10, ge=1)
+    """Steps between lines of metrics."""
+    validate_every: int = Field(200, ge=1)
+    """Steps between validations."""
+    validation_tokens: int = Field(65_536, ge=1)
+    """Tokens of each validation at the most."""
+    checkpoint_every: int = Field(200, ge=1)
+    """Steps between training checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Training checkpoints of a job that are kept; the newest good one always is."""
+
+
+class BackboneConfig(PhaseConfig):
+    """The backbone: trained on everything."""
+
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled weight decay of matrices; norm gains and embeddings never decay."""
+
+
+class ExpertsConfig(PhaseConfig):
+    """The experts: how many, what each starts from, and how it trains."""
+
+    count: int = Field(5, ge=1)
+    """Experts to train, one per partition; the assembled model has the public FFN beside them."""
+    anchored: bool = True
+    """Train beside the frozen public FFN with a router row of its own (FlexOlmo); false trains a plain FFN alone."""
+    init: Literal["backbone", "fresh"] = "backbone"
+    """An expert starts as a copy of the public FFN, or from random weights."""
+    z_loss: float = Field(1e-3, ge=0)
+    """Weight of the router z-loss, mean of logsumexp(router logits) squared."""
+    statistics_tokens: int = Field(262_144, ge=1)
+    """Tokens of its partition from which a finished expert gathers router statistics."""
+
+
+class AssemblyConfig(Section):
+    """How backbone and experts become one model."""
+
+    router: RouterKind = "learned"
+    """Rows trained with the experts, centred means, ridge regression from sums (`data_stats`), random, or all equal."""
+    experts_per_token: int = Field(2, ge=1)
+    """Experts that each token visits."""
+    public_expert: bool | None = None
+    """Keep the public FFN as expert 0; null keeps it when the experts were anchored to it."""
+    ridge_penalty: float = Field(1e-2, gt=0)
+    """Ridge penalty of `data_stats`, as a share of the mean diagonal of the second moments."""
+    router_temperature: float = Field(0.1, gt=0)
+    """Router logits of `data_stats` and `centred_means` are divided by this."""
+    max_shard_bytes: int = Field(5_000_000_000, ge=1_000_000)
+    """Weight files larger than this are split, with an index, as Hugging Face does."""
+
+
+class CalibrationConfig(PhaseConfig):
+    """A short training of a few parameters on validation data, kept only if held-out loss improves."""
+
+    steps: int = Field(100, ge=0)
+    """Optimizer steps."""
+    warmup_steps: int = Field(10, ge=0)
+    """Steps of linear warm-up."""
+    norms: bool = True
+    """Train the gains of the RMSNorms."""
+    router: bool = True
+    """Train the router rows."""
+
+
+class EvaluationConfig(Section):
+    """What is measured, on what, and beside which baselines."""
+
+    batch_size: int = Field(16, ge=1)
+    """Sequences per batch, the same for every model."""
+    tokens_per_domain: int = Field(200_000, ge=1)
+    """Test tokens of each domain at the most."""
+    baselines: list[Literal["dense", "soup"]] = ["dense", "soup"]
+    """`dense`: the backbone trained on with all the experts' tokens; `soup`: the mean of the experts' weights."""
+    prompts: list[str] = ["The", "In the beginning"]
+    """Texts that each model continues in the report."""
+    sample_tokens: int = Field(60, ge=1)
+    """Length of the continuations."""
+    temperature: float = Field(0.8, ge=0)
+    """Sampling temperature; 0 is greedy."""
+    top_k: int = Field(50, ge=0)
+    """Sample among the k likeliest tokens; 0 takes all."""
+    top_p: float = Field(0.95, gt=0, le=1)
+    """Sample among the likeliest tokens that together hold this probability."""
+
+
+class LauncherConfig(Section):
+    """How `python -m launcher` runs the stages on this machine."""
+
+    max_workers: int = Field(2, ge=1)
+    """Experts that train side by side."""
+    backbone_processes: int = Field(1, ge=1)
+    """Processes of the backbone's DDP job, started by torchrun when more than one."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = "modularforge"
+    """Title of reports and of the model card."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Every random choice follows from it."""
+    output_dir: str = "runs/default"
+    """Root of the run: a folder or a URL such as `s3://bucket/run`."""
+    data_dir: str | None = None
+    """Prepared data; null is `data` under `output_dir`. Runs that share it share the tokenizer and the partitions."""
+    data: DataConfig
+    partition: PartitionConfig = PartitionConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    experts: ExpertsConfig = ExpertsConfig()
+    assembly: AssemblyConfig = AssemblyConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    launcher: LauncherConfig = LauncherConfig()
+
+    @property
+    def data_url(self) -> str:
+        """Where the prepared data lies."""
+        return self.data_dir or self.output_dir.rstrip("/") + "/data"
+
+    @property
+    def has_public_expert(self) -> bool:
+        """Whether the assembled model keeps the public FFN as expert 0."""
+        kept = self.assembly.public_expert
+        return self.experts.anchored if kept is None else kept
+
+    @property
+    def assembled_experts(self) -> int:
+        """Experts per layer of the assembled model, the public one included."""
+        return self.experts.count + int(self.has_public_expert)
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        problems = list(_impossible_combinations(self))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _impossible_combinations(config: Config) -> Any:
+    """One sentence per combination of settings that cannot work, with the dotted name first."""
+    model, experts, assembly = config.model, config.experts, config.assembly
+    if model.width % model.heads:
+        yield (
+            f"model.width must be a multiple of model.heads ({model.heads}), but is {model.width}; "
+            f"try {model.width // model.heads * model.heads or model.heads}"
+        )
+    elif model.width // model.heads % 2:
+        yield (
+            f"model.width / model.heads must be even for rotary positions, but is {model.width // model.heads}; "
+            "change model.heads"
+        )
+    if model.heads % model.kv_heads:
+        yield (
+            f"model.heads must be a multiple of model.kv_heads ({model.kv_heads}), but is {model.heads}; "
+            "set both equal for plain multi-head attention"
+        )
+    for name in ("backbone", "experts", "calibration"):
+        phase: PhaseConfig = getattr(config, name)
+        if phase.batch_size % phase.accumulation_steps:
+            yield (
+                f"{name}.batch_size must be a multiple of {name}.accumulation_steps ({phase.accumulation_steps}), "
+                f"but is {phase.batch_size}; change one of them"
+            )
+    if assembly.experts_per_token > config.assembled_experts:
+        yield (
+            f"assembly.experts_per_token must be at most the number of experts ({config.assembled_experts}), "
+            f"but is {assembly.experts_per_token}; lower it or add experts"
+        )
+    if assembly.router == "learned" and not experts.anchored:
+        yield (
+            "assembly.router must not be learned when experts.anchored is false, because plain experts train no router "
+            "rows; use data_stats or centred_means"
+        )
+    if config.assembled_experts < 1:
+        yield "experts.count must be at least 1, but is 0; add experts"
+    names = [source.name for source in config.data.sources]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"data.sources must have names of their own, but {name!r} occurs {names.count(name)} times; rename one"

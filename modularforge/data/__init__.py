@@ -1,0 +1,1 @@
+"""Text to batches: corpus readers, one tokenizer, token files, partitions, and the loader."""

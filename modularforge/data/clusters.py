@@ -1,0 +1,170 @@
+"""Partition by content: k-means over hashed TF-IDF, or over sentence embeddings.
+
+Texts come from decoding the token file, so the corpus is not read twice; of a long document the beginning stands for
+the whole. k-means is fitted on a sample and the other documents are assigned to its centres batch by batch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from modularforge.config import PartitionConfig
+from modularforge.data.partition import Indices, require_documents
+from modularforge.data.token_files import TokenFile
+from modularforge.errors import ConfigError
+from modularforge.log import progress
+
+Features = npt.NDArray[np.float32]
+Encoder = Callable[[list[str]], Features]
+
+# Of each document; bounds memory and time, and a topic shows early.
+DOCUMENT_TOKENS = 1024
+BATCH_DOCUMENTS = 512
+HASHED_WORDS = 1 << 16
+DIMENSIONS = 100
+TOP_WORDS = 12
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Documents of each cluster, and the words that set its sampled documents apart from the others."""
+
+    partitions: list[Indices]
+    top_words: list[list[str]]
+
+
+def cluster_documents(
+    documents: TokenFile, tokenizer: Tokenizer, count: int, settings: PartitionConfig, seed: int
+) -> Clusters:
+    """Assign every document to one of `count` clusters; deterministic by seed, never an empty cluster."""
+    require_documents(documents.num_documents, count)
+    sample_size = min(documents.num_documents, max(settings.cluster_sample_documents, count))
+    sample = np.sort(np.random.default_rng(seed).choice(documents.num_documents, sample_size, replace=False))
+    # Sums over several threads differ in the last bit, which can move a document between runs.
+    with _one_thread():
+        texts = _texts(documents, tokenizer, sample)
+        encode = _fit_encoder(texts, settings.cluster_encoder, seed)
+        centres, sample_clusters = _fit_centres(_encode_in_batches(encode, texts), count, seed)
+        clusters = np.empty(documents.num_documents, np.int64)
+        clusters[sample] = sample_clusters
+        others = np.setdiff1d(np.arange(documents.num_documents), sample, assume_unique=True)
+        with progress("assign clusters", len(others), "documents") as bar:
+            for start in range(0, len(others), BATCH_DOCUMENTS):
+                batch = others[start : start + BATCH_DOCUMENTS]
+                clusters[batch] = _nearest(encode(_texts(documents, tokenizer, batch)), centres)
+                bar.advance(len(batch))
+    partitions = [np.flatnonzero(clusters == cluster) for cluster in range(count)]
+    return Clusters(partitions, _top_words(texts, sample_clusters, count))
+
+
+def _one_thread() -> AbstractContextManager[Any]:
+    threadpoolctl: Any = importlib.import_module("threadpoolctl")  # comes with scikit-learn, without type hints
+    limits: AbstractContextManager[Any] = threadpoolctl.threadpool_limits(1)
+    return limits
+
+
+def _texts(documents: TokenFile, tokenizer: Tokenizer, indices: Indices) -> list[str]:
+    texts: list[str] = []
+    for start in range(0, len(indices), BATCH_DOCUMENTS):
+        ids = [documents.document(int(index))[:DOCUMENT_TOKENS].tolist() for index in indices[start:][:BATCH_DOCUMENTS]]
+        texts += tokenizer.decode_batch(ids, skip_special_tokens=True)
+    return texts
+
+
+def _fit_encoder(texts: list[str], name: str, seed: int) -> Encoder:
+    return _fit_tfidf(texts, seed) if name == "tfidf" else _load_sentence_encoder(name)
+
+
+def _fit_tfidf(texts: list[str], seed: int) -> Encoder:
+    """Hashed words, weighted by rarity, reduced to at most 100 dimensions (latent semantic analysis), unit length."""
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import Normalizer
+
+    pipeline = make_pipeline(
+        HashingVectorizer(n_features=HASHED_WORDS, alternate_sign=False, norm=None, dtype=np.float32),
+        TfidfTransformer(sublinear_tf=True),
+        TruncatedSVD(min(DIMENSIONS, len(texts)), random_state=seed),
+        Normalizer(),
+    )
+    pipeline.fit(texts)
+
+    def encode(batch: list[str]) -> Features:
+        features: Features = pipeline.transform(batch).astype(np.float32)
+        return features
+
+    return encode
+
+
+def _load_sentence_encoder(name: str) -> Encoder:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ConfigError(
+            f"partition.cluster_encoder must be tfidf or the name of an installed sentence encoder, but is {name} and "
+            "sentence-transformers is missing; run pip install 'modularforge[embeddings]'"
+        ) from error
+    model = SentenceTransformer(name)
+
+    def encode(batch: list[str]) -> Features:
+        features: Features = model.encode(batch, normalize_embeddings=True, show_progress_bar=False)
+        return features
+
+    return encode
+
+
+def _encode_in_batches(encode: Encoder, texts: list[str]) -> Features:
+    starts = range(0, len(texts), BATCH_DOCUMENTS)
+    return np.concatenate([encode(texts[start : start + BATCH_DOCUMENTS]) for start in starts])
+
+
+def _fit_centres(features: Features, count: int, seed: int) -> tuple[Features, Indices]:
+    """Centres [K, D], and the cluster of each sampled document; no cluster is empty."""
+    from sklearn.cluster import KMeans
+
+    fitted: Any = KMeans(count, n_init=4, random_state=seed).fit(features)
+    return fitted.cluster_centers_, _fill_empty(fitted.labels_.astype(np.int64), count)
+
+
+def _fill_empty(clusters: Indices, count: int) -> Indices:
+    """Give each empty cluster (identical documents make them) a document of the largest one."""
+    for cluster in range(count):
+        if not (clusters == cluster).any():
+            largest = np.bincount(clusters, minlength=count).argmax()
+            clusters[np.flatnonzero(clusters == largest)[-1]] = cluster
+    return clusters
+
+
+def _nearest(features: Features, centres: Features) -> Indices:
+    """The nearest centre of each row: the one with the least |c|^2 - 2 x.c."""
+    distances_NK = (centres**2).sum(axis=1) - 2 * features @ centres.T
+    nearest: Indices = distances_NK.argmin(axis=1)
+    return nearest
+
+
+def _top_words(texts: list[str], clusters: Indices, count: int) -> list[list[str]]:
+    """Words that more documents of a cluster have than of the whole sample, by the weighted log ratio of the shares."""
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    vectorizer = CountVectorizer(max_features=20_000, binary=True, token_pattern=r"(?u)\b[^\W\d_]{3,}\b")
+    try:
+        present = vectorizer.fit_transform(texts)
+    except ValueError:  # not a single word
+        return [[] for _ in range(count)]
+    words = vectorizer.get_feature_names_out()
+    overall = np.asarray(present.mean(axis=0)).ravel()
+    top = []
+    for cluster in range(count):
+        share = np.asarray(present[clusters == cluster].mean(axis=0)).ravel()
+        score = share * np.log((share + 1e-3) / (overall + 1e-3))
+        top.append([str(words[index]) for index in np.argsort(-score, kind="stable")[:TOP_WORDS]])
+    return top

@@ -1,0 +1,93 @@
+"""Stream the documents of a source: short ones dropped, held-out ones set aside, no more than the config says.
+
+The same settings and files give the same documents in the same order. Without a validation or test split of its own, a
+source gives up the documents whose hash falls into the held-out share, so a text is in one split whatever its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from modularforge.config import DataConfig, SourceConfig
+from modularforge.data.files import find_files
+from modularforge.data.formats import Labelled, read_file, read_hub
+from modularforge.errors import DataError
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+HELD_OUT: tuple[Split, ...] = ("validation", "test")
+# Of a source capped at n training documents, held-out splits keep n / 10.
+HELD_OUT_CAP_DIVISOR = 10
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of the corpus and the label it is evaluated under."""
+
+    text: str
+    label: str
+
+
+def read_documents(
+    source: SourceConfig, split: Split, data: DataConfig, dropped: Counter[str] | None = None
+) -> Iterator[Document]:
+    """The documents of one split of one source; raises DataError when there are none.
+
+    `dropped`, when given, counts the documents under `data.min_article_length` by label.
+    """
+    count, limit = 0, _document_limit(split, data)
+    for text, label in _read_split(source, split):
+        document = Document(text, label or source.name)
+        if len(text) < data.min_article_length:
+            if dropped is not None:
+                dropped[document.label] += 1
+        elif _home_split(text, source, split, data) == split:
+            yield document
+            count += 1
+            if count == limit:
+                return
+    if not count:
+        raise _no_documents(source, split, data)
+
+
+def _read_split(source: SourceConfig, split: Split) -> Iterator[Labelled]:
+    locations = getattr(source, split) or source.train
+    if source.hub is not None:
+        names = [locations] if isinstance(locations, str) else locations
+        return (labelled for name in names for labelled in read_hub(name, source))
+    return (labelled for url in find_files(locations) for labelled in read_file(url, source))
+
+
+def _home_split(text: str, source: SourceConfig, split: Split, data: DataConfig) -> Split:
+    """The split a document read for `split` belongs to; only the training files are divided."""
+    if split != "train" and getattr(source, split):
+        return split
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    position = int.from_bytes(digest, "big") / 2**64 / data.heldout_fraction
+    for index, held_out in enumerate(HELD_OUT):
+        if not getattr(source, held_out) and index <= position < index + 1:
+            return held_out
+    return "train"
+
+
+def _document_limit(split: Split, data: DataConfig) -> int | None:
+    limit = data.max_documents_per_source
+    if limit is None or split == "train":
+        return limit
+    return max(1, limit // HELD_OUT_CAP_DIVISOR)
+
+
+def _no_documents(source: SourceConfig, split: Split, data: DataConfig) -> DataError:
+    wanted = f"source {source.name} must have {split} documents of at least {data.min_article_length} characters"
+    if split == "train" or getattr(source, split):
+        return DataError(
+            f"{wanted}, but has none in {getattr(source, split)}; check data.sources and min_article_length"
+        )
+    return DataError(
+        f"{wanted}, but none of its training documents fell into the held-out share {data.heldout_fraction}; "
+        f"name {split} files for it or raise data.heldout_fraction"
+    )

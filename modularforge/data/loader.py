@@ -1,0 +1,131 @@
+"""Batches of token windows from a stream of ids: shuffled for training, in order for evaluation.
+
+Training yields (inputs, targets, position); starting again at a position continues exactly, on any number of ranks:
+positions count windows over all ranks, and n ranks together take the batch that one would.
+"""
+
+# B batch  T context length  W windows
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from modularforge.data.token_files import TokenFile, Tokens
+from modularforge.data.tokenizer import PAD
+from modularforge.errors import DataError, TrainingError
+
+# torch's cross_entropy skips these targets.
+IGNORED_TARGET = -100
+
+
+def batches(
+    tokens: Tokens,
+    context_length: int,
+    batch_size: int,
+    seed: int,
+    start_position: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    name: str = "the training data",
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Endless inputs [B/world, T], targets [B/world, T] and the position after the batch (called on every rank).
+
+    Each epoch visits every window once, in an order of its own drawn from seed and epoch; a batch may span two epochs.
+    Raises TrainingError when the tokens do not fill one batch; `name` stands for them in the message.
+    """
+    inputs_WT, targets_WT = _windows(tokens, context_length)
+    _require_batch(len(inputs_WT), len(tokens), context_length, batch_size, world, name)
+    share = batch_size // world
+    order = _Order(len(inputs_WT), seed)
+    position = start_position
+    while True:
+        first = position + rank * share
+        chosen_B = order.windows(first, first + share)
+        position += batch_size
+        yield _tensor(inputs_WT[chosen_B]), _tensor(targets_WT[chosen_B]), position
+
+
+def evaluation_batches(
+    tokens: Tokens, context_length: int, batch_size: int, max_tokens: int | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and targets [B, T] in order, each token predicted once, at most `max_tokens` of them.
+
+    The last window is padded, with targets of -100; the last batch may have fewer rows. DataError without tokens.
+    """
+    count = min(len(tokens) - 1, max_tokens or len(tokens))
+    if count < 1:
+        raise DataError(f"evaluation data must have at least 2 tokens, but has {len(tokens)}; check the split's files")
+    for start in range(0, count, batch_size * context_length):
+        end = min(start + batch_size * context_length, count)
+        piece = np.asarray(tokens[start : end + 1], dtype=np.int64)
+        yield _rows(piece[:-1], context_length, PAD), _rows(piece[1:], context_length, IGNORED_TARGET)
+
+
+def label_tokens(file: TokenFile, label: int, max_tokens: int | None = None) -> Tokens:
+    """The documents of one label one after another, so that no window mixes domains; cut after `max_tokens` + 1 ids."""
+    documents: list[Tokens] = []
+    missing = file.tokens.size if max_tokens is None else max_tokens + 1
+    for index in np.flatnonzero(file.labels == label):
+        documents.append(file.document(int(index))[:missing])
+        missing -= len(documents[-1])
+        if missing <= 0:
+            break
+    return np.concatenate(documents) if documents else np.empty(0, file.tokens.dtype)
+
+
+class _Order:
+    """Which window stands at a position: a permutation per epoch, of which the newest two are kept."""
+
+    def __init__(self, num_windows: int, seed: int) -> None:
+        self.num_windows = num_windows
+        self.seed = seed
+        self.permutations: dict[int, npt.NDArray[np.int64]] = {}
+
+    def windows(self, first: int, end: int) -> npt.NDArray[np.int64]:
+        """Windows at the positions [first, end), which may span two epochs."""
+        epoch, start = divmod(first, self.num_windows)
+        head_B = self._permutation(epoch)[start : start + end - first]
+        missing = end - first - len(head_B)
+        return np.concatenate([head_B, self._permutation(epoch + 1)[:missing]]) if missing else head_B
+
+    def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
+        if epoch not in self.permutations:
+            self.permutations = {old: order for old, order in self.permutations.items() if old == epoch - 1}
+            self.permutations[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.num_windows)
+        return self.permutations[epoch]
+
+
+def _windows(tokens: Tokens, context_length: int) -> tuple[Tokens, Tokens]:
+    """Views [W, T] of the ids and of the ids one later; the tail that fills no window is left out."""
+    flat = np.asarray(tokens)  # a plain view: indexing np.memmap itself costs microseconds a row
+    length = max(len(flat) - 1, 0) // context_length * context_length
+    return flat[:length].reshape(-1, context_length), flat[1 : length + 1].reshape(-1, context_length)
+
+
+def _tensor(ids_BT: Tokens) -> torch.Tensor:
+    return torch.from_numpy(ids_BT.astype(np.int64))
+
+
+def _rows(ids: npt.NDArray[np.int64], context_length: int, filler: int) -> torch.Tensor:
+    padding = -len(ids) % context_length
+    rows_BT: Any = np.pad(ids, (0, padding), constant_values=filler).reshape(-1, context_length)
+    return torch.from_numpy(rows_BT)
+
+
+def _require_batch(windows: int, tokens: int, context_length: int, batch_size: int, world: int, name: str) -> None:
+    needed = batch_size * context_length + 1
+    if windows < batch_size:
+        raise TrainingError(
+            f"{name} must fill one batch of {batch_size} x {context_length} tokens ({needed}), but has {tokens}; "
+            "lower batch_size or model.context_length, add text, or make fewer partitions"
+        )
+    if batch_size % world:
+        raise TrainingError(
+            f"batch_size must be a multiple of the number of processes ({world}), but is {batch_size}; "
+            "change one of them"
+        )

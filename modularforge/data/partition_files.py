@@ -1,0 +1,83 @@
+"""Write the partitions of a prepared corpus: a token file and a list of documents for each expert, and a summary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modularforge.config import Config
+from modularforge.data.clusters import cluster_documents
+from modularforge.data.partition import (
+    Indices,
+    add_overlap,
+    curriculum_partitions,
+    domain_partitions,
+    random_partitions,
+    require_documents,
+)
+from modularforge.data.token_files import TokenFile, TokenFileWriter, open_token_file
+from modularforge.data.tokenizer import load_tokenizer
+from modularforge.log import logger
+
+# Documents copied in one piece.
+COPY_DOCUMENTS = 1024
+
+
+def make_partitions(config: Config, corpus_folder: Path, output: Path) -> dict[str, Any]:
+    """Divide the training documents of a prepared corpus among `config.experts.count` partitions.
+
+    Writes token files `partition-K`, document indices `partition-K.documents.npy` and `partitions.json` into `output`
+    and returns what the last one says. Raises ConfigError or DataError when a partition would be empty.
+    """
+    documents = open_token_file(corpus_folder, "train")
+    metadata = json.loads((corpus_folder / "metadata.json").read_text(encoding="utf-8"))
+    names, vocab_size = metadata["labels"], metadata["vocab_size"]
+    require_documents(documents.num_documents, config.experts.count)
+    partitions, top_words = _divide(config, documents, corpus_folder, names, vocab_size)
+    partitions = add_overlap(partitions, config.partition.overlap_ratio, config.seed)
+    rows = []
+    for number, indices in enumerate(partitions):
+        _write_partition(documents, indices, output, f"partition-{number}", vocab_size)
+        rows.append(_describe(documents, indices, names) | ({"top_words": top_words[number]} if top_words else {}))
+        logger.info("partition %d: %d documents, %d tokens", number, rows[-1]["documents"], rows[-1]["tokens"])
+    summary = {"seed": config.seed, **config.partition.model_dump(), "partitions": rows}
+    (output / "partitions.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return summary
+
+
+def _divide(
+    config: Config, documents: TokenFile, corpus_folder: Path, names: list[str], vocab_size: int
+) -> tuple[list[Indices], list[list[str]]]:
+    """The documents of each partition before overlap, and the top words of clusters."""
+    count, method = config.experts.count, config.partition.method
+    if method == "random":
+        return random_partitions(documents.lengths, count, config.seed), []
+    if method == "curriculum":
+        return curriculum_partitions(documents, vocab_size, count), []
+    if method == "domain":
+        return domain_partitions(documents.labels, names, count), []
+    clusters = cluster_documents(documents, load_tokenizer(corpus_folder), count, config.partition, config.seed)
+    return clusters.partitions, clusters.top_words
+
+
+def _write_partition(documents: TokenFile, indices: Indices, output: Path, name: str, vocab_size: int) -> None:
+    np.save(output / f"{name}.documents.npy", indices.astype("<i8"))
+    lengths, labels = documents.lengths, documents.labels
+    with TokenFileWriter(output, name, vocab_size) as writer:
+        for start in range(0, len(indices), COPY_DOCUMENTS):
+            chosen = indices[start : start + COPY_DOCUMENTS]
+            tokens = np.concatenate([documents.document(int(index)) for index in chosen])
+            writer.add(tokens, lengths[chosen], labels[chosen])
+
+
+def _describe(documents: TokenFile, indices: Indices, names: list[str]) -> dict[str, Any]:
+    lengths, labels = documents.lengths[indices], documents.labels[indices]
+    tokens_by_label = np.bincount(labels, weights=lengths, minlength=len(names)).astype(np.int64)
+    return {
+        "documents": len(indices),
+        "tokens": int(lengths.sum()),
+        "tokens_by_label": {name: int(tokens) for name, tokens in zip(names, tokens_by_label, strict=True)},
+    }

@@ -1,0 +1,161 @@
+"""Turn a corpus into what training reads: one tokenizer, token files of three splits, and `metadata.json`.
+
+Work in progress lies in a scratch folder and survives a kill: the same call continues it and writes the same bytes.
+Scratch of other settings, or of files that changed meanwhile, is discarded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import Tokenizer
+
+from checkpoints import paths
+from modularforge.config import Config, SourceConfig
+from modularforge.data.corpus import SPLITS, Document, Split, read_documents
+from modularforge.data.files import find_files
+from modularforge.data.shards import Shard, tokenise
+from modularforge.data.token_files import LABEL_LIMIT, TokenFileWriter
+from modularforge.data.tokenizer import load_tokenizer, save_tokenizer, take_bytes, train_tokenizer
+from modularforge.errors import DataError
+from modularforge.log import logger, progress
+
+# Raise it when the same settings and files give other tokens.
+FORMAT = 1
+
+
+def prepare_corpus(config: Config, scratch: Path, output: Path) -> dict[str, Any]:
+    """Write tokenizer, token files `train`, `validation`, `test` and `metadata.json` into `output`; return the last.
+
+    `scratch` must be the same folder when a killed run is repeated; the caller deletes it once `output` is committed.
+    """
+    work = _own_scratch(scratch, describe_corpus(config))
+    tokenizer = _learn_tokenizer(config, work / "tokenizer.json")
+    save_tokenizer(tokenizer, output, config.model.context_length)
+    labels = [source.name for source in config.data.sources if source.label_field is None]
+    dropped: Counter[str] = Counter()
+    splits = {split: _write_split(config, split, tokenizer, work, output, labels, dropped) for split in SPLITS}
+    metadata = {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "context_length": config.model.context_length,
+        "seed": config.seed,
+        "labels": labels,
+        "splits": splits,
+        "dropped_documents": dict(sorted(dropped.items())),
+        "sources": [source.model_dump() for source in config.data.sources],
+    }
+    (output / "metadata.json").write_text(json.dumps(metadata, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return metadata
+
+
+def describe_corpus(config: Config) -> str:
+    """A hash of the data settings and of the names, sizes and times of the files they name."""
+    files = {url: _file_key(url) for source in config.data.sources for url in _files_of(source)}
+    facts = {"format": FORMAT, "data": config.data.model_dump(), "files": files, "tokenizers": tokenizers.__version__}
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def _own_scratch(scratch: Path, key: str) -> Path:
+    """The scratch folder of these settings; those of others are deleted."""
+    for other in scratch.glob("prepare-*"):
+        if other.name != f"prepare-{key}":
+            shutil.rmtree(other)
+    work = scratch / f"prepare-{key}"
+    work.mkdir(parents=True, exist_ok=True)
+    return work
+
+
+def _learn_tokenizer(config: Config, path: Path) -> Tokenizer:
+    if not path.exists():
+        logger.info("learning a tokenizer of %d entries", config.data.vocab_size)
+        tokenizer = train_tokenizer(_sample_texts(config), config.data.vocab_size)
+        paths.write_atomically(path, [tokenizer.to_str().encode()], replace=True)
+    return load_tokenizer(path)
+
+
+def _sample_texts(config: Config) -> Iterator[str]:
+    """The beginning of each source's training text, in equal shares of `data.tokenizer_sample_bytes`."""
+    share = config.data.tokenizer_sample_bytes // len(config.data.sources)
+    for source in config.data.sources:
+        yield from take_bytes((document.text for document in read_documents(source, "train", config.data)), share)
+
+
+def _write_split(
+    config: Config,
+    split: Split,
+    tokenizer: Tokenizer,
+    work: Path,
+    output: Path,
+    labels: list[str],
+    dropped: Counter[str],
+) -> dict[str, dict[str, int]]:
+    """Write one token file and return documents, tokens and bytes by label; labels not seen before join `labels`."""
+    totals: dict[str, Counter[str]] = {}
+    documents = _documents(config, split, dropped if split == "train" else None)
+    started, done = time.monotonic(), Counter[str]()
+    with (
+        TokenFileWriter(output, split, tokenizer.get_vocab_size()) as writer,
+        progress(f"tokenise {split}", None, "documents") as bar,
+    ):
+        for shard in tokenise(documents, tokenizer, work, split):
+            writer.add(shard.tokens, shard.lengths, _global_labels(shard, labels))
+            _count(shard, totals)
+            done.update(documents=len(shard.lengths), bytes=int(shard.text_bytes.sum()))
+            megabytes = done["bytes"] / 1e6
+            speed = megabytes / (time.monotonic() - started)
+            bar.advance(len(shard.lengths), f"{megabytes:.0f} MB, {speed:.1f} MB/s")
+    logger.info(
+        "%s: %d documents, %.1f MB, %d tokens", split, done["documents"], done["bytes"] / 1e6, writer.num_tokens
+    )
+    return {label: dict(totals[label]) for label in labels if label in totals}
+
+
+def _documents(config: Config, split: Split, dropped: Counter[str] | None) -> Iterator[Document]:
+    for source in config.data.sources:
+        yield from read_documents(source, split, config.data, dropped)
+
+
+def _global_labels(shard: Shard, labels: list[str]) -> Any:
+    """Label ids of the shard's documents; new labels are appended in alphabetical order, the same on every run."""
+    labels.extend(name for name in shard.names if name not in labels)
+    if len(labels) > LABEL_LIMIT:
+        raise DataError(
+            f"data.sources must have at most {LABEL_LIMIT} labels, but label_field gives {len(labels)}; "
+            "name a column with fewer values"
+        )
+    return np.array([labels.index(name) for name in shard.names])[shard.labels]
+
+
+def _count(shard: Shard, totals: dict[str, Counter[str]]) -> None:
+    for index, name in enumerate(shard.names):
+        chosen = shard.labels == index
+        totals.setdefault(name, Counter()).update(
+            documents=int(chosen.sum()),
+            tokens=int(shard.lengths[chosen].sum()),
+            bytes=int(shard.text_bytes[chosen].sum()),
+        )
+
+
+def _files_of(source: SourceConfig) -> list[str]:
+    if source.hub is not None:
+        return []
+    return [url for split in SPLITS for url in find_files(getattr(source, split) or [])]
+
+
+def _file_key(url: str) -> str:
+    try:
+        filesystem, path = paths.filesystem(url)
+        return str(filesystem.ukey(path))
+    except OSError as error:
+        raise DataError(
+            f"{url} must be a file of the corpus, but cannot be found ({error}); mend the path in data.sources"
+        ) from error

@@ -1,0 +1,111 @@
+"""Token ids on disk: written once as a stream, read as memory maps.
+
+A token file NAME in a folder is ``NAME.tokens.bin`` (little-endian uint16, or uint32 for vocabularies over 65536),
+``NAME.offsets.npy`` (int64, where each document starts, and the end) and ``NAME.labels.npy`` (uint16 label ids).
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from modularforge.errors import DataError
+
+Tokens = npt.NDArray[Any]
+LABEL_LIMIT = 1 << 16
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """Documents as token ids: `tokens` is memory-mapped, document i lies between offsets i and i + 1."""
+
+    name: str
+    tokens: Tokens
+    offsets: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.uint16]
+
+    @property
+    def num_documents(self) -> int:
+        """How many documents the file holds."""
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each document, `<bos>` and `<eos>` included."""
+        return np.diff(self.offsets)
+
+    def document(self, index: int) -> Tokens:
+        """Token ids of one document."""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+class TokenFileWriter:
+    """Writes a token file as its documents come; the offsets are written when the `with` block ends well."""
+
+    def __init__(self, folder: Path, name: str, vocab_size: int) -> None:
+        self.folder = folder
+        self.name = name
+        self.dtype = token_dtype(vocab_size)
+        self.offsets = array("q", [0])
+        self.labels = array("H")
+        self.file = open(folder / f"{name}.tokens.bin", "wb")  # noqa: SIM115 closed by __exit__
+
+    def add(self, tokens: Tokens, lengths: npt.NDArray[np.int64], labels: npt.NDArray[Any]) -> None:
+        """Append documents: their tokens one after another, and the length and label of each."""
+        self.file.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
+        self.offsets.extend((self.offsets[-1] + np.cumsum(lengths)).tolist())
+        self.labels.extend(labels.tolist())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens written so far."""
+        return self.offsets[-1]
+
+    def __enter__(self) -> TokenFileWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.file.close()
+        if error is None:
+            np.save(self.folder / f"{self.name}.offsets.npy", np.array(self.offsets, dtype="<i8"))
+            np.save(self.folder / f"{self.name}.labels.npy", np.array(self.labels, dtype="<u2"))
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smallest type of the format that holds every id below `vocab_size`."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def open_token_file(folder: Path, name: str) -> TokenFile:
+    """Memory-map the token file `name` of a folder; raises DataError when it is missing, truncated or inconsistent."""
+    offsets = _load_array(folder / f"{name}.offsets.npy")
+    labels = _load_array(folder / f"{name}.labels.npy")
+    path = folder / f"{name}.tokens.bin"
+    size = path.stat().st_size if path.exists() else -1
+    count = int(offsets[-1]) if len(offsets) else -1
+    if len(labels) != len(offsets) - 1 or size not in (2 * count, 4 * count):
+        raise DataError(
+            f"{path} must hold the {count} tokens and {len(labels)} documents that its offsets and labels say, "
+            f"but has {size} bytes and {len(offsets) - 1} documents; it is truncated: run prepare-data again"
+        )
+    dtype = np.dtype("<u2" if size == 2 * count else "<u4")
+    tokens: Tokens = np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)
+    return TokenFile(name, tokens, offsets, labels)
+
+
+def _load_array(path: Path) -> npt.NDArray[Any]:
+    try:
+        content: npt.NDArray[Any] = np.load(path)
+        return content
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(
+            f"{path} must be part of a token file, but cannot be read ({error}); run prepare-data again"
+        ) from error

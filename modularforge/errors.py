@@ -1,0 +1,29 @@
+"""Every error a user can cause or repair, sorted by who can act on it.
+
+A message is one sentence with four parts: the name, what it must be, what it is, what to do.
+The command line prints it without a traceback and exits with 2; a traceback appears with ``--debug``.
+"""
+
+from checkpoints.errors import StoreError, UserError
+
+__all__ = ["ConfigError", "DataError", "Interrupted", "MismatchError", "StoreError", "TrainingError", "UserError"]
+
+
+class ConfigError(UserError):
+    """A setting is unknown, mistyped, or impossible together with another."""
+
+
+class DataError(UserError):
+    """An input is missing, empty, truncated, or not what its format says."""
+
+
+class MismatchError(UserError):
+    """Tensors, artifacts or settings that do not belong together."""
+
+
+class TrainingError(UserError):
+    """Training cannot go on: a non-finite loss, or too little data for one batch."""
+
+
+class Interrupted(Exception):
+    """A signal asked the job to stop; its state is in a checkpoint and the same command continues it."""

@@ -1,0 +1,1 @@
+"""Losses per domain, routing statistics, generation, baselines and the report."""

@@ -1,0 +1,88 @@
+"""Continue a text: greedy or sampled, with a key-value cache."""
+
+# T tokens  V vocabulary
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from modularforge.data.tokenizer import EOS
+from modularforge.errors import DataError
+from modularforge.model.backbone import Decoder, KeyValueCache
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; temperature 0 takes the likeliest."""
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def generate(model: Decoder, tokenizer: Tokenizer, prompt: str, new_tokens: int, sampling: Sampling) -> str:
+    """The continuation of `prompt` (without it), at most `new_tokens` long, ending early at `<eos>`."""
+    ids = tokenizer.encode(prompt).ids
+    if ids and ids[-1] == EOS:
+        raise DataError("a prompt must not end with <eos>, since nothing follows the end of a text; shorten the prompt")
+    device = model.lm_head.weight.device
+    generator = torch.Generator().manual_seed(sampling.seed)
+    model.eval()
+    with torch.inference_mode():
+        new = _continue(model, ids, new_tokens, sampling, generator, device)
+    text: str = tokenizer.decode(new)
+    return text
+
+
+def _continue(
+    model: Decoder,
+    ids: list[int],
+    new_tokens: int,
+    sampling: Sampling,
+    generator: torch.Generator,
+    device: torch.device,
+) -> list[int]:
+    limit = model.config.context_length
+    ids = ids[-(limit - 1) :]
+    cache, pending, new = KeyValueCache(), list(ids), list[int]()
+    for _ in range(new_tokens):
+        if cache.length + len(pending) > limit:
+            # Rotary angles end at the context length: start again from the second half of what was said.
+            pending, cache = (ids + new)[-limit // 2 :], KeyValueCache()
+        logits_V = model(torch.tensor([pending], device=device), cache)[0, -1]
+        token = choose_token(logits_V.float().cpu(), sampling, generator)
+        if token == EOS:
+            break
+        new.append(token)
+        pending = [token]
+    return new
+
+
+def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token's id."""
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    probabilities_V = keep_likely(logits_V / sampling.temperature, sampling.top_k, sampling.top_p).softmax(dim=-1)
+    return int(torch.multinomial(probabilities_V, 1, generator=generator))
+
+
+def keep_likely(logits_V: Tensor, top_k: int, top_p: float) -> Tensor:
+    """The logits with all but the likeliest tokens at -inf: the top k of them, then the fewest that hold `top_p`.
+
+    Each token keeps its place in the vocabulary, and the likeliest one is always kept (Holtzman et al.,
+    arXiv 1904.09751, section 3.1).
+    """
+    if 0 < top_k < len(logits_V):
+        threshold = logits_V.topk(top_k).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < threshold, float("-inf"))
+    if top_p < 1:
+        sorted_V, token_V = logits_V.sort(descending=True)
+        mass_V = sorted_V.softmax(dim=-1).cumsum(dim=-1)
+        before_V = mass_V - sorted_V.softmax(dim=-1)
+        logits_V = logits_V.scatter(0, token_V, sorted_V.masked_fill(before_V >= top_p, float("-inf")))
+    return logits_V

@@ -1,0 +1,113 @@
+"""The evaluation as a table for people: Markdown for files, rich for a terminal, from the same rows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+Results = dict[str, Any]
+
+
+def table_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: one model a row, loss in perplexity per domain, and their equal-weight mean."""
+    labels = results["domains"]
+    header = ["model", "total", "active", "training tokens", *labels, "mean loss", "perplexity", "bits/byte"]
+    rows = []
+    for name, model in results["models"].items():
+        cells = [_number(model["domains"][label]["perplexity"]) for label in labels]
+        size = [_count(model["parameters"]), _count(model["active_parameters"]), _count(model["training_tokens"])]
+        means = [f"{model['mean_loss']:.4f}", _number(model["perplexity"]), f"{model['bits_per_byte']:.4f}"]
+        rows.append([name, *size, *cells, *means])
+    return header, rows
+
+
+def markdown(results: Results) -> str:
+    """The whole report."""
+    lines = [
+        f"# {results['name']}",
+        "",
+        _verdict(results),
+        "",
+        "Perplexity per domain on the test split; lower is better. Domains weigh alike in the means.",
+        "`oracle` takes the best expert of each domain, chosen on the test split itself: a bound, no model.",
+        "",
+        *_markdown_table(*table_rows(results)),
+    ]
+    for name, routing in results["routing"].items():
+        lines += ["", f"## Where {name} routes", "", "Share of expert visits by domain (mean over layers).", ""]
+        lines += _markdown_table(*_routing_rows(routing))
+        balance = ", ".join(f"{value:.3f}" for value in routing["balance_per_layer"])
+        lines += ["", f"Balance per layer (1 is even, 0 is one expert only): {balance}."]
+    lines += ["", "## Samples", ""]
+    for name, samples in results["samples"].items():
+        for sample in samples:
+            lines += [f"**{name}**, greedy: {sample['prompt']}▸{_inline(sample['greedy'])}", ""]
+            lines += [f"**{name}**, sampled: {sample['prompt']}▸{_inline(sample['sampled'])}", ""]
+    facts = f"Measured in {results['seconds']:.0f} s, peak memory {results['peak_memory_bytes'] / 2**20:.0f} MiB."
+    return "\n".join([*lines, facts, ""])
+
+
+def _verdict(results: Results) -> str:
+    """One sentence that says whether it was worth it."""
+    models, chosen = results["models"], results["chosen"]
+    if chosen is None:
+        return "No assembled model was measured."
+    loss = models[chosen]["mean_loss"]
+    parts = [f"The {chosen} model has a mean test loss of {loss:.4f}"]
+    for name, words in (("backbone", "the backbone"), ("dense", "a dense model trained on the same tokens")):
+        if name in models:
+            other = models[name]["mean_loss"]
+            share = 100 * (math.exp(loss - other) - 1)
+            word = "lower" if share < 0 else "higher"
+            parts.append(f"{words}: {other:.4f} (its perplexity is {abs(share):.1f} % {word} than that)")
+    return "; ".join(parts) + "."
+
+
+def _routing_rows(routing: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    shares = routing["share_per_domain_and_expert"]
+    experts = len(next(iter(shares.values())))
+    names = routing.get("experts") or [str(index) for index in range(experts)]
+    return ["domain", *names], [[label, *(f"{value:.2f}" for value in row)] for label, row in shares.items()]
+
+
+def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    rule = ["---", *("---:" for _ in header[1:])]
+    return ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
+
+
+def print_table(results: Results) -> None:
+    """The table without the counts, which fits 80 columns for five domains, and the verdict."""
+    from rich.console import Console
+    from rich.table import Table
+
+    header, rows = table_rows(results)
+    shown = [index for index, title in enumerate(header) if title not in ("total", "training tokens", "bits/byte")]
+    table = Table(title=f"{results['name']}: test perplexity, lower is better", pad_edge=False, box=None)
+    for index in shown:
+        table.add_column(header[index].replace("_", "\n"), justify="right" if index else "left", no_wrap=True)
+    best = min((row for row in rows if row[0] != "oracle"), key=lambda row: float(row[-3]))
+    for row in rows:
+        table.add_row(*(row[index] for index in shown), style="bold green" if row is best else None)
+    console = Console()
+    # A pipe has no width of its own: nothing must be cut there.
+    (console if console.is_terminal else Console(width=max(80, 14 * len(shown)))).print(table)
+    print(_verdict(results))
+
+
+def _number(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) and math.isfinite(value) else str(value)
+
+
+def _count(value: int | None) -> str:
+    """1234567 as 1.23M."""
+    if value is None:
+        return "–"
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return str(value)
+
+
+def _inline(text: str) -> str:
+    """Text on one line, without what Markdown would read as its own."""
+    return " ".join(text.replace("|", "\\|").replace("`", "'").split())

@@ -1,0 +1,54 @@
+"""Load a model folder for generation, and a prompt loop on the terminal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from checkpoints import find_artifact, open_artifact, paths
+from modularforge.data.tokenizer import load_tokenizer
+from modularforge.errors import DataError
+from modularforge.evaluation.generation import Sampling, generate
+from modularforge.model.backbone import Decoder
+from modularforge.model.folder import load_model
+from modularforge.training.distributed import default_device
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and its tokenizer."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+
+
+def load_for_generation(url: str) -> Loaded:
+    """Read a model folder: an artifact of any store, or any folder with config, weights and tokenizer."""
+    if find_artifact(url) is None and paths.is_local(url):
+        folder = paths.local_path(url)
+        if not folder.is_dir():
+            raise DataError(f"--model must be a model folder, but {url} does not exist; name one with config.json")
+    else:
+        folder = open_artifact(url).local_folder()
+    model = load_model(folder).to(default_device())
+    return Loaded(model, load_tokenizer(folder / "tokenizer.json"))
+
+
+def continue_text(loaded: Loaded, prompt: str, tokens: int, sampling: Sampling) -> str:
+    """The continuation of a prompt."""
+    return generate(loaded.model, loaded.tokenizer, prompt, tokens, sampling)
+
+
+def talk(loaded: Loaded, tokens: int, sampling: Sampling) -> None:
+    """Ask for prompts and continue them until an empty line, Ctrl-C or the end of the input."""
+    print("Type a text and press Enter; an empty line ends.")
+    while True:
+        try:
+            prompt = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not prompt:
+            return
+        print(prompt + continue_text(loaded, prompt, tokens, sampling), flush=True)

@@ -1,0 +1,35 @@
+"""What a configuration amounts to before anything runs: parameters, FLOPs and tokens."""
+
+from __future__ import annotations
+
+from modularforge.config import Config, PhaseConfig
+from modularforge.model.sizes import Sizes, model_sizes
+
+
+def describe(config: Config) -> str:
+    """Exact counts as lines of text. The vocabulary is the wished one; a small corpus may fill less."""
+    model, vocab_size = config.model, config.data.vocab_size
+    active = config.assembled_experts if config.assembly.router == "uniform" else config.assembly.experts_per_token
+    assembled = model_sizes(model, vocab_size, config.assembled_experts, active)
+    public = ", the public one included" if config.has_public_expert else ""
+    lines = [
+        f"model:      width {model.width}, {model.layers} layers, {model.heads} heads, FFN {model.ffn_width}, "
+        f"context {model.context_length}, vocabulary {vocab_size}",
+        f"backbone:   {_sizes(model_sizes(model, vocab_size))}",
+        f"assembled:  {_sizes(assembled)}; {config.assembled_experts} experts{public}, {active} per token",
+        f"training:   backbone {_tokens(config, config.backbone)}; each of {config.experts.count} experts "
+        f"{_tokens(config, config.experts)}",
+    ]
+    return "\n".join(lines)
+
+
+def _sizes(sizes: Sizes) -> str:
+    return (
+        f"{sizes.parameters:,} parameters, {sizes.active_parameters:,} active per token, "
+        f"{sizes.flops_per_token:,} FLOPs per token forward, {sizes.training_flops_per_token:,} to train"
+    )
+
+
+def _tokens(config: Config, phase: PhaseConfig) -> str:
+    tokens = phase.steps * phase.batch_size * config.model.context_length
+    return f"{phase.steps:,} steps of {phase.batch_size} x {config.model.context_length} = {tokens:,} tokens"

@@ -1,0 +1,119 @@
+"""What a run says: log lines for people, metrics as JSON lines for programs, progress on a terminal.
+
+Metrics of a job go to one ``.jsonl`` file; on a folder each line is appended at once, on an object store the file is
+replaced whole at every flush. A resumed job drops the lines after its checkpoint, so no step is told twice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from checkpoints import paths
+
+logger = logging.getLogger("modularforge")
+
+
+def configure_logging(*, quiet: bool = False) -> None:
+    """Send log lines to standard error, once per process; `quiet` keeps warnings only (ranks other than 0)."""
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def json_safe(value: Any) -> Any:
+    """Replace non-finite floats by the strings "inf", "-inf" and "nan", which JSON can hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): json_safe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(item) for item in value]
+    return value
+
+
+class MetricsLog:
+    """JSON lines of one job at `url`; use on rank 0 only."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._lines: list[str] = []
+
+    def restart_after(self, step: int) -> None:
+        """Keep the lines up to `step`: a job that resumes there will write the later ones again."""
+        try:
+            found = paths.read_bytes(self.url).decode().splitlines()
+        except (FileNotFoundError, NotADirectoryError):
+            found = []
+        self._lines = [line for line in found if _step_of(line) <= step]
+        if found:
+            self._replace()
+
+    def write(self, **values: Any) -> None:
+        """Append one line."""
+        line = json.dumps(json_safe(values), allow_nan=False)
+        if paths.is_local(self.url):
+            path = paths.local_path(self.url)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        else:
+            self._lines.append(line)
+
+    def flush(self) -> None:
+        """Make all lines so far visible on an object store; a folder shows them at once."""
+        if not paths.is_local(self.url) and self._lines:
+            self._replace()
+
+    def _replace(self) -> None:
+        paths.replace_bytes(self.url, "".join(line + "\n" for line in self._lines).encode())
+
+
+def _step_of(line: str) -> float:
+    """The step of a metrics line; a torn line (killed while writing) counts as later than all."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class Progress:
+    """A bar on a terminal; silent elsewhere."""
+
+    def __init__(self, bar: Any = None, task: Any = None) -> None:
+        self._bar, self._task = bar, task
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        """Move the bar on by `amount` units; `note` is shown behind it."""
+        if self._bar is not None:
+            self._bar.update(self._task, advance=amount, note=note)
+
+
+@contextmanager
+def progress(description: str, total: float | None, unit: str = "steps", start: int = 0) -> Iterator[Progress]:
+    """Show a progress bar while the block runs, if standard error is a terminal."""
+    if not sys.stderr.isatty():
+        yield Progress()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield Progress(bar, bar.add_task(description, total=total, completed=start, note=""))

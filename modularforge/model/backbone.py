@@ -1,0 +1,209 @@
+"""The dense decoder: pre-norm, RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases.
+
+Plain single-device modules whose parameter names and shapes are those of Hugging Face's Llama; the mixture-of-experts
+model is the same decoder with another feed-forward block (see moe.py). Parallelism and compilation come from outside.
+"""
+
+# B batch  T tokens  S past and present tokens  D width  N query heads  K key heads
+# H head width  F FFN width  V vocabulary
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modularforge.config import ModelConfig
+
+INITIAL_STD = 0.02
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square and scale by a gain (Zhang and Sennrich, arXiv 1910.07467)."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.epsilon = epsilon
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Normalise over the last axis; the mean square is taken in float32 whatever the input's type."""
+        return F.rms_norm(x_BTD, self.weight.shape, self.weight.to(x_BTD.dtype), self.epsilon)
+
+
+class KeyValueCache:
+    """Keys and values of the tokens already read, for generation; grows by concatenation, one entry per layer."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def length(self) -> int:
+        """Tokens already read."""
+        return self.layers[0][0].shape[2] if self.layers else 0
+
+    def extend(self, layer: int, key_BKTH: Tensor, value_BKTH: Tensor) -> tuple[Tensor, Tensor]:
+        """Append new keys and values of a layer and return all of them."""
+        if layer in self.layers:
+            past_key, past_value = self.layers[layer]
+            key_BKTH, value_BKTH = torch.cat([past_key, key_BKTH], 2), torch.cat([past_value, value_BKTH], 2)
+        self.layers[layer] = (key_BKTH, value_BKTH)
+        return key_BKTH, value_BKTH
+
+
+def rotary_angles(head_width: int, theta: float, length: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [length, H] of the rotary positions in Llama's half-split layout (arXiv 2104.09864)."""
+    frequencies = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+    angles_TH = torch.cat([angles, angles], dim=-1)
+    return angles_TH.cos(), angles_TH.sin()
+
+
+def rotate(x_BNTH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+    """Turn each pair (i, i + H/2) of a head by its position's angle."""
+    left, right = x_BNTH.chunk(2, dim=-1)
+    turned = torch.cat([-right, left], dim=-1)
+    return (x_BNTH * cos_TH + turned * sin_TH).to(x_BNTH.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention."""
+
+    def __init__(self, model: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.layer = model.heads, model.kv_heads, layer
+        self.head_width = model.width // model.heads
+        self.q_proj = nn.Linear(model.width, model.heads * self.head_width, bias=False)
+        self.k_proj = nn.Linear(model.width, model.kv_heads * self.head_width, bias=False)
+        self.v_proj = nn.Linear(model.width, model.kv_heads * self.head_width, bias=False)
+        self.o_proj = nn.Linear(model.heads * self.head_width, model.width, bias=False)
+
+    def forward(self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor, cache: KeyValueCache | None) -> Tensor:
+        """Mix each position with those before it; `cos`/`sin` are of the T new positions."""
+        B, T, _ = x_BTD.shape
+        query = self.q_proj(x_BTD).view(B, T, self.heads, self.head_width).transpose(1, 2)
+        key = self.k_proj(x_BTD).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)
+        value = self.v_proj(x_BTD).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)
+        query, key = rotate(query, cos_TH, sin_TH), rotate(key, cos_TH, sin_TH)
+        mask = None
+        if cache is not None:
+            key, value = cache.extend(self.layer, key, value)
+            S = key.shape[2]
+            mask = torch.ones(T, S, dtype=torch.bool, device=key.device).tril(S - T)
+        mixed_BNTH = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
+        )
+        output_BTD: Tensor = self.o_proj(mixed_BNTH.transpose(1, 2).reshape(B, T, self.heads * self.head_width))
+        return output_BTD
+
+
+class FeedForward(nn.Module):
+    """SwiGLU block of the backbone: the public FFN (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, width: int, ffn_width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, ffn_width, bias=False)
+        self.up_proj = nn.Linear(width, ffn_width, bias=False)
+        self.down_proj = nn.Linear(ffn_width, width, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Map each position on its own."""
+        output_BTD: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return output_BTD
+
+
+class Block(nn.Module):
+    """One transformer layer; the feed-forward block sits under the name its kind has in Hugging Face."""
+
+    def __init__(self, model: ModelConfig, layer: int, ffn_name: str, ffn: nn.Module) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(model.width, model.norm_epsilon)
+        self.self_attn = Attention(model, layer)
+        self.post_attention_layernorm = RMSNorm(model.width, model.norm_epsilon)
+        self.add_module(ffn_name, ffn)
+        self.ffn_name = ffn_name
+
+    @property
+    def ffn(self) -> nn.Module:
+        """The feed-forward block, whatever its name."""
+        return self.get_submodule(self.ffn_name)
+
+    def forward(self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor, cache: KeyValueCache | None) -> Tensor:
+        """Residual stream in, residual stream out."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_TH, sin_TH, cache)
+        mixed: Tensor = x_BTD + self.ffn(self.post_attention_layernorm(x_BTD))
+        return mixed
+
+
+class Trunk(nn.Module):
+    """Embeddings, layers and the final norm: what Hugging Face calls ``model``."""
+
+    def __init__(self, model: ModelConfig, vocab_size: int, ffn_name: str, make_ffn: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(vocab_size, model.width)
+        self.layers = nn.ModuleList(Block(model, layer, ffn_name, make_ffn()) for layer in range(model.layers))
+        self.norm = RMSNorm(model.width, model.norm_epsilon)
+
+
+class Decoder(nn.Module):
+    """A language model: token ids in, logits out. Build it with `build_backbone` or moe.py's `build_moe`."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, ffn_name: str, make_ffn: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.config, self.vocab_size = config, vocab_size
+        self.model = Trunk(config, vocab_size, ffn_name, make_ffn)
+        self.lm_head = nn.Linear(config.width, vocab_size, bias=False)
+        if config.tied_head:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.restore_positions()
+
+    def restore_positions(self) -> None:
+        """Compute the rotary angles anew: they are not saved, and a model built on the meta device lacks them."""
+        config, device = self.config, self.lm_head.weight.device
+        cos, sin = rotary_angles(config.width // config.heads, config.rope_theta, config.context_length)
+        self.register_buffer("cos", cos.to(device), persistent=False)
+        self.register_buffer("sin", sin.to(device), persistent=False)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, in order."""
+        return [layer for layer in self.model.layers if isinstance(layer, Block)]
+
+    def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Logits [B, T, V] of the next token at every position; with a cache, T new tokens after those it holds."""
+        start = cache.length if cache is not None else 0
+        cos, sin = self.get_buffer("cos"), self.get_buffer("sin")
+        positions = slice(start, start + tokens_BT.shape[1])
+        x_BTD = self.model.embed_tokens(tokens_BT)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, cos[positions], sin[positions], cache)
+        logits_BTV: Tensor = self.lm_head(self.model.norm(x_BTD))
+        return logits_BTV
+
+
+def build_backbone(config: ModelConfig, vocab_size: int) -> Decoder:
+    """A backbone with random weights drawn from torch's global generator (seed it first)."""
+    decoder = Decoder(config, vocab_size, "mlp", lambda: FeedForward(config.width, config.ffn_width))
+    initialise(decoder, config.layers)
+    return decoder
+
+
+def initialise(module: nn.Module, layers: int) -> None:
+    """Normal weights; projections into the residual stream are scaled by 1/sqrt(2 layers) (GPT-2, section 2.3)."""
+    for name, weight in module.named_parameters():
+        if weight.dim() == 2:
+            into_stream = name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight"))
+            nn.init.normal_(weight, std=INITIAL_STD / math.sqrt(2 * layers) if into_stream else INITIAL_STD)
+
+
+def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Mean loss in nats over the targets that are not -100, in float32."""
+    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=-100)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), inf where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,149 @@
+"""Router and experts in place of the feed-forward block, with Mixtral's names, shapes and arithmetic.
+
+Two routers share one layer: `Router` holds a row per expert (the assembled model), `AnchoredRouter` one trained row
+beside a public row fixed at zero (an expert's own training). Both give logits; the layer renormalises the top k.
+"""
+
+# N tokens  D width  F FFN width  E experts  A active experts
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modularforge.config import ModelConfig
+from modularforge.model.backbone import Decoder, initialise
+
+
+class ExpertFFN(nn.Module):
+    """One expert's SwiGLU block under Mixtral's names: w1 gate, w3 up, w2 down."""
+
+    def __init__(self, width: int, ffn_width: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(width, ffn_width, bias=False)
+        self.w2 = nn.Linear(ffn_width, width, bias=False)
+        self.w3 = nn.Linear(width, ffn_width, bias=False)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Map each token on its own."""
+        output_ND: Tensor = self.w2(F.silu(self.w1(x_ND)) * self.w3(x_ND))
+        return output_ND
+
+
+class Router(nn.Module):
+    """A row per expert; no bias, since no Hugging Face class has a slot for one."""
+
+    def __init__(self, width: int, experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(experts, width))
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Logits [N, E]."""
+        return F.linear(x_ND, self.weight)
+
+
+class AnchoredRouter(nn.Module):
+    """One trained row; the public expert's row is zero in every job, so rows of all jobs share one scale."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, width))
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Logits [N, 2]: zero for the public expert, the row's product for the new one."""
+        return F.pad(F.linear(x_ND, self.weight), (1, 0))
+
+
+class SparseMoE(nn.Module):
+    """Each token visits its `experts_per_token` likeliest experts, whose softmax weights are renormalised."""
+
+    def __init__(self, width: int, ffn_width: int, experts: int, experts_per_token: int, router: nn.Module) -> None:
+        super().__init__()
+        self.gate = router
+        self.experts = nn.ModuleList(ExpertFFN(width, ffn_width) for _ in range(experts))
+        self.experts_per_token = experts_per_token
+        self.allowed: Sequence[int] | None = None
+        self.observed_logits: Tensor | None = None
+        self.observes = False
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Weighted sum of the visited experts; routing is done in float32, as Mixtral does."""
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        logits_NE = self.gate(x_ND).float()
+        if self.observes:
+            self.observed_logits = logits_NE
+        experts = len(self.experts)
+        if self.experts_per_token >= experts and self.allowed is None:
+            weight_NE = logits_NE.softmax(dim=-1).to(x_ND.dtype)
+            mixed = sum(weight_NE[:, [e]] * expert(x_ND) for e, expert in enumerate(self.experts))
+            return torch.as_tensor(mixed).view_as(x_BTD)
+        weight_NA, expert_NA = self.choose(logits_NE)
+        return self._visit(x_ND, weight_NA.to(x_ND.dtype), expert_NA).view_as(x_BTD)
+
+    def choose(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and indices [N, A] of the visited experts; `allowed` forces the choice to a few of them."""
+        active = self.experts_per_token
+        if self.allowed is not None:
+            mask_E = torch.full((logits_NE.shape[-1],), float("-inf"), device=logits_NE.device)
+            mask_E[list(self.allowed)] = 0.0
+            logits_NE, active = logits_NE + mask_E, min(active, len(self.allowed))
+        top_NA, expert_NA = logits_NE.topk(active, dim=-1)
+        return top_NA.softmax(dim=-1), expert_NA
+
+    def _visit(self, x_ND: Tensor, weight_NA: Tensor, expert_NA: Tensor) -> Tensor:
+        output_ND = torch.zeros_like(x_ND)
+        for index, expert in enumerate(self.experts):
+            token, choice = torch.where(expert_NA == index)
+            if len(token):
+                output_ND = output_ND.index_add(0, token, expert(x_ND[token]) * weight_NA[token, choice, None])
+        return output_ND
+
+
+def build_moe(config: ModelConfig, vocab_size: int, experts: int, experts_per_token: int) -> Decoder:
+    """The assembled model's shape with random weights."""
+
+    def make_ffn() -> nn.Module:
+        router = Router(config.width, experts)
+        return SparseMoE(config.width, config.ffn_width, experts, experts_per_token, router)
+
+    return _initialised(Decoder(config, vocab_size, "block_sparse_moe", make_ffn))
+
+
+def build_anchored_pair(config: ModelConfig, vocab_size: int) -> Decoder:
+    """The public FFN (expert 0) and one new expert (1), both visited by every token: what an expert's job trains."""
+
+    def make_ffn() -> nn.Module:
+        return SparseMoE(config.width, config.ffn_width, 2, 2, AnchoredRouter(config.width))
+
+    return _initialised(Decoder(config, vocab_size, "block_sparse_moe", make_ffn))
+
+
+def _initialised(decoder: Decoder) -> Decoder:
+    initialise(decoder, decoder.config.layers)
+    return decoder
+
+
+def moe_layers(decoder: Decoder) -> list[SparseMoE]:
+    """The mixture layers of a decoder, in order; empty for a backbone."""
+    return [block.ffn for block in decoder.blocks if isinstance(block.ffn, SparseMoE)]
+
+
+def restrict_routing(decoder: Decoder, allowed: Sequence[int] | None) -> None:
+    """Let every token visit only these experts (None lifts it); their weights are renormalised among themselves."""
+    for layer in moe_layers(decoder):
+        layer.allowed = allowed
+
+
+def observe_routing(decoder: Decoder, active: bool = True) -> None:
+    """Keep each layer's router logits of the last forward pass in `observed_logits`."""
+    for layer in moe_layers(decoder):
+        layer.observes, layer.observed_logits = active, None
+
+
+def router_z_loss(decoder: Decoder) -> Tensor:
+    """Mean over layers and tokens of logsumexp(logits) squared (ST-MoE, arXiv 2202.08906, section 3.3)."""
+    logits = [layer.observed_logits for layer in moe_layers(decoder) if layer.observed_logits is not None]
+    return torch.stack([torch.logsumexp(item, dim=-1).square().mean() for item in logits]).mean()

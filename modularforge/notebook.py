@@ -1,0 +1,201 @@
+"""The pipeline from Python, for notebooks: thin classes over the machinery that the stages use.
+
+What they write are the same artifacts as the commands write, checked and loaded in the same way.
+"""
+
+# B batch  T tokens
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from checkpoints import Artifact, open_artifact, paths, write_artifact
+from modularforge.artifacts import Backbone, derived_seed
+from modularforge.assembly.assemble import assemble
+from modularforge.calibration.calibrator import Calibration, calibrate, even_mixture
+from modularforge.config import Config
+from modularforge.data.token_files import Tokens
+from modularforge.data.tokenizer import EOS, save_tokenizer, token_byte_lengths
+from modularforge.errors import ConfigError, DataError
+from modularforge.evaluation.losses import Measurement, measure
+from modularforge.model.backbone import Decoder, cross_entropy
+from modularforge.model.folder import load_model
+from modularforge.stages.calibrate import write_calibrated
+from modularforge.training.backbone_job import save_backbone, train_backbone
+from modularforge.training.distributed import World, default_device
+from modularforge.training.expert_job import save_expert, train_expert
+from modularforge.training.job import Job
+from modularforge.training.loop import Batch
+
+__all__ = ["Evaluator", "LayerNormCalibrator", "ModuleTrainer", "SharedTrainer", "StreamingAssembler"]
+
+Texts = Sequence[str]
+
+
+def encode(tokenizer: Tokenizer, texts: Texts) -> Tokens:
+    """Texts as one stream of ids, each between <bos> and <eos>."""
+    if not texts:
+        raise DataError("texts must hold at least one text, but is empty; pass some")
+    return np.concatenate([np.array([*found.ids, EOS]) for found in tokenizer.encode_batch_fast(list(texts))])
+
+
+class SharedTrainer:
+    """Trains the backbone; `vocab_size` is the tokenizer's (`data.vocab_size` when not given)."""
+
+    def __init__(self, config: Config, vocab_size: int | None = None) -> None:
+        self.config = config
+        self.vocab_size = vocab_size or config.data.vocab_size
+        self.model: Decoder | None = None
+        self._sample: list[Tensor] = []
+
+    def train(
+        self, train_loader: Iterable[Tensor], validation_loader: Iterable[Tensor], output_dir: str
+    ) -> dict[str, float | None]:
+        """Train `config.backbone.steps` steps and return the final losses.
+
+        A loader is anything that can be iterated repeatedly and gives ids [B, T + 1]; batches are taken in turn, from
+        the start again when they end. Metrics and checkpoints go to `output_dir`; a second call continues there.
+        """
+        world = World(device=default_device())
+        held_out = list(validation_loader)
+        job = Job(
+            "backbone",
+            self.config.backbone,
+            self.config.training,
+            "notebook",
+            paths.join(output_dir, "checkpoints", "backbone"),
+            paths.join(output_dir, "metrics", "backbone.jsonl"),
+        )
+
+        def validate(model: Decoder) -> float:
+            batches = [batch.to(world.device) for batch in held_out]
+            losses = [float(cross_entropy(model(ids_BT[:, :-1]), ids_BT[:, 1:])) for ids_BT in batches]
+            return sum(losses) / len(losses)
+
+        def batches_from(position: int) -> Iterator[Batch]:
+            return _forever(train_loader, position)
+
+        self.model, losses = train_backbone(self.config, self.vocab_size, job, batches_from, validate, world)
+        self._sample = [ids_BT[:, :-1] for ids_BT in itertools.islice(train_loader, 8)]
+        return losses
+
+    def save(self, path: str, tokenizer: Tokenizer | None = None) -> Artifact:
+        """Commit the backbone as a Hugging Face folder at `path`, with the tokenizer when it is given."""
+        if self.model is None:
+            raise ConfigError("SharedTrainer must be trained before it is saved, but is not; call train first")
+        settings = {"backbone": self.config.backbone.model_dump(), "model": self.config.model.model_dump()}
+        with write_artifact(path, "backbone", f"notebook-{self.config.seed}", settings) as writer:
+            facts = save_backbone(self.config, self.model, writer.folder, {}, self._sample, World())
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, writer.folder, self.config.model.context_length)
+            return writer.commit(facts)
+
+
+class ModuleTrainer:
+    """Trains experts on a saved backbone, each alone on its own texts."""
+
+    def __init__(self, config: Config, shared_path: str, tokenizer: Tokenizer) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.backbone = Backbone(open_artifact(shared_path))
+
+    def train_all(self, partitions: Sequence[Texts], validation_texts: Texts, output_dir: str) -> list[Artifact]:
+        """Train one expert per partition, one after another; returns their artifacts in `output_dir`/expert-K."""
+        return [self.train(index, texts, validation_texts, output_dir) for index, texts in enumerate(partitions)]
+
+    def train(self, index: int, texts: Texts, validation_texts: Texts, output_dir: str) -> Artifact:
+        """Train expert `index`; its result does not depend on the other experts."""
+        world, name = World(device=default_device()), f"expert-{index}"
+        tokens, held_out = encode(self.tokenizer, texts), encode(self.tokenizer, validation_texts)
+        metrics = paths.join(output_dir, "metrics", f"{name}.jsonl")
+        job = Job(name, self.config.experts, self.config.training, metrics_url=metrics)
+        model, losses = train_expert(self.config, index, self.backbone, tokens, held_out, job, world)
+        settings = {"experts": self.config.experts.model_dump()}
+        with write_artifact(paths.join(output_dir, name), "expert", f"notebook-{index}", settings) as writer:
+            facts = save_expert(self.config, index, self.backbone, model, tokens, writer.folder, world)
+            return writer.commit({**losses, **facts})
+
+
+class StreamingAssembler:
+    """Merges a backbone and experts into one model folder without loading them."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def assemble(self, shared_path: str, expert_paths: Sequence[str], output_dir: str) -> Artifact:
+        """Write the model folder at `output_dir`; router and experts per token are those of `config.assembly`."""
+        experts = self.config.experts.model_copy(update={"count": len(expert_paths)})
+        config = self.config.model_copy(update={"experts": experts})
+        artifacts = [open_artifact(path) for path in expert_paths]
+        with write_artifact(output_dir, "assembled", "notebook", config.assembly.model_dump()) as writer:
+            facts = assemble(config, open_artifact(shared_path), artifacts, writer.folder)
+            return writer.commit(facts)
+
+
+class LayerNormCalibrator:
+    """Fits norm gains, and the router if the settings say so, and keeps the result only if held-out loss improves."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+
+    def calibrate(self, model_path: str, validation_texts: Texts, output_dir: str | None = None) -> Calibration:
+        """Losses before and after on every second text; the others are trained on.
+
+        The calibrated model is written to `output_dir` when that is given and the loss improved.
+        """
+        if len(validation_texts) < 2:
+            raise DataError(f"validation_texts must hold at least 2 texts, but holds {len(validation_texts)}; add some")
+        decide, fitted = (encode(self.tokenizer, validation_texts[start::2]) for start in (0, 1))
+        artifact = open_artifact(model_path)
+        model = load_model(artifact.local_folder()).to(default_device())
+        job = Job("calibration", self.config.calibration, self.config.training)
+        seed, lengths = derived_seed(self.config.seed, "calibration order"), _byte_lengths(self.tokenizer)
+        result = calibrate(model, self.config, even_mixture({"": fitted}), {"": decide}, lengths, job, seed)
+        if output_dir is not None and result.kept:
+            with write_artifact(output_dir, "calibrated", "notebook") as writer:
+                write_calibrated(artifact, result, writer.folder, self.config.assembly.max_shard_bytes)
+                writer.commit({"kept": True, "loss_before": result.before, "loss_after": result.after})
+        return result
+
+
+class Evaluator:
+    """Measures a model folder on texts per domain."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+
+    def evaluate(self, model_path: str, texts: Mapping[str, Texts]) -> Measurement:
+        """Loss, perplexity and bits per byte of each domain (by name), and routing counts of an assembled model."""
+        folder = open_artifact(model_path).local_folder() if not Path(model_path).is_dir() else Path(model_path)
+        domains = {label: encode(self.tokenizer, found) for label, found in texts.items()}
+        limit, lengths = self.config.evaluation.tokens_per_domain, _byte_lengths(self.tokenizer)
+        batch_size, device = self.config.evaluation.batch_size, default_device()
+        return measure(load_model(folder), domains, lengths, batch_size, limit, device)
+
+
+def _byte_lengths(tokenizer: Tokenizer) -> Tensor:
+    return torch.from_numpy(token_byte_lengths(tokenizer))
+
+
+def _forever(loader: Iterable[Tensor], position: int) -> Iterator[Batch]:
+    """Batches in turn, over and over, from batch number `position` on."""
+    number = 0
+    while True:
+        before = number
+        for ids_BT in loader:
+            number += 1
+            if number > position:
+                yield ids_BT[:, :-1], ids_BT[:, 1:], number
+        if number == before:
+            raise DataError(
+                "train_loader must give batches again and again, but gave none; pass a list or a DataLoader"
+            )

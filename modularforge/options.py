@@ -1,0 +1,65 @@
+"""The options that every command shares, in one place for all programs of the project."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from modularforge.log import configure_logging
+from modularforge.settings import load_config
+
+DEFAULT_CONFIG = "configs/default.yaml"
+
+
+def shared_options(
+    config: Annotated[str, typer.Option("--config", "-c", help="Settings file (YAML).")] = DEFAULT_CONFIG,
+    smoke_test: Annotated[
+        bool, typer.Option("--smoke-test", help="The same path at tiny sizes: under a minute.")
+    ] = False,
+    data_dir: Annotated[str | None, typer.Option("--data-dir", help="Prepared data: a folder or URL.")] = None,
+    output_dir: Annotated[
+        str | None, typer.Option("--output-dir", "-o", help="Root of the run: folder or URL.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change a setting: backbone.steps=500. Repeatable."),
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
+) -> None:
+    """Only its signature is used: the parameters that `with_settings` adds to a command."""
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn ``command(settings, …)`` into a typer command that also takes the shared options and builds the settings."""
+    shared = inspect.signature(shared_options).parameters
+    own = list(inspect.signature(command).parameters.values())[1:]
+
+    @functools.wraps(command)
+    def wrapper(**values: Any) -> None:
+        given = {name: values.pop(name) for name in shared}
+        configure_logging(quiet=os.environ.get("RANK", "0") != "0")
+        settings = load_config(
+            given["config"],
+            given["changes"] or (),
+            smoke_test=given["smoke_test"],
+            data_dir=given["data_dir"],
+            output_dir=given["output_dir"],
+        )
+        command(settings, **values)
+
+    hints = {**typing.get_type_hints(shared_options, include_extras=True)}
+    hints |= typing.get_type_hints(command, include_extras=True)
+    names = [*(parameter.name for parameter in own), *shared]
+    parameters = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[parameter.name])
+        for parameter in [*own, *shared.values()]
+    ]
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {name: hints[name] for name in names}
+    return wrapper

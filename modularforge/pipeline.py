@@ -1,0 +1,188 @@
+"""The table of stages as data: where each writes, what it reads, and which settings its output depends on.
+
+An artifact's identity is the fingerprint of (stage, those settings, the fingerprints of its inputs). A stage whose
+artifact is committed under the same fingerprint is done; under another one it belongs to another config and is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from checkpoints import Artifact, find_artifact, paths
+from checkpoints.errors import MissingArtifactError
+from modularforge.config import Config
+from modularforge.errors import MismatchError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table; `{index}` in `folder` and `command` stands for an expert's index."""
+
+    name: str
+    folder: str
+    settings: tuple[str, ...]
+    inputs: tuple[str, ...]
+    command: str
+
+
+ARITHMETIC = ("training.beta1", "training.beta2", "training.clip_norm", "training.precision", "seed")
+SCHEDULE = (
+    "experts.steps",
+    "experts.batch_size",
+    "experts.accumulation_steps",
+    "experts.peak_learning_rate",
+    "experts.final_learning_rate_ratio",
+    "experts.warmup_steps",
+    "experts.weight_decay",
+)
+EXPERT = (*SCHEDULE, "experts.anchored", "experts.init", "experts.z_loss", "experts.statistics_tokens")
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("corpus", "{data}", ("data", "seed"), (), "prepare-data"),
+        Stage("partitions", "{data}/partitions", ("partition", "experts.count", "seed"), ("corpus",), "prepare-data"),
+        Stage("backbone", "backbone", ("model", "backbone", *ARITHMETIC), ("corpus",), "train --only backbone"),
+        Stage(
+            "expert",
+            "experts/expert-{index}",
+            (*EXPERT, *ARITHMETIC),
+            ("backbone", "partition"),
+            "train --only expert --index {index}",
+        ),
+        Stage(
+            "dense", "baselines/dense", (*SCHEDULE, "experts.count", *ARITHMETIC), ("corpus", "backbone"), "evaluate"
+        ),
+        Stage("assembled", "assembled", ("assembly", "experts.anchored", "seed"), ("backbone", "experts"), "assemble"),
+        Stage("calibrated", "calibrated", ("calibration", *ARITHMETIC), ("corpus", "assembled"), "assemble"),
+        Stage("evaluation", "evaluation", ("evaluation", "seed"), ("corpus", "models"), "evaluate"),
+    )
+}
+
+
+def stage_url(config: Config, name: str, index: int | None = None) -> str:
+    """URL of a stage's artifact."""
+    folder = STAGES[name].folder.format(data=config.data_url, index=index)
+    return folder if name in ("corpus", "partitions") else paths.join(config.output_dir, folder)
+
+
+def job_name(name: str, index: int | None = None) -> str:
+    """Name of a training job in logs, metrics and checkpoints: `backbone`, `expert-3`."""
+    return name if index is None else f"{name}-{index}"
+
+
+def metrics_url(config: Config, job: str) -> str:
+    """Where a training job writes its metrics."""
+    return paths.join(config.output_dir, "metrics", f"{job}.jsonl")
+
+
+def checkpoint_url(config: Config, job: str) -> str:
+    """Where a training job keeps its resumable state."""
+    return paths.join(config.output_dir, "checkpoints", job)
+
+
+def stage_settings(config: Config, name: str) -> dict[str, Any]:
+    """The settings that a stage's output depends on, by dotted name."""
+    values = config.model_dump(mode="json")
+    found: dict[str, Any] = {}
+    for setting in STAGES[name].settings:
+        value: Any = values
+        for part in setting.split("."):
+            value = value[part]
+        found.update(_flatten(setting, value))
+    return found
+
+
+def fingerprint(name: str, settings: dict[str, Any], inputs: dict[str, str]) -> str:
+    """Identity of an artifact, 32 hexadecimal digits."""
+    content = json.dumps([name, settings, inputs], sort_keys=True, allow_nan=False)
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One artifact to be made: where, from which settings and inputs, and therefore its fingerprint."""
+
+    stage: str
+    url: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the artifact that this plan makes."""
+        return fingerprint(self.stage, self.settings, self.inputs)
+
+
+def plan_stage(config: Config, name: str, index: int | None = None, inputs: dict[str, str] | None = None) -> Plan:
+    """What a stage will make; raises MissingArtifactError when an input is not there yet.
+
+    `inputs` are given only for the evaluation, which reads whatever models there are.
+    """
+    found = input_fingerprints(config, name, index) if inputs is None else inputs
+    return Plan(name, stage_url(config, name, index), stage_settings(config, name), found)
+
+
+def finished(plan: Plan) -> Artifact | None:
+    """The committed artifact of this plan, or None; raises MismatchError when another config's lies there."""
+    artifact = find_artifact(plan.url)
+    if artifact is None or artifact.manifest.fingerprint == plan.fingerprint:
+        return artifact
+    raise MismatchError(
+        f"{plan.url} must have been made with these settings and inputs, but {_difference(plan, artifact)}; "
+        "use another --output-dir, or delete that folder to make it again"
+    )
+
+
+def require(config: Config, name: str, index: int | None = None) -> Artifact:
+    """The artifact of an earlier stage, made with these settings; raises MissingArtifactError with the command."""
+    artifact = finished(plan_stage(config, name, index))
+    if artifact is None:
+        command = STAGES[name].command.format(index=index)
+        raise MissingArtifactError(
+            f"{job_name(name, index)} must be finished first, but there is none at {stage_url(config, name, index)}; "
+            f"run `modularforge {command}` with the same --config, --output-dir and --data-dir"
+        )
+    return artifact
+
+
+def input_fingerprints(config: Config, name: str, index: int | None = None) -> dict[str, str]:
+    """Fingerprints of what a stage reads, from their manifests; an expert knows only its own partition."""
+    found: dict[str, str] = {}
+    for needed in STAGES[name].inputs:
+        if needed == "partition":
+            files = require(config, "partitions").manifest.files
+            found[needed] = files[f"partition-{index}.tokens.bin"].sha256[:32]
+        elif needed == "experts":
+            for expert in range(config.experts.count):
+                found[f"expert-{expert}"] = require(config, "expert", expert).manifest.fingerprint
+        else:
+            found[needed] = require(config, needed).manifest.fingerprint
+    return found
+
+
+def _difference(plan: Plan, artifact: Artifact) -> str:
+    """Say which settings or inputs differ, the old value after the new one."""
+    old, new = artifact.manifest.settings, plan.settings
+    changed = [
+        f"{key} is {new.get(key)!r:.60} here and {old.get(key)!r:.60} there"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    ]
+    inputs = artifact.manifest.inputs
+    changed += [
+        f"it was made from another {key}"
+        for key in sorted({*plan.inputs, *inputs})
+        if plan.inputs.get(key) != inputs.get(key)
+    ]
+    more = f" (and {len(changed) - 4} more)" if len(changed) > 4 else ""
+    return "; ".join(changed[:4]) + more
+
+
+def _flatten(prefix: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {name: leaf for key, item in value.items() for name, leaf in _flatten(f"{prefix}.{key}", item).items()}
+    return {prefix: value}

@@ -1,0 +1,79 @@
+"""Where an artifact comes from: settings, versions and commit, recorded in its manifest as it is committed."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from checkpoints import Artifact, ArtifactExistsError, ArtifactWriter, open_artifact, write_artifact
+from modularforge.config import Config
+from modularforge.log import json_safe, logger
+from modularforge.pipeline import Plan
+
+PACKAGES = ("modularforge", "torch", "numpy", "tokenizers", "safetensors", "scikit-learn", "fsspec", "datasets")
+
+
+@contextmanager
+def making(plan: Plan) -> Iterator[ArtifactWriter]:
+    """A writer for the artifact of a plan; nothing appears unless `commit` is called with it."""
+    with write_artifact(plan.url, plan.stage, plan.fingerprint, plan.settings, plan.inputs) as writer:
+        yield writer
+
+
+def commit(writer: ArtifactWriter, plan: Plan, config: Config, facts: dict[str, Any]) -> Artifact:
+    """Publish what was written, with `facts` and provenance; a rival that made the same artifact first is as good."""
+    try:
+        artifact = writer.commit(json_safe({**facts, "provenance": provenance(config)}))
+    except ArtifactExistsError:
+        artifact = open_artifact(plan.url)
+        if artifact.manifest.fingerprint != plan.fingerprint:
+            raise
+        logger.info("another process finished the same artifact first: %s", plan.url)
+        return artifact
+    logger.info("finished: %s", plan.url)
+    return artifact
+
+
+def provenance(config: Config) -> dict[str, Any]:
+    """The resolved settings, package versions, and the commit of the code with a hash of uncommitted changes."""
+    return {"config": config.model_dump(mode="json"), "versions": _versions(), **_commit()}
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@functools.cache
+def _commit() -> dict[str, str | None]:
+    """Commit and dirty hash of the source tree; both None for an installed package or where git is missing."""
+    root = Path(__file__).resolve().parent.parent
+    head = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
+    if head is None:
+        return {"commit": None, "uncommitted_sha256": None}
+    difference = _git(root, "diff", "HEAD") or ""
+    dirty = hashlib.sha256(difference.encode()).hexdigest() if difference else None
+    return {"commit": head.strip(), "uncommitted_sha256": dirty}
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout

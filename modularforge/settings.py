@@ -1,0 +1,186 @@
+"""From a YAML file and the command line to a `Config`, with every mistake reported at once.
+
+Order of precedence: the file, ``--set key=value``, ``--smoke-test``, ``--data-dir`` and ``--output-dir``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from checkpoints import paths
+from modularforge.config import Config
+from modularforge.errors import ConfigError
+
+SAMPLE_DOMAINS = ("c_code", "english_novels", "french_novels", "law", "standards")
+SMOKE_PHASE = {"batch_size": 4, "accumulation_steps": 1, "warmup_steps": 2, "peak_learning_rate": 1e-3}
+SMOKE_TEST: dict[str, Any] = {
+    "data": {"vocab_size": 512, "max_documents_per_source": 20, "tokenizer_sample_bytes": 200_000},
+    "model": {"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_width": 88, "context_length": 64},
+    "training": {"log_every": 5, "validate_every": 20, "validation_tokens": 2048, "checkpoint_every": 10},
+    "backbone": {"steps": 20, **SMOKE_PHASE},
+    "experts": {"count": len(SAMPLE_DOMAINS), "steps": 10, "statistics_tokens": 4096, **SMOKE_PHASE},
+    "calibration": {"steps": 5, **SMOKE_PHASE},
+    "evaluation": {"tokens_per_domain": 2048, "sample_tokens": 8},
+}
+"""What ``--smoke-test`` changes: the same path at a size that ends within a minute."""
+
+
+def sample_sources() -> list[dict[str, str]]:
+    """The corpus in the package, as `data.sources`."""
+    splits = ("train", "validation", "test")
+    return [{"name": name, **{split: f"sample:{name}/{split}.jsonl.gz" for split in splits}} for name in SAMPLE_DOMAINS]
+
+
+def load_config(
+    path: str,
+    overrides: Iterable[str] = (),
+    *,
+    smoke_test: bool = False,
+    data_dir: str | None = None,
+    output_dir: str | None = None,
+) -> Config:
+    """Read, merge and validate; raises ConfigError with one line per mistake."""
+    values = read_yaml(path)
+    for override in overrides:
+        _merge(values, _parse_override(override))
+    if smoke_test:
+        _merge(values, SMOKE_TEST)
+        values["data"]["sources"] = sample_sources()
+        values["output_dir"] = f"{str(values.get('output_dir', 'runs/default')).rstrip('/')}-smoke-test"
+        values["data_dir"] = None
+    if data_dir is not None:
+        values["data_dir"] = data_dir
+    if output_dir is not None:
+        values["output_dir"] = output_dir
+    return make_config(values, path)
+
+
+def make_config(values: Mapping[str, Any], origin: str) -> Config:
+    """Validate plain values; `origin` names them in the error."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [line for problem in error.errors() for line in _describe(problem)]
+        listed = "\n".join(f"  {line}" for line in lines)
+        raise ConfigError(f"{origin} has {len(lines)} mistake(s):\n{listed}") from None
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """A settings file as nested dictionaries."""
+    try:
+        values = yaml.safe_load(paths.read_bytes(path))
+    except (FileNotFoundError, NotADirectoryError):
+        near = ", ".join(sorted(str(found) for found in Path("configs").glob("*.yaml"))) or "no file in ./configs"
+        raise ConfigError(f"--config must name a YAML file, but {path} does not exist; there is {near}") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise ConfigError(f"--config must name a YAML file, but {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"{path} must be YAML, but is not: {problem}; mend that line") from error
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path} must hold sections such as `data:`, but holds {values!r:.60}; see configs/default.yaml"
+        )
+    return values
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved settings as YAML; feeding it back gives the same run."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    """`a.b=1` as nested dictionaries; the value is YAML, so lists and null work."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise ConfigError(f"--set must look like backbone.steps=200, but is {text!r}; write NAME=VALUE")
+    try:
+        parsed = _number(yaml.safe_load(value))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {name} must have a YAML value, but has {value!r}; quote it") from error
+    for part in reversed(name.strip().split(".")):
+        parsed = {part: parsed}
+    result: dict[str, Any] = parsed
+    return result
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text; people mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value) if "e" in value.lower() else value
+        except ValueError:
+            return value
+    return value
+
+
+def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Put `changes` over `values`, section by section."""
+    for name, change in changes.items():
+        if isinstance(change, Mapping) and isinstance(values.get(name), dict):
+            _merge(values[name], change)
+        else:
+            values[name] = dict(change) if isinstance(change, Mapping) else change
+
+
+def _describe(problem: Any) -> list[str]:
+    """Sentences for one of pydantic's errors: dotted name, what is expected, what it is."""
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return [_unknown_name(name, tuple(problem["loc"]))]
+    if problem["type"] == "missing":
+        return [f"{name} must be set, but is missing; add it"]
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"]).splitlines()
+    wish = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return [f"{name} must be {wish}, but is {problem['input']!r:.80}"]
+
+
+def _unknown_name(name: str, location: tuple[Any, ...]) -> str:
+    section = _section_at(location[:-1])
+    known = sorted(section.model_fields) if section else []
+    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    here = ".".join(str(part) for part in location[:-1])
+    elsewhere = [path for path in setting_names() if path.rsplit(".", 1)[-1] == location[-1]]
+    if near:
+        hint = f"did you mean {(here + '.') if here else ''}{near[0]}?"
+    elif elsewhere:
+        hint = f"did you mean {elsewhere[0]}?"
+    else:
+        hint = f"known here: {', '.join(known)}"
+    return f"{name} is not a setting; {hint}"
+
+
+def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Dotted names of all settings."""
+    names: list[str] = []
+    for name, field in section.model_fields.items():
+        inner = _section_type(field.annotation)
+        names += setting_names(inner, f"{prefix}{name}.") if inner else [prefix + name]
+    return names
+
+
+def _section_at(location: Iterable[Any]) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = Config
+    for part in location:
+        if isinstance(part, str) and section is not None and part in section.model_fields:
+            section = _section_type(section.model_fields[part].annotation)
+    return section
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    """The section class in an annotation such as `X`, `list[X]` or `X | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (list, typing.Union, types.UnionType):
+        found = (_section_type(argument) for argument in typing.get_args(annotation))
+        return next((section for section in found if section), None)
+    return None

@@ -1,0 +1,50 @@
+"""Train the backbone on everything, alone or with DDP under torchrun, and commit it as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from modularforge.artifacts import Corpus, derived_seed, even_streams
+from modularforge.config import Config
+from modularforge.data.loader import batches
+from modularforge.log import logger
+from modularforge.model.backbone import Decoder
+from modularforge.model.hub_config import TOKENIZER_FILES
+from modularforge.pipeline import finished, plan_stage, require
+from modularforge.provenance import commit, making
+from modularforge.training.backbone_job import sample_windows, save_backbone, train_backbone
+from modularforge.training.distributed import joined_world
+from modularforge.training.job import Job
+from modularforge.training.loop import Batch
+from modularforge.training.losses import mean_loss
+
+
+def run(config: Config) -> None:
+    """Train and commit unless it is done (called on every rank; rank 0 writes)."""
+    plan = plan_stage(config, "backbone")
+    if finished(plan):
+        logger.info("backbone is finished: %s", plan.url)
+        return
+    corpus = Corpus(require(config, "corpus"))
+    tokens, context = corpus.tokens("train").tokens, config.model.context_length
+    held_out = even_streams(corpus.domains("validation"), config.training.validation_tokens)
+    job = Job.of_run(config, "backbone", config.backbone, plan.fingerprint)
+    with joined_world() as world:
+
+        def batches_from(position: int) -> Iterator[Batch]:
+            seed = derived_seed(config.seed, "backbone order")
+            return batches(tokens, context, config.backbone.batch_size, seed, position, world.rank, world.size)
+
+        def validate(model: Decoder) -> float:
+            return mean_loss(model, held_out, context, config.evaluation.batch_size, world)
+
+        model, losses = train_backbone(config, corpus.vocab_size, job, batches_from, validate, world)
+        if world.is_main:
+            stream = batches(tokens, context, 1, derived_seed(config.seed, "backbone statistics"))
+            windows = config.experts.statistics_tokens // context
+            sample = sample_windows(stream, windows, config.evaluation.batch_size)
+            files = {name: corpus.file(name) for name in TOKENIZER_FILES}
+            with making(plan) as writer:
+                facts = save_backbone(config, model, writer.folder, files, sample, world)
+                commit(writer, plan, config, {**losses, **facts})
+        world.barrier()

@@ -1,0 +1,148 @@
+"""Measure the models of a run side by side on the test split, and write the table that says whether it was worth it.
+
+The evaluation is the one artifact that is replaced: it is cheap, and models may join a run after it was made.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+
+from checkpoints import Artifact, MissingArtifactError, find_artifact, open_artifact, paths
+from modularforge.artifacts import Backbone, Corpus
+from modularforge.config import Config
+from modularforge.errors import DataError, MismatchError
+from modularforge.evaluation.report import markdown
+from modularforge.evaluation.soup import build_soup
+from modularforge.evaluation.suite import Loader, Results, add_oracle, measure_models
+from modularforge.log import json_safe, logger
+from modularforge.model.folder import load_model
+from modularforge.pipeline import finished, plan_stage, require, stage_url
+from modularforge.provenance import commit, making
+
+RESULTS_NAME = "results.json"
+REPORT_NAME = "report.md"
+
+
+def run(config: Config) -> Results:
+    """Measure what is there, commit results.json and report.md, and return the results."""
+    start = time.perf_counter()
+    corpus, artifacts = Corpus(require(config, "corpus")), find_models(config)
+    inputs = {name: artifact.manifest.fingerprint for name, artifact in artifacts.items()}
+    plan = plan_stage(config, "evaluation", inputs={**inputs, "corpus": corpus.artifact.manifest.fingerprint})
+    old = find_artifact(plan.url)
+    if old and old.manifest.fingerprint == plan.fingerprint:
+        logger.info("evaluation is finished: %s", plan.url)
+        results: Results = old.read_json(RESULTS_NAME)
+        return results
+    results = _measure(config, corpus, artifacts)
+    results["seconds"] = round(time.perf_counter() - start, 3)
+    results = json_safe(results)
+    if old:
+        logger.info("the evaluation at %s was of other models or settings; it is replaced", plan.url)
+        paths.remove(plan.url)
+    with making(plan) as writer:
+        writer.write_json(RESULTS_NAME, results)
+        (writer.folder / REPORT_NAME).write_text(markdown(results), encoding="utf-8")
+        commit(writer, plan, config, {"chosen": results["chosen"]})
+    return results
+
+
+def find_models(config: Config) -> dict[str, Artifact]:
+    """The committed models of this run: backbone, dense baseline, experts, assembled and calibrated.
+
+    The calibrated one counts only if it belongs to the assembled one and its calibration was kept.
+    """
+    found = {"backbone": require(config, "backbone")}
+    wanted: list[tuple[str, str, int | None]] = []
+    if "dense" in config.evaluation.baselines:
+        wanted.append(("dense", "dense", None))
+    wanted += [(f"expert-{index}", "expert", index) for index in range(config.experts.count)]
+    wanted += [("assembled", "assembled", None), ("calibrated", "calibrated", None)]
+    for label, stage, index in wanted:
+        try:
+            artifact = finished(plan_stage(config, stage, index))
+        except MissingArtifactError:
+            continue
+        if artifact and artifact.manifest.facts.get("kept", True):
+            found[label] = artifact
+    return found
+
+
+def chosen_model(config: Config) -> Artifact:
+    """The model to use: the calibrated one, else the assembled one; raises MissingArtifactError."""
+    models = find_models(config)
+    return models.get("calibrated") or models.get("assembled") or require(config, "assembled")
+
+
+def where(config: Config) -> str:
+    """Lines that tell where the report and the model folder lie, and what to try next."""
+    models = find_models(config)
+    lines = [f"report:  {paths.join(stage_url(config, 'evaluation'), REPORT_NAME)}"]
+    best = models.get("calibrated") or models.get("assembled")
+    if best:
+        lines += [f"model:   {best.url}", f'try it:  modularforge generate --model {best.url} --prompt "The "']
+    return "\n".join(lines)
+
+
+def measure_folder(config: Config, url: str) -> Results:
+    """Measure one model folder on this config's test split, without writing anything."""
+    start = time.perf_counter()
+    corpus, folder = Corpus(require(config, "corpus")), local_model_folder(url)
+    tokenizer = folder / "tokenizer.json"
+    if tokenizer.is_file() and tokenizer.read_bytes() != corpus.file("tokenizer.json").read_bytes():
+        raise MismatchError(
+            f"{url} must use the tokenizer of {corpus.artifact.url}, but has another; name its --data-dir"
+        )
+    results = measure_models(config, corpus, {url: partial(load_model, folder)}, {}, {url})
+    return json_safe({**results, "chosen": url, "seconds": round(time.perf_counter() - start, 3)})
+
+
+def local_model_folder(url: str) -> Path:
+    """A local folder with a model's files: an artifact of any store, or any model folder of this machine."""
+    if find_artifact(url) is not None or not paths.is_local(url):
+        return open_artifact(url).local_folder()
+    if not paths.local_path(url).is_dir():
+        raise DataError(f"--model must be a model folder, but {url} does not exist; name the folder with config.json")
+    return paths.local_path(url)
+
+
+def _measure(config: Config, corpus: Corpus, artifacts: dict[str, Artifact]) -> Results:
+    chosen = next((name for name in ("calibrated", "assembled") if name in artifacts), None)
+    shown = {name for name in ("backbone", "assembled", "calibrated") if name in artifacts}
+    tokens = {name: _training_tokens(config, name) for name in [*artifacts, "soup"]}
+    results = measure_models(config, corpus, _loaders(config, artifacts), tokens, shown)
+    for routing in results["routing"].values():
+        public = ["public"] if config.has_public_expert else []
+        routing["experts"] = public + [f"expert-{index}" for index in range(config.experts.count)]
+    add_oracle(results)
+    calibrated = find_artifact(stage_url(config, "calibrated"))
+    facts = calibrated.manifest.facts if calibrated else {}
+    calibration = {key: facts[key] for key in ("kept", "loss_before", "loss_after") if key in facts}
+    return {**results, "chosen": chosen, "calibration": calibration or None}
+
+
+def _loaders(config: Config, artifacts: dict[str, Artifact]) -> dict[str, Loader]:
+    """How each model is loaded, in the order of the table."""
+    backbone = Backbone(artifacts["backbone"])
+    experts = {name: artifact for name, artifact in artifacts.items() if name.startswith("expert-")}
+
+    def folder(name: str) -> dict[str, Loader]:
+        return {name: lambda: load_model(artifacts[name].local_folder())} if name in artifacts else {}
+
+    loaders = folder("backbone") | folder("dense")
+    loaders |= {name: partial(backbone.expert, artifact) for name, artifact in experts.items()}
+    if "soup" in config.evaluation.baselines and len(experts) == config.experts.count:
+        loaders["soup"] = partial(build_soup, backbone, list(experts.values()))
+    return loaders | folder("assembled") | folder("calibrated")
+
+
+def _training_tokens(config: Config, name: str) -> int:
+    """Tokens that went into a model, those of its backbone included."""
+    experts = {"backbone": 0}.get(name, 1 if name.startswith("expert-") else config.experts.count)
+    steps = config.backbone.steps * config.backbone.batch_size
+    steps += experts * config.experts.steps * config.experts.batch_size
+    if name == "calibrated":
+        steps += config.calibration.steps * config.calibration.batch_size
+    return steps * config.model.context_length

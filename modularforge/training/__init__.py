@@ -1,0 +1,1 @@
+"""One training loop, its optimizer, its world and its signals."""

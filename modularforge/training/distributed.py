@@ -1,0 +1,81 @@
+"""The world: which process this is, how many there are, and the few collectives that training needs.
+
+torchrun describes the world in the environment; without it the world is one process. Environment variables of the
+launch are read here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone writes and speaks."""
+        return self.rank == 0
+
+    def total(self, values: list[float]) -> list[float]:
+        """Sum of each value over all ranks (called on every rank, with lists of one length)."""
+        if self.size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        summed: list[float] = tensor.tolist()
+        return summed
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on at least one rank (called on every rank)."""
+        return self.total([float(flag)])[0] > 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.total([0.0])
+
+
+@contextmanager
+def joined_world(device: torch.device | None = None) -> Iterator[World]:
+    """Join the processes that torchrun started (gloo on CPU, nccl on GPU), and leave at the end."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    device = device or default_device(local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield World(0, 1, device)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    try:
+        yield World(rank, size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def default_device(local_rank: int = 0) -> torch.device:
+    """This process's GPU, or the CPU where there is none."""
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def parallelise(model: nn.Module, world: World) -> nn.Module:
+    """Wrap a model in DDP when there is more than one rank; gradients are then averaged over ranks."""
+    if world.size == 1:
+        return model
+    device_ids = [world.device.index] if world.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)

@@ -1,0 +1,25 @@
+"""What one training job is called, how long it trains, and where its traces go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from modularforge.config import Config, PhaseConfig, TrainingConfig
+from modularforge.pipeline import checkpoint_url, metrics_url
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training job; without URLs it leaves no checkpoints and no metrics."""
+
+    name: str
+    phase: PhaseConfig
+    training: TrainingConfig
+    fingerprint: str = ""
+    checkpoint_url: str | None = None
+    metrics_url: str | None = None
+
+    @staticmethod
+    def of_run(config: Config, name: str, phase: PhaseConfig, fingerprint: str) -> Job:
+        """A job of a run, with its checkpoints and metrics in their places there."""
+        return Job(name, phase, config.training, fingerprint, checkpoint_url(config, name), metrics_url(config, name))

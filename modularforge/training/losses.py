@@ -1,0 +1,45 @@
+"""What the loop minimises and what it validates on."""
+
+# B batch  T tokens
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modularforge.data.loader import evaluation_batches
+from modularforge.data.token_files import Tokens
+from modularforge.model.backbone import Decoder, cross_entropy
+from modularforge.model.moe import observe_routing, router_z_loss
+from modularforge.training.distributed import World
+
+
+def language_loss(model: nn.Module, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    """Mean cross-entropy of the next token, in nats."""
+    return cross_entropy(model(inputs_BT), targets_BT)
+
+
+class AnchoredLoss:
+    """Cross-entropy and router z-loss of an anchored pair; there is no balance loss, since both are always visited."""
+
+    def __init__(self, model: Decoder, z_loss: float) -> None:
+        self.model, self.z_loss = model, z_loss
+        observe_routing(model)
+
+    def __call__(self, model: nn.Module, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Loss of one batch; `model` may be the wrapped decoder."""
+        loss = cross_entropy(model(inputs_BT), targets_BT)
+        return loss + self.z_loss * router_z_loss(self.model)
+
+
+def mean_loss(model: Decoder, tokens: Tokens, context_length: int, batch_size: int, world: World) -> float:
+    """Mean loss per token of a stream in float32, its batches shared out among the ranks (called on every rank)."""
+    loss, count = 0.0, 0
+    for index, (inputs_BT, targets_BT) in enumerate(evaluation_batches(tokens, context_length, batch_size)):
+        if index % world.size == world.rank:
+            targets = targets_BT.to(world.device).flatten()
+            logits = model(inputs_BT.to(world.device)).flatten(0, 1).float()
+            loss += float(F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum"))
+            count += int((targets >= 0).sum())
+    total, tokens_seen = world.total([loss, float(count)])
+    return total / tokens_seen

@@ -1,0 +1,87 @@
+"""The byte-level tokenizer: nothing is unknown, nothing is lost, text never becomes a special token."""
+
+import logging
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modularforge.data.tokenizer import (
+    BOS,
+    EOS,
+    PAD,
+    SPECIAL_TOKENS,
+    UNK,
+    load_tokenizer,
+    save_tokenizer,
+    take_bytes,
+    token_byte_lengths,
+    train_tokenizer,
+)
+from modularforge.errors import DataError
+
+TEXTS = ["the cat sat on the mat , the <unk> too\n" * 3, "déjà vu à la carte", "日本語 text <eos> <bos>"] * 4
+TOKENIZER = train_tokenizer(TEXTS, 300)
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(
+    st.sampled_from([*SPECIAL_TOKENS, " ", "a"])
+).map("".join)
+
+
+def test_special_tokens_have_the_first_ids():
+    assert [TOKENIZER.token_to_id(token) for token in SPECIAL_TOKENS] == [PAD, UNK, BOS, EOS] == [0, 1, 2, 3]
+
+
+@settings(deadline=None)
+@given(ANY_TEXT)
+def test_any_text_comes_back_and_holds_no_special_token(text):
+    ids = TOKENIZER.encode(text).ids
+    assert ids[0] == BOS
+    assert all(index > EOS for index in ids[1:])
+    assert TOKENIZER.decode(ids) == text
+
+
+@settings(deadline=None)
+@given(ANY_TEXT)
+def test_byte_lengths_add_up_to_the_bytes_of_the_text(text):
+    lengths_V = token_byte_lengths(TOKENIZER)
+    assert lengths_V.dtype == np.int32
+    assert lengths_V[TOKENIZER.encode(text).ids].sum() == len(text.encode())
+
+
+def test_the_same_texts_give_the_same_tokenizer():
+    assert train_tokenizer(TEXTS, 300).to_str() == TOKENIZER.to_str()
+
+
+def test_a_small_corpus_gives_a_smaller_vocabulary_and_a_warning(caplog):
+    with caplog.at_level(logging.WARNING, logger="modularforge"):
+        small = train_tokenizer(["aaaa"], 1000)
+    assert 260 <= small.get_vocab_size() < 1000
+    assert "data.vocab_size is 1000" in caplog.text
+
+
+def test_the_sample_stops_at_its_limit_without_breaking_a_character():
+    assert list(take_bytes(["abc", "dé", "never read"], 5)) == ["abc", "d"]
+
+
+def test_transformers_reads_the_folder_and_agrees(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    save_tokenizer(TOKENIZER, tmp_path, context_length=64)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "the cat <eos> déjà  vu\n"
+    assert theirs(text)["input_ids"] == TOKENIZER.encode(text).ids
+    assert theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True) == text
+    assert (theirs.pad_token_id, theirs.unk_token_id, theirs.bos_token_id, theirs.eos_token_id) == (PAD, UNK, BOS, EOS)
+    assert theirs.model_max_length == 64
+
+
+def test_a_saved_tokenizer_keeps_the_rule_for_special_tokens(tmp_path):
+    save_tokenizer(TOKENIZER, tmp_path, context_length=64)
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        assert EOS not in load_tokenizer(path).encode("a <eos> b").ids
+
+
+def test_a_broken_tokenizer_file_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match=r"tokenizer.json must be a tokenizer, but cannot be read"):
+        load_tokenizer(tmp_path)
