@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import weakref
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +21,7 @@ from checkpoints.training import Checkpoint, save_checkpoint
 class CheckpointSaver:
     """Saves the checkpoints of one job (on rank 0 only); an error surfaces at the next `save`, `check` or `wait`.
 
-    The thread is no daemon: a program that ends without `wait` still finishes the save, or has its failure in the log.
+    A program that ends without `wait` still finishes the save, or has its failure in the log.
     """
 
     def __init__(self, url: str, fingerprint: str, keep_last: int, keep_every: int = 0) -> None:
@@ -32,6 +33,7 @@ class CheckpointSaver:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self.stall_seconds = 0.0
+        _SAVERS.add(self)
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Copy the state and return; tensors and `state` may change right after. Waits for an earlier save first."""
@@ -70,6 +72,11 @@ class CheckpointSaver:
             if error is None:
                 raise
 
+    def finish(self) -> None:
+        """Return when nothing is being written any more; a failure is only in the log."""
+        if self._thread:
+            self._thread.join()
+
     def _write(self, checkpoint: Checkpoint) -> None:
         try:
             save_checkpoint(self._url, checkpoint, self._fingerprint, self._keep_last, self._keep_every)
@@ -92,3 +99,17 @@ class CheckpointSaver:
         if known is not None and known.shape == tensor.shape and known.dtype == tensor.dtype:
             return known
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+
+
+_SAVERS: weakref.WeakSet[CheckpointSaver] = weakref.WeakSet()
+
+
+def _finish_all() -> None:
+    for saver in list(_SAVERS):
+        saver.finish()
+
+
+# HTTP clients need thread pools, which Python shuts down before it joins threads and calls `atexit`. This hook, the one
+# that the pools use themselves, runs before theirs; without it such a save fails, with its failure in the log.
+if register := getattr(threading, "_register_atexit", None):
+    register(_finish_all)

@@ -6,6 +6,7 @@ are made, with no second copy in memory or on the disk.
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 
 from checkpoints.artifact import Artifact
-from checkpoints.errors import StoreError
+from checkpoints.errors import CorruptArtifactError, StoreError
+from checkpoints.hashing import LENGTH_BYTES, MAX_HEADER_BYTES
 
 # In the order of the format: tensors are sorted by descending dtype, then by name, so that all are aligned.
 DTYPES = {
@@ -38,6 +40,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 RANKS = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 ALIGNMENT = 8
+SAFE_ALIGNMENT = 16  # torch.set_rng_state reads its bytes as a struct and crashes below this
 
 
 def weight_file_chunks(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
@@ -55,16 +58,29 @@ def weight_file_size(tensors: Mapping[str, torch.Tensor]) -> int:
 
 def read_weight_file(artifact: Artifact, name: str) -> dict[str, torch.Tensor]:
     """All tensors of a weight file on the host; nothing is returned unless every byte matches the manifest."""
-    content = torch.empty(artifact.manifest.files[name].size, dtype=torch.uint8)
-    target, position = _memory_of(content), 0
-    for part in artifact.stream(name):
+    parts = artifact.stream(name)
+    head = bytearray()
+    while len(head) < _header_end(head):
+        head += next(parts)
+    end = _header_end(head)
+    header = json.loads(head[LENGTH_BYTES:end])
+    header.pop("__metadata__", None)
+    data = torch.empty(artifact.manifest.files[name].size - end, dtype=torch.uint8)
+    target, position = _memory_of(data), 0
+    for part in itertools.chain([bytes(head[end:])], parts):
         target[position : position + len(part)] = part
         position += len(part)
-    (header_bytes,) = struct.unpack("<Q", target[:8])
-    header = json.loads(bytes(target[8 : 8 + header_bytes]))
-    header.pop("__metadata__", None)
-    data = content[8 + header_bytes :]
     return {tensor: _view(data, entry) for tensor, entry in header.items()}
+
+
+def _header_end(head: bytearray) -> int:
+    """Where the tensors begin, as far as the first bytes tell; raises CorruptArtifactError for what cannot be."""
+    if len(head) < LENGTH_BYTES:
+        return LENGTH_BYTES
+    length = int.from_bytes(head[:LENGTH_BYTES], "little")
+    if length > MAX_HEADER_BYTES:
+        raise CorruptArtifactError(f"a weight file must have a short header, but claims {length} bytes; restore it")
+    return LENGTH_BYTES + length
 
 
 def _header(names: list[str], tensors: Mapping[str, torch.Tensor]) -> bytes:
@@ -103,6 +119,6 @@ def _view(data: torch.Tensor, entry: dict[str, Any]) -> torch.Tensor:
     if start == end:
         return torch.empty(entry["shape"], dtype=dtype)
     span = data[start:end]
-    if (data.storage_offset() + start) % dtype.itemsize:  # a foreign file may not be aligned
+    if start % SAFE_ALIGNMENT:
         span = span.clone()
     return span.view(dtype).reshape(entry["shape"])

@@ -179,14 +179,11 @@ def write_artifact(
     try:
         yield writer
     except OSError as error:
-        writer.discard()
         if explain.is_full(error):
             raise explain.explain(error, "write", url) from error
         raise
-    except BaseException:
-        writer.discard()
-        raise
     finally:
+        writer.discard()
         shutil.rmtree(folder, ignore_errors=True)
 
 

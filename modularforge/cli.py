@@ -188,3 +188,55 @@ def info(
     from modularforge.settings import to_yaml
 
     typer.echo(to_yaml(settings) if show_settings else describe(settings))
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="RUN", help="Folder, URL, or name below --base-dir.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="All runs below --base-dir.")] = False,
+    pattern: Annotated[str | None, typer.Option(help="Runs whose name matches, for example 'wiki-*'.")] = None,
+    base_dir: Annotated[str, typer.Option(help="Where runs are looked for: a folder or URL.")] = "runs",
+    output: Annotated[str | None, typer.Option(help="Write there instead of into the run.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
+) -> None:
+    """Write report.html and plots/*.png of runs, finished or not: curves, timeline, evaluation, routing, settings."""
+    from modularforge.observe.discover import choose_runs
+    from modularforge.observe.report import report_runs
+
+    for line in report_runs(choose_runs(runs or [], base_dir, every=every, pattern=pattern), output):
+        typer.echo(line)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN RUN…", help="Two runs or more; the first is the reference.")
+    ],
+    output: Annotated[
+        str | None, typer.Option(help="Folder or URL for the plots, compare.txt and compare.json.")
+    ] = None,
+    base_dir: Annotated[str, typer.Option(help="Where runs are looked for: a folder or URL.")] = "runs",
+    band: Annotated[float, typer.Option(min=1.000001, help="Curves part where their ratio leaves 1/BAND…BAND.")] = 2.0,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
+) -> None:
+    """Compare the curves of runs with the first one: differences with intervals, where they part, what looks wrong."""
+    from modularforge.comparison.compare import compare_runs
+    from modularforge.observe.discover import resolve
+
+    typer.echo(compare_runs([resolve(name, base_dir) for name in runs], output, band))
+
+
+@app.command()
+@with_settings
+def sanity(
+    settings: Config,
+    test: Annotated[str, typer.Option(help="m0 the model, m1 the data, m2 a short training, or all.")] = "all",
+    quick: Annotated[bool, typer.Option("--quick", help="The same checks at tiny sizes: under 10 seconds.")] = False,
+) -> None:
+    """Check model, data and training before spending GPU hours: exit 0 when all is well, 1 with each cause if not."""
+    from modularforge.sanity.checks import run_checks
+
+    if not run_checks(settings, test, quick):
+        raise typer.Exit(1)

@@ -223,6 +223,68 @@ class LauncherConfig(Section):
     """Processes of the backbone's DDP job, started by torchrun when more than one."""
 
 
+class NodesConfig(Section):
+    """What one kind of job asks of the cluster."""
+
+    nodes: int = Field(1, ge=1)
+    """Nodes of the job."""
+    gpus: int = Field(0, ge=0)
+    """GPUs per node."""
+    processes: int | None = Field(None, ge=1)
+    """Training processes per node; null is one per GPU, and one on a node without GPUs."""
+    cpus: int = Field(4, ge=1)
+    """Cores per node."""
+    memory_gb: float | None = Field(None, gt=0)
+    """Memory per node; null is what the site gives."""
+    time_minutes: int = Field(60, ge=1)
+    """Time limit of one start; a job that needs longer goes on from its checkpoint in the next."""
+
+    @property
+    def processes_per_node(self) -> int:
+        return self.processes or max(1, self.gpus)
+
+
+class ClusterConfig(Section):
+    """How `python -m launcher --cluster` asks Slurm for nodes; nothing here changes what is computed."""
+
+    queue: str | None = None
+    """Slurm partition; null is the site's default."""
+    account: str | None = None
+    """Slurm account to charge."""
+    qos: str | None = None
+    """Quality of service."""
+    constraint: str | None = None
+    """Features that nodes must have."""
+    backbone: NodesConfig = NodesConfig()
+    """Nodes of the backbone's DDP job, and of the dense baseline's."""
+    expert: NodesConfig = NodesConfig()
+    """Nodes of each expert's job: one GPU, or a whole node."""
+    other: NodesConfig = NodesConfig()
+    """The node that prepares data, assembles, and evaluates."""
+    array_throttle: int | None = Field(None, ge=1)
+    """Experts that run at the same time at the most; null leaves it to Slurm."""
+    min_experts: int | None = Field(None, ge=1)
+    """Assembly goes on without the others when this many experts are finished; null wants all."""
+    max_crashes: int = Field(3, ge=0)
+    """Starts after a crash; two crashes without progress between them end a job sooner."""
+    max_time_limits: int = Field(20, ge=0)
+    """Starts after the time limit. Preempted jobs always start again."""
+    warning_seconds: int = Field(120, ge=10)
+    """Slurm warns a job this long before its time limit; a step and a checkpoint must fit in."""
+    setup: list[str] = []
+    """Shell lines before the job's program, such as `module load cuda`."""
+    python: str | None = None
+    """The python of jobs, on storage that nodes share; null is the one that runs the launcher."""
+    container: str | None = None
+    """Put before the `python3` that trains, such as `apptainer exec --nv /images/train.sif`."""
+    pass_environment: list[str] = ["AWS_*", "FSSPEC_*", "HF_*", "MODULARFORGE_*"]
+    """Variables of your shell that jobs get; all others stay behind. Values go to Slurm, never into a file."""
+    sbatch_options: dict[str, str | int | bool] = {}
+    """Further options of sbatch by name, such as `{reservation: spring}`."""
+    work_dir: str | None = None
+    """Folder on storage that nodes share, for logs, scripts and frozen code; null is `cluster` in the run's folder."""
+
+
 class Config(Section):
     """A whole run."""
 
@@ -244,6 +306,12 @@ class Config(Section):
     calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     launcher: LauncherConfig = LauncherConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def needed_experts(self) -> int:
+        """Experts without which nothing is assembled."""
+        return self.experts.count if self.cluster.min_experts is None else self.cluster.min_experts
 
     @property
     def data_url(self) -> str:
@@ -303,6 +371,11 @@ def _impossible_combinations(config: Config) -> Any:
         yield (
             "assembly.router must not be learned when experts.anchored is false, because plain experts train no router "
             "rows; use data_stats or centred_means"
+        )
+    if config.needed_experts > experts.count:
+        yield (
+            f"cluster.min_experts must be at most experts.count ({experts.count}), but is {config.needed_experts}; "
+            "lower it"
         )
     if config.assembled_experts < 1:
         yield "experts.count must be at least 1, but is 0; add experts"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ from checkpoints import Artifact, find_artifact, paths
 from checkpoints.errors import MissingArtifactError
 from modularforge.config import Config
 from modularforge.errors import MismatchError
+
+Finder = Callable[[str], Artifact | None]
+"""How an artifact is looked up by URL; the launcher looks up each only once for thousands of experts."""
 
 
 @dataclass(frozen=True)
@@ -117,29 +121,43 @@ class Plan:
         return fingerprint(self.stage, self.settings, self.inputs)
 
 
-def plan_stage(config: Config, name: str, index: int | None = None, inputs: dict[str, str] | None = None) -> Plan:
+def plan_stage(
+    config: Config,
+    name: str,
+    index: int | None = None,
+    inputs: dict[str, str] | None = None,
+    find: Finder = find_artifact,
+) -> Plan:
     """What a stage will make; raises MissingArtifactError when an input is not there yet.
 
     `inputs` are given only for the evaluation, which reads whatever models there are.
     """
-    found = input_fingerprints(config, name, index) if inputs is None else inputs
+    found = input_fingerprints(config, name, index, find) if inputs is None else inputs
     return Plan(name, stage_url(config, name, index), stage_settings(config, name), found)
 
 
-def finished(plan: Plan) -> Artifact | None:
+def finished(plan: Plan, find: Finder = find_artifact) -> Artifact | None:
     """The committed artifact of this plan, or None; raises MismatchError when another config's lies there."""
-    artifact = find_artifact(plan.url)
+    artifact = find(plan.url)
     if artifact is None or artifact.manifest.fingerprint == plan.fingerprint:
         return artifact
+    if is_outgrown(plan, artifact):
+        return None
     raise MismatchError(
         f"{plan.url} must have been made with these settings and inputs, but {_difference(plan, artifact)}; "
         "use another --output-dir, or delete that folder to make it again"
     )
 
 
-def require(config: Config, name: str, index: int | None = None) -> Artifact:
+def is_outgrown(plan: Plan, artifact: Artifact) -> bool:
+    """Whether an assembled model has the settings and the parts of this plan, but fewer experts."""
+    old = artifact.manifest
+    return plan.stage == "assembled" and old.settings == plan.settings and old.inputs.items() < plan.inputs.items()
+
+
+def require(config: Config, name: str, index: int | None = None, find: Finder = find_artifact) -> Artifact:
     """The artifact of an earlier stage, made with these settings; raises MissingArtifactError with the command."""
-    artifact = finished(plan_stage(config, name, index))
+    artifact = finished(plan_stage(config, name, index, find=find), find)
     if artifact is None:
         command = STAGES[name].command.format(index=index)
         raise MissingArtifactError(
@@ -149,18 +167,46 @@ def require(config: Config, name: str, index: int | None = None) -> Artifact:
     return artifact
 
 
-def input_fingerprints(config: Config, name: str, index: int | None = None) -> dict[str, str]:
+def chosen_experts(config: Config, find: Finder = find_artifact) -> dict[int, Artifact]:
+    """The experts of the assembled model, by index: those that a committed one names, else all that are finished.
+
+    Raises MissingArtifactError with the missing ones when fewer than `cluster.min_experts` are finished.
+    """
+    plans = {index: plan_stage(config, "expert", index, find=find) for index in range(config.experts.count)}
+    ready = {index: artifact for index, plan in plans.items() if (artifact := finished(plan, find))}
+    if len(ready) < config.needed_experts:
+        missing = ", ".join(str(index) for index in plans if index not in ready)
+        raise MissingArtifactError(
+            f"assembly needs {config.needed_experts} of {config.experts.count} experts, but {len(ready)} are finished "
+            f"(missing: {missing}); train them, or lower cluster.min_experts to go on without"
+        )
+    assembled = find(stage_url(config, "assembled"))
+    if assembled is None:
+        return ready
+    inputs = assembled.manifest.inputs
+    named = {
+        index: artifact
+        for index, artifact in ready.items()
+        if inputs.get(f"expert-{index}") == artifact.manifest.fingerprint
+    }
+    is_whole = len(named) == sum(key.startswith("expert-") for key in inputs)
+    return named if is_whole and len(named) >= config.needed_experts else ready
+
+
+def input_fingerprints(
+    config: Config, name: str, index: int | None = None, find: Finder = find_artifact
+) -> dict[str, str]:
     """Fingerprints of what a stage reads, from their manifests; an expert knows only its own partition."""
     found: dict[str, str] = {}
     for needed in STAGES[name].inputs:
         if needed == "partition":
-            files = require(config, "partitions").manifest.files
+            files = require(config, "partitions", find=find).manifest.files
             found[needed] = files[f"partition-{index}.tokens.bin"].sha256[:32]
         elif needed == "experts":
-            for expert in range(config.experts.count):
-                found[f"expert-{expert}"] = require(config, "expert", expert).manifest.fingerprint
+            for expert, artifact in chosen_experts(config, find).items():
+                found[f"expert-{expert}"] = artifact.manifest.fingerprint
         else:
-            found[needed] = require(config, needed).manifest.fingerprint
+            found[needed] = require(config, needed, find=find).manifest.fingerprint
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from modularforge.config import Config
 from modularforge.log import json_safe, logger
 from modularforge.pipeline import Plan
 
+FROZEN_NAME = "frozen.json"
 PACKAGES = ("modularforge", "torch", "numpy", "tokenizers", "safetensors", "scikit-learn", "fsspec", "datasets")
 
 
@@ -43,7 +45,7 @@ def commit(writer: ArtifactWriter, plan: Plan, config: Config, facts: dict[str, 
 
 def provenance(config: Config) -> dict[str, Any]:
     """The resolved settings, package versions, and the commit of the code with a hash of uncommitted changes."""
-    return {"config": config.model_dump(mode="json"), "versions": _versions(), **_commit()}
+    return {"config": config.model_dump(mode="json"), "versions": _versions(), **source_commit()}
 
 
 @functools.cache
@@ -58,9 +60,15 @@ def _versions() -> dict[str, str]:
 
 
 @functools.cache
-def _commit() -> dict[str, str | None]:
-    """Commit and dirty hash of the source tree; both None for an installed package or where git is missing."""
+def source_commit() -> dict[str, str | None]:
+    """Commit and dirty hash of the source tree; both None for an installed package or where git is missing.
+
+    A copy that the launcher froze for its jobs carries them in a file.
+    """
     root = Path(__file__).resolve().parent.parent
+    if (root / FROZEN_NAME).is_file():
+        frozen: dict[str, str | None] = json.loads((root / FROZEN_NAME).read_text())
+        return frozen
     head = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
     if head is None:
         return {"commit": None, "uncommitted_sha256": None}

@@ -49,7 +49,7 @@ def assemble(config: Config, backbone: Artifact, experts: list[Artifact], folder
         execute(plan, folder)
     if plan.index:
         write_json(folder / INDEX_NAME, plan.index)
-    return _write_small_files(config, backbone, folder)
+    return _write_small_files(config, backbone, len(experts) + int(config.has_public_expert), folder)
 
 
 def check_same_backbone(backbone: Artifact, experts: list[Artifact]) -> None:
@@ -75,7 +75,7 @@ def router_rows(config: Config, experts: list[Artifact], layers: int) -> dict[st
     rows: dict[str, Rows] = {}
     for layer in range(layers):
         of_layer = [item[layer] for item in statistics]
-        width, count = len(of_layer[0].sum_D), config.assembled_experts
+        width, count = len(of_layer[0].sum_D), len(experts) + int(kept)
         solved: Array
         if settings.router == "data_stats":
             solved = with_public(ridge(of_layer, settings.ridge_penalty, settings.router_temperature), kept)
@@ -110,10 +110,10 @@ def _spans(artifact: Artifact, name: str) -> dict[str, TensorSpan]:
     return read_header(artifact.file_url(name), artifact.manifest.files[name].tensors)
 
 
-def _write_small_files(config: Config, backbone: Artifact, folder: Path) -> dict[str, Any]:
+def _write_small_files(config: Config, backbone: Artifact, count: int, folder: Path) -> dict[str, Any]:
     source = backbone.local_folder()
     values = read_config(source)
-    model, vocab_size, count = model_config_of(values), int(values["vocab_size"]), config.assembled_experts
+    model, vocab_size = model_config_of(values), int(values["vocab_size"])
     # Equal rows mean something only when every expert is visited.
     active = count if config.assembly.router == "uniform" else config.assembly.experts_per_token
     if active > count:

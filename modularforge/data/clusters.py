@@ -52,7 +52,8 @@ def cluster_documents(
     with _one_thread():
         texts = _texts(documents, tokenizer, sample)
         encode = _fit_encoder(texts, settings.cluster_encoder, seed)
-        centres, sample_clusters = _fit_centres(_encode_in_batches(encode, texts), count, seed)
+        features = _encode_in_batches(encode, texts)
+        centres, sample_clusters = _fit_centres(features, documents.lengths[sample], count, seed)
         clusters = np.empty(documents.num_documents, np.int64)
         clusters[sample] = sample_clusters
         others = np.setdiff1d(np.arange(documents.num_documents), sample, assume_unique=True)
@@ -127,11 +128,15 @@ def _encode_in_batches(encode: Encoder, texts: list[str]) -> Features:
     return np.concatenate([encode(texts[start : start + BATCH_DOCUMENTS]) for start in starts])
 
 
-def _fit_centres(features: Features, count: int, seed: int) -> tuple[Features, Indices]:
-    """Centres [K, D], and the cluster of each sampled document; no cluster is empty."""
+def _fit_centres(features: Features, lengths: Indices, count: int, seed: int) -> tuple[Features, Indices]:
+    """Centres [K, D], and the cluster of each sampled document; no cluster is empty.
+
+    Documents weigh as many as their tokens: experts train on tokens, and a domain of many short documents would
+    otherwise take several centres (ten domains of 8 MB each: 0.96 of the tokens in pure clusters, 0.74 unweighted).
+    """
     from sklearn.cluster import KMeans
 
-    fitted: Any = KMeans(count, n_init=4, random_state=seed).fit(features)
+    fitted: Any = KMeans(count, n_init=4, random_state=seed).fit(features, sample_weight=lengths.astype(float))
     return fitted.cluster_centers_, _fill_empty(fitted.labels_.astype(np.int64), count)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from modularforge.artifacts import Corpus
@@ -25,7 +25,7 @@ def measure_models(
     corpus: Corpus,
     loaders: Mapping[str, Loader],
     training_tokens: Mapping[str, int | None],
-    with_samples: set[str],
+    with_samples: Collection[str],
 ) -> Results:
     """Results by model name, in the order of `loaders`; texts are sampled from the models in `with_samples`.
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from checkpoints import find_artifact, open_artifact, paths
+from modularforge.artifacts import local_model_folder
 from modularforge.data.tokenizer import load_tokenizer
-from modularforge.errors import DataError
 from modularforge.evaluation.generation import Sampling, generate
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import load_model
@@ -25,12 +24,7 @@ class Loaded:
 
 def load_for_generation(url: str) -> Loaded:
     """Read a model folder: an artifact of any store, or any folder with config, weights and tokenizer."""
-    if find_artifact(url) is None and paths.is_local(url):
-        folder = paths.local_path(url)
-        if not folder.is_dir():
-            raise DataError(f"--model must be a model folder, but {url} does not exist; name one with config.json")
-    else:
-        folder = open_artifact(url).local_folder()
+    folder = local_model_folder(url)
     model = load_model(folder).to(default_device())
     return Loaded(model, load_tokenizer(folder / "tokenizer.json"))
 

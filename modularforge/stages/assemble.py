@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from checkpoints import find_artifact, paths
 from modularforge.assembly.assemble import assemble
 from modularforge.config import Config
 from modularforge.log import logger
-from modularforge.pipeline import finished, plan_stage, require
+from modularforge.pipeline import finished, is_outgrown, plan_stage, require, stage_url
 from modularforge.provenance import commit, making
 
 
@@ -16,6 +17,11 @@ def run(config: Config) -> None:
         logger.info("assembled model is finished: %s", plan.url)
         return
     backbone = require(config, "backbone")
-    experts = [require(config, "expert", index) for index in range(config.experts.count)]
+    experts = [require(config, "expert", k) for k in range(config.experts.count) if f"expert-{k}" in plan.inputs]
+    old = find_artifact(plan.url)
+    if old and is_outgrown(plan, old):
+        logger.info("more experts are finished than the model at %s was made from; it is made again", plan.url)
+        paths.remove(stage_url(config, "calibrated"))
+        paths.remove(plan.url)
     with making(plan) as writer:
         commit(writer, plan, config, assemble(config, backbone, experts, writer.folder))

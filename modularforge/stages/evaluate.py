@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from pathlib import Path
 
-from checkpoints import Artifact, MissingArtifactError, find_artifact, open_artifact, paths
-from modularforge.artifacts import Backbone, Corpus
+from checkpoints import Artifact, MissingArtifactError, find_artifact, paths
+from modularforge.artifacts import Backbone, Corpus, local_model_folder
 from modularforge.config import Config
-from modularforge.errors import DataError, MismatchError
+from modularforge.errors import MismatchError
 from modularforge.evaluation.report import markdown
 from modularforge.evaluation.soup import build_soup
 from modularforge.evaluation.suite import Loader, Results, add_oracle, measure_models
@@ -95,17 +94,10 @@ def measure_folder(config: Config, url: str) -> Results:
         raise MismatchError(
             f"{url} must use the tokenizer of {corpus.artifact.url}, but has another; name its --data-dir"
         )
-    results = measure_models(config, corpus, {url: partial(load_model, folder)}, {}, {url})
-    return json_safe({**results, "chosen": url, "seconds": round(time.perf_counter() - start, 3)})
-
-
-def local_model_folder(url: str) -> Path:
-    """A local folder with a model's files: an artifact of any store, or any model folder of this machine."""
-    if find_artifact(url) is not None or not paths.is_local(url):
-        return open_artifact(url).local_folder()
-    if not paths.local_path(url).is_dir():
-        raise DataError(f"--model must be a model folder, but {url} does not exist; name the folder with config.json")
-    return paths.local_path(url)
+    name = url.rstrip("/").rsplit("/", 1)[-1]
+    results = measure_models(config, corpus, {name: partial(load_model, folder)}, {}, {name})
+    measured: Results = json_safe({**results, "chosen": name, "seconds": round(time.perf_counter() - start, 3)})
+    return measured
 
 
 def _measure(config: Config, corpus: Corpus, artifacts: dict[str, Artifact]) -> Results:

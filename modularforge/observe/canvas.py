@@ -1,0 +1,95 @@
+"""What every figure needs: a figure without a window, labels that do not overlap, axes, and PNG bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.transforms import Bbox
+
+from modularforge.observe.metrics import Metric
+from modularforge.observe.style import DPI
+
+LABEL_HEIGHT_POINTS = 14.0
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure that only files will show; nothing global keeps it alive."""
+    figure = Figure(figsize=(width, height), layout=None)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """The figure as a PNG, its full width kept and its height cut to what is drawn."""
+    buffer = io.BytesIO()
+    drawn = figure.get_tightbbox(figure.canvas.get_renderer())  # type: ignore[attr-defined]
+    width = figure.get_size_inches()[0]
+    box = Bbox.from_extents(min(0.0, drawn.x0), drawn.y0 - 0.1, max(width, drawn.x1), drawn.y1 + 0.1)
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches=box, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def label_ends(axes: Any, labels: Sequence[tuple[float, str, Any]], size: float = 12) -> None:
+    """Write labels (height in data, text, colour) right of the axes, moved apart until none covers another."""
+    inside = [label for label in labels if np.isfinite(label[0])]
+    if not inside:
+        return
+    axes.figure.canvas.draw()
+    box = axes.get_window_extent()
+    pixel = axes.figure.dpi / 72
+    heights = [axes.transData.transform((axes.get_xlim()[1], label[0]))[1] for label in inside]
+    places = spread(heights, LABEL_HEIGHT_POINTS * pixel * size / 12, box.y0, box.y1)
+    for (_, text, colour), place in zip(inside, places, strict=True):
+        height = (place - box.y0) / box.height
+        axes.annotate(text, (1, height), (8, 0), "axes fraction", "offset points", color=colour, fontsize=size, va="center",
+                  fontweight="bold", annotation_clip=False)  # fmt: skip
+
+
+def spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Places moved as little as needed so that neighbours are `gap` apart; order is kept."""
+    order = np.argsort(places, kind="stable")
+    blocks: list[list[float]] = []  # centre and count of labels that touch
+    for index in order:
+        blocks.append([float(np.clip(places[index], low, high)), 1])
+        while len(blocks) > 1 and blocks[-1][0] - blocks[-2][0] < gap * (blocks[-1][1] + blocks[-2][1]) / 2:
+            (centre, count), (below, number) = blocks.pop(), blocks.pop()
+            blocks.append([(centre * count + below * number) / (count + number), count + number])
+    found = [centre + gap * (index - (count - 1) / 2) for centre, count in blocks for index in range(int(count))]
+    result = [0.0] * len(places)
+    for index, place in zip(order, found, strict=True):
+        result[index] = place
+    return result
+
+
+def shape_axis(axes: Any, metric: Metric) -> None:
+    """Scale and ticks of the value axis as the metric wants them."""
+    if metric.scale == "log":
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        many = high / max(low, 1e-300) > 30
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if many else (1.0, 2.0, 5.0), numticks=8))
+        if high / max(low, 1e-300) < 2.5:
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+    elif metric.scale == "from_zero":
+        axes.set_ylim(bottom=0)
+
+
+def shape_steps(axes: Any, wide: bool) -> None:
+    """Few, whole step numbers, with k and M for thousands and millions."""
+    axes.xaxis.set_major_locator(MaxNLocator(5 if wide else 2, integer=True))
+    if axes.get_xlim()[1] >= 10_000:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def plain(value: float) -> str:
+    """A number without exponent where it stays short."""
+    return f"{value:,.0f}" if 10 <= abs(value) < 1e6 else f"{value:.3g}"

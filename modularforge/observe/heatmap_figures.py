@@ -1,0 +1,132 @@
+"""Heat maps: where the routers send tokens, and perplexity by model and domain."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from modularforge.observe.canvas import new_figure, plain
+from modularforge.observe.metrics import Floats
+from modularforge.observe.run import Run
+from modularforge.observe.style import INK, PAPER, WIDTH_INCHES, colour_of
+
+WRITTEN_COLUMNS = 16
+SHOWN_EXPERTS = 12
+
+
+def routing_figures(run: Run) -> dict[str, Figure]:
+    """For every measured model with routers: layer by expert, and domain by expert, side by side."""
+    routing = (run.evaluation or {}).get("routing", {})
+    return {f"routing_{model}": _draw_routing(run, model, values) for model, values in routing.items()}
+
+
+def _draw_routing(run: Run, model: str, values: dict[str, Any]) -> Figure:
+    layers = np.array(values["share_per_layer_and_expert"], dtype=float)
+    domains = values["share_per_domain_and_expert"]
+    by_domain = np.array(list(domains.values()), dtype=float)
+    experts = values.get("experts") or [str(index) for index in range(layers.shape[1])]
+    wide = layers.shape[1] > WRITTEN_COLUMNS
+    rows = (len(layers), len(by_domain))
+    height = 1.7 + 0.42 * (sum(rows) + 3 if wide else max(rows))
+    figure = new_figure(WIDTH_INCHES, height)
+    shape = {"height_ratios": rows, "hspace": 3.4 / (sum(rows) / 2 + 1)} if wide else {"wspace": 0.36}
+    grid: Any = figure.subplots(*((2, 1) if wide else (1, 2)), gridspec_kw=shape)
+    top = float(max(layers.max(), by_domain.max()))
+    for axes, shares, names, title in (
+        (grid[0], layers, [f"layer {index}" for index in range(len(layers))], f"{model}: visits by layer"),
+        (grid[1], by_domain, list(domains), f"{model}: visits by domain"),
+    ):
+        _draw_shares(axes, shares, top, names, experts, run.num_experts)
+        axes.set_title(title, fontweight="bold")
+    even = 100 / layers.shape[1]
+    _caption(
+        grid[-1] if wide else grid[0],
+        56,
+        f"Share of visits in %; a row adds up to 100, even routing is {even:.3g} % everywhere.",
+    )
+    return figure
+
+
+def _draw_shares(axes: Any, shares: Floats, top: float, names: list[str], experts: list[str], count: int) -> None:
+    axes.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=top)
+    written = shares.shape[1] <= WRITTEN_COLUMNS
+    every = 1 if written else 8
+    labels = [name.removeprefix("expert-") for name in experts]
+    shown = [i for i, name in enumerate(experts) if not name.startswith("expert-") or int(labels[i]) % every == 0]
+    axes.set_xticks(shown, [labels[index] for index in shown])
+    axes.set_xlabel("expert")
+    for tick, index in zip(axes.get_xticklabels(), shown, strict=True):
+        tick.set_color(colour_of(experts[index], count))
+        tick.set_fontweight("bold")
+    axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    if written:
+        for (row, column), share in np.ndenumerate(shares):
+            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=12,
+                      color=PAPER if share > 0.55 * top else INK)  # fmt: skip
+    _no_frame(axes)
+
+
+def evaluation_figure(run: Run) -> Figure | None:
+    """Perplexity of every model on every domain, coloured by its distance from the backbone's."""
+    results = run.evaluation
+    if not results or "backbone" not in results["models"]:
+        return None
+    names = _shown_models(results)
+    domains = list(results["domains"])
+    losses = np.array([[*(_loss(results, name, label) for label in domains), _mean(results, name)] for name in names])
+    change = 100 * np.expm1(losses - losses[names.index("backbone")])
+    figure = new_figure(WIDTH_INCHES, 1.4 + 0.42 * len(names))
+    axes: Any = figure.subplots()
+    reach = float(max(1.0, np.nanmax(np.abs(change))))
+    axes.imshow(change, aspect="auto", cmap="PuOr_r", norm=TwoSlopeNorm(0, -reach, reach))
+    for (row, column), percent in np.ndenumerate(change):
+        axes.text(column, row, plain(math.exp(losses[row, column])), ha="center", va="center",
+                  color=PAPER if abs(percent) > 0.6 * reach else INK, fontweight="bold" if column == len(domains) else "normal")  # fmt: skip
+    axes.set_xticks(range(len(domains) + 1), [*(label.replace("_", "\n") for label in domains), "all domains\nalike"])
+    axes.xaxis.tick_top()
+    axes.set_yticks(range(len(names)), names)
+    for tick, name in zip(axes.get_yticklabels(), names, strict=True):
+        tick.set_color(colour_of(name, run.num_experts) if name.startswith("expert-") else INK)
+        tick.set_fontweight("bold" if name.startswith("expert-") or name == results.get("chosen") else "normal")
+    _no_frame(axes)
+    _caption(
+        axes,
+        14,
+        f"Test perplexity, lower is better. Purple: better than the backbone, orange: worse; up to {reach:.0f} %.",
+    )
+    return figure
+
+
+def _shown_models(results: dict[str, Any]) -> list[str]:
+    names = list(results["models"])
+    crowded = sum(name.startswith("expert-") for name in names) > SHOWN_EXPERTS
+    return [name for name in names if not (crowded and name.startswith("expert-"))]
+
+
+def _loss(results: dict[str, Any], model: str, label: str) -> float:
+    return float(results["models"][model]["domains"][label]["loss"])
+
+
+def _mean(results: dict[str, Any], model: str) -> float:
+    return float(results["models"][model]["mean_loss"])
+
+
+def _caption(axes: Any, points_below: float, text: str) -> None:
+    axes.annotate(
+        text, (0, 0), (0, -points_below), "axes fraction", "offset points", va="top", fontsize=12, annotation_clip=False
+    )
+
+
+def _no_frame(axes: Any) -> None:
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_xticks([place - 0.5 for place in range(1, int(axes.get_xlim()[1] + 0.5))], minor=True)
+    axes.set_yticks([place - 0.5 for place in range(1, int(axes.get_ylim()[0] + 0.5))], minor=True)
+    axes.grid(visible=True, which="minor", axis="both", color=PAPER, linewidth=2)
+    axes.tick_params(which="minor", length=0)

@@ -1,0 +1,128 @@
+"""How far a run is: one row per stage and job, and one sentence for all of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from modularforge.observe.metrics import JobMetrics
+from modularforge.observe.run import STAGE_OF_JOB, Run
+
+State = Literal["finished", "running", "silent", "waiting"]
+# A job that has written no line for this long has probably stopped: longer than a validation and a checkpoint take.
+SILENT_AFTER_SECONDS = 900.0
+TRAINING_SECTIONS = {"backbone": "backbone", "dense": "experts", "calibrated": "calibration"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stage or job: its state, and for a training its steps so far, in all, and the seconds left."""
+
+    name: str
+    state: State
+    step: int = 0
+    steps: int | None = None
+    tokens: int = 0
+    seconds_left: float | None = None
+    silent_seconds: float | None = None
+
+    @property
+    def share(self) -> float | None:
+        """Done share of the steps, where they are known."""
+        if self.state == "finished":
+            return 1.0
+        return min(1.0, self.step / self.steps) if self.steps else None
+
+    @property
+    def note(self) -> str:
+        """What the state alone does not say."""
+        if self.state == "running" and self.seconds_left is not None:
+            return f"about {duration(self.seconds_left)} left"
+        if self.state == "silent" and self.silent_seconds is not None:
+            return f"no line for {duration(self.silent_seconds)}"
+        return ""
+
+
+def parts_of(run: Run) -> list[Part]:
+    """All stages and jobs in the order of the pipeline, those that have not begun too."""
+    baselines = run.config.get("evaluation", {}).get("baselines", [])
+    names = ["corpus", "partitions", "backbone", *(f"expert-{index}" for index in range(run.num_experts))]
+    if "dense" in baselines or "dense" in {*run.artifacts, *run.jobs}:
+        names.append("dense")
+    known = [*names, "assembled", "calibrated", "evaluation"]
+    jobs = {STAGE_OF_JOB.get(name, name): job for name, job in run.jobs.items()}
+    return [_part(run, name, jobs.get(name)) for name in [*known, *(name for name in jobs if name not in known)]]
+
+
+def _part(run: Run, name: str, job: JobMetrics | None) -> Part:
+    steps, tokens_per_step = _length(run, name)
+    step = job.last_step if job else 0
+    if name in run.artifacts:
+        return Part(name, "finished", steps or step, steps or step or None, (steps or step) * tokens_per_step)
+    if job is None:
+        return Part(name, "waiting", 0, steps, (steps or 0) * tokens_per_step)
+    silent = max(0.0, run.read_at - job.last_time) if job.last_time else None
+    state: State = "silent" if silent is not None and silent > SILENT_AFTER_SECONDS else "running"
+    speed = job.curves.get("tokens_per_second")
+    left = None
+    if speed is not None and len(speed) and speed.values[-1] > 0 and steps:
+        left = max(0, steps - step) * tokens_per_step / float(speed.values[-1])
+    return Part(name, state, step, steps, (steps or 0) * tokens_per_step, left, silent)
+
+
+def _length(run: Run, name: str) -> tuple[int | None, int]:
+    """Steps of a training and tokens per step, from the settings; None and 0 for stages that do not train."""
+    section = "experts" if name.startswith("expert-") else TRAINING_SECTIONS.get(name)
+    phase = run.config.get(section, {}) if section else {}
+    if "steps" not in phase:
+        return None, 0
+    tokens = int(phase.get("batch_size", 1)) * int(run.config.get("model", {}).get("context_length", 1))
+    times = int(run.config.get("experts", {}).get("count", 1)) if name == "dense" else 1
+    return int(phase["steps"]) * times, tokens
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the last stage is committed."""
+    return "evaluation" in run.artifacts
+
+
+def headline(run: Run) -> str:
+    """One sentence: finished, or how much of the training is done and what is going on."""
+    parts = parts_of(run)
+    done = sum(part.state == "finished" for part in parts)
+    if is_finished(run):
+        return "finished: trained, assembled and evaluated"
+    running = [part for part in parts if part.state == "running"]
+    silent = [part for part in parts if part.state == "silent"]
+    sentences = [f"unfinished: {done} of {len(parts)} parts are done"]
+    total = sum(part.tokens for part in parts)
+    if total:
+        trained = sum(part.tokens * (part.share or 0.0) for part in parts)
+        sentences[0] += f", {100 * trained / total:.0f} % of the training tokens"
+    sentences += [_going_on(part) for part in (running + silent)[:4]]
+    if len(running + silent) > 4:
+        sentences.append(f"and {len(running + silent) - 4} more jobs have begun")
+    if not running and not silent:
+        waiting = next((part.name for part in parts if part.state == "waiting"), None)
+        sentences.append(f"next is {waiting}")
+    return "; ".join(sentences)
+
+
+def _going_on(part: Part) -> str:
+    of = f" of {part.steps}" if part.steps else ""
+    note = f" ({part.note})" if part.note else ""
+    return f"{part.name} is at step {part.step}{of}{note}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `42 s`, `7 min`, `3 h 20 min`, `2 d 4 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h" if hours else f"{days} d"

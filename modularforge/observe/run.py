@@ -1,0 +1,171 @@
+"""A run as it lies in the store: what is committed, what the jobs have logged, and the settings it was made with.
+
+Reads only; works while the run is going on. What cannot be read is told in `problems` instead of hiding the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from checkpoints import Artifact, StoreError, find_artifact, paths
+from checkpoints.parallel import in_order
+from modularforge.errors import DataError
+from modularforge.observe.metrics import JobMetrics, parse_metrics
+from modularforge.pipeline import STAGES
+
+READS_AT_ONCE = 16
+METRICS_FOLDER = "metrics"
+RECORDS_NAME = "jobs.jsonl"
+EXPERT_FOLDER = re.compile(r"expert-(\d+)")
+# The job that trains a stage bears the stage's name, but for this one.
+STAGE_OF_JOB = {"calibration": "calibrated"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that is known of a run; `artifacts` by stage (`backbone`, `expert-3`), `jobs` by the same names."""
+
+    url: str
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+    jobs: dict[str, JobMetrics] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] | None = None
+    records: list[dict[str, Any]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    read_at: float = field(default_factory=time.time)
+
+    @property
+    def name(self) -> str:
+        """The last part of its URL."""
+        return self.url.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def num_experts(self) -> int:
+        """Experts that the run has or shall have."""
+        found = [
+            int(match[1]) + 1 for name in {*self.artifacts, *self.jobs} if (match := EXPERT_FOLDER.fullmatch(name))
+        ]
+        return max([int(self.config.get("experts", {}).get("count", 0)), *found])
+
+
+def read_run(url: str) -> Run:
+    """Read a run; raises DataError when there is none at the URL."""
+    problems: list[str] = []
+    artifacts = _read_artifacts(url, problems)
+    config = _newest_config(url, artifacts)
+    data_dir = config.get("data_dir")
+    if data_dir and "corpus" not in artifacts:
+        artifacts |= _find_all({"corpus": data_dir, "partitions": paths.join(data_dir, "partitions")}, problems)
+    jobs = _read_jobs(url)
+    if not artifacts and not jobs:
+        raise DataError(
+            f"{url} must be a run, but holds neither metrics nor a committed stage; name its --output-dir, or look "
+            "for runs with --base-dir"
+        )
+    problems += [
+        f"{job.name}: {job.unreadable_lines} unreadable lines" for job in jobs.values() if job.unreadable_lines > 1
+    ]
+    return Run(url, artifacts, jobs, config, _read_evaluation(artifacts, problems), _read_records(url), problems)
+
+
+def is_run(url: str) -> bool:
+    """Whether metrics or a committed first stage lie there."""
+    names = paths.list_folder(url)
+    if METRICS_FOLDER in names and any(name.endswith(".jsonl") for name in paths.list_folder(_metrics_folder(url))):
+        return True
+    return any(name in names and paths.exists(paths.join(url, name, "manifest.json")) for name in ("data", "backbone"))
+
+
+def json_lines(url: str) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file; none when it is missing, and torn lines are skipped."""
+    try:
+        lines = paths.read_bytes(url).splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for line in lines:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
+def _read_artifacts(url: str, problems: list[str]) -> dict[str, Artifact]:
+    """Committed artifacts in the folders where the stages put them."""
+    places = {
+        name: paths.join(url, stage.folder.format(data="data"))
+        for name, stage in STAGES.items()
+        if "{index}" not in stage.folder
+    }
+    for name in paths.list_folder(paths.join(url, "experts")):
+        if EXPERT_FOLDER.fullmatch(name):
+            places[name] = paths.join(url, "experts", name)
+    return _find_all(places, problems)
+
+
+def _find_all(places: dict[str, str], problems: list[str]) -> dict[str, Artifact]:
+    def find(url: str) -> Artifact | None:
+        try:
+            return find_artifact(url)
+        except StoreError as error:
+            problems.append(str(error))
+            return None
+
+    found = zip(places, in_order(find, places.values(), READS_AT_ONCE), strict=True)
+    return {name: artifact for name, artifact in found if artifact is not None}
+
+
+def _newest_config(url: str, artifacts: dict[str, Artifact]) -> dict[str, Any]:
+    """The settings recorded by the newest stage, or in `config.yaml` where nothing is committed yet."""
+    newest = max(artifacts.values(), key=lambda artifact: artifact.manifest.created, default=None)
+    if newest is not None:
+        return dict(newest.manifest.facts.get("provenance", {}).get("config", {}))
+    try:
+        content = paths.read_bytes(paths.join(url, "config.yaml"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    import yaml
+
+    values = yaml.safe_load(content)
+    return values if isinstance(values, dict) else {}
+
+
+def _read_jobs(url: str) -> dict[str, JobMetrics]:
+    folder = _metrics_folder(url)
+    names = [name.removesuffix(".jsonl") for name in paths.list_folder(folder) if name.endswith(".jsonl")]
+    contents = in_order(lambda name: paths.read_bytes(paths.join(folder, f"{name}.jsonl")), names, READS_AT_ONCE)
+    jobs = {name: parse_metrics(name, content) for name, content in zip(names, contents, strict=True)}
+    return {name: jobs[name] for name in sorted(jobs, key=job_order)}
+
+
+def job_order(name: str) -> tuple[int, int, str]:
+    """Sorts jobs as the pipeline runs them: backbone, experts by index, dense, the rest."""
+    if match := EXPERT_FOLDER.fullmatch(name):
+        return 1, int(match[1]), name
+    return {"backbone": 0, "dense": 2, "calibration": 3}.get(name, 4), 0, name
+
+
+def _read_evaluation(artifacts: dict[str, Artifact], problems: list[str]) -> dict[str, Any] | None:
+    if "evaluation" not in artifacts:
+        return None
+    try:
+        results: dict[str, Any] = artifacts["evaluation"].read_json("results.json")
+    except StoreError as error:
+        problems.append(str(error))
+        return None
+    return results
+
+
+def _read_records(url: str) -> list[dict[str, Any]]:
+    """What the launcher noted: {job, event: submitted|started|requeued|ended, time}."""
+    return [value for value in json_lines(paths.join(url, RECORDS_NAME)) if {"job", "event", "time"} <= set(value)]
+
+
+def _metrics_folder(url: str) -> str:
+    return paths.join(url, METRICS_FOLDER)

@@ -1,0 +1,92 @@
+"""The timeline as a figure: waiting pale, running solid, interruptions hatched, requeues and commits as marks."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from modularforge.observe.canvas import new_figure
+from modularforge.observe.progress import duration
+from modularforge.observe.run import Run
+from modularforge.observe.style import BAD, GREY, INK, PALE, WIDTH_INCHES, colour_of
+from modularforge.observe.timeline import Row, timeline
+
+LABELLED_ROWS = 24
+UNITS = ((90.0, 1.0, "seconds"), (5400.0, 60.0, "minutes"), (172_800.0, 3600.0, "hours"), (np.inf, 86_400.0, "days"))
+
+
+def timeline_figure(run: Run) -> Figure | None:
+    """Stages and jobs over time; None when no time is known."""
+    rows = timeline(run)
+    if not rows:
+        return None
+    start = min([span.start for row in rows for span in row.spans] + [row.committed for row in rows if row.committed])
+    end = max([span.end for row in rows for span in row.spans] + [row.committed for row in rows if row.committed])
+    _, seconds, unit = next(step for step in UNITS if end - start < step[0])
+    height = 0.34 if len(rows) <= LABELLED_ROWS else 0.13
+    figure = new_figure(WIDTH_INCHES, 1.5 + height * len(rows))
+    axes: Any = figure.subplots()
+    for place, row in enumerate(rows):
+        _draw_row(axes, place, row, start, seconds, colour_of(row.name, run.num_experts))
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(left=0, right=max(end - start, 1.0) / seconds * 1.01)
+    every = 1 if len(rows) <= LABELLED_ROWS else 8
+    shown = [place for place, row in enumerate(rows) if not row.name.startswith("expert-") or _index(row) % every == 0]
+    axes.set_yticks(shown, [rows[place].name for place in shown])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    axes.grid(visible=False, axis="y")
+    axes.spines["left"].set_visible(False)
+    began = datetime.datetime.fromtimestamp(start, datetime.timezone.utc)
+    axes.set_xlabel(f"{unit} since {began:%Y-%m-%d %H:%M} UTC")
+    axes.set_title(_title(rows, end - start), fontweight="bold")
+    _add_key(axes, rows)
+    return figure
+
+
+def _draw_row(axes: Any, place: int, row: Row, start: float, unit: float, colour: Any) -> None:
+    for span in row.spans:
+        left, width = (span.start - start) / unit, max((span.end - span.start) / unit, 0.0)
+        if span.kind == "running":
+            axes.barh(place, width, left=left, height=0.62, color=colour, linewidth=0)
+        elif span.kind == "queued":
+            axes.barh(place, width, left=left, height=0.3, color=PALE, linewidth=0)
+        else:
+            axes.barh(place, width, left=left, height=0.3, color="white", edgecolor=BAD, hatch="////", linewidth=0)
+    for moment in row.requeued:
+        axes.plot((moment - start) / unit, place, marker="v", color=BAD, markersize=8, markeredgecolor="white")
+    if row.committed is not None:
+        axes.plot((row.committed - start) / unit, place, marker="D", color="white", markeredgecolor=INK, markersize=6,
+                  markeredgewidth=1.4, clip_on=False, zorder=4)  # fmt: skip
+
+
+def _add_key(axes: Any, rows: list[Row]) -> None:
+    """Explain only the marks that occur."""
+    kinds = {span.kind for row in rows for span in row.spans}
+    marks: list[Any] = []
+    if "running" in kinds:
+        marks.append(Patch(color=GREY, label="running"))
+    if "queued" in kinds:
+        marks.append(Patch(color=PALE, label="in the queue"))
+    if "interrupted" in kinds:
+        marks.append(Patch(facecolor="white", edgecolor=BAD, hatch="////", linewidth=0, label="interrupted"))
+    if any(row.requeued for row in rows):
+        marks.append(Line2D([], [], color=BAD, marker="v", linestyle="", markersize=8, label="requeued"))
+    if any(row.committed for row in rows):
+        marks.append(Line2D([], [], color="white", marker="D", markeredgecolor=INK, linestyle="", label="committed"))
+    axes.legend(handles=marks, ncols=5, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=12,
+                handletextpad=0.4, columnspacing=1.2, borderaxespad=0.2)  # fmt: skip
+
+
+def _title(rows: list[Row], seconds: float) -> str:
+    busy = sum(span.end - span.start for row in rows for span in row.spans if span.kind == "running")
+    return f"{duration(seconds)} from first to last, {duration(busy)} of work"
+
+
+def _index(row: Row) -> int:
+    return int(row.name.removeprefix("expert-"))

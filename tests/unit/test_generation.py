@@ -1,0 +1,104 @@
+"""Choosing the next token, and continuing a text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from modularforge.config import Config, ModelConfig
+from modularforge.data.tokenizer import EOS
+from modularforge.errors import DataError
+from modularforge.evaluation.generation import Sampling, choose_token, generate, keep_likely
+from modularforge.model.backbone import build_backbone
+from modularforge.model.folder import load_model
+from modularforge.pipeline import require
+
+LOGITS = torch.tensor([0.5, 3.0, -1.0, 2.0, 1.0]).log_softmax(dim=-1)
+
+
+def kept(logits: torch.Tensor) -> list[int]:
+    return torch.isfinite(logits).nonzero().flatten().tolist()
+
+
+def test_top_k_keeps_the_likeliest_in_their_places() -> None:
+    assert kept(keep_likely(LOGITS, 2, 1.0)) == [1, 3]
+    assert kept(keep_likely(LOGITS, 0, 1.0)) == [0, 1, 2, 3, 4]
+    assert kept(keep_likely(LOGITS, 99, 1.0)) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("top_p", "expected"), [(1e-6, [1]), (0.6, [1]), (0.7, [1, 3]), (0.9, [1, 3, 4]), (1.0, range(5))]
+)
+def test_top_p_keeps_the_fewest_that_hold_the_share_and_never_scrambles_the_vocabulary(top_p, expected) -> None:
+    found = keep_likely(LOGITS, 0, top_p)
+    assert kept(found) == list(expected)
+    assert torch.equal(found[kept(found)], LOGITS[kept(found)])
+
+
+def test_greedy_takes_the_likeliest_and_sampling_follows_the_probabilities() -> None:
+    generator = torch.Generator().manual_seed(0)
+    assert choose_token(LOGITS, Sampling(temperature=0), generator) == 1
+    draws = [choose_token(LOGITS, Sampling(temperature=1.0), generator) for _ in range(4000)]
+    shares = torch.bincount(torch.tensor(draws), minlength=5) / 4000
+    assert (shares - LOGITS.exp()).abs().max() < 0.03
+
+
+def test_the_same_seed_gives_the_same_text_and_greedy_equals_temperature_zero(finished_run: Config) -> None:
+    from modularforge.artifacts import Corpus
+
+    model = load_model(require(finished_run, "assembled").local_folder())
+    tokenizer = Corpus(require(finished_run, "corpus")).tokenizer
+    texts = [generate(model, tokenizer, "The law", 12, Sampling(1.0, seed=3)) for _ in range(2)]
+    assert texts[0] == texts[1]
+    assert generate(model, tokenizer, "The law", 12, Sampling(0.0, seed=1)) == generate(
+        model, tokenizer, "The law", 12, Sampling(0.0, seed=2)
+    )
+
+
+def test_a_text_longer_than_the_context_goes_on(finished_run: Config) -> None:
+    from modularforge.artifacts import Corpus
+
+    model = load_model(require(finished_run, "backbone").local_folder())
+    tokenizer = Corpus(require(finished_run, "corpus")).tokenizer
+    length = 3 * finished_run.model.context_length
+    assert generate(model, tokenizer, "word " * 200, length, Sampling(temperature=0))
+
+
+def test_an_empty_prompt_starts_a_text_and_one_that_ends_with_eos_is_refused(finished_run: Config) -> None:
+    from modularforge.artifacts import Corpus
+
+    model = load_model(require(finished_run, "backbone").local_folder())
+    tokenizer = Corpus(require(finished_run, "corpus")).tokenizer
+    assert isinstance(generate(model, tokenizer, "", 3, Sampling()), str)
+
+    class Ending:
+        def encode(self, _text: str) -> object:
+            return type("Ids", (), {"ids": [2, 5, EOS]})
+
+    with pytest.raises(DataError, match="must not end with <eos>"):
+        generate(model, Ending(), "x", 3, Sampling())  # type: ignore[arg-type]
+
+
+def test_a_cached_continuation_equals_one_that_reads_everything_again() -> None:
+    torch.manual_seed(0)
+    model = build_backbone(
+        ModelConfig(width=24, layers=2, heads=4, kv_heads=2, ffn_width=40, context_length=40), 61
+    ).eval()
+    ids = [2, 7, 9]
+
+    class Same:
+        def encode(self, _text: str) -> object:
+            return type("Ids", (), {"ids": list(ids)})
+
+        def decode(self, new: list[int]) -> str:
+            return " ".join(map(str, new))
+
+    fast = generate(model, Same(), "", 20, Sampling(temperature=0))  # type: ignore[arg-type]
+    slow: list[int] = []
+    for _ in range(20):
+        with torch.no_grad():
+            token = int(model(torch.tensor([ids + slow]))[0, -1].argmax())
+        if token == EOS:
+            break
+        slow.append(token)
+    assert fast == " ".join(map(str, slow))

@@ -1,0 +1,134 @@
+"""The training loop's parts: schedule, optimizer groups, stop flag, metrics."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from modularforge.config import PhaseConfig, TrainingConfig
+from modularforge.errors import TrainingError
+from modularforge.log import MetricsLog, json_safe
+from modularforge.training.distributed import World
+from modularforge.training.job import Job
+from modularforge.training.loop import fit
+from modularforge.training.optimizer import build_optimizer, learning_rate
+
+PHASE = PhaseConfig(steps=100, warmup_steps=10, peak_learning_rate=1.0, final_learning_rate_ratio=0.1)
+
+
+def test_the_rate_warms_up_linearly_peaks_and_falls_as_a_cosine() -> None:
+    rates = [learning_rate(PHASE, step) for step in range(100)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.55)
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
+    assert learning_rate(PHASE, 100) == pytest.approx(0.1)
+
+
+def test_only_matrices_decay() -> None:
+    model = nn.ModuleDict({"embed_tokens": nn.Embedding(5, 3), "linear": nn.Linear(3, 2)})
+    optimizer = build_optimizer(model, PHASE.model_copy(update={"weight_decay": 0.5}), TrainingConfig())
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decays[id(model["linear"].weight)] == 0.5
+    assert decays[id(model["linear"].bias)] == 0
+    assert decays[id(model["embed_tokens"].weight)] == 0
+
+
+def test_frozen_parameters_are_not_in_the_optimizer() -> None:
+    model = nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    optimizer = build_optimizer(model, PHASE, TrainingConfig())
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1]
+
+
+def train_a_line(
+    tmp_path: Path, training: TrainingConfig, steps: int = 40, rate: float = 0.1
+) -> list[dict[str, object]]:
+    """Fit y = 2x by the loop; returns the metrics lines."""
+    torch.manual_seed(0)
+    model, url = nn.Linear(1, 1), str(tmp_path / "metrics.jsonl")
+    phase = PhaseConfig(steps=steps, batch_size=8, peak_learning_rate=0.1, warmup_steps=1)
+
+    def batches(position: int):
+        while True:
+            x = torch.randn(8, 1, generator=torch.Generator().manual_seed(position))
+            position += 8
+            yield x, 2 * x, position
+
+    job = Job("line", phase, training, "fingerprint", str(tmp_path / "checkpoints"), url)
+    fit(model, lambda m, x, y: (m(x) - y).square().mean(), job, batches, lambda: float(model.weight - 2) ** 2, World())
+    return [json.loads(line) for line in Path(url).read_text().splitlines()]
+
+
+def test_training_writes_metrics_with_every_promised_field(tmp_path: Path) -> None:
+    training = TrainingConfig(log_every=10, validate_every=20, checkpoint_every=1000)
+    rows = train_a_line(tmp_path, training)
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == [10, 20, 30, 40]
+    fields = {"job", "time", "tokens", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "data_wait_share"}
+    assert all(fields | {"peak_memory_bytes"} <= row.keys() for row in steps)
+    assert steps[-1]["tokens"] == 40 * 8
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert [row["step"] for row in rows if "validation_loss" in row] == [20, 40]
+
+
+def test_checkpoints_are_kept_as_many_as_wished(tmp_path: Path) -> None:
+    train_a_line(tmp_path, TrainingConfig(log_every=10, checkpoint_every=10, keep_checkpoints=2, validate_every=50))
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000030", "step-00000040"]
+
+
+def test_a_loss_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
+    training = TrainingConfig(log_every=1000, checkpoint_every=20, validate_every=1000)
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1)
+    job = Job("line", PHASE, training, "fingerprint", str(tmp_path / "checkpoints"))
+
+    def batches(_position: int):
+        for step in range(1000):
+            x = torch.full((2, 1), math.nan if step == 25 else 1.0)
+            yield x, x, step
+
+    with pytest.raises(TrainingError, match="at or before step 40"):
+        fit(model, lambda m, x, y: (m(x) - y).square().mean(), job, batches, lambda: 0.0, World())
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000020"]
+
+
+def test_metrics_after_the_checkpoint_are_dropped_on_restart_and_torn_lines_too(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(str(path))
+    for step in (1, 2, 3):
+        log.write(step=step, loss=1.0)
+    path.write_text(path.read_text() + '{"step": 4, "lo')
+    again = MetricsLog(str(path))
+    again.restart_after(2)
+    again.write(step=3, loss=float("inf"))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["loss"] == "inf"
+
+
+def test_metrics_on_an_object_store_appear_at_a_flush() -> None:
+    from checkpoints import paths
+
+    log = MetricsLog("memory://metrics-test/a.jsonl")
+    log.restart_after(0)
+    log.write(step=1)
+    log.flush()
+    log.write(step=2)
+    log.flush()
+    assert len(paths.read_bytes(log.url).splitlines()) == 2
+
+
+def test_json_can_hold_every_number() -> None:
+    values = {"a": [math.inf, -math.inf, math.nan, 1.5], "b": (1, {"c": math.inf})}
+    assert json.loads(json.dumps(json_safe(values), allow_nan=False)) == {
+        "a": ["inf", "-inf", "nan", 1.5],
+        "b": [1, {"c": "inf"}],
+    }

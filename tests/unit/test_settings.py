@@ -1,0 +1,115 @@
+"""Settings: every mistake at once, with its dotted path and the nearest valid name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from modularforge.config import Config
+from modularforge.errors import ConfigError
+from modularforge.settings import load_config, make_config, setting_names
+from tests.conftest import ROOT, tiny_values
+
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+
+
+def mistakes(values: dict[str, object]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        make_config(values, "here.yaml")
+    return str(caught.value)
+
+
+def test_all_mistakes_are_reported_at_once() -> None:
+    values = tiny_values("out")
+    values["modle"] = {"width": 1}
+    values["backbone"]["stesp"] = 3
+    values["experts"]["count"] = "many"
+    values["partition"]["overlap_ratio"] = 0.9
+    text = mistakes(values)
+    assert "4 mistake(s)" in text
+    assert "modle is not a setting; did you mean model?" in text
+    assert "backbone.stesp is not a setting; did you mean backbone.steps?" in text
+    assert "experts.count must be" in text
+    assert "'many'" in text
+    assert "partition.overlap_ratio must be less than or equal to 0.5, but is 0.9" in text
+
+
+def test_a_setting_in_the_wrong_section_is_named_in_the_right_one() -> None:
+    values = tiny_values("out")
+    values["model"]["z_loss"] = 0.1
+    assert "did you mean experts.z_loss?" in mistakes(values)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("model", {"width": 30}, "model.width must be a multiple of model.heads (4), but is 30"),
+        ("model", {"heads": 4, "kv_heads": 3}, "model.heads must be a multiple of model.kv_heads (3), but is 4"),
+        ("model", {"width": 36, "heads": 12, "kv_heads": 12}, "must be even for rotary positions, but is 3"),
+        ("backbone", {"batch_size": 5, "accumulation_steps": 2}, "backbone.batch_size must be a multiple of"),
+        ("assembly", {"experts_per_token": 9}, "must be at most the number of experts (4), but is 9"),
+        ("experts", {"anchored": False}, "assembly.router must not be learned when experts.anchored is false"),
+    ],
+)
+def test_impossible_combinations_are_refused(section: str, change: dict[str, object], message: str) -> None:
+    assert message in mistakes(tiny_values("out", **{section: change}))
+
+
+def test_two_sources_of_one_name_are_refused() -> None:
+    values = tiny_values("out")
+    values["data"]["sources"] = [values["data"]["sources"][0]] * 2
+    assert "data.sources must have names of their own" in mistakes(values)
+
+
+def test_set_changes_a_setting_and_keeps_its_neighbours() -> None:
+    config = load_config(QUICKSTART, ["backbone.steps=7", "experts.peak_learning_rate=1e-3", "data_dir=null"])
+    plain = load_config(QUICKSTART)
+    assert config.backbone.steps == 7
+    assert config.backbone.batch_size == plain.backbone.batch_size
+    assert config.experts.peak_learning_rate == 1e-3
+    assert config.data_dir is None
+
+
+@pytest.mark.parametrize("change", ["steps", "=3", "backbone.steps=[", "backbone.steps.more=3"])
+def test_a_malformed_set_is_refused(change: str) -> None:
+    with pytest.raises(ConfigError):
+        load_config(QUICKSTART, [change])
+
+
+def test_a_section_that_is_set_partly_keeps_the_defaults_of_its_own_kind() -> None:
+    values = tiny_values("out")
+    values["backbone"] = {"steps": 5}
+    assert (
+        make_config(values, "here").backbone.weight_decay == Config.model_fields["backbone"].default.weight_decay == 0.1
+    )
+
+
+def test_a_missing_file_names_the_ones_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match=r"configs/quickstart\.yaml"):
+        load_config("configs/quikstart.yaml")
+
+
+@pytest.mark.parametrize("content", ["", "just text", "- a\n- b\n", "a: [", "\xff\xfe: 1"])
+def test_a_file_that_holds_no_settings_is_refused(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        load_config(str(path))
+
+
+def test_every_setting_is_documented_and_there_are_not_too_many() -> None:
+    sections = [Config, *(field.annotation for field in Config.model_fields.values())]
+    for section in sections:
+        for name, field in getattr(section, "model_fields", {}).items():
+            described = field.description or getattr(field.annotation, "__doc__", None)
+            assert described, f"{section.__name__}.{name}"
+    assert len(setting_names()) <= 170
+
+
+def test_the_smoke_test_uses_the_sample_and_a_folder_of_its_own() -> None:
+    config = load_config(str(ROOT / "configs" / "default.yaml"), smoke_test=True)
+    assert config.output_dir.endswith("-smoke-test")
+    assert all(str(source.train).startswith("sample:") for source in config.data.sources)
+    assert load_config(QUICKSTART, smoke_test=True, output_dir="mine").output_dir == "mine"
