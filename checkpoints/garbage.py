@@ -7,9 +7,11 @@ grace time, which must be longer than the longest single write.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from checkpoints import paths
@@ -54,13 +56,23 @@ def delete_garbage(garbage: Iterable[Garbage]) -> None:
 
 def _unfinished_folders(url: str) -> Iterator[Garbage]:
     groups: dict[str, list[FileInfo]] = defaultdict(list)
-    for info in paths.walk(url):
+    for info in [*paths.walk(url), *_empty_folders(url)]:
         if unfinished := _unfinished_part(info.url, url):
             groups[unfinished].append(info)
     for folder, files in groups.items():
         if not _is_committed(folder):
             size, modified = sum(info.size for info in files), max(info.modified for info in files)
             yield Garbage(folder, "unfinished", size, modified, [info.url for info in files])
+
+
+def _empty_folders(url: str) -> Iterator[FileInfo]:
+    """Hidden folders in which nothing was written yet, as a listing of files does not show them."""
+    for folder, folders, _ in os.walk(paths.local_path(url)) if paths.is_local(url) else ():
+        for name in folders:
+            if HIDDEN.fullmatch(name):
+                with suppress(FileNotFoundError):  # its writer has just ended
+                    path = os.path.join(folder, name)
+                    yield FileInfo(os.path.join(path, "."), 0, os.stat(path).st_mtime)
 
 
 def _unfinished_part(file_url: str, root: str) -> str:

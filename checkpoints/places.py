@@ -38,7 +38,8 @@ def local_path(url: str) -> Path:
 def relative(url: str, root: str) -> str:
     """The part of a URL below a root URL."""
     if is_local(root):
-        return local_path(url).relative_to(local_path(root)).as_posix().removeprefix(".")
+        below = local_path(url).relative_to(local_path(root)).as_posix()
+        return "" if below == "." else below
     return url.removeprefix(root.rstrip("/")).strip("/")
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from checkpoints import paths
 from checkpoints.errors import CorruptArtifactError
-from checkpoints.hashing import FileEntry, FileHasher, hash_file
+from checkpoints.hashing import CHUNK_BYTES, FileEntry, FileHasher, hash_file
 from checkpoints.parallel import in_order
+from checkpoints.retry import call
 
 PART_BYTES = 16 << 20
 READS_IN_FLIGHT = 8
@@ -24,13 +25,24 @@ def stream_file(url: str, entry: FileEntry, hasher: FileHasher | None = None) ->
     """
     hasher = hasher or FileHasher(url)
     check_size(url, entry)
-    store = paths.store_of(url)
-    starts = range(hasher.size, entry.size, PART_BYTES)
-    spans = ((start, min(start + PART_BYTES, entry.size)) for start in starts)
-    for part in in_order(lambda span: store.read(url, *span), spans, READS_IN_FLIGHT):
+    parts = _local_parts if paths.is_local(url) else _remote_parts
+    for part in parts(url, hasher.size, entry.size):
         hasher.update(part)
         yield part
     check_hash(url, entry, hasher)
+
+
+def _local_parts(url: str, start: int, end: int) -> Iterator[bytes]:
+    with call("read", url, lambda: open(paths.local_path(url), "rb")) as file:
+        file.seek(start)
+        while part := call("read", url, lambda: file.read(min(CHUNK_BYTES, end - file.tell()))):
+            yield part
+
+
+def _remote_parts(url: str, start: int, end: int) -> Iterator[bytes]:
+    store = paths.store_of(url)
+    spans = ((first, min(first + PART_BYTES, end)) for first in range(start, end, PART_BYTES))
+    return in_order(lambda span: store.read(url, *span), spans, READS_IN_FLIGHT)
 
 
 def check_size(url: str, entry: FileEntry) -> None:

@@ -30,6 +30,8 @@ from checkpoints.retry import logger
 
 Chunk = bytes | memoryview
 FILES_AT_ONCE = 3
+WORTH_A_THREAD_BYTES = 1 << 20
+PIECE_BYTES = 8 << 20
 MAX_PARTS = 9_000  # S3 allows 10,000
 
 
@@ -188,19 +190,19 @@ def write_artifact(
 
 
 def in_parts(chunks: Iterable[Chunk], part_bytes: int) -> Iterator[bytes]:
-    """The same bytes in parts of one size, the last one shorter."""
-    part = bytearray()
+    """The same bytes in parts of one size, the last one shorter; each byte is copied once."""
+    pieces: list[memoryview] = []
+    missing = part_bytes
     for chunk in chunks:
         rest = memoryview(chunk)
-        while len(rest):
-            taken = part_bytes - len(part)
-            part += rest[:taken]
-            rest = rest[taken:]
-            if len(part) == part_bytes:
-                yield bytes(part)
-                part.clear()
-    if part:
-        yield bytes(part)
+        while len(rest) >= missing:
+            yield b"".join([*pieces, rest[:missing]])
+            rest, pieces, missing = rest[missing:], [], part_bytes
+        if len(rest):
+            pieces.append(rest)
+            missing -= len(rest)
+    if pieces:
+        yield b"".join(pieces)
 
 
 def _scratch_folder(url: str, attempt: str) -> Path:
@@ -214,11 +216,18 @@ def _scratch_folder(url: str, attempt: str) -> Path:
 
 
 def _write_local(path: Path, chunks: Iterable[Chunk], hasher: FileHasher) -> None:
+    """Write and hash side by side: both let other threads run while they work on a large chunk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
-        for chunk in in_parts(chunks, CHUNK_BYTES):
-            with meanwhile(lambda chunk=chunk: hasher.update(chunk)):  # type: ignore[misc]
-                file.write(chunk)
+        for chunk in chunks:
+            for start in range(0, len(chunk), PIECE_BYTES):
+                piece = memoryview(chunk)[start : start + PIECE_BYTES]
+                if len(piece) < WORTH_A_THREAD_BYTES:
+                    hasher.update(piece)
+                    file.write(piece)
+                    continue
+                with meanwhile(lambda piece=piece: hasher.update(piece)):  # type: ignore[misc]
+                    file.write(piece)
         file.flush()
         os.fsync(file.fileno())
 
@@ -231,5 +240,5 @@ def _hashed(parts: Iterable[bytes], hasher: FileHasher) -> Iterator[bytes]:
 
 def _read_chunks(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
-        while chunk := file.read(PART_BYTES):
+        while chunk := file.read(CHUNK_BYTES):
             yield chunk

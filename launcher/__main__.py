@@ -1,10 +1,12 @@
-"""``python -m launcher``: the stages of the pipeline as local processes, experts side by side."""
+"""``python -m launcher``: the stages of the pipeline as local processes, or with ``--cluster`` as Slurm jobs."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from launcher.local import LocalLauncher
 from launcher.tasks import build_tasks
@@ -12,20 +14,54 @@ from modularforge.config import Config
 from modularforge.exits import run_app
 from modularforge.options import with_settings
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+class LaunchByDefault(TyperGroup):
+    """Without a subcommand, `launch` is meant."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put `launch` before options that no subcommand precedes."""
+        known = bool(args) and (args[0] in self.commands or args[0] == "--help")
+        return list(super().parse_args(ctx, args if known else ["launch", *args]))
+
+
+app = typer.Typer(
+    cls=LaunchByDefault,
+    help=(
+        "Run the whole pipeline, each stage as a job of its own: here, or with --cluster on Slurm.\n\n"
+        "Without a subcommand the run is launched, or continued: what is finished is skipped. The other subcommands "
+        "are for runs on a cluster and find theirs by --output-dir, or by the --config it was launched with."
+    ),
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
 
 @app.command()
 @with_settings
 def launch(
     settings: Config,
-    max_workers: Annotated[int | None, typer.Option(min=1, help="Experts that train side by side.")] = None,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Submit the jobs to Slurm and return.")] = False,
+    max_workers: Annotated[int | None, typer.Option(min=1, help="Experts that train side by side here.")] = None,
+    new_run: Annotated[bool, typer.Option("--new-run", help="With other settings: a run beside the old one.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted; touch nothing.")] = False,
+    preflight: Annotated[bool, typer.Option(help="Check Slurm, storage and a node before the first job.")] = True,
 ) -> None:
-    """Run the whole pipeline on this machine, each stage as a process of its own; finished stages are skipped.
+    """Run the pipeline (the default): finished stages are skipped, and the same command continues after a stop.
 
-    The backbone runs under torchrun when launcher.backbone_processes is more than one. A stop (Ctrl-C) saves the state
-    of every job; the same command continues. A failed expert stops no other.
+    Here, the backbone runs under torchrun when launcher.backbone_processes is more than one, a stop (Ctrl-C) saves the
+    state of every job, and a failed expert stops no other. On a cluster, everything is submitted within seconds.
     """
+    if dry_run:
+        plan_of(settings)
+    elif cluster:
+        from launcher.cluster import launch as launch_on_cluster
+
+        launch_on_cluster(settings, typer.echo, new_run, preflight)
+    else:
+        _launch_here(settings, max_workers)
+
+
+def _launch_here(settings: Config, max_workers: int | None) -> None:
     if max_workers is not None:
         changed = settings.launcher.model_copy(update={"max_workers": max_workers})
         settings = settings.model_copy(update={"launcher": changed})
@@ -33,6 +69,88 @@ def launch(
     launcher.run()
     log = launcher.folder / "evaluate.log"
     typer.echo(log.read_text(errors="replace"))
+
+
+@app.command()
+@with_settings
+def plan(settings: Config) -> None:
+    """Print every script, the graph and the hours a launch would ask for; touches neither Slurm nor storage."""
+    plan_of(settings)
+
+
+def plan_of(settings: Config) -> None:
+    """Print the plan."""
+    from launcher.plan import describe_plan
+
+    typer.echo(describe_plan(settings))
+
+
+@app.command()
+@with_settings
+def status(
+    settings: Config,
+    watch: Annotated[bool, typer.Option("--watch", help="Print it again when it changes, to the end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+) -> None:
+    """How each job stands: pending and why, running, requeued, failed, committed; step, loss, checkpoint, log."""
+    from launcher.cluster import final_report, follow_status, recorded
+    from launcher.status import as_json as rows_as_json
+    from launcher.status import describe, is_going_on
+
+    config, _ = recorded(settings)
+    before = ""
+    for rows in follow_status(settings):
+        text = json.dumps(rows_as_json(rows)) if as_json else describe(config, rows)
+        if text != before:
+            typer.echo(text)
+        before = text
+        if not watch:
+            break
+    if not as_json and not is_going_on(rows):
+        typer.echo(f"\n{final_report(settings)}")
+
+
+@app.command()
+@with_settings
+def logs(
+    settings: Config,
+    stage: Annotated[str, typer.Argument(help="STAGE or STAGE/INDEX: backbone, expert/3.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
+) -> None:
+    """Print the log of a job."""
+    from launcher.cluster import tail
+
+    for text in tail(settings, stage, follow):
+        typer.echo(text, nl=False)
+
+
+@app.command()
+@with_settings
+def cancel(settings: Config) -> None:
+    """Cancel the jobs of the run, the last stage first; what is committed stays, and `resume` continues."""
+    from launcher.cluster import cancel as cancel_run
+
+    cancel_run(settings, typer.echo)
+
+
+@app.command()
+@with_settings
+def resume(settings: Config) -> None:
+    """Submit what is missing of a run, with the settings that it was submitted with."""
+    from launcher.cluster import launch as launch_on_cluster
+    from launcher.cluster import recorded
+
+    launch_on_cluster(recorded(settings)[0], typer.echo)
+
+
+@app.command()
+@with_settings
+def wait(settings: Config) -> None:
+    """Wait until the run has ended and print the end report; the exit code is 0 when all is committed, else 1."""
+    from launcher.cluster import wait_for_run
+
+    if not wait_for_run(settings, typer.echo):
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

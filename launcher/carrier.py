@@ -1,4 +1,4 @@
-"""submitit carries the jobs: it writes the sbatch script, calls sbatch, and reads the job id. The only file that knows it.
+"""submitit carries the jobs: it writes the sbatch script, calls sbatch, reads the job id. Only this file knows it.
 
 Its defaults that sites or we cannot use are replaced: no wckey, no pickled function (the job runs our node program,
 which reads its inputs from the store), no srun around that program, whose signals submitit would swallow, and array

@@ -19,7 +19,8 @@ from pathlib import Path
 from types import FrameType
 
 from checkpoints import paths
-from launcher.tasks import Task, is_finished
+from launcher.events import append_event, merge_events
+from launcher.tasks import Task, is_finished, unneeded_tasks
 from modularforge.config import Config
 from modularforge.errors import Interrupted, UserError
 from modularforge.settings import to_yaml
@@ -66,6 +67,7 @@ class LocalLauncher:
             while self._start_ready() or self.running:
                 self._collect()
                 time.sleep(POLL_SECONDS)
+            merge_events(self.config, ())
         finally:
             self._pass_on(signal.SIGTERM)
             for item in self.running:
@@ -74,7 +76,7 @@ class LocalLauncher:
                 signal.signal(number, handler)
         if self.stop_signal:
             raise Interrupted("stopped; the jobs saved their state, and the same command continues")
-        if self.failed:
+        if set(self.failed) - unneeded_tasks(self.config, self.tasks, self.done):
             raise TaskError(self._failures())
 
     def _start_ready(self) -> bool:
@@ -83,7 +85,7 @@ class LocalLauncher:
         for task in self.tasks:
             if self.stop_signal or not self._is_ready(task):
                 continue
-            if is_finished(self.config, task):
+            if task.stages != ("evaluation",) and is_finished(self.config, task):  # it is cheap, and prints its table
                 self.say(f"{task.name}: finished before")
                 self.done.add(task.name)
                 started = True
@@ -93,8 +95,16 @@ class LocalLauncher:
         return started
 
     def _is_ready(self, task: Task) -> bool:
-        known = self.done | set(self.failed) | {item.task.name for item in self.running}
-        return task.name not in known and all(name in self.done for name in task.after)
+        ended = self.done | set(self.failed)
+        known = ended | {item.task.name for item in self.running}
+        if task.name in known or not all(name in ended for name in task.after_end) or self._lacks_experts(task):
+            return False
+        return all(name in self.done for name in task.after)
+
+    def _lacks_experts(self, task: Task) -> bool:
+        """Whether more experts failed than the assembly can go without (cluster.min_experts)."""
+        failed = sum(name in self.failed for name in task.after_end)
+        return "assembled" in task.stages and failed > self.config.experts.count - self.config.needed_experts
 
     def _free_slot(self, task: Task) -> int | None:
         """The lowest free worker slot, or None when all are taken; a task that is no worker runs alone."""
@@ -116,13 +126,14 @@ class LocalLauncher:
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
         self.running.append(Running(task, process, log, slot))
+        append_event(self.config, task.name, "started")
         self.say(f"{task.name}: started, log in {log}")
 
     def _python(self, task: Task) -> list[str]:
         processes = self.config.launcher.backbone_processes
         if task.name != "backbone" or processes == 1:
             return [sys.executable]
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        return [sys.executable, "-m", "modularforge.training.elastic", "--standalone", f"--nproc-per-node={processes}"]
 
     def _environment(self, task: Task, slot: int) -> dict[str, str]:
         """Each worker gets its share of the cores, and one GPU of its own where there are several."""
@@ -143,6 +154,7 @@ class LocalLauncher:
                 continue
             self.running.remove(item)
             seconds = time.monotonic() - item.start
+            append_event(self.config, item.task.name, "ended", code=code)
             if code == 0:
                 self.done.add(item.task.name)
                 self.say(f"{item.task.name}: done in {seconds:.0f} s")

@@ -1,4 +1,4 @@
-"""The few questions put to Slurm: what is in the queue (one call for all jobs), how the site is set up, one job's state.
+"""The few questions put to Slurm: what is in the queue (one call for all jobs), how the site is set up, one job.
 
 Only squeue, scontrol and scancel are used; accounting (sacct) is never needed.
 """
@@ -54,7 +54,9 @@ def run_slurm(*command: str, timeout: float = TIMEOUT_SECONDS) -> str:
     except subprocess.TimeoutExpired as error:
         raise SlurmError(f"{command[0]} must answer within {timeout:.0f} s, but did not; try again later") from error
     if done.returncode:
-        raise SlurmError(f"{' '.join(command[:2])} must succeed, but said: {done.stderr.strip() or done.stdout.strip()}")
+        raise SlurmError(
+            f"{' '.join(command[:2])} must succeed, but said: {done.stderr.strip() or done.stdout.strip()}"
+        )
     return done.stdout
 
 

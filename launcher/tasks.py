@@ -74,9 +74,7 @@ def build_tasks(config: Config) -> list[Task]:
         *experts,
         *baselines,
         Task("assemble", ("assemble",), (), ("assembled", "calibrated"), after_end=names),
-        Task(
-            "evaluate", ("evaluate",), ("assemble",), ("evaluation",), after_end=tuple(task.name for task in baselines)
-        ),
+        Task("evaluate", ("evaluate",), ("assemble", *(task.name for task in baselines)), ("evaluation",)),
     ]
 
 

@@ -221,7 +221,10 @@ def compare(
     band: Annotated[float, typer.Option(min=1.000001, help="Curves part where their ratio leaves 1/BAND…BAND.")] = 2.0,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
 ) -> None:
-    """Compare the curves of runs with the first one: differences with intervals, where they part, what looks wrong."""
+    """Compare runs with the first one: differences with intervals, where curves part, what looks wrong in them.
+
+    Prints the report and writes it as compare.txt and compare.json, with a plot per metric and an overview.
+    """
     from modularforge.comparison.compare import compare_runs
     from modularforge.observe.discover import resolve
 

@@ -166,7 +166,7 @@ class ExpertsConfig(PhaseConfig):
 class AssemblyConfig(Section):
     """How backbone and experts become one model."""
 
-    router: RouterKind = "learned"
+    router: RouterKind = "data_stats"
     """Rows trained with the experts, centred means, ridge regression from sums (`data_stats`), random, or all equal."""
     experts_per_token: int = Field(2, ge=1)
     """Experts that each token visits."""
@@ -174,7 +174,7 @@ class AssemblyConfig(Section):
     """Keep the public FFN as expert 0; null keeps it when the experts were anchored to it."""
     ridge_penalty: float = Field(1e-2, gt=0)
     """Ridge penalty of `data_stats`, as a share of the mean diagonal of the second moments."""
-    router_temperature: float = Field(0.1, gt=0)
+    router_temperature: float = Field(0.2, gt=0)
     """Router logits of `data_stats` and `centred_means` are divided by this."""
     max_shard_bytes: int = Field(5_000_000_000, ge=1_000_000)
     """Weight files larger than this are split, with an index, as Hugging Face does."""
@@ -212,6 +212,13 @@ class EvaluationConfig(Section):
     """Sample among the k likeliest tokens; 0 takes all."""
     top_p: float = Field(0.95, gt=0, le=1)
     """Sample among the likeliest tokens that together hold this probability."""
+
+
+class MetricsConfig(Section):
+    """What jobs write beside their JSON lines."""
+
+    tensorboard: Literal["auto", "on", "off"] = "auto"
+    """TensorBoard event files in `metrics/tensorboard`; `auto` writes them when tensorboard is installed."""
 
 
 class LauncherConfig(Section):
@@ -305,6 +312,7 @@ class Config(Section):
     assembly: AssemblyConfig = AssemblyConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    metrics: MetricsConfig = MetricsConfig()
     launcher: LauncherConfig = LauncherConfig()
     cluster: ClusterConfig = ClusterConfig()
 

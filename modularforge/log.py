@@ -12,9 +12,10 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from checkpoints import paths
+from modularforge.tensorboard import events_beside
 
 logger = logging.getLogger("modularforge")
 
@@ -41,11 +42,12 @@ def json_safe(value: Any) -> Any:
 
 
 class MetricsLog:
-    """JSON lines of one job at `url`; use on rank 0 only."""
+    """JSON lines of one job at `url`, and TensorBoard events beside them if asked for; use on rank 0 only."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, tensorboard: Literal["auto", "on", "off"] = "off") -> None:
         self.url = url
         self._lines: list[str] = []
+        self._events = events_beside(url, tensorboard)
 
     def restart_after(self, step: int) -> None:
         """Keep the lines up to `step`: a job that resumes there will write the later ones again."""
@@ -56,6 +58,8 @@ class MetricsLog:
         self._lines = [line for line in found if _step_of(line) <= step]
         if found:
             self._replace()
+        if self._events:
+            self._events.restart(self._lines)
 
     def write(self, **values: Any) -> None:
         """Append one line."""
@@ -67,11 +71,15 @@ class MetricsLog:
                 file.write(line + "\n")
         else:
             self._lines.append(line)
+        if self._events:
+            self._events.write(values)
 
     def flush(self) -> None:
         """Make all lines so far visible on an object store; a folder shows them at once."""
         if not paths.is_local(self.url) and self._lines:
             self._replace()
+        if self._events:
+            self._events.flush()
 
     def _replace(self) -> None:
         paths.replace_bytes(self.url, "".join(line + "\n" for line in self._lines).encode())

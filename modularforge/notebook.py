@@ -22,7 +22,7 @@ from modularforge.assembly.assemble import assemble
 from modularforge.calibration.calibrator import Calibration, calibrate, even_mixture
 from modularforge.config import Config
 from modularforge.data.token_files import Tokens
-from modularforge.data.tokenizer import EOS, save_tokenizer, token_byte_lengths
+from modularforge.data.tokenizer import EOS, token_byte_lengths
 from modularforge.errors import ConfigError, DataError
 from modularforge.evaluation.losses import Measurement, measure
 from modularforge.model.backbone import Decoder, cross_entropy
@@ -92,9 +92,7 @@ class SharedTrainer:
             raise ConfigError("SharedTrainer must be trained before it is saved, but is not; call train first")
         settings = {"backbone": self.config.backbone.model_dump(), "model": self.config.model.model_dump()}
         with write_artifact(path, "backbone", f"notebook-{self.config.seed}", settings) as writer:
-            facts = save_backbone(self.config, self.model, writer.folder, {}, self._sample, World())
-            if tokenizer is not None:
-                save_tokenizer(tokenizer, writer.folder, self.config.model.context_length)
+            facts = save_backbone(self.config, self.model, writer.folder, tokenizer, self._sample, World())
             return writer.commit(facts)
 
 

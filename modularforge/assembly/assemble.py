@@ -85,13 +85,14 @@ def router_rows(config: Config, experts: list[Artifact], layers: int) -> dict[st
             solved = kaiming(count, width, config.seed * 1000 + layer)
         else:
             solved = uniform(count, width)
-        rows[names.gate(layer)] = solved.astype(np.float32)
+        # safetensors writes an array's memory as it lies: a transposed one would be saved scrambled.
+        rows[names.gate(layer)] = np.ascontiguousarray(solved, dtype=np.float32)
     return rows
 
 
 def _learned(experts: list[Artifact], layer: int, public_expert: bool) -> Rows:
     rows = [load_file(expert.local_file(ROUTER_NAME))[names.gate(layer)] for expert in experts]
-    return with_public(np.concatenate(rows), public_expert).astype(np.float32)
+    return np.ascontiguousarray(with_public(np.concatenate(rows), public_expert), dtype=np.float32)
 
 
 def _plan(config: Config, backbone: Artifact, experts: list[Artifact], router_file: Path, layers: int) -> MergePlan:

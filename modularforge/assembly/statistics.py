@@ -24,8 +24,8 @@ def save_statistics(path: Path, layers: Sequence[LayerStatistics]) -> None:
     """
     tensors = {}
     for layer, item in enumerate(layers):
-        tensors[names.first_moment(layer)] = item.sum_D.astype(np.float32)
-        tensors[names.second_moment(layer)] = item.outer_DD.astype(np.float32)
+        tensors[names.first_moment(layer)] = np.ascontiguousarray(item.sum_D, dtype=np.float32)
+        tensors[names.second_moment(layer)] = np.ascontiguousarray(item.outer_DD, dtype=np.float32)
     save_file(tensors, path, metadata={"counts": json.dumps([item.count for item in layers])})
 
 

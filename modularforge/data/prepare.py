@@ -40,13 +40,12 @@ def prepare_corpus(config: Config, scratch: Path, output: Path) -> dict[str, Any
     """
     work = _own_scratch(scratch, describe_corpus(config))
     tokenizer = _learn_tokenizer(config, work / "tokenizer.json")
-    save_tokenizer(tokenizer, output, config.model.context_length)
+    save_tokenizer(tokenizer, output)
     labels = [source.name for source in config.data.sources if source.label_field is None]
     dropped: Counter[str] = Counter()
     splits = {split: _write_split(config, split, tokenizer, work, output, labels, dropped) for split in SPLITS}
     metadata = {
         "vocab_size": tokenizer.get_vocab_size(),
-        "context_length": config.model.context_length,
         "seed": config.seed,
         "labels": labels,
         "splits": splits,

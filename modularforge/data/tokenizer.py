@@ -78,16 +78,20 @@ def take_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
             return
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> None:
-    """Write ``tokenizer.json`` and the configuration with which transformers' AutoTokenizer loads the folder."""
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int | None = None) -> None:
+    """Write ``tokenizer.json`` and the configuration with which transformers' AutoTokenizer loads the folder.
+
+    `context_length` is that of the model beside it; prepared data belongs to no model yet.
+    """
     tokenizer.save(str(folder / "tokenizer.json"))
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
         "add_bos_token": True,
         "add_eos_token": False,
     }
+    if context_length is not None:
+        settings["model_max_length"] = context_length
     settings |= {f"{token.strip('<>')}_token": token for token in SPECIAL_TOKENS}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")

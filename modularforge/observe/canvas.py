@@ -25,12 +25,13 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def png_bytes(figure: Figure) -> bytes:
-    """The figure as a PNG, its full width kept and its height cut to what is drawn."""
-    buffer = io.BytesIO()
-    drawn = figure.get_tightbbox(figure.canvas.get_renderer())  # type: ignore[attr-defined]
-    width = figure.get_size_inches()[0]
-    box = Bbox.from_extents(min(0.0, drawn.x0), drawn.y0 - 0.1, max(width, drawn.x1), drawn.y1 + 0.1)
+def png_bytes(figure: Figure, cut: bool = True) -> bytes:
+    """The figure as a PNG; `cut` keeps its width and fits its height to what is drawn."""
+    buffer, box = io.BytesIO(), None
+    if cut:
+        drawn = figure.get_tightbbox(figure.canvas.get_renderer())  # type: ignore[attr-defined]
+        width = figure.get_size_inches()[0]
+        box = Bbox.from_extents(min(0.0, drawn.x0), drawn.y0 - 0.1, max(width, drawn.x1), drawn.y1 + 0.1)
     figure.savefig(buffer, format="png", dpi=DPI, bbox_inches=box, metadata={"Software": None})
     return buffer.getvalue()
 
@@ -40,15 +41,15 @@ def label_ends(axes: Any, labels: Sequence[tuple[float, str, Any]], size: float 
     inside = [label for label in labels if np.isfinite(label[0])]
     if not inside:
         return
-    axes.figure.canvas.draw()
+    axes.autoscale_view()
     box = axes.get_window_extent()
     pixel = axes.figure.dpi / 72
     heights = [axes.transData.transform((axes.get_xlim()[1], label[0]))[1] for label in inside]
     places = spread(heights, LABEL_HEIGHT_POINTS * pixel * size / 12, box.y0, box.y1)
     for (_, text, colour), place in zip(inside, places, strict=True):
         height = (place - box.y0) / box.height
-        axes.annotate(text, (1, height), (8, 0), "axes fraction", "offset points", color=colour, fontsize=size, va="center",
-                  fontweight="bold", annotation_clip=False)  # fmt: skip
+        style = {"color": colour, "fontsize": size, "fontweight": "bold", "va": "center", "annotation_clip": False}
+        axes.annotate(text, (1, height), (8, 0), "axes fraction", "offset points", **style)
 
 
 def spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -80,12 +81,12 @@ def shape_axis(axes: Any, metric: Metric) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
     elif metric.scale == "from_zero":
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
 
 
 def shape_steps(axes: Any, wide: bool) -> None:
     """Few, whole step numbers, with k and M for thousands and millions."""
-    axes.xaxis.set_major_locator(MaxNLocator(5 if wide else 2, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5 if wide else 3, integer=True))
     if axes.get_xlim()[1] >= 10_000:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 

@@ -19,7 +19,8 @@ PANEL_WEIGHTS = {"backbone": 1.4, "experts": 1.6, "dense": 1.0, "calibration": 0
 NOISY_POINTS = 60
 MARKED_POINTS = 15
 SMOOTH_SHARE = 0.04
-ALIKE = 0.005
+ALIKE = 0.02
+SMOOTH_ALREADY = ("learning_rate", "peak_memory_bytes")
 
 
 def curve_figures(run: Run) -> dict[str, Figure]:
@@ -57,7 +58,7 @@ def _draw(run: Run, metric: Metric, panels: dict[str, dict[str, Curve]]) -> Figu
     figure = new_figure(WIDTH_INCHES, 3.6)
     weights = [PANEL_WEIGHTS.get(name, 1.0) for name in panels]
     grid: Any = figure.subplots(1, len(panels), sharey=True, squeeze=False, width_ratios=weights)
-    figure.subplots_adjust(wspace=0.34, left=0.08, right=0.95, bottom=0.17, top=0.86)
+    figure.subplots_adjust(wspace=0.40, left=0.09, right=0.94, bottom=0.19, top=0.88)
     planned = {part.name: part.steps or 0 for part in parts_of(run)}
     for axes, (name, curves) in zip(grid[0], panels.items(), strict=True):
         for job, curve in curves.items():
@@ -65,9 +66,9 @@ def _draw(run: Run, metric: Metric, panels: dict[str, dict[str, Curve]]) -> Figu
         title = f"{len(curves)} experts" if name == "experts" and len(curves) > 1 else TITLES.get(name, name)
         axes.set_title(title, fontweight="bold")
         axes.set_xlabel("step")
-        axes.set_xlim(
-            0, max(max(planned.get(STAGE_OF_JOB.get(job, job), 0), curve.steps[-1]) for job, curve in curves.items())
-        )
+        ends = [max(planned.get(STAGE_OF_JOB.get(job, job), 0), curve.steps[-1]) for job, curve in curves.items()]
+        axes.set_xlim(0, max(ends))
+        axes.patch.set_visible(False)  # labels of the panel before may reach in here
         shape_steps(axes, PANEL_WEIGHTS.get(name, 1.0) > 1.2)
     grid[0][0].set_ylabel(metric.axis)
     shape_axis(grid[0][0], metric)
@@ -78,33 +79,38 @@ def _draw(run: Run, metric: Metric, panels: dict[str, dict[str, Curve]]) -> Figu
 
 def _draw_curve(axes: Any, metric: Metric, curve: Curve, colour: Any, crowded: bool) -> None:
     """Points where there are few; where they are many and noisy, a pale line with a smoothed one over it."""
-    values = curve.values * metric.factor
-    noisy = len(curve) > NOISY_POINTS and metric.column not in ("learning_rate", "peak_memory_bytes")
-    if noisy:
+    values, shown = curve.values * metric.factor, _shown(metric, curve)
+    if not np.array_equal(shown, values):
         axes.plot(curve.steps, values, color=colour, linewidth=0.7, alpha=0.08 if crowded else 0.3)
-        values = np.exp(smooth(np.log(values))) if metric.scale == "log" and (values > 0).all() else smooth(values)
     marker = "o" if len(curve) <= MARKED_POINTS else ""
-    axes.plot(curve.steps, values, color=colour, linewidth=1.0 if crowded else 2.0, marker=marker, markersize=5,
-              clip_on=not marker)  # fmt: skip
+    line = {"color": colour, "linewidth": 1.0 if crowded else 2.0, "marker": marker, "markersize": 5}
+    axes.plot(curve.steps, shown, clip_on=not marker, **line)
+
+
+def _shown(metric: Metric, curve: Curve) -> Floats:
+    """Values in the shown unit, smoothed where they are many and noisy."""
+    values = curve.values * metric.factor
+    if len(curve) <= NOISY_POINTS or metric.column in SMOOTH_ALREADY:
+        return values
+    return np.exp(smooth(np.log(values))) if metric.scale == "log" and (values > 0).all() else smooth(values)
 
 
 def _label(axes: Any, metric: Metric, panel: str, curves: dict[str, Curve], num_experts: int) -> None:
     """The last value of a single curve; of several the index of the expert, of very many those at both ends."""
-    ends = {job: float(np.mean(curve.values[-3:])) * metric.factor for job, curve in curves.items()}
-    if len(curves) == 1:
-        job, value = next(iter(curves)), next(iter(curves.values())).values[-1] * metric.factor
-        label_ends(axes, [(ends[job], plain(value), colour_of(job, num_experts))])
-        return
+    ends = {job: float(_shown(metric, curve)[-1]) for job, curve in curves.items()}
     low, high = axes.get_ylim()
-    if max(ends.values()) - min(ends.values()) < ALIKE * (high - low):
-        label_ends(axes, [(max(ends.values()), f"all {plain(max(ends.values()))}", GREY)])
-        return
-    chosen = list(ends)
-    if len(chosen) > len(EXPERT_COLOURS):
-        ranked = sorted(ends, key=lambda job: ends[job])
-        chosen = [ranked[0], ranked[len(ranked) // 2], ranked[-1]]
-        _add_key(axes, num_experts)
-    label_ends(axes, [(ends[job], job.removeprefix("expert-"), colour_of(job, num_experts)) for job in chosen])
+    value = max(ends.values())
+    if len(curves) == 1:
+        label_ends(axes, [(value, plain(value), colour_of(next(iter(curves)), num_experts))])
+    elif value - min(ends.values()) < ALIKE * (high - low):
+        label_ends(axes, [(value, plain(value), GREY)])
+    else:
+        chosen = list(ends)
+        if len(chosen) > len(EXPERT_COLOURS):
+            ranked = sorted(ends, key=lambda job: ends[job])
+            chosen = [ranked[0], ranked[len(ranked) // 2], ranked[-1]]
+            _add_key(axes, num_experts)
+        label_ends(axes, [(ends[job], job.removeprefix("expert-"), colour_of(job, num_experts)) for job in chosen])
 
 
 def _add_key(axes: Any, num_experts: int) -> None:

@@ -35,7 +35,7 @@ def draw_run(run: Run) -> Iterator[Plot]:
         yield from _plot("timeline", "timeline", "Timeline", "Stages and jobs over time.", timeline_figure(run))
         for column, figure in curve_figures(run).items():
             title = METRIC_OF_COLUMN[column].title.capitalize()
-            yield from _plot(column, "training", title, _last_values(run, column), figure)
+            yield from _plot(column, "training", title, _last_values(run, column), figure, cut=False)
         text = "Perplexity of every model on every domain; the table below holds the same numbers."
         yield from _plot("evaluation", "evaluation", "Perplexity by model and domain", text, evaluation_figure(run))
         for name, figure in routing_figures(run).items():
@@ -43,9 +43,9 @@ def draw_run(run: Run) -> Iterator[Plot]:
             yield from _plot(name, "routing", title, "Share of visits by layer and expert, domain and expert.", figure)
 
 
-def _plot(name: str, section: str, title: str, text: str, figure: Figure | None) -> Iterator[Plot]:
+def _plot(name: str, section: str, title: str, text: str, figure: Figure | None, cut: bool = True) -> Iterator[Plot]:
     if figure is not None:
-        yield Plot(name, section, title, text, png_bytes(figure))
+        yield Plot(name, section, title, text, png_bytes(figure, cut))
 
 
 def _last_values(run: Run, column: str) -> str:

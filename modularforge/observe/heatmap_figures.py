@@ -33,7 +33,7 @@ def _draw_routing(run: Run, model: str, values: dict[str, Any]) -> Figure:
     rows = (len(layers), len(by_domain))
     height = 1.7 + 0.42 * (sum(rows) + 3 if wide else max(rows))
     figure = new_figure(WIDTH_INCHES, height)
-    shape = {"height_ratios": rows, "hspace": 3.4 / (sum(rows) / 2 + 1)} if wide else {"wspace": 0.36}
+    shape = {"height_ratios": rows, "hspace": 3.4 / (sum(rows) / 2 + 1)} if wide else {"wspace": 0.46}
     grid: Any = figure.subplots(*((2, 1) if wide else (1, 2)), gridspec_kw=shape)
     top = float(max(layers.max(), by_domain.max()))
     for axes, shares, names, title in (
@@ -46,7 +46,7 @@ def _draw_routing(run: Run, model: str, values: dict[str, Any]) -> Figure:
     _caption(
         grid[-1] if wide else grid[0],
         56,
-        f"Share of visits in %; a row adds up to 100, even routing is {even:.3g} % everywhere.",
+        f"Share of visits in %; even routing is {even:.3g} % everywhere, the darkest field {100 * top:.0f} %.",
     )
     return figure
 
@@ -56,7 +56,7 @@ def _draw_shares(axes: Any, shares: Floats, top: float, names: list[str], expert
     written = shares.shape[1] <= WRITTEN_COLUMNS
     every = 1 if written else 8
     labels = [name.removeprefix("expert-") for name in experts]
-    shown = [i for i, name in enumerate(experts) if not name.startswith("expert-") or int(labels[i]) % every == 0]
+    shown = [i for i, name in enumerate(experts) if i == 0 or written or int(labels[i]) % every == every - 1]
     axes.set_xticks(shown, [labels[index] for index in shown])
     axes.set_xlabel("expert")
     for tick, index in zip(axes.get_xticklabels(), shown, strict=True):
@@ -65,8 +65,8 @@ def _draw_shares(axes: Any, shares: Floats, top: float, names: list[str], expert
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     if written:
         for (row, column), share in np.ndenumerate(shares):
-            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=12,
-                      color=PAPER if share > 0.55 * top else INK)  # fmt: skip
+            colour = PAPER if share > 0.55 * top else INK
+            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=12, color=colour)
     _no_frame(axes)
 
 
@@ -84,8 +84,9 @@ def evaluation_figure(run: Run) -> Figure | None:
     reach = float(max(1.0, np.nanmax(np.abs(change))))
     axes.imshow(change, aspect="auto", cmap="PuOr_r", norm=TwoSlopeNorm(0, -reach, reach))
     for (row, column), percent in np.ndenumerate(change):
-        axes.text(column, row, plain(math.exp(losses[row, column])), ha="center", va="center",
-                  color=PAPER if abs(percent) > 0.6 * reach else INK, fontweight="bold" if column == len(domains) else "normal")  # fmt: skip
+        colour, weight = PAPER if abs(percent) > 0.6 * reach else INK, "bold" if column == len(domains) else "normal"
+        value = plain(math.exp(losses[row, column]))
+        axes.text(column, row, value, ha="center", va="center", color=colour, fontweight=weight)
     axes.set_xticks(range(len(domains) + 1), [*(label.replace("_", "\n") for label in domains), "all domains\nalike"])
     axes.xaxis.tick_top()
     axes.set_yticks(range(len(names)), names)

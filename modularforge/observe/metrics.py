@@ -19,7 +19,10 @@ Scale = Literal["linear", "log", "from_zero"]
 
 @dataclass(frozen=True)
 class Metric:
-    """How a column is shown: its unit, the factor from the stored to the shown unit, axis, and which way is better."""
+    """How a column is shown: its unit, the factor from the stored to the shown unit, axis, and which way is better.
+
+    `learns` marks the curves that tell how well a job learns; the others tell how it runs.
+    """
 
     column: str
     title: str
@@ -27,6 +30,7 @@ class Metric:
     factor: float = 1.0
     scale: Scale = "linear"
     better: Literal["lower", "higher", "neither"] = "neither"
+    learns: bool = False
 
     @property
     def axis(self) -> str:
@@ -35,12 +39,12 @@ class Metric:
 
 
 METRICS = (
-    Metric("loss", "training loss", "nats per token", better="lower"),
-    Metric("validation_loss", "validation loss", "nats per token", better="lower"),
-    Metric("validation_perplexity", "validation perplexity", "", scale="log", better="lower"),
+    Metric("loss", "training loss", "nats per token", better="lower", learns=True),
+    Metric("validation_loss", "validation loss", "nats per token", better="lower", learns=True),
+    Metric("validation_perplexity", "validation perplexity", "", scale="log", better="lower", learns=True),
     Metric("learning_rate", "learning rate", "thousandths", 1e3, "from_zero"),
     Metric("gradient_norm", "gradient norm", "before clipping", scale="log"),
-    Metric("tokens_per_second", "speed", "thousand tokens per second", 1e-3, "from_zero", "higher"),
+    Metric("tokens_per_second", "speed", "1,000 tokens/s", 1e-3, "from_zero", "higher"),
     Metric("data_wait_share", "waiting for data", "% of the time", 100.0, "from_zero", "lower"),
     Metric("peak_memory_bytes", "peak memory", "GiB", 2.0**-30, "from_zero", "lower"),
 )
@@ -81,38 +85,41 @@ class JobMetrics:
 
 def parse_metrics(name: str, content: bytes) -> JobMetrics:
     """Curves of a metrics file; when a step is told twice, the later line counts."""
-    columns: dict[str, tuple[list[float], list[float]]] = {}
-    unreadable, last_time = 0, None
-    for line in content.splitlines():
-        values = _parse_line(line)
-        if values is None:
-            unreadable += bool(line.strip())
-            continue
-        step = values["step"]
-        last_time = values.get("time", last_time)
-        for column, value in values.items():
-            if column not in NOT_VALUES:
-                steps, found = columns.setdefault(column, ([], []))
-                steps.append(step)
-                found.append(value)
-        if "loss" in values and "time" in values:
-            steps, found = columns.setdefault("time", ([], []))
+    rows, unreadable = _parse_lines(content)
+    columns: dict[str, tuple[list[float], list[Any]]] = {}
+    for row in rows:
+        step = row["step"]
+        for column, value in row.items():
+            steps, found = columns.setdefault(column, ([], []))
             steps.append(step)
-            found.append(values["time"])
-    curves = {column: _curve(*lists) for column, lists in columns.items()}
-    times = curves.pop("time", Curve(np.empty(0), np.empty(0)))
-    return JobMetrics(name, curves, times, last_time, unreadable)
+            found.append(value)
+        if "loss" not in row:  # times are those of the training lines
+            columns["time"][0].pop()
+            columns["time"][1].pop()
+    last_time = max((time for row in rows[-2:] if (time := _number(row["time"])) is not None), default=None)
+    curves = {column: _curve(*lists) for column, lists in columns.items() if column not in NOT_VALUES}
+    times = _curve(*columns.get("time", ([], [])))
+    return JobMetrics(
+        name, {column: curve for column, curve in curves.items() if len(curve)}, times, last_time, unreadable
+    )
 
 
-def _parse_line(line: bytes) -> dict[str, float] | None:
-    """The numbers of one line; None when it is no JSON object with a step."""
+def _parse_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """Objects with a step and a time, and how many lines are none; the whole file at once when no line is torn."""
+    lines = [line for line in content.splitlines() if line.strip()]
     try:
-        values: dict[str, Any] = json.loads(line)
-        step = float(values["step"])
-    except (ValueError, KeyError, TypeError):
+        rows = json.loads(b"[" + b",".join(lines) + b"]")
+    except ValueError:
+        rows = [_parse_line(line) for line in lines]
+    kept = [row for row in rows if isinstance(row, dict) and _number(row.get("step")) is not None]
+    return [row if "time" in row else {**row, "time": None} for row in kept], len(lines) - len(kept)
+
+
+def _parse_line(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
         return None
-    numbers = {column: _number(value) for column, value in values.items() if column != "job"}
-    return {**{column: value for column, value in numbers.items() if value is not None}, "step": step}
 
 
 def _number(value: Any) -> float | None:
@@ -123,9 +130,18 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _curve(steps: list[float], values: list[float]) -> Curve:
-    steps_array, values_array = np.array(steps), np.array(values)
-    if len(steps) > 1 and not (np.diff(steps_array) > 0).all():
+def _curve(steps: list[float], values: list[Any]) -> Curve:
+    """Points in the order of steps, without those whose value is no number."""
+    try:
+        steps_array, values_array = np.array(steps, dtype=float), np.array(values, dtype=float)
+    except (TypeError, ValueError):
+        numbers = [_number(value) for value in values]
+        kept = [index for index, number in enumerate(numbers) if number is not None]
+        steps_array, values_array = (
+            np.array([steps[i] for i in kept], float),
+            np.array([numbers[i] for i in kept], float),
+        )
+    if len(steps_array) > 1 and not (np.diff(steps_array) > 0).all():
         steps_array, last = np.unique(steps_array[::-1], return_index=True)
         values_array = values_array[::-1][last]
     return Curve(steps_array, values_array)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +20,7 @@ from modularforge.pipeline import STAGES
 READS_AT_ONCE = 16
 METRICS_FOLDER = "metrics"
 RECORDS_NAME = "jobs.jsonl"
+EVENTS_FOLDER = "cluster/events"
 EXPERT_FOLDER = re.compile(r"expert-(\d+)")
 # The job that trains a stage bears the stage's name, but for this one.
 STAGE_OF_JOB = {"calibration": "calibrated"}
@@ -81,19 +81,21 @@ def is_run(url: str) -> bool:
     return any(name in names and paths.exists(paths.join(url, name, "manifest.json")) for name in ("data", "backbone"))
 
 
-def json_lines(url: str) -> Iterator[dict[str, Any]]:
+def json_lines(url: str) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; none when it is missing, and torn lines are skipped."""
     try:
         lines = paths.read_bytes(url).splitlines()
     except (FileNotFoundError, NotADirectoryError):
-        return
+        return []
+    found = []
     for line in lines:
         try:
             value = json.loads(line)
         except ValueError:
             continue
         if isinstance(value, dict):
-            yield value
+            found.append(value)
+    return found
 
 
 def _read_artifacts(url: str, problems: list[str]) -> dict[str, Artifact]:
@@ -163,8 +165,15 @@ def _read_evaluation(artifacts: dict[str, Artifact], problems: list[str]) -> dic
 
 
 def _read_records(url: str) -> list[dict[str, Any]]:
-    """What the launcher noted: {job, event: submitted|started|requeued|ended, time}."""
-    return [value for value in json_lines(paths.join(url, RECORDS_NAME)) if {"job", "event", "time"} <= set(value)]
+    """What the launcher noted: {job, event: submitted|started|requeued|ended, time}.
+
+    Each job also keeps a file of its own, which is newer than the merged one while the run is going on.
+    """
+    folder = paths.join(url, EVENTS_FOLDER)
+    files = [paths.join(url, RECORDS_NAME), *(paths.join(folder, name) for name in paths.list_folder(folder))]
+    found = [value for lines in in_order(json_lines, files, READS_AT_ONCE) for value in lines]
+    wanted = ("job", "event", "time")
+    return list({tuple(v[key] for key in wanted): v for v in found if set(wanted) <= set(v)}.values())
 
 
 def _metrics_folder(url: str) -> str:

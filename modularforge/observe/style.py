@@ -6,6 +6,7 @@ Paul Tol's); more get shades along one path from dark to light, ordered by index
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,7 @@ def colour_of(job: str, num_experts: int) -> Any:
     return shades(num_experts)(index / max(1, num_experts - 1))
 
 
+@functools.cache
 def shades(num_experts: int) -> Any:
     """The path of colours for many experts: viridis without its lightest end, which is faint on white."""
     from matplotlib import colormaps

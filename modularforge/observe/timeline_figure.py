@@ -17,6 +17,7 @@ from modularforge.observe.style import BAD, GREY, INK, PALE, WIDTH_INCHES, colou
 from modularforge.observe.timeline import Row, timeline
 
 LABELLED_ROWS = 24
+ROW_INCHES, CROWDED_HEIGHT = 0.34, 0.36
 UNITS = ((90.0, 1.0, "seconds"), (5400.0, 60.0, "minutes"), (172_800.0, 3600.0, "hours"), (np.inf, 86_400.0, "days"))
 
 
@@ -28,16 +29,18 @@ def timeline_figure(run: Run) -> Figure | None:
     start = min([span.start for row in rows for span in row.spans] + [row.committed for row in rows if row.committed])
     end = max([span.end for row in rows for span in row.spans] + [row.committed for row in rows if row.committed])
     _, seconds, unit = next(step for step in UNITS if end - start < step[0])
-    height = 0.34 if len(rows) <= LABELLED_ROWS else 0.13
-    figure = new_figure(WIDTH_INCHES, 1.5 + height * len(rows))
+    is_crowded = len(rows) > LABELLED_ROWS
+    heights = [CROWDED_HEIGHT if is_crowded and row.name.startswith("expert-") else 1.0 for row in rows]
+    places = [sum(heights[:place]) + height / 2 for place, height in enumerate(heights)]
+    figure = new_figure(WIDTH_INCHES, 1.5 + ROW_INCHES * sum(heights))
     axes: Any = figure.subplots()
-    for place, row in enumerate(rows):
-        _draw_row(axes, place, row, start, seconds, colour_of(row.name, run.num_experts))
-    axes.set_ylim(len(rows) - 0.4, -0.6)
+    for row, place, height in zip(rows, places, heights, strict=True):
+        _draw_row(axes, row, place, height, start, seconds, colour_of(row.name, run.num_experts))
+    axes.set_ylim(sum(heights), 0)
     axes.set_xlim(left=0, right=max(end - start, 1.0) / seconds * 1.01)
-    every = 1 if len(rows) <= LABELLED_ROWS else 8
-    shown = [place for place, row in enumerate(rows) if not row.name.startswith("expert-") or _index(row) % every == 0]
-    axes.set_yticks(shown, [rows[place].name for place in shown])
+    every = 8 if is_crowded else 1
+    shown = [i for i, row in enumerate(rows) if not row.name.startswith("expert-") or _index(row) % every == every // 2]
+    axes.set_yticks([places[i] for i in shown], [rows[i].name for i in shown])
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
     axes.grid(visible=False, axis="y")
@@ -49,20 +52,22 @@ def timeline_figure(run: Run) -> Figure | None:
     return figure
 
 
-def _draw_row(axes: Any, place: int, row: Row, start: float, unit: float, colour: Any) -> None:
+def _draw_row(axes: Any, row: Row, place: float, height: float, start: float, unit: float, colour: Any) -> None:
     for span in row.spans:
         left, width = (span.start - start) / unit, max((span.end - span.start) / unit, 0.0)
+        thick, thin = 0.7 * height, 0.34 * height
         if span.kind == "running":
-            axes.barh(place, width, left=left, height=0.62, color=colour, linewidth=0)
+            axes.barh(place, width, left=left, height=thick, color=colour, linewidth=0)
         elif span.kind == "queued":
-            axes.barh(place, width, left=left, height=0.3, color=PALE, linewidth=0)
+            axes.barh(place, width, left=left, height=thin, color=PALE, linewidth=0)
         else:
-            axes.barh(place, width, left=left, height=0.3, color="white", edgecolor=BAD, hatch="////", linewidth=0)
+            axes.barh(place, width, left=left, height=thin, color="white", edgecolor=BAD, hatch="////", linewidth=0)
     for moment in row.requeued:
-        axes.plot((moment - start) / unit, place, marker="v", color=BAD, markersize=8, markeredgecolor="white")
+        size = 9 * height**0.5
+        axes.plot((moment - start) / unit, place, marker="v", color=BAD, markersize=size, markeredgecolor="white")
     if row.committed is not None:
-        axes.plot((row.committed - start) / unit, place, marker="D", color="white", markeredgecolor=INK, markersize=6,
-                  markeredgewidth=1.4, clip_on=False, zorder=4)  # fmt: skip
+        style = {"marker": "D", "color": "white", "markeredgecolor": INK, "markeredgewidth": 1.4 * height}
+        axes.plot((row.committed - start) / unit, place, markersize=6 * height, clip_on=False, zorder=4, **style)
 
 
 def _add_key(axes: Any, rows: list[Row]) -> None:

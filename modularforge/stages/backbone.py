@@ -9,7 +9,6 @@ from modularforge.config import Config
 from modularforge.data.loader import batches
 from modularforge.log import logger
 from modularforge.model.backbone import Decoder
-from modularforge.model.hub_config import TOKENIZER_FILES
 from modularforge.pipeline import finished, plan_stage, require
 from modularforge.provenance import commit, making
 from modularforge.training.backbone_job import sample_windows, save_backbone, train_backbone
@@ -43,8 +42,7 @@ def run(config: Config) -> None:
             stream = batches(tokens, context, 1, derived_seed(config.seed, "backbone statistics"))
             windows = config.experts.statistics_tokens // context
             sample = sample_windows(stream, windows, config.evaluation.batch_size)
-            files = {name: corpus.file(name) for name in TOKENIZER_FILES}
             with making(plan) as writer:
-                facts = save_backbone(config, model, writer.folder, files, sample, world)
+                facts = save_backbone(config, model, writer.folder, corpus.tokenizer, sample, world)
                 commit(writer, plan, config, {**losses, **facts})
         world.barrier()

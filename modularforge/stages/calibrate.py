@@ -54,7 +54,8 @@ def _calibrate(config: Config, assembled: Artifact, corpus: Corpus, fingerprint:
             "or run with --no-calibrate"
         )
     model = load_model(assembled.local_folder()).to(default_device())
-    job = Job("calibration", config.calibration, config.training, fingerprint, None, metrics_url(config, "calibration"))
+    places = (None, metrics_url(config, "calibration"), config.metrics.tensorboard)
+    job = Job("calibration", config.calibration, config.training, fingerprint, *places)
     seed = derived_seed(config.seed, "calibration order")
     return calibrate(model, config, even_mixture(fit_half), decide_half, corpus.byte_lengths, job, seed)
 

@@ -5,16 +5,17 @@
 from __future__ import annotations
 
 import itertools
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from modularforge.artifacts import derived_seed
 from modularforge.assembly.statistics import STATISTICS_NAME, save_statistics
 from modularforge.config import Config
+from modularforge.data.tokenizer import save_tokenizer
 from modularforge.model.backbone import Decoder, build_backbone
 from modularforge.model.folder import backbone_tensors, save_tensors
 from modularforge.model.hub_config import CONFIG_NAME, GENERATION_NAME, backbone_config, generation_config, write_json
@@ -48,7 +49,7 @@ def save_backbone(
     config: Config,
     model: Decoder,
     folder: Path,
-    tokenizer_files: Mapping[str, Path],
+    tokenizer: Tokenizer | None,
     sample: Iterable[Tensor],
     world: World,
 ) -> dict[str, object]:
@@ -59,8 +60,8 @@ def save_backbone(
     save_tensors(backbone_tensors(model), folder / "model.safetensors")
     write_json(folder / CONFIG_NAME, backbone_config(model.config, model.vocab_size))
     write_json(folder / GENERATION_NAME, generation_config())
-    for name, path in tokenizer_files.items():
-        shutil.copyfile(path, folder / name)
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, folder, model.config.context_length)
     save_statistics(folder / STATISTICS_NAME, gather_statistics(model, sample, world.device))
     sizes = model_sizes(model.config, model.vocab_size)
     tokens = config.backbone.steps * config.backbone.batch_size * config.model.context_length

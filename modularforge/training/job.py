@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from modularforge.config import Config, PhaseConfig, TrainingConfig
 from modularforge.pipeline import checkpoint_url, metrics_url
@@ -18,8 +19,10 @@ class Job:
     fingerprint: str = ""
     checkpoint_url: str | None = None
     metrics_url: str | None = None
+    tensorboard: Literal["auto", "on", "off"] = "off"
 
     @staticmethod
     def of_run(config: Config, name: str, phase: PhaseConfig, fingerprint: str) -> Job:
         """A job of a run, with its checkpoints and metrics in their places there."""
-        return Job(name, phase, config.training, fingerprint, checkpoint_url(config, name), metrics_url(config, name))
+        places = checkpoint_url(config, name), metrics_url(config, name)
+        return Job(name, phase, config.training, fingerprint, *places, config.metrics.tensorboard)

@@ -21,7 +21,7 @@ class Meter:
 
     def __init__(self, job: Job, world: World, step: int) -> None:
         self.job, self.world = job, world
-        self._log = MetricsLog(job.metrics_url) if job.metrics_url and world.is_main else None
+        self._log = MetricsLog(job.metrics_url, job.tensorboard) if job.metrics_url and world.is_main else None
         if self._log:
             self._log.restart_after(step)
         self._restart()

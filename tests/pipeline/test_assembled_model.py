@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints import open_artifact, paths
 from modularforge.artifacts import Backbone
+from modularforge.assembly.assemble import assemble, router_rows
 from modularforge.assembly.plan import plan_merge, read_header
 from modularforge.assembly.stream import execute
 from modularforge.config import Config
@@ -116,9 +118,18 @@ def test_shards_hold_the_same_tensors_and_an_index(finished_run: Config, tmp_pat
         assert torch.equal(load_model(tmp_path)(tokens), load_model(whole.parent)(tokens))
 
 
-def test_router_choices_differ_and_have_a_row_per_expert(finished_run: Config) -> None:
-    from modularforge.assembly.assemble import router_rows
+@pytest.mark.parametrize("router", ["learned", "centred_means", "data_stats", "kaiming", "uniform"])
+def test_the_solved_router_is_what_the_assembled_file_holds(router: str, finished_run: Config, tmp_path: Path) -> None:
+    settings = finished_run.assembly.model_copy(update={"router": router})
+    config = finished_run.model_copy(update={"assembly": settings})
+    experts = [require(finished_run, "expert", index) for index in range(3)]
+    assemble(config, require(finished_run, "backbone"), experts, tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    for name, rows in router_rows(config, experts, finished_run.model.layers).items():
+        np.testing.assert_array_equal(written[name].numpy(), rows)
 
+
+def test_router_choices_differ_and_have_a_row_per_expert(finished_run: Config) -> None:
     experts = [require(finished_run, "expert", index) for index in range(3)]
     found = {}
     for router in ("learned", "centred_means", "data_stats", "kaiming", "uniform"):

@@ -1,0 +1,227 @@
+"""How fast the store is beside the tools that people know, on the same server, file and disk, in one run.
+
+    python benchmarks/storage.py --url s3://bucket/benchmark --folder /a/disk --size-mb 1024
+
+Measures (1) put and get of one file by command: `python -m checkpoints push|pull`, hashing and fsync included, against
+`aws s3 cp`; (2) the same within one process against obstore, which does not hash; (3) writing into a folder against
+`cp` and fsync; (4) the pause of a training loop at a background save as a share of a save that it waits for.
+Credentials and endpoint come from the AWS variables. Contenders take turns; medians and ratios are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints import open_artifact, paths, write_artifact
+from checkpoints.reading import PART_BYTES
+from checkpoints.saver import CheckpointSaver
+from checkpoints.training import Checkpoint, save_checkpoint
+
+Contenders = dict[str, Callable[[], object]]
+
+
+def main() -> None:
+    options = parse()
+    folder = Path(options.folder) / f"storage-benchmark-{uuid.uuid4().hex[:8]}"
+    folder.mkdir(parents=True)
+    url = f"{options.url.rstrip('/')}/{folder.name}" if options.url else ""
+    try:
+        big = folder / "big.bin"
+        make_file(big, options.size_mb)
+        if url:
+            by_command(big, folder, url, options)
+            in_process(big, url, options)
+        into_a_folder(big, folder, options)
+        pause_of_the_loop(str(folder / "job"), options)
+        if url:
+            pause_of_the_loop(paths.join(url, "job"), options)
+    finally:
+        shutil.rmtree(folder)
+        if url:
+            paths.remove(url)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", default="", help="where to write on an object store; empty leaves that part out")
+    parser.add_argument("--folder", required=True, help="a folder on the disk to measure")
+    parser.add_argument("--size-mb", type=int, default=1024, help="size of the file and of the training state in MiB")
+    parser.add_argument("--rounds", type=int, default=3)
+    return parser.parse_args()
+
+
+def by_command(big: Path, folder: Path, url: str, options: argparse.Namespace) -> None:
+    """Whole commands, their start included."""
+    source = folder / "artifact"
+    with write_artifact(str(source), "benchmark", "f") as writer:
+        writer.write_chunks("big.bin", read(big))
+        writer.commit()
+    ours, theirs, turn = paths.join(url, "ours"), paths.join(url, "aws"), Turn(folder)
+    push = [sys.executable, "-m", "checkpoints", "push", str(source)]
+    pull = [sys.executable, "-m", "checkpoints", "pull"]
+    aws = ["aws", "s3", "cp", "--only-show-errors"]
+    put: Contenders = {
+        "push": lambda: run(*push, paths.join(ours, turn.next())),
+        "aws s3 cp": lambda: run(*aws, str(big), paths.join(theirs, turn.next())),
+    }
+    compare(f"put {options.size_mb} MiB by command", put, options)
+    run(*push, paths.join(ours, "x"))
+    run(*aws, str(big), paths.join(theirs, "x"))
+    get: Contenders = {
+        "pull": lambda: run(*pull, paths.join(ours, "x"), turn.folder()),
+        "aws s3 cp": lambda: run(*aws, paths.join(theirs, "x"), turn.folder()),
+    }
+    compare(f"get {options.size_mb} MiB by command", get, options)
+    turn.clean()
+
+
+def in_process(big: Path, url: str, options: argparse.Namespace) -> None:
+    """Without the start of a program; obstore moves bytes only, ours hashes them too."""
+    try:
+        import obstore
+        from obstore.store import S3Store
+    except ImportError:
+        print("obstore is not installed: left out")
+        return
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    store = S3Store(bucket, prefix=prefix, client_options={"allow_http": True})
+
+    def put() -> str:
+        target = paths.join(url, uuid.uuid4().hex)
+        with write_artifact(target, "benchmark", "f") as writer:
+            writer.write_chunks("big.bin", read(big), big.stat().st_size)
+            writer.commit()
+        return target
+
+    def obstore_put() -> None:
+        obstore.put(store, "obstore", big, chunk_size=PART_BYTES, max_concurrency=8)
+
+    def get(artifact: Any) -> None:
+        with open(big.with_name("got"), "wb") as file:
+            for part in artifact.stream("big.bin"):
+                file.write(part)
+
+    def obstore_get() -> None:
+        with open(big.with_name("got"), "wb") as file:
+            for part in obstore.get(store, "obstore").stream(min_chunk_size=PART_BYTES):
+                file.write(part)
+
+    compare(f"put {options.size_mb} MiB in process", {"ours": put, "obstore": obstore_put}, options)
+    artifact = open_artifact(put())
+    compare(f"get {options.size_mb} MiB in process", {"ours": lambda: get(artifact), "obstore": obstore_get}, options)
+
+
+def into_a_folder(big: Path, folder: Path, options: argparse.Namespace) -> None:
+    """The same bytes onto the same disk, flushed; ours hashes them and renames."""
+    turn = Turn(folder)
+
+    def ours() -> None:
+        with write_artifact(turn.folder(), "benchmark", "f") as writer:
+            writer.write_chunks("big.bin", read(big))
+            writer.commit()
+
+    def stage() -> None:
+        with write_artifact(turn.folder(), "benchmark", "f") as writer:
+            run("cp", str(big), str(writer.folder / "big.bin"))
+            writer.commit()
+
+    def copy() -> None:
+        target = turn.folder()
+        run("cp", str(big), target)
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
+
+    contenders = {"write_chunks": ours, "file, then commit": stage, "cp and fsync": copy}
+    compare(f"write {options.size_mb} MiB into a folder", contenders, options, turn.clean)
+
+
+def pause_of_the_loop(url: str, options: argparse.Namespace) -> None:
+    """The pause at the first background save (which makes its buffers) and at later ones."""
+    tensors = {str(i): torch.rand(options.size_mb << 14) for i in range(16)}
+    waited: list[float] = []
+    for step in range(1, options.rounds + 1):
+        start = time.perf_counter()
+        save_checkpoint(url, Checkpoint(step, tensors, {}), "f", keep_last=1)
+        waited.append(time.perf_counter() - start)
+    pauses: list[float] = []
+    with CheckpointSaver(url, "f", keep_last=1) as saver:
+        for step in range(options.rounds + 1, 2 * options.rounds + 2):
+            saver.save(Checkpoint(step, tensors, {}))
+            pauses.append(saver.stall_seconds)
+            saver.wait()
+    whole, first, later = statistics.median(waited), pauses[0], statistics.median(pauses[1:])
+    kind = "a folder" if paths.is_local(url) else "the object store"
+    print(f"\nsaving {options.size_mb} MiB of training state to {kind}: {whole:.2f} s when waited for")
+    print(f"  pause of the loop  first {first:.2f} s ({first / whole:.1%})  later {later:.2f} s ({later / whole:.1%})")
+
+
+def compare(title: str, contenders: Contenders, options: argparse.Namespace, after: Any = lambda: None) -> None:
+    """Run the contenders in turns and print medians, and the speed of the first ones relative to the last."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(options.rounds):
+        for name, action in contenders.items():
+            os.sync()
+            start = time.perf_counter()
+            action()
+            seconds[name].append(time.perf_counter() - start)
+            after()
+    reference = statistics.median(list(seconds.values())[-1])
+    print(f"\n{title}", flush=True)
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        speed = f"{options.size_mb / median:6.0f} MiB/s"
+        print(f"  {name:18} {median:6.2f} s  {speed}  {reference / median:5.2f} of the last", flush=True)
+
+
+class Turn:
+    """Fresh names for every turn."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._used: list[str] = []
+
+    def next(self) -> str:
+        """A name that was not used."""
+        return uuid.uuid4().hex
+
+    def folder(self) -> str:
+        """A path that was not used."""
+        self._used.append(str(self._folder / self.next()))
+        return self._used[-1]
+
+    def clean(self) -> None:
+        """Delete what lies at the paths that were handed out."""
+        for path in self._used:
+            paths.remove(path)
+
+
+def make_file(path: Path, size_mb: int) -> None:
+    with open(path, "wb") as file:
+        for _ in range(size_mb):
+            file.write(os.urandom(1 << 20))
+
+
+def read(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            yield chunk
+
+
+def run(*command: str) -> None:
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""What `python -m launcher --cluster` and its subcommands do with a run on Slurm."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from launcher.events import merge_events, read_all_events
+from launcher.finish import describe as describe_report
+from launcher.finish import end_report
+from launcher.lock import submission_lock
+from launcher.preflight import fingerprint_of, preflight
+from launcher.record import Record, beside, check_same_run, load_record, new_record, require_record, save_record
+from launcher.slurm import queue, run_slurm
+from launcher.status import Row, describe, is_going_on, is_success, read_status
+from launcher.submit import Submitter, live_tasks
+from launcher.tasks import build_groups, build_tasks
+from modularforge.config import Config
+from modularforge.errors import ConfigError
+
+Say = Callable[[str], None]
+FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS, POLL_GROWTH = 2.0, 60.0, 1.5
+CANCEL_SECONDS = 120.0
+LAST_WORDS_SECONDS = 5.0
+LOG_SECONDS = 0.5
+
+
+def launch(config: Config, say: Say, new_run: bool = False, check: bool = True) -> Config:
+    """Submit what is missing of the run, or attach to one that needs nothing; returns its settings."""
+    old = load_record(config)
+    if old and new_run:
+        config = beside(config, old)
+    record = load_record(config)
+    if record:
+        check_same_run(config, record)
+    with submission_lock(config):
+        record = load_record(config) or new_record(config)
+        submitter = Submitter(config, record, say)
+        if check and record.checked != fingerprint_of(config) and submitter.is_needed():
+            for note in preflight(config, record.run_id):
+                say(note)
+            record.checked = fingerprint_of(config)
+        count = submitter.run()
+    say(f"run {record.run_id} at {config.output_dir}: {_outcome(config, record, count)}")
+    return config
+
+
+def _outcome(config: Config, record: Record, count: int) -> str:
+    if count:
+        return f"{count} submission(s); nothing needs to stay here, `python -m launcher status` tells how it stands"
+    if is_going_on(rows := read_status(config, record)):
+        return "everything is submitted already\n" + describe(config, rows)
+    return "finished; nothing to do"
+
+
+def recorded(config: Config) -> tuple[Config, Record]:
+    """The record of the run at `output_dir` and the settings it was submitted with."""
+    record = require_record(config)
+    settings = record.settings()
+    # The folder may have been moved or copied since.
+    return settings.model_copy(update={"output_dir": config.output_dir}), record
+
+
+def cancel(config: Config, say: Say) -> None:
+    """Cancel all jobs of the run, the last stage first, and wait until they have ended."""
+    config, record = recorded(config)
+    names = [f"{group.name}-{record.run_id[:8]}" for group in build_groups(build_tasks(config))]
+    live = set(live_tasks(record, queue(names), {}).values())
+    for group in reversed(build_groups(build_tasks(config))):
+        jobs = [str(item.job) for item in record.live if item.group == group.name and item.job in live]
+        if jobs:
+            run_slurm("scancel", *jobs)
+            say(f"{group.name}: cancelled {', '.join(jobs)}")
+    for item in record.live:
+        item.withdrawn = True
+    save_record(config, record)
+    for _ in polls(CANCEL_SECONDS):
+        if not any(job.is_live for job in queue(names)):
+            break
+    say("all jobs have ended; `python -m launcher resume` continues from what is committed")
+
+
+def follow_status(config: Config) -> Iterator[list[Row]]:
+    """The status again and again, more slowly while nothing changes, until nothing goes on any more."""
+    config, record = recorded(config)
+    rows: list[Row] = []
+    wait = FIRST_POLL_SECONDS
+    while True:
+        before, rows = rows, read_status(config, record)
+        yield rows
+        if not is_going_on(rows):
+            return
+        same = [(row.task, row.state) for row in before] == [(row.task, row.state) for row in rows]
+        wait = min(LONGEST_POLL_SECONDS, wait * POLL_GROWTH) if same else FIRST_POLL_SECONDS
+        time.sleep(wait)
+        record = require_record(config)
+
+
+def wait_for_run(config: Config, say: Say) -> bool:
+    """Wait until the run has ended, tell what changes, print the end report; returns whether all is committed."""
+    states: dict[str, str] = {}
+    rows: list[Row] = []
+    for rows in follow_status(config):
+        for row in rows:
+            if states.get(row.task) != row.state:
+                say(f"{row.task}: {row.state}{f' ({row.reason})' if row.reason else ''}")
+            states[row.task] = row.state
+    _wait_for_last_words(config)
+    say(final_report(config))
+    return is_success(rows)
+
+
+def _wait_for_last_words(config: Config) -> None:
+    """A job notes its end just after its commit."""
+    config, _record = recorded(config)
+    for _ in polls(LAST_WORDS_SECONDS):
+        if all(events[-1]["event"] != "started" for events in read_all_events(config).values() if events):
+            return
+
+
+def final_report(config: Config) -> str:
+    """The end report, after the events of all jobs were merged."""
+    config, record = recorded(config)
+    merge_events(config, record.events())
+    return describe_report(end_report(config, record.events()))
+
+
+def polls(seconds: float, first: float = 0.2) -> Iterator[None]:
+    """Go on at once, then in growing intervals, until the time is over."""
+    end, wait = time.monotonic() + seconds, first
+    while True:
+        yield
+        if time.monotonic() + wait > end:
+            return
+        time.sleep(wait)
+        wait = min(LONGEST_POLL_SECONDS, wait * POLL_GROWTH)
+
+
+def find_log(config: Config, what: str) -> Path:
+    """The log of STAGE or STAGE/INDEX; raises ConfigError with the names there are."""
+    config, record = recorded(config)
+    stage, _, index = what.partition("/")
+    wanted = f"{stage}-{index}" if index else stage
+    rows = {row.task: row for row in read_status(config, record)}
+    if wanted not in rows or not rows[wanted].log:
+        known = ", ".join(name for name, row in rows.items() if row.log)
+        raise ConfigError(f"logs must name a job that was submitted, but {what} is none; there are {known:.300}")
+    return Path(rows[wanted].log)
+
+
+def tail(config: Config, what: str, follow: bool) -> Iterator[str]:
+    """The log of a job from its beginning; with `follow` also what is added until the job has ended."""
+    path, position, ended = find_log(config, what), 0, not follow
+    wait = next_look = FIRST_POLL_SECONDS
+    start = time.monotonic()
+    while True:
+        if path.exists():
+            with open(path, errors="replace") as file:
+                file.seek(position)
+                yield file.read()
+                position = file.tell()
+        elif ended:
+            raise ConfigError(f"{path} must exist, but the job has not started; see `python -m launcher status`")
+        if ended:
+            return
+        time.sleep(LOG_SECONDS)
+        if time.monotonic() - start > next_look:
+            ended = not _is_live(config, what)
+            wait = min(LONGEST_POLL_SECONDS, wait * POLL_GROWTH)
+            next_look += wait
+
+
+def _is_live(config: Config, what: str) -> bool:
+    config, record = recorded(config)
+    name = what.replace("/", "-")
+    return is_going_on([row for row in read_status(config, record) if row.task == name])

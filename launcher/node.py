@@ -1,0 +1,188 @@
+"""On the node: run one task of the pipeline under srun, watch it, and decide what follows when it has ended.
+
+`python -m launcher.node GROUP` is the batch step of a job; the training runs below it as a step of its own. So Slurm's
+warning signal reaches the training and not this program, which outlives a crash of the training, notes what happened,
+and is the only one to requeue the job. The scripts in slurm/ use it too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import subprocess
+import sys
+from types import FrameType
+
+from launcher.allocation import Allocation
+from launcher.attempts import Decision, Ended, count_requeues, decide
+from launcher.command import child_environment, processes_of, training_command
+from launcher.events import Event, append_event, read_events
+from launcher.finish import finish_run
+from launcher.progress import newest_checkpoint, progress_of
+from launcher.record import load_record
+from launcher.slurm import SlurmError, job_fields, minutes, run_slurm
+from launcher.tasks import Task, build_tasks, is_finished
+from modularforge.config import Config
+from modularforge.errors import ConfigError
+from modularforge.exits import run_app
+from modularforge.settings import load_config
+
+
+def main() -> None:
+    """Entry point; the exit code is that of the task."""
+    options = _parser().parse_args()
+    config = load_config(
+        options.config, options.set, smoke_test=options.smoke_test, data_dir=options.data_dir,
+        output_dir=options.output_dir,
+    )  # fmt: skip
+    allocation = Allocation.of_this_job(options.processes)
+    task = find_task(config, options.group, allocation.array_index, options.offset)
+    sys.exit(run_task(config, task, allocation, _settings_options(options), options.key))
+
+
+def find_task(config: Config, group: str, array_index: int | None, offset: int) -> Task:
+    """The task that this job or array task stands for; raises ConfigError with the ones there are."""
+    index = None if array_index is None else array_index + offset
+    for task in build_tasks(config):
+        if task.group == group and task.index == index:
+            return task
+    groups = ", ".join(dict.fromkeys(task.group for task in build_tasks(config)))
+    raise ConfigError(
+        f"the job must be one of {groups}, with an array index below experts.count ({config.experts.count}) for expert "
+        f"alone, but is {group!r} with index {index}; mend the script or its --array"
+    )
+
+
+def run_task(config: Config, task: Task, allocation: Allocation, options: list[str], key: str) -> int:
+    """Run it unless it is done or another job has it; returns the exit code for Slurm."""
+    if is_finished(config, task):
+        print(f"{task.name} is finished", flush=True)
+        return 0
+    if other := _rightful_job(config, key, allocation):
+        print(f"{task.name} belongs to Slurm job {other}, which was submitted in place of this one", flush=True)
+        return 0
+    history = [event for event in read_events(config, task.name) if event.get("slurm_job") == allocation.name]
+    history += _note_start(config, task, allocation, history, key)
+    command = training_command(config, task, allocation, options)
+    print(f"{task.name}: {shlex.join(command)}", flush=True)
+    environment = child_environment(config, processes_of(config, task, allocation), allocation)
+    code = run_child(command, environment)
+    if code == 0 and is_finished(config, task):
+        append_event(config, task.name, "ended", slurm_job=allocation.name, code=0, reason="finished")
+        if task.group == "evaluate":
+            finish_run(config)
+        return 0
+    return _follow_up(config, task, allocation, history, code)
+
+
+def run_child(command: list[str], environment: dict[str, str]) -> int:
+    """Run the training and wait for it, whatever signals come; returns its exit code.
+
+    At scancel Slurm signals every process of the job by itself. Only USR2 is passed on: it reaches this program alone
+    where a script asks for `--signal=B:USR2`.
+    """
+    child = subprocess.Popen(command, env=environment)
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGUSR2 and child.poll() is None:
+            child.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, pass_on)
+    code = child.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _note_start(config: Config, task: Task, allocation: Allocation, history: list[Event], key: str) -> list[Event]:
+    """Note that the job starts, and before that a requeue that was not ours: a failed node, or no time to say it."""
+    noted = []
+    if allocation.restarts > count_requeues(history):
+        noted.append(
+            append_event(config, task.name, "requeued", slurm_job=allocation.name, reason="by Slurm",
+                         step=newest_checkpoint(config, task.name)[0])
+        )  # fmt: skip
+    found = progress_of(config, task.name)
+    noted.append(
+        append_event(
+            config, task.name, "started", slurm_job=allocation.name, key=key, restarts=allocation.restarts,
+            nodes=allocation.node_list, node_count=allocation.nodes, gpus=allocation.gpus,
+            step=found.checkpoint_step, last_step=max(found.step, found.checkpoint_step), last_time=found.time,
+        )
+    )  # fmt: skip
+    return noted
+
+
+def _follow_up(config: Config, task: Task, allocation: Allocation, history: list[Event], code: int) -> int:
+    """Requeue the job or note its end; returns the exit code."""
+    step = newest_checkpoint(config, task.name)[0]
+    ended = _how_it_ended(allocation, code or 1, int(history[-1].get("step", 0)), step)
+    decision = decide(ended, history, config.cluster)
+    print(f"{task.name} ended with code {code}: {decision.text}", flush=True)
+    if decision.again and _requeue(config, task, allocation, decision, step):
+        return ended.code
+    append_event(config, task.name, "ended", slurm_job=allocation.name, code=ended.code, reason=decision.reason)
+    return ended.code
+
+
+def _how_it_ended(allocation: Allocation, code: int, first_step: int, step: int) -> Ended:
+    try:
+        known = job_fields(allocation.job)
+    except SlurmError as error:
+        print(f"Slurm does not tell how this job stands: {error}", flush=True)
+        return Ended(code, state="UNKNOWN", first_step=first_step, step=step)
+    return Ended(
+        code, known.get("JobState", "UNKNOWN"), known.get("PreemptTime", "None") != "None",
+        minutes(known.get("RunTime", "0")), minutes(known.get("TimeLimit", "UNLIMITED")), first_step, step,
+    )  # fmt: skip
+
+
+def _requeue(config: Config, task: Task, allocation: Allocation, decision: Decision, step: int) -> bool:
+    """Send this job, or only this task of its array, back to the queue; noted first, for Slurm then ends this program.
+
+    `scontrol requeue $SLURM_JOB_ID` in the last task of an array would start the whole array again.
+    """
+    append_event(config, task.name, "requeued", slurm_job=allocation.name, reason=decision.reason, step=step)
+    try:
+        run_slurm("scontrol", "requeue", allocation.name)
+    except SlurmError as error:
+        print(f"the job cannot go back to the queue: {error}", flush=True)
+        return False
+    return True
+
+
+def _rightful_job(config: Config, key: str, allocation: Allocation) -> str | None:
+    """The job that the run record names for this submission, when it is another one than this."""
+    record = load_record(config) if key else None
+    for item in record.submissions if record else []:
+        if item.key == key and item.job not in (None, allocation.array_job):
+            return item.job
+    return None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m launcher.node", description=__doc__)
+    parser.add_argument("group", help="prepare-data, backbone, expert, dense, assemble or evaluate")
+    parser.add_argument("--config", default="configs/default.yaml", help="settings file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; repeatable")
+    parser.add_argument("--smoke-test", action="store_true", help="tiny sizes")
+    parser.add_argument("--data-dir", help="prepared data")
+    parser.add_argument("--output-dir", help="root of the run")
+    parser.add_argument("--offset", type=int, default=0, help="expert that array task 0 stands for")
+    parser.add_argument("--processes", type=int, help="training processes per node; default: as the settings say")
+    parser.add_argument("--key", default="", help="name of the submission, from the launcher")
+    return parser
+
+
+def _settings_options(options: argparse.Namespace) -> list[str]:
+    """The options that give the training the same settings."""
+    words = ["--config", options.config]
+    for change in options.set:
+        words += ["--set", change]
+    words += ["--smoke-test"] if options.smoke_test else []
+    words += ["--data-dir", options.data_dir] if options.data_dir else []
+    return words + (["--output-dir", options.output_dir] if options.output_dir else [])
+
+
+if __name__ == "__main__":
+    run_app(main)

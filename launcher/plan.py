@@ -1,0 +1,57 @@
+"""`plan`: every script, the graph and the hours asked, as text; touches neither Slurm nor storage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launcher.carrier import Request, script_of
+from launcher.frozen import frozen_folder
+from launcher.pieces import cut
+from launcher.record import run_id_of
+from launcher.tasks import Group, build_groups, build_tasks, nodes_of
+from modularforge.config import Config
+
+# Slurm's default; the submission asks the site.
+MAX_ARRAY_SIZE = 1001
+
+
+def describe_plan(config: Config) -> str:
+    """What a launch of this run from nothing would submit."""
+    groups, run_id, frozen = build_groups(build_tasks(config)), run_id_of(config), frozen_folder(config)
+    requests = [request for group in groups for request in _requests(config, group, run_id, frozen)]
+    scripts = [f"===== {request.key}\n{script_of(config, request)}" for request in requests]
+    graph = "\n".join(_line(config, group) for group in groups)
+    return "\n".join([*scripts, f"===== run {run_id} at {config.output_dir}", graph, hours(config, groups)])
+
+
+def hours(config: Config, groups: list[Group]) -> str:
+    """GPU-hours and core-hours if every job used all of its time."""
+    gpu_hours = core_hours = 0.0
+    for group in groups:
+        nodes = nodes_of(config, group.name)
+        node_hours = nodes.nodes * len(group.tasks) * nodes.time_minutes / 60
+        gpu_hours += node_hours * nodes.gpus
+        core_hours += node_hours * nodes.cpus
+    return f"asks for at most {gpu_hours:,.1f} GPU-hours and {core_hours:,.1f} core-hours"
+
+
+def _requests(config: Config, group: Group, run_id: str, frozen: Path) -> list[Request]:
+    """Requests with names in place of the job ids that only sbatch gives."""
+    success = tuple(f"<{name}>" for name in group.after)
+    ended = tuple(f"<{name}>" for name in group.after_end)
+    if group.tasks[0].index is None:
+        return [Request(group.name, group.name, run_id, frozen, None, success, ended)]
+    pieces = cut(list(range(len(group.tasks))), MAX_ARRAY_SIZE, config.cluster.array_throttle)
+    return [
+        Request(group.name, f"{group.name}-{number}", run_id, frozen, piece, success, ended)
+        for number, piece in enumerate(pieces)
+    ]
+
+
+def _line(config: Config, group: Group) -> str:
+    nodes = nodes_of(config, group.name)
+    waits = [f"{name} has succeeded" for name in group.after] + [f"{name} has ended" for name in group.after_end]
+    return (
+        f"{group.name:<13} {len(group.tasks):>5} job(s) of {nodes.nodes} node(s) with {nodes.gpus} GPU(s) and "
+        f"{nodes.cpus} cores, {nodes.time_minutes} min; {'when ' + ' and '.join(waits) if waits else 'at once'}"
+    )

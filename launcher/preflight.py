@@ -1,0 +1,164 @@
+"""Before the first submission: try everything that would fail hours later, and report every problem at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from checkpoints import StoreError, paths
+from launcher.carrier import Request, script_of
+from launcher.environment import job_environment
+from launcher.frozen import frozen_folder
+from launcher.pieces import cut
+from launcher.places import FOLDER, work_folder
+from launcher.slurm import SlurmError, minutes, partitions, site_settings
+from launcher.tasks import Group, build_groups, build_tasks, nodes_of
+from modularforge.config import Config
+from modularforge.errors import ConfigError
+
+NODE_WAIT_SECONDS = 30
+NODE_CHECK = (
+    "import sys, torch; assert sys.version_info >= (3, 10); "
+    "print('python', sys.version.split()[0], 'torch', torch.__version__, 'gpus', torch.cuda.device_count())"
+)
+
+
+def preflight(config: Config, run_id: str) -> list[str]:
+    """Check Slurm, storage and a node; returns notes, raises ConfigError with all problems."""
+    checks = [_slurm_problems, _storage_problems, _node_problems]
+    notes: list[str] = []
+    with ThreadPoolExecutor(len(checks)) as pool:
+        found = list(pool.map(lambda check: list(check(config, run_id, notes)), checks))
+    problems = [line for lines in found for line in lines]
+    if problems:
+        listed = "\n".join(f"  {line}" for line in problems)
+        raise ConfigError(f"nothing was submitted, because the preflight found {len(problems)} problem(s):\n{listed}")
+    return notes
+
+
+def fingerprint_of(config: Config) -> str:
+    """What the checks depend on: with the same, they need not be repeated."""
+    values = [config.cluster.model_dump(mode="json"), config.output_dir, config.experts.count]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _slurm_problems(config: Config, run_id: str, _notes: list[str]) -> Iterator[str]:
+    """What the site's limits and `sbatch --test-only` say about each stage."""
+    try:
+        site, queues = site_settings(), partitions()
+    except SlurmError as error:
+        yield str(error)
+        return
+    groups = build_groups(build_tasks(config))
+    jobs = sum(len(group.tasks) for group in groups)
+    if jobs > int(site.get("MaxJobCount", jobs)):
+        yield f"experts.count must fit into the site's MaxJobCount ({site['MaxJobCount']}), but there are {jobs} jobs"
+    if config.cluster.queue not in (None, *queues):
+        yield f"cluster.queue must be one of {', '.join(queues)}, but is {config.cluster.queue}; choose one of these"
+        return
+    max_array = int(site.get("MaxArraySize", 1001))
+    with ThreadPoolExecutor(len(groups)) as pool:
+        for found in pool.map(lambda group: list(_group_problems(config, run_id, group, queues, max_array)), groups):
+            yield from found
+
+
+def _group_problems(
+    config: Config, run_id: str, group: Group, queues: dict[str, dict[str, str]], max_array: int
+) -> Iterator[str]:
+    limit, wanted = _queue_limit(config, queues), nodes_of(config, group.name).time_minutes
+    if wanted > limit:
+        section = {"backbone": "backbone", "dense": "backbone", "expert": "expert"}.get(group.name, "other")
+        yield f"cluster.{section}.time_minutes must be at most the queue's {limit:.0f}, but is {wanted}; lower it"
+    indices = [task.index for task in group.tasks if task.index is not None]
+    piece = next(iter(cut(indices, max_array, config.cluster.array_throttle)), None)
+    script = script_of(config, Request(group.name, "test", run_id, frozen_folder(config), piece))
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(script)
+        file.flush()
+        done = subprocess.run(
+            ["sbatch", "--test-only", file.name], capture_output=True, text=True, timeout=60,
+            env=job_environment(config.cluster.pass_environment),
+        )  # fmt: skip
+    if done.returncode:
+        yield f"{group.name} must be accepted by sbatch, but: {' '.join(done.stderr.split())}"
+
+
+def _queue_limit(config: Config, queues: dict[str, dict[str, str]]) -> float:
+    """The longest time, in minutes, that the queue allows."""
+    default = next((values for values in queues.values() if values.get("Default") == "YES"), {})
+    values = queues[config.cluster.queue] if config.cluster.queue else default
+    return minutes(values.get("MaxTime", "UNLIMITED"))
+
+
+def _storage_problems(config: Config, _run_id: str, _notes: list[str]) -> Iterator[str]:
+    """Write, conditional write and delete in the run's store; write in the work folder."""
+    url = paths.join(config.output_dir, FOLDER, f"probe-{os.urandom(4).hex()}")
+    try:
+        paths.create_bytes(url, b"first")
+        try:
+            paths.create_bytes(url, b"second")
+            yield f"{config.output_dir} must refuse to create a file twice, but does not; use another store"
+        except FileExistsError:
+            pass
+        paths.remove(url)
+        if paths.exists(url):
+            yield f"{config.output_dir} must let files be deleted, but {url} is still there; mend the rights"
+    except (StoreError, OSError) as error:
+        yield f"output_dir must be writable: {error}"
+    try:
+        work_folder(config).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        yield f"cluster.work_dir must be writable, but: {error}; name a folder that all nodes see"
+
+
+def _node_problems(config: Config, _run_id: str, notes: list[str]) -> Iterator[str]:
+    """Python and torch on a node, with the environment that jobs get; a busy cluster is a note, not a problem."""
+    if not shutil.which("srun"):
+        return
+    cluster, folder = config.cluster, work_folder(config)
+    check = f"test -d {shlex.quote(str(_existing(folder)))} && {_python(config)} -c {shlex.quote(NODE_CHECK)}"
+    options = {
+        "partition": cluster.queue,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+    }
+    command = [
+        "srun", f"--immediate={NODE_WAIT_SECONDS}", "--nodes=1", "--ntasks=1", "--time=5", "--job-name=preflight",
+        *(f"--{name}={value}" for name, value in options.items() if value),
+        "bash", "-c", "\n".join([*cluster.setup, check]),
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=300, env=job_environment(cluster.pass_environment)
+        )
+    except subprocess.TimeoutExpired:
+        yield "python on a node must start within 5 minutes, but did not; try it with srun"
+        return
+    if done.returncode == 0:
+        notes.append(f"on a node: {done.stdout.strip().splitlines()[-1]}")
+    elif "Unable to allocate" in done.stderr or "Immediate" in done.stderr:
+        notes.append(f"python and torch on a node were not tried: no node was free within {NODE_WAIT_SECONDS} s")
+    else:
+        last = (done.stderr.strip() or done.stdout.strip() or "it ended without a word").splitlines()[-1]
+        yield f"cluster.python ({_python(config)}) must run torch on a node that sees {folder}, but: {last}"
+
+
+def _python(config: Config) -> str:
+    if config.cluster.container:
+        return f"{config.cluster.container} python3"
+    return shlex.quote(config.cluster.python or sys.executable)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there already."""
+    return next(path for path in (folder, *folder.parents) if path.is_dir())

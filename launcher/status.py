@@ -1,0 +1,156 @@
+"""How each task of a run stands, from manifests, one squeue call, and the jobs' own notes; sacct is not asked."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from launcher.attempts import count_requeues
+from launcher.carrier import job_names
+from launcher.events import Event, read_all_events
+from launcher.places import log_file
+from launcher.progress import Progress, progress_of
+from launcher.record import Record, Submission
+from launcher.slurm import QueuedJob, queue
+from launcher.submit import live_tasks
+from launcher.tasks import Task, build_groups, build_tasks, finished_tasks, remembering, unneeded_tasks
+from modularforge.config import Config
+
+GOING_ON = ("pending", "requeued", "running", "ending")
+# Of a large array only the tasks that something can be said about are listed.
+LISTED_TASKS = 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One task; `age` is that of its newest checkpoint in seconds."""
+
+    task: str
+    stage: str
+    state: str
+    reason: str = ""
+    job: str = ""
+    nodes: str = ""
+    requeues: int = 0
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    checkpoint_step: int | None = None
+    age: float | None = None
+    log: str = ""
+
+
+def read_status(config: Config, record: Record) -> list[Row]:
+    """One row per task, in the order of the graph."""
+    tasks = build_tasks(config)
+    done = finished_tasks(config, tasks, remembering())
+    spared = unneeded_tasks(config, tasks, done)
+    jobs = [] if len(done | spared) == len(tasks) else queue(_names(config, record))
+    events = read_all_events(config)
+    live = live_tasks(record, jobs, events)
+    queued = {(job.job, job.index): job for job in jobs}
+    carriers = {name: item for item in record.live for name in item.task_names}
+    return [
+        _row(config, task, events.get(task.name, []), carriers.get(task.name), live, queued, done, spared)
+        for task in tasks
+    ]
+
+
+def is_going_on(rows: list[Row]) -> bool:
+    """Whether a task runs or may still run."""
+    return any(row.state in GOING_ON for row in rows)
+
+
+def is_success(rows: list[Row]) -> bool:
+    """Whether all is committed, but for experts the model goes without."""
+    return all(row.state in ("committed", "left out") for row in rows)
+
+
+def as_json(rows: list[Row]) -> list[dict[str, Any]]:
+    """Plain values."""
+    return [asdict(row) for row in rows]
+
+
+def describe(config: Config, rows: list[Row]) -> str:
+    """The rows as a table; of a large array a line of counts and the tasks that are not just waiting or done."""
+    lines = [f"{'job':<14} {'state':<11} {'step':>13} {'loss':>8} {'checkpoint':>16} {'requeued':>8}  Slurm, log"]
+    for group in build_groups(build_tasks(config)):
+        found = [row for row in rows if row.stage == group.name]
+        if len(found) > LISTED_TASKS:
+            counts = Counter(row.state for row in found)
+            lines.append(f"{group.name:<14} {', '.join(f'{count} {state}' for state, count in counts.items())}")
+            found = [row for row in found if row.state not in ("pending", "committed")][:LISTED_TASKS]
+        lines += [_line(row) for row in found]
+    return "\n".join(lines)
+
+
+def _names(config: Config, record: Record) -> list[str]:
+    return job_names(record.run_id, [group.name for group in build_groups(build_tasks(config))])
+
+
+def _row(
+    config: Config,
+    task: Task,
+    events: list[Event],
+    carrier: Submission | None,
+    live: dict[str, str],
+    queued: dict[tuple[str, int | None], QueuedJob],
+    done: set[str],
+    spared: set[str],
+) -> Row:
+    index = task.index - carrier.offset if carrier and task.index is not None else None
+    job = queued.get((str(carrier.job), index)) if carrier else None
+    requeues = count_requeues(events)
+    if task.name in done:
+        state, reason = "committed", ""
+    elif task.name in spared:
+        state, reason = "left out", "cluster.min_experts"
+    elif task.name in live and job:
+        state, reason = _queue_state(job, requeues)
+    else:
+        state, reason = _ended_state(events, carrier, job)
+    found = progress_of(config, task.name) if task.is_training and state != "pending" else Progress()
+    name = "" if not carrier else str(carrier.job) if index is None else f"{carrier.job}_{index}"
+    log = log_file(config, task.group, task.index, carrier.offset) if carrier else ""
+    return Row(
+        task.name, task.group, state, reason, name, job.nodes if job else "", requeues,
+        max(found.step, found.checkpoint_step) or None, _steps(config, task), found.loss, found.checkpoint_step or None,
+        None if found.checkpoint_time is None else round(time.time() - found.checkpoint_time, 1), str(log),
+    )  # fmt: skip
+
+
+def _queue_state(job: QueuedJob, requeues: int) -> tuple[str, str]:
+    if job.state == "RUNNING":
+        return "running", ""
+    if job.state in ("COMPLETING", "STAGE_OUT", "SIGNALING"):
+        return "ending", ""
+    reason = "" if job.reason == "None" else job.reason
+    return ("requeued" if requeues else "pending"), reason
+
+
+def _ended_state(events: list[Event], carrier: Submission | None, job: QueuedJob | None) -> tuple[str, str]:
+    """A task that is neither committed nor in the queue."""
+    if events and events[-1]["event"] == "ended":
+        reason = str(events[-1].get("reason", ""))
+        return ("cancelled", "") if reason == "cancelled" else ("failed", f"{reason}, code {events[-1].get('code')}")
+    if events:
+        return "failed", f"its job ended without a word{f' ({job.state})' if job else ''}"
+    if carrier is None:
+        return "missing", "not submitted"
+    return "cancelled", job.reason if job and job.reason != "None" else "what it waited for failed, or scancel"
+
+
+def _steps(config: Config, task: Task) -> int | None:
+    if task.group == "dense":
+        return config.experts.steps * config.experts.count
+    return {"backbone": config.backbone.steps, "expert": config.experts.steps}.get(task.group)
+
+
+def _line(row: Row) -> str:
+    step = "" if row.step is None else f"{row.step}/{row.steps}"
+    loss = "" if row.loss is None else f"{row.loss:.4f}"
+    saved = "" if row.age is None else f"{row.checkpoint_step}, {row.age:.0f} s ago"
+    where = " ".join(filter(None, (row.job, row.nodes, f"({row.reason})" if row.reason else "", row.log)))
+    return f"{row.task:<14} {row.state:<11} {step:>13} {loss:>8} {saved:>16} {row.requeues or '':>8}  {where}"

@@ -1,0 +1,140 @@
+"""What looks wrong in a curve: non-finite values, spikes, jumps and plateaus, each with its step.
+
+Differences between neighbours are compared with what is usual around them, by robust z-scores (median and median
+absolute deviation), so that the steep beginning of a training is not taken for a fault.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from modularforge.observe.metrics import Curve, Floats
+
+Kind = Literal["non-finite", "spike", "jump", "plateau"]
+THRESHOLD = 6.0
+FEWEST_POINTS = 8
+WINDOW = 11
+LONGEST_SPIKE = 5
+# Deviations below this share of the usual value are no anomaly, however smooth the curve is.
+SMALLEST_SHARE = 2e-3
+MAD_TO_SIGMA = 1.4826
+PLATEAU_SHARE = 0.1
+PLATEAU_TOLERANCE = 5e-3
+
+
+@dataclass(frozen=True)
+class Anomaly:
+    """Something at steps `first` to `last`; `score` is the robust z of a spike or jump, the points of a plateau."""
+
+    kind: Kind
+    first: int
+    last: int
+    score: float
+
+
+def find_anomalies(curve: Curve, logarithmic: bool = False, plateaus: bool = True) -> list[Anomaly]:
+    """All anomalies by step; `logarithmic` judges ratios instead of differences where all values are positive.
+
+    `plateaus` are looked for only where a curve should not stand still.
+    """
+    found = [
+        Anomaly("non-finite", int(step), int(step), 1.0)
+        for step, value in zip(curve.steps, curve.values, strict=True)
+        if not np.isfinite(value)
+    ]
+    finite = curve.finite()
+    if len(finite) >= FEWEST_POINTS:
+        values = np.log(finite.values) if logarithmic and (finite.values > 0).all() else finite.values
+        found += find_spikes(finite.steps, values)
+        found += find_plateaus(finite.steps, values) if plateaus else []
+    return sorted(found, key=lambda anomaly: (anomaly.first, anomaly.kind))
+
+
+def robust_scores(values: Floats) -> Floats:
+    """How unusual each difference to the value before is, in robust standard deviations; 0 for the first value."""
+    differences = np.diff(values)
+    unusual = differences - running_median(differences, WINDOW)
+    usual = MAD_TO_SIGMA * float(np.median(np.abs(unusual)))
+    floor = SMALLEST_SHARE * float(np.median(np.abs(values))) / THRESHOLD
+    scores: Floats = np.concatenate([[0.0], unusual / max(usual, floor, 1e-300)])
+    return scores
+
+
+def find_spikes(steps: Floats, values: Floats) -> list[Anomaly]:
+    """Spikes leave and come back within a few points; jumps stay. A spike is told at the steps where it stands."""
+    scores = robust_scores(values)
+    found, index = [], 1
+    while index < len(values):
+        if abs(scores[index]) <= THRESHOLD:
+            index += 1
+            continue
+        ahead = range(index + 1, min(index + 1 + LONGEST_SPIKE, len(values)))
+        back = next((i for i in ahead if scores[i] * scores[index] < 0 and abs(scores[i]) > THRESHOLD / 2), None)
+        last = index if back is None else back - 1
+        kind: Kind = "jump" if back is None else "spike"
+        found.append(Anomaly(kind, int(steps[index]), int(steps[last]), float(scores[index])))
+        index = (index if back is None else back) + 1
+    return found
+
+
+def find_plateaus(steps: Floats, values: Floats) -> list[Anomaly]:
+    """Stretches of a tenth of the curve or more in which the smoothed values stay within noise of each other."""
+    smooth = running_median(values, 5)
+    reach = float(np.quantile(values, 0.95) - np.quantile(values, 0.05))
+    differences = np.diff(values)
+    noise = MAD_TO_SIGMA * float(np.median(np.abs(differences - running_median(differences, WINDOW)))) / np.sqrt(2)
+    tolerance = max(PLATEAU_TOLERANCE * reach, noise)
+    shortest = max(6, int(PLATEAU_SHARE * len(values)))
+    if reach == 0:
+        return [Anomaly("plateau", int(steps[0]), int(steps[-1]), len(values))]
+    return [
+        Anomaly("plateau", int(steps[start]), int(steps[end - 1]), end - start)
+        for start, end in _flat_stretches(smooth, tolerance)
+        if end - start >= shortest
+    ]
+
+
+def running_median(values: Floats, window: int) -> Floats:
+    """Centred median; at the start the window shrinks on both sides, so that a steep beginning is not smoothed away."""
+    half = window // 2
+    if len(values) <= 2 * half:
+        return np.full(len(values), float(np.median(values)) if len(values) else 0.0)
+    middle = np.median(np.lib.stride_tricks.sliding_window_view(values, 2 * half + 1), axis=1)
+    start = [float(np.median(values[: 2 * i + 1])) for i in range(half)]
+    end = [float(np.median(values[i - half :])) for i in range(len(values) - half, len(values))]
+    return np.concatenate([start, middle, end])
+
+
+def _flat_stretches(values: Floats, tolerance: float) -> list[tuple[int, int]]:
+    """Longest stretches [start, end) whose largest and smallest value differ by no more than the tolerance."""
+    highest: deque[int] = deque()
+    lowest: deque[int] = deque()
+    found: list[tuple[int, int]] = []
+    start = 0
+    for end, value in enumerate(values):
+        while highest and values[highest[-1]] <= value:
+            highest.pop()
+        while lowest and values[lowest[-1]] >= value:
+            lowest.pop()
+        highest.append(end)
+        lowest.append(end)
+        while values[highest[0]] - values[lowest[0]] > tolerance:
+            start = min(highest[0], lowest[0]) + 1
+            for extremes in (highest, lowest):
+                while extremes[0] < start:
+                    extremes.popleft()
+        found = _with_stretch(found, start, end + 1)
+    return found
+
+
+def _with_stretch(found: list[tuple[int, int]], start: int, end: int) -> list[tuple[int, int]]:
+    """Keep, of stretches that overlap, the longest."""
+    if not found or found[-1][1] <= start:
+        return [*found, (start, end)]
+    if end - start > found[-1][1] - found[-1][0]:
+        found[-1] = (start, end)
+    return found

@@ -1,0 +1,160 @@
+"""Everything that is known of several runs side by side, as data; text, JSON and plots are made from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+import numpy as np
+
+from modularforge.comparison.anomalies import Anomaly, find_anomalies
+from modularforge.comparison.learning import Convergence, Overfitting, convergence, overfitting
+from modularforge.comparison.pairs import Pair, pair_curves
+from modularforge.comparison.seeds import SeedGroups, compare_seeds
+from modularforge.comparison.statistics import Summary, summarise
+from modularforge.observe.metrics import METRICS, Curve, Metric
+from modularforge.observe.run import Run, job_order
+from modularforge.observe.tables import flatten
+
+MEAN_OF_EXPERTS = "mean expert"
+PLACES = ("name", "output_dir", "data_dir", "launcher", "cluster")
+
+
+@dataclass(frozen=True)
+class MetricComparison:
+    """One column of one job in all runs that have it; `pairs` compare each run with the reference."""
+
+    metric: Metric
+    curves: dict[str, Curve]
+    summaries: dict[str, Summary]
+    convergence: dict[str, Convergence]
+    anomalies: dict[str, list[Anomaly]]
+    pairs: dict[str, Pair]
+    missing: list[str]
+
+
+@dataclass(frozen=True)
+class JobComparison:
+    """One job in all runs that have it."""
+
+    name: str
+    metrics: dict[str, MetricComparison]
+    overfitting: dict[str, Overfitting]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All of it; the first run is the reference."""
+
+    runs: dict[str, Run]
+    band: float
+    jobs: dict[str, JobComparison]
+    settings: dict[str, dict[str, str]]
+    evaluation: dict[str, dict[str, float]]
+    seeds: SeedGroups | None = field(default=None)
+
+    @property
+    def reference(self) -> str:
+        """Name of the run that the others are compared with."""
+        return next(iter(self.runs))
+
+    @property
+    def are_equal(self) -> bool:
+        """Whether no loss of any job differs anywhere, and every job is in all runs."""
+        losses = [
+            comparison.metrics[column]
+            for comparison in self.jobs.values()
+            for column in ("loss", "validation_loss")
+            if column in comparison.metrics
+        ]
+        return bool(losses) and all(not one.missing and all(p.is_equal for p in one.pairs.values()) for one in losses)
+
+
+def compare(runs: Mapping[str, Run], band: float = 2.0) -> Comparison:
+    """Compare runs with the first of them on what they share."""
+    curves = {name: curves_of(run) for name, run in runs.items()}
+    names = {job for jobs in curves.values() for job in jobs}
+    jobs = {job: _compare_job(job, curves, band) for job in sorted(names, key=_order)}
+    return Comparison(
+        dict(runs), band, jobs, differing_settings(runs), _evaluation(runs), compare_seeds(runs, final_losses(curves))
+    )
+
+
+def curves_of(run: Run) -> dict[str, dict[str, Curve]]:
+    """Curves by job and column, and the mean over the experts as a job of its own where there are several."""
+    found = {name: dict(job.curves) for name, job in run.jobs.items()}
+    experts = [curves for name, curves in found.items() if re.fullmatch(r"expert-\d+", name)]
+    if len(experts) > 1:
+        columns = set.intersection(*(set(curves) for curves in experts))
+        found[MEAN_OF_EXPERTS] = {column: mean_curve([curves[column] for curves in experts]) for column in columns}
+    return found
+
+
+def mean_curve(curves: list[Curve]) -> Curve:
+    """Mean over curves at the steps that all of them have."""
+    steps = reduce(np.intersect1d, (curve.steps for curve in curves))
+    values = np.mean([curve.values[np.searchsorted(curve.steps, steps)] for curve in curves], axis=0)
+    return Curve(steps, values)
+
+
+def final_losses(curves: Mapping[str, dict[str, dict[str, Curve]]]) -> dict[str, dict[str, float]]:
+    """The last finite validation loss by job and run."""
+    found: dict[str, dict[str, float]] = {}
+    for name, jobs in curves.items():
+        for job, columns in jobs.items():
+            curve = columns["validation_loss"].finite() if "validation_loss" in columns else None
+            if curve is not None and len(curve):
+                found.setdefault(job, {})[name] = float(curve.values[-1])
+    return found
+
+
+def differing_settings(runs: Mapping[str, Run]) -> dict[str, dict[str, str]]:
+    """Settings that are not the same in all runs, names and places aside."""
+    values = {name: dict(flatten(run.config)) for name, run in runs.items()}
+    settings = {setting for found in values.values() for setting in found if setting.split(".")[0] not in PLACES}
+    rows = {setting: {name: values[name].get(setting, "–") for name in runs} for setting in sorted(settings)}
+    return {setting: row for setting, row in rows.items() if len(set(row.values())) > 1}
+
+
+def _compare_job(job: str, curves: Mapping[str, dict[str, dict[str, Curve]]], band: float) -> JobComparison:
+    columns = {name: jobs[job] for name, jobs in curves.items() if job in jobs}
+    metrics = {}
+    for metric in METRICS:
+        found = {name: curve for name, own in columns.items() if (curve := own.get(metric.column)) and len(curve)}
+        if found:
+            metrics[metric.column] = _compare_metric(metric, found, list(curves), band)
+    judged = {name: overfitting(own.get("loss"), own.get("validation_loss")) for name, own in columns.items()}
+    return JobComparison(job, metrics, {name: found for name, found in judged.items() if found})
+
+
+def _compare_metric(metric: Metric, curves: dict[str, Curve], names: list[str], band: float) -> MetricComparison:
+    finite = {name: curve.finite() for name, curve in curves.items() if len(curve.finite())}
+    settled = {name: convergence(curve) for name, curve in finite.items() if metric.learns}
+    reference = curves.get(names[0])
+    others = {name: curve for name, curve in curves.items() if name != names[0]}
+    return MetricComparison(
+        metric,
+        curves,
+        {name: summarise(curve, metric.better) for name, curve in finite.items()},
+        {name: state for name, state in settled.items() if state},
+        {name: find_anomalies(curve, metric.scale == "log", metric.learns) for name, curve in curves.items()},
+        {name: pair_curves(reference, curve, band) for name, curve in others.items()} if reference else {},
+        [name for name in names if name not in curves],
+    )
+
+
+def _evaluation(runs: Mapping[str, Run]) -> dict[str, dict[str, float]]:
+    """Test perplexity by model and run."""
+    found: dict[str, dict[str, float]] = {}
+    for name, run in runs.items():
+        models: dict[str, Any] = (run.evaluation or {}).get("models", {})
+        for model, values in models.items():
+            found.setdefault(model, {})[name] = float(values["perplexity"])
+    return found
+
+
+def _order(job: str) -> tuple[float, int, str]:
+    return (0.5, 0, job) if job == MEAN_OF_EXPERTS else job_order(job)

@@ -1,0 +1,319 @@
+"""Submission as a transaction, arrays, retries and min_experts, with stand-ins for the experts' training."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from checkpoints import open_artifact
+from tests.cluster.conftest import Launched
+from tests.cluster.slurm import wait_for
+
+Make = Callable[..., Launched]
+
+
+def started(tmp_path: Path) -> list[int]:
+    """Indices of the stand-ins that ever started, once per start."""
+    return sorted(int(path.name.split("-")[1]) for path in (tmp_path / "stub").glob("started-*"))
+
+
+def experts_of(run: Launched) -> list[str]:
+    """Ids of the experts' jobs and array tasks that have not ended."""
+    listing = run.cluster.run("squeue", "-h", "-r", "-o", "%j %i")
+    return [line.split()[1] for line in listing.splitlines() if line.startswith("expert-")]
+
+
+def wait_for_experts(run: Launched, indices: range | list[int], seconds: float = 120) -> None:
+    wait_for(lambda: all(run.has(f"experts/expert-{index}") for index in indices), "the experts are committed", seconds)
+
+
+def test_an_array_above_the_limit_is_split_with_global_indices_and_one_throttle(stub_run: Make, tmp_path: Path) -> None:
+    run = stub_run("finish", 14, cluster={"array_throttle": 5})
+    run.submit()
+    pieces = [item for item in run.submissions() if item["group"] == "expert"]
+    assert [(item["indices"][0], item["indices"][-1], item["offset"]) for item in pieces] == [
+        (0, 5, 0), (6, 11, 6), (12, 13, 12),
+    ]  # fmt: skip
+    shown = [run.cluster.run("scontrol", "show", "job", item["job"]) for item in pieces]
+    throttles = [int(text.partition("ArrayTaskThrottle=")[2].split()[0]) for text in shown]
+    assert sum(throttles) == 5
+    wait_for_experts(run, range(14))
+    assert started(tmp_path) == list(range(14))
+    assert run.rows()["expert-13"]["log"].endswith("expert-12+1.log")
+
+
+@pytest.mark.parametrize("written", [0, 2, 3, 5])
+def test_a_launcher_killed_while_submitting_leaves_nothing_lost_or_doubled(
+    stub_run: Make, tmp_path: Path, written: int
+) -> None:
+    """Killed by sbatch itself in place of its n-th submission's answer; then the same command again."""
+    run = stub_run("finish")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    counter = tools / "counter"
+    (tools / "sbatch").write_text(
+        "#!/bin/bash\n"
+        f"echo x >> {counter}\nreal=$(PATH=${{PATH#*:}} type -P sbatch)\n"
+        f'"$real" "$@"; code=$?\n'
+        f'if [ "$(wc -l < {counter})" = {written // 2 + 1} ]; then kill -9 $PPID; fi\nexit $code\n'
+    )
+    (tools / "sbatch").chmod(0o755)
+    run.environment = {"PATH": f"{tools}:{run.cluster.environ['PATH']}"}
+    if written % 2:  # killed before sbatch did anything
+        text = (
+            (tools / "sbatch").read_text().replace('"$real" "$@"; code=$?\n', "").replace("fi\n", 'fi\n"$real" "$@"\n')
+        )
+        (tools / "sbatch").write_text(text)
+    process = run.start("--cluster", "--no-preflight")
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    run.environment = {}
+    run.submit()
+    groups = [item["group"] for item in run.submissions() if not item["withdrawn"]]
+    assert groups == ["expert", "assemble", "evaluate"]
+    names = run.cluster.run("squeue", "-h", "-t", "all", "-o", "%j %F %T").splitlines()
+    mine = {line for line in names if any(item["job"] == line.split()[1] for item in run.submissions())}
+    assert len({line.split()[1] for line in mine}) == 3
+    wait_for_experts(run, range(3))
+    assert started(tmp_path) == [0, 1, 2]
+
+
+def test_an_sbatch_that_times_out_after_submitting_is_found_in_the_queue(stub_run: Make, tmp_path: Path) -> None:
+    run = stub_run("finish")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "sbatch").write_text(
+        "#!/bin/bash\n"
+        'real=$(PATH=${PATH#*:} type -P sbatch)\n"$real" "$@" > /dev/null\n'
+        'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2\nexit 1\n'
+    )
+    (tools / "sbatch").chmod(0o755)
+    run.environment = {"PATH": f"{tools}:{run.cluster.environ['PATH']}"}
+    run.submit()
+    assert len({item["job"] for item in run.submissions()}) == 3
+    wait_for_experts(run, range(3))
+    assert started(tmp_path) == [0, 1, 2]
+
+
+def test_a_job_that_another_replaced_ends_at_once(stub_run: Make, tmp_path: Path) -> None:
+    run = stub_run("finish")
+    run.cluster.run("scontrol", "update", "partitionname=main", "state=down")
+    try:
+        run.submit()
+        script = next(path for path in (run.folder / "cluster" / "scripts").iterdir() if "expert" in path.read_text())
+        double = run.cluster.run("sbatch", "--parsable", str(script)).strip()
+    finally:
+        run.cluster.run("scontrol", "update", "partitionname=main", "state=up")
+    wait_for_experts(run, range(3))
+    wait_for(lambda: double not in " ".join(run.cluster.jobs()), "the double has ended")
+    assert started(tmp_path) == [0, 1, 2]
+
+
+def test_launching_twice_attaches_to_the_run(stub_run: Make) -> None:
+    run = stub_run("hold")
+    run.submit()
+    said = run.submit()
+    assert "everything is submitted already" in said
+    assert "expert-1" in said
+    assert len(run.submissions()) == 3
+
+
+def test_a_failed_expert_stops_nobody_and_assembly_names_it(stub_run: Make, tmp_path: Path, finished_run) -> None:
+    run = stub_run("finish")
+    (tmp_path / "stub" / "1").write_text("crash")
+    run.submit()
+    assert "expert-1: failed" in run.launcher("wait", code=1)
+    rows = run.rows()
+    assert [rows[f"expert-{index}"]["state"] for index in range(3)] == ["committed", "failed", "committed"]
+    assert "crashed twice" in Path(rows["expert-1"]["log"]).read_text()
+    assert "missing: 1" in run.launcher("logs", "assemble")
+    assert len(run.events("expert-1", "started")) == 2, "one crash without progress may be bad luck"
+    (tmp_path / "stub" / "1").write_text("finish")
+    run.launcher("resume")
+    newest = run.submissions()[-3:]
+    assert [item["group"] for item in newest] == ["expert", "assemble", "evaluate"]
+    assert newest[0]["indices"] == [1]
+    wait_for_experts(run, [1])
+
+
+def test_min_experts_lets_the_model_go_on_without_one(trained_run: Make, finished_run) -> None:
+    run = trained_run(cluster={"min_experts": 2})
+    for index in (0, 2):
+        shutil.copytree(f"{finished_run.output_dir}/experts/expert-{index}", run.folder / f"experts/expert-{index}")
+    partition = run.folder / "data" / "partitions" / "partition-1.tokens.bin"
+    partition.write_bytes(b"broken")
+    run.submit()
+    said = run.launcher("wait")
+    assert "expert-1: left out (cluster.min_experts)" in said
+    assembled = open_artifact(str(run.folder / "assembled")).manifest
+    assert sorted(assembled.inputs) == ["backbone", "expert-0", "expert-2"]
+    assert assembled.facts["experts"] == 3, "the public FFN and two experts"
+    assert "finished; nothing to do" in run.submit()
+
+
+def test_wanting_the_missing_expert_after_all_trains_it_and_assembles_again(trained_run: Make, finished_run) -> None:
+    run = trained_run(cluster={"min_experts": 2})
+    for folder in ("experts/expert-0", "experts/expert-1"):
+        shutil.copytree(f"{finished_run.output_dir}/{folder}", run.folder / folder)
+    from modularforge.stages import assemble, calibrate
+
+    assemble.run(run.config)
+    calibrate.run(run.config)
+    run.values["cluster"]["min_experts"] = 3
+    run.submit()
+    assert run.submissions()[0]["indices"] == [2]
+    run.launcher("wait")
+    assert sorted(open_artifact(str(run.folder / "assembled")).manifest.inputs)[-1] == "expert-2"
+
+
+def test_partitions_added_later_submit_only_the_new_experts(stub_run: Make, tmp_path: Path) -> None:
+    from modularforge.pipeline import plan_stage
+    from modularforge.provenance import commit, making
+
+    run = stub_run("finish")
+    run.submit()
+    wait_for_experts(run, range(3))
+    run.launcher("cancel")
+    old = run.folder / "data"
+    shutil.copytree(old, tmp_path / "more", ignore=shutil.ignore_patterns("partitions"))
+    run.values |= {"data_dir": str(tmp_path / "more")}
+    run.values["experts"]["count"] = 4
+    plan = plan_stage(run.config, "partitions")
+    with making(plan) as writer:
+        for path in (old / "partitions").iterdir():
+            if path.name != "manifest.json":
+                shutil.copyfile(path, writer.folder / path.name)
+                shutil.copyfile(path, writer.folder / path.name.replace("partition-0.", "partition-3."))
+        commit(writer, plan, run.config, {})
+    run.submit()
+    assert [item["indices"] for item in run.submissions() if item["group"] == "expert"] == [[0, 1, 2], [3]]
+    wait_for_experts(run, range(4))
+
+
+def near_its_limit(stub_run: Make, **more: int) -> Launched:
+    limits = {"expert": {"cpus": 1, "time_minutes": 1}, "warning_seconds": 50, "array_throttle": 1, **more}
+    run = stub_run("hold", cluster=limits)
+    run.submit()
+    return run
+
+
+def test_a_job_near_its_time_limit_goes_back_to_the_queue(stub_run: Make) -> None:
+    run = near_its_limit(stub_run)
+    wait_for(lambda: run.events("expert-0", "requeued"), "expert-0 is requeued", 90)
+    assert [event["reason"] for event in run.events("expert-0", "requeued")] == ["time limit"]
+    wait_for(lambda: len(run.events("expert-0", "started")) == 2, "expert-0 starts again")
+
+
+@pytest.mark.slow
+def test_a_job_that_always_reaches_its_time_limit_is_given_up(stub_run: Make) -> None:
+    run = near_its_limit(stub_run, max_time_limits=1)
+    wait_for(lambda: run.events("expert-0", "ended"), "expert-0 gives up", 200)
+    assert run.events("expert-0", "ended")[0]["reason"] == "time limit"
+    assert len(run.events("expert-0", "started")) == 2
+
+
+def test_the_last_task_of_an_array_requeues_itself_alone(stub_run: Make, tmp_path: Path) -> None:
+    run = stub_run("hold")
+    run.submit()
+    wait_for(lambda: started(tmp_path) == [0, 1, 2], "all have started")
+    job = run.job("expert")
+    for index in (0, 1):
+        (tmp_path / "stub" / str(index)).write_text("finish")
+        run.cluster.run("scancel", "--signal=USR2", f"{job}_{index}")
+    wait_for_experts(run, [0, 1])
+    run.cluster.run("scancel", "--signal=USR2", f"{job}_2")
+    wait_for(lambda: started(tmp_path).count(2) == 2, "the last one starts again")
+    assert [started(tmp_path).count(index) for index in range(3)] == [2, 2, 2]
+    assert len(experts_of(run)) == 1
+
+
+def test_a_job_killed_without_a_word_is_found_and_resumed(stub_run: Make, tmp_path: Path) -> None:
+    run = stub_run("hold")
+    run.submit()
+    wait_for(lambda: started(tmp_path) == [0, 1, 2], "all have started")
+    for pid, line in run.cluster.job_processes().items():
+        if "launcher.node expert" in line:
+            os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not experts_of(run), "the jobs have ended")
+    rows = run.rows()
+    assert {rows[f"expert-{index}"]["state"] for index in range(3)} <= {"failed", "cancelled"}
+    for index in range(3):
+        (tmp_path / "stub" / str(index)).write_text("finish")
+    run.launcher("resume")
+    wait_for_experts(run, range(3))
+
+
+def test_status_works_while_jobs_wait_run_and_are_requeued(stub_run: Make, tmp_path: Path) -> None:
+    run = stub_run("hold", cluster={"array_throttle": 1})
+    run.submit()
+    wait_for(lambda: started(tmp_path) == [0], "expert-0 has started")
+    rows = run.rows()
+    assert rows["backbone"]["state"] == "committed"
+    assert (rows["expert-0"]["state"], rows["expert-1"]["state"]) == ("running", "pending")
+    assert rows["expert-1"]["reason"] == "JobArrayTaskLimit"
+    assert rows["assemble"]["reason"] == "Dependency"
+    assert rows["expert-0"]["nodes"].startswith("node")
+    run.cluster.run("scancel", "--signal=USR2", f"{run.job('expert')}_0")
+    wait_for(lambda: run.rows()["expert-0"]["state"] == "requeued", "expert-0 is back in the queue")
+    assert run.rows()["expert-0"]["reason"] in ("BeginTime", "JobArrayTaskLimit", "Resources")
+
+
+def test_logs_follow_a_job_to_its_end(stub_run: Make, tmp_path: Path) -> None:
+    run = stub_run("hold")
+    run.submit()
+    process = run.start("logs", "expert/2", "--follow")
+    wait_for(lambda: started(tmp_path) == [0, 1, 2], "all have started")
+    run.launcher("cancel")
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "the stand-in of expert 2 starts" in output
+    assert "Slurm is ending this job" in output
+
+
+def test_the_preflight_reports_every_problem_and_submits_nothing(stub_run: Make, tmp_path: Path) -> None:
+    broken = {"expert": {"nodes": 9}, "other": {"time_minutes": 5000}, "python": "/no/python", "container": None}
+    run = stub_run("finish", cluster=broken)
+    said = run.launcher("--cluster", code=2)
+    assert "expert must be accepted by sbatch" in said
+    assert "cluster.other.time_minutes must be at most the queue's 1440, but is 5000" in said
+    assert "/no/python" in said
+    assert not run.cluster.jobs()
+    assert not (run.folder / "cluster" / "run.json").exists()
+
+
+def test_jobs_get_a_built_environment(stub_run: Make, tmp_path: Path) -> None:
+    run = stub_run("hold")
+    run.environment = {
+        "AWS_ACCESS_KEY_ID": "key", "PRIVATE_TOKEN": "secret", "SLURM_NTASKS": "7", "RANK": "3", "SBATCH_QOS": "no",
+    }  # fmt: skip
+    run.submit()
+    wait_for(lambda: started(tmp_path), "an expert has started")
+    pid = next(pid for pid, line in run.cluster.job_processes().items() if "stub.py" in line and "srun" not in line)
+    names = dict(item.partition("=")[::2] for item in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+    assert names["AWS_ACCESS_KEY_ID"] == "key"
+    assert names["SLURM_NTASKS"] == "1"
+    assert not {"PRIVATE_TOKEN", "RANK", "SBATCH_QOS"} & set(names)
+    assert "secret" not in json.dumps(run.submissions())
+
+
+@pytest.mark.slow
+def test_two_hundred_experts_with_a_throttle(stub_run: Make, tmp_path: Path) -> None:
+    run = stub_run("finish", 200, data={"max_documents_per_source": 100}, cluster={"array_throttle": 8})
+    run.submit()
+    most = 0
+
+    def all_done() -> bool:
+        nonlocal most
+        running = run.cluster.run("squeue", "-h", "-r", "-t", "R", "-o", "%j").split()
+        most = max(most, sum(name.startswith("expert-") for name in running))
+        return all(run.has(f"experts/expert-{index}") for index in range(200))
+
+    wait_for(all_done, "200 experts", 280)
+    assert most <= 8
+    assert started(tmp_path) == list(range(200))

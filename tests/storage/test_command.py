@@ -1,0 +1,224 @@
+"""`python -m checkpoints`: list, verify, copy in both directions, resume copies, and collect garbage."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints import ArtifactExistsError, CorruptArtifactError, StoreError, open_artifact, paths
+from checkpoints.catalog import find_artifacts
+from checkpoints.copying import copy_artifact
+from checkpoints.garbage import delete_garbage, find_garbage
+from checkpoints.training import load_newest_checkpoint, save_checkpoint
+from tests.storage.proxy import Fault, FaultProxy
+from tests.storage.test_artifacts import make
+from tests.storage.test_training_checkpoints import at, damage, same
+
+
+def command(*arguments: str, code: int = 0) -> str:
+    """Run the command as a user does and return what it prints."""
+    call = [sys.executable, "-m", "checkpoints", *arguments]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "120"})
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+def make_run(url: str) -> str:
+    """A run with two artifacts and the checkpoints of two jobs."""
+    make(paths.join(url, "backbone"), 1)
+    make(paths.join(url, "experts/expert-0"), 2)
+    for step in (1, 2):
+        save_checkpoint(paths.join(url, "checkpoints/backbone"), at(step), "f", keep_last=5)
+        save_checkpoint(paths.join(url, "checkpoints/expert-0"), at(step * 10), "f", keep_last=5)
+    return url
+
+
+def names_below(url: str) -> list[str]:
+    return [paths.relative(artifact.url, url) for artifact in find_artifacts(url)]
+
+
+def files_of(url: str) -> dict[str, Any]:
+    return {paths.relative(artifact.url, url): artifact.manifest.files for artifact in find_artifacts(url)}
+
+
+def test_ls_shows_artifacts_and_checkpoints_with_step_and_size(s3: str) -> None:
+    make_run(s3)
+    text = command("ls", s3)
+    for word in ("backbone", "experts/expert-0", "checkpoints/expert-0/step-00000020", "checkpoint", "20", "age"):
+        assert word in text
+    rows = json.loads(command("ls", s3, "--json"))
+    assert [row["step"] for row in rows if row["kind"] == "checkpoint"] == [1, 2, 10, 20]
+    assert all(row["size"] > 0 and row["age_seconds"] >= 0 for row in rows)
+
+
+def test_verify_reads_every_byte_and_names_what_is_wrong(s3: str) -> None:
+    make_run(s3)
+    assert "6 artifacts, 14 files, 0 problems" in command("verify", s3)
+    damage(paths.join(s3, "experts/expert-0"), "model.safetensors")
+    found = json.loads(command("verify", s3, "--json", code=1))
+    assert len(found["problems"]) == 1
+    assert "model.safetensors" in found["problems"][0]
+    assert "tensor first" in found["problems"][0]
+
+
+def test_pull_and_push_copy_a_whole_run_with_the_same_bytes(s3: str, tmp_path: Path) -> None:
+    make_run(s3)
+    here, there = str(tmp_path / "here"), s3 + "-copy"
+    assert "6 copied, 0 were there already" in command("pull", s3, here)
+    assert "0 copied, 6 were there already" in command("pull", s3, here)
+    assert (tmp_path / "here/backbone/model.safetensors").exists(), "plain names in a folder"
+    assert "6 copied" in command("push", here, there)
+    assert files_of(s3) == files_of(here) == files_of(there)
+    assert same(load_newest_checkpoint(paths.join(there, "checkpoints/backbone"), "f"), at(2))
+    assert find_garbage(here, 0) == find_garbage(there, 0) == []
+
+
+def test_pull_one_artifact_or_only_the_newest_checkpoints(s3: str, tmp_path: Path) -> None:
+    make_run(s3)
+    command("pull", paths.join(s3, "backbone"), str(tmp_path / "backbone"))
+    open_artifact(str(tmp_path / "backbone")).verify()
+    command("pull", "--newest", s3, str(tmp_path / "run"))
+    newest = ["checkpoints/backbone/step-00000002", "checkpoints/expert-0/step-00000020"]
+    assert names_below(str(tmp_path / "run")) == newest
+
+
+def test_errors_are_one_message_and_exit_code_2(s3: str) -> None:
+    assert "error: s3://no-such-bucket" not in command("ls", "s3://no-such-bucket", code=2)
+    assert "the bucket no-such-bucket does not exist" in command("ls", "s3://no-such-bucket", code=2)
+    assert "must hold a committed artifact" in command("verify", s3, code=2)
+
+
+def test_an_interrupted_pull_goes_on_where_it_stopped(proxy: FaultProxy, proxied: str, tmp_path: Path) -> None:
+    """The first try gets two of five parts, the second fetches only the other three."""
+    from checkpoints import write_artifact
+
+    with write_artifact(f"{proxied}/big", "expert", "f") as writer:
+        writer.write_chunks("big.bin", [bytes([i]) * (8 << 20) for i in range(10)])
+        source = writer.commit()
+    ranges = [f"bytes={start << 20}-{((start + 16) << 20) - 1}" for start in range(0, 80, 16)]
+    refused = set(ranges[2:])
+    proxy.reset(
+        lambda request: Fault("answer", 403, "AccessDenied") if request.headers.get("Range") in refused else None
+    )
+    with pytest.raises(StoreError, match="access is denied"):
+        copy_artifact(source, str(tmp_path / "big"), lambda size: None)
+    assert not (tmp_path / "big").exists()
+    proxy.reset()
+    done: list[int] = []
+    assert copy_artifact(source, str(tmp_path / "big"), done.append)
+    assert sorted(request.headers["Range"] for request in proxy.requests if "Range" in request.headers) == sorted(
+        refused
+    )
+    assert sum(done) == source.manifest.size
+    open_artifact(str(tmp_path / "big")).verify()
+    assert sorted(os.listdir(tmp_path / "big")) == ["big.bin", "manifest.json"]
+
+
+def test_an_interrupted_push_goes_on_where_it_stopped(proxy: FaultProxy, proxied: str, tmp_path: Path) -> None:
+    source = make(str(tmp_path / "expert"))
+    refuse = lambda request: Fault("answer", 403, "AccessDenied") if "tokens.bin" in request.path else None  # noqa: E731
+    proxy.reset(refuse)
+    with pytest.raises(StoreError, match="access is denied"):
+        copy_artifact(source, f"{proxied}/expert", lambda size: None)
+    proxy.reset()
+    assert copy_artifact(source, f"{proxied}/expert", lambda size: None)
+    assert not any("model.safetensors" in request.path for request in proxy.requests if request.method == "PUT")
+    open_artifact(f"{proxied}/expert").verify()
+
+
+def test_a_damaged_beginning_of_an_interrupted_pull_is_fetched_again(s3: str, tmp_path: Path) -> None:
+    source = make(f"{s3}/expert")
+    copy_artifact(source, str(tmp_path / "probe"), lambda size: None)
+    attempt = open_artifact(str(tmp_path / "probe")).manifest.attempt
+    begun = tmp_path / f".expert.{attempt}"
+    begun.mkdir()
+    (begun / "tokens.bin").write_bytes(b"?" * 500)
+    (begun / "model.safetensors").write_bytes(b"?" * 10_000)
+    assert copy_artifact(source, str(tmp_path / "expert"), lambda size: None)
+    open_artifact(str(tmp_path / "expert")).verify()
+
+
+def test_two_pulls_at_once_do_not_write_the_same_files(s3: str, tmp_path: Path) -> None:
+    source = make(f"{s3}/expert")
+    copy_artifact(source, str(tmp_path / "probe"), lambda size: None)
+    begun = tmp_path / f".expert.{open_artifact(str(tmp_path / 'probe')).manifest.attempt}"
+    begun.mkdir()
+    with open(begun / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(StoreError, match="another copy is running"):
+            copy_artifact(source, str(tmp_path / "expert"), lambda size: None)
+
+
+def test_a_damaged_source_is_not_copied(place: str, tmp_path: Path) -> None:
+    source = make(paths.join(place, "expert"))
+    damage(source.url, "model.safetensors")
+    for target in (str(tmp_path / "copy"), f"memory://{tmp_path.name}/copy"):
+        with pytest.raises(CorruptArtifactError, match="tensor first"):
+            copy_artifact(source, target, lambda size: None)
+        assert not paths.exists(f"{target}/manifest.json")
+
+
+def test_a_copy_does_not_replace_another_artifact(place: str, tmp_path: Path) -> None:
+    source, other = make(paths.join(place, "expert"), 1), make(str(tmp_path / "other"), 2)
+    with pytest.raises(ArtifactExistsError, match="but holds another artifact"):
+        copy_artifact(source, other.url, lambda size: None)
+    open_artifact(other.url).verify()
+
+
+def test_gc_finds_only_what_the_store_left_behind(place: str, tmp_path: Path) -> None:
+    make_run(place)
+    local = paths.is_local(place)
+    left = ".expert-1.attempt-0123456789ab" if local else "expert-1/attempt-0123456789ab"
+    mine = ["notes.txt", "experts/readme/notes.txt", ".hidden/file", "backbone-old/model.safetensors"]
+    for name in [f"experts/{left}/a.bin", f"experts/{left}/b.bin", *mine]:
+        paths.replace_bytes(paths.join(place, name), b"x")
+    assert find_garbage(place, grace_seconds=3600) == [], "somebody may still be writing it"
+    found = find_garbage(place, grace_seconds=0)
+    assert [(item.url, item.size) for item in found] == [(paths.join(place, "experts", left), 2)]
+    delete_garbage(found)
+    assert find_garbage(place, grace_seconds=0) == []
+    assert all(paths.exists(paths.join(place, name)) for name in mine)
+    assert len(find_artifacts(place)) == 6
+    for artifact in find_artifacts(place):
+        artifact.verify()
+
+
+def test_gc_leaves_an_attempt_that_was_committed_meanwhile(s3: str) -> None:
+    artifact = make(f"{s3}/expert")
+    manifest = paths.join(artifact.url, "manifest.json")
+    content = paths.read_bytes(manifest)
+    paths.remove(manifest)
+    found = find_garbage(s3, grace_seconds=0)
+    assert len(found) == 1
+    paths.create_bytes(manifest, content)
+    delete_garbage(found)
+    open_artifact(artifact.url).verify()
+
+
+def test_gc_aborts_unfinished_uploads(s3: str) -> None:
+    make(f"{s3}/expert")
+    store: Any = paths.store_of(s3)
+    store._request("start", f"{s3}/expert-1/attempt-0123456789ab/a.bin", "create_multipart_upload")
+    assert find_garbage(s3, grace_seconds=3600) == []
+    assert "unfinished upload" in command("gc", s3, "--grace-hours", "0")
+    assert len(store.unfinished_uploads(s3)) == 1, "only listed"
+    time.sleep(0.01)
+    report = json.loads(command("gc", s3, "--grace-hours", "0", "--delete", "--json"))
+    assert report["deleted"]
+    assert len(report["garbage"]) == 1
+    assert store.unfinished_uploads(s3) == []
+
+
+def test_the_command_starts_without_torch_and_network_code() -> None:
+    code = "import sys, checkpoints.cli; print({'torch', 's3fs', 'botocore', 'aiohttp'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,296 @@
+"""Comparing runs: known answers for partings, spikes, plateaus and statistics; scipy is the reference for the tests."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import special, stats
+
+from modularforge.comparison import statistics
+from modularforge.comparison.anomalies import find_anomalies
+from modularforge.comparison.comparison import MEAN_OF_EXPERTS, compare
+from modularforge.comparison.learning import convergence, overfitting
+from modularforge.comparison.pairs import pair_curves
+from modularforge.comparison.student import incomplete_beta, quantile, two_sided_p
+from modularforge.comparison.text import as_text
+from modularforge.observe.metrics import Curve
+from modularforge.observe.run import read_run
+from tests.conftest import run_command
+from tests.synthetic_runs import falling, validation_line, write_metrics, write_run
+
+STEPS = np.arange(1.0, 401.0)
+SLOW = [222.25, 162.95, 137.18, 147.75, 120.52]
+FAST = [242.06, 134.95, 68.46, 24.34, 7.16]
+
+
+def curve(values: object, steps: object = None) -> Curve:
+    values = np.asarray(values, dtype=float)
+    return Curve(np.arange(1.0, len(values) + 1) if steps is None else np.asarray(steps, dtype=float), values)
+
+
+def noisy(seed: int = 0, noise: float = 0.01) -> np.ndarray:
+    return 3 + 3 * np.exp(-STEPS / 100) + noise * np.random.default_rng(seed).normal(size=len(STEPS))
+
+
+def test_known_perplexities_part_at_step_1500_and_end_at_ratio_16_83() -> None:
+    steps = [500, 1000, 1500, 2000, 2500]
+    pair = pair_curves(curve(SLOW, steps), curve(FAST, steps), band=2.0)
+    parting = pair.parting(2.0)
+    assert parting is not None
+    assert (parting.step, parting.for_good_from) == (1500, 1500)
+    assert parting.ratio == pytest.approx(137.18 / 68.46)
+    assert pair.final_ratio == pytest.approx(16.83, abs=0.005)
+    back = pair_curves(curve(FAST, steps), curve(SLOW, steps), band=2.0)
+    assert back.parting(2.0).step == 1500, "the ratio may leave the band downwards as well"  # type: ignore[union-attr]
+    assert back.final_ratio == pytest.approx(1 / pair.final_ratio)
+
+
+def test_curves_that_touch_the_band_and_come_back_are_not_parted_for_good() -> None:
+    other = np.ones(100)
+    other[40:45] = 3.0
+    parting = pair_curves(curve(np.ones(100)), curve(other), 2.0).parting(2.0)
+    assert parting is not None
+    assert (parting.step, parting.for_good_from) == (41, None)
+
+
+def test_equal_curves_differ_nowhere() -> None:
+    pair = pair_curves(curve(noisy()), curve(noisy()), 2.0)
+    assert pair.is_equal
+    assert pair.mean_difference == 0
+    assert pair.interval == (0.0, 0.0)
+    assert pair.partings == ()
+    assert pair.paired_t_test is None
+    assert not pair.is_clear
+
+
+def test_curves_without_common_steps_say_so() -> None:
+    assert pair_curves(curve([1, 2], [1, 3]), curve([1, 2], [2, 4]), 2.0).common_steps == 0
+
+
+@given(st.floats(0.3, 400), st.floats(0.3, 50), st.floats(0, 1))
+@settings(max_examples=200, deadline=None)
+def test_the_incomplete_beta_function_agrees_with_scipy(a: float, b: float, x: float) -> None:
+    assert incomplete_beta(a, b, x) == pytest.approx(special.betainc(a, b, x), rel=1e-9, abs=1e-12)
+
+
+@given(st.floats(-50, 50), st.floats(1, 5000))
+@settings(max_examples=200, deadline=None)
+def test_p_values_agree_with_scipy(statistic: float, freedom: float) -> None:
+    assert two_sided_p(statistic, freedom) == pytest.approx(
+        2 * stats.t.sf(abs(statistic), freedom), rel=1e-8, abs=1e-13
+    )
+
+
+@pytest.mark.parametrize("freedom", [1, 2.5, 30, 4000])
+def test_quantiles_agree_with_scipy(freedom: float) -> None:
+    assert quantile(0.975, freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-9)
+
+
+@given(st.integers(0, 1000), st.integers(3, 200))
+@settings(max_examples=50, deadline=None)
+def test_statistics_agree_with_scipy(seed: int, count: int) -> None:
+    random = np.random.default_rng(seed)
+    first, second = random.normal(3, 1, count), random.normal(3.2, 2, count)
+    paired, welch = statistics.paired_t_test(first, second), statistics.welch_t_test(first, second)
+    expected = stats.ttest_rel(second, first)
+    assert (paired.statistic, paired.p) == pytest.approx((expected.statistic, expected.pvalue), rel=1e-8)
+    expected = stats.ttest_ind(second, first, equal_var=False)
+    assert (welch.statistic, welch.p) == pytest.approx((expected.statistic, expected.pvalue), rel=1e-8)
+    interval = expected.confidence_interval(0.95)
+    assert statistics.welch_interval(first, second) == pytest.approx((interval.low, interval.high), rel=1e-8)
+    pooled = math.sqrt((first.var(ddof=1) + second.var(ddof=1)) / 2)
+    assert statistics.cohens_d(first, second) == pytest.approx((second.mean() - first.mean()) / pooled)
+
+
+def test_a_summary_has_the_plain_numbers() -> None:
+    values = np.array([4.0, 3.0, 1.0, 2.0])
+    found = statistics.summarise(curve(values, [10, 20, 30, 40]), "lower")
+    assert (found.first, found.final, found.final_step, found.best, found.best_step) == (4.0, 2.0, 40, 1.0, 30)
+    assert found.mean == values.mean()
+    assert found.standard_deviation == pytest.approx(stats.tstd(values))
+    assert found.coefficient_of_variation == pytest.approx(stats.variation(values, ddof=1))
+    assert found.improvement == 0.5
+    assert statistics.summarise(curve(values), "higher").improvement == -0.5
+
+
+def test_the_bootstrap_agrees_with_scipy_where_points_are_independent() -> None:
+    differences = np.random.default_rng(1).normal(0.1, 1.0, 500)
+    expected = stats.bootstrap((differences,), np.mean, n_resamples=4000, random_state=0, method="percentile")
+    low, high = statistics.bootstrap_interval(differences)
+    assert low == pytest.approx(expected.confidence_interval.low, abs=0.02)
+    assert high == pytest.approx(expected.confidence_interval.high, abs=0.02)
+
+
+def test_the_block_bootstrap_covers_the_mean_of_dependent_points_where_the_t_test_does_not() -> None:
+    """An AR(1) series with mean 0: 95 % intervals should hold it nearly always, those of independent points do not."""
+    covered, believed = 0, 0
+    for seed in range(100):
+        random = np.random.default_rng(seed)
+        noise, series = random.normal(size=400), np.zeros(400)
+        for index in range(1, 400):
+            series[index] = 0.8 * series[index - 1] + noise[index]
+        low, high = statistics.bootstrap_interval(series, seed)
+        covered += low <= 0 <= high
+        believed += statistics.paired_t_test(np.zeros(400), series).p > 0.05  # type: ignore[union-attr]
+    assert covered >= 85
+    assert believed <= 65
+
+
+def test_dependent_points_count_less() -> None:
+    walk = np.cumsum(np.random.default_rng(0).normal(size=300))
+    assert statistics.effective_count(walk) < 30
+    assert statistics.effective_count(np.random.default_rng(0).normal(size=300)) > 200
+    assert statistics.block_length(walk) > statistics.block_length(np.random.default_rng(0).normal(size=300))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("noise", [0.0, 0.02])
+def test_a_quiet_training_has_no_spikes(seed: int, noise: float) -> None:
+    assert [one.kind for one in find_anomalies(curve(noisy(seed, noise)), plateaus=False)] == []
+
+
+@pytest.mark.parametrize("step", [5, 120, 399])
+@pytest.mark.parametrize("height", [1.5, -1.0])
+def test_a_planted_spike_is_found_at_its_step(step: int, height: float) -> None:
+    values = noisy()
+    values[step - 1] += height
+    found = find_anomalies(curve(values), plateaus=False)
+    assert [(one.kind, one.first, one.last) for one in found] == [("spike", step, step)]
+    assert np.sign(found[0].score) == np.sign(height)
+
+
+def test_a_spike_of_several_points_and_a_jump_are_told_apart() -> None:
+    values = noisy()
+    values[99:102] += 1.0
+    values[249:] += 1.0
+    found = find_anomalies(curve(values), plateaus=False)
+    assert [(one.kind, one.first, one.last) for one in found] == [("spike", 100, 102), ("jump", 250, 250)]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.005])
+def test_a_planted_plateau_is_found_at_its_steps(noise: float) -> None:
+    values = 6 - STEPS / 100
+    values[150:230] = values[150]
+    values[230:] += values[150] - values[230]
+    values += noise * np.random.default_rng(0).normal(size=len(values))
+    found = [one for one in find_anomalies(curve(values)) if one.kind == "plateau"]
+    assert len(found) == 1
+    assert found[0].first == pytest.approx(151, abs=6)
+    assert found[0].last == pytest.approx(231, abs=6)
+
+
+def test_a_straight_fall_has_no_plateau() -> None:
+    assert find_anomalies(curve(6 - STEPS / 100)) == []
+
+
+def test_non_finite_values_are_found_and_left_out_of_all_else() -> None:
+    values = noisy()
+    values[[10, 20]] = np.nan, np.inf
+    found = find_anomalies(curve(values), plateaus=False)
+    assert [(one.kind, one.first) for one in found] == [("non-finite", 11), ("non-finite", 21)]
+    assert pair_curves(curve(values), curve(noisy()), 2.0).common_steps == 398
+
+
+def test_convergence_tells_falling_from_settled_and_rising() -> None:
+    assert convergence(curve(6 - STEPS / 100)).state == "improving"  # type: ignore[union-attr]
+    assert convergence(curve(3 + np.exp(-STEPS / 10))).state == "settled"  # type: ignore[union-attr]
+    assert convergence(curve(3 + STEPS / 100)).state == "worsening"  # type: ignore[union-attr]
+    assert convergence(curve([3.0, 2.0])) is None
+
+
+def test_overfitting_is_validation_that_rises_while_training_falls() -> None:
+    training = curve(4 - STEPS / 200)
+    at = STEPS[::40]
+    good = overfitting(training, curve(4.1 - at / 200, at))
+    assert good is not None
+    assert not good.is_overfitting
+    assert good.final_gap == pytest.approx(0.1)
+    bad = overfitting(training, curve(3 + ((at - 161) / 100) ** 2, at))
+    assert bad is not None
+    assert bad.is_overfitting
+    assert bad.best_step == 161
+    assert bad.rise == pytest.approx(((at[-1] - 161) / 100) ** 2)
+    assert overfitting(training, None) is None
+
+
+def test_identical_runs_differ_nowhere(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_run(str(tmp_path / name), num_experts=2, steps=40)
+    found = compare({name: read_run(str(tmp_path / name)) for name in ("a", "b")})
+    assert found.are_equal
+    assert found.settings == {}
+    assert "differ nowhere" in as_text(found)
+
+
+def test_runs_of_different_length_and_columns_are_compared_on_what_they_share(tmp_path: Path) -> None:
+    write_metrics(str(tmp_path / "long"), "backbone", falling(range(1, 201)), {50: 3.0, 100: 2.9, 150: 2.8})
+    short = falling(range(2, 101, 2), 6.5)
+    write_metrics(str(tmp_path / "short"), "backbone", {})
+    lines = [json.dumps({"step": step, "loss": loss}) for step, loss in short.items()]
+    lines.insert(25, json.dumps(validation_line("backbone", 50, 3.3)))
+    (tmp_path / "short" / "metrics" / "backbone.jsonl").write_text("\n".join(lines) + "\n")
+    found = compare({name: read_run(str(tmp_path / name)) for name in ("long", "short")})
+    metrics = found.jobs["backbone"].metrics
+    pair = metrics["loss"].pairs["short"]
+    assert (pair.common_steps, pair.first_step, pair.last_step) == (50, 2, 100)
+    assert metrics["validation_loss"].pairs["short"].common_steps == 1
+    assert metrics["learning_rate"].missing == ["short"]
+    assert not found.are_equal
+    assert "not logged" in as_text(found)
+
+
+def test_seeds_of_one_experiment_are_grouped_and_weigh_the_difference(tmp_path: Path) -> None:
+    losses = {}
+    for name, seed, rate in (("a0", 0, 1e-3), ("a1", 1, 1e-3), ("a2", 2, 1e-3), ("b0", 0, 2e-3), ("b1", 1, 2e-3)):
+        url = str(tmp_path / name)
+        write_run(url, num_experts=2, steps=40, seed=seed, training={"beta2": 1 - rate})
+        losses[name] = read_run(url).jobs["backbone"].curves["validation_loss"].values[-1]
+    found = compare({name: read_run(str(tmp_path / name)) for name in losses})
+    assert found.seeds is not None
+    assert found.seeds.groups == {"a0": ["a0", "a1", "a2"], "b0": ["b0", "b1"]}
+    result = next(one for one in found.seeds.results if one.job == "backbone" and one.group == "b0")
+    a, b = [losses[f"a{i}"] for i in range(3)], [losses[f"b{i}"] for i in range(2)]
+    expected = stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
+    assert result.difference == pytest.approx(np.mean(b) - np.mean(a))
+    assert result.interval == pytest.approx((expected.low, expected.high), rel=1e-6)
+    assert set(found.settings) == {"seed", "training.beta2"}
+
+
+def test_many_experts_are_compared_by_their_mean(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_run(str(tmp_path / name), num_experts=6, steps=40, seed=ord(name))
+    found = compare({name: read_run(str(tmp_path / name)) for name in ("a", "b")})
+    own = [found.jobs[f"expert-{index}"].metrics["loss"].curves["a"].values for index in range(6)]
+    assert found.jobs[MEAN_OF_EXPERTS].metrics["loss"].curves["a"].values == pytest.approx(np.mean(own, axis=0))
+    text = as_text(found)
+    assert "== expert-3 ==" not in text
+    assert "expert-3" in text
+
+
+def test_the_command_writes_text_json_and_plots(tmp_path: Path) -> None:
+    steps = range(500, 2501, 500)
+    for name, values in (("slow", SLOW), ("fast", FAST)):
+        losses = dict(zip(steps, map(math.log, values), strict=True))
+        write_metrics(str(tmp_path / name), "backbone", losses, losses)
+    output = tmp_path / "out"
+    arguments = ["--base-dir", str(tmp_path), "--output", str(output)]
+    done = run_command("modularforge", "compare", "slow", "fast", *arguments)
+    assert "parts at step 1500 (ratio 2.00); ratio 16.83" in done.stdout
+    text = (output / "compare.txt").read_text()
+    for word in ("first", "final", "best", "mean", "deviation", "cv %", "improved %", "Cohen d", "not independent"):
+        assert word in text
+    values = json.loads((output / "compare.json").read_text())
+    pair = values["jobs"]["backbone"]["metrics"]["validation_perplexity"]["pairs"]["fast"]
+    assert pair["partings"][-1]["step"] == 1500
+    assert values["reference"] == "slow"
+    plots = {path.stem for path in (output / "plots").glob("*.png")}
+    assert {"overview", "loss", "validation_perplexity", "gradient_norm"} <= plots
+    refused = run_command("modularforge", "compare", "slow", "s", *arguments, check=False)
+    assert refused.returncode == 2
+    assert "two different runs" in refused.stderr or "match" in refused.stderr
