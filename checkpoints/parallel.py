@@ -6,6 +6,7 @@ be uploading then. A thread costs 50 microseconds; an item here is a request of 
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -63,5 +64,34 @@ def meanwhile(function: Callable[[], object]) -> Iterator[None]:
     try:
         yield
     finally:
+        call.thread.join()
+    call.result()
+
+
+@contextmanager
+def consumer(function: Callable[[Item], object], ahead: int) -> Iterator[Callable[[Item], None]]:
+    """A thread that calls `function` on all that is handed over, in order; at most `ahead` items wait for it.
+
+    One thread for many items: a thread per item would wait for the scheduler each time, which on a busy machine took
+    longer than the hashing. All items are done at the end of the body, where the thread's error is raised.
+    """
+    waiting: queue.Queue[Item | None] = queue.Queue(ahead)
+
+    def consume(_: None) -> None:
+        error: BaseException | None = None
+        while (item := waiting.get()) is not None:
+            try:
+                if error is None:
+                    function(item)
+            except BaseException as caught:  # the queue is emptied all the same, so that nobody waits for ever
+                error = caught
+        if error:
+            raise error
+
+    call = _Call(consume, None)
+    try:
+        yield waiting.put
+    finally:
+        waiting.put(None)
         call.thread.join()
     call.result()

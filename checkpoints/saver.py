@@ -46,6 +46,11 @@ class CheckpointSaver:
         self._thread.start()
         self.stall_seconds = time.monotonic() - start
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether `check` would raise."""
+        return self._error is not None
+
     def check(self) -> None:
         """Raise the error of a background save that has failed; costs nothing, for every step of the loop."""
         if self._error:

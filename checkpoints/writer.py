@@ -23,15 +23,14 @@ from checkpoints.artifact import Artifact
 from checkpoints.errors import ArtifactExistsError, StoreError
 from checkpoints.hashing import CHUNK_BYTES, FileEntry, FileHasher, describe_file
 from checkpoints.manifest import MANIFEST_NAME, Manifest
-from checkpoints.parallel import in_order, meanwhile
+from checkpoints.parallel import consumer, in_order, meanwhile
 from checkpoints.places import new_attempt
 from checkpoints.reading import PART_BYTES
 from checkpoints.retry import logger
 
 Chunk = bytes | memoryview
 FILES_AT_ONCE = 3
-WORTH_A_THREAD_BYTES = 1 << 20
-PIECE_BYTES = 8 << 20
+PIECES_AHEAD = 32
 MAX_PARTS = 9_000  # S3 allows 10,000
 
 
@@ -190,7 +189,7 @@ def write_artifact(
 
 
 def in_parts(chunks: Iterable[Chunk], part_bytes: int) -> Iterator[bytes]:
-    """The same bytes in parts of one size, the last one shorter; each byte is copied once."""
+    """The same bytes in parts of one size, the last one shorter."""
     pieces: list[memoryview] = []
     missing = part_bytes
     for chunk in chunks:
@@ -199,7 +198,7 @@ def in_parts(chunks: Iterable[Chunk], part_bytes: int) -> Iterator[bytes]:
             yield b"".join([*pieces, rest[:missing]])
             rest, pieces, missing = rest[missing:], [], part_bytes
         if len(rest):
-            pieces.append(rest)
+            pieces.append(rest if rest.readonly else memoryview(bytes(rest)))  # the caller may fill its buffer again
             missing -= len(rest)
     if pieces:
         yield b"".join(pieces)
@@ -216,18 +215,14 @@ def _scratch_folder(url: str, attempt: str) -> Path:
 
 
 def _write_local(path: Path, chunks: Iterable[Chunk], hasher: FileHasher) -> None:
-    """Write and hash side by side: both let other threads run while they work on a large chunk."""
+    """Write and flush in this thread while another one hashes, so that on two cores hashing costs no time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
+    with open(path, "wb") as file, consumer(hasher.update, PIECES_AHEAD) as hash_later:
         for chunk in chunks:
-            for start in range(0, len(chunk), PIECE_BYTES):
-                piece = memoryview(chunk)[start : start + PIECE_BYTES]
-                if len(piece) < WORTH_A_THREAD_BYTES:
-                    hasher.update(piece)
-                    file.write(piece)
-                    continue
-                with meanwhile(lambda piece=piece: hasher.update(piece)):  # type: ignore[misc]
-                    file.write(piece)
+            for start in range(0, len(chunk), CHUNK_BYTES):
+                piece = memoryview(chunk)[start : start + CHUNK_BYTES]
+                hash_later(piece if piece.readonly else bytes(piece))  # the caller may fill its buffer again
+                file.write(piece)
         file.flush()
         os.fsync(file.fileno())
 

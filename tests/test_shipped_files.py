@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from modularforge.config import Config
 from modularforge.settings import load_config, make_config, to_yaml
 from tests.conftest import ROOT, run_command
 
@@ -39,7 +40,8 @@ def test_links_lead_to_files_that_exist(page: Path) -> None:
 
 def readme_commands() -> list[str]:
     blocks = re.findall(r"```(?:bash|sh|shell)\n(.*?)```", README, flags=re.DOTALL)
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    text = "".join(blocks).replace("\\\n", " ").replace(" && ", "\n")
+    lines = [line.split("  #")[0].strip() for line in text.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -90,3 +92,24 @@ def test_no_file_names_a_path_of_the_machine_or_a_registry_host() -> None:
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
         assert [word for word in banned if word in text] == [], name
+
+
+def test_the_readmes_python_runs(finished_run: Config, tmp_path: Path) -> None:
+    """The block for notebooks, with the places of a finished tiny run in place of the quickstart's."""
+    (block,) = [found for found in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "ModuleTrainer" in found]
+    settings = tmp_path / "config.yaml"
+    settings.write_text(to_yaml(finished_run))
+    block = block.replace("configs/quickstart.yaml", str(settings))
+    block = block.replace("runs/quickstart/", finished_run.output_dir + "/").replace(
+        "runs/mine", str(tmp_path / "mine")
+    )
+    texts = ["The first text is about the law of the land. " * 60] * 8
+    exec(block, {"law_texts": texts, "code_texts": texts[::-1], "validation_texts": texts[:2]})
+    assert (tmp_path / "mine" / "assembled" / "config.json").is_file()
+
+
+def test_the_readmes_yaml_is_valid(tmp_path: Path) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        make_config(yaml.safe_load(block), "README")

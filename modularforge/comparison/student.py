@@ -13,7 +13,10 @@ def two_sided_p(statistic: float, freedom: float) -> float:
     """Probability that |t| is at least as large as this."""
     if math.isnan(statistic):
         return math.nan
-    return incomplete_beta(freedom / 2, 0.5, freedom / (freedom + statistic * statistic))
+    square = statistic * statistic
+    if square < freedom:  # the other tail, because 1 - x would lose the digits of a small statistic
+        return 1 - incomplete_beta(0.5, freedom / 2, square / (freedom + square))
+    return incomplete_beta(freedom / 2, 0.5, freedom / (freedom + square))
 
 
 def quantile(probability: float, freedom: float) -> float:

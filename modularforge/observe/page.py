@@ -93,8 +93,9 @@ def _bar(run: Run) -> str:
 
 def _figure(plot: Plot) -> str:
     content = base64.b64encode(plot.png).decode()
+    heading = "" if plot.title == SECTIONS[plot.section] else f"<h3>{escape(plot.title)}</h3>"
     return (
-        f'<figure id="{plot.name}"><h3>{escape(plot.title)}</h3>'
+        f'<figure id="plot-{plot.name}">{heading}'
         f'<img alt="{escape(plot.text)}" src="data:image/png;base64,{content}"></figure>'
     )
 

@@ -22,8 +22,8 @@ from modularforge.training.loop import fit
 from modularforge.training.losses import language_loss, mean_loss
 
 BATCH, LEAST_FALL = 8, 0.05
-QUICK = {"documents": 8, "vocab_size": 300, "width": 48, "steps": 40}
-FULL = {"documents": 40, "vocab_size": 1024, "width": 96, "steps": 200}
+QUICK = {"documents": 8, "vocab_size": 300, "width": 48, "steps": 30}
+FULL = {"documents": 40, "vocab_size": 1024, "width": 96, "steps": 120}
 
 
 def check_training(config: Config, quick: bool) -> Iterator[str]:

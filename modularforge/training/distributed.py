@@ -26,6 +26,7 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    control: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -36,14 +37,11 @@ class World:
         """Sum of each value over all ranks (called on every rank, with lists of one length)."""
         if self.size == 1:
             return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
+        # On the CPU, through gloo: asking a GPU at every step would make the host wait for it.
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.control)
         summed: list[float] = tensor.tolist()
         return summed
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on at least one rank (called on every rank)."""
-        return self.total([float(flag)])[0] > 0
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -62,8 +60,9 @@ def joined_world(device: torch.device | None = None) -> Iterator[World]:
         yield World(0, 1, device)
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     try:
-        yield World(rank, size, device)
+        yield World(rank, size, device, control)
     finally:
         dist.destroy_process_group()
 

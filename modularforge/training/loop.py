@@ -8,44 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from checkpoints.training import Checkpoint, load_newest_checkpoint, save_checkpoint
 from modularforge.config import TrainingConfig
 from modularforge.errors import Interrupted
-from modularforge.log import logger, progress
+from modularforge.log import progress
 from modularforge.model.backbone import perplexity
 from modularforge.training.distributed import World, parallelise
 from modularforge.training.job import Job
+from modularforge.training.keeper import Keeper
 from modularforge.training.meter import Meter
-from modularforge.training.optimizer import (
-    build_optimizer,
-    learning_rate,
-    restore_training_tensors,
-    trained_parameters,
-    training_tensors,
-)
+from modularforge.training.optimizer import build_optimizer, learning_rate, trained_parameters
 from modularforge.training.signals import StopFlag, stop_on_signals
+from modularforge.training.state import Trainer
 
 Batch = tuple[Tensor, Tensor, int]
 """Inputs [B, T], targets [B, T] and the position after them, which restarts the stream there."""
 
 LossFunction = Callable[[nn.Module, Tensor, Tensor], Tensor]
-
-
-@dataclass
-class Trainer:
-    """What the loop carries from step to step."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    position: int = 0
-    train_loss: float | None = None
-    validation_loss: float | None = None
 
 
 def fit(
@@ -64,13 +46,14 @@ def fit(
     """
     model.to(world.device)
     trainer = Trainer(model, build_optimizer(model, job.phase, job.training))
-    _resume(trainer, job)
+    keeper = Keeper(job, world)
+    keeper.resume(trainer)
     wrapped = parallelise(model, world)
     if job.training.compile:
         wrapped = torch.compile(wrapped)  # type: ignore[assignment]
     meter = Meter(job, world, trainer.step)
     batches = batches_from(trainer.position)
-    with stop_on_signals() as stop, progress(job.name, job.phase.steps, start=trainer.step) as bar:
+    with keeper, stop_on_signals() as stop, progress(job.name, job.phase.steps, start=trainer.step) as bar:
         while trainer.step < job.phase.steps:
             rate = learning_rate(job.phase, trainer.step)
             with meter.waiting_for_data():
@@ -78,7 +61,7 @@ def fit(
             loss, norm = _step(trainer, wrapped, loss_of, inputs_BT, targets_BT, rate, job, world)
             trainer.step += 1
             meter.count(loss, norm, inputs_BT.numel() * world.size)
-            stopping = world.any(bool(stop))
+            stopping = keeper.agree_to_stop(bool(stop))
             saving = stopping or trainer.step % job.training.checkpoint_every == 0
             if saving or _due(trainer.step, job.training.log_every, job):
                 trainer.train_loss = meter.report(trainer.step, rate)
@@ -86,9 +69,10 @@ def fit(
                 trainer.validation_loss = _validated(model, validate, meter, trainer.step)
                 bar.advance(0, f"validation loss {trainer.validation_loss:.3f}")
             if saving:
-                _save(trainer, job, world)
+                keeper.save(trainer)
                 meter.flush()
             if stopping:
+                keeper.wait()
                 raise Interrupted(_stop_message(trainer, job, stop))
             bar.advance(1)
     if trainer.validation_loss is None:
@@ -153,33 +137,6 @@ def _validated(model: nn.Module, validate: Callable[[], float], meter: Meter, st
         loss = validate()
     meter.write(step=step, validation_loss=loss, validation_perplexity=perplexity(loss))
     return loss
-
-
-def _resume(trainer: Trainer, job: Job) -> None:
-    """Continue from the newest checkpoint of this job, where there is one."""
-    if job.checkpoint_url is None:
-        return
-    checkpoint = load_newest_checkpoint(job.checkpoint_url, job.fingerprint)
-    if checkpoint is None:
-        return
-    restore_training_tensors(trainer.model, trainer.optimizer, checkpoint.tensors)
-    trainer.step, trainer.position = checkpoint.step, int(checkpoint.state["position"])
-    trainer.train_loss = checkpoint.state["train_loss"]
-    trainer.validation_loss = checkpoint.state["validation_loss"]
-    logger.info("%s continues at step %d of %d", job.name, trainer.step, job.phase.steps)
-
-
-def _save(trainer: Trainer, job: Job, world: World) -> None:
-    """Commit a training checkpoint on rank 0; the losses were found finite just before."""
-    if world.is_main and job.checkpoint_url is not None:
-        state = {
-            "position": trainer.position,
-            "train_loss": trainer.train_loss,
-            "validation_loss": trainer.validation_loss,
-        }
-        checkpoint = Checkpoint(trainer.step, training_tensors(trainer.model, trainer.optimizer), state)
-        save_checkpoint(job.checkpoint_url, checkpoint, job.fingerprint, job.training.keep_checkpoints)
-    world.barrier()
 
 
 def _stop_message(trainer: Trainer, job: Job, stop: StopFlag) -> str:

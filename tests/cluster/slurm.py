@@ -117,6 +117,12 @@ class Cluster:
         """States of a job or of all tasks of an array."""
         return self.run("squeue", "-h", "-r", "-t", "all", "-j", job, "-o", "%T").split()
 
+    def warn(self, job: str) -> None:
+        """Send the warning signal to a running job or array task, as Slurm does near the time limit."""
+        own_id = self.run("squeue", "-h", "-r", "-j", job, "-o", "%A").strip()
+        # It is not waited for: while the job goes back to the queue, scancel tries for a minute and a half.
+        subprocess.Popen(["scancel", "--signal=USR2", own_id], env=self.environ, stderr=subprocess.DEVNULL)
+
     def state_of(self, node: str) -> str:
         """State of a node, such as `idle`."""
         return self.run("sinfo", "-h", "-n", node, "-p", "main", "-o", "%T").strip()

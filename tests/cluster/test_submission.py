@@ -197,7 +197,7 @@ def test_partitions_added_later_submit_only_the_new_experts(stub_run: Make, tmp_
 
 
 def near_its_limit(stub_run: Make, **more: int) -> Launched:
-    limits = {"expert": {"cpus": 1, "time_minutes": 1}, "warning_seconds": 50, "array_throttle": 1, **more}
+    limits = {"expert": {"cpus": 1, "time_minutes": 1}, "warning_seconds": 50, **more}
     run = stub_run("hold", cluster=limits)
     run.submit()
     return run
@@ -225,9 +225,9 @@ def test_the_last_task_of_an_array_requeues_itself_alone(stub_run: Make, tmp_pat
     job = run.job("expert")
     for index in (0, 1):
         (tmp_path / "stub" / str(index)).write_text("finish")
-        run.cluster.run("scancel", "--signal=USR2", f"{job}_{index}")
+        run.cluster.warn(f"{job}_{index}")
     wait_for_experts(run, [0, 1])
-    run.cluster.run("scancel", "--signal=USR2", f"{job}_2")
+    run.cluster.warn(f"{job}_2")
     wait_for(lambda: started(tmp_path).count(2) == 2, "the last one starts again")
     assert [started(tmp_path).count(index) for index in range(3)] == [2, 2, 2]
     assert len(experts_of(run)) == 1
@@ -259,7 +259,7 @@ def test_status_works_while_jobs_wait_run_and_are_requeued(stub_run: Make, tmp_p
     assert rows["expert-1"]["reason"] == "JobArrayTaskLimit"
     assert rows["assemble"]["reason"] == "Dependency"
     assert rows["expert-0"]["nodes"].startswith("node")
-    run.cluster.run("scancel", "--signal=USR2", f"{run.job('expert')}_0")
+    run.cluster.warn(f"{run.job('expert')}_0")
     wait_for(lambda: run.rows()["expert-0"]["state"] == "requeued", "expert-0 is back in the queue")
     assert run.rows()["expert-0"]["reason"] in ("BeginTime", "JobArrayTaskLimit", "Resources")
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,19 @@ def test_hashing_in_any_pieces_gives_the_hashes_of_the_whole(tmp_path: Path) -> 
         for start in range(0, len(content), length):
             hasher.update(content[start : start + length])
         assert hasher.entry() == expected
+
+
+def test_a_writer_may_fill_its_buffer_again(place: str) -> None:
+    def chunks() -> Iterator[memoryview]:
+        buffer = bytearray(7)
+        for value in range(5):
+            buffer[:] = bytes([value]) * 7
+            yield memoryview(buffer)
+
+    with write_artifact(place, "x", "f") as writer:
+        writer.write_chunks("x.bin", chunks())
+        artifact = writer.commit()
+    assert artifact.read_bytes("x.bin") == b"".join(bytes([value]) * 7 for value in range(5))
 
 
 def test_a_truncated_weight_file_cannot_be_committed(place: str) -> None:
