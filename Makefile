@@ -8,7 +8,7 @@ SOURCES := modularforge launcher checkpoints
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-tests quickstart test test-slow check format clean
+.PHONY: help install install-tests quickstart test test-slow test-page check format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -37,6 +37,10 @@ test: $(VENV)/installed-tests  ## run the tests
 
 test-slow: $(VENV)/installed-tests  ## run the slow proofs too
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-page: $(VENV)/installed-tests  ## open the report in headless Chromium (installs it with apt where it is missing)
+	@command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core)
+	$(BIN)/python -m pytest tests/pipeline/test_report_page.py $(PYTEST_ARGS)
 
 check: $(VENV)/installed-tests  ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -124,6 +124,7 @@ def pretend_prepared(output: Path, experts: int) -> None:
     from modularforge.settings import load_config, to_yaml
 
     changes = [f"experts.count={experts}", "partition.method=random", "evaluation.baselines=[]"]
+    changes.append("cluster.sbatch_options={hold: true}")  # what is measured is the launcher, not the start of jobs
     config = load_config(str(ROOT / "configs/quickstart.yaml"), changes, output_dir=str(output))
     for stage in ("corpus", "partitions", "backbone"):
         plan = plan_stage(config, stage)

@@ -59,8 +59,8 @@ def run_task(config: Config, task: Task, allocation: Allocation, options: list[s
     if is_finished(config, task):
         print(f"{task.name} is finished", flush=True)
         return 0
-    if other := _rightful_job(config, key, allocation):
-        print(f"{task.name} belongs to Slurm job {other}, which was submitted in place of this one", flush=True)
+    if _is_replaced(config, key, allocation):
+        print(f"{task.name} was taken back or belongs to another Slurm job by now; this one ends", flush=True)
         return 0
     history = [event for event in read_events(config, task.name) if event.get("slurm_job") == allocation.name]
     history += _note_start(config, task, allocation, history, key)
@@ -131,9 +131,12 @@ def _how_it_ended(allocation: Allocation, code: int, first_step: int, step: int)
     except SlurmError as error:
         print(f"Slurm does not tell how this job stands: {error}", flush=True)
         return Ended(code, state="UNKNOWN", first_step=first_step, step=step)
+    # An earlier start's preemption stays in what Slurm says.
+    preempted = known.get("PreemptTime", "None")
+    was_preempted = preempted != "None" and preempted >= known.get("StartTime", "")
     return Ended(
-        code, known.get("JobState", "UNKNOWN"), known.get("PreemptTime", "None") != "None",
-        minutes(known.get("RunTime", "0")), minutes(known.get("TimeLimit", "UNLIMITED")), first_step, step,
+        code, known.get("JobState", "UNKNOWN"), was_preempted, minutes(known.get("RunTime", "0")),
+        minutes(known.get("TimeLimit", "UNLIMITED")), first_step, step,
     )  # fmt: skip
 
 
@@ -151,13 +154,11 @@ def _requeue(config: Config, task: Task, allocation: Allocation, decision: Decis
     return True
 
 
-def _rightful_job(config: Config, key: str, allocation: Allocation) -> str | None:
-    """The job that the run record names for this submission, when it is another one than this."""
+def _is_replaced(config: Config, key: str, allocation: Allocation) -> bool:
+    """Whether the run record gives this submission up, or names another job for it."""
     record = load_record(config) if key else None
-    for item in record.submissions if record else []:
-        if item.key == key and item.job not in (None, allocation.array_job):
-            return item.job
-    return None
+    own = [item for item in record.submissions if item.key == key] if record else []
+    return any(item.withdrawn or item.job not in (None, allocation.array_job) for item in own)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -27,6 +27,10 @@ app = typer.Typer(
 @with_settings
 def prepare_data(settings: Config) -> None:
     """Learn the tokenizer, write token files, and divide the documents among the experts."""
+    _prepare(settings)
+
+
+def _prepare(settings: Config) -> None:
     from modularforge.stages import prepare
 
     prepare.run(settings)
@@ -136,9 +140,7 @@ def run_all(
 ) -> None:
     """Prepare data, train backbone and experts, assemble, calibrate and evaluate; finished stages are skipped."""
     if not skip_data:
-        from modularforge.stages import prepare
-
-        prepare.run(settings)
+        _prepare(settings)
     if not skip_backbone:
         _train_backbone(settings)
     if not skip_experts:

@@ -13,12 +13,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from checkpoints import Artifact, ArtifactExistsError, ArtifactWriter, open_artifact, write_artifact
+from checkpoints import Artifact, ArtifactExistsError, ArtifactWriter, open_artifact, paths, write_artifact
 from modularforge.config import Config
 from modularforge.log import json_safe, logger
 from modularforge.pipeline import Plan
+from modularforge.settings import to_yaml
 
 FROZEN_NAME = "frozen.json"
+SETTINGS_NAME = "config.yaml"
 PACKAGES = ("modularforge", "torch", "numpy", "tokenizers", "safetensors", "scikit-learn", "fsspec", "datasets")
 
 
@@ -39,8 +41,16 @@ def commit(writer: ArtifactWriter, plan: Plan, config: Config, facts: dict[str, 
             raise
         logger.info("another process finished the same artifact first: %s", plan.url)
         return artifact
+    save_settings(config)
     logger.info("finished: %s", plan.url)
     return artifact
+
+
+def save_settings(config: Config) -> None:
+    """Write the resolved settings as `config.yaml` at the run's root (rank 0 only, once a stage is found to be due)."""
+    url, content = paths.join(config.output_dir, SETTINGS_NAME), to_yaml(config).encode()
+    if not paths.exists(url) or paths.read_bytes(url) != content:
+        paths.replace_bytes(url, content)
 
 
 def provenance(config: Config) -> dict[str, Any]:

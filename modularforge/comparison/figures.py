@@ -47,7 +47,7 @@ def _metric_figure(comparison: Comparison, metric: Metric) -> Figure:
     grid: Any = figure.subplots(1, len(jobs), sharey=True, squeeze=False)
     figure.subplots_adjust(wspace=0.18, left=0.08, right=_right(comparison), bottom=0.16, top=0.86)
     for axes, job in zip(grid[0], jobs, strict=True):
-        _draw_panel(axes, comparison, comparison.jobs[job].metrics[metric.column], wide=len(jobs) < 3)
+        _draw_panel(axes, comparison, comparison.jobs[job].metrics[metric.column])
         axes.set_title(job, fontweight="bold")
         axes.set_xlabel("step")
     grid[0][0].set_ylabel(metric.axis)
@@ -73,7 +73,7 @@ def _overview(comparison: Comparison, metrics: list[Metric]) -> Figure:
             if one is None or len(one.summaries) < 2:
                 axes.set_axis_off()
                 continue
-            _draw_panel(axes, comparison, one, wide=False, marks=False)
+            _draw_panel(axes, comparison, one, marks=False)
             shape_axis(axes, metric)
             axes.tick_params(labelsize=11)
             if row == 0:
@@ -89,7 +89,7 @@ def _overview(comparison: Comparison, metrics: list[Metric]) -> Figure:
     return figure
 
 
-def _draw_panel(axes: Any, comparison: Comparison, one: MetricComparison, *, wide: bool, marks: bool = True) -> None:
+def _draw_panel(axes: Any, comparison: Comparison, one: MetricComparison, *, marks: bool = True) -> None:
     """Curves of all runs; what lies beyond the steps that all share is pale, and where they part is marked."""
     curves = {name: one.curves[name].finite() for name in one.summaries}
     shared = min(curve.steps[-1] for curve in curves.values())
@@ -97,7 +97,7 @@ def _draw_panel(axes: Any, comparison: Comparison, one: MetricComparison, *, wid
         _draw_curve(axes, one.metric, curve, colour_of_run(comparison, name), shared)
     axes.set_xlim(0, max(curve.steps[-1] for curve in curves.values()))
     axes.patch.set_visible(False)
-    shape_steps(axes, wide)
+    shape_steps(axes)
     partings = [parting for pair in one.pairs.values() if (parting := pair.parting(comparison.band))]
     if marks and one.metric.better == "lower" and partings:
         first = min(partings, key=lambda parting: parting.step)

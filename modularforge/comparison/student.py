@@ -14,7 +14,7 @@ def two_sided_p(statistic: float, freedom: float) -> float:
     if math.isnan(statistic):
         return math.nan
     square = statistic * statistic
-    if square < freedom:  # the other tail, because 1 - x would lose the digits of a small statistic
+    if square < 1:  # the other tail, because 1 - x would lose the digits of a small statistic
         return 1 - incomplete_beta(0.5, freedom / 2, square / (freedom + square))
     return incomplete_beta(freedom / 2, 0.5, freedom / (freedom + square))
 

@@ -84,10 +84,14 @@ def shape_axis(axes: Any, metric: Metric) -> None:
         axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
 
 
-def shape_steps(axes: Any, wide: bool) -> None:
-    """Few, whole step numbers, with k and M for thousands and millions."""
-    axes.xaxis.set_major_locator(MaxNLocator(5 if wide else 3, integer=True))
-    if axes.get_xlim()[1] >= 10_000:
+def shape_steps(axes: Any) -> None:
+    """As many whole step numbers as fit side by side, with k and M for thousands and millions."""
+    inches = axes.get_position().width * axes.figure.get_size_inches()[0]
+    digits = len(f"{axes.get_xlim()[1]:.0f}")
+    axes.xaxis.set_major_locator(
+        MaxNLocator(max(2, min(8, int(inches / (0.16 * min(digits, 4) + 0.16)))), integer=True)
+    )
+    if digits > 4:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 

@@ -69,7 +69,7 @@ def _draw(run: Run, metric: Metric, panels: dict[str, dict[str, Curve]]) -> Figu
         ends = [max(planned.get(STAGE_OF_JOB.get(job, job), 0), curve.steps[-1]) for job, curve in curves.items()]
         axes.set_xlim(0, max(ends))
         axes.patch.set_visible(False)  # labels of the panel before may reach in here
-        shape_steps(axes, PANEL_WEIGHTS.get(name, 1.0) > 1.2)
+        shape_steps(axes)
     grid[0][0].set_ylabel(metric.axis)
     shape_axis(grid[0][0], metric)
     for axes, (name, curves) in zip(grid[0], panels.items(), strict=True):

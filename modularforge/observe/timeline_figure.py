@@ -34,6 +34,7 @@ def timeline_figure(run: Run) -> Figure | None:
     places = [sum(heights[:place]) + height / 2 for place, height in enumerate(heights)]
     figure = new_figure(WIDTH_INCHES, 1.5 + ROW_INCHES * sum(heights))
     axes: Any = figure.subplots()
+    figure.subplots_adjust(left=0.12, right=0.97)
     for row, place, height in zip(rows, places, heights, strict=True):
         _draw_row(axes, row, place, height, start, seconds, colour_of(row.name, run.num_experts))
     axes.set_ylim(sum(heights), 0)
@@ -47,7 +48,7 @@ def timeline_figure(run: Run) -> Figure | None:
     axes.spines["left"].set_visible(False)
     began = datetime.datetime.fromtimestamp(start, datetime.timezone.utc)
     axes.set_xlabel(f"{unit} since {began:%Y-%m-%d %H:%M} UTC")
-    axes.set_title(_title(rows, end - start), fontweight="bold")
+    axes.set_title(_title(rows, end - start), fontweight="bold", pad=32)  # the key stands below it
     _add_key(axes, rows)
     return figure
 
@@ -84,8 +85,8 @@ def _add_key(axes: Any, rows: list[Row]) -> None:
         marks.append(Line2D([], [], color=BAD, marker="v", linestyle="", markersize=8, label="requeued"))
     if any(row.committed for row in rows):
         marks.append(Line2D([], [], color="white", marker="D", markeredgecolor=INK, linestyle="", label="committed"))
-    axes.legend(handles=marks, ncols=5, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=12,
-                handletextpad=0.4, columnspacing=1.2, borderaxespad=0.2)  # fmt: skip
+    style = {"frameon": False, "fontsize": 12, "handletextpad": 0.5, "columnspacing": 1.5, "borderaxespad": 0.2}
+    axes.legend(handles=marks, ncols=5, loc="lower left", bbox_to_anchor=(0.0, 1.0), borderpad=0.1, **style)
 
 
 def _title(rows: list[Row], seconds: float) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from checkpoints import find_artifact, paths
 from modularforge.assembly.assemble import assemble
 from modularforge.config import Config
@@ -24,4 +26,6 @@ def run(config: Config) -> None:
         paths.remove(stage_url(config, "calibrated"))
         paths.remove(plan.url)
     with making(plan) as writer:
-        commit(writer, plan, config, assemble(config, backbone, experts, writer.folder))
+        start = time.perf_counter()
+        facts = assemble(config, backbone, experts, writer.folder)
+        commit(writer, plan, config, {"seconds": round(time.perf_counter() - start, 3), **facts})

@@ -10,7 +10,7 @@ from modularforge.data.loader import batches
 from modularforge.log import logger
 from modularforge.model.backbone import Decoder
 from modularforge.pipeline import finished, plan_stage, require
-from modularforge.provenance import commit, making
+from modularforge.provenance import commit, making, save_settings
 from modularforge.training.backbone_job import sample_windows, save_backbone, train_backbone
 from modularforge.training.distributed import joined_world
 from modularforge.training.job import Job
@@ -29,6 +29,8 @@ def run(config: Config) -> None:
     held_out = even_streams(corpus.domains("validation"), config.training.validation_tokens)
     job = Job.of_run(config, "backbone", config.backbone, plan.fingerprint)
     with joined_world() as world:
+        if world.is_main:
+            save_settings(config)
 
         def batches_from(position: int) -> Iterator[Batch]:
             seed = derived_seed(config.seed, "backbone order")

@@ -8,7 +8,7 @@ from modularforge.config import Config
 from modularforge.errors import ConfigError
 from modularforge.log import logger
 from modularforge.pipeline import finished, job_name, plan_stage, require
-from modularforge.provenance import commit, making
+from modularforge.provenance import commit, making, save_settings
 from modularforge.training.distributed import joined_world
 from modularforge.training.expert_job import save_expert, train_expert
 from modularforge.training.job import Job
@@ -35,6 +35,8 @@ def run(config: Config, index: int) -> None:
     held_out = even_streams(own or domains, config.training.validation_tokens)
     job = Job.of_run(config, name, config.experts, plan.fingerprint)
     with joined_world() as world:
+        if world.is_main:
+            save_settings(config)
         model, losses = train_expert(config, index, backbone, tokens, held_out, job, world)
         if world.is_main:
             with making(plan) as writer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 from checkpoints import Artifact, paths
@@ -29,8 +30,10 @@ def _prepare_corpus(config: Config) -> None:
         return
     scratch = _scratch_folder(plan.url, plan.fingerprint)
     with making(plan) as writer:
+        start = time.perf_counter()
         metadata = prepare_corpus(config, scratch, writer.folder)
-        commit(writer, plan, config, {"labels": metadata["labels"], "splits": metadata["splits"]})
+        seconds = round(time.perf_counter() - start, 3)
+        commit(writer, plan, config, {"seconds": seconds, "labels": metadata["labels"], "splits": metadata["splits"]})
     shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -41,8 +44,15 @@ def _make_partitions(config: Config) -> None:
         return
     corpus = require(config, "corpus")
     with making(plan) as writer:
+        start = time.perf_counter()
         summary = make_partitions(config, corpus.local_folder(), writer.folder)
-        commit(writer, plan, config, {"method": summary["method"], "partitions": len(summary["partitions"])})
+        seconds = round(time.perf_counter() - start, 3)
+        commit(
+            writer,
+            plan,
+            config,
+            {"seconds": seconds, "method": summary["method"], "partitions": len(summary["partitions"])},
+        )
 
 
 def _scratch_folder(url: str, fingerprint: str) -> Path:

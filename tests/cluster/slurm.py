@@ -1,7 +1,7 @@
 """A real Slurm of several nodes on one machine: munged, slurmctld, and one slurmd per node, all in one folder.
 
-There is no accounting, so `sacct` fails as it does at many sites, and the nodes' names resolve nowhere. CPUs are only
-counted. A requeued job starts again after about six seconds instead of two minutes.
+There is no accounting, so `sacct` fails as it does at many sites, and the nodes' names resolve nowhere. CPUs and GPUs
+are only counted. A requeued job starts again after about six seconds instead of two minutes.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ ReturnToService=2
 MailProg=/bin/true
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
+GresTypes=gpu
 {more}
-NodeName=node[1-{nodes}] NodeAddr=127.1.0.[1-{nodes}] Port=[{first}-{last}] CPUs={cpus} RealMemory=100000
+NodeName=node[1-{nodes}] NodeAddr=127.1.0.[1-{nodes}] Port=[{first}-{last}] CPUs={cpus} RealMemory=100000 Gres=gpu:2
 PartitionName=main Nodes=ALL Default=YES PriorityTier=10 PreemptMode=OFF MaxTime=1-00:00:00
 PartitionName=preemptible Nodes=ALL PriorityTier=1 GraceTime=20
 """
@@ -73,6 +74,9 @@ class Cluster:
         port = _free_ports(nodes + 1)
         self.port = port
         folder.mkdir(parents=True)
+        for number in range(2):  # Slurm wants a device per GPU; any character device will do
+            (folder / f"gpu{number}").symlink_to("/dev/null")
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
         self.conf.write_text(
             CONF.format(
                 host=socket.gethostname().partition(".")[0], dir=folder, port=port, first=port + 1, last=port + nodes,

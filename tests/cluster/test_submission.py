@@ -287,6 +287,20 @@ def test_the_preflight_reports_every_problem_and_submits_nothing(stub_run: Make,
     assert not (run.folder / "cluster" / "run.json").exists()
 
 
+def test_each_expert_gets_a_gpu_of_its_own(stub_run: Make, tmp_path: Path) -> None:
+    run = stub_run("hold", cluster={"expert": {"gpus": 1, "cpus": 1}})
+    run.submit()
+    wait_for(lambda: started(tmp_path) == [0, 1, 2], "all have started")
+    lines = run.cluster.job_processes().items()
+    stubs = [pid for pid, line in lines if "stub.py" in line and "srun" not in line]
+    environments = [Path(f"/proc/{pid}/environ").read_text().split("\0") for pid in stubs]
+    names = ("CUDA_VISIBLE_DEVICES=", "SLURMD_NODENAME=")
+    places = [{item for item in found if item.startswith(names)} for found in environments]
+    assert all(len(place) == 2 for place in places)
+    assert len({frozenset(place) for place in places}) == 3
+    assert run.events("expert-0", "started")[0]["gpus"] == 1
+
+
 def test_jobs_get_a_built_environment(stub_run: Make, tmp_path: Path) -> None:
     run = stub_run("hold")
     run.environment = {

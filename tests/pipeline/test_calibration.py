@@ -63,7 +63,7 @@ def test_only_what_is_asked_for_learns(norms: bool, router: bool, finished_run: 
     model = load_model(require(finished_run, "assembled").local_folder())
     choose_parameters(model, finished_run.calibration.model_copy(update={"norms": norms, "router": router}))
     for name, weight in model.named_parameters():
-        assert weight.requires_grad == (norms and "norm" in name or router and "gate.weight" in name), name
+        assert weight.requires_grad == ((norms and "norm" in name) or (router and "gate.weight" in name)), name
 
 
 def test_the_calibrated_folder_differs_from_the_assembled_one_in_norms_and_router_only(finished_run: Config) -> None:

@@ -1,0 +1,41 @@
+"""The whole pipeline on object storage gives the same bytes as on a folder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from checkpoints import paths
+from modularforge.config import Config
+from modularforge.pipeline import metrics_url, require
+from modularforge.stages import assemble, backbone, calibrate, dense, evaluate, expert, prepare
+from tests.conftest import tiny_config
+
+STAGES = [("corpus", None), ("partitions", None), ("backbone", None), ("dense", None), ("assembled", None)]
+STAGES += [("calibrated", None), *(("expert", index) for index in range(3))]
+
+
+@pytest.mark.parametrize("kind", ["memory", "s3"])
+def test_a_run_on_an_object_store_equals_one_on_a_folder(
+    kind: str, finished_run: Config, request: pytest.FixtureRequest
+) -> None:
+    root = request.getfixturevalue("s3") if kind == "s3" else "memory://pipeline-test"
+    config = tiny_config(f"{root}/run")
+    prepare.run(config)
+    backbone.run(config)
+    for index in range(config.experts.count):
+        expert.run(config, index)
+    dense.run(config)
+    assemble.run(config)
+    calibrate.run(config)
+    results = evaluate.run(config)
+    for name, index in STAGES:
+        assert require(config, name, index).manifest.files == require(finished_run, name, index).manifest.files, name
+    expected = require(finished_run, "backbone").manifest.facts["validation_loss"]
+    assert require(config, "backbone").manifest.facts["validation_loss"] == expected
+    lines = paths.read_bytes(metrics_url(config, "backbone")).splitlines()
+    assert json.loads(lines[-1])["step"] == config.backbone.steps
+    assert results["models"]["assembled"]["mean_loss"] > 0
+    again = evaluate.run(config)
+    assert again == results
