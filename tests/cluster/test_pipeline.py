@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
 from checkpoints import open_artifact
+from launcher.local import LocalLauncher
+from launcher.tasks import build_tasks
 from tests.cluster.conftest import NODES, Launched
 from tests.cluster.slurm import Cluster
-from tests.conftest import ROOT, run_command, tiny_values
+from tests.conftest import ROOT, tiny_values
 
 SECRET = "do-not-show-this-anywhere"
 STAGES = ("prepare-data", "backbone", "expert", "assemble", "evaluate")
@@ -31,11 +34,15 @@ def finished(session_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_the_weights_are_those_of_the_local_launcher(finished: Launched, tmp_path: Path) -> None:
-    run_command("launcher", "--config", str(finished.config_file), "-o", str(tmp_path / "local"))
-    for folder in ("backbone", *(f"experts/expert-{index}" for index in range(3)), "assembled"):
-        there, here = open_artifact(str(finished.folder / folder)), open_artifact(str(tmp_path / "local" / folder))
-        weights = {name: entry.sha256 for name, entry in here.manifest.files.items() if name.endswith(".safetensors")}
-        assert weights == {name: there.manifest.files[name].sha256 for name in weights}, folder
+    here = Launched(finished.cluster, {**finished.values, "output_dir": str(tmp_path / "local")})
+    shutil.copytree(finished.folder / "data", here.folder / "data")
+    training = [task for task in build_tasks(here.config) if task.group in ("prepare-data", "backbone", "expert")]
+    LocalLauncher(here.config, training, print).run()
+    for folder in ("backbone", *(f"experts/expert-{index}" for index in range(3))):
+        files, same = (open_artifact(str(run.folder / folder)).manifest.files for run in (finished, here))
+        weights = {name for name in files if name.endswith(".safetensors")}
+        assert weights
+        assert {name: files[name].sha256 for name in weights} == {name: same[name].sha256 for name in weights}, folder
 
 
 def test_the_preflight_tried_a_node(finished: Launched) -> None:

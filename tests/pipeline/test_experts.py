@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoints import find_artifact, paths
+from checkpoints import StoreError, find_artifact, paths
+from checkpoints.training import Checkpoint, list_checkpoints, save_checkpoint
 from modularforge.artifacts import Backbone
 from modularforge.config import Config
 from modularforge.errors import ConfigError, MismatchError, TrainingError
-from modularforge.pipeline import require, stage_url
+from modularforge.pipeline import checkpoint_url, require, stage_url
 from modularforge.stages import assemble, expert
 from modularforge.training.expert import build_expert
 from tests.conftest import tiny_config
@@ -94,6 +95,16 @@ def test_an_expert_of_other_settings_is_refused_with_the_difference(finished_run
     changed = config.model_copy(update={"experts": config.experts.model_copy(update={"steps": 11})})
     with pytest.raises(MismatchError, match=r"experts\.steps is 11 here and 10 there"):
         expert.run(changed, 0)
+
+
+def test_a_checkpoint_of_another_config_is_refused_and_kept(finished_run: Config, tmp_path: Path) -> None:
+    config = beside(finished_run, tmp_path)
+    url = checkpoint_url(config, "expert-0")
+    save_checkpoint(url, Checkpoint(5, {"weights.x": torch.ones(1)}, {"position": 20}), "of other settings", 2)
+    with pytest.raises(StoreError, match="must be a checkpoint of this config"):
+        expert.run(config, 0)
+    assert find_artifact(stage_url(config, "expert", 0)) is None
+    assert list_checkpoints(url) == ["step-00000005"]
 
 
 def test_an_expert_of_another_backbone_is_refused_by_the_assembler(finished_run: Config, tmp_path: Path) -> None:
