@@ -81,7 +81,7 @@ def where(config: Config) -> str:
     lines = [f"report:  {paths.join(stage_url(config, 'evaluation'), REPORT_NAME)}"]
     best = models.get("calibrated") or models.get("assembled")
     if best:
-        lines += [f"model:   {best.url}", f'try it:  modularforge generate --model {best.url} --prompt "The "']
+        lines += [f"model:   {best.url}", f'try it:  modularforge generate --model {best.url} --prompt "The"']
     return "\n".join(lines)
 
 

@@ -81,6 +81,7 @@ def test_a_preempted_backbone_on_two_nodes_goes_on_and_its_chain_with_it(
     assert mine == pytest.approx(alone, abs=2e-4), "two ranks equal one up to rounding"
 
 
+@pytest.mark.slow
 def test_a_node_dies_and_its_job_goes_on_elsewhere(trained_run: Make) -> None:
     run = trained_run(experts=LONG, training={**TRAINING, "checkpoint_every": 50}, cluster={"array_throttle": 1})
     run.submit()

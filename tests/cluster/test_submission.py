@@ -157,6 +157,7 @@ def test_min_experts_lets_the_model_go_on_without_one(trained_run: Make, finishe
     assert "finished; nothing to do" in run.submit()
 
 
+@pytest.mark.slow
 def test_wanting_the_missing_expert_after_all_trains_it_and_assembles_again(trained_run: Make, finished_run) -> None:
     run = trained_run(cluster={"min_experts": 2})
     for folder in ("experts/expert-0", "experts/expert-1"):
@@ -318,7 +319,7 @@ def test_jobs_get_a_built_environment(stub_run: Make, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_hundred_experts_with_a_throttle(stub_run: Make, tmp_path: Path) -> None:
-    run = stub_run("finish", 200, data={"max_documents_per_source": 100}, cluster={"array_throttle": 8})
+    run = stub_run("finish", 200, cluster={"array_throttle": 8})
     run.submit()
     most = 0
 
