@@ -9,7 +9,7 @@ SOURCES := modularforge launcher checkpoints
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-tests quickstart test test-slow test-page check format clean
+.PHONY: help install install-tests quickstart test test-slow test-cluster test-page check format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -38,6 +38,10 @@ test: $(VENV)/installed-tests  ## run the tests
 
 test-slow: $(VENV)/installed-tests  ## run the slow proofs too
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-cluster: $(VENV)/installed-tests  ## install Slurm where it is missing (Debian, as root) and test on a real cluster
+	$(BIN)/python -m tests.cluster.packages
+	$(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS)
 
 test-page: $(VENV)/installed-tests  ## open the report in headless Chromium (installs it with apt where it is missing)
 	@command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core)

@@ -8,8 +8,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from launcher.local import LocalLauncher
-from launcher.tasks import build_tasks
 from modularforge.config import Config
 from modularforge.exits import run_app
 from modularforge.options import with_settings
@@ -62,6 +60,9 @@ def launch(
 
 
 def _launch_here(settings: Config, max_workers: int | None) -> None:
+    from launcher.local import LocalLauncher
+    from launcher.tasks import build_tasks
+
     if max_workers is not None:
         changed = settings.launcher.model_copy(update={"max_workers": max_workers})
         settings = settings.model_copy(update={"launcher": changed})
