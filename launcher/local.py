@@ -20,6 +20,7 @@ from types import FrameType
 
 from checkpoints import paths
 from launcher.events import append_event, merge_events
+from launcher.lock import submission_lock
 from launcher.tasks import Task, is_finished, unneeded_tasks
 from modularforge.config import Config
 from modularforge.errors import Interrupted, UserError
@@ -59,7 +60,11 @@ class LocalLauncher:
         self.stop_signal: int | None = None
 
     def run(self) -> None:
-        """Run all tasks; raises TaskError when one failed, Interrupted after a stop signal."""
+        """Run all tasks; raises TaskError when one failed, Interrupted after a stop, BusyError beside a rival."""
+        with submission_lock(self.config):
+            self._run()
+
+    def _run(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.settings.write_text(to_yaml(self.config))
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -69,7 +74,8 @@ class LocalLauncher:
                 time.sleep(POLL_SECONDS)
             merge_events(self.config, ())
         finally:
-            self._pass_on(signal.SIGTERM)
+            if not self.stop_signal:
+                self._pass_on(signal.SIGTERM)
             for item in self.running:
                 item.process.wait()
             for number, handler in before.items():
@@ -175,9 +181,13 @@ class LocalLauncher:
         return "\n".join(lines)
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
-        self.stop_signal = number
-        self.say("stopping: waiting for the jobs to save their state")
-        self._pass_on(signal.SIGTERM)
+        again, self.stop_signal = self.stop_signal is not None, number
+        if again:
+            self.say("stopping at once: what is not saved yet is lost, what is committed stays")
+            self._pass_on(signal.SIGKILL)
+        else:
+            self.say("stopping: waiting for the jobs to save their state; a second Ctrl-C ends them at once")
+            self._pass_on(signal.SIGTERM)
 
     def _pass_on(self, number: int) -> None:
         for item in self.running:

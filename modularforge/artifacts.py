@@ -128,5 +128,6 @@ def local_model_folder(url: str) -> Path:
     if find_artifact(url) is not None or not paths.is_local(url):
         return open_artifact(url).local_folder()
     if not paths.local_path(url).is_dir():
-        raise DataError(f"--model must be a model folder, but {url} does not exist; name the folder with config.json")
+        what = "is a file" if paths.local_path(url).is_file() else "does not exist"
+        raise DataError(f"--model must be a model folder, but {url} {what}; name the folder with config.json")
     return paths.local_path(url)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from modularforge.config import Config
 from modularforge.errors import ConfigError
-from modularforge.options import with_settings
+from modularforge.options import with_lazy_settings, with_settings
 
 app = typer.Typer(
     name="modularforge",
@@ -152,16 +153,16 @@ def run_all(
 
 
 @app.command()
-@with_settings
+@with_lazy_settings
 def generate(
-    settings: Config,
+    load_settings: Callable[[], Config],
     model: Annotated[str | None, typer.Option(help="Model folder; without it the run's best model.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue; without it you are asked for one.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Length of the continuation.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Choose among the k likeliest; 0: all.")] = 50,
     top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Choose among those that hold this share.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same text.")] = 0,
 ) -> None:
     """Continue a text with a trained model."""
     from modularforge.evaluation.generation import Sampling
@@ -170,7 +171,7 @@ def generate(
     if model is None:
         from modularforge.stages.evaluate import chosen_model
 
-        model = chosen_model(settings).url
+        model = chosen_model(load_settings()).url
     loaded = load_for_generation(model)
     sampling = Sampling(temperature, top_k, top_p, seed)
     if prompt is None:

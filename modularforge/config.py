@@ -6,18 +6,19 @@ command reports every mistake with its dotted path. This file imports no torch: 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PartitionMethod = Literal["random", "clustered", "curriculum", "domain"]
+Text = Annotated[str, Field(min_length=1)]
 RouterKind = Literal["learned", "centred_means", "data_stats", "kaiming", "uniform"]
 
 
 class Section(BaseModel):
     """A group of settings: unknown names are refused, values are checked and never changed afterwards."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class SourceConfig(Section):
@@ -25,11 +26,11 @@ class SourceConfig(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     """Label of the documents; evaluation reports one row per label and `domain` partitions split by it."""
-    hub: str | None = None
+    hub: Text | None = None
     """Hub data set (for example `Salesforce/wikitext`); train, validation and test then name its splits."""
     hub_config: str | None = None
     """Configuration of the Hub data set (for example `wikitext-103-raw-v1`)."""
-    train: str | list[str] = "train"
+    train: Text | list[Text]
     """Files of the training split: a path, URL or glob, or a list; `sample:law/train.jsonl.gz` is in the package."""
     validation: str | list[str] | None = None
     """Files of the validation split; without it `data.heldout_fraction` of the training documents is taken."""
@@ -38,9 +39,9 @@ class SourceConfig(Section):
     format: Literal["auto", "text", "wikitext", "jsonl", "parquet"] = "auto"
     """`auto` goes by the ending: .jsonl, .parquet, .tokens and .raw (WikiText), else text; all also .gz .zst .bz2.
     `wikitext` is one document an article (` = Title = ` lines); `text` one a file, cut where over 64 Ki characters."""
-    text_field: str = "text"
+    text_field: Text = "text"
     """Column that holds the text, in JSONL, Parquet and Hub data sets."""
-    label_field: str | None = None
+    label_field: Text | None = None
     """Column whose value labels each document instead of `name`."""
 
 
@@ -299,9 +300,9 @@ class Config(Section):
     """Title of reports and of the model card."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Every random choice follows from it."""
-    output_dir: str = "runs/default"
+    output_dir: Text = "runs/default"
     """Root of the run: a folder or a URL such as `s3://bucket/run`."""
-    data_dir: str | None = None
+    data_dir: Text | None = None
     """Prepared data; null is `data` under `output_dir`. Runs that share it share the tokenizer and the partitions."""
     data: DataConfig
     partition: PartitionConfig = PartitionConfig()
@@ -387,6 +388,13 @@ def _impossible_combinations(config: Config) -> Any:
         )
     if config.assembled_experts < 1:
         yield "experts.count must be at least 1, but is 0; add experts"
-    names = [source.name for source in config.data.sources]
+    sources = config.data.sources
+    by_source = config.partition.method == "domain" and all(source.label_field is None for source in sources)
+    if by_source and len(sources) != experts.count:
+        yield (
+            f"experts.count must be the number of data.sources ({len(sources)}) when partition.method is domain, "
+            f"but is {experts.count}; change it, or divide the text another way"
+        )
+    names = [source.name for source in sources]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"data.sources must have names of their own, but {name!r} occurs {names.count(name)} times; rename one"

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from checkpoints.errors import UserError
+from checkpoints.explain import explain
 from modularforge.errors import Interrupted
 
 USER_ERROR = 2
@@ -34,6 +35,25 @@ def run_app(app: Any) -> None:
         _complain(
             f"error: {error.filename} cannot be used: {error.strerror}; check the path and its rights", USER_ERROR
         )
+    except Exception as error:
+        sentence = _foreign_sentence(error)
+        if debug or sentence is None:
+            raise
+        _complain(f"error: {sentence}", USER_ERROR)
+
+
+def _foreign_sentence(error: Exception) -> str | None:
+    """What a user can do about an error that libraries raise in their own words; None for bugs."""
+    if type(error).__module__.split(".")[0] in ("botocore", "aiobotocore"):
+        return str(explain(error, "read", "object storage"))
+    text = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        first = text.splitlines()[0] if text else "out of memory"
+        return (
+            f"the model and its batch must fit into memory, but do not ({first}); "
+            "lower batch_size or the model's sizes, or raise accumulation_steps; `modularforge info` counts parameters"
+        )
+    return None
 
 
 def _complain(message: str, code: int) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from modularforge.config import Config
 from modularforge.log import configure_logging
 from modularforge.settings import load_config
 
@@ -37,6 +38,15 @@ def shared_options(
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Turn ``command(settings, …)`` into a typer command that also takes the shared options and builds the settings."""
+    return _with_options(command, lambda load: load())
+
+
+def with_lazy_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """The same for ``command(load_settings, …)``, which may do without: it gets a function that builds them."""
+    return _with_options(command, lambda load: load)
+
+
+def _with_options(command: Callable[..., None], pass_on: Callable[[Callable[[], Config]], Any]) -> Callable[..., None]:
     shared = inspect.signature(shared_options).parameters
     own = list(inspect.signature(command).parameters.values())[1:]
 
@@ -44,14 +54,15 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     def wrapper(**values: Any) -> None:
         given = {name: values.pop(name) for name in shared}
         configure_logging(quiet=os.environ.get("RANK", "0") != "0")
-        settings = load_config(
+        load = functools.partial(
+            load_config,
             given["config"],
             given["changes"] or (),
             smoke_test=given["smoke_test"],
             data_dir=given["data_dir"],
             output_dir=given["output_dir"],
         )
-        command(settings, **values)
+        command(pass_on(load), **values)
 
     hints = {**typing.get_type_hints(shared_options, include_extras=True)}
     hints |= typing.get_type_hints(command, include_extras=True)

@@ -106,6 +106,12 @@ def fingerprint(name: str, settings: dict[str, Any], inputs: dict[str, str]) -> 
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
+def contents(artifact: Artifact) -> str:
+    """Identity of the very bytes of an artifact, 32 hexadecimal digits: the same settings may have read other files."""
+    hashes = {name: entry.sha256 for name, entry in artifact.manifest.files.items()}
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:32]
+
+
 @dataclass(frozen=True)
 class Plan:
     """One artifact to be made: where, from which settings and inputs, and therefore its fingerprint."""
@@ -139,6 +145,8 @@ def plan_stage(
 def finished(plan: Plan, find: Finder = find_artifact) -> Artifact | None:
     """The committed artifact of this plan, or None; raises MismatchError when another config's lies there."""
     artifact = find(plan.url)
+    if artifact is None:
+        _require_free_place(plan.url)
     if artifact is None or artifact.manifest.fingerprint == plan.fingerprint:
         return artifact
     if is_outgrown(plan, artifact):
@@ -147,6 +155,16 @@ def finished(plan: Plan, find: Finder = find_artifact) -> Artifact | None:
         f"{plan.url} must have been made with these settings and inputs, but {_difference(plan, artifact)}; "
         "use another --output-dir, or delete that folder to make it again"
     )
+
+
+def _require_free_place(url: str) -> None:
+    """Refuse a folder of somebody's files before the work, not when its result finds no place."""
+    path = paths.local_path(url) if paths.is_local(url) else None
+    if path is not None and path.exists() and (path.is_file() or any(path.iterdir())):
+        raise MismatchError(
+            f"{url} must be free or a committed artifact, but it is {'a file' if path.is_file() else 'a folder'} "
+            "without a manifest; move it away, or use another --output-dir"
+        )
 
 
 def is_outgrown(plan: Plan, artifact: Artifact) -> bool:
@@ -205,6 +223,8 @@ def input_fingerprints(
         elif needed == "experts":
             for expert, artifact in chosen_experts(config, find).items():
                 found[f"expert-{expert}"] = artifact.manifest.fingerprint
+        elif needed == "corpus":
+            found[needed] = contents(require(config, needed, find=find))
         else:
             found[needed] = require(config, needed, find=find).manifest.fingerprint
     return found

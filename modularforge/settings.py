@@ -1,6 +1,6 @@
 """From a YAML file and the command line to a `Config`, with every mistake reported at once.
 
-Order of precedence: the file, ``--set key=value``, ``--smoke-test``, ``--data-dir`` and ``--output-dir``.
+Later wins: the file, ``--smoke-test``, ``--set key=value``, ``--data-dir`` and ``--output-dir``.
 """
 
 from __future__ import annotations
@@ -33,6 +33,18 @@ SMOKE_TEST: dict[str, Any] = {
 """What ``--smoke-test`` changes: the same path at a size that ends within a minute."""
 
 
+PLAIN_WISHES = {
+    "too_short": "a list of at least {min_length} entries",
+    "string_too_short": "a text of at least {min_length} characters",
+    "string_pattern_mismatch": "letters, digits, dots, dashes and underscores only",
+    "model_type": "a section with settings of its own",
+    "list_type": "a list",
+    "string_type": "a text",
+    "finite_number": "a finite number",
+}
+"""What people read instead of the names of pydantic's error types."""
+
+
 def sample_sources() -> list[dict[str, str]]:
     """The corpus in the package, as `data.sources`."""
     splits = ("train", "validation", "test")
@@ -49,13 +61,13 @@ def load_config(
 ) -> Config:
     """Read, merge and validate; raises ConfigError with one line per mistake."""
     values = read_yaml(path)
-    for override in overrides:
-        _merge(values, _parse_override(override))
     if smoke_test:
         _merge(values, SMOKE_TEST)
         values["data"]["sources"] = sample_sources()
         values["output_dir"] = f"{str(values.get('output_dir', 'runs/default')).rstrip('/')}-smoke-test"
         values["data_dir"] = None
+    for override in overrides:
+        _merge(values, _parse_override(override))
     if data_dir is not None:
         values["data_dir"] = data_dir
     if output_dir is not None:
@@ -140,8 +152,8 @@ def _describe(problem: Any) -> list[str]:
         return [f"{name} must be set, but is missing; add it"]
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"]).splitlines()
-    wish = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return [f"{name} must be {wish}, but is {problem['input']!r:.80}"]
+    wish = PLAIN_WISHES.get(problem["type"], problem["msg"].removeprefix("Input should be "))
+    return [f"{name} must be {wish.format(**problem.get('ctx', {}))}, but is {problem['input']!r:.80}; change it"]
 
 
 def _unknown_name(name: str, location: tuple[Any, ...]) -> str:

@@ -58,7 +58,9 @@ class EventFile:
         if not self.url:
             self.restart(())
         if paths.is_local(self.url):
-            with open(paths.local_path(self.url), "ab") as file:
+            path = paths.local_path(self.url)
+            path.parent.mkdir(parents=True, exist_ok=True)  # a rival job may have begun the folder again
+            with open(path, "ab") as file:
                 file.write(_record(values))
         else:
             self._records.append(_record(values))

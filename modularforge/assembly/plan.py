@@ -71,6 +71,8 @@ def read_header(url: str, hashes: Mapping[str, str] | None = None) -> dict[str, 
         if length > LONGEST_HEADER:
             raise ValueError(f"a header of {length} bytes")
         header = json.loads(paths.read_bytes(url, 8, 8 + length))
+    except FileNotFoundError as error:
+        raise DataError(f"{url} must be there, but is missing; delete its artifact and run that stage again") from error
     except (ValueError, struct.error) as error:
         raise DataError(f"{url} must be a safetensors file, but is not ({error}); make it again") from error
     spans: dict[str, TensorSpan] = {}

@@ -62,7 +62,7 @@ def _read_jsonl(url: str, source: SourceConfig) -> Iterator[Labelled]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{url}:{number} must be one JSON object, but is not ({error}); mend the line") from error
         yield _fields(record, source, f"{url}:{number}")
 
@@ -79,7 +79,7 @@ def _read_parquet(url: str, source: SourceConfig) -> Iterator[Labelled]:
             for batch in table.iter_batches(batch_size=256, columns=wanted):
                 for record in batch.to_pylist():
                     yield _fields(record, source, url)
-        except pyarrow.ArrowException as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"{url} must be a Parquet file, but cannot be read ({error}); write it again") from error
 
 

@@ -14,6 +14,9 @@ from modularforge.data.tokenizer import EOS
 from modularforge.errors import DataError
 from modularforge.model.backbone import Decoder, KeyValueCache
 
+# Below this, float32 cannot divide by the temperature, and the likeliest token is certain anyway.
+COLDEST = 1e-5
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -27,7 +30,10 @@ class Sampling:
 
 def generate(model: Decoder, tokenizer: Tokenizer, prompt: str, new_tokens: int, sampling: Sampling) -> str:
     """The continuation of `prompt` (without it), at most `new_tokens` long, ending early at `<eos>`."""
-    ids = tokenizer.encode(prompt).ids
+    try:
+        ids = tokenizer.encode(prompt).ids
+    except TypeError as error:  # what tokenizers says of text with halves of characters
+        raise DataError("a prompt must be valid Unicode, but is not; type it again in UTF-8") from error
     if ids and ids[-1] == EOS:
         raise DataError("a prompt must not end with <eos>, since nothing follows the end of a text; shorten the prompt")
     device = model.lm_head.weight.device
@@ -65,7 +71,7 @@ def _continue(
 
 def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """The next token's id."""
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         return int(logits_V.argmax())
     probabilities_V = keep_likely(logits_V / sampling.temperature, sampling.top_k, sampling.top_p).softmax(dim=-1)
     return int(torch.multinomial(probabilities_V, 1, generator=generator))

@@ -32,10 +32,16 @@ def markdown(results: Results) -> str:
         "`oracle` takes the best expert of each domain, chosen on the test split itself: a bound, no model.",
         "",
         *_markdown_table(*table_rows(results)),
+        "",
+        "Bits per byte of text, which compare across tokenizers:",
+        "",
+        *_markdown_table(*_byte_rows(results)),
     ]
     for name, routing in results["routing"].items():
         lines += ["", f"## Where {name} routes", "", "Share of expert visits by domain (mean over layers).", ""]
         lines += _markdown_table(*_routing_rows(routing))
+        lines += ["", "Share by layer (mean over domains).", ""]
+        lines += _markdown_table(*_layer_rows(routing))
         balance = ", ".join(f"{value:.3f}" for value in routing["balance_per_layer"])
         lines += ["", f"Balance per layer (1 is even, 0 is one expert only): {balance}."]
     lines += ["", "## Samples", ""]
@@ -48,19 +54,24 @@ def markdown(results: Results) -> str:
 
 
 def _verdict(results: Results) -> str:
-    """One sentence that says whether it was worth it."""
+    """Whether it was worth it, and by how much: the compute-matched dense model is what decides."""
     models, chosen = results["models"], results["chosen"]
     if chosen is None:
         return "No assembled model was measured."
     loss = models[chosen]["mean_loss"]
-    parts = [f"The {chosen} model has a mean test loss of {loss:.4f}"]
-    for name, words in (("backbone", "the backbone"), ("dense", "a dense model trained on the same tokens")):
-        if name in models:
-            other = models[name]["mean_loss"]
-            share = 100 * (math.exp(loss - other) - 1)
-            word = "lower" if share < 0 else "higher"
-            parts.append(f"{words}: {other:.4f} (its perplexity is {abs(share):.1f} % {word} than that)")
-    return "; ".join(parts) + "."
+    found = f"the {chosen} model has a mean test loss of {loss:.4f}"
+    words = {"dense": "a dense model trained on the same tokens has", "backbone": "the backbone has"}
+    others = [_beside(loss, words[name], models[name]["mean_loss"]) for name in words if name in models]
+    if "dense" not in models:
+        return "; ".join([found[0].upper() + found[1:], *others]) + "."
+    start = "Worth it" if loss < models["dense"]["mean_loss"] else "Not worth it here"
+    return f"{start}: " + "; ".join([found, *others]) + "."
+
+
+def _beside(loss: float, words: str, other: float) -> str:
+    """How a loss stands to another one, as a difference in perplexity."""
+    percent = 100 * (math.exp(min(700.0, loss - other)) - 1)
+    return f"{words} {other:.4f}, so our perplexity is {abs(percent):.1f} % {'lower' if percent < 0 else 'higher'}"
 
 
 def _routing_rows(routing: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -68,6 +79,20 @@ def _routing_rows(routing: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     experts = len(next(iter(shares.values())))
     names = routing.get("experts") or [str(index) for index in range(experts)]
     return ["domain", *names], [[label, *(f"{value:.2f}" for value in row)] for label, row in shares.items()]
+
+
+def _layer_rows(routing: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    shares = routing["share_per_layer_and_expert"]
+    names = routing.get("experts") or [str(index) for index in range(len(shares[0]))]
+    return ["layer", *names], [[str(layer), *(f"{value:.2f}" for value in row)] for layer, row in enumerate(shares)]
+
+
+def _byte_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    labels, rows = results["domains"], []
+    for name, model in results["models"].items():
+        cells = [f"{model['domains'][label]['bits_per_byte']:.3f}" for label in labels]
+        rows.append([name, *cells, f"{model['bits_per_byte']:.4f}"])
+    return ["model", *labels, "mean"], rows
 
 
 def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:

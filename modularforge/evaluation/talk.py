@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 from modularforge.artifacts import local_model_folder
 from modularforge.data.tokenizer import load_tokenizer
+from modularforge.errors import DataError
 from modularforge.evaluation.generation import Sampling, generate
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import load_model
@@ -45,4 +46,7 @@ def talk(loaded: Loaded, tokens: int, sampling: Sampling) -> None:
             return
         if not prompt:
             return
-        print(prompt + continue_text(loaded, prompt, tokens, sampling), flush=True)
+        try:
+            print(prompt + continue_text(loaded, prompt, tokens, sampling), flush=True)
+        except DataError as error:
+            print(f"error: {error}", flush=True)

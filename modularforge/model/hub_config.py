@@ -104,6 +104,12 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path} must have model_type llama or mixtral, but has {values.get('model_type')!r}; "
             "only models that modularforge writes can be read"
         )
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        if not isinstance(values.get(name), int) or values[name] < 1:
+            raise DataError(f"{path} must have a positive number {name}, but has {values.get(name)!r}; mend it")
+    for name in ("num_local_experts", "num_experts_per_tok") if values["model_type"] == "mixtral" else ():
+        if not isinstance(values.get(name), int) or values[name] < 1:
+            raise DataError(f"{path} must have a positive number {name}, but has {values.get(name)!r}; mend it")
     return values
 
 

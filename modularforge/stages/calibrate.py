@@ -51,7 +51,7 @@ def _calibrate(config: Config, assembled: Artifact, corpus: Corpus, fingerprint:
     if not fit_half:
         raise DataError(
             "calibration needs at least two validation documents of a domain, but there are fewer; add validation text "
-            "or run with --no-calibrate"
+            "or leave it out (assemble --no-calibrate, run-all --skip-calibration)"
         )
     model = load_model(assembled.local_folder()).to(default_device())
     places = (None, metrics_url(config, "calibration"), config.metrics.tensorboard)

@@ -17,7 +17,7 @@ from modularforge.evaluation.soup import build_soup
 from modularforge.evaluation.suite import Loader, Results, add_oracle, measure_models
 from modularforge.log import json_safe, logger
 from modularforge.model.folder import load_model
-from modularforge.pipeline import finished, plan_stage, require, stage_url
+from modularforge.pipeline import contents, finished, plan_stage, require, stage_url
 from modularforge.provenance import commit, making
 
 RESULTS_NAME = "results.json"
@@ -29,7 +29,7 @@ def run(config: Config) -> Results:
     start = time.perf_counter()
     corpus, artifacts = Corpus(require(config, "corpus")), find_models(config)
     inputs = {name: artifact.manifest.fingerprint for name, artifact in artifacts.items()}
-    plan = plan_stage(config, "evaluation", inputs={**inputs, "corpus": corpus.artifact.manifest.fingerprint})
+    plan = plan_stage(config, "evaluation", inputs={**inputs, "corpus": contents(corpus.artifact)})
     old = find_artifact(plan.url)
     if old and old.manifest.fingerprint == plan.fingerprint:
         logger.info("evaluation is finished: %s", plan.url)
@@ -107,7 +107,8 @@ def _measure(config: Config, corpus: Corpus, artifacts: dict[str, Artifact]) -> 
     results = measure_models(config, corpus, _loaders(config, artifacts), tokens, shown)
     for routing in results["routing"].values():
         public = ["public"] if config.has_public_expert else []
-        routing["experts"] = public + [f"expert-{index}" for index in range(config.experts.count)]
+        members = artifacts["assembled"].manifest.inputs
+        routing["experts"] = public + [f"expert-{k}" for k in range(config.experts.count) if f"expert-{k}" in members]
     add_oracle(results)
     calibrated = find_artifact(stage_url(config, "calibrated"))
     facts = calibrated.manifest.facts if calibrated else {}

@@ -34,14 +34,16 @@ def train_expert(
     """
     experts = config.experts
     torch.manual_seed(derived_seed(config.seed, "expert weights", index))
-    directions = _directions(config, backbone, tokens, index, world) if experts.anchored else None
-    model = build_expert(backbone.tensors, backbone.values, experts, directions)
-    loss_of: LossFunction = AnchoredLoss(model, experts.z_loss) if experts.anchored else language_loss
-    context, seed = model.config.context_length, derived_seed(config.seed, "expert order", index)
+    context, seed = config.model.context_length, derived_seed(config.seed, "expert order", index)
 
     def batches_from(position: int) -> Iterator[tuple[Tensor, Tensor, int]]:
         ranks, name = (world.rank, world.size), f"partition {index}"
         return batches(tokens, context, experts.batch_size, seed, position, *ranks, name)
+
+    next(batches_from(0))  # a partition that fills no batch is refused before anything is computed
+    directions = _directions(config, backbone, tokens, index, world) if experts.anchored else None
+    model = build_expert(backbone.tensors, backbone.values, experts, directions)
+    loss_of: LossFunction = AnchoredLoss(model, experts.z_loss) if experts.anchored else language_loss
 
     def validate() -> float:
         return mean_loss(model, held_out, context, config.evaluation.batch_size, world)

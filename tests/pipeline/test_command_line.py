@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -159,11 +161,72 @@ def test_a_mistake_gets_one_sentence_and_code_two(arguments: list[str], message:
 def test_a_bad_corpus_is_named(source: str, content: bytes | None, message: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / source).write_bytes(content)
-    values = tiny_values(tmp_path / "run")
+    values = tiny_values(tmp_path / "run", partition={"method": "random"})
     values["data"]["sources"] = [{"name": "mine", "train": str(tmp_path / source)}]
     text = mistake("prepare-data", "--config", write_settings(tmp_path, values))
     assert message in text
     assert not (tmp_path / "run" / "data" / "manifest.json").exists()
+
+
+def test_a_place_that_is_taken_is_refused_before_the_work(finished_run: Config, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", data_dir=finished_run.data_url)
+    (tmp_path / "run" / "backbone").mkdir(parents=True)
+    (tmp_path / "run" / "backbone" / "notes.txt").write_text("mine")
+    path = write_settings(tmp_path, yaml.safe_load(to_yaml(config)))
+    assert "must be free or a committed artifact" in mistake("train", "--only", "backbone", "--config", path)
+    assert not (tmp_path / "run" / "metrics").exists()
+
+
+def test_other_text_under_the_same_settings_is_another_corpus(tmp_path: Path) -> None:
+    source = tmp_path / "text.jsonl"
+    values = tiny_values(tmp_path / "run", partition={"method": "random"}, experts={"count": 1})
+    values["data"]["sources"] = [{"name": "mine", "train": str(source)}]
+    path = write_settings(tmp_path, values)
+    for alphabet in ("abcdefghij", "αβγδεζηθικ"):
+        words = [" ".join(alphabet[(i * j) % 10] * 4 for j in range(1, 60)) + f" {i}" for i in range(300)]
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
+        shutil.rmtree(tmp_path / "run" / "data", ignore_errors=True)
+        run_command("modularforge", "prepare-data", "--config", path)
+        if alphabet[0] == "a":
+            run_command("modularforge", "train", "--only", "backbone", "--config", path)
+    assert "it was made from another corpus" in mistake("train", "--only", "backbone", "--config", path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "backbone.peak_learning_rate=.inf"], "backbone.peak_learning_rate must be a finite number"),
+        (["--set", "data.sources=[]"], "data.sources must be a list of at least 1 entries"),
+        (["--set", "model=null"], "model must be a section"),
+        (["--set", "data.sources=[{name: a b, train: x}]"], "letters, digits, dots, dashes"),
+        (["--set", "data.sources=[{name: x}]"], "data.sources.0.train must be set"),
+        (["--smoke-test", "--set", "experts.count=2"], "experts.count must be the number of data.sources (5)"),
+        (["--output-dir", ""], "output_dir must be a text of at least 1 characters"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_in_plain_words(arguments: list[str], message: str) -> None:
+    assert message in mistake("info", "--config", "configs/quickstart.yaml", *arguments)
+
+
+def test_generate_needs_no_settings_when_the_model_is_named(finished_run: Config, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "modularforge", "generate", "--model", f"{finished_run.output_dir}/assembled"]
+    command += ["--tokens", "4", "--prompt", "The", "--temperature", "1e-300"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    broken = subprocess.run([*command[:-4], "--prompt", b"\xff\xfe"], cwd=tmp_path, capture_output=True, text=True)
+    assert broken.returncode == 2
+    assert "must be valid Unicode" in broken.stderr
+
+
+def test_a_run_on_s3_without_credentials_is_one_sentence(tmp_path: Path) -> None:
+    values = tiny_values(tmp_path / "run", partition={"method": "random"})
+    values["data"]["sources"] = [{"name": "mine", "train": "s3://some-bucket/x.jsonl"}]
+    path = write_settings(tmp_path, values)
+    nothing = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": "none", "AWS_CONFIG_FILE": "none"}
+    done = run_command("modularforge", "prepare-data", "--config", path, check=False, env=nothing)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "credentials" in done.stderr
 
 
 def test_debug_shows_where_an_error_was_raised() -> None:
