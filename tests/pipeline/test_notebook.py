@@ -23,7 +23,7 @@ TEXTS = {
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    changes = {"experts": {"count": 2}, "backbone": {"steps": 10}}
+    changes = {"experts": {"count": 2}, "backbone": {"steps": 10}, "partition": {"method": "random"}}
     return tiny_config(tmp_path / "unused", **changes)
 
 
