@@ -30,6 +30,8 @@ def tiny_values(output_dir: Path | str, **changes: Any) -> dict[str, Any]:
     values["output_dir"] = str(output_dir)
     for name, change in changes.items():
         values[name] = {**values.get(name, {}), **change} if isinstance(change, dict) else change
+    if "partition" not in changes and values["experts"]["count"] != len(values["data"]["sources"]):
+        values["partition"] = {"method": "random"}  # partitions by domain need one expert a domain
     return values
 
 
