@@ -389,12 +389,6 @@ def _impossible_combinations(config: Config) -> Any:
     if config.assembled_experts < 1:
         yield "experts.count must be at least 1, but is 0; add experts"
     sources = config.data.sources
-    by_source = config.partition.method == "domain" and all(source.label_field is None for source in sources)
-    if by_source and len(sources) != experts.count:
-        yield (
-            f"experts.count must be the number of data.sources ({len(sources)}) when partition.method is domain, "
-            f"but is {experts.count}; change it, or divide the text another way"
-        )
     names = [source.name for source in sources]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"data.sources must have names of their own, but {name!r} occurs {names.count(name)} times; rename one"

@@ -200,7 +200,6 @@ def test_other_text_under_the_same_settings_is_another_corpus(tmp_path: Path) ->
         (["--set", "model=null"], "model must be a section"),
         (["--set", "data.sources=[{name: a b, train: x}]"], "letters, digits, dots, dashes"),
         (["--set", "data.sources=[{name: x}]"], "data.sources.0.train must be set"),
-        (["--smoke-test", "--set", "experts.count=2"], "experts.count must be the number of data.sources (5)"),
         (["--output-dir", ""], "output_dir must be a text of at least 1 characters"),
     ],
 )
