@@ -54,9 +54,15 @@ def run_command(*arguments: str, check: bool = True, **options: Any) -> subproce
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A tiny anchored run with every stage finished; tests must not change it."""
+    config = tiny_config(tmp_path_factory.mktemp("run") / "run")
+    run_every_stage(config)
+    return config
+
+
+def run_every_stage(config: Config) -> dict[str, Any]:
+    """Run the whole pipeline in this process and return the results of its evaluation."""
     from modularforge.stages import assemble, backbone, calibrate, dense, evaluate, expert, prepare
 
-    config = tiny_config(tmp_path_factory.mktemp("run") / "run")
     prepare.run(config)
     backbone.run(config)
     for index in range(config.experts.count):
@@ -64,5 +70,4 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
     dense.run(config)
     assemble.run(config)
     calibrate.run(config)
-    evaluate.run(config)
-    return config
+    return evaluate.run(config)

@@ -9,8 +9,8 @@ import pytest
 from checkpoints import paths
 from modularforge.config import Config
 from modularforge.pipeline import metrics_url, require
-from modularforge.stages import assemble, backbone, calibrate, dense, evaluate, expert, prepare
-from tests.conftest import tiny_config
+from modularforge.stages import evaluate
+from tests.conftest import run_every_stage, tiny_config
 
 STAGES = [("corpus", None), ("partitions", None), ("backbone", None), ("dense", None), ("assembled", None)]
 STAGES += [("calibrated", None), *(("expert", index) for index in range(3))]
@@ -22,14 +22,7 @@ def test_a_run_on_an_object_store_equals_one_on_a_folder(
 ) -> None:
     root = request.getfixturevalue("s3") if kind == "s3" else "memory://pipeline-test"
     config = tiny_config(f"{root}/run")
-    prepare.run(config)
-    backbone.run(config)
-    for index in range(config.experts.count):
-        expert.run(config, index)
-    dense.run(config)
-    assemble.run(config)
-    calibrate.run(config)
-    results = evaluate.run(config)
+    results = run_every_stage(config)
     for name, index in STAGES:
         assert require(config, name, index).manifest.files == require(finished_run, name, index).manifest.files, name
     expected = require(finished_run, "backbone").manifest.facts["validation_loss"]
