@@ -74,7 +74,7 @@ def router_rows(config: Config, experts: list[Artifact], layers: int) -> dict[st
     statistics = [load_statistics(expert.local_file(STATISTICS_NAME)) for expert in experts]
     rows: dict[str, Rows] = {}
     for layer in range(layers):
-        of_layer = [item[layer] for item in statistics]
+        of_layer = [item.layers[layer] for item in statistics]
         width, count = len(of_layer[0].sum_D), len(experts) + int(kept)
         solved: Array
         if settings.router == "data_stats":

@@ -1,10 +1,11 @@
 """Router rows of the assembled model, learned by the experts or solved from their statistics, with numpy alone.
 
-Statistics are sums over the tokens of a partition, per layer: the token count, the sum of the router inputs x and of
-their outer products. Sums add up, so routers of any set of experts can be solved at assembly without any data.
+Statistics are sums over the tokens of a partition: how often each token occurs, and per layer the token count, the sum
+of the router inputs x and of their outer products. Sums add up, so routers of any set of experts can be solved at
+assembly without any data.
 """
 
-# D width  E experts (trained ones)  R rows of the router (E, and one for the public expert when it is kept)
+# D width  V vocabulary  E experts (trained ones)  R router rows (E, and one for the public expert if it is kept)
 
 from __future__ import annotations
 
@@ -19,16 +20,29 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Sums over the router inputs of one layer: `count` tokens, `sum_D` of x, `outer_DD` of x times x transposed."""
+    """Sums over the tokens at one layer's router.
+
+    `count` tokens, `sum_D` of the router input x, `outer_DD` of x times x transposed, and `inverse_rms`, the sum of one
+    over the root mean square of the residual stream that x was normalised from.
+    """
 
     count: float
     sum_D: Array
     outer_DD: Array
+    inverse_rms: float
 
     @property
     def mean_D(self) -> Array:
         """Mean router input."""
         return self.sum_D / self.count
+
+
+@dataclass(frozen=True)
+class RouterStatistics:
+    """What one job counted on its partition: the layers' sums, and how often each token of the vocabulary occurs."""
+
+    layers: list[LayerStatistics]
+    tokens_V: Array
 
 
 def with_public(rows_ED: Array, public_expert: bool) -> Array:

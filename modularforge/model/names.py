@@ -14,6 +14,7 @@ PARTS = ("w1", "w2", "w3")
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+TOKEN_COUNTS = "tokens"  # in a statistics file: how often each token of the vocabulary occurs
 
 _DENSE = re.compile(r"^model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight$")
 _EXPERT = re.compile(r"^model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight$")

@@ -55,7 +55,8 @@ def save_expert(
     config: Config, index: int, backbone: Backbone, model: Decoder, tokens: Tokens, folder: Path, world: World
 ) -> dict[str, object]:
     """Write weights, router rows and statistics of a trained expert; returns facts for the manifest."""
-    ffn, rows = expert_tensors(model, index + 1, config.experts.anchored)
+    slot = index + int(config.experts.anchored)  # an anchored expert is assembled behind the public one
+    ffn, rows = expert_tensors(model, slot, config.experts.anchored)
     save_tensors(ffn, folder / EXPERT_NAME)
     if rows:
         save_tensors(rows, folder / ROUTER_NAME)
@@ -64,7 +65,7 @@ def save_expert(
     hashes = backbone.artifact.manifest.files["model.safetensors"].tensors
     return {
         "index": index,
-        "slot": index + 1,
+        "slot": slot,
         "anchored": config.experts.anchored,
         "training_tokens": config.experts.steps * config.experts.batch_size * model.config.context_length,
         "shared_tensors": {name: digest for name, digest in hashes.items() if names.is_shared(name)},
@@ -74,7 +75,8 @@ def save_expert(
 def _directions(config: Config, backbone: Backbone, tokens: Tokens, index: int, world: World) -> list[Tensor]:
     """Where the router rows start: from the backbone's statistics on all text towards those on the partition."""
     own = gather_statistics(backbone.model(), _sample(config, tokens, index), world.device)
-    return router_directions(own, load_statistics(backbone.artifact.local_file(STATISTICS_NAME)))
+    general = load_statistics(backbone.artifact.local_file(STATISTICS_NAME))
+    return router_directions(own.layers, general.layers)
 
 
 def _sample(config: Config, tokens: Tokens, index: int) -> Iterator[Tensor]:
