@@ -49,4 +49,4 @@ class _LayerSums:
         """The sums; stops counting."""
         self.hook.remove()
         sums: list[Any] = [np.asarray(self.sum_D), np.asarray(self.outer_DD)]
-        return LayerStatistics(float(self.count), *sums, inverse_rms=self.inverse_rms)
+        return LayerStatistics(float(self.count), *sums, self.inverse_rms)
