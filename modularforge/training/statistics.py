@@ -48,5 +48,6 @@ class _LayerSums:
     def finish(self) -> LayerStatistics:
         """The sums; stops counting."""
         self.hook.remove()
-        sums: list[Any] = [np.asarray(self.sum_D), np.asarray(self.outer_DD)]
-        return LayerStatistics(float(self.count), *sums, self.inverse_rms)
+        sum_D: Any = np.asarray(self.sum_D)
+        outer_DD: Any = np.asarray(self.outer_DD)
+        return LayerStatistics(float(self.count), sum_D, outer_DD, self.inverse_rms)
