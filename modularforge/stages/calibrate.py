@@ -6,9 +6,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from checkpoints import Artifact
+from checkpoints import Artifact, ArtifactWriter
 from modularforge.artifacts import Corpus, derived_seed
-from modularforge.assembly.plan import plan_merge, read_header
+from modularforge.assembly.plan import output_tensors, plan_merge, read_header
 from modularforge.assembly.stream import execute
 from modularforge.calibration.calibrator import Calibration, calibrate, even_mixture, split_documents
 from modularforge.config import Config
@@ -42,7 +42,7 @@ def run(config: Config) -> None:
     with making(plan) as writer:
         writer.write_json(RESULT_NAME, facts)
         if result.kept:
-            write_calibrated(assembled, result, writer.folder, config.assembly.max_shard_bytes)
+            write_calibrated(assembled, result, writer, config.assembly.max_shard_bytes)
         commit(writer, plan, config, facts)
 
 
@@ -60,8 +60,10 @@ def _calibrate(config: Config, assembled: Artifact, corpus: Corpus, fingerprint:
     return calibrate(model, config, even_mixture(fit_half), decide_half, corpus.byte_lengths, job, seed)
 
 
-def write_calibrated(assembled: Artifact, result: Calibration, folder: Path, max_shard_bytes: int) -> None:
-    """Stream the assembled weights into `folder`, with the calibrated tensors in place of the old ones."""
+def write_calibrated(
+    assembled: Artifact, result: Calibration, writer: ArtifactWriter, max_shard_bytes: int
+) -> None:
+    """Stream the assembled weights to the writer, with the calibrated tensors in place of the old ones."""
     with tempfile.TemporaryDirectory() as scratch:
         changed = Path(scratch) / "changed.safetensors"
         save_tensors({name: tensor.contiguous() for name, tensor in result.tensors.items()}, changed)
@@ -69,10 +71,10 @@ def write_calibrated(assembled: Artifact, result: Calibration, folder: Path, max
         for name, entry in assembled.manifest.files.items():
             if name.endswith(".safetensors"):
                 spans.update(read_header(assembled.file_url(name), entry.tensors))
-        plan = plan_merge({**spans, **read_header(str(changed))}, max_shard_bytes)
-        execute(plan, folder)
+        plan = plan_merge(output_tensors({**spans, **read_header(str(changed))}), max_shard_bytes)
+        execute(plan, writer)
     if plan.index:
-        write_json(folder / INDEX_NAME, plan.index)
+        write_json(writer.folder / INDEX_NAME, plan.index)
     for name in assembled.manifest.files:
         if name.endswith(".json") and name != INDEX_NAME:
-            shutil.copyfile(assembled.local_file(name), folder / name)
+            shutil.copyfile(assembled.local_file(name), writer.folder / name)
