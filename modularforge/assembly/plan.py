@@ -94,6 +94,7 @@ def merged_spans(
     routers: Mapping[str, TensorSpan],
     layers: int,
     public_slot: int | None,
+    family: names.Family = "llama",
 ) -> dict[str, TensorSpan]:
     """Tensors of the assembled model by name.
 
@@ -103,7 +104,9 @@ def merged_spans(
     """
     merged = {name: span for name, span in backbone.items() if names.is_shared(name)}
     if public_slot is not None:
-        merged.update({names.dense_to_expert(n, public_slot): s for n, s in backbone.items() if names.is_dense_ffn(n)})
+        merged.update(
+            {names.dense_to_expert(n, public_slot, family): s for n, s in backbone.items() if names.is_dense_ffn(n)}
+        )
     for slot, spans in experts.items():
         by_place = {(p[0], p[2]): span for name, span in spans.items() if (p := names.expert_position(name))}
         for layer in range(layers):
@@ -113,7 +116,7 @@ def merged_spans(
                     span, backbone[names.dense_ffn(layer, part)], f"expert in slot {slot}, layer {layer}, {part}"
                 )
                 assert span is not None
-                merged[names.expert_ffn(layer, slot, part)] = span
+                merged[names.expert_ffn(layer, slot, part, family)] = span
     return {**merged, **routers}
 
 
