@@ -18,7 +18,7 @@ from checkpoints import Artifact, find_artifact, open_artifact, paths
 from modularforge.assembly.statistics import EXPERT_NAME, ROUTER_NAME
 from modularforge.data.loader import label_tokens
 from modularforge.data.token_files import TokenFile, Tokens, open_token_file
-from modularforge.data.tokenizer import load_tokenizer, token_byte_lengths
+from modularforge.data.tokenizer import EOS, load_tokenizer, token_byte_lengths
 from modularforge.errors import DataError
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import load_expert, load_model, read_tensors
@@ -60,6 +60,11 @@ class Corpus:
     def vocab_size(self) -> int:
         """Entries of the vocabulary."""
         return int(self.metadata["vocab_size"])
+
+    @property
+    def end_token(self) -> int:
+        """The token after every document."""
+        return int(self.metadata.get("end_token", EOS))
 
     @property
     def labels(self) -> list[str]:

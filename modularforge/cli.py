@@ -181,6 +181,24 @@ def generate(
 
 
 @app.command()
+def fetch(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name on the Hub (name@revision), folder, or URL.")],
+    output: Annotated[str | None, typer.Option(help="Folder or URL; without it, the cache.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every byte with the recorded hashes; fetch what is damaged again.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
+) -> None:
+    """Bring a pretrained model and its tokenizer here, whole or not at all, for `model.pretrained`.
+
+    A whole copy that is there already is used, also without a network.
+    """
+    from modularforge.pretrained.fetch import fetch as fetch_model
+
+    typer.echo(fetch_model(model, output, verify).url)
+
+
+@app.command()
 @with_settings
 def info(
     settings: Config,

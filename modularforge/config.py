@@ -57,7 +57,8 @@ class DataConfig(Section):
     heldout_fraction: float = Field(0.01, gt=0, lt=0.5)
     """Share of the documents held out for validation, and again for test, where a source names no such split."""
     vocab_size: int = Field(16384, ge=260, le=1_000_000)
-    """Entries of the byte-level BPE vocabulary: 4 special tokens, 256 bytes, and merges."""
+    """Entries of the byte-level BPE vocabulary: 4 special tokens, 256 bytes, and merges. With `model.pretrained` it is
+    that model's."""
     tokenizer_sample_bytes: int = Field(100_000_000, ge=1000)
     """The tokenizer learns from this many bytes of training text at the most, spread evenly over the sources."""
 
@@ -75,9 +76,41 @@ class PartitionConfig(Section):
     """k-means is fitted on this many documents drawn by the seed; the others are assigned to the centres."""
 
 
+class RopeScalingConfig(Section):
+    """How rotary frequencies are stretched for long contexts; the names are those of `rope_scaling` in config.json."""
+
+    rope_type: Literal["linear", "llama3", "yarn"]
+    """`linear` divides all frequencies, `llama3` the low ones; `yarn` blends both (arXiv 2309.00071)."""
+    factor: float = Field(gt=0)
+    """The context is stretched by this factor."""
+    original_max_position_embeddings: int | None = Field(None, ge=1)
+    """Context length before the stretching; null is that of the model."""
+    low_freq_factor: float | None = Field(None, gt=0)
+    """`llama3`: wavelengths over the original context divided by this are stretched in full."""
+    high_freq_factor: float | None = Field(None, gt=0)
+    """`llama3`: wavelengths under the original context divided by this are not stretched."""
+    beta_fast: float | None = Field(None, gt=0)
+    """`yarn`: frequencies that turn more often than this in the original context are kept; null is 32."""
+    beta_slow: float | None = Field(None, gt=0)
+    """`yarn`: frequencies that turn less often than this are divided by the factor; null is 1."""
+    attention_factor: float | None = Field(None, gt=0)
+    """`yarn`: cosines and sines are multiplied by this; null is 0.1 ln(factor) + 1."""
+    mscale: float | None = None
+    """`yarn`: with `mscale_all_dim`, another rule for the attention factor (DeepSeek)."""
+    mscale_all_dim: float | None = None
+    """`yarn`: see `mscale`."""
+    truncate: bool | None = None
+    """`yarn`: whether the blended range begins and ends at whole dimensions; null is true."""
+
+
 class ModelConfig(Section):
     """Shape of the backbone; the assembled model has one such feed-forward block per expert and layer."""
 
+    pretrained: Text | None = None
+    """Llama or Qwen3 model to start from: a folder, a URL, or `name/on-the-hub`. Its files give tokenizer and shape; of
+    these settings, only `context_length` is still yours."""
+    family: Literal["llama", "qwen3"] = "llama"
+    """`llama` is assembled into Mixtral; `qwen3` normalises queries and keys, and is assembled into Qwen3-MoE."""
     width: int = Field(512, ge=8)
     """Width of the residual stream."""
     layers: int = Field(4, ge=1)
@@ -88,14 +121,30 @@ class ModelConfig(Section):
     """Key and value heads; fewer than `heads` is grouped-query attention."""
     ffn_width: int = Field(1368, ge=8)
     """Inner width of the SwiGLU block; 1368 has the parameters of a plain block of 2048 at width 512."""
+    head_width: int | None = Field(None, ge=2)
+    """Width of one head; null is `width` / `heads`."""
     context_length: int = Field(512, ge=8)
-    """Longest sequence in tokens."""
+    """Tokens of the sequences in training and evaluation."""
+    max_positions: int | None = Field(None, ge=8)
+    """Longest sequence the model is made for; null is `context_length`."""
     rope_theta: float = Field(10_000.0, gt=0)
     """Base of the rotary position angles."""
+    rope_scaling: RopeScalingConfig | None = None
+    """How the rotary frequencies are stretched; null leaves them as they are."""
     norm_epsilon: float = Field(1e-5, gt=0)
     """Added to the mean square in RMSNorm."""
     tied_head: bool = True
     """The output head shares the embedding matrix."""
+
+    @property
+    def width_per_head(self) -> int:
+        """Width of one head, whether it was set or follows from the others."""
+        return self.head_width or self.width // self.heads
+
+    @property
+    def positions(self) -> int:
+        """Longest sequence the model is made for."""
+        return self.max_positions or self.context_length
 
 
 class PhaseConfig(Section):
@@ -349,16 +398,29 @@ class Config(Section):
 def _impossible_combinations(config: Config) -> Any:
     """One sentence per combination of settings that cannot work, with the dotted name first."""
     model, experts, assembly = config.model, config.experts, config.assembly
-    if model.width % model.heads:
+    if model.head_width is None and model.width % model.heads:
         yield (
             f"model.width must be a multiple of model.heads ({model.heads}), but is {model.width}; "
             f"try {model.width // model.heads * model.heads or model.heads}"
         )
-    elif model.width // model.heads % 2:
+    elif model.width_per_head % 2:
         yield (
-            f"model.width / model.heads must be even for rotary positions, but is {model.width // model.heads}; "
-            "change model.heads"
+            f"model.head_width (or model.width / model.heads) must be even for rotary positions, but is "
+            f"{model.width_per_head}; change it or model.heads"
         )
+    if model.context_length > model.positions:
+        yield (
+            f"model.context_length must be at most model.max_positions ({model.positions}), but is "
+            f"{model.context_length}; lower it"
+        )
+    scaling = model.rope_scaling
+    if scaling and scaling.rope_type == "llama3":
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        if low is None or high is None or high <= low:
+            yield (
+                "model.rope_scaling of type llama3 must have a low_freq_factor and a larger high_freq_factor, but has "
+                f"{low} and {high}; set both"
+            )
     if model.heads % model.kv_heads:
         yield (
             f"model.heads must be a multiple of model.kv_heads ({model.kv_heads}), but is {model.heads}; "

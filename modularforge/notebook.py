@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +23,12 @@ from modularforge.assembly.assemble import assemble
 from modularforge.calibration.calibrator import Calibration, calibrate, even_mixture
 from modularforge.config import Config
 from modularforge.data.token_files import Tokens
-from modularforge.data.tokenizer import EOS, token_byte_lengths
+from modularforge.data.tokenizer import token_byte_lengths
 from modularforge.errors import ConfigError, DataError
 from modularforge.evaluation.losses import Measurement, measure
 from modularforge.model.backbone import Decoder, cross_entropy
 from modularforge.model.folder import load_model
+from modularforge.model.hub_config import CONFIG_NAME, end_tokens, read_config
 from modularforge.stages.calibrate import write_calibrated
 from modularforge.training.backbone_job import save_backbone, train_backbone
 from modularforge.training.distributed import World, default_device
@@ -39,11 +41,11 @@ __all__ = ["Evaluator", "LayerNormCalibrator", "ModuleTrainer", "SharedTrainer",
 Texts = Sequence[str]
 
 
-def encode(tokenizer: Tokenizer, texts: Texts) -> Tokens:
-    """Texts as one stream of ids, each between <bos> and <eos>."""
+def encode(tokenizer: Tokenizer, texts: Texts, end_token: int) -> Tokens:
+    """Texts as one stream of ids, each as the tokenizer encodes it and the token that ends a text."""
     if not texts:
         raise DataError("texts must hold at least one text, but is empty; pass some")
-    return np.concatenate([np.array([*found.ids, EOS]) for found in tokenizer.encode_batch_fast(list(texts))])
+    return np.concatenate([np.array([*found.ids, end_token]) for found in tokenizer.encode_batch_fast(list(texts))])
 
 
 class SharedTrainer:
@@ -111,7 +113,8 @@ class ModuleTrainer:
     def train(self, index: int, texts: Texts, validation_texts: Texts, output_dir: str) -> Artifact:
         """Train expert `index`; its result does not depend on the other experts."""
         world, name = World(device=default_device()), f"expert-{index}"
-        tokens, held_out = encode(self.tokenizer, texts), encode(self.tokenizer, validation_texts)
+        end = _end_token(self.backbone.values)
+        tokens, held_out = (encode(self.tokenizer, chosen, end) for chosen in (texts, validation_texts))
         metrics = paths.join(output_dir, "metrics", f"{name}.jsonl")
         job = Job(name, self.config.experts, self.config.training, metrics_url=metrics)
         model, losses = train_expert(self.config, index, self.backbone, tokens, held_out, job, world)
@@ -151,8 +154,9 @@ class LayerNormCalibrator:
         """
         if len(validation_texts) < 2:
             raise DataError(f"validation_texts must hold at least 2 texts, but holds {len(validation_texts)}; add some")
-        decide, fitted = (encode(self.tokenizer, validation_texts[start::2]) for start in (0, 1))
         artifact = open_artifact(model_path)
+        end = _end_token(artifact.read_json(CONFIG_NAME))
+        decide, fitted = (encode(self.tokenizer, validation_texts[start::2], end) for start in (0, 1))
         model = load_model(artifact.local_folder()).to(default_device())
         job = Job("calibration", self.config.calibration, self.config.training)
         seed, lengths = derived_seed(self.config.seed, "calibration order"), _byte_lengths(self.tokenizer)
@@ -174,10 +178,19 @@ class Evaluator:
     def evaluate(self, model_path: str, texts: Mapping[str, Texts]) -> Measurement:
         """Loss, perplexity and bits per byte of each domain (by name), and routing counts of an assembled model."""
         folder = open_artifact(model_path).local_folder() if not Path(model_path).is_dir() else Path(model_path)
-        domains = {label: encode(self.tokenizer, found) for label, found in texts.items()}
+        end = _end_token(read_config(folder))
+        domains = {label: encode(self.tokenizer, found, end) for label, found in texts.items()}
         limit, lengths = self.config.evaluation.tokens_per_domain, _byte_lengths(self.tokenizer)
         batch_size, device = self.config.evaluation.batch_size, default_device()
-        return measure(load_model(folder), domains, lengths, batch_size, limit, device)
+        context = self.config.model.context_length
+        return measure(load_model(folder), domains, lengths, batch_size, limit, device, context)
+
+
+def _end_token(values: Mapping[str, Any]) -> int:
+    """The token that ends a text, from a model's config.json; raises DataError."""
+    if found := end_tokens(values):
+        return found[0]
+    raise DataError("the model's config.json must name an eos_token_id, but names none; add the id that ends a text")
 
 
 def _byte_lengths(tokenizer: Tokenizer) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 from checkpoints import Artifact, find_artifact, paths
 from checkpoints.errors import MissingArtifactError
-from modularforge.config import Config
+from modularforge.config import Config, ModelConfig
 from modularforge.errors import MismatchError
 
 Finder = Callable[[str], Artifact | None]
@@ -42,14 +42,18 @@ SCHEDULE = (
     "experts.warmup_steps",
     "experts.weight_decay",
 )
+SHAPE = tuple(f"model.{name}" for name in ModelConfig.model_fields if name != "pretrained")
+"""The model, wherever its files lie: a pretrained one is an input, known by its bytes."""
 EXPERT = (*SCHEDULE, "experts.anchored", "experts.init", "experts.z_loss", "experts.statistics_tokens")
 
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("corpus", "{data}", ("data", "seed"), (), "prepare-data"),
+        Stage("corpus", "{data}", ("data", "seed"), ("tokenizer",), "prepare-data"),
         Stage("partitions", "{data}/partitions", ("partition", "experts.count", "seed"), ("corpus",), "prepare-data"),
-        Stage("backbone", "backbone", ("model", "backbone", *ARITHMETIC), ("corpus",), "train --only backbone"),
+        Stage(
+            "backbone", "backbone", (*SHAPE, "backbone", *ARITHMETIC), ("corpus", "pretrained"), "train --only backbone"
+        ),
         Stage(
             "expert",
             "experts/expert-{index}",
@@ -223,11 +227,23 @@ def input_fingerprints(
         elif needed == "experts":
             for expert, artifact in chosen_experts(config, find).items():
                 found[f"expert-{expert}"] = artifact.manifest.fingerprint
+        elif needed in ("tokenizer", "pretrained"):
+            found.update(_pretrained_input(config, needed))
         elif needed == "corpus":
             found[needed] = contents(require(config, needed, find=find))
         else:
             found[needed] = require(config, needed, find=find).manifest.fingerprint
     return found
+
+
+def _pretrained_input(config: Config, needed: str) -> dict[str, str]:
+    """Identity of the pretrained model or of its tokenizer; nothing where the run starts from random weights."""
+    if config.model.pretrained is None:
+        return {}
+    from modularforge.pretrained.identity import model_identity, tokenizer_identity
+
+    identity = tokenizer_identity if needed == "tokenizer" else model_identity
+    return {needed: identity(config.model.pretrained)}
 
 
 def _difference(plan: Plan, artifact: Artifact) -> str:

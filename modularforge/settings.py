@@ -62,6 +62,7 @@ def load_config(
     """Read, merge and validate; raises ConfigError with one line per mistake."""
     values = read_yaml(path)
     if smoke_test:
+        values["model"] = _without_pretrained(values.get("model"))
         _merge(values, SMOKE_TEST)
         values["data"]["sources"] = sample_sources()
         values["output_dir"] = f"{str(values.get('output_dir', 'runs/default')).rstrip('/')}-smoke-test"
@@ -75,8 +76,22 @@ def load_config(
     return make_config(values, path)
 
 
+def _without_pretrained(model: Any) -> Any:
+    """Settings of the model for a smoke test, which trains a tiny one of its own."""
+    return {} if isinstance(model, Mapping) and model.get("pretrained") else model
+
+
 def make_config(values: Mapping[str, Any], origin: str) -> Config:
-    """Validate plain values; `origin` names them in the error."""
+    """Validate plain values; `origin` names them in the error. A pretrained model is asked for its shape."""
+    config = _validate(values, origin)
+    if config.model.pretrained is None:
+        return config
+    from modularforge.pretrained.shape import with_pretrained_shape
+
+    return _validate(with_pretrained_shape(values, config.model.pretrained), origin)
+
+
+def _validate(values: Mapping[str, Any], origin: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:

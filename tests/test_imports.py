@@ -23,7 +23,7 @@ TORCH_FREE_FOR_LAUNCHER = {
     "modularforge.log",
     "modularforge.provenance",
 }
-TORCH_FREE_MODEL = {"modularforge.model.names", "modularforge.model.hub_config", "modularforge.model.sizes"}
+TORCH_FREE_MODEL = {f"modularforge.model.{name}" for name in ("names", "hub_config", "hub_support", "sizes")}
 PLAIN = {"modularforge.config", "modularforge.errors", "modularforge.log"}
 
 

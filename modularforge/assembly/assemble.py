@@ -41,11 +41,12 @@ Rows = NDArray[np.float32]
 def assemble(config: Config, backbone: Artifact, experts: list[Artifact], folder: Path) -> dict[str, Any]:
     """Write the model folder; returns facts for the manifest. Raises MismatchError when an expert does not belong."""
     check_same_backbone(backbone, experts)
-    layers = int(backbone.read_json(CONFIG_NAME)["num_hidden_layers"])
+    values = backbone.read_json(CONFIG_NAME)
+    layers, family = int(values["num_hidden_layers"]), names.family_of(values["model_type"])
     with tempfile.TemporaryDirectory() as scratch:
         router_file = Path(scratch) / "router.safetensors"
-        save_file(router_rows(config, experts, layers), router_file)
-        plan = _plan(config, backbone, experts, router_file, layers)
+        save_file(router_rows(config, experts, layers, family), router_file)
+        plan = _plan(config, backbone, experts, router_file, layers, family)
         execute(plan, folder)
     if plan.index:
         write_json(folder / INDEX_NAME, plan.index)
@@ -66,11 +67,13 @@ def check_same_backbone(backbone: Artifact, experts: list[Artifact]) -> None:
             )
 
 
-def router_rows(config: Config, experts: list[Artifact], layers: int) -> dict[str, Rows]:
+def router_rows(
+    config: Config, experts: list[Artifact], layers: int, family: names.Family = "llama"
+) -> dict[str, Rows]:
     """The router matrix of every layer, by name, float32 [R, D]."""
     settings, kept = config.assembly, config.has_public_expert
     if settings.router == "learned":
-        return {names.gate(layer): _learned(experts, layer, kept) for layer in range(layers)}
+        return {(name := names.gate(layer, family)): _learned(experts, name, kept) for layer in range(layers)}
     statistics = [load_statistics(expert.local_file(STATISTICS_NAME)) for expert in experts]
     rows: dict[str, Rows] = {}
     for layer in range(layers):
@@ -86,16 +89,18 @@ def router_rows(config: Config, experts: list[Artifact], layers: int) -> dict[st
         else:
             solved = uniform(count, width)
         # safetensors writes an array's memory as it lies: a transposed one would be saved scrambled.
-        rows[names.gate(layer)] = np.ascontiguousarray(solved, dtype=np.float32)
+        rows[names.gate(layer, family)] = np.ascontiguousarray(solved, dtype=np.float32)
     return rows
 
 
-def _learned(experts: list[Artifact], layer: int, public_expert: bool) -> Rows:
-    rows = [load_file(expert.local_file(ROUTER_NAME))[names.gate(layer)] for expert in experts]
+def _learned(experts: list[Artifact], name: str, public_expert: bool) -> Rows:
+    rows = [load_file(expert.local_file(ROUTER_NAME))[name] for expert in experts]
     return np.ascontiguousarray(with_public(np.concatenate(rows), public_expert), dtype=np.float32)
 
 
-def _plan(config: Config, backbone: Artifact, experts: list[Artifact], router_file: Path, layers: int) -> MergePlan:
+def _plan(
+    config: Config, backbone: Artifact, experts: list[Artifact], router_file: Path, layers: int, family: names.Family
+) -> MergePlan:
     public_slot = 0 if config.has_public_expert else None
     spans = merged_spans(
         _spans(backbone, WEIGHTS_NAME),
@@ -103,6 +108,7 @@ def _plan(config: Config, backbone: Artifact, experts: list[Artifact], router_fi
         read_header(str(router_file)),
         layers,
         public_slot,
+        family,
     )
     return plan_merge(spans, config.assembly.max_shard_bytes)
 
@@ -119,9 +125,10 @@ def _write_small_files(config: Config, backbone: Artifact, count: int, folder: P
     active = count if config.assembly.router == "uniform" else config.assembly.experts_per_token
     if active > count:
         raise ConfigError(f"assembly.experts_per_token must be at most {count}, but is {active}; lower it")
-    write_json(folder / CONFIG_NAME, moe_config(model, vocab_size, count, active))
+    write_json(folder / CONFIG_NAME, moe_config(model, vocab_size, count, active, values))
     for name in (GENERATION_NAME, *TOKENIZER_FILES):
-        shutil.copyfile(source / name, folder / name)
+        if name in backbone.manifest.files:
+            shutil.copyfile(source / name, folder / name)
     sizes = model_sizes(model, vocab_size, count, active)
     return {
         "experts": count,

@@ -39,8 +39,8 @@ class TensorSpan:
 class OutputTensor:
     """One tensor to write: where its bytes come from, and what becomes of them on the way.
 
-    The values of `span` are converted to `dtype`. A matrix may grow: `columns` more at the end of every row, taken from
-    `beside` (float32, as many rows) or zero, then `rows` more rows of zeros.
+    The values of `span` are converted to `dtype`. A matrix may grow: `columns` more at the end of every row, those of
+    `beside` or zeros, then `rows` more rows, those of `below` or zeros; both float32.
     """
 
     span: TensorSpan
@@ -48,6 +48,7 @@ class OutputTensor:
     columns: int = 0
     rows: int = 0
     beside: TensorSpan | None = None
+    below: TensorSpan | None = None
 
     @property
     def is_copy(self) -> bool:
@@ -138,6 +139,7 @@ def merged_spans(
     routers: Mapping[str, TensorSpan],
     layers: int,
     public_slot: int | None,
+    family: names.Family = "llama",
 ) -> dict[str, TensorSpan]:
     """Tensors of the assembled model by name.
 
@@ -147,7 +149,9 @@ def merged_spans(
     """
     merged = {name: span for name, span in backbone.items() if names.is_shared(name)}
     if public_slot is not None:
-        merged.update({names.dense_to_expert(n, public_slot): s for n, s in backbone.items() if names.is_dense_ffn(n)})
+        merged.update(
+            {names.dense_to_expert(n, public_slot, family): s for n, s in backbone.items() if names.is_dense_ffn(n)}
+        )
     for slot, spans in experts.items():
         by_place = {(p[0], p[2]): span for name, span in spans.items() if (p := names.expert_position(name))}
         for layer in range(layers):
@@ -157,7 +161,7 @@ def merged_spans(
                     span, backbone[names.dense_ffn(layer, part)], f"expert in slot {slot}, layer {layer}, {part}"
                 )
                 assert span is not None
-                merged[names.expert_ffn(layer, slot, part)] = span
+                merged[names.expert_ffn(layer, slot, part, family)] = span
     return {**merged, **routers}
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from checkpoints import ArtifactWriter, FileEntry, paths
 from checkpoints.parallel import consumer, in_order
-from modularforge.assembly.convert import NUMPY_OF, converted, widened
+from modularforge.assembly.convert import converted, widened
 from modularforge.assembly.plan import ITEM_BYTES, MergePlan, OutputFile, OutputTensor, TensorSpan
 from modularforge.errors import DataError, MismatchError
 from modularforge.log import Progress, progress
@@ -111,7 +111,15 @@ def _on_the_way(piece: Piece, content: Data, sources: Sources) -> Iterator[tuple
         values = widened(values.reshape(-1, tensor.span.shape[1]), tensor.columns, beside)
     yield _bytes_of(values), piece.is_last and not tensor.rows
     if piece.is_last and tensor.rows:
-        yield bytes(tensor.rows * tensor.shape[1] * ITEM_BYTES[tensor.dtype]), True
+        yield _below(tensor, sources), True
+
+
+def _below(tensor: OutputTensor, sources: Sources) -> Data:
+    """The rows below a matrix, in the output's type."""
+    if tensor.below is None:
+        return bytes(tensor.rows * tensor.shape[1] * ITEM_BYTES[tensor.dtype])
+    content = sources.bytes_of(tensor.below, 0, tensor.below.length)
+    return _bytes_of(converted(content, tensor.below.dtype, tensor.dtype))
 
 
 def _beside(piece: Piece, sources: Sources) -> Any:

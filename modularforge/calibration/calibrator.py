@@ -64,11 +64,14 @@ def calibrate(
 
     def held_out() -> Measurement:
         evaluation = config.evaluation
-        return measure(model, decide, byte_lengths, evaluation.batch_size, evaluation.tokens_per_domain, world.device)
+        limits = evaluation.batch_size, evaluation.tokens_per_domain
+        return measure(model, decide, byte_lengths, *limits, world.device, context)
 
+    stored = {name: weight.dtype for name, weight in model.named_parameters()}
+    model.float()
     choose_parameters(model, config.calibration)
-    before = held_out().mean_loss
-    context, batch = model.config.context_length, config.calibration.batch_size
+    context = min(config.model.context_length, model.config.positions)
+    before, batch = held_out().mean_loss, config.calibration.batch_size
     fit(
         model,
         language_loss,
@@ -77,7 +80,11 @@ def calibrate(
         lambda: held_out().mean_loss,
         world,
     )
-    changed = {name: weight.detach().cpu() for name, weight in model.named_parameters() if weight.requires_grad}
+    changed = {}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            changed[name] = weight.detach().cpu().to(stored[name])
+            weight.data.copy_(changed[name])  # judged as it will be stored
     return Calibration(before, held_out().mean_loss, changed)
 
 

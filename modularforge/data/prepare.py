@@ -12,6 +12,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,19 @@ from tokenizers import Tokenizer
 
 from checkpoints import paths
 from modularforge.config import Config, SourceConfig
+from modularforge.data.adopted_tokenizer import adopt_tokenizer
 from modularforge.data.corpus import SPLITS, Document, Split, read_documents
 from modularforge.data.files import find_files
 from modularforge.data.shards import Shard, tokenise
 from modularforge.data.token_files import LABEL_LIMIT, TokenFileWriter
-from modularforge.data.tokenizer import load_tokenizer, save_tokenizer, take_bytes, train_tokenizer
+from modularforge.data.tokenizer import (
+    EOS,
+    load_tokenizer,
+    save_tokenizer,
+    take_bytes,
+    train_tokenizer,
+    vocabulary_size,
+)
 from modularforge.errors import DataError
 from modularforge.log import logger, progress
 
@@ -33,19 +42,25 @@ from modularforge.log import logger, progress
 FORMAT = 1
 
 
-def prepare_corpus(config: Config, scratch: Path, output: Path) -> dict[str, Any]:
+def prepare_corpus(config: Config, scratch: Path, output: Path, pretrained: Path | None = None) -> dict[str, Any]:
     """Write tokenizer, token files `train`, `validation`, `test` and `metadata.json` into `output`; return the last.
 
+    The tokenizer is learned, or taken from the model folder `pretrained`.
     `scratch` must be the same folder when a killed run is repeated; the caller deletes it once `output` is committed.
     """
-    work = _own_scratch(scratch, describe_corpus(config))
-    tokenizer = _learn_tokenizer(config, work / "tokenizer.json")
-    save_tokenizer(tokenizer, output)
+    work = _own_scratch(scratch, describe_corpus(config, pretrained))
+    if pretrained is not None:
+        tokenizer, end_token = adopt_tokenizer(pretrained, output)
+    else:
+        tokenizer, end_token = _learn_tokenizer(config, work / "tokenizer.json"), EOS
+        save_tokenizer(tokenizer, output)
     labels = [source.name for source in config.data.sources if source.label_field is None]
     dropped: Counter[str] = Counter()
-    splits = {split: _write_split(config, split, tokenizer, work, output, labels, dropped) for split in SPLITS}
+    encoder = _Encoder(tokenizer, end_token, work)
+    splits = {split: _write_split(config, split, encoder, output, labels, dropped) for split in SPLITS}
     metadata = {
-        "vocab_size": tokenizer.get_vocab_size(),
+        "vocab_size": vocabulary_size(tokenizer),
+        "end_token": end_token,
         "seed": config.seed,
         "labels": labels,
         "splits": splits,
@@ -56,10 +71,21 @@ def prepare_corpus(config: Config, scratch: Path, output: Path) -> dict[str, Any
     return metadata
 
 
-def describe_corpus(config: Config) -> str:
-    """A hash of the data settings and of the names, sizes and times of the files they name."""
+@dataclass(frozen=True)
+class _Encoder:
+    """How documents become tokens, and where the shards of an unfinished run lie."""
+
+    tokenizer: Tokenizer
+    end_token: int
+    work: Path
+
+
+def describe_corpus(config: Config, pretrained: Path | None = None) -> str:
+    """A hash of the data settings, of the names, sizes and times of the files they name, and of a given tokenizer."""
     files = {url: _file_key(url) for source in config.data.sources for url in _files_of(source)}
     facts = {"format": FORMAT, "data": config.data.model_dump(), "files": files, "tokenizers": tokenizers.__version__}
+    if pretrained is not None:
+        facts["tokenizer"] = hashlib.sha256((pretrained / "tokenizer.json").read_bytes()).hexdigest()
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
@@ -91,8 +117,7 @@ def _sample_texts(config: Config) -> Iterator[str]:
 def _write_split(
     config: Config,
     split: Split,
-    tokenizer: Tokenizer,
-    work: Path,
+    encoder: _Encoder,
     output: Path,
     labels: list[str],
     dropped: Counter[str],
@@ -102,10 +127,10 @@ def _write_split(
     documents = _documents(config, split, dropped if split == "train" else None)
     started, done = time.monotonic(), Counter[str]()
     with (
-        TokenFileWriter(output, split, tokenizer.get_vocab_size()) as writer,
+        TokenFileWriter(output, split, vocabulary_size(encoder.tokenizer)) as writer,
         progress(f"tokenise {split}", None, "documents") as bar,
     ):
-        for shard in tokenise(documents, tokenizer, work, split):
+        for shard in tokenise(documents, encoder.tokenizer, encoder.work, split, encoder.end_token):
             writer.add(shard.tokens, shard.lengths, _global_labels(shard, labels))
             _count(shard, totals)
             done.update(documents=len(shard.lengths), bytes=int(shard.text_bytes.sum()))

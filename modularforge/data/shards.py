@@ -22,7 +22,7 @@ from checkpoints.paths import write_atomically
 from modularforge.data.background import in_background
 from modularforge.data.corpus import Document
 from modularforge.data.token_files import token_dtype
-from modularforge.data.tokenizer import EOS
+from modularforge.data.tokenizer import EOS, vocabulary_size
 
 SHARD_BYTES = 8 << 20
 # An Encoding takes over 100 bytes a token, so a shard goes through the tokenizer in smaller batches.
@@ -50,20 +50,22 @@ class _Group:
     text_bytes: list[int]
 
 
-def tokenise(documents: Iterable[Document], tokenizer: Tokenizer, folder: Path, name: str) -> Iterator[Shard]:
-    """The shards of a stream of documents, each `<bos>` text `<eos>`; those already in `folder` are only loaded.
+def tokenise(
+    documents: Iterable[Document], tokenizer: Tokenizer, folder: Path, name: str, end_token: int = EOS
+) -> Iterator[Shard]:
+    """The shards of a stream of documents, each as the tokenizer encodes it (`<bos>` text) and `end_token`.
 
-    `folder` belongs to one tokenizer: shards of another must not lie in it.
+    Those already in `folder` are only loaded. It belongs to one tokenizer: shards of another must not lie in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     batches = _encode(in_background(_group(documents, folder, name), depth=1), tokenizer)
-    dtype, parts = token_dtype(tokenizer.get_vocab_size()), _Parts()
+    dtype, parts = token_dtype(vocabulary_size(tokenizer)), _Parts(end_token)
     for group, encodings, is_last in in_background(batches):
         parts.add(encodings, dtype)
         if is_last and not group.path.exists():
             _write_shard(group, parts)
         if is_last:
-            parts = _Parts()
+            parts = _Parts(end_token)
             yield read_shard(group.path)
 
 
@@ -78,13 +80,15 @@ def read_shard(path: Path) -> Shard:
 class _Parts:
     """The tokens of a shard while its batches come."""
 
+    end_token: int
     tokens: list[npt.NDArray[Any]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
 
     def add(self, encodings: list[Encoding], dtype: np.dtype[Any]) -> None:
         for encoding in encodings:
             ids = encoding.ids
-            ids.append(EOS)
+            if ids[-1:] != [self.end_token]:  # some pretrained tokenizers put it there themselves
+                ids.append(self.end_token)
             self.tokens.append(np.array(ids, dtype))
             self.lengths.append(len(ids))
 

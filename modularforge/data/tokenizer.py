@@ -1,7 +1,8 @@
-"""One byte-level BPE tokenizer for backbone and experts, trained here and stored as Hugging Face's ``tokenizer.json``.
+"""One tokenizer for backbone and experts, stored as Hugging Face's ``tokenizer.json``: a byte-level BPE trained here.
 
 Nothing is ever unknown, because all 256 bytes are in the vocabulary, and decoding gives back the exact text. Special
 tokens come from us alone: ``<eos>`` (or WikiText's ``<unk>``) typed in a text is ordinary text of ordinary tokens.
+A pretrained model brings a tokenizer of its own (adopted_tokenizer.py), of which only the last sentence holds.
 """
 
 from __future__ import annotations
@@ -56,16 +57,33 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         raise DataError(f"{file} must be a tokenizer, but cannot be read ({error}); run prepare-data again") from error
     # Not part of the file, so every reader must set it: text never becomes a special token.
     tokenizer.encode_special_tokens = True
+    # Files of pretrained models may carry both; documents are neither cut nor padded here.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id: pretrained vocabularies may have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def token_byte_lengths(tokenizer: Tokenizer) -> npt.NDArray[np.int32]:
     """Bytes of text that each token stands for, [V]; 0 for special tokens. Bits per byte divides by their sum."""
-    lengths_V = np.zeros(tokenizer.get_vocab_size(), dtype=np.int32)
+    lengths_V = np.zeros(vocabulary_size(tokenizer), dtype=np.int32)
+    # A byte-level token is written with one stand-in character for each of its bytes.
+    length_of = len if "ByteLevel" in str(tokenizer.decoder) else _plain_length
     for token, index in tokenizer.get_vocab().items():
-        # A byte-level token is written with one stand-in character for each of its bytes.
-        lengths_V[index] = 0 if token in SPECIAL_TOKENS else len(token)
+        lengths_V[index] = length_of(token)
+    for index, added in tokenizer.get_added_tokens_decoder().items():
+        lengths_V[index] = 0 if added.special else len(added.content.encode())
     return lengths_V
+
+
+def _plain_length(token: str) -> int:
+    """Bytes of a token in SentencePiece's spelling: a blank is ▁, a lone byte is <0x0A>."""
+    is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+    return 1 if is_byte else len(token.replace("▁", " ").encode())
 
 
 def take_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:

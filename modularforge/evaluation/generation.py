@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -28,19 +29,30 @@ class Sampling:
     seed: int = 0
 
 
-def generate(model: Decoder, tokenizer: Tokenizer, prompt: str, new_tokens: int, sampling: Sampling) -> str:
-    """The continuation of `prompt` (without it), at most `new_tokens` long, ending early at `<eos>`."""
+def generate(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompt: str,
+    new_tokens: int,
+    sampling: Sampling,
+    end_tokens: Collection[int] = (EOS,),
+) -> str:
+    """The continuation of `prompt` (without it), at most `new_tokens` long, ending early at one of `end_tokens`."""
     try:
         ids = tokenizer.encode(prompt).ids
     except TypeError as error:  # what tokenizers says of text with halves of characters
         raise DataError("a prompt must be valid Unicode, but is not; type it again in UTF-8") from error
-    if ids and ids[-1] == EOS:
-        raise DataError("a prompt must not end with <eos>, since nothing follows the end of a text; shorten the prompt")
+    if not ids:
+        raise DataError("a prompt must have at least one token, but is empty; type a word")
+    if ids[-1] in end_tokens:
+        raise DataError(
+            "a prompt must not end with the end of a text, since nothing follows the end of a text; shorten the prompt"
+        )
     device = model.lm_head.weight.device
     generator = torch.Generator().manual_seed(sampling.seed)
     model.eval()
     with torch.inference_mode():
-        new = _continue(model, ids, new_tokens, sampling, generator, device)
+        new = _continue(model, ids, new_tokens, sampling, end_tokens, generator, device)
     text: str = tokenizer.decode(new)
     return text
 
@@ -50,6 +62,7 @@ def _continue(
     ids: list[int],
     new_tokens: int,
     sampling: Sampling,
+    end_tokens: Collection[int],
     generator: torch.Generator,
     device: torch.device,
 ) -> list[int]:
@@ -62,7 +75,7 @@ def _continue(
             pending, cache = (ids + new)[-limit // 2 :], KeyValueCache()
         logits_V = model(torch.tensor([pending], device=device), cache)[0, -1]
         token = choose_token(logits_V.float().cpu(), sampling, generator)
-        if token == EOS:
+        if token in end_tokens:
             break
         new.append(token)
         pending = [token]

@@ -76,18 +76,21 @@ def measure(
     batch_size: int,
     max_tokens: int,
     device: torch.device,
+    context_length: int | None = None,
 ) -> Measurement:
     """Losses (float32) on each domain's token stream, and routing counts where the model has routers.
 
-    `byte_lengths` [V] is the number of bytes each token stands for.
+    `byte_lengths` [V] is the number of bytes each token stands for; windows have `context_length` tokens, or as many as
+    the model is made for where that is less.
     """
     model.to(device).eval()
     byte_lengths = byte_lengths.to(device)
     found = Measurement()
     observe_routing(model)
+    window = min(context_length or model.config.positions, model.config.positions)
     with torch.inference_mode():
         for label, tokens in domains.items():
-            batches = evaluation_batches(tokens, model.config.context_length, batch_size, max_tokens)
+            batches = evaluation_batches(tokens, window, batch_size, max_tokens)
             found.domains[label], routing = _measure_domain(model, batches, byte_lengths, device)
             if routing is not None:
                 found.routing[label] = routing

@@ -21,6 +21,6 @@ def build_soup(backbone: Backbone, experts: Sequence[Artifact]) -> Decoder:
     for expert in experts:
         for name, tensor in load_file(expert.local_file(EXPERT_NAME)).items():
             dense = names.expert_to_dense(name)
-            total[dense] = total[dense] + tensor if dense in total else tensor
-    mean = {name: tensor / len(experts) for name, tensor in total.items()}
+            total[dense] = total[dense] + tensor if dense in total else tensor.float()
+    mean = {name: (tensor / len(experts)).to(backbone.tensors[name].dtype) for name, tensor in total.items()}
     return fill(backbone.model(), {**backbone.tensors, **mean})

@@ -36,10 +36,11 @@ def measure_models(
     results: Results = {"name": config.name, "domains": list(domains), "models": {}, "routing": {}, "samples": {}}
     for name, load in loaders.items():
         model = load().to(device)
-        found = measure(model, domains, corpus.byte_lengths, config.evaluation.batch_size, limit, device)
+        context, batch_size = config.model.context_length, config.evaluation.batch_size
+        found = measure(model, domains, corpus.byte_lengths, batch_size, limit, device, context)
         results["models"][name] = {
             **_losses(found),
-            **_sizes(model, corpus.vocab_size),
+            **_sizes(model),
             "training_tokens": training_tokens.get(name),
         }
         logger.info("%s: mean test loss %.4f", name, found.mean_loss)
@@ -55,12 +56,12 @@ def sample_texts(config: Config, corpus: Corpus, model: Decoder) -> list[dict[st
     """Greedy and sampled continuations of the prompts."""
     settings = config.evaluation
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, config.seed)
-    greedy = Sampling(temperature=0)
+    greedy, ends = Sampling(temperature=0), (corpus.end_token,)
     return [
         {
             "prompt": prompt,
-            "greedy": generate(model, corpus.tokenizer, prompt, settings.sample_tokens, greedy),
-            "sampled": generate(model, corpus.tokenizer, prompt, settings.sample_tokens, sampling),
+            "greedy": generate(model, corpus.tokenizer, prompt, settings.sample_tokens, greedy, ends),
+            "sampled": generate(model, corpus.tokenizer, prompt, settings.sample_tokens, sampling, ends),
         }
         for prompt in settings.prompts
     ]
@@ -110,11 +111,11 @@ def _losses(found: Measurement) -> Results:
     }
 
 
-def _sizes(model: Decoder, vocab_size: int) -> Results:
+def _sizes(model: Decoder) -> Results:
     """Sizes as the model runs: an anchored expert's own model is a mixture of two."""
     layers = moe_layers(model)
     experts, active = (len(layers[0].experts), layers[0].experts_per_token) if layers else (1, 1)
-    sizes = model_sizes(model.config, vocab_size, experts, active)
+    sizes = model_sizes(model.config, model.vocab_size, experts, active)
     return {
         "parameters": sizes.parameters,
         "active_parameters": sizes.active_parameters,

@@ -12,27 +12,29 @@ from modularforge.errors import DataError
 from modularforge.evaluation.generation import Sampling, generate
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import load_model
+from modularforge.model.hub_config import end_tokens, read_config
 from modularforge.training.distributed import default_device
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model and its tokenizer."""
+    """A model, its tokenizer, and the tokens that end a text."""
 
     model: Decoder
     tokenizer: Tokenizer
+    end_tokens: tuple[int, ...]
 
 
 def load_for_generation(url: str) -> Loaded:
     """Read a model folder: an artifact of any store, or any folder with config, weights and tokenizer."""
     folder = local_model_folder(url)
     model = load_model(folder).to(default_device())
-    return Loaded(model, load_tokenizer(folder / "tokenizer.json"))
+    return Loaded(model, load_tokenizer(folder / "tokenizer.json"), end_tokens(read_config(folder)))
 
 
 def continue_text(loaded: Loaded, prompt: str, tokens: int, sampling: Sampling) -> str:
     """The continuation of a prompt."""
-    return generate(loaded.model, loaded.tokenizer, prompt, tokens, sampling)
+    return generate(loaded.model, loaded.tokenizer, prompt, tokens, sampling, loaded.end_tokens)
 
 
 def talk(loaded: Loaded, tokens: int, sampling: Sampling) -> None:

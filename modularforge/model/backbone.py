@@ -1,6 +1,7 @@
 """The dense decoder: pre-norm, RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases.
 
-Plain single-device modules whose parameter names and shapes are those of Hugging Face's Llama; the mixture-of-experts
+Plain single-device modules whose parameter names and shapes are those of Hugging Face's Llama and Qwen3 (which
+normalises queries and keys as well); the mixture-of-experts
 model is the same decoder with another feed-forward block (see moe.py). Parallelism and compilation come from outside.
 """
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modularforge.config import ModelConfig
+from modularforge.model.rotary import rotary_angles, rotary_frequencies
 
 INITIAL_STD = 0.02
 
@@ -54,14 +56,6 @@ class KeyValueCache:
         return key_BKTH, value_BKTH
 
 
-def rotary_angles(head_width: int, theta: float, length: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [length, H] of the rotary positions in Llama's half-split layout (arXiv 2104.09864)."""
-    frequencies = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
-    angles_TH = torch.cat([angles, angles], dim=-1)
-    return angles_TH.cos(), angles_TH.sin()
-
-
 def rotate(x_BNTH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     """Turn each pair (i, i + H/2) of a head by its position's angle."""
     left, right = x_BNTH.chunk(2, dim=-1)
@@ -75,17 +69,20 @@ class Attention(nn.Module):
     def __init__(self, model: ModelConfig, layer: int) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.layer = model.heads, model.kv_heads, layer
-        self.head_width = model.width // model.heads
+        self.head_width = model.width_per_head
         self.q_proj = nn.Linear(model.width, model.heads * self.head_width, bias=False)
         self.k_proj = nn.Linear(model.width, model.kv_heads * self.head_width, bias=False)
         self.v_proj = nn.Linear(model.width, model.kv_heads * self.head_width, bias=False)
         self.o_proj = nn.Linear(model.heads * self.head_width, model.width, bias=False)
+        normalises = model.family == "qwen3"
+        self.q_norm = RMSNorm(self.head_width, model.norm_epsilon) if normalises else nn.Identity()
+        self.k_norm = RMSNorm(self.head_width, model.norm_epsilon) if normalises else nn.Identity()
 
     def forward(self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor, cache: KeyValueCache | None) -> Tensor:
         """Mix each position with those before it; `cos`/`sin` are of the T new positions."""
         B, T, _ = x_BTD.shape
-        query = self.q_proj(x_BTD).view(B, T, self.heads, self.head_width).transpose(1, 2)
-        key = self.k_proj(x_BTD).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)
+        query = self.q_norm(self.q_proj(x_BTD).view(B, T, self.heads, self.head_width)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(x_BTD).view(B, T, self.kv_heads, self.head_width)).transpose(1, 2)
         value = self.v_proj(x_BTD).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)
         query, key = rotate(query, cos_TH, sin_TH), rotate(key, cos_TH, sin_TH)
         mask = None
@@ -161,11 +158,9 @@ class Decoder(nn.Module):
         self.restore_positions()
 
     def restore_positions(self) -> None:
-        """Compute the rotary angles anew: they are not saved, and a model built on the meta device lacks them."""
-        config, device = self.config, self.lm_head.weight.device
-        cos, sin = rotary_angles(config.width // config.heads, config.rope_theta, config.context_length)
-        self.register_buffer("cos", cos.to(device), persistent=False)
-        self.register_buffer("sin", sin.to(device), persistent=False)
+        """Compute the rotary frequencies anew: they are not saved, and a model built on the meta device lacks them."""
+        frequencies_H2, self.angle_scale = rotary_frequencies(self.config)
+        self.register_buffer("frequencies", frequencies_H2.to(self.lm_head.weight.device), persistent=False)
 
     @property
     def blocks(self) -> list[Block]:
@@ -175,11 +170,11 @@ class Decoder(nn.Module):
     def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Logits [B, T, V] of the next token at every position; with a cache, T new tokens after those it holds."""
         start = cache.length if cache is not None else 0
-        cos, sin = self.get_buffer("cos"), self.get_buffer("sin")
-        positions = slice(start, start + tokens_BT.shape[1])
+        positions = range(start, start + tokens_BT.shape[1])
+        cos_TH, sin_TH = rotary_angles(self.get_buffer("frequencies"), positions, self.angle_scale)
         x_BTD = self.model.embed_tokens(tokens_BT)
         for block in self.blocks:
-            x_BTD = block(x_BTD, cos[positions], sin[positions], cache)
+            x_BTD = block(x_BTD, cos_TH, sin_TH, cache)
         logits_BTV: Tensor = self.lm_head(self.model.norm(x_BTD))
         return logits_BTV
 

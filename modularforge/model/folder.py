@@ -6,6 +6,7 @@ The assembled model's weights are not written here but streamed by the assembler
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from modularforge.errors import DataError, MismatchError
 from modularforge.model import names
 from modularforge.model.backbone import Decoder, build_backbone
-from modularforge.model.hub_config import INDEX_NAME, WEIGHTS_NAME, model_config_of, read_config
+from modularforge.model.hub_config import INDEX_NAME, WEIGHTS_NAME, is_moe, model_config_of, read_config
 from modularforge.model.moe import build_anchored_pair, build_moe
 
 
@@ -56,11 +57,27 @@ def load_model(folder: Path) -> Decoder:
     values = read_config(folder)
     model, vocab_size = model_config_of(values), int(values["vocab_size"])
     with torch.device("meta"):
-        if values["model_type"] == "mixtral":
-            decoder = build_moe(model, vocab_size, values["num_local_experts"], values["num_experts_per_tok"])
+        if is_moe(values):
+            experts = values.get("num_local_experts") or values["num_experts"]
+            decoder = build_moe(model, vocab_size, experts, values["num_experts_per_tok"])
         else:
             decoder = build_backbone(model, vocab_size)
     return fill(decoder, read_tensors(folder))
+
+
+def load_pretrained(folder: Path) -> Decoder:
+    """A pretrained dense model in a folder, in float32 for training."""
+    values = read_config(folder)
+    model, vocab_size = model_config_of(values), int(values["vocab_size"])
+    with torch.device("meta"):
+        decoder = build_backbone(model, vocab_size)
+    tensors = read_tensors(folder)
+    return fill(decoder, {n: t for n, t in tensors.items() if not names.is_redundant(n, model.tied_head)}).float()
+
+
+def cast_like(tensors: dict[str, Tensor], types: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """The tensors in the types that `types` names; what was trained in float32 is stored as it was before."""
+    return {name: tensor.to(types[name]).contiguous() for name, tensor in tensors.items()}
 
 
 def load_expert(
@@ -73,18 +90,20 @@ def load_expert(
     model, vocab_size = model_config_of(values), int(values["vocab_size"])
     with torch.device("meta"):
         decoder = build_anchored_pair(model, vocab_size) if anchored else build_backbone(model, vocab_size)
-    return fill(decoder, own_tensors(backbone, expert, anchored))
+    return fill(decoder, own_tensors(backbone, expert, anchored, model.family))
 
 
-def own_tensors(backbone: dict[str, Tensor], expert: dict[str, Tensor], anchored: bool) -> dict[str, Tensor]:
+def own_tensors(
+    backbone: dict[str, Tensor], expert: dict[str, Tensor], anchored: bool, family: names.Family
+) -> dict[str, Tensor]:
     """Names and tensors of an expert's own model, from the backbone's and the expert's."""
     if not anchored:
         dense = {names.expert_to_dense(name): tensor for name, tensor in expert.items() if not names.is_gate(name)}
         return {**backbone, **dense}
-    tensors = {names.dense_to_expert(name, 0): tensor for name, tensor in backbone.items()}
+    tensors = {names.dense_to_expert(name, 0, family): tensor for name, tensor in backbone.items()}
     for name, tensor in expert.items():
         position = names.expert_position(name)
-        tensors[names.expert_ffn(position[0], 1, position[2]) if position else name] = tensor
+        tensors[names.expert_ffn(position[0], 1, position[2], family) if position else name] = tensor
     return tensors
 
 

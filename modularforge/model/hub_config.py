@@ -1,35 +1,53 @@
-"""config.json and generation_config.json in the spelling of transformers 4 and 5 at once; needs no torch."""
+"""config.json and generation_config.json in the spelling of transformers 4 and 5 at once; needs no torch.
+
+What is written can be read by both generations, and what is read may come from either, or from other people's models as
+long as our decoder computes the same as theirs (hub_support.py).
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modularforge.config import ModelConfig
+from modularforge.config import ModelConfig, RopeScalingConfig
 from modularforge.errors import DataError
+from modularforge.model.hub_support import DENSE_TYPES, MOE_TYPES, check_supported
+from modularforge.model.names import family_of
 
 CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
+"""A tokenizer as Hugging Face stores it; all but the first may be missing."""
+
+FRESH: Mapping[str, Any] = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "dtype": "float32"}
+"""What a model that was not pretrained says of its special tokens and weights."""
 
 
-def backbone_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
-    """config.json of a backbone: LlamaForCausalLM."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "attention_bias": False,
-        "mlp_bias": False,
-        **_common_config(model, vocab_size),
-    }
+def backbone_config(model: ModelConfig, vocab_size: int, carried: Mapping[str, Any] = FRESH) -> dict[str, Any]:
+    """config.json of a backbone: LlamaForCausalLM or Qwen3ForCausalLM.
+
+    `carried` is the config.json that special tokens and type of the weights are taken over from.
+    """
+    architecture = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}[model.family]
+    kind: dict[str, Any] = {"architectures": [architecture], "model_type": model.family, "attention_bias": False}
+    kind |= {"mlp_bias": False} if model.family == "llama" else _no_sliding_window()
+    return {**kind, **_common_config(model, vocab_size, carried)}
 
 
-def moe_config(model: ModelConfig, vocab_size: int, experts: int, experts_per_token: int) -> dict[str, Any]:
-    """config.json of an assembled model: MixtralForCausalLM."""
-    return {
+def moe_config(
+    model: ModelConfig, vocab_size: int, experts: int, experts_per_token: int, carried: Mapping[str, Any] = FRESH
+) -> dict[str, Any]:
+    """config.json of an assembled model: MixtralForCausalLM, or Qwen3MoeForCausalLM on a Qwen3 backbone.
+
+    `carried` is the backbone's config.json, whose special tokens and type of the weights stay.
+    """
+    values: dict[str, Any] = {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
         "num_local_experts": experts,
@@ -39,11 +57,30 @@ def moe_config(model: ModelConfig, vocab_size: int, experts: int, experts_per_to
         "router_aux_loss_coef": 0.0,
         "router_jitter_noise": 0.0,
         "sliding_window": None,
-        **_common_config(model, vocab_size),
+        **_common_config(model, vocab_size, carried),
     }
+    if model.family == "qwen3":
+        del values["router_jitter_noise"]
+        values |= {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "attention_bias": False,
+            "moe_intermediate_size": model.ffn_width,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "norm_topk_prob": True,
+            **_no_sliding_window(),
+        }
+    return values
 
 
-def _common_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
+def _no_sliding_window() -> dict[str, Any]:
+    return {"use_sliding_window": False, "sliding_window": None}
+
+
+def _common_config(model: ModelConfig, vocab_size: int, carried: Mapping[str, Any]) -> dict[str, Any]:
+    scaling = model.rope_scaling.model_dump(exclude_none=True) if model.rope_scaling else None
+    dtype = carried.get("dtype") or carried.get("torch_dtype") or "float32"
     return {
         "vocab_size": vocab_size,
         "hidden_size": model.width,
@@ -51,66 +88,91 @@ def _common_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
         "num_key_value_heads": model.kv_heads,
-        "head_dim": model.width // model.heads,
-        "max_position_embeddings": model.context_length,
+        "head_dim": model.width_per_head,
+        "max_position_embeddings": model.positions,
         "rms_norm_eps": model.norm_epsilon,
         "rope_theta": model.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_theta": model.rope_theta, **(scaling or {"rope_type": "default"})},
         "tie_word_embeddings": model.tied_head,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
-        "pad_token_id": 0,
-        "bos_token_id": 2,
-        "eos_token_id": 3,
-        "torch_dtype": "float32",
-        "dtype": "float32",
+        **{name: carried.get(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
+        "torch_dtype": dtype,
+        "dtype": dtype,
     }
 
 
-def generation_config() -> dict[str, Any]:
-    """generation_config.json: the special tokens that start and end a text."""
-    return {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+def generation_config(values: Mapping[str, Any] = FRESH) -> dict[str, Any]:
+    """generation_config.json: the special tokens that start and end a text, from a config.json."""
+    return {name: values.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
-def model_config_of(values: dict[str, Any]) -> ModelConfig:
-    """Our settings from a config.json of a Llama or Mixtral model."""
-    rope = values.get("rope_parameters") or {}
+def end_tokens(values: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids that end a text, from a config.json or generation_config.json: one, several or none."""
+    found = values.get("eos_token_id")
+    return () if found is None else (found,) if isinstance(found, int) else tuple(found)
+
+
+def model_config_of(values: Mapping[str, Any]) -> ModelConfig:
+    """Our settings from the config.json of a Llama, Mistral, Qwen3, Mixtral or Qwen3-MoE model."""
+    theta, scaling = _rotary_settings(values)
     return ModelConfig(
+        family=family_of(values["model_type"]),
         width=values["hidden_size"],
         layers=values["num_hidden_layers"],
         heads=values["num_attention_heads"],
-        kv_heads=values["num_key_value_heads"],
-        ffn_width=values["intermediate_size"],
+        kv_heads=values.get("num_key_value_heads") or values["num_attention_heads"],
+        ffn_width=values["moe_intermediate_size" if values["model_type"] == "qwen3_moe" else "intermediate_size"],
+        head_width=values.get("head_dim"),
         context_length=values["max_position_embeddings"],
-        rope_theta=rope.get("rope_theta", values.get("rope_theta", 10_000.0)),
+        rope_theta=theta,
+        rope_scaling=scaling,
         norm_epsilon=values["rms_norm_eps"],
         tied_head=values.get("tie_word_embeddings", False),
     )
 
 
+def _rotary_settings(values: Mapping[str, Any]) -> tuple[float, RopeScalingConfig | None]:
+    """Base and scaling of the rotary positions, which transformers 5 keeps in `rope_parameters`."""
+    found = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    newer = values.get("rope_parameters") or {}
+    theta = found.get("rope_theta") or newer.get("rope_theta") or values.get("rope_theta") or 10_000.0
+    kind = found.get("rope_type", found.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    known = {name: found[name] for name in RopeScalingConfig.model_fields if name in found}
+    return theta, RopeScalingConfig(**{**known, "rope_type": kind})
+
+
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder; raises DataError when it is none."""
+    """config.json of a model folder; raises DataError when it is none, or of a model we cannot compute."""
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise DataError(f"{folder} must be a model folder, but has no {CONFIG_NAME}; name the folder that holds it")
+    return parse_config(path.read_bytes(), str(path))
+
+
+def parse_config(content: bytes, origin: str) -> dict[str, Any]:
+    """The same from the bytes of a config.json; `origin` names them in errors."""
     try:
-        values: dict[str, Any] = json.loads(path.read_text())
+        values: dict[str, Any] = json.loads(content)
     except ValueError as error:
-        raise DataError(f"{path} must be JSON, but is not ({error}); make the model again") from error
-    if values.get("model_type") not in ("llama", "mixtral"):
-        raise DataError(
-            f"{path} must have model_type llama or mixtral, but has {values.get('model_type')!r}; "
-            "only models that modularforge writes can be read"
-        )
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        if not isinstance(values.get(name), int) or values[name] < 1:
-            raise DataError(f"{path} must have a positive number {name}, but has {values.get(name)!r}; mend it")
-    for name in ("num_local_experts", "num_experts_per_tok") if values["model_type"] == "mixtral" else ():
-        if not isinstance(values.get(name), int) or values[name] < 1:
-            raise DataError(f"{path} must have a positive number {name}, but has {values.get(name)!r}; mend it")
+        raise DataError(f"{origin} must be JSON, but is not ({error}); make the model again") from error
+    check_supported(values, origin)
     return values
+
+
+def is_moe(values: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of an assembled model."""
+    return values["model_type"] in MOE_TYPES
+
+
+def is_dense(values: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a model that can be a backbone."""
+    return values["model_type"] in DENSE_TYPES
 
 
 def write_json(path: Path, values: Any) -> None:

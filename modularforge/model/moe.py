@@ -1,4 +1,4 @@
-"""Router and experts in place of the feed-forward block, with Mixtral's names, shapes and arithmetic.
+"""Router and experts in place of the feed-forward block, with the names, shapes and arithmetic of Mixtral or Qwen3-MoE.
 
 Two routers share one layer: `Router` holds a row per expert (the assembled model), `AnchoredRouter` one trained row
 beside a public row fixed at zero (an expert's own training). Both give logits; the layer renormalises the top k.
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modularforge.config import ModelConfig
-from modularforge.model.backbone import Decoder, initialise
+from modularforge.model.backbone import Decoder, FeedForward, initialise
+from modularforge.model.names import MOE_BLOCK
 
 
 class ExpertFFN(nn.Module):
@@ -41,8 +42,8 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.zeros(experts, width))
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        """Logits [N, E]."""
-        return F.linear(x_ND, self.weight)
+        """Logits [N, E], in the rows' own type: beside bf16 experts the rows are float32."""
+        return F.linear(x_ND.to(self.weight.dtype), self.weight)
 
 
 class AnchoredRouter(nn.Module):
@@ -54,16 +55,17 @@ class AnchoredRouter(nn.Module):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """Logits [N, 2]: zero for the public expert, the row's product for the new one."""
-        return F.pad(F.linear(x_ND, self.weight), (1, 0))
+        return F.pad(F.linear(x_ND.to(self.weight.dtype), self.weight), (1, 0))
 
 
 class SparseMoE(nn.Module):
     """Each token visits its `experts_per_token` likeliest experts, whose softmax weights are renormalised."""
 
-    def __init__(self, width: int, ffn_width: int, experts: int, experts_per_token: int, router: nn.Module) -> None:
+    def __init__(self, config: ModelConfig, experts: int, experts_per_token: int, router: nn.Module) -> None:
         super().__init__()
         self.gate = router
-        self.experts = nn.ModuleList(ExpertFFN(width, ffn_width) for _ in range(experts))
+        make_expert = ExpertFFN if config.family == "llama" else FeedForward
+        self.experts = nn.ModuleList(make_expert(config.width, config.ffn_width) for _ in range(experts))
         self.experts_per_token = experts_per_token
         self.allowed: Sequence[int] | None = None
         self.observed_logits: Tensor | None = None
@@ -106,19 +108,18 @@ def build_moe(config: ModelConfig, vocab_size: int, experts: int, experts_per_to
     """The assembled model's shape with random weights."""
 
     def make_ffn() -> nn.Module:
-        router = Router(config.width, experts)
-        return SparseMoE(config.width, config.ffn_width, experts, experts_per_token, router)
+        return SparseMoE(config, experts, experts_per_token, Router(config.width, experts))
 
-    return _initialised(Decoder(config, vocab_size, "block_sparse_moe", make_ffn))
+    return _initialised(Decoder(config, vocab_size, MOE_BLOCK[config.family], make_ffn))
 
 
 def build_anchored_pair(config: ModelConfig, vocab_size: int) -> Decoder:
     """The public FFN (expert 0) and one new expert (1), both visited by every token: what an expert's job trains."""
 
     def make_ffn() -> nn.Module:
-        return SparseMoE(config.width, config.ffn_width, 2, 2, AnchoredRouter(config.width))
+        return SparseMoE(config, 2, 2, AnchoredRouter(config.width))
 
-    return _initialised(Decoder(config, vocab_size, "block_sparse_moe", make_ffn))
+    return _initialised(Decoder(config, vocab_size, MOE_BLOCK[config.family], make_ffn))
 
 
 def _initialised(decoder: Decoder) -> Decoder:

@@ -1,14 +1,19 @@
-"""The only place that knows tensor names: Hugging Face's own, Llama for the backbone, Mixtral for the assembled model.
+"""The only place that knows tensor names: Hugging Face's own, Llama or Qwen3 for the backbone, which differ in no name
+of a feed-forward block, and Mixtral or Qwen3-MoE for the assembled model.
 
-SwiGLU parts have two spellings: gate, up and down projection in Llama are w1, w3 and w2 in Mixtral.
+SwiGLU parts have two spellings: gate, up and down projection are w1, w3 and w2 in Mixtral, and in our code.
+Functions that read a name know both kinds; those that make one take the backbone's family.
 """
 
 from __future__ import annotations
 
 import re
+from typing import Literal
 
-PART_OF_LLAMA = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-LLAMA_OF_PART = {part: name for name, part in PART_OF_LLAMA.items()}
+Family = Literal["llama", "qwen3"]
+
+DENSE_OF_PART = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+PART_OF_DENSE = {name: part for part, name in DENSE_OF_PART.items()}
 PARTS = ("w1", "w2", "w3")
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -16,24 +21,30 @@ FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 TOKEN_COUNTS = "tokens"  # in a statistics file: how often each token of the vocabulary occurs
 
+MOE_BLOCK: dict[Family, str] = {"llama": "block_sparse_moe", "qwen3": "mlp"}
+"""What the mixture is called in a layer of the assembled model."""
+
 _DENSE = re.compile(r"^model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight$")
-_EXPERT = re.compile(r"^model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight$")
-_GATE = re.compile(r"^model\.layers\.(\d+)\.block_sparse_moe\.gate\.weight$")
+_EXPERT = re.compile(
+    r"^model\.layers\.(\d+)\.(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(w[123]|gate_proj|up_proj|down_proj)\.weight$"
+)
+_GATE = re.compile(r"^model\.layers\.(\d+)\.(?:block_sparse_moe|mlp)\.gate\.weight$")
 
 
 def dense_ffn(layer: int, part: str) -> str:
     """Name of one matrix of the backbone's feed-forward block; `part` is w1, w2 or w3."""
-    return f"model.layers.{layer}.mlp.{LLAMA_OF_PART[part]}.weight"
+    return f"model.layers.{layer}.mlp.{DENSE_OF_PART[part]}.weight"
 
 
-def expert_ffn(layer: int, slot: int, part: str) -> str:
+def expert_ffn(layer: int, slot: int, part: str, family: Family = "llama") -> str:
     """Name of one matrix of the expert in `slot` of the assembled model."""
-    return f"model.layers.{layer}.block_sparse_moe.experts.{slot}.{part}.weight"
+    spelling = part if family == "llama" else DENSE_OF_PART[part]
+    return f"model.layers.{layer}.{MOE_BLOCK[family]}.experts.{slot}.{spelling}.weight"
 
 
-def gate(layer: int) -> str:
+def gate(layer: int, family: Family = "llama") -> str:
     """Name of the router matrix of a layer, one row per expert."""
-    return f"model.layers.{layer}.block_sparse_moe.gate.weight"
+    return f"model.layers.{layer}.{MOE_BLOCK[family]}.gate.weight"
 
 
 def first_moment(layer: int) -> str:
@@ -66,19 +77,29 @@ def is_shared(name: str) -> bool:
     return not is_dense_ffn(name)
 
 
+def is_redundant(name: str, tied_head: bool) -> bool:
+    """Whether a pretrained file may hold the tensor although the model does not need it: a tied head, old positions."""
+    return (tied_head and name == HEAD) or name.endswith("rotary_emb.inv_freq")
+
+
 def expert_position(name: str) -> tuple[int, int, str] | None:
     """(layer, slot, part) of an expert's matrix, or None for other names."""
     match = _EXPERT.match(name)
-    return (int(match[1]), int(match[2]), match[3]) if match else None
+    return (int(match[1]), int(match[2]), PART_OF_DENSE.get(match[3], match[3])) if match else None
 
 
-def dense_to_expert(name: str, slot: int) -> str:
+def dense_to_expert(name: str, slot: int, family: Family = "llama") -> str:
     """The name a feed-forward matrix of the backbone gets as the expert in `slot`; other names stay."""
     match = _DENSE.match(name)
-    return expert_ffn(int(match[1]), slot, PART_OF_LLAMA[match[2]]) if match else name
+    return expert_ffn(int(match[1]), slot, PART_OF_DENSE[match[2]], family) if match else name
 
 
 def expert_to_dense(name: str) -> str:
     """The backbone's name for a matrix of any expert; other names stay."""
     position = expert_position(name)
     return dense_ffn(position[0], position[2]) if position else name
+
+
+def family_of(model_type: str) -> Family:
+    """The backbone's family by the `model_type` of a config.json, of a backbone or of an assembled model."""
+    return "qwen3" if model_type.startswith("qwen3") else "llama"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from modularforge.config import ModelConfig
+from modularforge.model import names
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,12 @@ class Sizes:
 
 def attention_parameters(model: ModelConfig) -> int:
     """Weights of the four attention projections of one layer."""
-    head_width = model.width // model.heads
-    return 2 * model.width * model.heads * head_width + 2 * model.width * model.kv_heads * head_width
+    return 2 * model.width * (model.heads + model.kv_heads) * model.width_per_head
+
+
+def norm_parameters(model: ModelConfig) -> int:
+    """Gains of the RMSNorms of one layer."""
+    return 2 * model.width + (2 * model.width_per_head if model.family == "qwen3" else 0)
 
 
 def ffn_parameters(model: ModelConfig) -> int:
@@ -36,11 +41,34 @@ def model_sizes(model: ModelConfig, vocab_size: int, experts: int = 1, experts_p
     """
     routed = experts > 1
     router = experts * model.width if routed else 0
-    per_layer = attention_parameters(model) + 2 * model.width + router
+    per_layer = attention_parameters(model) + norm_parameters(model) + router
     embedding = vocab_size * model.width * (1 if model.tied_head else 2) + model.width
     parameters = embedding + model.layers * (per_layer + experts * ffn_parameters(model))
     active = embedding + model.layers * (per_layer + experts_per_token * ffn_parameters(model))
-    scores = model.layers * 2 * 2 * model.width * (model.context_length // 2)
+    scores = model.layers * 2 * 2 * model.heads * model.width_per_head * (model.context_length // 2)
     matrices = model.layers * (attention_parameters(model) + router + experts_per_token * ffn_parameters(model))
     flops = 2 * (matrices + vocab_size * model.width) + scores
     return Sizes(parameters, active, flops, 3 * flops)
+
+
+def dense_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of a backbone; a tied head is none of its own."""
+    queries, keys = model.heads * model.width_per_head, model.kv_heads * model.width_per_head
+    shapes: dict[str, tuple[int, ...]] = {names.EMBEDDING: (vocab_size, model.width), names.FINAL_NORM: (model.width,)}
+    if not model.tied_head:
+        shapes[names.HEAD] = (vocab_size, model.width)
+    for layer in range(model.layers):
+        prefix = f"model.layers.{layer}."
+        for projection, rows in (("q", queries), ("k", keys), ("v", keys)):
+            shapes[f"{prefix}self_attn.{projection}_proj.weight"] = (rows, model.width)
+        shapes[f"{prefix}self_attn.o_proj.weight"] = (model.width, queries)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{prefix}{norm}.weight"] = (model.width,)
+        if model.family == "qwen3":
+            for norm in ("q_norm", "k_norm"):
+                shapes[f"{prefix}self_attn.{norm}.weight"] = (model.width_per_head,)
+        for part in names.PARTS:
+            into_stream = part == "w2"
+            shape = (model.width, model.ffn_width) if into_stream else (model.ffn_width, model.width)
+            shapes[names.dense_ffn(layer, part)] = shape
+    return shapes

@@ -104,16 +104,16 @@ def _check_prepared(corpus: Corpus, context: int) -> Iterator[str]:
     for split in SPLITS:
         file = corpus.tokens(split)
         yield f"{split}: {file.num_documents:,} documents, {len(file.tokens):,} tokens"
-        _check_documents(corpus.tokenizer, file)
+        _check_documents(corpus.tokenizer, corpus.end_token, file)
     yield "stored tokens decode to text and encode to the same tokens"
     yield _check_batches(np.asarray(corpus.tokens("train").tokens[:1_000_000]), corpus.vocab_size, context)
 
 
-def _check_documents(tokenizer: Tokenizer, file: TokenFile) -> None:
+def _check_documents(tokenizer: Tokenizer, end_token: int, file: TokenFile) -> None:
     for index in range(min(5, file.num_documents)):
         stored = [int(token) for token in file.document(index)]
         text = tokenizer.decode(stored, skip_special_tokens=True)
-        if [BOS, *tokenizer.encode(text, add_special_tokens=False).ids, EOS] != stored:
+        if [*tokenizer.encode(text).ids, end_token] != stored:
             raise SanityError(
                 f"document {index} of {file.name} must encode to the stored tokens, but does not; the tokenizer is "
                 "not that of this data: prepare it again"

@@ -31,5 +31,8 @@ def small_model(model: ModelConfig, width: int) -> ModelConfig:
             "kv_heads": 4 if model.kv_heads == model.heads else 2,
             "ffn_width": 8 * (width // 3),
             "context_length": min(64, model.context_length),
+            "pretrained": None,
+            "head_width": None,
+            "max_positions": None,
         }
     )

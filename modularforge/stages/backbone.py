@@ -1,4 +1,7 @@
-"""Train the backbone on everything, alone or with DDP under torchrun, and commit it as a Hugging Face folder."""
+"""Train the backbone on everything, alone or with DDP under torchrun, and commit it as a Hugging Face folder.
+
+With `model.pretrained` it starts from that model, and with `backbone.steps` 0 it is that model, byte for byte.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from modularforge.data.loader import batches
 from modularforge.log import logger
 from modularforge.model.backbone import Decoder
 from modularforge.pipeline import finished, plan_stage, require
+from modularforge.pretrained.fetch import local_model
 from modularforge.provenance import commit, making, save_settings
 from modularforge.training.backbone_job import sample_windows, save_backbone, train_backbone
 from modularforge.training.distributed import joined_world
@@ -39,12 +43,15 @@ def run(config: Config) -> None:
         def validate(model: Decoder) -> float:
             return mean_loss(model, held_out, context, config.evaluation.batch_size, world)
 
-        model, losses = train_backbone(config, corpus.vocab_size, job, batches_from, validate, world)
+        pretrained = local_model(config.model.pretrained) if config.model.pretrained else None
+        model, losses = train_backbone(config, corpus.vocab_size, job, batches_from, validate, world, pretrained)
         if world.is_main:
             stream = batches(tokens, context, 1, derived_seed(config.seed, "backbone statistics"))
             windows = config.experts.statistics_tokens // context
             sample = sample_windows(stream, windows, config.evaluation.batch_size)
             with making(plan) as writer:
-                facts = save_backbone(config, model, writer.folder, corpus.tokenizer, sample, world)
-                commit(writer, plan, config, {**losses, **facts})
+                facts = save_backbone(config, model, writer.folder, corpus.tokenizer, sample, world, pretrained)
+                data = {name: corpus.artifact.manifest.facts.get(name) for name in ("labels", "splits")}
+                origin = {"pretrained": config.model.pretrained} if pretrained else {}
+                commit(writer, plan, config, {**losses, **facts, **origin, "data": data})
         world.barrier()

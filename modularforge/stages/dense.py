@@ -9,7 +9,7 @@ from modularforge.artifacts import Backbone, Corpus, derived_seed, even_streams
 from modularforge.config import Config
 from modularforge.data.loader import batches
 from modularforge.log import logger
-from modularforge.model.folder import backbone_tensors, save_tensors
+from modularforge.model.folder import backbone_tensors, cast_like, save_tensors
 from modularforge.pipeline import finished, plan_stage, require
 from modularforge.provenance import commit, making
 from modularforge.training.distributed import joined_world
@@ -29,7 +29,7 @@ def run(config: Config) -> None:
     tokens, context = corpus.tokens("train").tokens, config.model.context_length
     held_out = even_streams(corpus.domains("validation"), config.training.validation_tokens)
     job = Job.of_run(config, "dense", phase, plan.fingerprint)
-    model = backbone.model()
+    model = backbone.model().float()
     with joined_world() as world:
 
         def batches_from(position: int) -> Iterator[Batch]:
@@ -42,7 +42,8 @@ def run(config: Config) -> None:
         losses = fit(model, language_loss, job, batches_from, validate, world)
         if world.is_main:
             with making(plan) as writer:
-                save_tensors(backbone_tensors(model), writer.folder / "model.safetensors")
+                types = {name: tensor.dtype for name, tensor in backbone.tensors.items()}
+                save_tensors(cast_like(backbone_tensors(model), types), writer.folder / "model.safetensors")
                 for name in backbone.artifact.manifest.files:
                     if name.endswith(".json"):
                         shutil.copyfile(backbone.artifact.local_file(name), writer.folder / name)

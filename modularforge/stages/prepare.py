@@ -13,6 +13,7 @@ from modularforge.data.partition_files import make_partitions
 from modularforge.data.prepare import prepare_corpus
 from modularforge.log import logger
 from modularforge.pipeline import finished, plan_stage, require
+from modularforge.pretrained.fetch import local_model
 from modularforge.provenance import commit, making
 
 
@@ -31,7 +32,8 @@ def _prepare_corpus(config: Config) -> None:
     scratch = _scratch_folder(plan.url, plan.fingerprint)
     with making(plan) as writer:
         start = time.perf_counter()
-        metadata = prepare_corpus(config, scratch, writer.folder)
+        pretrained = local_model(config.model.pretrained) if config.model.pretrained else None
+        metadata = prepare_corpus(config, scratch, writer.folder, pretrained)
         seconds = round(time.perf_counter() - start, 3)
         commit(writer, plan, config, {"seconds": seconds, "labels": metadata["labels"], "splits": metadata["splits"]})
     shutil.rmtree(scratch, ignore_errors=True)

@@ -1,10 +1,11 @@
-"""The backbone's job: random weights in, a Hugging Face folder and router statistics out."""
+"""The backbone's job: random or pretrained weights in, a Hugging Face folder and router statistics out."""
 
 # B batch  T tokens
 
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -15,11 +16,21 @@ from torch import Tensor
 from modularforge.artifacts import derived_seed
 from modularforge.assembly.statistics import STATISTICS_NAME, save_statistics
 from modularforge.config import Config
+from modularforge.data.adopted_tokenizer import adopt_tokenizer
 from modularforge.data.tokenizer import save_tokenizer
+from modularforge.errors import MismatchError
 from modularforge.model.backbone import Decoder, build_backbone
-from modularforge.model.folder import backbone_tensors, save_tensors
-from modularforge.model.hub_config import CONFIG_NAME, GENERATION_NAME, backbone_config, generation_config, write_json
+from modularforge.model.folder import backbone_tensors, cast_like, load_pretrained, read_tensors, save_tensors
+from modularforge.model.hub_config import (
+    CONFIG_NAME,
+    GENERATION_NAME,
+    backbone_config,
+    generation_config,
+    read_config,
+    write_json,
+)
 from modularforge.model.sizes import model_sizes
+from modularforge.pretrained.weights import copy_weights
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import Batch, fit
@@ -34,13 +45,20 @@ def train_backbone(
     batches_from: Callable[[int], Iterator[Batch]],
     validate: Callable[[Decoder], float],
     world: World,
+    pretrained: Path | None = None,
 ) -> tuple[Decoder, dict[str, float | None]]:
     """A trained backbone and its final losses (called on every rank).
 
-    `batches_from(position)` yields this rank's share of each batch from that position on.
+    `batches_from(position)` yields this rank's share of each batch from that position on. Training starts from the
+    model folder `pretrained`, or from random weights.
     """
     torch.manual_seed(derived_seed(config.seed, "backbone weights"))
-    model = build_backbone(config.model, vocab_size)
+    model = load_pretrained(pretrained) if pretrained else build_backbone(config.model, vocab_size)
+    if model.vocab_size < vocab_size:
+        raise MismatchError(
+            f"{pretrained} must have an entry for each of the tokenizer's {vocab_size} ids, but its vocabulary has "
+            f"{model.vocab_size}; use the tokenizer that belongs to it"
+        )
     losses = fit(model, language_loss, job, batches_from, lambda: validate(model), world)
     return model, losses
 
@@ -52,20 +70,40 @@ def save_backbone(
     tokenizer: Tokenizer | None,
     sample: Iterable[Tensor],
     world: World,
+    pretrained: Path | None = None,
 ) -> dict[str, object]:
     """Write a model folder that transformers loads, and the statistics of `sample` (batches of ids [B, T]).
 
-    Returns facts for the manifest.
+    What began as the model folder `pretrained` keeps its special tokens, its tokenizer and the type of its weights; the
+    bytes of the weights too when they were not trained. Returns facts for the manifest.
     """
-    save_tensors(backbone_tensors(model), folder / "model.safetensors")
-    write_json(folder / CONFIG_NAME, backbone_config(model.config, model.vocab_size))
-    write_json(folder / GENERATION_NAME, generation_config())
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, folder, model.config.context_length)
+    if pretrained is not None:
+        _save_pretrained(config, model, folder, pretrained)
+    else:
+        save_tensors(backbone_tensors(model), folder / "model.safetensors")
+        write_json(folder / CONFIG_NAME, backbone_config(model.config, model.vocab_size))
+        write_json(folder / GENERATION_NAME, generation_config())
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, folder, model.config.positions)
     save_statistics(folder / STATISTICS_NAME, gather_statistics(model, sample, world.device))
     sizes = model_sizes(model.config, model.vocab_size)
     tokens = config.backbone.steps * config.backbone.batch_size * config.model.context_length
     return {"parameters": sizes.parameters, "training_tokens": tokens}
+
+
+def _save_pretrained(config: Config, model: Decoder, folder: Path, pretrained: Path) -> None:
+    if config.backbone.steps == 0:
+        copy_weights(pretrained, folder)
+    else:
+        types = {name: tensor.dtype for name, tensor in read_tensors(pretrained).items()}
+        save_tensors(cast_like(backbone_tensors(model), types), folder / "model.safetensors")
+    values = read_config(pretrained)
+    write_json(folder / CONFIG_NAME, backbone_config(model.config, model.vocab_size, values))
+    if (pretrained / GENERATION_NAME).is_file():
+        shutil.copyfile(pretrained / GENERATION_NAME, folder / GENERATION_NAME)
+    else:
+        write_json(folder / GENERATION_NAME, generation_config(values))
+    adopt_tokenizer(pretrained, folder)
 
 
 def sample_windows(stream: Iterator[Batch], windows: int, batch_size: int) -> Iterator[Tensor]:

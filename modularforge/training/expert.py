@@ -20,18 +20,19 @@ from modularforge.model.folder import load_expert
 def build_expert(
     backbone: dict[str, Tensor], values: dict[str, Any], experts: ExpertsConfig, directions: list[Tensor] | None
 ) -> Decoder:
-    """A model in which only the new FFN (and its router rows when anchored) require gradients.
+    """A float32 model in which only the new FFN (and its router rows when anchored) require gradients.
 
     `backbone` and `values` are the tensors and config.json of the backbone; `directions`, one [D] per layer, are where
     the router rows start (anchored experts only).
     """
+    family = names.family_of(values["model_type"])
     start: dict[str, Tensor] = {}
     for name, tensor in backbone.items():
         if names.is_dense_ffn(name):
-            start[names.dense_to_expert(name, 1)] = tensor.clone()
+            start[names.dense_to_expert(name, 1, family)] = tensor.clone()
     for layer, direction_D in enumerate(directions or []):
-        start[names.gate(layer)] = direction_D[None].clone()
-    model = load_expert(backbone, values, start, experts.anchored)
+        start[names.gate(layer, family)] = direction_D[None].clone()
+    model = load_expert(backbone, values, start, experts.anchored).float()
     model.requires_grad_(False)
     for block in model.blocks:
         learns = (
@@ -54,16 +55,26 @@ def router_directions(own: list[LayerStatistics], general: list[LayerStatistics]
     return directions
 
 
-def expert_tensors(model: Decoder, slot: int, anchored: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What an expert is: its FFN under the names of `slot`, and its router rows [1, D] (none when not anchored)."""
+def expert_tensors(
+    model: Decoder, slot: int, anchored: bool, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What an expert is: its FFN under the names of `slot`, in the type of the backbone's, and its router rows [1, D].
+
+    Rows stay float32; there are none when the expert is not anchored.
+    """
     ffn: dict[str, Tensor] = {}
     rows: dict[str, Tensor] = {}
+    family = model.config.family
     for name, tensor in model.state_dict().items():
         position = names.expert_position(name)
         if names.is_gate(name):
             rows[name] = tensor.detach().cpu().contiguous()
         elif position and position[1] == 1:
-            ffn[names.expert_ffn(position[0], slot, position[2])] = tensor.detach().cpu().contiguous()
+            ffn[names.expert_ffn(position[0], slot, position[2], family)] = _stored(tensor, dtype)
         elif names.is_dense_ffn(name) and not anchored:
-            ffn[names.dense_to_expert(name, slot)] = tensor.detach().cpu().contiguous()
+            ffn[names.dense_to_expert(name, slot, family)] = _stored(tensor, dtype)
     return ffn, rows
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().cpu().to(dtype).contiguous()

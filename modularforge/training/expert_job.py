@@ -56,7 +56,8 @@ def save_expert(
 ) -> dict[str, object]:
     """Write weights, router rows and statistics of a trained expert; returns facts for the manifest."""
     slot = index + int(config.experts.anchored)  # an anchored expert is assembled behind the public one
-    ffn, rows = expert_tensors(model, slot, config.experts.anchored)
+    dtype = backbone.tensors[names.dense_ffn(0, names.PARTS[0])].dtype
+    ffn, rows = expert_tensors(model, slot, config.experts.anchored, dtype)
     save_tensors(ffn, folder / EXPERT_NAME)
     if rows:
         save_tensors(rows, folder / ROUTER_NAME)
@@ -74,7 +75,7 @@ def save_expert(
 
 def _directions(config: Config, backbone: Backbone, tokens: Tokens, index: int, world: World) -> list[Tensor]:
     """Where the router rows start: from the backbone's statistics on all text towards those on the partition."""
-    own = gather_statistics(backbone.model(), _sample(config, tokens, index), world.device)
+    own = gather_statistics(backbone.model().float(), _sample(config, tokens, index), world.device)
     general = load_statistics(backbone.artifact.local_file(STATISTICS_NAME))
     return router_directions(own.layers, general.layers)
 

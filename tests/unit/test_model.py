@@ -144,7 +144,10 @@ def test_weights_of_another_shape_are_refused_by_name() -> None:
     [
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "must be JSON"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'), "model_type llama or mixtral"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'),
+            "must have model_type llama, mistral, qwen3",
+        ),
         (lambda folder: (folder / "model.safetensors").unlink(), "must hold model.safetensors"),
         (
             lambda folder: (folder / "model.safetensors").write_bytes(

@@ -1,0 +1,171 @@
+"""Bring a pretrained model here whole: from the Hub, a folder or an object store, as an artifact of the store.
+
+Nothing half-downloaded looks finished, because the manifest is written last. A copy that is there already is used;
+a broken one is made again. Large files of the Hub are linked from Hugging Face's cache, not copied, where that works.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from checkpoints import (
+    Artifact,
+    ArtifactExistsError,
+    ArtifactWriter,
+    find_artifact,
+    open_artifact,
+    paths,
+    write_artifact,
+)
+from checkpoints.artifact import cache_folder
+from modularforge.errors import DataError, MismatchError, StoreError
+from modularforge.log import logger
+from modularforge.pretrained import hub
+from modularforge.pretrained.sources import HubName, hub_name, is_folder, model_files
+from modularforge.pretrained.weights import check_weights
+
+KIND = "pretrained"
+PART_BYTES = 16 << 20
+
+
+def fetch(model: str, output: str | None = None, verify: bool = False) -> Artifact:
+    """The model as an artifact at `output` (default: in our cache), fetched only when it is not there whole.
+
+    With `verify`, every byte is compared with the recorded hashes and all headers are read; a damaged copy is fetched
+    again. Raises DataError, MismatchError or StoreError.
+    """
+    url = output or cached_url(model)
+    artifact = _whole_copy(url, model, verify)
+    if artifact is not None:
+        logger.info("%s is here already: %s", model, url)
+    else:
+        artifact = _fetch(model, url)
+        if verify:
+            artifact.verify()
+    check_weights(artifact.local_folder(verify=False))
+    return artifact
+
+
+def cached_url(model: str) -> str:
+    """Where a model is kept that was fetched without `--output`."""
+    readable = "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in model)[-60:]
+    return str(cache_folder() / "models" / f"{readable}-{hashlib.sha256(model.encode()).hexdigest()[:8]}")
+
+
+def _whole_copy(url: str, model: str, verify: bool) -> Artifact | None:
+    """The copy at a URL; None when there is none, or when it was broken and has been taken away."""
+    try:
+        artifact = find_artifact(url)
+        if artifact is None:
+            return None
+        if artifact.manifest.settings.get("model") != model:
+            raise MismatchError(
+                f"{url} must be free or hold {model}, but holds {artifact.manifest.settings.get('model')}; choose "
+                "another --output"
+            )
+        artifact.local_folder(verify=False)
+        if verify:
+            artifact.verify()
+        return artifact
+    except StoreError as error:
+        logger.warning("the copy of %s at %s is broken and is fetched again: %s", model, url, error)
+        paths.remove(url)
+        return None
+
+
+def _fetch(model: str, url: str) -> Artifact:
+    if is_folder(model):
+        return _copy_folder(model, url)
+    name = hub_name(model)
+    try:
+        listing = hub.list_files(name)
+    except ConnectionError as error:
+        logger.warning("the Hub does not answer (%s); %s is looked for in the cache", error, model)
+        cached = _cached_folder(model, name, error)
+        return _copy_folder(str(cached), url, model, commit=cached.name)
+    return _from_hub(model, name, listing, url)
+
+
+def _cached_folder(model: str, name: HubName, reason: ConnectionError) -> Path:
+    """The whole model in Hugging Face's cache; raises StoreError when it is not there, or not whole."""
+    folder = hub.cached_folder(name)
+    state = "is not cached"
+    if folder is not None:
+        try:
+            model_files((path.name for path in folder.iterdir()), model)
+            check_weights(folder)
+            return folder
+        except DataError as error:
+            state = f"is not whole in the cache ({error})"
+    raise StoreError(
+        f"{model} must be in Hugging Face's cache or be reachable on the Hub, but {state} and the Hub does not answer "
+        f"({reason}); run `modularforge fetch {model}` where there is a network, or name a folder"
+    ) from reason
+
+
+def _from_hub(model: str, name: HubName, listing: hub.HubListing, url: str) -> Artifact:
+    chosen = model_files(listing.files, model)
+    with write_artifact(url, KIND, _fingerprint(model, listing.commit), {"model": model}) as writer:
+        for number, file in enumerate(chosen, start=1):
+            logger.info("%s: %s (%d of %d), %d bytes", model, file, number, len(chosen), listing.files[file].size)
+            _link_or_copy(hub.download(name, listing, file), writer.folder / file)
+        check_weights(writer.folder)
+        return _commit(writer, url, {"commit": listing.commit})
+
+
+def _copy_folder(source: str, url: str, model: str | None = None, commit: str | None = None) -> Artifact:
+    """Copy a model folder of any store, checked against its manifest where it has one."""
+    artifact = find_artifact(source)
+    names = list(artifact.manifest.files) if artifact else paths.list_folder(source)
+    chosen, model = model_files(names, model or source), model or source
+    with write_artifact(url, KIND, _fingerprint(model, commit or source), {"model": model}) as writer:
+        for name in chosen:
+            writer.write_chunks(name, artifact.stream(name) if artifact else _chunks(paths.join(source, name)))
+        if paths.is_local(url):
+            check_weights(writer.folder)
+        return _commit(writer, url, {"commit": commit} if commit else {})
+
+
+def _chunks(url: str) -> Iterator[bytes]:
+    size = paths.file_size(url)
+    for start in range(0, size, PART_BYTES):
+        yield paths.read_bytes(url, start, min(start + PART_BYTES, size))
+
+
+def _commit(writer: ArtifactWriter, url: str, facts: dict[str, Any]) -> Artifact:
+    try:
+        return writer.commit(facts)
+    except ArtifactExistsError:
+        logger.info("another process fetched the same model first: %s", url)
+        return open_artifact(url)
+
+
+def _fingerprint(model: str, version: str) -> str:
+    return hashlib.sha256(json.dumps([KIND, model, version]).encode()).hexdigest()[:32]
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """A hard link to what the cache's own link points at, or a copy where the two folders share no disk."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def local_model(model: str) -> Path:
+    """A pretrained model as a whole local folder: in place, or fetched into the cache; raises DataError, StoreError."""
+    if "://" in model and find_artifact(model) is not None:
+        return open_artifact(model).local_folder()
+    if paths.is_local(model) and is_folder(model):
+        folder = paths.local_path(model)
+        model_files((path.name for path in folder.iterdir()), model)
+        return folder
+    if paths.is_local(model) and paths.local_path(model).is_file():
+        raise DataError(f"model.pretrained must be a model folder, but {model} is a file; name the folder it lies in")
+    return fetch(model).local_folder(verify=False)

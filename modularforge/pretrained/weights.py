@@ -1,0 +1,82 @@
+"""Whether the weight files of a pretrained model are whole and have the tensors that its config.json says.
+
+Only headers are read. The bytes of all tensors can then be copied into one weight file without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from modularforge.assembly.plan import TensorSpan, plan_merge, read_header
+from modularforge.assembly.stream import execute
+from modularforge.errors import DataError
+from modularforge.model import names
+from modularforge.model.hub_config import INDEX_NAME, WEIGHTS_NAME, is_dense, model_config_of, read_config
+from modularforge.model.sizes import dense_shapes
+
+WEIGHT_TYPES = ("F32", "F16", "BF16")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model folder, by its index where it has one."""
+    index = folder / INDEX_NAME
+    if (folder / WEIGHTS_NAME).is_file() or not index.is_file():
+        return [folder / WEIGHTS_NAME]
+    try:
+        found = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"{index} must be an index of weight files, but is not ({error}); fetch it again") from error
+    return [folder / name for name in sorted(found)]
+
+
+def check_weights(folder: Path) -> dict[str, TensorSpan]:
+    """Spans of all tensors of a dense model by name, a tied head left out; raises DataError on what does not fit."""
+    values = read_config(folder)
+    if not is_dense(values):
+        raise DataError(
+            f"{folder} must hold a dense model to be a backbone, but is a mixture of experts ({values['model_type']}); "
+            "choose a model of type llama, mistral or qwen3"
+        )
+    spans: dict[str, TensorSpan] = {}
+    for path in weight_files(folder):
+        found = read_header(str(path))
+        _check_whole(path, found)
+        spans.update(found)
+    model = model_config_of(values)
+    kept = {name: span for name, span in spans.items() if not names.is_redundant(name, model.tied_head)}
+    _check_tensors(folder, kept, dense_shapes(model, values["vocab_size"]))
+    return kept
+
+
+def copy_weights(folder: Path, target: Path) -> None:
+    """Put all tensors of a dense model into `target`/model.safetensors, their bytes unchanged."""
+    execute(plan_merge(check_weights(folder), sys.maxsize), target)
+
+
+def _check_whole(path: Path, spans: Mapping[str, TensorSpan]) -> None:
+    end = max((span.start + span.length for span in spans.values()), default=0)
+    if path.stat().st_size != end:
+        raise DataError(
+            f"{path} must have {end} bytes, as its header says, but has {path.stat().st_size}; fetch the model again"
+        )
+
+
+def _check_tensors(folder: Path, spans: Mapping[str, TensorSpan], expected: Mapping[str, tuple[int, ...]]) -> None:
+    found = {name: span.shape for name, span in spans.items()}
+    wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        raise DataError(
+            f"{name} in {folder} must have the shape {expected.get(name, 'of no tensor: config.json has none such')}, "
+            f"but has {found.get(name, 'none, as it is missing')} ({len(wrong)} tensors differ); fetch the model again, "
+            "or choose another"
+        )
+    types = sorted({span.dtype for span in spans.values()} - {*WEIGHT_TYPES})
+    if types:
+        raise DataError(
+            f"{folder} must have weights of type {', '.join(WEIGHT_TYPES)}, but has {', '.join(types)}; choose a "
+            "version that is not quantised"
+        )
