@@ -36,9 +36,16 @@ class Journal:
         try:
             values = json.loads(paths.read_bytes(self._url))
             entries = {name: FileEntry(**entry) for name, entry in values.items()}
-        except (FileNotFoundError, ValueError, TypeError, AttributeError):  # none yet, or torn by a crash of the machine
+        except (
+            FileNotFoundError,
+            ValueError,
+            TypeError,
+            AttributeError,
+        ):  # none yet, or torn by a crash of the machine
             return {}
-        self._entries = {name: entry for name, entry in entries.items() if _size(paths.join(folder, name)) == entry.size}
+        self._entries = {
+            name: entry for name, entry in entries.items() if _size(paths.join(folder, name)) == entry.size
+        }
         return dict(self._entries)
 
     def add(self, name: str, entry: FileEntry) -> None:

@@ -70,9 +70,7 @@ class ArtifactWriter:
         self._written[name] = hasher.entry()
         return self._written[name]
 
-    def write_known(
-        self, name: str, chunks: Iterable[Chunk], size: int, finish: Callable[[], FileEntry]
-    ) -> FileEntry:
+    def write_known(self, name: str, chunks: Iterable[Chunk], size: int, finish: Callable[[], FileEntry]) -> FileEntry:
         """Write one file of `size` bytes whose hashes the caller takes: `finish` tells its entry after the last chunk.
 
         A resumable writer goes on in a file that an interrupted one left: bytes that are there already are compared
@@ -205,6 +203,11 @@ class ArtifactWriter:
             f"{self.url} must not exist yet, but another writer has committed it; it is left as it is: "
             "use it, or delete it and start again"
         )
+
+
+def plain_folder(folder: Path) -> ArtifactWriter:
+    """A writer of files into a folder that becomes no artifact."""
+    return ArtifactWriter(str(folder), folder, "", Manifest("folder", ""))
 
 
 @contextmanager

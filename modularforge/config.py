@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PartitionMethod = Literal["random", "clustered", "curriculum", "domain"]
 Text = Annotated[str, Field(min_length=1)]
-RouterKind = Literal["learned", "centred_means", "data_stats", "kaiming", "uniform"]
+RouterKind = Literal["evidence", "data_stats", "centred_means", "learned", "kaiming", "uniform"]
 
 
 class Section(BaseModel):
@@ -217,7 +217,8 @@ class AssemblyConfig(Section):
     """How backbone and experts become one model."""
 
     router: RouterKind = "data_stats"
-    """Rows trained with the experts, centred means, ridge regression from sums (`data_stats`), random, or all equal."""
+    """`evidence`: which partition the text so far resembles, from token counts; `data_stats`: ridge regression from sums;
+    `centred_means`; `learned`: rows trained with the experts; `kaiming`: random; `uniform`: all experts alike."""
     experts_per_token: int = Field(2, ge=1)
     """Experts that each token visits."""
     public_expert: bool | None = None
@@ -225,9 +226,14 @@ class AssemblyConfig(Section):
     ridge_penalty: float = Field(1e-2, gt=0)
     """Ridge penalty of `data_stats`, as a share of the mean diagonal of the second moments."""
     router_temperature: float = Field(0.2, gt=0)
-    """Router logits of `data_stats` and `centred_means` are divided by this."""
+    """Router logits of `evidence`, `data_stats` and `centred_means` are divided by this."""
+    mode: Literal["auto", "merge", "link"] = "auto"
+    """`merge` writes all weights into files of `max_shard_bytes`. `auto` makes a file per part and takes over unchanged
+    experts without moving their bytes (hard links, server-side copies) where that can be; `link` refuses to do without."""
+    dtype: Literal["same", "fp32", "bf16", "fp16"] = "same"
+    """Type of the assembled weights; `same` keeps the backbone's."""
     max_shard_bytes: int = Field(5_000_000_000, ge=1_000_000)
-    """Weight files larger than this are split, with an index, as Hugging Face does."""
+    """With `merge`, weight files larger than this are split, with an index, as Hugging Face does."""
 
 
 class CalibrationConfig(PhaseConfig):

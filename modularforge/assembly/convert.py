@@ -7,7 +7,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-NUMPY_OF = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
+NUMPY_OF = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "U8": "u1",
+    "BOOL": "?",
+}
 QUIET_NAN = 0x7FC0
 
 
@@ -31,7 +40,8 @@ def _to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     bits = values.view("<u4")
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
     rounded[np.isnan(values)] = QUIET_NAN
-    return rounded
+    result: NDArray[np.uint16] = rounded
+    return result
 
 
 def widened(rows_RD: NDArray[Any], columns: int, beside_RC: NDArray[Any] | None) -> NDArray[Any]:

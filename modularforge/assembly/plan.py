@@ -136,12 +136,11 @@ def read_header(url: str, hashes: Mapping[str, str] | None = None) -> dict[str, 
 def merged_spans(
     backbone: Mapping[str, TensorSpan],
     experts: Mapping[int, Mapping[str, TensorSpan]],
-    routers: Mapping[str, TensorSpan],
     layers: int,
     public_slot: int | None,
     family: names.Family = "llama",
 ) -> dict[str, TensorSpan]:
-    """Tensors of the assembled model by name.
+    """Tensors of the assembled model by name, all but the routers.
 
     `experts` maps a slot of the assembled model to that expert's spans, whatever slot its file names. The backbone's
     own feed-forward blocks become the expert in `public_slot`, or are left out. Raises MismatchError when a layer or
@@ -162,7 +161,7 @@ def merged_spans(
                 )
                 assert span is not None
                 merged[names.expert_ffn(layer, slot, part, family)] = span
-    return {**merged, **routers}
+    return merged
 
 
 def _check_fits(span: TensorSpan | None, like: TensorSpan, what: str) -> None:
@@ -179,7 +178,10 @@ def _check_fits(span: TensorSpan | None, like: TensorSpan, what: str) -> None:
 def output_tensors(spans: Mapping[str, TensorSpan], dtype: str | None = None) -> dict[str, OutputTensor]:
     """The tensors as they are, or converted to `dtype` (safetensors' name of a float type) where they are floats."""
     floats = FLOATS if dtype else ()
-    return {name: OutputTensor(span, dtype if dtype and span.dtype in floats else span.dtype) for name, span in spans.items()}
+    return {
+        name: OutputTensor(span, dtype if dtype and span.dtype in floats else span.dtype)
+        for name, span in spans.items()
+    }
 
 
 def plan_merge(tensors: Mapping[str, OutputTensor], max_shard_bytes: int) -> MergePlan:

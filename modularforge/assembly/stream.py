@@ -133,7 +133,8 @@ def _beside(piece: Piece, sources: Sources) -> Any:
 
 
 def _bytes_of(values: Any) -> memoryview:
-    return memoryview(np.ascontiguousarray(values)).cast("B")
+    array: Any = np.ascontiguousarray(values)
+    return memoryview(array).cast("B")
 
 
 @dataclass

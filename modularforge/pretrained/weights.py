@@ -10,7 +10,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from modularforge.assembly.plan import TensorSpan, plan_merge, read_header
+from checkpoints import plain_folder
+from modularforge.assembly.plan import TensorSpan, output_tensors, plan_merge, read_header
 from modularforge.assembly.stream import execute
 from modularforge.errors import DataError
 from modularforge.model import names
@@ -53,7 +54,7 @@ def check_weights(folder: Path) -> dict[str, TensorSpan]:
 
 def copy_weights(folder: Path, target: Path) -> None:
     """Put all tensors of a dense model into `target`/model.safetensors, their bytes unchanged."""
-    execute(plan_merge(check_weights(folder), sys.maxsize), target)
+    execute(plan_merge(output_tensors(check_weights(folder)), sys.maxsize), plain_folder(target))
 
 
 def _check_whole(path: Path, spans: Mapping[str, TensorSpan]) -> None:

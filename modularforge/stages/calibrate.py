@@ -7,8 +7,10 @@ import tempfile
 from pathlib import Path
 
 from checkpoints import Artifact, ArtifactWriter
+from checkpoints.hashing import describe_file
 from modularforge.artifacts import Corpus, derived_seed
-from modularforge.assembly.plan import output_tensors, plan_merge, read_header
+from modularforge.assembly import parts
+from modularforge.assembly.plan import OutputTensor, output_tensors, plan_merge, plan_parts, read_header
 from modularforge.assembly.stream import execute
 from modularforge.calibration.calibrator import Calibration, calibrate, even_mixture, split_documents
 from modularforge.config import Config
@@ -53,26 +55,34 @@ def _calibrate(config: Config, assembled: Artifact, corpus: Corpus, fingerprint:
             "calibration needs at least two validation documents of a domain, but there are fewer; add validation text "
             "or leave it out (assemble --no-calibrate, run-all --skip-calibration)"
         )
-    model = load_model(assembled.local_folder()).to(default_device())
+    model = load_model(assembled.local_folder()).float().to(default_device())
     places = (None, metrics_url(config, "calibration"), config.metrics.tensorboard)
     job = Job("calibration", config.calibration, config.training, fingerprint, *places)
     seed = derived_seed(config.seed, "calibration order")
     return calibrate(model, config, even_mixture(fit_half), decide_half, corpus.byte_lengths, job, seed)
 
 
-def write_calibrated(
-    assembled: Artifact, result: Calibration, writer: ArtifactWriter, max_shard_bytes: int
-) -> None:
+def write_calibrated(assembled: Artifact, result: Calibration, writer: ArtifactWriter, max_shard_bytes: int) -> None:
     """Stream the assembled weights to the writer, with the calibrated tensors in place of the old ones."""
     with tempfile.TemporaryDirectory() as scratch:
         changed = Path(scratch) / "changed.safetensors"
         save_tensors({name: tensor.contiguous() for name, tensor in result.tensors.items()}, changed)
-        spans = {}
-        for name, entry in assembled.manifest.files.items():
-            if name.endswith(".safetensors"):
-                spans.update(read_header(assembled.file_url(name), entry.tensors))
-        plan = plan_merge(output_tensors({**spans, **read_header(str(changed))}), max_shard_bytes)
-        execute(plan, writer)
+        tensors = output_tensors(
+            {
+                tensor: span
+                for name, entry in assembled.manifest.files.items()
+                if name.endswith(".safetensors")
+                for tensor, span in read_header(assembled.file_url(name), entry.tensors).items()
+            }
+        )
+        for name, span in read_header(str(changed), describe_file(changed).tensors).items():
+            tensors[name] = OutputTensor(span, tensors[name].dtype)
+        if parts.KEYS_FACT in assembled.manifest.facts:
+            plan = plan_parts(parts.group(tensors))
+            parts.write_parts(plan, writer, parts.parts_of(assembled), must_link=False)
+        else:
+            plan = plan_merge(tensors, max_shard_bytes)
+            execute(plan, writer)
     if plan.index:
         write_json(writer.folder / INDEX_NAME, plan.index)
     for name in assembled.manifest.files:

@@ -24,7 +24,9 @@ def gather_statistics(model: Decoder, batches: Iterable[Tensor], device: torch.d
         for tokens_BT in batches:
             model(tokens_BT.to(device))
             counts_V += torch.bincount(tokens_BT.flatten().cpu(), minlength=model.vocab_size)
-    return RouterStatistics([layer.finish() for layer in layers], np.asarray(counts_V))
+    inverse_rms_L: Any = np.asarray([layer.inverse_rms / max(layer.count, 1) for layer in layers])
+    tokens_V: Any = np.asarray(counts_V)
+    return RouterStatistics([layer.finish() for layer in layers], tokens_V, inverse_rms_L)
 
 
 class _LayerSums:
@@ -50,4 +52,4 @@ class _LayerSums:
         self.hook.remove()
         sum_D: Any = np.asarray(self.sum_D)
         outer_DD: Any = np.asarray(self.outer_DD)
-        return LayerStatistics(float(self.count), sum_D, outer_DD, self.inverse_rms)
+        return LayerStatistics(float(self.count), sum_D, outer_DD)

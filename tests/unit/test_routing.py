@@ -25,7 +25,7 @@ def groups(seed: int = 0) -> list[np.ndarray]:
 
 
 def sums(inputs: np.ndarray) -> LayerStatistics:
-    return LayerStatistics(float(len(inputs)), inputs.sum(axis=0), inputs.T @ inputs, float(len(inputs)))
+    return LayerStatistics(float(len(inputs)), inputs.sum(axis=0), inputs.T @ inputs)
 
 
 def test_ridge_from_sums_equals_scikit_learn_on_the_data() -> None:
@@ -56,7 +56,7 @@ def test_sums_of_halves_add_up_to_the_same_router() -> None:
     for inputs in groups():
         first, second = sums(inputs[:100]), sums(inputs[100:])
         total = (first.count + second.count, first.sum_D + second.sum_D, first.outer_DD + second.outer_DD)
-        halves.append(LayerStatistics(*total, first.inverse_rms + second.inverse_rms))
+        halves.append(LayerStatistics(*total))
     np.testing.assert_allclose(ridge(whole, 0.01, 1.0), ridge(halves, 0.01, 1.0))
 
 
@@ -95,5 +95,5 @@ def test_gathered_statistics_are_the_sums_of_what_the_ffn_reads(tmp_path: Path) 
     np.testing.assert_allclose(found.sum_D, x.sum(axis=0), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found.outer_DD, x.T @ x, rtol=1e-4, atol=1e-3)
     rms = (streams[:48].square().mean(dim=1) + config.norm_epsilon).sqrt()
-    assert found.inverse_rms == pytest.approx(float((1 / rms).sum()), rel=1e-4)
+    assert statistics.inverse_rms_L[1] == pytest.approx(float((1 / rms).mean()), rel=1e-4)
     assert np.array_equal(statistics.tokens_V, np.bincount(torch.cat(batches).flatten(), minlength=31))
