@@ -23,7 +23,7 @@ JOURNAL_NAME = ".journal.json"
 
 
 class Journal:
-    """The finished files of one unfinished artifact, kept beside them; `url` is empty for a writer that cannot resume."""
+    """The finished files of one unfinished artifact, kept beside them; without `url`, nothing is kept."""
 
     def __init__(self, url: str = "") -> None:
         self._url = url

@@ -23,9 +23,9 @@ from checkpoints.places import FileInfo, is_local, join, local_path, relative
 from checkpoints.s3 import S3Store
 
 __all__ = [
-    "FileInfo", "copy_inside", "create_bytes", "exists", "file_size", "filesystem", "is_local", "join", "list_folder", "local_path",
-    "read_bytes", "relative", "remove", "replace_bytes", "store_of", "sync_file", "sync_folder", "upload", "walk",
-    "write_atomically",
+    "FileInfo", "copy_inside", "create_bytes", "exists", "file_size", "filesystem", "is_local", "join", "list_folder",
+    "local_path", "read_bytes", "relative", "remove", "replace_bytes", "store_of", "sync_file", "sync_folder", "upload",
+    "walk", "write_atomically",
 ]  # fmt: skip
 
 Store = FolderStore | S3Store | ObjectStore

@@ -217,8 +217,8 @@ class AssemblyConfig(Section):
     """How backbone and experts become one model."""
 
     router: RouterKind = "data_stats"
-    """`evidence`: which partition the text so far resembles, from token counts; `data_stats`: ridge regression from sums;
-    `centred_means`; `learned`: rows trained with the experts; `kaiming`: random; `uniform`: all experts alike."""
+    """`evidence`: which partition the text so far resembles, from token counts; `data_stats`: ridge regression from
+    sums; `centred_means`; `learned`: rows trained with the experts; `kaiming`: random; `uniform`: all experts alike."""
     experts_per_token: int = Field(2, ge=1)
     """Experts that each token visits."""
     public_expert: bool | None = None
@@ -229,7 +229,7 @@ class AssemblyConfig(Section):
     """Router logits of `evidence`, `data_stats` and `centred_means` are divided by this."""
     mode: Literal["auto", "merge", "link"] = "auto"
     """`merge` writes all weights into files of `max_shard_bytes`. `auto` makes a file per part and takes over unchanged
-    experts without moving their bytes (hard links, server-side copies) where that can be; `link` refuses to do without."""
+    experts without moving their bytes (hard links, server-side copies) where it can; `link` refuses where it cannot."""
     dtype: Literal["same", "fp32", "bf16", "fp16"] = "same"
     """Type of the assembled weights; `same` keeps the backbone's."""
     max_shard_bytes: int = Field(5_000_000_000, ge=1_000_000)

@@ -38,8 +38,8 @@ class LayerStatistics:
 class RouterStatistics:
     """What one job counted on its partition.
 
-    The layers' sums, how often each token of the vocabulary occurs, and for each layer the mean of one over the root mean
-    square of the residual stream that the router inputs were normalised from.
+    The layers' sums, how often each token of the vocabulary occurs, and for each layer the mean of one over the root
+    mean square of the residual stream that the router inputs were normalised from.
     """
 
     layers: Sequence[LayerStatistics]

@@ -33,7 +33,7 @@ Data = bytes | memoryview
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes [start, end) of a tensor's source, and of the matrix beside it; `end` is at a row where the tensor grows."""
+    """Bytes [start, end) of a tensor's source; of whole rows where the tensor grows."""
 
     name: str
     tensor: OutputTensor
@@ -225,5 +225,5 @@ class Sources:
         if url not in self._open:
             if len(self._open) >= OPEN_FILES:
                 self._open.pop(next(iter(self._open))).close()
-            self._open[url] = open(paths.local_path(url), "rb", buffering=0)
+            self._open[url] = open(paths.local_path(url), "rb", buffering=0)  # noqa: SIM115 - closed by __exit__
         return self._open[url]
