@@ -25,6 +25,16 @@ from modularforge.pipeline import require, stage_url
 TOLERANCE = 1e-5
 
 
+def merged_in_one_file(config: Config, folder: Path) -> Path:
+    """The finished run's model again, as a single weight file."""
+    folder.mkdir()
+    settings = config.assembly.model_copy(update={"mode": "merge"})
+    experts = [require(config, "expert", index) for index in range(config.experts.count)]
+    parts = (require(config, "backbone"), experts, plain_folder(folder))
+    assemble(config.model_copy(update={"assembly": settings}), *parts)
+    return folder
+
+
 @pytest.fixture
 def tokens_BT() -> torch.Tensor:
     return torch.randint(4, 500, (2, 17), generator=torch.Generator().manual_seed(0))
@@ -80,7 +90,7 @@ def test_plain_transformers_gives_the_same_logits(stage: str, finished_run: Conf
 
 
 def test_the_assembled_file_equals_a_naive_merge_byte_for_byte(finished_run: Config, tmp_path) -> None:
-    folder = require(finished_run, "assembled").local_folder()
+    folder = merged_in_one_file(finished_run, tmp_path / "merged")
     naive: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(paths.local_path(stage_url(finished_run, "backbone")) / "model.safetensors").items():
         parts = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
@@ -100,7 +110,7 @@ def test_the_assembled_file_equals_a_naive_merge_byte_for_byte(finished_run: Con
 
 
 def test_shards_hold_the_same_tensors_and_an_index(finished_run: Config, tmp_path) -> None:
-    whole = require(finished_run, "assembled").local_file("model.safetensors")
+    whole = merged_in_one_file(finished_run, tmp_path / "merged") / "model.safetensors"
     plan = plan_merge(output_tensors(read_header(str(whole))), max_shard_bytes=50_000)
     execute(plan, plain_folder(tmp_path))
     assert len(plan.files) > 2
@@ -145,5 +155,9 @@ def test_router_choices_differ_and_have_a_row_per_expert(finished_run: Config) -
 
 
 def test_weight_files_are_readable_by_safetensors_with_metadata(finished_run: Config) -> None:
-    with safe_open(require(finished_run, "assembled").local_file("model.safetensors"), framework="np") as file:
-        assert file.metadata() == {"format": "pt"}
+    assembled = require(finished_run, "assembled")
+    files = [name for name in assembled.manifest.files if name.endswith(".safetensors")]
+    assert len(files) == 2 + 4
+    for name in files:
+        with safe_open(assembled.local_file(name), framework="np") as file:
+            assert file.metadata() == {"format": "pt"}
