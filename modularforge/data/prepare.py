@@ -46,7 +46,7 @@ def prepare_corpus(config: Config, scratch: Path, output: Path) -> dict[str, Any
     splits = {split: _write_split(config, split, tokenizer, work, output, labels, dropped) for split in SPLITS}
     metadata = {
         "vocab_size": tokenizer.get_vocab_size(),
-        "seed": config.seed,
+        "seed": config.preparation_seed,
         "labels": labels,
         "splits": splits,
         "dropped_documents": dict(sorted(dropped.items())),

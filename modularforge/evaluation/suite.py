@@ -39,7 +39,7 @@ def measure_models(
         found = measure(model, domains, corpus.byte_lengths, config.evaluation.batch_size, limit, device)
         results["models"][name] = {
             **_losses(found),
-            **_sizes(model, corpus.vocab_size),
+            **sizes_of(model, corpus.vocab_size),
             "training_tokens": training_tokens.get(name),
         }
         logger.info("%s: mean test loss %.4f", name, found.mean_loss)
@@ -110,7 +110,7 @@ def _losses(found: Measurement) -> Results:
     }
 
 
-def _sizes(model: Decoder, vocab_size: int) -> Results:
+def sizes_of(model: Decoder, vocab_size: int) -> Results:
     """Sizes as the model runs: an anchored expert's own model is a mixture of two."""
     layers = moe_layers(model)
     experts, active = (len(layers[0].experts), layers[0].experts_per_token) if layers else (1, 1)
