@@ -165,7 +165,7 @@ class ExpertsConfig(PhaseConfig):
 
 
 class JointConfig(Section):
-    """The mixture of the assembled model's shape, trained jointly on all partitions: what modular training is up against.
+    """The mixture of the assembled model's shape, trained jointly on all partitions, to compare with.
 
     It starts from copies of the backbone's FFN (sparse upcycling) and takes the experts' schedule.
     """

@@ -1,8 +1,8 @@
 """Output ensembles of experts from what each says of the next token: no logits are kept.
 
-A mixture of experts' distributions gives the target the weighted sum of what they give it, so one number per expert and
-token is enough. Weights are equal, or the posterior over experts given the tokens so far (DEMix, arXiv 2108.05036; c-BTM,
-arXiv 2303.14177): the running product of their likelihoods within the window, which is all that the models read too.
+A mixture of experts' distributions gives the target the weighted sum of what they give it, so one number per expert
+and token is enough. Weights are equal, or the posterior over experts given the tokens so far (DEMix, arXiv 2108.05036;
+c-BTM, arXiv 2303.14177): the running product of their likelihoods within the window, all that the models read too.
 """
 
 # K experts  R rows (windows)  T tokens of a window  V vocabulary

@@ -1,4 +1,4 @@
-"""The honest baseline: the backbone trained on, as a dense model, with the very tokens that the experts get together."""
+"""The honest baseline: the backbone trained on, as a dense model, with the very tokens that the experts get."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The joint baseline: a mixture of the assembled model's shape, trained as one model on the experts' tokens together."""
+"""The joint baseline: a mixture of the assembled model's shape, trained as one model on the experts' tokens."""
 
 from __future__ import annotations
 

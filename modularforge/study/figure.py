@@ -8,7 +8,7 @@ from typing import Any
 from modularforge.observe.canvas import new_figure, png_bytes
 from modularforge.observe.style import EXPERT_COLOURS, GREY, INK, PALE, WIDTH_INCHES, house_style
 
-LINE_INCHES = 0.3
+LINE_INCHES, MARGINS_INCHES = 0.3, 1.3
 LANDMARKS = ("backbone", "dense", "joint")
 COLOURS = {
     "assembled": EXPERT_COLOURS[0],
@@ -23,17 +23,13 @@ def draw_table(table: Mapping[str, Any]) -> bytes:
     """PNG of all rows, the best at the top; dashed lines show the backbone, the dense and the joint model."""
     rows = sorted(table["rows"].items(), key=lambda item: float(item[1]["mean_loss"]), reverse=True)
     with house_style():
-        figure = new_figure(WIDTH_INCHES, 1.3 + LINE_INCHES * len(rows))
+        height = MARGINS_INCHES + LINE_INCHES * len(rows)
+        figure = new_figure(WIDTH_INCHES, height)
         axes = figure.subplots()
-        figure.subplots_adjust(
-            left=0.34,
-            right=0.93,
-            top=1 - 0.7 / (1.3 + LINE_INCHES * len(rows)),
-            bottom=0.6 / (1.3 + LINE_INCHES * len(rows)),
-        )
-        for place, (name, row) in enumerate(rows):
-            _draw_row(axes, place, name, row)
-        _draw_landmarks(axes, rows, len(rows))
+        figure.subplots_adjust(left=0.34, right=0.93, top=1 - 0.7 / height, bottom=0.6 / height)
+        for place, (_, row) in enumerate(rows):
+            _draw_row(axes, place, row)
+        _draw_landmarks(axes, rows)
         axes.set_yticks(range(len(rows)), [name for name, _ in rows])
         axes.set_ylim(-0.8, len(rows) - 0.2)
         axes.grid(visible=False, axis="y")
@@ -43,21 +39,22 @@ def draw_table(table: Mapping[str, Any]) -> bytes:
         return png_bytes(figure)
 
 
-def _draw_row(axes: Any, place: int, name: str, row: Mapping[str, Any]) -> None:
+def _draw_row(axes: Any, place: int, row: Mapping[str, Any]) -> None:
     colour, marker = COLOURS.get(row["kind"], GREY), MARKERS.get(row["kind"], "s")
     losses = list(row["losses"].values())
     if len(losses) > 1:
         axes.plot([min(losses), max(losses)], [place, place], color=colour, linewidth=1.4, alpha=0.6)
         axes.plot(losses, [place] * len(losses), "|", color=colour, markersize=8)
     axes.plot([row["mean_loss"]], [place], marker, color=colour, markersize=7)
-    axes.annotate(f"{row['mean_loss']:.3f}", (1, place), (8, 0), ("axes fraction", "data"), "offset points", va="center",
-                  fontsize=11, color=INK, annotation_clip=False)  # fmt: skip
+    style: dict[str, Any] = {"va": "center", "fontsize": 11, "color": INK, "annotation_clip": False}
+    axes.annotate(f"{row['mean_loss']:.3f}", (1, place), (8, 0), ("axes fraction", "data"), "offset points", **style)
 
 
-def _draw_landmarks(axes: Any, rows: list[tuple[str, Mapping[str, Any]]], height: int) -> None:
+def _draw_landmarks(axes: Any, rows: list[tuple[str, Mapping[str, Any]]]) -> None:
     for kind in LANDMARKS:
         found = next((row for _, row in reversed(rows) if row["kind"] == kind), None)
         if found:
             axes.axvline(found["mean_loss"], color=GREY, linewidth=1.1, linestyle=(0, (3, 3)), zorder=0)
-            axes.annotate(kind, (found["mean_loss"], 1), (0, 4), ("data", "axes fraction"), "offset points", ha="center",
-                          fontsize=11, color=GREY)  # fmt: skip
+            style: dict[str, Any] = {"ha": "center", "fontsize": 11, "color": GREY}
+            place = (found["mean_loss"], 1)
+            axes.annotate(kind, place, (0, 4), ("data", "axes fraction"), "offset points", **style)

@@ -1,7 +1,7 @@
 """Measure one variant of one run on one split: loss per domain, sizes, tokens, and what removing an expert changes.
 
-On validation everything is measured on the deciding half of the documents alone, whatever is measured: the other half is
-what calibration fits, so that no variant is judged by text that another one learned from.
+On validation everything is measured on the deciding half of the documents alone, because the other half is what
+calibration fits: no variant is judged by text that any other learned from.
 """
 
 # K experts  R rows  T tokens

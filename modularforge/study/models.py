@@ -63,7 +63,7 @@ def _assembled(config: Config, backbone: Artifact, experts: list[Artifact]) -> D
         return load_model(Path(scratch))
 
 
-def calibrate_model(run: Run, config: Config, model: Decoder, fresh: Decoder) -> tuple[Decoder, dict[str, object]]:
+def calibrate_model(run: Run, config: Config, model: Decoder, fresh: Decoder) -> tuple[Decoder, dict[str, float]]:
     """Calibrate `model` and return it, or `fresh`, which is the same untouched, when it did not get better."""
     corpus = run.corpus
     fit_half, decide_half = split_documents(corpus.tokens("validation"), corpus.labels)

@@ -1,4 +1,4 @@
-"""The runs of a study: one normal run folder per seed and recipe, in which what another has made is copied, not made again.
+"""The runs of a study: one normal run folder per seed and recipe; what another has made is copied, not made again.
 
 Data and partitions lie beside the runs, one folder for each way of dividing the documents; all hold the same corpus.
 """
@@ -17,7 +17,7 @@ from modularforge.artifacts import Backbone, Corpus
 from modularforge.config import Config
 from modularforge.errors import ConfigError
 from modularforge.log import logger
-from modularforge.pipeline import Plan, finished, fingerprint, job_name, plan_stage, stage_settings, stage_url
+from modularforge.pipeline import Plan, fingerprint, finished, job_name, plan_stage, stage_settings, stage_url
 from modularforge.provenance import save_settings
 from modularforge.settings import load_config
 from modularforge.stages import backbone, branch, dense, expert, joint, prepare

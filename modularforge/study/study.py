@@ -1,7 +1,7 @@
 """Run a study: train what is missing, measure each variant once, and write the table anew after each.
 
-A result is an artifact with the fingerprint of all that it was made from: the same command continues after a stop, and a
-variant whose settings or models changed is measured again.
+A result is an artifact with the fingerprint of all that it was made from: the same command continues after a stop, and
+a variant whose settings or models changed is measured again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from modularforge.pipeline import Plan, contents, stage_settings
 from modularforge.provenance import making, provenance
 from modularforge.study.measure import Bench, Split, training_tokens
 from modularforge.study.models import needed_artifacts
-from modularforge.study.runs import Run, Runs
+from modularforge.study.runs import Runs
 from modularforge.study.study_file import ROUTED, Variant, variants_of
 from modularforge.study.table import write_table
 
@@ -76,9 +76,10 @@ def measure_once(runs: Runs, bench: Bench, variant: Variant, seed: int) -> dict[
     limit = _limit(runs, config, "validation")
     limited = config.evaluation.model_copy(update={"tokens_per_domain": limit})
     measured = bench.measure(variant, config.model_copy(update={"evaluation": limited}), parts)
-    result = {"variant": variant.name, "kind": variant.kind, "recipe": variant.recipe, "seed": seed, **measured}
+    about = {"variant": variant.name, "kind": variant.kind, "recipe": variant.recipe, "seed": seed}
     tokens = [training_tokens(config, "backbone"), training_tokens(config, "experts")]
-    result = json_safe({**result, "tokens": tokens, "seconds": round(time.perf_counter() - start, 3)})
+    seconds = round(time.perf_counter() - start, 3)
+    result: dict[str, Any] = json_safe({**about, "tokens": tokens, **measured, "seconds": seconds})
     if old:
         paths.remove(plan.url)
     with making(plan) as writer:
@@ -125,8 +126,8 @@ def _result_url(runs: Runs, split: Split, variant: Variant, seed: int) -> str:
 
 
 def _limit(runs: Runs, config: Config, split: Split) -> int:
-    test = config.evaluation.tokens_per_domain
-    return test if split == "test" else min(runs.study.validation_tokens_per_domain, test if runs.smoke_test else 2**62)
+    limit = config.evaluation.tokens_per_domain
+    return limit if split == "test" else min(limit, runs.study.validation_tokens_per_domain)
 
 
 def _losses(result: dict[str, Any]) -> dict[str, float]:

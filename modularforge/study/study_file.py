@@ -40,7 +40,7 @@ class VariantEntry(Section):
     """What is measured: a baseline, the experts with their oracle, an output ensemble, or an assembled model."""
     recipe: Text | list[Text] | None = None
     """Name of the recipe whose models it uses, or a list; null is the first one."""
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
     """Settings of `assembly` and `calibration` by dotted name; a list is a grid."""
     calibrate: bool = False
     """Calibrate the model as `calibration` says and keep the result only if the deciding half improves."""
@@ -65,7 +65,7 @@ class StudyFile(Section):
     """Seeds of the runs; they share data and tokenizer, which are prepared with the first."""
     validation_tokens_per_domain: int = Field(20_000, ge=1)
     """Tokens of each domain's deciding half of validation at the most."""
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
     """Settings of all recipes by dotted name."""
     recipes: dict[str, dict[str, Any]] = Field(min_length=1)
     """What is trained: settings by dotted name; each recipe and seed is a run folder of its own."""
@@ -147,13 +147,13 @@ def _problems(study: StudyFile) -> Iterator[str]:
     known = ", ".join(study.recipes)
     for name in (*study.recipes, *study.variants):
         if not NAME.match(name):
-            yield f"{name!r} must be letters, digits, dots, dashes and underscores, because it names a folder; rename it"
+            yield f"{name!r} must be letters, digits, dots, dashes and underscores, as it names a folder; rename it"
     if study.reference is not None and study.reference not in study.recipes:
         yield f"reference must be one of the recipes ({known}), but is {study.reference}; choose one of these"
     for name, entry in study.variants.items():
         for recipe in _recipes(study, entry):
             if recipe not in study.recipes:
-                yield f"variants.{name}.recipe must be one of the recipes ({known}), but is {recipe}; choose one of these"
+                yield f"variants.{name}.recipe must be one of the recipes ({known}), but is {recipe}; choose one"
         if unknown := sorted(set(entry.seeds or ()) - set(study.seeds)):
             yield f"variants.{name}.seeds must be among the study's ({study.seeds}), but has {unknown[0]}; add it there"
         if entry.set and entry.kind not in ROUTED:

@@ -1,7 +1,7 @@
 """The table of a study: each variant's losses, cost and gains over all seeds, as JSON, Markdown and a plot.
 
-Gains compare rows of the same seed and of the same tokens for backbone and experts: the share of the oracle's gain over the
-backbone that is kept, the distance to the dense model, and the domain that fares worst against the backbone.
+Gains compare rows of the same seed and of the same tokens for backbone and experts: the share of the oracle's gain over
+the backbone that is kept, the distance to the dense model, and the domain that fares worst against the backbone.
 """
 
 from __future__ import annotations
@@ -162,9 +162,9 @@ def markdown(table: Mapping[str, Any]) -> str:
         "",
         f"Mean loss in nats per token on {where}; domains weigh alike; ± is the standard deviation over seeds.",
         "`kept` is the share of the oracle's gain over the backbone: the oracle takes the best expert of each domain, "
-        f"chosen on the very text that is measured (recipe {table['reference']} where tokens are the same). `to dense` is "
-        "the distance to the dense model of the same seed and tokens. `worst` is the domain that fares worst against the "
-        "backbone, in any seed.",
+        f"chosen on the text that is measured (recipe {table['reference']} where tokens are the same). `to dense` is "
+        "the distance to the dense model of the same seed and tokens. `worst` is the domain that fares worst against "
+        "the backbone, in any seed.",
         "",
         *_lines(*_main_rows(table)),
         "",

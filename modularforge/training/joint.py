@@ -35,6 +35,6 @@ def build_joint(
     fill(decoder, tensors)
     if freeze_shared:
         decoder.requires_grad_(False)
-        for layer in moe_layers(decoder):
-            layer.requires_grad_(True)
+        for mixture in moe_layers(decoder):
+            mixture.requires_grad_(True)
     return decoder

@@ -1,4 +1,4 @@
-"""All partitions mixed: the very windows that the experts' jobs take, in one shuffled order, for the joint baselines."""
+"""All partitions mixed: the very windows that the experts' jobs take, in one shuffled order."""
 
 from __future__ import annotations
 
