@@ -61,7 +61,8 @@ def train(
         )
     if (only in ("expert", "branch")) != (index is not None):
         raise ConfigError(
-            "--only expert (or branch) and --index K go together; give both, or neither to train everything"
+            "--only expert and --index K go together, as do --only branch and --index K; "
+            "give both, or neither to train everything"
         )
     if only == "backbone" and skip_backbone:
         raise ConfigError("--only backbone and --skip-backbone exclude each other; give one of them")

@@ -1,4 +1,4 @@
-"""Run a study: train what is missing, measure each variant once, and write the table anew after each.
+"""Run a study: train what is missing, measure each variant once, and write the table anew after each one.
 
 A result is an artifact with the fingerprint of all that it was made from: the same command continues after a stop, and
 a variant whose settings or models changed is measured again.
@@ -34,11 +34,18 @@ def run_study(runs: Runs, split: Split, only: Sequence[str] = (), seeds: Sequenc
             if variant.recipe not in benches:
                 run = runs.run(seed, variant.recipe)
                 benches[variant.recipe] = Bench(run, split, _limit(runs, run.config, split))
-            result = measure_once(runs, benches[variant.recipe], variant, seed)
+            result, is_new = measure_once(runs, benches[variant.recipe], variant, seed)
             loss = min(row["mean_loss"] for row in result["rows"].values())
             logger.info("seed %d, %s: mean %s loss %.4f", seed, variant.name, split, loss)
-            write_table(runs, split, collect(runs, split))
-    return write_table(runs, split, collect(runs, split))
+            if is_new:
+                write_table(runs, split, collect(runs, split))
+        draw(runs, split)
+    return draw(runs, split)
+
+
+def draw(runs: Runs, split: Split) -> str:
+    """Write table and plot of what is measured; returns the URL of the table."""
+    return write_table(runs, split, collect(runs, split), with_plot=True)
 
 
 def choose_variants(runs: Runs, split: Split, only: Sequence[str]) -> list[Variant]:
@@ -63,15 +70,14 @@ def choose_seeds(runs: Runs, seeds: Sequence[int]) -> list[int]:
     return list(seeds) or runs.study.seeds
 
 
-def measure_once(runs: Runs, bench: Bench, variant: Variant, seed: int) -> dict[str, Any]:
-    """The result of a variant: as committed, or measured now and committed."""
+def measure_once(runs: Runs, bench: Bench, variant: Variant, seed: int) -> tuple[dict[str, Any], bool]:
+    """The result of a variant, and whether it was measured and committed just now."""
     config = runs.config(seed, variant.recipe, variant.settings)
     parts = needed_artifacts(bench.run, variant)
     plan = result_plan(runs, bench, variant, config, parts, seed)
     old = find_artifact(plan.url)
     if old and old.manifest.fingerprint == plan.fingerprint:
-        found: dict[str, Any] = old.read_json(RESULT_NAME)
-        return found
+        return old.read_json(RESULT_NAME), False
     start = time.perf_counter()
     limit = _limit(runs, config, "validation")
     limited = config.evaluation.model_copy(update={"tokens_per_domain": limit})
@@ -85,7 +91,7 @@ def measure_once(runs: Runs, bench: Bench, variant: Variant, seed: int) -> dict[
     with making(plan) as writer:
         writer.write_json(RESULT_NAME, result)
         writer.commit(json_safe({"mean_loss": _losses(result), "provenance": provenance(config)}))
-    return result
+    return result, True
 
 
 def result_plan(

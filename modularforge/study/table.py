@@ -22,13 +22,13 @@ ORACLE = "oracle"
 COST = ("parameters", "active_parameters", "flops_per_token", "training_tokens")
 
 
-def write_table(runs: Runs, split: str, results: Results) -> str:
-    """Write table-SPLIT.json, .md and .png at the study's root; returns the URL of the Markdown."""
+def write_table(runs: Runs, split: str, results: Results, with_plot: bool = False) -> str:
+    """Write table-SPLIT.json and .md (and .png) at the study's root; returns the URL of the Markdown."""
     table = make_table(runs.study.name, split, results, reference_of(runs.study))
     root = paths.join(runs.root, f"table-{split}")
     paths.replace_bytes(f"{root}.json", (json.dumps(table, indent=1, allow_nan=False) + "\n").encode())
     paths.replace_bytes(f"{root}.md", markdown(table).encode())
-    if table["rows"]:
+    if with_plot and table["rows"]:
         paths.replace_bytes(f"{root}.png", draw_table(table))
     return f"{root}.md"
 
