@@ -213,6 +213,18 @@ class ExpertsConfig(PhaseConfig):
     """Tokens of its partition from which a finished expert gathers router statistics."""
 
 
+class JointConfig(Section):
+    """The mixture of the assembled model's shape, trained jointly on all partitions, to compare with.
+
+    It starts from copies of the backbone's FFN (sparse upcycling) and takes the experts' schedule.
+    """
+
+    freeze_shared: bool = False
+    """Train feed-forward blocks and routers only, as the experts' jobs do; false trains everything."""
+    balance_loss: float = Field(0.01, ge=0)
+    """Weight of the load-balance loss (Switch Transformer)."""
+
+
 class AssemblyConfig(Section):
     """How backbone and experts become one model."""
 
@@ -355,6 +367,8 @@ class Config(Section):
     """Title of reports and of the model card."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Every random choice follows from it."""
+    data_seed: int | None = Field(None, ge=0, lt=2**31)
+    """Seed of the data preparation, so that runs of several seeds can share the data; null is `seed`."""
     output_dir: Text = "runs/default"
     """Root of the run: a folder or a URL such as `s3://bucket/run`."""
     data_dir: Text | None = None
@@ -365,6 +379,7 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     backbone: BackboneConfig = BackboneConfig()
     experts: ExpertsConfig = ExpertsConfig()
+    joint: JointConfig = JointConfig()
     assembly: AssemblyConfig = AssemblyConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -376,6 +391,11 @@ class Config(Section):
     def needed_experts(self) -> int:
         """Experts without which nothing is assembled."""
         return self.experts.count if self.cluster.min_experts is None else self.cluster.min_experts
+
+    @property
+    def preparation_seed(self) -> int:
+        """Seed of corpus and partitions."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def data_url(self) -> str:

@@ -61,7 +61,7 @@ def save_expert(
     save_tensors(ffn, folder / EXPERT_NAME)
     if rows:
         save_tensors(rows, folder / ROUTER_NAME)
-    statistics = gather_statistics(model, _sample(config, tokens, index), world.device)
+    statistics = gather_statistics(model, partition_sample(config, tokens, index), world.device)
     save_statistics(folder / STATISTICS_NAME, statistics)
     hashes = backbone.artifact.manifest.files["model.safetensors"].tensors
     return {
@@ -75,12 +75,12 @@ def save_expert(
 
 def _directions(config: Config, backbone: Backbone, tokens: Tokens, index: int, world: World) -> list[Tensor]:
     """Where the router rows start: from the backbone's statistics on all text towards those on the partition."""
-    own = gather_statistics(backbone.model().float(), _sample(config, tokens, index), world.device)
+    own = gather_statistics(backbone.model().float(), partition_sample(config, tokens, index), world.device)
     general = load_statistics(backbone.artifact.local_file(STATISTICS_NAME))
     return router_directions(own.layers, general.layers)
 
 
-def _sample(config: Config, tokens: Tokens, index: int) -> Iterator[Tensor]:
+def partition_sample(config: Config, tokens: Tokens, index: int) -> Iterator[Tensor]:
     """Shuffled text of a partition, `experts.statistics_tokens` of it."""
     context = config.model.context_length
     stream = batches(tokens, context, 1, derived_seed(config.seed, "expert statistics", index))
