@@ -26,14 +26,13 @@ from modularforge.assembly.plan import (
     read_header,
 )
 from modularforge.assembly.routers import all_statistics, router_rows
+from modularforge.assembly.small_files import copy_text_files
 from modularforge.assembly.statistics import EXPERT_NAME
 from modularforge.assembly.stream import execute
 from modularforge.config import Config, ModelConfig
 from modularforge.model.hub_config import (
     CONFIG_NAME,
-    GENERATION_NAME,
     INDEX_NAME,
-    TOKENIZER_FILES,
     WEIGHTS_NAME,
     model_config_of,
     moe_config,
@@ -128,9 +127,7 @@ def _write_small_files(
     # Equal rows mean something only when every expert is visited.
     active = count if config.assembly.router == "uniform" else config.assembly.experts_per_token
     write_json(folder / CONFIG_NAME, moe_config(model, vocab_size, count, active, carried))
-    for name in (GENERATION_NAME, *TOKENIZER_FILES):
-        if name in backbone.manifest.files:
-            (folder / name).write_bytes(backbone.read_bytes(name))
+    copy_text_files(backbone, folder)
     sizes = model_sizes(model, vocab_size, count, active)
     return {
         "experts": count,

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 
 from modularforge.artifacts import Backbone, Corpus, derived_seed, even_streams, token_file
+from modularforge.assembly.small_files import copy_text_files
 from modularforge.assembly.statistics import STATISTICS_NAME, save_statistics
 from modularforge.config import Config
 from modularforge.data.loader import batches
 from modularforge.log import logger
 from modularforge.model.folder import backbone_tensors, save_tensors
-from modularforge.model.hub_config import CONFIG_NAME, GENERATION_NAME, TOKENIZER_FILES, WEIGHTS_NAME
+from modularforge.model.hub_config import CONFIG_NAME, WEIGHTS_NAME
 from modularforge.pipeline import finished, job_name, plan_stage, require
 from modularforge.provenance import commit, making
 from modularforge.training.distributed import joined_world
@@ -47,8 +47,8 @@ def run(config: Config, index: int) -> None:
         if world.is_main:
             with making(plan) as writer:
                 save_tensors(backbone_tensors(model), writer.folder / WEIGHTS_NAME)
-                for file in (CONFIG_NAME, GENERATION_NAME, *TOKENIZER_FILES):
-                    shutil.copyfile(backbone.artifact.local_file(file), writer.folder / file)
+                (writer.folder / CONFIG_NAME).write_bytes(backbone.artifact.read_bytes(CONFIG_NAME))
+                copy_text_files(backbone.artifact, writer.folder)
                 statistics = gather_statistics(model, partition_sample(config, tokens, index), world.device)
                 save_statistics(writer.folder / STATISTICS_NAME, statistics)
                 commit(writer, plan, config, {**losses, "training_tokens": phase.steps * phase.batch_size * context})

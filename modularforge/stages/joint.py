@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-
 import torch
 
 from modularforge.artifacts import Backbone, Corpus, derived_seed, even_streams
+from modularforge.assembly.small_files import copy_text_files
 from modularforge.config import Config
 from modularforge.log import logger
 from modularforge.model.folder import backbone_tensors, save_tensors
 from modularforge.model.hub_config import (
     CONFIG_NAME,
-    GENERATION_NAME,
-    TOKENIZER_FILES,
     WEIGHTS_NAME,
     moe_config,
     write_json,
@@ -52,8 +49,7 @@ def run(config: Config) -> None:
             with making(plan) as writer:
                 save_tensors(backbone_tensors(model), writer.folder / WEIGHTS_NAME)
                 write_json(writer.folder / CONFIG_NAME, moe_config(model.config, model.vocab_size, experts, active))
-                for name in (GENERATION_NAME, *TOKENIZER_FILES):
-                    shutil.copyfile(backbone.artifact.local_file(name), writer.folder / name)
+                copy_text_files(backbone.artifact, writer.folder)
                 facts = {"training_tokens": phase.steps * phase.batch_size * context}
                 commit(writer, plan, config, {**losses, **facts})
         world.barrier()
