@@ -46,7 +46,7 @@ class ArtifactWriter:
         self._manifest = manifest
         self._files_url = str(folder) if paths.is_local(url) else paths.join(url, attempt)
         self._journal = Journal(paths.join(self._files_url, JOURNAL_NAME) if resumes else "")
-        self._written: dict[str, FileEntry] = self._journal.read(self._files_url)
+        self.written: dict[str, FileEntry] = self._journal.read(self._files_url)
         self.files: dict[str, FileEntry] = {}
         self.may_be_committed = False
 
@@ -67,8 +67,8 @@ class ArtifactWriter:
         else:
             part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
             paths.upload(self._upload_url(name), _hashed(in_parts(chunks, part_bytes), hasher))
-        self._written[name] = hasher.entry()
-        return self._written[name]
+        self.written[name] = hasher.entry()
+        return self.written[name]
 
     def write_known(self, name: str, chunks: Iterable[Chunk], size: int, finish: Callable[[], FileEntry]) -> FileEntry:
         """Write one file of `size` bytes whose hashes the caller takes: `finish` tells its entry after the last chunk.
@@ -82,7 +82,7 @@ class ArtifactWriter:
             part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
             paths.upload(self._upload_url(name), in_parts(chunks, part_bytes))
         self.adopt(name, finish())
-        return self._written[name]
+        return self.written[name]
 
     def link(self, name: str, source_url: str, entry: FileEntry) -> bool:
         """Take a committed file without moving its bytes: a hard link, or a copy made by the object store.
@@ -97,7 +97,7 @@ class ArtifactWriter:
 
     def is_written(self, name: str) -> bool:
         """Whether this writer, or an interrupted one that it continues, has finished a file."""
-        return name in self._written
+        return name in self.written
 
     def require_space(self, size: int) -> None:
         """Raise StoreFullError before the work when `size` bytes more do not fit on the disk of a local artifact."""
@@ -132,7 +132,7 @@ class ArtifactWriter:
 
     def adopt(self, name: str, entry: FileEntry) -> None:
         """Take a file that is in its place already, with these hashes, as written."""
-        self._written[name] = entry
+        self.written[name] = entry
         self._journal.add(name, entry)
 
     def discard(self) -> None:
@@ -150,10 +150,10 @@ class ArtifactWriter:
     def _all_files(self) -> dict[str, FileEntry]:
         """Entries of all files; those that were put into the folder without `write_chunks` are published now."""
         names = sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
-        waiting = [name for name in names if name not in self._written and name != JOURNAL_NAME]
+        waiting = [name for name in names if name not in self.written and name != JOURNAL_NAME]
         publish = self._hash_and_sync if paths.is_local(self.url) else self._upload_file
         entries = in_order(publish, waiting, FILES_AT_ONCE)
-        return dict(sorted({**self._written, **dict(zip(waiting, entries, strict=True))}.items()))
+        return dict(sorted({**self.written, **dict(zip(waiting, entries, strict=True))}.items()))
 
     def _hash_and_sync(self, name: str) -> FileEntry:
         path = self.folder / name

@@ -9,6 +9,7 @@ import typer
 
 from modularforge.config import Config
 from modularforge.errors import ConfigError
+from modularforge.experts_cli import app as experts_app
 from modularforge.options import with_lazy_settings, with_settings
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(experts_app, name="experts")
 
 
 @app.command("prepare-data")
