@@ -119,7 +119,9 @@ def copy_inside(source: str, target: str) -> bool:
 
     False, with nothing done, where that cannot be: another disk or store, or one that has no such copies.
     """
-    if is_local(source) != is_local(target) or source.split("://", 1)[0] != target.split("://", 1)[0]:
+    if is_local(source) != is_local(target):
+        return False
+    if not is_local(source) and source.split("://", 1)[0] != target.split("://", 1)[0]:
         return False
     return store_of(target).copy_inside(source, target)
 
