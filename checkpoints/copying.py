@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 from checkpoints import paths
 from checkpoints.artifact import Artifact, find_artifact
+from checkpoints.durable import DurableFile
 from checkpoints.errors import ArtifactExistsError, CorruptArtifactError, StoreError
 from checkpoints.hashing import CHUNK_BYTES, FileHasher
 from checkpoints.parallel import in_order
@@ -85,11 +86,10 @@ def _append(source: Artifact, name: str, target: Path, report: Report) -> None:
     with open(target, "ab+") as file:
         hasher = _hash_beginning(file, name, entry.size)
         report(hasher.size)
-        for part in stream_file(source.file_url(name), entry, hasher):
-            file.write(part)
-            report(len(part))
-        file.flush()
-        os.fsync(file.fileno())
+        with DurableFile(file) as durable:
+            for part in stream_file(source.file_url(name), entry, hasher):
+                durable.write(part)
+                report(len(part))
 
 
 def _hash_beginning(file: BinaryIO, name: str, size: int) -> FileHasher:
@@ -111,7 +111,7 @@ def _copy_to_objects(source: Artifact, writer: ArtifactWriter, report: Report) -
         if there.get(name) == entry.size:  # uploads are atomic, and this key holds nothing but this file
             report(entry.size)
         else:
-            writer.write_chunks(name, _reported(source.stream(name), report), entry.size)
+            writer.write_known(name, _reported(source.stream(name), report), entry.size, lambda: entry)
         return name
 
     for name in in_order(send, source.manifest.files, FILES_AT_ONCE):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 from checkpoints import paths
@@ -26,14 +27,15 @@ def stream_file(url: str, entry: FileEntry, hasher: FileHasher | None = None) ->
     hasher = hasher or FileHasher(url)
     check_size(url, entry)
     parts = _local_parts if paths.is_local(url) else _remote_parts
-    for part in parts(url, hasher.size, entry.size):
-        hasher.update(part)
-        yield part
+    with hasher.in_background(entry.size) as update:
+        for part in parts(url, hasher.size, entry.size):
+            update(part)
+            yield part
     check_hash(url, entry, hasher)
 
 
 def _local_parts(url: str, start: int, end: int) -> Iterator[bytes]:
-    with call("read", url, lambda: open(paths.local_path(url), "rb")) as file:
+    with call("read", url, lambda: open(paths.local_path(url), "rb", buffering=0)) as file:
         file.seek(start)
         while part := call("read", url, lambda: file.read(min(CHUNK_BYTES, end - file.tell()))):
             yield part
@@ -42,7 +44,7 @@ def _local_parts(url: str, start: int, end: int) -> Iterator[bytes]:
 def _remote_parts(url: str, start: int, end: int) -> Iterator[bytes]:
     store = paths.store_of(url)
     spans = ((first, min(first + PART_BYTES, end)) for first in range(start, end, PART_BYTES))
-    return in_order(lambda span: store.read(url, *span), spans, READS_IN_FLIGHT)
+    return chain.from_iterable(in_order(lambda span: store.read_pieces(url, *span), spans, READS_IN_FLIGHT))
 
 
 def check_size(url: str, entry: FileEntry) -> None:
