@@ -62,22 +62,24 @@ def check_hash(url: str, entry: FileEntry, found: FileHasher) -> None:
     """Raise CorruptArtifactError, with the names of the damaged tensors, unless the bytes are those of the entry."""
     if found.size == entry.size and found.sha256 == entry.sha256:
         return
-    where = damaged_part(entry, found.finished_tensors())
     raise CorruptArtifactError(
-        f"{url} must have sha256 {entry.sha256[:12]}, but has {found.sha256[:12]}{where}; "
-        f"a bit flipped, or another version was put in its place: {REMEDY}"
+        f"{url} must have sha256 {entry.sha256[:12]}, but has {found.sha256[:12]}"
+        f"{what_differs(entry, found.finished_tensors())}: {REMEDY}"
     )
 
 
-def damaged_part(entry: FileEntry, tensors: dict[str, str]) -> str:
-    """Which part of a weight file differs, in words; empty for other files."""
+def what_differs(entry: FileEntry, tensors: dict[str, str]) -> str:
+    """Which part of a weight file differs and what that means, in words; a plain file cannot tell."""
     if not entry.tensors:
-        return ""
+        return "; a bit flipped, or another version (an older one, say) was put in its place"
     damaged = [name for name, digest in entry.tensors.items() if tensors.get(name) != digest]
-    if not damaged:
-        return " (damaged: the header)"
+    if not damaged or not tensors.keys() & entry.tensors.keys():
+        return " (damaged: the header); a bit flipped there, or a file of other tensors was put in its place"
+    if len(damaged) == len(entry.tensors) > 1:
+        return f" (all {len(damaged)} tensors differ); another version (an older one, say) was put in its place"
     more = f" and {len(damaged) - NAMES_IN_MESSAGE} more" if len(damaged) > NAMES_IN_MESSAGE else ""
-    return f" (damaged: tensor {', '.join(damaged[:NAMES_IN_MESSAGE])}{more})"
+    names = f"{', '.join(damaged[:NAMES_IN_MESSAGE])}{more}"
+    return f" (damaged: tensor {names}, {len(damaged)} of {len(entry.tensors)}); the others are right, so bits flipped"
 
 
 def check_local_file(path: Path, entry: FileEntry) -> Path:

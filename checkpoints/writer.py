@@ -26,7 +26,7 @@ from checkpoints.hashing import CHUNK_BYTES, FileEntry, FileHasher, describe_fil
 from checkpoints.journal import JOURNAL_NAME, Journal, attempt_of, locked
 from checkpoints.manifest import MANIFEST_NAME, Manifest
 from checkpoints.parallel import in_order, meanwhile
-from checkpoints.places import new_attempt
+from checkpoints.places import UPLOAD_SCRATCH, new_attempt
 from checkpoints.reading import PART_BYTES
 from checkpoints.retry import logger
 
@@ -254,7 +254,9 @@ def _place(url: str, fingerprint: str, stack: ExitStack) -> tuple[str, Path, boo
         if not paths.is_local(url) or stack.enter_context(locked(folder)):
             return attempt, folder, True
     attempt = new_attempt()
-    return attempt, _scratch_folder(url, attempt), False
+    folder = _scratch_folder(url, attempt)
+    stack.enter_context(locked(folder))  # so that `gc` sees that this writer lives
+    return attempt, folder, False
 
 
 def in_parts(chunks: Iterable[Chunk], part_bytes: int) -> Iterator[bytes]:
@@ -275,7 +277,7 @@ def in_parts(chunks: Iterable[Chunk], part_bytes: int) -> Iterator[bytes]:
 
 def _scratch_folder(url: str, attempt: str) -> Path:
     if not paths.is_local(url):
-        return Path(tempfile.mkdtemp(prefix="modularforge-"))
+        return Path(tempfile.mkdtemp(prefix=UPLOAD_SCRATCH))
     target = paths.local_path(url)
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.with_name(f".{target.name}.{attempt}")
