@@ -225,6 +225,29 @@ def test_no_credentials_is_its_own_error(s3: str, monkeypatch: pytest.MonkeyPatc
         write(f"{s3}/expert")
 
 
+@pytest.mark.parametrize("how", ["key", "profile", "client_kwargs"])
+def test_credentials_and_endpoint_may_come_from_fsspecs_configuration(
+    proxy: FaultProxy, proxied: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
+) -> None:
+    proxy.reset(lambda request: wrong_signature(request, KEY, SECRET))
+    endpoint = os.environ["AWS_ENDPOINT_URL"]
+    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    (tmp_path / "credentials").write_text(f"[mine]\naws_access_key_id = {KEY}\naws_secret_access_key = {SECRET}\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    keys = {"aws_access_key_id": KEY, "aws_secret_access_key": SECRET}
+    settings: dict[str, dict[str, object]] = {
+        "key": {"key": KEY, "secret": SECRET, "endpoint_url": endpoint, "default_block_size": 1 << 20},
+        "profile": {"profile": "mine", "endpoint_url": endpoint},
+        "client_kwargs": {"client_kwargs": {**keys, "endpoint_url": endpoint}},
+    }
+    monkeypatch.setitem(fsspec.config.conf, "s3", settings[how])
+    write(f"{proxied}/expert").verify()
+    monkeypatch.setitem(fsspec.config.conf, "s3", {**settings[how], "anon": True})
+    with pytest.raises(AccessError, match="access is denied"):
+        find_artifact(f"{proxied}/expert")
+
+
 def test_c19_a_missing_bucket_is_not_an_empty_one(s3: str) -> None:
     for action in (find_artifact, paths.list_folder, paths.walk, paths.exists, write):
         with pytest.raises(MissingBucketError, match="the bucket no-such-bucket does not exist at http://127"):
