@@ -45,8 +45,9 @@ def generate(
     if not ids:
         raise DataError("a prompt must have at least one token, but is empty; type a word")
     if ids[-1] in end_tokens:
+        end = tokenizer.id_to_token(ids[-1])
         raise DataError(
-            "a prompt must not end with the end of a text, since nothing follows the end of a text; shorten the prompt"
+            f"a prompt must not end with {end}, since nothing follows the end of a text; shorten the prompt"
         )
     device = model.lm_head.weight.device
     generator = torch.Generator().manual_seed(sampling.seed)

@@ -97,8 +97,8 @@ def download(name: HubName, listing: HubListing, file: str) -> Path:
         path = get(again=True)
     if not _is_as_told(path, told):
         raise StoreError(
-            f"{file} of {name.repository} must have the size and hash that the Hub says ({told.size} bytes), but has not "
-            "after a second download; nothing was written, try again later"
+            f"{file} of {name.repository} must have the size and hash that the Hub says ({told.size} bytes), but has "
+            "not after a second download; nothing was written, try again later"
         )
     return path
 

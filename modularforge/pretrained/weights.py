@@ -70,8 +70,8 @@ def _check_tensors(folder: Path, spans: Mapping[str, TensorSpan], expected: Mapp
     if wrong:
         name = wrong[0]
         raise DataError(
-            f"{name} in {folder} must have the shape {expected.get(name, 'of no tensor: config.json has none such')}, "
-            f"but has {found.get(name, 'none, as it is missing')} ({len(wrong)} tensors differ); fetch the model again, "
+            f"{name} in {folder} must have shape {expected.get(name, 'of no tensor: it has none such')}, "
+            f"but has {found.get(name, 'none, as it is missing')} ({len(wrong)} tensors differ); fetch it again, "
             "or choose another"
         )
     types = sorted({span.dtype for span in spans.values()} - {*WEIGHT_TYPES})
