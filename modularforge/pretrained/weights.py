@@ -1,17 +1,15 @@
 """Whether the weight files of a pretrained model are whole and have the tensors that its config.json says.
 
-Only headers are read. The bytes of all tensors can then be copied into one weight file without torch.
+Only headers are read; it needs no torch.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from modularforge.assembly.plan import TensorSpan, plan_merge, read_header
-from modularforge.assembly.stream import execute
+from modularforge.assembly.plan import TensorSpan, read_header
 from modularforge.errors import DataError
 from modularforge.model import names
 from modularforge.model.hub_config import INDEX_NAME, WEIGHTS_NAME, is_dense, model_config_of, read_config
@@ -49,11 +47,6 @@ def check_weights(folder: Path) -> dict[str, TensorSpan]:
     kept = {name: span for name, span in spans.items() if not names.is_redundant(name, model.tied_head)}
     _check_tensors(folder, kept, dense_shapes(model, values["vocab_size"]))
     return kept
-
-
-def copy_weights(folder: Path, target: Path) -> None:
-    """Put all tensors of a dense model into `target`/model.safetensors, their bytes unchanged."""
-    execute(plan_merge(check_weights(folder), sys.maxsize), target)
 
 
 def _check_whole(path: Path, spans: Mapping[str, TensorSpan]) -> None:
