@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from checkpoints import Artifact
+from modularforge.assembly.card import CARD_NAME, model_card
 from modularforge.assembly.plan import MergePlan, TensorSpan, merged_spans, plan_merge, read_header
 from modularforge.assembly.routing import Array, centred_means, kaiming, ridge, uniform, with_public
 from modularforge.assembly.statistics import EXPERT_NAME, ROUTER_NAME, STATISTICS_NAME, load_statistics
@@ -50,7 +51,7 @@ def assemble(config: Config, backbone: Artifact, experts: list[Artifact], folder
         execute(plan, folder)
     if plan.index:
         write_json(folder / INDEX_NAME, plan.index)
-    return _write_small_files(config, backbone, len(experts) + int(config.has_public_expert), folder)
+    return _write_small_files(config, backbone, experts, folder)
 
 
 def check_same_backbone(backbone: Artifact, experts: list[Artifact]) -> None:
@@ -117,20 +118,22 @@ def _spans(artifact: Artifact, name: str) -> dict[str, TensorSpan]:
     return read_header(artifact.file_url(name), artifact.manifest.files[name].tensors)
 
 
-def _write_small_files(config: Config, backbone: Artifact, count: int, folder: Path) -> dict[str, Any]:
-    source = backbone.local_folder()
+def _write_small_files(config: Config, backbone: Artifact, experts: list[Artifact], folder: Path) -> dict[str, Any]:
+    source, count = backbone.local_folder(), len(experts) + int(config.has_public_expert)
     values = read_config(source)
     model, vocab_size = model_config_of(values), int(values["vocab_size"])
     # Equal rows mean something only when every expert is visited.
     active = count if config.assembly.router == "uniform" else config.assembly.experts_per_token
     if active > count:
         raise ConfigError(f"assembly.experts_per_token must be at most {count}, but is {active}; lower it")
-    write_json(folder / CONFIG_NAME, moe_config(model, vocab_size, count, active, values))
+    written = moe_config(model, vocab_size, count, active, values)
+    write_json(folder / CONFIG_NAME, written)
     for name in (GENERATION_NAME, *TOKENIZER_FILES):
         if name in backbone.manifest.files:
             shutil.copyfile(source / name, folder / name)
     sizes = model_sizes(model, vocab_size, count, active)
-    return {
+    facts = {
+        "architecture": written["architectures"][0],
         "experts": count,
         "experts_per_token": active,
         "public_expert": config.has_public_expert,
@@ -138,3 +141,5 @@ def _write_small_files(config: Config, backbone: Artifact, count: int, folder: P
         "parameters": sizes.parameters,
         "active_parameters": sizes.active_parameters,
     }
+    (folder / CARD_NAME).write_text(model_card(config, backbone, experts, facts), encoding="utf-8")
+    return facts

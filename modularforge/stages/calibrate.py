@@ -8,6 +8,7 @@ from pathlib import Path
 
 from checkpoints import Artifact
 from modularforge.artifacts import Corpus, derived_seed
+from modularforge.assembly.card import CARD_NAME, calibration_note
 from modularforge.assembly.plan import plan_merge, read_header
 from modularforge.assembly.stream import execute
 from modularforge.calibration.calibrator import Calibration, calibrate, even_mixture, split_documents
@@ -74,5 +75,7 @@ def write_calibrated(assembled: Artifact, result: Calibration, folder: Path, max
     if plan.index:
         write_json(folder / INDEX_NAME, plan.index)
     for name in assembled.manifest.files:
-        if name.endswith(".json") and name != INDEX_NAME:
+        if not name.endswith(".safetensors") and name != INDEX_NAME:
             shutil.copyfile(assembled.local_file(name), folder / name)
+    with open(folder / CARD_NAME, "a", encoding="utf-8") as card:
+        card.write(calibration_note(result.before, result.after))

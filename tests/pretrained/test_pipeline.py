@@ -271,3 +271,40 @@ def test_plain_experts_on_a_pretrained_backbone_assemble_too(folder: Path, tmp_p
     assemble.run(config)
     assembled = Path(stage_url(config, "assembled"))
     assert (ours(assembled) - theirs(assembled)).abs().max() < TOLERANCE
+
+
+def test_the_model_card_says_what_it_was_made_from(run: Finished) -> None:
+    card = (run.folder("assembled") / "README.md").read_text()
+    base, experts = require(run.config, "backbone"), [require(run.config, "expert", index) for index in range(3)]
+    facts = require(run.config, "assembled").manifest.facts
+    for artifact in (base, *experts):
+        assert artifact.manifest.fingerprint in card
+        assert f"{artifact.manifest.facts['validation_loss']:.4f}" in card
+    assert f"{experts[0].manifest.facts['training_tokens']:,} tokens" in card
+    assert f"{facts['parameters']:,} parameters" in card
+    assert facts["architecture"] in card
+    assert base.manifest.facts["pretrained"]["identity"] in card
+    train = base.manifest.facts["data"]["splits"]["train"]["c_code"]
+    assert f"| c_code | train | {train['documents']} | {train['tokens']:,} | {train['bytes']:,} |" in card
+    assert run.config.output_dir not in card
+    assert str(run.source) not in card
+
+
+def test_the_cards_python_loads_the_model(run: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = (run.folder("assembled") / "README.md").read_text()
+    block = card.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(run.folder("assembled"))
+    found: dict[str, Any] = {}
+    exec(block, found)
+    assert type(found["model"]).__name__ == require(run.config, "assembled").manifest.facts["architecture"]
+    wanted = torch.bfloat16 if run.config.model.family == "llama" else torch.float32
+    assert found["model"].dtype == wanted
+
+
+def test_the_calibrated_model_carries_tokenizer_and_card_too(run: Finished) -> None:
+    folder = run.folder("calibrated")
+    if not (folder / "config.json").exists():
+        pytest.skip("the calibration was not kept")
+    facts = require(run.config, "calibrated").manifest.facts
+    assert f"{facts['loss_after']:.4f} after" in (folder / "README.md").read_text()
+    assert (folder / "chat_template.jinja").is_file()
