@@ -27,8 +27,8 @@ class Loaded:
 def load_for_generation(url: str) -> Loaded:
     """Read a model folder: an artifact of any store, or any folder with config, weights and tokenizer."""
     stored = stored_model(url)
-    tokenizer = load_tokenizer(stored.file("tokenizer.json"))
-    return Loaded(stored.load().to(default_device()), tokenizer, end_tokens(stored.values))
+    model = stored.load().to(default_device())
+    return Loaded(model, load_tokenizer(stored.file("tokenizer.json")), end_tokens(stored.values))
 
 
 def continue_text(loaded: Loaded, prompt: str, tokens: int, sampling: Sampling) -> str:
