@@ -17,7 +17,7 @@ from checkpoints.errors import (
     UserError,
 )
 from checkpoints.manifest import FileEntry, Manifest
-from checkpoints.writer import ArtifactWriter, write_artifact
+from checkpoints.writer import ArtifactWriter, plain_folder, write_artifact
 
 __all__ = [
     "AccessError",
@@ -35,5 +35,6 @@ __all__ = [
     "UserError",
     "find_artifact",
     "open_artifact",
+    "plain_folder",
     "write_artifact",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,9 @@ from pathlib import Path
 
 from checkpoints.places import FileInfo, hidden_name, local_path
 from checkpoints.retry import call
+
+# Another disk, a file system without hard links, or one that forbids more of them.
+NO_LINKS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK)
 
 
 class FolderStore:
@@ -34,6 +38,19 @@ class FolderStore:
     def upload(self, url: str, parts: Iterable[bytes]) -> None:
         """Write a file from its parts."""
         call("write", url, lambda: write_atomically(local_path(url), parts, replace=True))
+
+    def copy_inside(self, source: str, target: str) -> bool:
+        """Hard-link a file, in place of an older one; False where the file system cannot."""
+        path = local_path(target)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            os.link(local_path(source), path)
+        except OSError as error:
+            if error.errno in NO_LINKS:
+                return False
+            raise
+        return True
 
     def list_names(self, url: str) -> list[str]:
         """Names in a folder, sorted; empty when there is no folder."""

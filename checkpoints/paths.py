@@ -23,9 +23,9 @@ from checkpoints.places import FileInfo, is_local, join, local_path, relative
 from checkpoints.s3 import S3Store
 
 __all__ = [
-    "FileInfo", "create_bytes", "exists", "file_size", "filesystem", "is_local", "join", "list_folder", "local_path",
-    "read_bytes", "relative", "remove", "replace_bytes", "store_of", "sync_file", "sync_folder", "upload", "walk",
-    "write_atomically",
+    "FileInfo", "copy_inside", "create_bytes", "exists", "file_size", "filesystem", "is_local", "join", "list_folder",
+    "local_path", "read_bytes", "relative", "remove", "replace_bytes", "store_of", "sync_file", "sync_folder", "upload",
+    "walk", "write_atomically",
 ]  # fmt: skip
 
 Store = FolderStore | S3Store | ObjectStore
@@ -112,6 +112,16 @@ def replace_bytes(url: str, content: bytes) -> None:
 def upload(url: str, parts: Iterable[bytes]) -> None:
     """Write a file from parts with only a few of them in memory; nothing appears before the last."""
     store_of(url).upload(url, parts)
+
+
+def copy_inside(source: str, target: str) -> bool:
+    """Give a file a second name without moving its bytes: a hard link, or a copy made by the object store.
+
+    False, with nothing done, where that cannot be: another disk or store, or one that has no such copies.
+    """
+    if is_local(source) != is_local(target) or source.split("://", 1)[0] != target.split("://", 1)[0]:
+        return False
+    return store_of(target).copy_inside(source, target)
 
 
 def remove(url: str) -> None:

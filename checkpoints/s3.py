@@ -17,6 +17,8 @@ from checkpoints.places import FileInfo, join
 from checkpoints.retry import call
 
 REQUESTS_IN_FLIGHT = 8
+LARGEST_COPY = 5 << 30  # of one CopyObject request
+COPY_PART = 1 << 30
 
 
 class S3Store:
@@ -71,6 +73,32 @@ class S3Store:
             self.replace(url, first)
         else:
             self._upload_parts(url, chain([first, second], rest))
+
+    def copy_inside(self, source: str, target: str) -> bool:
+        """Let the server copy an object, in parts of 1 GiB where it is larger than one request may copy."""
+        origin = dict(zip(("Bucket", "Key"), _split(source), strict=True))
+        size = self.size(source)
+        if size <= LARGEST_COPY:
+            self._request("copy", target, "copy_object", CopySource=origin)
+            return True
+        upload_id = self._request("start the copy to", target, "create_multipart_upload")["UploadId"]
+
+        def copy(numbered: tuple[int, int]) -> dict[str, Any]:
+            number, start = numbered
+            span = f"bytes={start}-{min(start + COPY_PART, size) - 1}"
+            answer = self._request(
+                "copy", target, "upload_part_copy",
+                UploadId=upload_id, PartNumber=number, CopySource=origin, CopySourceRange=span,
+            )  # fmt: skip
+            return {"PartNumber": number, "ETag": answer["CopyPartResult"]["ETag"]}
+
+        try:
+            done = list(in_order(copy, enumerate(range(0, size, COPY_PART), 1), REQUESTS_IN_FLIGHT))
+            self._complete(target, upload_id, done, size)
+        except BaseException:
+            self._abort_quietly(target, upload_id)
+            raise
+        return True
 
     def list_names(self, url: str) -> list[str]:
         """Names directly below a prefix, sorted; empty when there are none, an error when there is no bucket."""

@@ -12,16 +12,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from checkpoints import explain, paths
 from checkpoints.artifact import Artifact
-from checkpoints.errors import ArtifactExistsError, StoreError
+from checkpoints.errors import ArtifactExistsError, StoreError, StoreFullError
 from checkpoints.hashing import CHUNK_BYTES, FileEntry, FileHasher, describe_file
+from checkpoints.journal import JOURNAL_NAME, Journal, attempt_of, locked
 from checkpoints.manifest import MANIFEST_NAME, Manifest
 from checkpoints.parallel import consumer, in_order, meanwhile
 from checkpoints.places import new_attempt
@@ -37,12 +38,15 @@ MAX_PARTS = 9_000  # S3 allows 10,000
 class ArtifactWriter:
     """A local scratch folder whose files become the artifact at `url` when `commit` is called."""
 
-    def __init__(self, url: str, folder: Path, attempt: str, manifest: Manifest) -> None:
+    def __init__(self, url: str, folder: Path, attempt: str, manifest: Manifest, resumes: bool = False) -> None:
         self.url = url
         self.folder = folder
         self.attempt = attempt
+        self.resumes = resumes
         self._manifest = manifest
-        self._written: dict[str, FileEntry] = {}
+        self._files_url = str(folder) if paths.is_local(url) else paths.join(url, attempt)
+        self._journal = Journal(paths.join(self._files_url, JOURNAL_NAME) if resumes else "")
+        self._written: dict[str, FileEntry] = self._journal.read(self._files_url)
         self.files: dict[str, FileEntry] = {}
         self.may_be_committed = False
 
@@ -66,9 +70,48 @@ class ArtifactWriter:
         self._written[name] = hasher.entry()
         return self._written[name]
 
+    def write_known(self, name: str, chunks: Iterable[Chunk], size: int, finish: Callable[[], FileEntry]) -> FileEntry:
+        """Write one file of `size` bytes whose hashes the caller takes: `finish` tells its entry after the last chunk.
+
+        A resumable writer goes on in a file that an interrupted one left: bytes that are there already are compared
+        instead of written.
+        """
+        if paths.is_local(self.url):
+            _continue_local(self.folder / name, chunks, size)
+        else:
+            part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
+            paths.upload(self._upload_url(name), in_parts(chunks, part_bytes))
+        self.adopt(name, finish())
+        return self._written[name]
+
+    def link(self, name: str, source_url: str, entry: FileEntry) -> bool:
+        """Take a committed file without moving its bytes: a hard link, or a copy made by the object store.
+
+        False, with nothing done, where that cannot be: another disk, another store, or a store without such copies.
+        """
+        target = self.folder / name if paths.is_local(self.url) else self._upload_url(name)
+        if not paths.copy_inside(source_url, str(target)):
+            return False
+        self.adopt(name, entry)
+        return True
+
+    def is_written(self, name: str) -> bool:
+        """Whether this writer, or an interrupted one that it continues, has finished a file."""
+        return name in self._written
+
+    def require_space(self, size: int) -> None:
+        """Raise StoreFullError before the work when `size` bytes more do not fit on the disk of a local artifact."""
+        free = shutil.disk_usage(self.folder).free if paths.is_local(self.url) else size
+        if free < size:
+            raise StoreFullError(
+                f"{self.url} needs {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on that disk; "
+                "make room, or use another --output-dir"
+            )
+
     def commit(self, facts: dict[str, Any] | None = None, created: str = "") -> Artifact:
         """Hash the files, publish them, and create the manifest; raises ArtifactExistsError when another won."""
         self.files = self._all_files()
+        self._journal.remove()
         local = paths.is_local(self.url)
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         manifest = replace(
@@ -90,10 +133,11 @@ class ArtifactWriter:
     def adopt(self, name: str, entry: FileEntry) -> None:
         """Take a file that is in its place already, with these hashes, as written."""
         self._written[name] = entry
+        self._journal.add(name, entry)
 
     def discard(self) -> None:
-        """Delete what was uploaded, unless the manifest may name it."""
-        if self.may_be_committed or paths.is_local(self.url):
+        """Delete what was uploaded, unless the manifest may name it or a later writer may go on with it."""
+        if self.may_be_committed or self.resumes or paths.is_local(self.url):
             return
         try:
             paths.remove(paths.join(self.url, self.attempt))
@@ -106,7 +150,7 @@ class ArtifactWriter:
     def _all_files(self) -> dict[str, FileEntry]:
         """Entries of all files; those that were put into the folder without `write_chunks` are published now."""
         names = sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
-        waiting = [name for name in names if name not in self._written]
+        waiting = [name for name in names if name not in self._written and name != JOURNAL_NAME]
         publish = self._hash_and_sync if paths.is_local(self.url) else self._upload_file
         entries = in_order(publish, waiting, FILES_AT_ONCE)
         return dict(sorted({**self._written, **dict(zip(waiting, entries, strict=True))}.items()))
@@ -161,6 +205,11 @@ class ArtifactWriter:
         )
 
 
+def plain_folder(folder: Path) -> ArtifactWriter:
+    """A writer of files into a folder that becomes no artifact."""
+    return ArtifactWriter(str(folder), folder, "", Manifest("folder", ""))
+
+
 @contextmanager
 def write_artifact(
     url: str,
@@ -168,24 +217,41 @@ def write_artifact(
     fingerprint: str,
     settings: dict[str, Any] | None = None,
     inputs: dict[str, str] | None = None,
+    resume: bool = False,
 ) -> Iterator[ArtifactWriter]:
-    """A writer with a scratch folder that is removed at the end, whatever happens; nothing appears without `commit`."""
-    attempt = new_attempt()
+    """A writer with a scratch folder that is removed at the end, whatever happens; nothing appears without `commit`.
+
+    With `resume`, finished files are kept when the writer is interrupted, and the next writer of the same fingerprint
+    takes them over; bytes must then depend on the fingerprint alone.
+    """
     manifest = Manifest(kind, fingerprint, settings or {}, inputs or {})
-    try:
-        folder = _scratch_folder(url, attempt)
-    except OSError as error:
-        raise explain.explain(error, "write", url) from error
-    writer = ArtifactWriter(url, folder, attempt, manifest)
-    try:
-        yield writer
-    except OSError as error:
-        if explain.is_full(error):
+    with ExitStack() as stack:
+        try:
+            attempt, folder, resumes = _place(url, fingerprint if resume else "", stack)
+        except OSError as error:
             raise explain.explain(error, "write", url) from error
-        raise
-    finally:
-        writer.discard()
-        shutil.rmtree(folder, ignore_errors=True)
+        writer = ArtifactWriter(url, folder, attempt, manifest, resumes)
+        try:
+            yield writer
+        except OSError as error:
+            if explain.is_full(error):
+                raise explain.explain(error, "write", url) from error
+            raise
+        finally:
+            writer.discard()
+            if not resumes or not paths.is_local(url):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _place(url: str, fingerprint: str, stack: ExitStack) -> tuple[str, Path, bool]:
+    """Attempt and scratch folder of a writer, and whether it can be resumed: not while another process does so."""
+    if fingerprint:
+        attempt = attempt_of(fingerprint)
+        folder = _scratch_folder(url, attempt)
+        if not paths.is_local(url) or stack.enter_context(locked(folder)):
+            return attempt, folder, True
+    attempt = new_attempt()
+    return attempt, _scratch_folder(url, attempt), False
 
 
 def in_parts(chunks: Iterable[Chunk], part_bytes: int) -> Iterator[bytes]:
@@ -210,7 +276,7 @@ def _scratch_folder(url: str, attempt: str) -> Path:
     target = paths.local_path(url)
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.with_name(f".{target.name}.{attempt}")
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)  # a resumable one may be there
     return folder
 
 
@@ -225,6 +291,33 @@ def _write_local(path: Path, chunks: Iterable[Chunk], hasher: FileHasher) -> Non
                 file.write(piece)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _continue_local(path: Path, chunks: Iterable[Chunk], size: int) -> None:
+    """Write a file, or the rest of it: bytes that an interrupted writer left are read and compared instead."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.stat().st_nlink > 1:  # a link to another artifact's file, which must stay as it is
+        path.unlink()
+    with open(path, "r+b" if path.exists() else "w+b", buffering=0) as file:
+        left = os.fstat(file.fileno()).st_size
+        for chunk in chunks:
+            if left:
+                found = file.read(len(chunk))
+                if found == chunk:
+                    left -= len(found)
+                    continue
+                left = 0
+                file.seek(-len(found), os.SEEK_CUR)
+            _write_all(file, chunk)
+        file.truncate(size)
+        os.fsync(file.fileno())
+
+
+def _write_all(file: BinaryIO, chunk: Chunk) -> None:
+    """A raw file may take less than it is given, for example just before a disk is full."""
+    rest = memoryview(chunk)
+    while len(rest):
+        rest = rest[file.write(rest) :]
 
 
 def _hashed(parts: Iterable[bytes], hasher: FileHasher) -> Iterator[bytes]:

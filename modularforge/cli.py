@@ -42,9 +42,12 @@ def _prepare(settings: Config) -> None:
 def train(
     settings: Config,
     only: Annotated[
-        str | None, typer.Option(help="Train the `backbone`, one `expert`, or the `dense` baseline.")
+        str | None,
+        typer.Option(help="Train the `backbone`, one `expert`, or a baseline: `dense`, `joint`, one `branch` of BTX."),
     ] = None,
-    index: Annotated[int | None, typer.Option(help="Which expert, from 0; goes with --only expert.")] = None,
+    index: Annotated[
+        int | None, typer.Option(help="Which expert or branch, from 0; goes with --only of these.")
+    ] = None,
     skip_backbone: Annotated[bool, typer.Option("--skip-backbone", help="Train the experts only.")] = False,
 ) -> None:
     """Train the backbone, then all experts one after another.
@@ -52,14 +55,19 @@ def train(
     As separate jobs: --only backbone (with DDP: torchrun --nproc-per-node 2 -m modularforge train --only backbone),
     then --only expert --index K on as many machines as there are experts.
     """
-    if only not in (None, "backbone", "expert", "dense"):
-        raise ConfigError(f"--only must be backbone, expert or dense, but is {only!r}; choose one of these")
-    if (only == "expert") != (index is not None):
-        raise ConfigError("--only expert and --index K go together; give both, or neither to train everything")
+    if only not in (None, "backbone", "expert", "dense", "joint", "branch"):
+        raise ConfigError(
+            f"--only must be backbone, expert, dense, joint or branch, but is {only!r}; choose one of these"
+        )
+    if (only in ("expert", "branch")) != (index is not None):
+        raise ConfigError(
+            "--only expert and --index K go together, as do --only branch and --index K; "
+            "give both, or neither to train everything"
+        )
     if only == "backbone" and skip_backbone:
         raise ConfigError("--only backbone and --skip-backbone exclude each other; give one of them")
-    if only == "dense":
-        _train_dense(settings)
+    if only in ("dense", "joint", "branch"):
+        _train_baseline(settings, only, index)
     if only in (None, "backbone") and not skip_backbone:
         _train_backbone(settings)
     if only in (None, "expert"):
@@ -77,6 +85,17 @@ def _train_experts(settings: Config, indices: range | list[int]) -> None:
 
     for index in indices:
         expert.run(settings, index)
+
+
+def _train_baseline(settings: Config, name: str, index: int | None) -> None:
+    from modularforge.stages import branch, joint
+
+    if name == "dense":
+        _train_dense(settings)
+    elif name == "joint":
+        joint.run(settings)
+    else:
+        branch.run(settings, index or 0)
 
 
 def _train_dense(settings: Config) -> None:
@@ -150,6 +169,41 @@ def run_all(
         _assemble(settings, not skip_calibration)
     if not skip_evaluation:
         _evaluate(settings)
+
+
+@app.command()
+def study(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="Study file (YAML), such as configs/study-quick.yaml.")
+    ],
+    only: Annotated[list[str] | None, typer.Option(help="Measure only this variant. Repeatable.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Only this seed of the study. Repeatable.")] = None,
+    split: Annotated[str, typer.Option(help="`validation` to choose by, `test` for the final table.")] = "validation",
+    cluster: Annotated[bool, typer.Option("--cluster", help="Train the runs of all recipes on Slurm first.")] = False,
+    smoke_test: Annotated[bool, typer.Option("--smoke-test", help="The same path at tiny sizes.")] = False,
+    output_dir: Annotated[
+        str | None, typer.Option("--output-dir", "-o", help="Root of the study: folder or URL.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change a setting of all recipes.")
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
+) -> None:
+    """Train and measure many variants of the method with shared work done once; writes one table of all of them.
+
+    What is finished is never done again: repeat the command after a stop, or with more variants and seeds in the file.
+    """
+    from modularforge.log import configure_logging
+
+    configure_logging()
+    if split not in ("validation", "test"):
+        raise ConfigError(f"--split must be validation or test, but is {split!r}; choose one of these")
+    from modularforge.study.runs import Runs
+    from modularforge.study.study import run_study
+    from modularforge.study.study_file import load_study
+
+    runs = Runs(load_study(config, output_dir), smoke_test, tuple(changes or ()))
+    typer.echo(run_study(runs, "test" if split == "test" else "validation", only or (), seed or ()))
 
 
 @app.command()

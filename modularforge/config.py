@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PartitionMethod = Literal["random", "clustered", "curriculum", "domain"]
 Text = Annotated[str, Field(min_length=1)]
-RouterKind = Literal["learned", "centred_means", "data_stats", "kaiming", "uniform"]
+RouterKind = Literal["evidence", "data_stats", "centred_means", "learned", "kaiming", "uniform"]
 
 
 class Section(BaseModel):
@@ -213,11 +213,24 @@ class ExpertsConfig(PhaseConfig):
     """Tokens of its partition from which a finished expert gathers router statistics."""
 
 
+class JointConfig(Section):
+    """The mixture of the assembled model's shape, trained jointly on all partitions, to compare with.
+
+    It starts from copies of the backbone's FFN (sparse upcycling) and takes the experts' schedule.
+    """
+
+    freeze_shared: bool = False
+    """Train feed-forward blocks and routers only, as the experts' jobs do; false trains everything."""
+    balance_loss: float = Field(0.01, ge=0)
+    """Weight of the load-balance loss (Switch Transformer)."""
+
+
 class AssemblyConfig(Section):
     """How backbone and experts become one model."""
 
     router: RouterKind = "data_stats"
-    """Rows trained with the experts, centred means, ridge regression from sums (`data_stats`), random, or all equal."""
+    """`evidence`: which partition the text so far resembles, from token counts; `data_stats`: ridge regression from
+    sums; `centred_means`; `learned`: rows trained with the experts; `kaiming`: random; `uniform`: all experts alike."""
     experts_per_token: int = Field(2, ge=1)
     """Experts that each token visits."""
     public_expert: bool | None = None
@@ -225,9 +238,14 @@ class AssemblyConfig(Section):
     ridge_penalty: float = Field(1e-2, gt=0)
     """Ridge penalty of `data_stats`, as a share of the mean diagonal of the second moments."""
     router_temperature: float = Field(0.2, gt=0)
-    """Router logits of `data_stats` and `centred_means` are divided by this."""
+    """Router logits of `evidence`, `data_stats` and `centred_means` are divided by this."""
+    mode: Literal["auto", "merge", "link"] = "auto"
+    """`merge` writes all weights into files of `max_shard_bytes`. `auto` makes a file per part and takes over unchanged
+    experts without moving their bytes (hard links, server-side copies) where it can; `link` refuses where it cannot."""
+    dtype: Literal["same", "fp32", "bf16", "fp16"] = "same"
+    """Type of the assembled weights; `same` keeps the backbone's."""
     max_shard_bytes: int = Field(5_000_000_000, ge=1_000_000)
-    """Weight files larger than this are split, with an index, as Hugging Face does."""
+    """With `merge`, weight files larger than this are split, with an index, as Hugging Face does."""
 
 
 class CalibrationConfig(PhaseConfig):
@@ -349,6 +367,8 @@ class Config(Section):
     """Title of reports and of the model card."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Every random choice follows from it."""
+    data_seed: int | None = Field(None, ge=0, lt=2**31)
+    """Seed of the data preparation, so that runs of several seeds can share the data; null is `seed`."""
     output_dir: Text = "runs/default"
     """Root of the run: a folder or a URL such as `s3://bucket/run`."""
     data_dir: Text | None = None
@@ -359,6 +379,7 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     backbone: BackboneConfig = BackboneConfig()
     experts: ExpertsConfig = ExpertsConfig()
+    joint: JointConfig = JointConfig()
     assembly: AssemblyConfig = AssemblyConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -370,6 +391,11 @@ class Config(Section):
     def needed_experts(self) -> int:
         """Experts without which nothing is assembled."""
         return self.experts.count if self.cluster.min_experts is None else self.cluster.min_experts
+
+    @property
+    def preparation_seed(self) -> int:
+        """Seed of corpus and partitions."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def data_url(self) -> str:

@@ -136,7 +136,7 @@ class StreamingAssembler:
         config = self.config.model_copy(update={"experts": experts})
         artifacts = [open_artifact(path) for path in expert_paths]
         with write_artifact(output_dir, "assembled", "notebook", config.assembly.model_dump()) as writer:
-            facts = assemble(config, open_artifact(shared_path), artifacts, writer.folder)
+            facts = assemble(config, open_artifact(shared_path), artifacts, writer)
             return writer.commit(facts)
 
 
@@ -157,13 +157,13 @@ class LayerNormCalibrator:
         artifact = open_artifact(model_path)
         end = _end_token(artifact.read_json(CONFIG_NAME))
         decide, fitted = (encode(self.tokenizer, validation_texts[start::2], end) for start in (0, 1))
-        model = load_model(artifact.local_folder()).to(default_device())
+        model = load_model(artifact.local_folder()).float().to(default_device())
         job = Job("calibration", self.config.calibration, self.config.training)
         seed, lengths = derived_seed(self.config.seed, "calibration order"), _byte_lengths(self.tokenizer)
         result = calibrate(model, self.config, even_mixture({"": fitted}), {"": decide}, lengths, job, seed)
         if output_dir is not None and result.kept:
             with write_artifact(output_dir, "calibrated", "notebook") as writer:
-                write_calibrated(artifact, result, writer.folder, self.config.assembly.max_shard_bytes)
+                write_calibrated(artifact, result, writer, self.config.assembly.max_shard_bytes)
                 writer.commit({"kept": True, "loss_before": result.before, "loss_after": result.after})
         return result
 

@@ -45,6 +45,17 @@ SCHEDULE = (
 SHAPE = tuple(f"model.{name}" for name in ModelConfig.model_fields if name != "pretrained")
 """The model, wherever its files lie: a pretrained one is an input, known by its bytes."""
 EXPERT = (*SCHEDULE, "experts.anchored", "experts.init", "experts.z_loss", "experts.statistics_tokens")
+JOINT = (
+    *SCHEDULE,
+    "experts.count",
+    "experts.anchored",
+    "experts.z_loss",
+    "joint",
+    "assembly.experts_per_token",
+    "assembly.public_expert",
+    *ARITHMETIC,
+)
+PREPARED = ("corpus", "partitions")
 
 STAGES = {
     stage.name: stage
@@ -62,7 +73,19 @@ STAGES = {
             "train --only expert --index {index}",
         ),
         Stage(
-            "dense", "baselines/dense", (*SCHEDULE, "experts.count", *ARITHMETIC), ("corpus", "backbone"), "evaluate"
+            "dense",
+            "baselines/dense",
+            (*SCHEDULE, "experts.count", *ARITHMETIC),
+            ("corpus", "partitions", "backbone"),
+            "evaluate",
+        ),
+        Stage("joint", "baselines/joint", JOINT, ("corpus", "partitions", "backbone"), "train --only joint"),
+        Stage(
+            "branch",
+            "baselines/branches/branch-{index}",
+            (*SCHEDULE, "experts.statistics_tokens", *ARITHMETIC),
+            ("backbone", "partition"),
+            "train --only branch --index {index}",
         ),
         Stage("assembled", "assembled", ("assembly", "experts.anchored", "seed"), ("backbone", "experts"), "assemble"),
         Stage("calibrated", "calibrated", ("calibration", *ARITHMETIC), ("corpus", "assembled"), "assemble"),
@@ -74,7 +97,7 @@ STAGES = {
 def stage_url(config: Config, name: str, index: int | None = None) -> str:
     """URL of a stage's artifact."""
     folder = STAGES[name].folder.format(data=config.data_url, index=index)
-    return folder if name in ("corpus", "partitions") else paths.join(config.output_dir, folder)
+    return folder if name in PREPARED else paths.join(config.output_dir, folder)
 
 
 def job_name(name: str, index: int | None = None) -> str:
@@ -95,6 +118,8 @@ def checkpoint_url(config: Config, job: str) -> str:
 def stage_settings(config: Config, name: str) -> dict[str, Any]:
     """The settings that a stage's output depends on, by dotted name."""
     values = config.model_dump(mode="json")
+    if name in PREPARED:
+        values["seed"] = config.preparation_seed
     found: dict[str, Any] = {}
     for setting in STAGES[name].settings:
         value: Any = values

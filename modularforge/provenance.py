@@ -25,9 +25,12 @@ PACKAGES = ("modularforge", "torch", "numpy", "tokenizers", "safetensors", "scik
 
 
 @contextmanager
-def making(plan: Plan) -> Iterator[ArtifactWriter]:
-    """A writer for the artifact of a plan; nothing appears unless `commit` is called with it."""
-    with write_artifact(plan.url, plan.stage, plan.fingerprint, plan.settings, plan.inputs) as writer:
+def making(plan: Plan, resume: bool = False) -> Iterator[ArtifactWriter]:
+    """A writer for the artifact of a plan; nothing appears unless `commit` is called with it.
+
+    With `resume` it goes on with what an interrupted one left, for files that follow from the plan alone.
+    """
+    with write_artifact(plan.url, plan.stage, plan.fingerprint, plan.settings, plan.inputs, resume) as writer:
         yield writer
 
 

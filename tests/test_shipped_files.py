@@ -12,9 +12,12 @@ import yaml
 
 from modularforge.config import Config
 from modularforge.settings import load_config, make_config, to_yaml
+from modularforge.study.runs import Runs
+from modularforge.study.study_file import load_study, variants_of
 from tests.conftest import ROOT, run_command
 
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+STUDIES = sorted((ROOT / "configs").glob("study-*.yaml"))
+CONFIGS = sorted({*(ROOT / "configs").glob("*.yaml")} - {*STUDIES})
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -30,6 +33,20 @@ def test_a_shipped_config_runs_through_every_stage_as_a_smoke_test(path: Path, t
     done = run_command("modularforge", "run-all", "--config", str(path), "--smoke-test", "-o", str(tmp_path / "run"))
     assert "assembled" in done.stdout
     assert (tmp_path / "run" / "evaluation" / "report.md").is_file()
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
+def test_a_shipped_study_is_valid_in_every_variant(path: Path) -> None:
+    runs = Runs(load_study(str(path)))
+    for variant in variants_of(runs.study):
+        runs.config(runs.study.seeds[0], variant.recipe, variant.settings)
+
+
+def test_the_quick_study_runs_as_a_smoke_test(tmp_path: Path) -> None:
+    done = run_command("modularforge", "study", str(STUDIES[-1]), "--smoke-test", "-o", str(tmp_path / "study"))
+    table = Path(done.stdout.strip())
+    assert table.is_file()
+    assert "plain-experts: oracle" in table.read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

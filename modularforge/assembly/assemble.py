@@ -1,140 +1,144 @@
-"""Put the parts of a merge together: check that they belong together, solve the router, plan, stream, describe.
+"""Put the parts of a model together: check that they belong together, solve the router, plan, move bytes, describe.
 
 Works on committed artifacts of any store and needs no torch.
 """
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from checkpoints import Artifact
+from checkpoints import Artifact, ArtifactWriter
+from checkpoints.hashing import describe_file
+from modularforge.assembly import evidence, parts
 from modularforge.assembly.card import CARD_NAME, model_card
-from modularforge.assembly.plan import MergePlan, TensorSpan, merged_spans, plan_merge, read_header
-from modularforge.assembly.routing import Array, centred_means, kaiming, ridge, uniform, with_public
-from modularforge.assembly.statistics import EXPERT_NAME, ROUTER_NAME, STATISTICS_NAME, load_statistics
+from modularforge.assembly.checks import check_parts
+from modularforge.assembly.plan import (
+    MergePlan,
+    OutputTensor,
+    TensorSpan,
+    merged_spans,
+    output_tensors,
+    plan_merge,
+    plan_parts,
+    read_header,
+)
+from modularforge.assembly.routers import all_statistics, router_rows
+from modularforge.assembly.small_files import copy_text_files
+from modularforge.assembly.statistics import EXPERT_NAME
 from modularforge.assembly.stream import execute
-from modularforge.config import Config
-from modularforge.errors import ConfigError, MismatchError
-from modularforge.model import names
+from modularforge.config import Config, ModelConfig
 from modularforge.model.hub_config import (
     CONFIG_NAME,
-    GENERATION_NAME,
     INDEX_NAME,
-    TOKENIZER_FILES,
     WEIGHTS_NAME,
     model_config_of,
     moe_config,
-    read_config,
     write_json,
 )
 from modularforge.model.sizes import model_sizes
 
-Rows = NDArray[np.float32]
+SAFETENSORS_NAME = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "same": None}
+HUB_NAME = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
-def assemble(config: Config, backbone: Artifact, experts: list[Artifact], folder: Path) -> dict[str, Any]:
-    """Write the model folder; returns facts for the manifest. Raises MismatchError when an expert does not belong."""
-    check_same_backbone(backbone, experts)
+def assemble(
+    config: Config, backbone: Artifact, experts: list[Artifact], writer: ArtifactWriter, old: Artifact | None = None
+) -> dict[str, Any]:
+    """Write the model's files; returns facts for the manifest.
+
+    `old` is an assembled model whose parts are taken over where they are the same. Raises MismatchError when an expert
+    does not belong, and CorruptArtifactError for a damaged file.
+    """
+    check_parts(config, backbone, experts)
     values = backbone.read_json(CONFIG_NAME)
-    layers, family = int(values["num_hidden_layers"]), names.family_of(values["model_type"])
+    model = model_config_of(values)
     with tempfile.TemporaryDirectory() as scratch:
-        router_file = Path(scratch) / "router.safetensors"
-        save_file(router_rows(config, experts, layers, family), router_file)
-        plan = _plan(config, backbone, experts, router_file, layers, family)
-        execute(plan, folder)
+        tensors = _tensors(config, backbone, experts, model, Path(scratch))
+        plan, facts = _write_weights(config, experts, tensors, writer, old)
     if plan.index:
-        write_json(folder / INDEX_NAME, plan.index)
-    return _write_small_files(config, backbone, experts, folder)
+        write_json(writer.folder / INDEX_NAME, plan.index)
+    kind = next(tensor.dtype for tensor in tensors.values())
+    if config.assembly.router == "evidence":
+        model = evidence.Widening(model, len(experts)).widened
+    carried = {**values, "dtype": HUB_NAME.get(kind, values.get("dtype"))}
+    return {**facts, **_write_small_files(config, backbone, experts, model, carried, writer.folder)}
 
 
-def check_same_backbone(backbone: Artifact, experts: list[Artifact]) -> None:
-    """Every expert must have been trained on the very tensors that this backbone shares."""
-    hashes = backbone.manifest.files[WEIGHTS_NAME].tensors
-    shared = {name: digest for name, digest in hashes.items() if names.is_shared(name)}
-    for expert in experts:
-        recorded = expert.manifest.facts["shared_tensors"]
-        different = sorted(name for name in {*shared, *recorded} if shared.get(name) != recorded.get(name))
-        if different:
-            raise MismatchError(
-                f"{expert.url} must have been trained on the backbone {backbone.url}, but {len(different)} shared "
-                f"tensors differ (first {different[0]}); train it again on this backbone"
-            )
-
-
-def router_rows(
-    config: Config, experts: list[Artifact], layers: int, family: names.Family = "llama"
-) -> dict[str, Rows]:
-    """The router matrix of every layer, by name, float32 [R, D]."""
-    settings, kept = config.assembly, config.has_public_expert
-    if settings.router == "learned":
-        return {(name := names.gate(layer, family)): _learned(experts, name, kept) for layer in range(layers)}
-    statistics = [load_statistics(expert.local_file(STATISTICS_NAME)) for expert in experts]
-    rows: dict[str, Rows] = {}
-    for layer in range(layers):
-        of_layer = [item[layer] for item in statistics]
-        width, count = len(of_layer[0].sum_D), len(experts) + int(kept)
-        solved: Array
-        if settings.router == "data_stats":
-            solved = with_public(ridge(of_layer, settings.ridge_penalty, settings.router_temperature), kept)
-        elif settings.router == "centred_means":
-            solved = with_public(centred_means(of_layer, settings.router_temperature), kept)
-        elif settings.router == "kaiming":
-            solved = kaiming(count, width, config.seed * 1000 + layer)
-        else:
-            solved = uniform(count, width)
-        # safetensors writes an array's memory as it lies: a transposed one would be saved scrambled.
-        rows[names.gate(layer, family)] = np.ascontiguousarray(solved, dtype=np.float32)
-    return rows
-
-
-def _learned(experts: list[Artifact], name: str, public_expert: bool) -> Rows:
-    rows = [load_file(expert.local_file(ROUTER_NAME))[name] for expert in experts]
-    return np.ascontiguousarray(with_public(np.concatenate(rows), public_expert), dtype=np.float32)
-
-
-def _plan(
-    config: Config, backbone: Artifact, experts: list[Artifact], router_file: Path, layers: int, family: names.Family
-) -> MergePlan:
+def _tensors(
+    config: Config, backbone: Artifact, experts: list[Artifact], model: ModelConfig, scratch: Path
+) -> dict[str, OutputTensor]:
+    """All tensors of the assembled model; new values are written to files in `scratch`."""
     public_slot = 0 if config.has_public_expert else None
     spans = merged_spans(
         _spans(backbone, WEIGHTS_NAME),
         {index + (public_slot == 0): _spans(expert, EXPERT_NAME) for index, expert in enumerate(experts)},
-        read_header(str(router_file)),
-        layers,
+        model.layers,
         public_slot,
-        family,
+        model.family,
     )
-    return plan_merge(spans, config.assembly.max_shard_bytes)
+    kept = output_tensors(spans, SAFETENSORS_NAME[config.assembly.dtype])
+    if config.assembly.router == "evidence":
+        widening = evidence.Widening(model, len(experts))
+        kept = evidence.widen(kept, widening, all_statistics(experts), scratch)
+    router_file = scratch / "router.safetensors"
+    save_file(router_rows(config, experts, model), router_file)
+    routers = read_header(str(router_file), describe_file(router_file).tensors)
+    kind = next(iter(kept.values())).dtype
+    return {**kept, **output_tensors(routers, kind)}
 
 
 def _spans(artifact: Artifact, name: str) -> dict[str, TensorSpan]:
     return read_header(artifact.file_url(name), artifact.manifest.files[name].tensors)
 
 
-def _write_small_files(config: Config, backbone: Artifact, experts: list[Artifact], folder: Path) -> dict[str, Any]:
-    source, count = backbone.local_folder(), len(experts) + int(config.has_public_expert)
-    values = read_config(source)
-    model, vocab_size = model_config_of(values), int(values["vocab_size"])
+def _write_weights(
+    config: Config,
+    experts: list[Artifact],
+    tensors: dict[str, OutputTensor],
+    writer: ArtifactWriter,
+    old: Artifact | None,
+) -> tuple[MergePlan, dict[str, Any]]:
+    settings = config.assembly
+    if settings.mode == "merge":
+        plan = plan_merge(tensors, settings.max_shard_bytes)
+        execute(plan, writer)
+        return plan, {"bytes_written": plan.size, "bytes_linked": 0}
+    sources = parts.parts_of(old) if old else {}
+    for expert in experts:
+        sources |= parts.whole_file(expert, EXPERT_NAME, _spans(expert, EXPERT_NAME))
+    plan = plan_parts(parts.group(tensors))
+    keys, written = parts.write_parts(plan, writer, sources, must_link=settings.mode == "link")
+    return plan, {"bytes_written": written, "bytes_linked": plan.size - written, parts.KEYS_FACT: keys}
+
+
+def _write_small_files(
+    config: Config,
+    backbone: Artifact,
+    experts: list[Artifact],
+    model: ModelConfig,
+    carried: dict[str, Any],
+    folder: Path,
+) -> dict[str, Any]:
+    """All files but the weights; `carried` is the backbone's config.json with the new type."""
+    count, vocab_size = len(experts) + int(config.has_public_expert), int(carried["vocab_size"])
     # Equal rows mean something only when every expert is visited.
     active = count if config.assembly.router == "uniform" else config.assembly.experts_per_token
-    if active > count:
-        raise ConfigError(f"assembly.experts_per_token must be at most {count}, but is {active}; lower it")
-    written = moe_config(model, vocab_size, count, active, values)
+    written = moe_config(model, vocab_size, count, active, carried)
     write_json(folder / CONFIG_NAME, written)
-    for name in (GENERATION_NAME, *TOKENIZER_FILES):
-        if name in backbone.manifest.files:
-            shutil.copyfile(source / name, folder / name)
+    copy_text_files(backbone, folder)
     sizes = model_sizes(model, vocab_size, count, active)
     facts = {
         "architecture": written["architectures"][0],
         "experts": count,
+        "members": [
+            {"index": item.manifest.facts["index"], "url": item.url, "fingerprint": item.manifest.fingerprint}
+            for item in experts
+        ],
+        "backbone": {"url": backbone.url, "fingerprint": backbone.manifest.fingerprint},
         "experts_per_token": active,
         "public_expert": config.has_public_expert,
         "router": config.assembly.router,

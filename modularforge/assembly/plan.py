@@ -10,6 +10,7 @@ import json
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -18,6 +19,7 @@ from modularforge.errors import DataError, MismatchError
 from modularforge.model import names
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+FLOATS = ("F32", "F16", "BF16")
 LONGEST_HEADER = 100_000_000
 
 
@@ -34,17 +36,55 @@ class TensorSpan:
 
 
 @dataclass(frozen=True)
+class OutputTensor:
+    """One tensor to write: where its bytes come from, and what becomes of them on the way.
+
+    The values of `span` are converted to `dtype`. A matrix may grow: `columns` more at the end of every row, those of
+    `beside` or zeros, then `rows` more rows, those of `below` or zeros; both float32.
+    """
+
+    span: TensorSpan
+    dtype: str
+    columns: int = 0
+    rows: int = 0
+    beside: TensorSpan | None = None
+    below: TensorSpan | None = None
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether its bytes are those of the source, so that its hash is known too."""
+        return self.dtype == self.span.dtype and not self.columns and not self.rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape after growing."""
+        if not self.columns and not self.rows:
+            return self.span.shape
+        rows, columns = self.span.shape
+        return (rows + self.rows, columns + self.columns)
+
+    @property
+    def length(self) -> int:
+        """Bytes in the output."""
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
 class OutputFile:
-    """One weight file to write: its header and the spans that follow it, in order."""
+    """One weight file to write: its header and the tensors that follow it, in order, without gaps."""
 
     name: str
-    header: bytes
-    spans: tuple[tuple[str, TensorSpan], ...]
+    tensors: tuple[tuple[str, OutputTensor], ...]
+
+    @cached_property
+    def header(self) -> bytes:
+        """Length prefix and header, as safetensors writes them."""
+        return header_bytes(self.tensors)
 
     @property
     def size(self) -> int:
         """Bytes of the finished file."""
-        return len(self.header) + sum(span.length for _, span in self.spans)
+        return len(self.header) + sum(tensor.length for _, tensor in self.tensors)
 
 
 @dataclass(frozen=True)
@@ -54,12 +94,17 @@ class MergePlan:
     files: tuple[OutputFile, ...]
 
     @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    @property
     def index(self) -> dict[str, Any] | None:
         """Hugging Face's index of a sharded model, or None for a single file."""
         if len(self.files) == 1:
             return None
-        weight_map = {name: file.name for file in self.files for name, _ in file.spans}
-        total = sum(span.length for file in self.files for _, span in file.spans)
+        weight_map = {name: file.name for file in self.files for name, _ in file.tensors}
+        total = sum(tensor.length for file in self.files for _, tensor in file.tensors)
         return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
@@ -91,12 +136,11 @@ def read_header(url: str, hashes: Mapping[str, str] | None = None) -> dict[str, 
 def merged_spans(
     backbone: Mapping[str, TensorSpan],
     experts: Mapping[int, Mapping[str, TensorSpan]],
-    routers: Mapping[str, TensorSpan],
     layers: int,
     public_slot: int | None,
     family: names.Family = "llama",
 ) -> dict[str, TensorSpan]:
-    """Tensors of the assembled model by name.
+    """Tensors of the assembled model by name, all but the routers.
 
     `experts` maps a slot of the assembled model to that expert's spans, whatever slot its file names. The backbone's
     own feed-forward blocks become the expert in `public_slot`, or are left out. Raises MismatchError when a layer or
@@ -117,7 +161,7 @@ def merged_spans(
                 )
                 assert span is not None
                 merged[names.expert_ffn(layer, slot, part, family)] = span
-    return {**merged, **routers}
+    return merged
 
 
 def _check_fits(span: TensorSpan | None, like: TensorSpan, what: str) -> None:
@@ -131,38 +175,54 @@ def _check_fits(span: TensorSpan | None, like: TensorSpan, what: str) -> None:
         )
 
 
-def plan_merge(spans: Mapping[str, TensorSpan], max_shard_bytes: int) -> MergePlan:
+def output_tensors(spans: Mapping[str, TensorSpan], dtype: str | None = None) -> dict[str, OutputTensor]:
+    """The tensors as they are, or converted to `dtype` (safetensors' name of a float type) where they are floats."""
+    floats = FLOATS if dtype else ()
+    return {
+        name: OutputTensor(span, dtype if dtype and span.dtype in floats else span.dtype)
+        for name, span in spans.items()
+    }
+
+
+def plan_merge(tensors: Mapping[str, OutputTensor], max_shard_bytes: int) -> MergePlan:
     """Distribute tensors over weight files of at most `max_shard_bytes` (a larger tensor gets a file of its own)."""
-    shards: list[list[tuple[str, TensorSpan]]] = [[]]
-    for name, span in in_file_order(spans.items()):
-        if shards[-1] and sum(s.length for _, s in shards[-1]) + span.length > max_shard_bytes:
+    shards: list[list[tuple[str, OutputTensor]]] = [[]]
+    size = 0
+    for name, tensor in in_file_order(tensors.items()):
+        if shards[-1] and size + tensor.length > max_shard_bytes:
             shards.append([])
-        shards[-1].append((name, span))
+            size = 0
+        shards[-1].append((name, tensor))
+        size += tensor.length
     count = len(shards)
     return MergePlan(
         tuple(
             OutputFile(
-                "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors",
-                header_bytes(shard),
-                tuple(shard),
+                "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors", tuple(shard)
             )
             for number, shard in enumerate(shards, start=1)
         )
     )
 
 
-def in_file_order(spans: Iterable[tuple[str, TensorSpan]]) -> list[tuple[str, TensorSpan]]:
+def plan_parts(parts: Mapping[str, Mapping[str, OutputTensor]]) -> MergePlan:
+    """A weight file for each part of the model, by file name, so that parts can be linked and exchanged."""
+    return MergePlan(tuple(OutputFile(name, tuple(in_file_order(part.items()))) for name, part in parts.items()))
+
+
+def in_file_order(tensors: Iterable[tuple[str, OutputTensor]]) -> list[tuple[str, OutputTensor]]:
     """safetensors' own order: wide types first (so that every tensor is aligned), then by name."""
-    return sorted(spans, key=lambda item: (-ITEM_BYTES[item[1].dtype], item[1].dtype, item[0]))
+    return sorted(tensors, key=lambda item: (-ITEM_BYTES[item[1].dtype], item[1].dtype, item[0]))
 
 
-def header_bytes(tensors: Iterable[tuple[str, TensorSpan]]) -> bytes:
+def header_bytes(tensors: Iterable[tuple[str, OutputTensor]]) -> bytes:
     """Length prefix and header of a weight file holding these tensors without gaps, as safetensors writes them."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, span in tensors:
-        header[name] = {"dtype": span.dtype, "shape": list(span.shape), "data_offsets": [offset, offset + span.length]}
-        offset += span.length
+    for name, tensor in tensors:
+        end = offset + tensor.length
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
     content = json.dumps(header, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)
     return struct.pack("<Q", len(content)) + content

@@ -1,20 +1,23 @@
 """Router rows of the assembled model, learned by the experts or solved from their statistics, with numpy alone.
 
-Statistics are sums over the tokens of a partition, per layer: the token count, the sum of the router inputs x and of
-their outer products. Sums add up, so routers of any set of experts can be solved at assembly without any data.
+Statistics are sums over the tokens of a partition: how often each token occurs, and per layer the token count, the sum
+of the router inputs x and of their outer products. Sums add up, so routers of any set of experts can be solved at
+assembly without any data.
 """
 
-# D width  E experts (trained ones)  R rows of the router (E, and one for the public expert when it is kept)
+# D width  V vocabulary  E experts (trained ones)  R router rows (E, and one for the public expert if it is kept)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import solve  # type: ignore[import-untyped]
 
 Array = NDArray[np.float64]
+ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,25 @@ class LayerStatistics:
         return self.sum_D / self.count
 
 
+@dataclass(frozen=True)
+class RouterStatistics:
+    """What one job counted on its partition.
+
+    The layers' sums, how often each token of the vocabulary occurs, and for each layer the mean of one over the root
+    mean square of the residual stream that the router inputs were normalised from.
+    """
+
+    layers: Sequence[LayerStatistics]
+    tokens_V: Array
+    inverse_rms_L: Array
+
+
 def with_public(rows_ED: Array, public_expert: bool) -> Array:
     """Put the public expert's row, which is zero, before the others when that expert is kept."""
     return np.concatenate([np.zeros((1, rows_ED.shape[1])), rows_ED]) if public_expert else rows_ED
 
 
-def centred_means(statistics: Sequence[LayerStatistics], temperature: float) -> Array:
+def centred_means(statistics: Iterable[LayerStatistics], temperature: float) -> Array:
     """Rows [E, D]: each expert's mean input less the mean of all, at unit length, over the temperature."""
     means_ED = np.stack([item.mean_D for item in statistics])
     centred_ED = means_ED - means_ED.mean(axis=0)
@@ -45,22 +61,28 @@ def centred_means(statistics: Sequence[LayerStatistics], temperature: float) -> 
     return rows_ED
 
 
-def ridge(statistics: Sequence[LayerStatistics], penalty: float, temperature: float) -> Array:
+def ridge(statistics: Iterable[LayerStatistics], penalty: float, temperature: float) -> Array:
     """Rows [E, D] that predict from an input which partition it came from (DUME, arXiv 2603.29765).
 
     Ridge regression of the centred one-hot label (1 - 1/E for the own partition, -1/E elsewhere) on the inputs, every
     partition weighted alike; `penalty` is a share of the mean diagonal of the second moments. Centring makes zero, the
-    public expert's logit, the score of an input that belongs nowhere in particular.
+    public expert's logit, the score of an input that belongs nowhere in particular. Statistics are taken one at a
+    time: memory is one float64 matrix [D, D] and one of a job.
     """
-    experts = len(statistics)
-    second_DD = (
-        sum((item.outer_DD / item.count for item in statistics), np.zeros_like(statistics[0].outer_DD)) / experts
-    )
-    means_ED = np.stack([item.mean_D for item in statistics])
+    means: list[Array] = []
+    second_DD = np.zeros((0, 0))
+    for item in statistics:
+        second_DD = second_DD if means else np.zeros(item.outer_DD.shape)
+        means.append(item.mean_D)
+        for start in range(0, len(second_DD), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            second_DD[rows] += item.outer_DD[rows] / item.count
+    means_ED, experts, width = np.stack(means), len(means), len(second_DD)
+    second_DD /= experts
     target_ED = (means_ED - means_ED.mean(axis=0)) / experts
-    width = len(second_DD)
-    regular_DD = second_DD + penalty * np.trace(second_DD) / width * np.eye(width)
-    rows_ED: Array = np.linalg.solve(regular_DD, target_ED.T).T / temperature
+    second_DD[np.diag_indices(width)] += penalty * np.trace(second_DD) / width
+    # Its transpose is the same matrix in LAPACK's order, so that it is solved in place.
+    rows_ED: Array = solve(second_DD.T, target_ED.T, overwrite_a=True, assume_a="pos").T / temperature
     return rows_ED
 
 

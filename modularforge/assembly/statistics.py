@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
-from modularforge.assembly.routing import LayerStatistics
+from modularforge.assembly.routing import LayerStatistics, RouterStatistics
 from modularforge.model import names
 
 EXPERT_NAME = "expert.safetensors"
@@ -17,29 +19,44 @@ ROUTER_NAME = "router.safetensors"
 STATISTICS_NAME = "statistics.safetensors"
 
 
-def save_statistics(path: Path, layers: Sequence[LayerStatistics]) -> None:
-    """Write the sums of all layers as float32 tensors, the token count as metadata.
+def save_statistics(path: Path, statistics: RouterStatistics) -> None:
+    """Write the sums as float32 tensors, the scalars of each layer as metadata.
 
-    Second-order sums reveal something of the data they were taken on (docs/method.md).
+    Such sums reveal something of the data they were taken on (docs/method.md).
     """
-    tensors = {}
-    for layer, item in enumerate(layers):
+    tensors = {names.TOKEN_COUNTS: np.ascontiguousarray(statistics.tokens_V, dtype=np.float32)}
+    for layer, item in enumerate(statistics.layers):
         tensors[names.first_moment(layer)] = np.ascontiguousarray(item.sum_D, dtype=np.float32)
         tensors[names.second_moment(layer)] = np.ascontiguousarray(item.outer_DD, dtype=np.float32)
-    save_file(tensors, path, metadata={"counts": json.dumps([item.count for item in layers])})
+    scalars = {
+        "counts": [item.count for item in statistics.layers],
+        "inverse_rms": (statistics.inverse_rms_L * [item.count for item in statistics.layers]).tolist(),
+    }
+    save_file(tensors, path, metadata={name: json.dumps(values) for name, values in scalars.items()})
 
 
-def load_statistics(path: Path) -> list[LayerStatistics]:
-    """Sums of all layers, in order."""
-    tensors = load_file(path)
+def load_statistics(path: Path) -> RouterStatistics:
+    """The sums that `save_statistics` wrote; the layers are read when they are asked for, so that memory is one's."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        counts = json.loads(json.loads(file.read(length))["__metadata__"]["counts"])
-    return [
-        LayerStatistics(
-            float(count),
-            tensors[names.first_moment(layer)].astype(np.float64),
-            tensors[names.second_moment(layer)].astype(np.float64),
-        )
-        for layer, count in enumerate(counts)
-    ]
+        metadata = json.loads(file.read(length))["__metadata__"]
+    counts, scales = (np.asarray(json.loads(metadata[name]), np.float64) for name in ("counts", "inverse_rms"))
+    with safe_open(path, framework="np") as tensors:
+        tokens_V = tensors.get_tensor(names.TOKEN_COUNTS).astype(np.float64)
+    return RouterStatistics(_StoredLayers(path, counts.tolist()), tokens_V, scales / counts)
+
+
+class _StoredLayers(Sequence[LayerStatistics]):
+    """The layers of a statistics file, each read anew on every access."""
+
+    def __init__(self, path: Path, counts: list[float]) -> None:
+        self._path, self._counts = path, counts
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def __getitem__(self, layer: Any) -> Any:
+        count = self._counts[layer]
+        with safe_open(self._path, framework="np") as tensors:
+            sums = (tensors.get_tensor(name(layer)) for name in (names.first_moment, names.second_moment))
+            return LayerStatistics(count, *sums)

@@ -1,80 +1,229 @@
-"""Execute a merge plan: read spans of bytes in chunks, check their hashes, write files one after another.
+"""Execute a merge plan: read spans of bytes, check their hashes, convert, write files one after another.
 
-Memory is a few chunks, whatever the size of the model and the number of experts; nothing here imports torch.
+Memory is a few chunks, whatever the size of the model and the number of experts; nothing here imports torch. Hashing
+runs in two threads beside the writing: one for the tensors, whose hashes on the way in are those on the way out where
+no byte changes, and one for the file.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
 
-from checkpoints import paths
-from modularforge.assembly.plan import MergePlan, OutputFile, TensorSpan
+import numpy as np
+
+from checkpoints import ArtifactWriter, FileEntry, paths
+from checkpoints.parallel import consumer, in_order
+from modularforge.assembly.convert import converted, widened
+from modularforge.assembly.plan import ITEM_BYTES, MergePlan, OutputFile, OutputTensor, TensorSpan
 from modularforge.errors import DataError, MismatchError
 from modularforge.log import Progress, progress
 
-CHUNK_BYTES = 8 << 20
+LOCAL_CHUNK = 1 << 20  # stays in the processor's cache between reading, hashing and writing
+REMOTE_CHUNK = 8 << 20
+READS_AHEAD = 8
+CHUNKS_AHEAD = 16
+OPEN_FILES = 64
+
+Data = bytes | memoryview
 
 
-def execute(plan: MergePlan, folder: Path) -> None:
-    """Write all weight files of the plan into `folder`."""
-    total = sum(file.size for file in plan.files)
-    with progress("assemble", total, "bytes") as bar:
+@dataclass(frozen=True)
+class Piece:
+    """Bytes [start, end) of a tensor's source; of whole rows where the tensor grows."""
+
+    name: str
+    tensor: OutputTensor
+    start: int
+    end: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the tensor ends with it."""
+        return self.end == self.tensor.span.length
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """The rows it holds of a growing matrix."""
+        width = self.tensor.span.shape[1] * ITEM_BYTES[self.tensor.span.dtype]
+        return self.start // width, self.end // width
+
+
+def execute(plan: MergePlan, writer: ArtifactWriter) -> None:
+    """Write all weight files of the plan; those that an interrupted run of the same artifact finished are kept."""
+    writer.require_space(sum(file.size for file in plan.files if not writer.is_written(file.name)))
+    with progress("assemble", plan.size, "bytes") as bar:
         for file in plan.files:
-            write_file(file, folder / file.name, bar)
+            if not writer.is_written(file.name):
+                write_file(file, writer, bar)
 
 
-def write_file(file: OutputFile, target: Path, bar: Progress | None = None) -> None:
-    """Write one weight file by copying its spans; raises MismatchError when a tensor is not what its manifest says."""
-    readers: dict[str, SpanReader] = {}
-    with open(target, "wb", buffering=0) as output:
-        output.write(file.header)
-        for name, span in file.spans:
-            if span.url not in readers:
-                readers[span.url] = SpanReader(span.url)
-            for chunk in checked(name, span, readers[span.url].chunks(span)):
-                output.write(chunk)
-                if bar:
-                    bar.advance(len(chunk))
-            if len(readers) > 8:  # more open files than that help nobody, and K may be in the hundreds
-                readers.pop(next(iter(readers))).close()
-    for reader in readers.values():
-        reader.close()
+def write_file(file: OutputFile, writer: ArtifactWriter, bar: Progress | None = None) -> FileEntry:
+    """Write one weight file; raises MismatchError when a source tensor is not what its manifest says."""
+    hashes = _Hashes()
+    with ExitStack() as stack:
+        check = stack.enter_context(consumer(hashes.take_source, CHUNKS_AHEAD))
+        count = stack.enter_context(consumer(hashes.take_output, CHUNKS_AHEAD))
+        sources = stack.enter_context(Sources())
+
+        def chunks() -> Iterator[Data]:
+            count((None, file.header, False))
+            yield file.header
+            for piece, content in sources.read(_pieces(file)):
+                check((piece, content))
+                for out, ends in _on_the_way(piece, content, sources):
+                    count((piece, out, ends))
+                    yield out
+                    if bar:
+                        bar.advance(len(out))
+                hashes.raise_problem()
+
+        def finish() -> FileEntry:
+            stack.close()  # both threads have taken everything
+            hashes.raise_problem()
+            return FileEntry(file.size, hashes.file.hexdigest(), dict(sorted(hashes.tensors.items())))
+
+        return writer.write_known(file.name, chunks(), file.size, finish)
 
 
-def checked(name: str, span: TensorSpan, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Pass the chunks on and compare their hash with the span's at the end, where it has one."""
-    digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(chunk)
-        yield chunk
-    if span.sha256 and digest.hexdigest() != span.sha256:
-        raise MismatchError(
-            f"{name} in {span.url} must have the sha256 that its manifest says, but differs: the file was changed or "
-            "damaged after it was committed; delete that artifact and run its stage again"
-        )
+def _pieces(file: OutputFile) -> Iterator[Piece]:
+    for name, tensor in file.tensors:
+        span = tensor.span
+        size = REMOTE_CHUNK if not paths.is_local(span.url) else LOCAL_CHUNK
+        unit = ITEM_BYTES[span.dtype] * (span.shape[1] if tensor.columns or tensor.rows else 1)
+        step = max(size // unit, 1) * unit
+        for start in range(0, max(span.length, 1), step):
+            yield Piece(name, tensor, start, min(start + step, span.length))
 
 
-class SpanReader:
-    """Reads spans of one file, local or remote, sequentially and in chunks."""
+def _on_the_way(piece: Piece, content: Data, sources: Sources) -> Iterator[tuple[Data, bool]]:
+    """What is written for a piece, and whether the tensor ends with it."""
+    tensor = piece.tensor
+    if tensor.is_copy:
+        yield content, piece.is_last
+        return
+    values = converted(content, tensor.span.dtype, tensor.dtype)
+    if tensor.columns:
+        beside = _beside(piece, sources) if tensor.beside else None
+        values = widened(values.reshape(-1, tensor.span.shape[1]), tensor.columns, beside)
+    yield _bytes_of(values), piece.is_last and not tensor.rows
+    if piece.is_last and tensor.rows:
+        yield _below(tensor, sources), True
 
-    def __init__(self, url: str) -> None:
-        self.url = url
-        store, path = paths.filesystem(url)
-        self._file = store.open(path, "rb", block_size=CHUNK_BYTES)
 
-    def chunks(self, span: TensorSpan) -> Iterator[bytes]:
-        """The bytes of a span; raises DataError when the file ends before it."""
-        self._file.seek(span.start)
-        left = span.length
-        while left:
-            chunk: bytes = self._file.read(min(left, CHUNK_BYTES))
-            if not chunk:
-                raise DataError(f"{self.url} must be a whole weight file, but ends {left} bytes early; make it again")
-            left -= len(chunk)
-            yield chunk
+def _below(tensor: OutputTensor, sources: Sources) -> Data:
+    """The rows below a matrix, in the output's type."""
+    if tensor.below is None:
+        return bytes(tensor.rows * tensor.shape[1] * ITEM_BYTES[tensor.dtype])
+    content = sources.bytes_of(tensor.below, 0, tensor.below.length)
+    return _bytes_of(converted(content, tensor.below.dtype, tensor.dtype))
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+
+def _beside(piece: Piece, sources: Sources) -> Any:
+    """The rows of the matrix beside a piece, in the output's type."""
+    span = piece.tensor.beside
+    assert span is not None
+    width = span.shape[1] * ITEM_BYTES[span.dtype]
+    first, end = piece.rows
+    content = sources.bytes_of(span, first * width, end * width)
+    return converted(content, span.dtype, piece.tensor.dtype).reshape(end - first, span.shape[1])
+
+
+def _bytes_of(values: Any) -> memoryview:
+    array: Any = np.ascontiguousarray(values)
+    return memoryview(array).cast("B")
+
+
+@dataclass
+class _Hashes:
+    """Hashes of the sources' tensors, of the tensors as written and of the file, taken in two threads."""
+
+    file: Any = field(default_factory=hashlib.sha256)
+    tensors: dict[str, str] = field(default_factory=dict)
+    problem: Exception | None = None
+    _source: Any = field(default_factory=hashlib.sha256)
+    _output: Any = field(default_factory=hashlib.sha256)
+
+    def take_source(self, item: tuple[Piece, Data]) -> None:
+        """The next bytes of a source tensor."""
+        piece, content = item
+        self._source.update(content)
+        if not piece.is_last:
+            return
+        found, self._source, span = self._source.hexdigest(), hashlib.sha256(), piece.tensor.span
+        if span.sha256 and found != span.sha256:
+            self.problem = self.problem or MismatchError(
+                f"{piece.name} in {span.url} must have the sha256 that its manifest says, but differs: the file was "
+                "changed or damaged after it was committed; delete that artifact and run its stage again"
+            )
+        if piece.tensor.is_copy:
+            self.tensors[piece.name] = found
+
+    def take_output(self, item: tuple[Piece | None, Data, bool]) -> None:
+        """The next bytes of the file."""
+        piece, content, ends = item
+        self.file.update(content)
+        if piece is None or piece.tensor.is_copy:
+            return
+        self._output.update(content)
+        if ends:
+            self.tensors[piece.name], self._output = self._output.hexdigest(), hashlib.sha256()
+
+    def raise_problem(self) -> None:
+        """Raise what the threads found."""
+        if self.problem:
+            raise self.problem
+
+
+class Sources:
+    """Reads pieces of many files, local ones in this thread and remote ones a few ahead."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, BinaryIO] = {}
+
+    def __enter__(self) -> Sources:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open.values():
+            file.close()
+
+    def read(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Data]]:
+        """The pieces with their bytes, in order; raises DataError when a file ends too early."""
+        batch: list[Piece] = []
+        for piece in pieces:
+            if not paths.is_local(piece.tensor.span.url):
+                batch.append(piece)
+                continue
+            yield from self._read_remote(batch)
+            batch = []
+            yield piece, self.bytes_of(piece.tensor.span, piece.start, piece.end)
+        yield from self._read_remote(batch)
+
+    def bytes_of(self, span: TensorSpan, start: int, end: int) -> bytes:
+        """Bytes [start, end) of a tensor."""
+        first, length = span.start + start, end - start
+        if paths.is_local(span.url):
+            file = self._file(span.url)
+            file.seek(first)
+            content = file.read(length)
+        else:
+            content = paths.read_bytes(span.url, first, first + length) if length else b""
+        if len(content) < length:
+            missing = length - len(content)
+            raise DataError(f"{span.url} must be a whole weight file, but ends {missing} bytes early; make it again")
+        return content
+
+    def _read_remote(self, pieces: list[Piece]) -> Iterator[tuple[Piece, Data]]:
+        contents = in_order(lambda p: self.bytes_of(p.tensor.span, p.start, p.end), pieces, READS_AHEAD)
+        return zip(pieces, contents, strict=True)
+
+    def _file(self, url: str) -> BinaryIO:
+        if url not in self._open:
+            if len(self._open) >= OPEN_FILES:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[url] = open(paths.local_path(url), "rb", buffering=0)  # noqa: SIM115 - closed by __exit__
+        return self._open[url]

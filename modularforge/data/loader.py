@@ -8,7 +8,7 @@ positions count windows over all ranks, and n ranks together take the batch that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,40 @@ def batches(
         chosen_B = order.windows(first, first + share)
         position += batch_size
         yield _tensor(inputs_WT[chosen_B]), _tensor(targets_WT[chosen_B]), position
+
+
+def mixed_batches(
+    streams: Sequence[Tokens],
+    seeds: Sequence[int],
+    windows_each: int,
+    context_length: int,
+    batch_size: int,
+    seed: int,
+    start_position: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Inputs [B/world, T], targets and position like `batches`, of the very windows that jobs on the streams take.
+
+    Job k takes the first `windows_each` windows of `batches(streams[k], …, seeds[k])`; here all of them come once, in
+    one order drawn from `seed`, and then the iterator ends.
+    """
+    pairs = [_windows(tokens, context_length) for tokens in streams]
+    taken_S2: list[npt.NDArray[np.int64]] = []
+    for k, (inputs_WT, _) in enumerate(pairs):
+        _require_batch(len(inputs_WT), len(streams[k]), context_length, batch_size, world, f"partition {k}")
+        order = _Order(len(inputs_WT), seeds[k])
+        chosen = [
+            order.windows(first, min(first + batch_size, windows_each)) for first in range(0, windows_each, batch_size)
+        ]
+        windows = np.concatenate(chosen)
+        taken_S2.append(np.stack([np.full_like(windows, k), windows], axis=1))
+    mixed_S2 = np.random.default_rng([seed]).permutation(np.concatenate(taken_S2))
+    share = batch_size // world
+    for position in range(start_position, len(mixed_S2), batch_size):
+        mine = mixed_S2[position + rank * share : position + (rank + 1) * share]
+        inputs_BT, targets_BT = (np.stack([pairs[k][part][w] for k, w in mine]) for part in (0, 1))
+        yield _tensor(inputs_BT), _tensor(targets_BT), position + batch_size
 
 
 def evaluation_batches(

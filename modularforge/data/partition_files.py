@@ -37,13 +37,13 @@ def make_partitions(config: Config, corpus_folder: Path, output: Path) -> dict[s
     names, vocab_size = metadata["labels"], metadata["vocab_size"]
     require_documents(documents.num_documents, config.experts.count)
     partitions, top_words = _divide(config, documents, corpus_folder, names, vocab_size)
-    partitions = add_overlap(partitions, config.partition.overlap_ratio, config.seed)
+    partitions = add_overlap(partitions, config.partition.overlap_ratio, config.preparation_seed)
     rows = []
     for number, indices in enumerate(partitions):
         _write_partition(documents, indices, output, f"partition-{number}", vocab_size)
         rows.append(_describe(documents, indices, names) | ({"top_words": top_words[number]} if top_words else {}))
         logger.info("partition %d: %d documents, %d tokens", number, rows[-1]["documents"], rows[-1]["tokens"])
-    summary = {"seed": config.seed, **config.partition.model_dump(), "partitions": rows}
+    summary = {"seed": config.preparation_seed, **config.partition.model_dump(), "partitions": rows}
     (output / "partitions.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return summary
 
@@ -54,12 +54,14 @@ def _divide(
     """The documents of each partition before overlap, and the top words of clusters."""
     count, method = config.experts.count, config.partition.method
     if method == "random":
-        return random_partitions(documents.lengths, count, config.seed), []
+        return random_partitions(documents.lengths, count, config.preparation_seed), []
     if method == "curriculum":
         return curriculum_partitions(documents, vocab_size, count), []
     if method == "domain":
         return domain_partitions(documents.labels, names, count), []
-    clusters = cluster_documents(documents, load_tokenizer(corpus_folder), count, config.partition, config.seed)
+    clusters = cluster_documents(
+        documents, load_tokenizer(corpus_folder), count, config.partition, config.preparation_seed
+    )
     return clusters.partitions, clusters.top_words
 
 

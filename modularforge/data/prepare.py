@@ -61,7 +61,7 @@ def prepare_corpus(config: Config, scratch: Path, output: Path, pretrained: Path
     metadata = {
         "vocab_size": vocabulary_size(tokenizer),
         "end_token": end_token,
-        "seed": config.seed,
+        "seed": config.preparation_seed,
         "labels": labels,
         "splits": splits,
         "dropped_documents": dict(sorted(dropped.items())),

@@ -40,7 +40,7 @@ def measure_models(
         found = measure(model, domains, corpus.byte_lengths, batch_size, limit, device, context)
         results["models"][name] = {
             **_losses(found),
-            **_sizes(model),
+            **sizes_of(model),
             "training_tokens": training_tokens.get(name),
         }
         logger.info("%s: mean test loss %.4f", name, found.mean_loss)
@@ -111,7 +111,7 @@ def _losses(found: Measurement) -> Results:
     }
 
 
-def _sizes(model: Decoder) -> Results:
+def sizes_of(model: Decoder) -> Results:
     """Sizes as the model runs: an anchored expert's own model is a mixture of two."""
     layers = moe_layers(model)
     experts, active = (len(layers[0].experts), layers[0].experts_per_token) if layers else (1, 1)

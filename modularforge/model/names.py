@@ -19,6 +19,7 @@ PARTS = ("w1", "w2", "w3")
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+TOKEN_COUNTS = "tokens"  # in a statistics file: how often each token of the vocabulary occurs
 
 MOE_BLOCK: dict[Family, str] = {"llama": "block_sparse_moe", "qwen3": "mlp"}
 """What the mixture is called in a layer of the assembled model."""
@@ -27,6 +28,7 @@ _DENSE = re.compile(r"^model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\
 _EXPERT = re.compile(
     r"^model\.layers\.(\d+)\.(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(w[123]|gate_proj|up_proj|down_proj)\.weight$"
 )
+_ATTENTION = re.compile(r"^model\.layers\.\d+\.self_attn\.([qkvo]_proj)\.weight$")
 _GATE = re.compile(r"^model\.layers\.(\d+)\.(?:block_sparse_moe|mlp)\.gate\.weight$")
 
 
@@ -44,6 +46,16 @@ def expert_ffn(layer: int, slot: int, part: str, family: Family = "llama") -> st
 def gate(layer: int, family: Family = "llama") -> str:
     """Name of the router matrix of a layer, one row per expert."""
     return f"model.layers.{layer}.{MOE_BLOCK[family]}.gate.weight"
+
+
+def value_projection(layer: int) -> str:
+    """Name of a layer's value projection."""
+    return f"model.layers.{layer}.self_attn.v_proj.weight"
+
+
+def output_projection(layer: int) -> str:
+    """Name of a layer's attention output projection."""
+    return f"model.layers.{layer}.self_attn.o_proj.weight"
 
 
 def first_moment(layer: int) -> str:
@@ -69,6 +81,17 @@ def is_gate(name: str) -> bool:
 def is_norm(name: str) -> bool:
     """Whether the name is the gain of an RMSNorm."""
     return name.endswith("norm.weight")
+
+
+def is_stream_norm(name: str) -> bool:
+    """Whether the name is the gain of a norm over the residual stream, not one over the queries or keys of a head."""
+    return name == FINAL_NORM or name.endswith("layernorm.weight")
+
+
+def attention_part(name: str) -> str:
+    """q_proj, k_proj, v_proj or o_proj for an attention matrix, empty for other names."""
+    match = _ATTENTION.match(name)
+    return match[1] if match else ""
 
 
 def is_shared(name: str) -> bool:

@@ -8,7 +8,7 @@ from checkpoints import find_artifact, paths
 from modularforge.assembly.assemble import assemble
 from modularforge.config import Config
 from modularforge.log import logger
-from modularforge.pipeline import finished, is_outgrown, plan_stage, require, stage_url
+from modularforge.pipeline import finished, plan_stage, require, stage_url
 from modularforge.provenance import commit, making
 
 
@@ -21,11 +21,12 @@ def run(config: Config) -> None:
     backbone = require(config, "backbone")
     experts = [require(config, "expert", k) for k in range(config.experts.count) if f"expert-{k}" in plan.inputs]
     old = find_artifact(plan.url)
-    if old and is_outgrown(plan, old):
+    if old:
         logger.info("more experts are finished than the model at %s was made from; it is made again", plan.url)
-        paths.remove(stage_url(config, "calibrated"))
-        paths.remove(plan.url)
-    with making(plan) as writer:
+    with making(plan, resume=True) as writer:
         start = time.perf_counter()
-        facts = assemble(config, backbone, experts, writer.folder)
+        facts = assemble(config, backbone, experts, writer, old)
+        if old:  # only now, so that a run that fails before keeps the old model
+            paths.remove(stage_url(config, "calibrated"))
+            paths.remove(plan.url)
         commit(writer, plan, config, {"seconds": round(time.perf_counter() - start, 3), **facts})

@@ -6,10 +6,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from checkpoints import Artifact
+from checkpoints import Artifact, ArtifactWriter
+from checkpoints.hashing import describe_file
 from modularforge.artifacts import Corpus, derived_seed
+from modularforge.assembly import parts
 from modularforge.assembly.card import CARD_NAME, calibration_note
-from modularforge.assembly.plan import plan_merge, read_header
+from modularforge.assembly.plan import OutputTensor, output_tensors, plan_merge, plan_parts, read_header
 from modularforge.assembly.stream import execute
 from modularforge.calibration.calibrator import Calibration, calibrate, even_mixture, split_documents
 from modularforge.config import Config
@@ -43,7 +45,7 @@ def run(config: Config) -> None:
     with making(plan) as writer:
         writer.write_json(RESULT_NAME, facts)
         if result.kept:
-            write_calibrated(assembled, result, writer.folder, config.assembly.max_shard_bytes)
+            write_calibrated(assembled, result, writer, config.assembly.max_shard_bytes)
         commit(writer, plan, config, facts)
 
 
@@ -54,28 +56,38 @@ def _calibrate(config: Config, assembled: Artifact, corpus: Corpus, fingerprint:
             "calibration needs at least two validation documents of a domain, but there are fewer; add validation text "
             "or leave it out (assemble --no-calibrate, run-all --skip-calibration)"
         )
-    model = load_model(assembled.local_folder()).to(default_device())
+    model = load_model(assembled.local_folder()).float().to(default_device())
     places = (None, metrics_url(config, "calibration"), config.metrics.tensorboard)
     job = Job("calibration", config.calibration, config.training, fingerprint, *places)
     seed = derived_seed(config.seed, "calibration order")
     return calibrate(model, config, even_mixture(fit_half), decide_half, corpus.byte_lengths, job, seed)
 
 
-def write_calibrated(assembled: Artifact, result: Calibration, folder: Path, max_shard_bytes: int) -> None:
-    """Stream the assembled weights into `folder`, with the calibrated tensors in place of the old ones."""
+def write_calibrated(assembled: Artifact, result: Calibration, writer: ArtifactWriter, max_shard_bytes: int) -> None:
+    """Stream the assembled weights to the writer, with the calibrated tensors in place of the old ones."""
     with tempfile.TemporaryDirectory() as scratch:
         changed = Path(scratch) / "changed.safetensors"
         save_tensors({name: tensor.contiguous() for name, tensor in result.tensors.items()}, changed)
-        spans = {}
-        for name, entry in assembled.manifest.files.items():
-            if name.endswith(".safetensors"):
-                spans.update(read_header(assembled.file_url(name), entry.tensors))
-        plan = plan_merge({**spans, **read_header(str(changed))}, max_shard_bytes)
-        execute(plan, folder)
+        tensors = output_tensors(
+            {
+                tensor: span
+                for name, entry in assembled.manifest.files.items()
+                if name.endswith(".safetensors")
+                for tensor, span in read_header(assembled.file_url(name), entry.tensors).items()
+            }
+        )
+        for name, span in read_header(str(changed), describe_file(changed).tensors).items():
+            tensors[name] = OutputTensor(span, tensors[name].dtype)
+        if parts.KEYS_FACT in assembled.manifest.facts:
+            plan = plan_parts(parts.group(tensors))
+            parts.write_parts(plan, writer, parts.parts_of(assembled), must_link=False)
+        else:
+            plan = plan_merge(tensors, max_shard_bytes)
+            execute(plan, writer)
     if plan.index:
-        write_json(folder / INDEX_NAME, plan.index)
+        write_json(writer.folder / INDEX_NAME, plan.index)
     for name in assembled.manifest.files:
         if not name.endswith(".safetensors") and name != INDEX_NAME:
-            shutil.copyfile(assembled.local_file(name), folder / name)
-    with open(folder / CARD_NAME, "a", encoding="utf-8") as card:
+            shutil.copyfile(assembled.local_file(name), writer.folder / name)
+    with open(writer.folder / CARD_NAME, "a", encoding="utf-8") as card:
         card.write(calibration_note(result.before, result.after))

@@ -1,21 +1,20 @@
-"""The honest baseline: the backbone trained on, as a dense model, with all the tokens that the experts got together."""
+"""The honest baseline: the backbone trained on, as a dense model, with the very tokens that the experts get."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 
-from modularforge.artifacts import Backbone, Corpus, derived_seed, even_streams
+from modularforge.artifacts import Backbone, Corpus, even_streams
 from modularforge.config import Config
-from modularforge.data.loader import batches
 from modularforge.log import logger
 from modularforge.model.folder import backbone_tensors, cast_like, save_tensors
 from modularforge.pipeline import finished, plan_stage, require
 from modularforge.provenance import commit, making
 from modularforge.training.distributed import joined_world
 from modularforge.training.job import Job
-from modularforge.training.loop import Batch, fit
+from modularforge.training.loop import fit
 from modularforge.training.losses import language_loss, mean_loss
+from modularforge.training.mixture import joint_phase, mixed_partitions
 
 
 def run(config: Config) -> None:
@@ -25,16 +24,12 @@ def run(config: Config) -> None:
         logger.info("dense baseline is finished: %s", plan.url)
         return
     corpus, backbone = Corpus(require(config, "corpus")), Backbone(require(config, "backbone"))
-    phase = config.experts.model_copy(update={"steps": config.experts.steps * config.experts.count})
-    tokens, context = corpus.tokens("train").tokens, config.model.context_length
+    partitions, phase, context = require(config, "partitions"), joint_phase(config), config.model.context_length
     held_out = even_streams(corpus.domains("validation"), config.training.validation_tokens)
     job = Job.of_run(config, "dense", phase, plan.fingerprint)
     model = backbone.model().float()
     with joined_world() as world:
-
-        def batches_from(position: int) -> Iterator[Batch]:
-            seed = derived_seed(config.seed, "dense order")
-            return batches(tokens, context, phase.batch_size, seed, position, world.rank, world.size)
+        batches_from = mixed_partitions(config, partitions, "dense", world)
 
         def validate() -> float:
             return mean_loss(model, held_out, context, config.evaluation.batch_size, world)

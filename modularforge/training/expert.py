@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def build_expert(
     return model
 
 
-def router_directions(own: list[LayerStatistics], general: list[LayerStatistics]) -> list[Tensor]:
+def router_directions(own: Sequence[LayerStatistics], general: Sequence[LayerStatistics]) -> list[Tensor]:
     """Where each layer's router row starts: the unit vector from the mean input of all text to the partition's."""
     directions = []
     for mine, all_text in zip(own, general, strict=True):

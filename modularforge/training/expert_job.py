@@ -55,17 +55,18 @@ def save_expert(
     config: Config, index: int, backbone: Backbone, model: Decoder, tokens: Tokens, folder: Path, world: World
 ) -> dict[str, object]:
     """Write weights, router rows and statistics of a trained expert; returns facts for the manifest."""
+    slot = index + int(config.experts.anchored)  # an anchored expert is assembled behind the public one
     dtype = backbone.tensors[names.dense_ffn(0, names.PARTS[0])].dtype
-    ffn, rows = expert_tensors(model, index + 1, config.experts.anchored, dtype)
+    ffn, rows = expert_tensors(model, slot, config.experts.anchored, dtype)
     save_tensors(ffn, folder / EXPERT_NAME)
     if rows:
         save_tensors(rows, folder / ROUTER_NAME)
-    statistics = gather_statistics(model, _sample(config, tokens, index), world.device)
+    statistics = gather_statistics(model, partition_sample(config, tokens, index), world.device)
     save_statistics(folder / STATISTICS_NAME, statistics)
     hashes = backbone.artifact.manifest.files["model.safetensors"].tensors
     return {
         "index": index,
-        "slot": index + 1,
+        "slot": slot,
         "anchored": config.experts.anchored,
         "training_tokens": config.experts.steps * config.experts.batch_size * model.config.context_length,
         "shared_tensors": {name: digest for name, digest in hashes.items() if names.is_shared(name)},
@@ -74,11 +75,12 @@ def save_expert(
 
 def _directions(config: Config, backbone: Backbone, tokens: Tokens, index: int, world: World) -> list[Tensor]:
     """Where the router rows start: from the backbone's statistics on all text towards those on the partition."""
-    own = gather_statistics(backbone.model().float(), _sample(config, tokens, index), world.device)
-    return router_directions(own, load_statistics(backbone.artifact.local_file(STATISTICS_NAME)))
+    own = gather_statistics(backbone.model().float(), partition_sample(config, tokens, index), world.device)
+    general = load_statistics(backbone.artifact.local_file(STATISTICS_NAME))
+    return router_directions(own.layers, general.layers)
 
 
-def _sample(config: Config, tokens: Tokens, index: int) -> Iterator[Tensor]:
+def partition_sample(config: Config, tokens: Tokens, index: int) -> Iterator[Tensor]:
     """Shuffled text of a partition, `experts.statistics_tokens` of it."""
     context = config.model.context_length
     stream = batches(tokens, context, 1, derived_seed(config.seed, "expert statistics", index))

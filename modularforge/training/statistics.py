@@ -1,6 +1,6 @@
 """Gather router statistics: run a model over text and sum what its routers see, per layer."""
 
-# N tokens  D width
+# B batch  T tokens  N tokens  D width  V vocabulary
 
 from __future__ import annotations
 
@@ -11,32 +11,45 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modularforge.assembly.routing import LayerStatistics
-from modularforge.model.backbone import Decoder
+from modularforge.assembly.routing import LayerStatistics, RouterStatistics
+from modularforge.model.backbone import Block, Decoder
 
 
-def gather_statistics(model: Decoder, batches: Iterable[Tensor], device: torch.device) -> list[LayerStatistics]:
-    """Token count, sum of x and sum of x xT of the feed-forward inputs of every layer, over batches of ids [B, T]."""
-    width = model.config.width
-    sums = [torch.zeros(width, dtype=torch.float64) for _ in model.blocks]
-    outers = [torch.zeros(width, width, dtype=torch.float64) for _ in model.blocks]
-    count = 0
-
-    def observer(layer: int) -> Any:
-        def observe(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            x_ND = arguments[0].reshape(-1, width).float()
-            sums[layer] += x_ND.sum(dim=0).double().cpu()
-            outers[layer] += (x_ND.T @ x_ND).double().cpu()
-
-        return observe
-
-    handles = [block.ffn.register_forward_pre_hook(observer(layer)) for layer, block in enumerate(model.blocks)]
+def gather_statistics(model: Decoder, batches: Iterable[Tensor], device: torch.device) -> RouterStatistics:
+    """Sums over batches of ids [B, T]: see `RouterStatistics`."""
+    layers = [_LayerSums(block) for block in model.blocks]
+    counts_V = torch.zeros(model.vocab_size, dtype=torch.float64)
     model.to(device).eval()
     with torch.inference_mode():
         for tokens_BT in batches:
             model(tokens_BT.to(device))
-            count += tokens_BT.numel()
-    for handle in handles:
-        handle.remove()
-    as_numpy = [(np.asarray(s), np.asarray(o)) for s, o in zip(sums, outers, strict=True)]
-    return [LayerStatistics(float(count), sum_D, outer_DD) for sum_D, outer_DD in as_numpy]
+            counts_V += torch.bincount(tokens_BT.flatten().cpu(), minlength=model.vocab_size)
+    inverse_rms_L: Any = np.asarray([layer.inverse_rms / max(layer.count, 1) for layer in layers])
+    tokens_V: Any = np.asarray(counts_V)
+    return RouterStatistics([layer.finish() for layer in layers], tokens_V, inverse_rms_L)
+
+
+class _LayerSums:
+    """Adds up what passes one block's router while the model runs."""
+
+    def __init__(self, block: Block) -> None:
+        self.norm = block.post_attention_layernorm
+        width = len(self.norm.weight)
+        self.count, self.inverse_rms = 0, 0.0
+        self.sum_D = torch.zeros(width, dtype=torch.float64)
+        self.outer_DD = torch.zeros(width, width, dtype=torch.float64)
+        self.hook = self.norm.register_forward_hook(self._add)
+
+    def _add(self, _module: nn.Module, arguments: tuple[Tensor, ...], output_BTD: Tensor) -> None:
+        stream_ND, x_ND = (x_BTD.reshape(-1, len(self.sum_D)).float() for x_BTD in (arguments[0], output_BTD))
+        self.count += len(x_ND)
+        self.sum_D += x_ND.sum(dim=0).double().cpu()
+        self.outer_DD += (x_ND.T @ x_ND).double().cpu()
+        self.inverse_rms += float((stream_ND.square().mean(dim=1) + self.norm.epsilon).rsqrt().double().sum())
+
+    def finish(self) -> LayerStatistics:
+        """The sums; stops counting."""
+        self.hook.remove()
+        sum_D: Any = np.asarray(self.sum_D)
+        outer_DD: Any = np.asarray(self.outer_DD)
+        return LayerStatistics(float(self.count), sum_D, outer_DD)

@@ -11,17 +11,28 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from checkpoints import open_artifact, paths
+from checkpoints import open_artifact, paths, plain_folder
 from modularforge.artifacts import Backbone
-from modularforge.assembly.assemble import assemble, router_rows
-from modularforge.assembly.plan import plan_merge, read_header
+from modularforge.assembly.assemble import assemble
+from modularforge.assembly.plan import output_tensors, plan_merge, read_header
+from modularforge.assembly.routers import router_rows
 from modularforge.assembly.stream import execute
 from modularforge.config import Config
-from modularforge.model.folder import load_model
+from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.moe import restrict_routing
 from modularforge.pipeline import require, stage_url
 
 TOLERANCE = 1e-5
+
+
+def merged_in_one_file(config: Config, folder: Path) -> Path:
+    """The finished run's model again, as a single weight file."""
+    folder.mkdir()
+    settings = config.assembly.model_copy(update={"mode": "merge"})
+    experts = [require(config, "expert", index) for index in range(config.experts.count)]
+    parts = (require(config, "backbone"), experts, plain_folder(folder))
+    assemble(config.model_copy(update={"assembly": settings}), *parts)
+    return folder
 
 
 @pytest.fixture
@@ -79,7 +90,7 @@ def test_plain_transformers_gives_the_same_logits(stage: str, finished_run: Conf
 
 
 def test_the_assembled_file_equals_a_naive_merge_byte_for_byte(finished_run: Config, tmp_path) -> None:
-    folder = require(finished_run, "assembled").local_folder()
+    folder = merged_in_one_file(finished_run, tmp_path / "merged")
     naive: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(paths.local_path(stage_url(finished_run, "backbone")) / "model.safetensors").items():
         parts = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
@@ -99,9 +110,9 @@ def test_the_assembled_file_equals_a_naive_merge_byte_for_byte(finished_run: Con
 
 
 def test_shards_hold_the_same_tensors_and_an_index(finished_run: Config, tmp_path) -> None:
-    whole = require(finished_run, "assembled").local_file("model.safetensors")
-    plan = plan_merge(read_header(str(whole)), max_shard_bytes=50_000)
-    execute(plan, tmp_path)
+    whole = merged_in_one_file(finished_run, tmp_path / "merged") / "model.safetensors"
+    plan = plan_merge(output_tensors(read_header(str(whole))), max_shard_bytes=50_000)
+    execute(plan, plain_folder(tmp_path))
     assert len(plan.files) > 2
     assert plan.index is not None
     merged = {}
@@ -118,14 +129,14 @@ def test_shards_hold_the_same_tensors_and_an_index(finished_run: Config, tmp_pat
         assert torch.equal(load_model(tmp_path)(tokens), load_model(whole.parent)(tokens))
 
 
-@pytest.mark.parametrize("router", ["learned", "centred_means", "data_stats", "kaiming", "uniform"])
+@pytest.mark.parametrize("router", ["learned", "centred_means", "data_stats", "evidence", "kaiming", "uniform"])
 def test_the_solved_router_is_what_the_assembled_file_holds(router: str, finished_run: Config, tmp_path: Path) -> None:
     settings = finished_run.assembly.model_copy(update={"router": router})
     config = finished_run.model_copy(update={"assembly": settings})
     experts = [require(finished_run, "expert", index) for index in range(3)]
-    assemble(config, require(finished_run, "backbone"), experts, tmp_path)
-    written = load_file(tmp_path / "model.safetensors")
-    for name, rows in router_rows(config, experts, finished_run.model.layers).items():
+    assemble(config, require(finished_run, "backbone"), experts, plain_folder(tmp_path))
+    written = read_tensors(tmp_path)
+    for name, rows in router_rows(config, experts, finished_run.model).items():
         np.testing.assert_array_equal(written[name].numpy(), rows)
 
 
@@ -135,7 +146,7 @@ def test_router_choices_differ_and_have_a_row_per_expert(finished_run: Config) -
     for router in ("learned", "centred_means", "data_stats", "kaiming", "uniform"):
         assembly = finished_run.assembly.model_copy(update={"router": router})
         config = finished_run.model_copy(update={"assembly": assembly})
-        rows = router_rows(config, experts, finished_run.model.layers)
+        rows = router_rows(config, experts, finished_run.model)
         found[router] = rows["model.layers.1.block_sparse_moe.gate.weight"]
         assert found[router].shape == (4, finished_run.model.width)
         assert np.isfinite(found[router]).all()
@@ -144,5 +155,9 @@ def test_router_choices_differ_and_have_a_row_per_expert(finished_run: Config) -
 
 
 def test_weight_files_are_readable_by_safetensors_with_metadata(finished_run: Config) -> None:
-    with safe_open(require(finished_run, "assembled").local_file("model.safetensors"), framework="np") as file:
-        assert file.metadata() == {"format": "pt"}
+    assembled = require(finished_run, "assembled")
+    files = [name for name in assembled.manifest.files if name.endswith(".safetensors")]
+    assert len(files) == 2 + 4
+    for name in files:
+        with safe_open(assembled.local_file(name), framework="np") as file:
+            assert file.metadata() == {"format": "pt"}

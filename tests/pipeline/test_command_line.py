@@ -132,7 +132,7 @@ def test_an_artifact_of_another_config_is_refused_and_kept(copied_run: tuple[Con
     [
         (["run-all", "--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["run-all", "--config", "configs"], "configs"),
-        (["train", "--only", "experts"], "--only must be backbone, expert or dense, but is 'experts'"),
+        (["train", "--only", "experts"], "--only must be backbone, expert, dense, joint or branch, but is 'experts'"),
         (["train", "--only", "expert"], "--only expert and --index K go together"),
         (["train", "--index", "1"], "--only expert and --index K go together"),
         (["train", "--only", "backbone", "--skip-backbone"], "exclude each other"),

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modularforge.data.loader import IGNORED_TARGET, batches, evaluation_batches, label_tokens
+from modularforge.data.loader import IGNORED_TARGET, batches, evaluation_batches, label_tokens, mixed_batches
 from modularforge.data.token_files import TokenFileWriter, open_token_file
 from modularforge.errors import DataError, TrainingError
 
@@ -106,3 +106,39 @@ def test_the_documents_of_one_label_follow_one_another(tmp_path):
     assert label_tokens(file, 1, max_tokens=3).tolist() == [0, 1, 5, 6]
     assert label_tokens(file, 2).tolist() == []
     assert next(batches(file.tokens, 4, 2, 0))[0].shape == (2, 4)
+
+
+STREAMS = [np.arange(k * 1000, k * 1000 + T * length + 1, dtype=np.uint16) for k, length in enumerate((13, 7, 9))]
+
+
+def mixed(**settings):
+    defaults = {"windows_each": 8, "context_length": T, "batch_size": 4, "seed": 5}
+    return list(mixed_batches(STREAMS, [1, 2, 3], **defaults | settings))
+
+
+def test_mixed_batches_are_the_very_windows_of_the_jobs_on_each_stream():
+    """Also where a job sees its stream more than once: 8 windows of a stream that has 7."""
+    rows = torch.cat([inputs_BT for inputs_BT, _, _ in mixed()]).tolist()
+    own = [
+        row
+        for tokens, seed in zip(STREAMS, (1, 2, 3), strict=True)
+        for inputs_BT, _, _ in islice(batches(tokens, T, 4, seed), 2)
+        for row in inputs_BT.tolist()
+    ]
+    assert sorted(rows) == sorted(own)
+    assert rows != own
+
+
+def test_mixed_batches_are_the_same_on_any_ranks_and_from_any_start():
+    whole = mixed()
+    ranks = [mixed(rank=rank, world=2) for rank in (0, 1)]
+    for (inputs_BT, targets_BT, position), first, second in zip(whole, *ranks, strict=True):
+        assert torch.equal(inputs_BT, torch.cat([first[0], second[0]]))
+        assert torch.equal(targets_BT, torch.cat([first[1], second[1]]))
+        assert position == first[2] == second[2]
+    assert torch.equal(mixed(start_position=12)[0][0], whole[3][0])
+
+
+def test_mixing_names_the_partition_that_fills_no_batch():
+    with pytest.raises(TrainingError, match="partition 1 must fill one batch"):
+        mixed(batch_size=8)

@@ -79,13 +79,21 @@ def test_gathered_statistics_are_the_sums_of_what_the_ffn_reads(tmp_path: Path) 
     batches = [torch.randint(0, 31, (3, 8)) for _ in range(2)]
     seen: list[torch.Tensor] = []
     handle = model.blocks[1].ffn.register_forward_pre_hook(lambda _m, arguments: seen.append(arguments[0].detach()))
+    residual: list[torch.Tensor] = []
+    norm = model.blocks[1].post_attention_layernorm
+    norm.register_forward_pre_hook(lambda _m, arguments: residual.append(arguments[0].detach()))
     with torch.no_grad():
         for batch in batches:
             model(batch)
     handle.remove()
     x = torch.cat(seen).reshape(-1, 24).double().numpy()
+    streams = torch.cat(residual).reshape(-1, 24).double()
     save_statistics(tmp_path / "statistics.safetensors", gather_statistics(model, batches, torch.device("cpu")))
-    found = load_statistics(tmp_path / "statistics.safetensors")[1]
+    statistics = load_statistics(tmp_path / "statistics.safetensors")
+    found = statistics.layers[1]
     assert found.count == 48
     np.testing.assert_allclose(found.sum_D, x.sum(axis=0), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found.outer_DD, x.T @ x, rtol=1e-4, atol=1e-3)
+    rms = (streams[:48].square().mean(dim=1) + config.norm_epsilon).sqrt()
+    assert statistics.inverse_rms_L[1] == pytest.approx(float((1 / rms).mean()), rel=1e-4)
+    assert np.array_equal(statistics.tokens_V, np.bincount(torch.cat(batches).flatten(), minlength=31))

@@ -1,0 +1,88 @@
+"""Which files of an unfinished artifact are whole, so that an interrupted writer of the same artifact goes on.
+
+A resumable writer uses one place per fingerprint. On a folder it locks the scratch folder; where another process holds
+the lock, or the file system knows none, a writer takes a place of its own. On an object store two writers of the same
+fingerprint write the same bytes under the same keys, so they need no lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from checkpoints import paths
+from checkpoints.errors import StoreError
+from checkpoints.manifest import FileEntry
+
+JOURNAL_NAME = ".journal.json"
+
+
+class Journal:
+    """The finished files of one unfinished artifact, kept beside them; without `url`, nothing is kept."""
+
+    def __init__(self, url: str = "") -> None:
+        self._url = url
+        self._entries: dict[str, FileEntry] = {}
+
+    def read(self, folder: str) -> dict[str, FileEntry]:
+        """Entries of the files that an earlier writer finished and that still lie in `folder` with their size."""
+        if not self._url:
+            return {}
+        try:
+            values = json.loads(paths.read_bytes(self._url))
+            entries = {name: FileEntry(**entry) for name, entry in values.items()}
+        except (
+            FileNotFoundError,
+            ValueError,
+            TypeError,
+            AttributeError,
+        ):  # none yet, or torn by a crash of the machine
+            return {}
+        self._entries = {
+            name: entry for name, entry in entries.items() if _size(paths.join(folder, name)) == entry.size
+        }
+        return dict(self._entries)
+
+    def add(self, name: str, entry: FileEntry) -> None:
+        """Note that a file is whole and on the disk."""
+        if self._url:
+            self._entries[name] = entry
+            content = json.dumps({key: asdict(value) for key, value in self._entries.items()}).encode()
+            paths.replace_bytes(self._url, content)
+
+    def remove(self) -> None:
+        """Forget all, before the artifact is committed."""
+        if self._url:
+            paths.remove(self._url)
+
+
+def attempt_of(fingerprint: str) -> str:
+    """The attempt that all resumable writers of this fingerprint share."""
+    return f"attempt-{fingerprint[:12]}"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Whether this process now owns the scratch folder; the lock ends with the process, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+def _size(url: str) -> int:
+    try:
+        return paths.file_size(url)
+    except (FileNotFoundError, StoreError):
+        return -1

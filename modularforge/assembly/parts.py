@@ -1,0 +1,100 @@
+"""Models as parts: a weight file for the backbone, one for each expert, one for the routers.
+
+A part whose bytes exist in a committed artifact is taken over without moving them: a hard link on a folder, a copy made
+by the server on an object store. What a part holds is told by its key, a hash over the names, types and hashes of its
+tensors and what becomes of them, so that a changed model also takes over what it has in common with the old one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from checkpoints import Artifact, ArtifactWriter, FileEntry
+from modularforge.assembly.plan import MergePlan, OutputFile, OutputTensor, TensorSpan, output_tensors
+from modularforge.assembly.stream import write_file
+from modularforge.errors import MismatchError
+from modularforge.log import progress
+from modularforge.model import names
+
+KEYS_FACT = "part_keys"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A committed file that a part may be taken over from."""
+
+    url: str
+    entry: FileEntry
+
+
+def part_name(name: str) -> str:
+    """The weight file that a tensor of an assembled model belongs to."""
+    position = names.expert_position(name)
+    if position:
+        return f"expert-{position[1]:03d}.safetensors"
+    return "router.safetensors" if names.is_gate(name) else "backbone.safetensors"
+
+
+def group(tensors: Mapping[str, OutputTensor]) -> dict[str, dict[str, OutputTensor]]:
+    """Tensors by the part they belong to, parts in order of their names."""
+    parts: dict[str, dict[str, OutputTensor]] = {}
+    for name in sorted(tensors, key=lambda name: (part_name(name), name)):
+        parts.setdefault(part_name(name), {})[name] = tensors[name]
+    return parts
+
+
+def part_key(tensors: Iterable[tuple[str, OutputTensor]]) -> str:
+    """Identity of what a part holds, whatever file it lies in; empty when a hash is not known."""
+    rows = []
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        grown = [span and span.sha256 for span in (tensor.beside, tensor.below)]
+        if not tensor.span.sha256 or "" in grown:
+            return ""
+        rows.append([name, tensor.span.sha256, tensor.dtype, tensor.columns, tensor.rows, *grown])
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
+
+
+def whole_file(artifact: Artifact, name: str, spans: Mapping[str, TensorSpan]) -> dict[str, Source]:
+    """A committed weight file by the key of the part that it is."""
+    return {part_key(output_tensors(spans).items()): Source(artifact.file_url(name), artifact.manifest.files[name])}
+
+
+def parts_of(assembled: Artifact) -> dict[str, Source]:
+    """The weight files of an assembled model by their keys; none for one that was merged."""
+    keys: Mapping[str, str] = assembled.manifest.facts.get(KEYS_FACT) or {}
+    files = assembled.manifest.files
+    return {key: Source(assembled.file_url(name), files[name]) for name, key in keys.items() if key and name in files}
+
+
+def write_parts(
+    plan: MergePlan, writer: ArtifactWriter, sources: Mapping[str, Source], must_link: bool
+) -> tuple[dict[str, str], int]:
+    """Take over or write every part; returns the parts' keys by file name, and how many bytes were written.
+
+    Raises MismatchError with `must_link` when bytes that exist cannot be taken over.
+    """
+    keys = {file.name: part_key(file.tensors) for file in plan.files}
+    waiting = [file for file in plan.files if not _take_over(file, writer, sources.get(keys[file.name]), must_link)]
+    unwritten = [file for file in waiting if not writer.is_written(file.name)]
+    size = sum(file.size for file in unwritten)
+    writer.require_space(size)
+    with progress("assemble", size, "bytes") as bar:
+        for file in unwritten:
+            write_file(file, writer, bar)
+    return keys, sum(file.size for file in waiting)
+
+
+def _take_over(file: OutputFile, writer: ArtifactWriter, source: Source | None, must_link: bool) -> bool:
+    if source is None:
+        return False
+    if writer.link(file.name, source.url, source.entry):
+        return True
+    if must_link:
+        raise MismatchError(
+            f"assembly.mode link needs {source.url} and {writer.url} on one file system that has hard links, or in one "
+            "object store, but they are not; use auto or merge"
+        )
+    return False

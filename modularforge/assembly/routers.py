@@ -1,0 +1,56 @@
+"""The routers of an assembled model, chosen by the settings and solved from what the experts' jobs left behind."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from checkpoints import Artifact
+from modularforge.assembly import evidence
+from modularforge.assembly.routing import Array, RouterStatistics, centred_means, kaiming, ridge, uniform, with_public
+from modularforge.assembly.statistics import ROUTER_NAME, STATISTICS_NAME, load_statistics
+from modularforge.config import Config, ModelConfig
+from modularforge.model import names
+
+Rows = NDArray[np.float32]
+
+
+def all_statistics(experts: list[Artifact]) -> list[RouterStatistics]:
+    """What the experts' jobs counted, in order; layers are read when they are asked for."""
+    return [load_statistics(expert.local_file(STATISTICS_NAME)) for expert in experts]
+
+
+def router_rows(config: Config, experts: list[Artifact], model: ModelConfig) -> dict[str, Rows]:
+    """The router matrix of every layer, by name, float32 [R, D]; [R, D + C] for the evidence router.
+
+    `model` is the backbone's shape.
+    """
+    settings, public = config.assembly, config.has_public_expert
+    if settings.router == "evidence":
+        widening = evidence.Widening(model, len(experts))
+        solved = evidence.router_rows(widening, all_statistics(experts), settings.router_temperature, public)
+        rows = list(solved)
+    else:
+        rows = [_layer_rows(config, experts, layer, model) for layer in range(model.layers)]
+    # safetensors writes an array's memory as it lies: a transposed one would be saved scrambled.
+    return {
+        names.gate(layer, model.family): np.ascontiguousarray(item, dtype=np.float32) for layer, item in enumerate(rows)
+    }
+
+
+def _layer_rows(config: Config, experts: list[Artifact], layer: int, model: ModelConfig) -> Array:
+    settings, public = config.assembly, config.has_public_expert
+    count = len(experts) + int(public)
+    if settings.router == "kaiming":
+        return kaiming(count, model.width, config.seed * 1000 + layer)
+    if settings.router == "uniform":
+        return uniform(count, model.width)
+    if settings.router == "learned":
+        name = names.gate(layer, model.family)
+        learned = [load_file(expert.local_file(ROUTER_NAME))[name] for expert in experts]
+        return with_public(np.concatenate(learned).astype(np.float64), public)
+    sums = (item.layers[layer] for item in all_statistics(experts))
+    if settings.router == "data_stats":
+        return with_public(ridge(sums, settings.ridge_penalty, settings.router_temperature), public)
+    return with_public(centred_means(sums, settings.router_temperature), public)

@@ -1,0 +1,40 @@
+"""The BTX merge (arXiv 2403.07816): the branches' FFNs become experts, and all else is their mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from checkpoints import Artifact
+from modularforge.artifacts import Backbone
+from modularforge.assembly.routers import router_rows
+from modularforge.config import Config
+from modularforge.model import names
+from modularforge.model.backbone import Decoder
+from modularforge.model.folder import fill, read_tensors
+from modularforge.model.hub_config import model_config_of
+from modularforge.model.moe import build_moe
+
+
+def build_btx(config: Config, backbone: Backbone, branches: Sequence[Artifact]) -> Decoder:
+    """The merged model, with the router that `config.assembly` asks for, solved from the branches' statistics."""
+    model, kept = model_config_of(backbone.values), config.has_public_expert
+    tensors: dict[str, Tensor] = {}
+    if kept:
+        dense = {name: tensor for name, tensor in backbone.tensors.items() if names.is_dense_ffn(name)}
+        tensors.update({names.dense_to_expert(name, 0): tensor for name, tensor in dense.items()})
+    for index, branch in enumerate(branches):
+        for name, tensor in read_tensors(branch.local_folder()).items():
+            if names.is_dense_ffn(name):
+                tensors[names.dense_to_expert(name, index + int(kept))] = tensor
+            else:
+                share = tensor / len(branches)
+                tensors[name] = tensors[name] + share if index else share
+    rows = router_rows(config, list(branches), model)
+    tensors.update({name: torch.from_numpy(row) for name, row in rows.items()})
+    experts = len(branches) + int(kept)
+    with torch.device("meta"):
+        decoder = build_moe(model, int(backbone.values["vocab_size"]), experts, config.assembly.experts_per_token)
+    return fill(decoder, tensors)

@@ -1,0 +1,55 @@
+"""One branch of the BTX baseline (arXiv 2403.07816): the whole backbone trained on, alone, on one partition."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from modularforge.artifacts import Backbone, Corpus, derived_seed, even_streams, token_file
+from modularforge.assembly.small_files import copy_text_files
+from modularforge.assembly.statistics import STATISTICS_NAME, save_statistics
+from modularforge.config import Config
+from modularforge.data.loader import batches
+from modularforge.log import logger
+from modularforge.model.folder import backbone_tensors, save_tensors
+from modularforge.model.hub_config import CONFIG_NAME, WEIGHTS_NAME
+from modularforge.pipeline import finished, job_name, plan_stage, require
+from modularforge.provenance import commit, making
+from modularforge.training.distributed import joined_world
+from modularforge.training.expert_job import partition_sample
+from modularforge.training.job import Job
+from modularforge.training.loop import Batch, fit
+from modularforge.training.losses import language_loss, mean_loss
+from modularforge.training.statistics import gather_statistics
+
+
+def run(config: Config, index: int) -> None:
+    """Train and commit branch `index` unless it is done (called on every rank; rank 0 writes)."""
+    plan, name = plan_stage(config, "branch", index), job_name("branch", index)
+    if finished(plan):
+        logger.info("%s is finished: %s", name, plan.url)
+        return
+    corpus, backbone = Corpus(require(config, "corpus")), Backbone(require(config, "backbone"))
+    tokens = token_file(require(config, "partitions"), f"partition-{index}").tokens
+    phase, context = config.experts, config.model.context_length
+    held_out = even_streams(corpus.domains("validation"), config.training.validation_tokens)
+    job = Job.of_run(config, name, phase, plan.fingerprint)
+    model = backbone.model()
+    with joined_world() as world:
+
+        def batches_from(position: int) -> Iterator[Batch]:
+            seed = derived_seed(config.seed, "expert order", index)
+            return batches(tokens, context, phase.batch_size, seed, position, world.rank, world.size)
+
+        def validate() -> float:
+            return mean_loss(model, held_out, context, config.evaluation.batch_size, world)
+
+        losses = fit(model, language_loss, job, batches_from, validate, world)
+        if world.is_main:
+            with making(plan) as writer:
+                save_tensors(backbone_tensors(model), writer.folder / WEIGHTS_NAME)
+                (writer.folder / CONFIG_NAME).write_bytes(backbone.artifact.read_bytes(CONFIG_NAME))
+                copy_text_files(backbone.artifact, writer.folder)
+                statistics = gather_statistics(model, partition_sample(config, tokens, index), world.device)
+                save_statistics(writer.folder / STATISTICS_NAME, statistics)
+                commit(writer, plan, config, {**losses, "training_tokens": phase.steps * phase.batch_size * context})
+        world.barrier()

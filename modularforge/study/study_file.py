@@ -1,0 +1,182 @@
+"""The study file: which recipes are trained, which variants of them are measured, and over which seeds.
+
+It is YAML, strict like the settings. A list among a variant's settings stands for a grid: one variant for each entry.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from modularforge.config import Section, Text
+from modularforge.errors import ConfigError
+from modularforge.settings import read_yaml
+
+Kind = Literal[
+    "backbone",
+    "dense",
+    "soup",
+    "experts",
+    "ensemble_uniform",
+    "ensemble_posterior",
+    "joint",
+    "btx",
+    "assembled",
+]
+ROUTED = ("assembled", "btx")
+OPEN_SECTIONS = ("assembly.", "calibration.")
+NAME = re.compile(r"^[A-Za-z0-9_.-]+$")
+
+
+class VariantEntry(Section):
+    """One kind of model, or a grid of them, measured in every recipe that it names."""
+
+    kind: Kind
+    """What is measured: a baseline, the experts with their oracle, an output ensemble, or an assembled model."""
+    recipe: Text | list[Text] | None = None
+    """Name of the recipe whose models it uses, or a list; null is the first one."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Settings of `assembly` and `calibration` by dotted name; a list is a grid."""
+    calibrate: bool = False
+    """Calibrate the model as `calibration` says and keep the result only if the deciding half improves."""
+    removal: bool = False
+    """Also measure what the removal of each expert changes."""
+    final: bool = True
+    """Measured on the test split too."""
+    seeds: list[int] | None = None
+    """Seeds of the study with which it is measured; null is all."""
+
+
+class StudyFile(Section):
+    """A study."""
+
+    name: Text
+    """Title of the table."""
+    base: Text
+    """Settings file that everything starts from."""
+    output_dir: Text
+    """Root of the study: a folder or URL."""
+    seeds: list[int] = Field([0], min_length=1)
+    """Seeds of the runs; they share data and tokenizer, which are prepared with the first."""
+    validation_tokens_per_domain: int = Field(20_000, ge=1)
+    """Tokens of each domain's deciding half of validation at the most."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Settings of all recipes by dotted name."""
+    recipes: dict[str, dict[str, Any]] = Field(min_length=1)
+    """What is trained: settings by dotted name; each recipe and seed is a run folder of its own."""
+    variants: dict[str, VariantEntry] = Field(min_length=1)
+    """What is measured, by name."""
+    reference: Text | None = None
+    """Recipe whose backbone, dense model and oracle those with the same tokens are compared with; null is the first."""
+
+    @model_validator(mode="after")
+    def _names(self) -> StudyFile:
+        problems = list(_problems(self))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One model to measure; `entry` is its name in the file, `settings` lie on top of its recipe's."""
+
+    name: str
+    entry: str
+    kind: Kind
+    recipe: str
+    settings: dict[str, Any]
+    calibrate: bool
+    removal: bool
+    final: bool
+    seeds: tuple[int, ...]
+
+
+def load_study(path: str, output_dir: str | None = None) -> StudyFile:
+    """Read and validate a study file; raises ConfigError with one line per mistake."""
+    values = read_yaml(path)
+    if output_dir is not None:
+        values["output_dir"] = output_dir
+    try:
+        return StudyFile.model_validate(values)
+    except ValidationError as error:
+        lines = [line for problem in error.errors() for line in _describe(problem)]
+        listed = "\n".join(f"  {line}" for line in lines)
+        raise ConfigError(f"{path} has {len(lines)} mistake(s):\n{listed}") from None
+
+
+def variants_of(study: StudyFile) -> list[Variant]:
+    """All variants with their grids and recipes spelt out, in the order of the file."""
+    found: list[Variant] = []
+    for name, entry in study.variants.items():
+        recipes = _recipes(study, entry)
+        for recipe, (ending, settings) in itertools.product(recipes, _grid(entry.set)):
+            full = "-".join([*([recipe] if isinstance(entry.recipe, list) else []), name, *ending])
+            flags = (entry.calibrate, entry.removal, entry.final, tuple(entry.seeds or study.seeds))
+            found.append(Variant(full, name, entry.kind, recipe, settings, *flags))
+    return found
+
+
+def reference_of(study: StudyFile) -> str:
+    """The recipe that others are compared with."""
+    return study.reference or next(iter(study.recipes))
+
+
+def _recipes(study: StudyFile, entry: VariantEntry) -> list[str]:
+    if entry.recipe is None:
+        return [next(iter(study.recipes))]
+    return entry.recipe if isinstance(entry.recipe, list) else [entry.recipe]
+
+
+def _grid(settings: dict[str, Any]) -> Iterator[tuple[list[str], dict[str, Any]]]:
+    """Each combination of the lists, with the words that tell it from the others."""
+    lists = {name: value for name, value in settings.items() if isinstance(value, list)}
+    for values in itertools.product(*lists.values()):
+        chosen = dict(zip(lists, values, strict=True))
+        words = [f"{name.rsplit('.', 1)[-1]}_{value}".lower() for name, value in chosen.items()]
+        yield words, {**settings, **chosen}
+
+
+def _problems(study: StudyFile) -> Iterator[str]:
+    """One sentence per mistake that the types alone do not show."""
+    known = ", ".join(study.recipes)
+    for name in (*study.recipes, *study.variants):
+        if not NAME.match(name):
+            yield f"{name!r} must be letters, digits, dots, dashes and underscores, as it names a folder; rename it"
+    if study.reference is not None and study.reference not in study.recipes:
+        yield f"reference must be one of the recipes ({known}), but is {study.reference}; choose one of these"
+    for name, entry in study.variants.items():
+        for recipe in _recipes(study, entry):
+            if recipe not in study.recipes:
+                yield f"variants.{name}.recipe must be one of the recipes ({known}), but is {recipe}; choose one"
+        if unknown := sorted(set(entry.seeds or ()) - set(study.seeds)):
+            yield f"variants.{name}.seeds must be among the study's ({study.seeds}), but has {unknown[0]}; add it there"
+        if entry.set and entry.kind not in ROUTED:
+            yield f"variants.{name}.set must be empty for kind {entry.kind}; put its settings into a recipe"
+        for setting in entry.set:
+            if not setting.startswith(OPEN_SECTIONS):
+                yield (
+                    f"variants.{name}.set must name settings of assembly or calibration, but names {setting}; "
+                    "what changes training belongs into a recipe"
+                )
+        if entry.calibrate and entry.kind not in (*ROUTED, "joint"):
+            yield f"variants.{name}.calibrate must be false for kind {entry.kind}, which has no router; remove it"
+        if entry.removal and entry.kind not in (*ROUTED, "joint"):
+            yield f"variants.{name}.removal must be false for kind {entry.kind}, which has no router; remove it"
+
+
+def _describe(problem: Any) -> list[str]:
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"]).splitlines()
+    if problem["type"] == "extra_forbidden":
+        return [f"{name} is no part of a study file; see docs/study.md"]
+    if problem["type"] == "missing":
+        return [f"{name} must be set, but is missing; add it"]
+    wish = problem["msg"].removeprefix("Input should be ")
+    return [f"{name} must be {wish}, but is {problem['input']!r:.80}; change it"]

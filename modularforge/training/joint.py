@@ -1,0 +1,40 @@
+"""The mixture that a joint baseline trains: experts that start as copies of the backbone's FFN (arXiv 2212.05055)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modularforge.model import names
+from modularforge.model.backbone import INITIAL_STD, Decoder
+from modularforge.model.folder import fill
+from modularforge.model.hub_config import model_config_of
+from modularforge.model.moe import build_moe, moe_layers
+
+
+def build_joint(
+    backbone: dict[str, Tensor], values: dict[str, Any], experts: int, experts_per_token: int, freeze_shared: bool
+) -> Decoder:
+    """`experts` copies of the FFN per layer and random router rows drawn from torch's global generator.
+
+    `backbone` and `values` are the tensors and config.json of the backbone; with `freeze_shared` only feed-forward
+    blocks and routers require gradients.
+    """
+    model, vocab_size = model_config_of(values), int(values["vocab_size"])
+    # Copies: these tensors become the parameters, and training must not reach the backbone's.
+    tensors = {name: tensor.clone() for name, tensor in backbone.items() if names.is_shared(name)}
+    for name, tensor in backbone.items():
+        if names.is_dense_ffn(name):
+            tensors.update({names.dense_to_expert(name, slot): tensor.clone() for slot in range(experts)})
+    for layer in range(model.layers):
+        tensors[names.gate(layer)] = nn.init.normal_(torch.empty(experts, model.width), std=INITIAL_STD)
+    with torch.device("meta"):
+        decoder = build_moe(model, vocab_size, experts, experts_per_token)
+    fill(decoder, tensors)
+    if freeze_shared:
+        decoder.requires_grad_(False)
+        for mixture in moe_layers(decoder):
+            mixture.requires_grad_(True)
+    return decoder
