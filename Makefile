@@ -9,10 +9,10 @@ SOURCES := modularforge launcher checkpoints
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-tests quickstart test test-slow test-cluster test-page check format clean
+.PHONY: help install install-tests quickstart test test-slow test-cluster test-transformers4 test-page check format clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 # Stamps: a target is made again only when what it was made from changed.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -43,6 +43,9 @@ test-cluster: $(VENV)/installed-tests  ## install Slurm where it is missing (Deb
 	$(BIN)/python -m tests.cluster.packages
 	$(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS)
 
+test-transformers4: $(VENV)/installed-tests  ## compare with transformers 4.57.6 too, in an environment of its own (.venv-transformers4)
+	$(BIN)/python -m pytest tests/pretrained/test_transformers4.py $(PYTEST_ARGS)
+
 test-page: $(VENV)/installed-tests  ## open the report in headless Chromium (installs it with apt where it is missing)
 	@command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core)
 	$(BIN)/python -m pytest tests/pipeline/test_report_page.py $(PYTEST_ARGS)
@@ -57,4 +60,4 @@ format: $(VENV)/installed-tests  ## sort imports and format
 	$(BIN)/ruff format --quiet .
 
 clean:  ## delete the virtual environment and caches (runs are kept)
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-transformers4 build *.egg-info .pytest_cache .mypy_cache .ruff_cache

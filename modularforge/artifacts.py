@@ -14,12 +14,11 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from checkpoints import Artifact, find_artifact, open_artifact, paths
+from checkpoints import Artifact
 from modularforge.assembly.statistics import EXPERT_NAME, ROUTER_NAME
 from modularforge.data.loader import label_tokens
 from modularforge.data.token_files import TokenFile, Tokens, open_token_file
 from modularforge.data.tokenizer import EOS, load_tokenizer, token_byte_lengths
-from modularforge.errors import DataError
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import load_expert, load_model, read_tensors
 from modularforge.model.hub_config import read_config
@@ -126,13 +125,3 @@ class Backbone:
         if anchored:
             tensors.update(load_file(artifact.local_file(ROUTER_NAME)))
         return load_expert(self.tensors, self.values, tensors, anchored)
-
-
-def local_model_folder(url: str) -> Path:
-    """A local folder with a model's files: an artifact of any store, or any model folder of this machine."""
-    if find_artifact(url) is not None or not paths.is_local(url):
-        return open_artifact(url).local_folder()
-    if not paths.local_path(url).is_dir():
-        what = "is a file" if paths.local_path(url).is_file() else "does not exist"
-        raise DataError(f"--model must be a model folder, but {url} {what}; name the folder with config.json")
-    return paths.local_path(url)

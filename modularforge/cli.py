@@ -249,8 +249,10 @@ def fetch(
 
     A whole copy that is there already is used, also without a network.
     """
+    from modularforge.log import configure_logging
     from modularforge.pretrained.fetch import fetch as fetch_model
 
+    configure_logging()
     typer.echo(fetch_model(model, output, verify).url)
 
 

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from checkpoints import Artifact, ArtifactWriter
 from checkpoints.hashing import describe_file
 from modularforge.assembly import evidence, parts
+from modularforge.assembly.card import CARD_NAME, model_card
 from modularforge.assembly.checks import check_parts
 from modularforge.assembly.plan import (
     MergePlan,
@@ -122,14 +123,16 @@ def _write_small_files(
     carried: dict[str, Any],
     folder: Path,
 ) -> dict[str, Any]:
-    """config.json, tokenizer and generation settings; `carried` is the backbone's config.json with the new type."""
+    """All files but the weights; `carried` is the backbone's config.json with the new type."""
     count, vocab_size = len(experts) + int(config.has_public_expert), int(carried["vocab_size"])
     # Equal rows mean something only when every expert is visited.
     active = count if config.assembly.router == "uniform" else config.assembly.experts_per_token
-    write_json(folder / CONFIG_NAME, moe_config(model, vocab_size, count, active, carried))
+    written = moe_config(model, vocab_size, count, active, carried)
+    write_json(folder / CONFIG_NAME, written)
     copy_text_files(backbone, folder)
     sizes = model_sizes(model, vocab_size, count, active)
-    return {
+    facts = {
+        "architecture": written["architectures"][0],
         "experts": count,
         "members": [
             {"index": item.manifest.facts["index"], "url": item.url, "fingerprint": item.manifest.fingerprint}
@@ -142,3 +145,5 @@ def _write_small_files(
         "parameters": sizes.parameters,
         "active_parameters": sizes.active_parameters,
     }
+    (folder / CARD_NAME).write_text(model_card(config, backbone, experts, facts), encoding="utf-8")
+    return facts

@@ -45,9 +45,7 @@ def generate(
     if not ids:
         raise DataError("a prompt must have at least one token, but is empty; type a word")
     if ids[-1] in end_tokens:
-        raise DataError(
-            "a prompt must not end with the end of a text, since nothing follows the end of a text; shorten the prompt"
-        )
+        raise DataError("a prompt must not end with the end of a text, since nothing follows that; shorten the prompt")
     device = model.lm_head.weight.device
     generator = torch.Generator().manual_seed(sampling.seed)
     model.eval()

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from modularforge.artifacts import local_model_folder
 from modularforge.data.tokenizer import load_tokenizer
 from modularforge.errors import DataError
 from modularforge.evaluation.generation import Sampling, generate
 from modularforge.model.backbone import Decoder
-from modularforge.model.folder import load_model
-from modularforge.model.hub_config import end_tokens, read_config
+from modularforge.model.hub_config import end_tokens
+from modularforge.stored_models import stored_model
 from modularforge.training.distributed import default_device
 
 
@@ -27,9 +26,9 @@ class Loaded:
 
 def load_for_generation(url: str) -> Loaded:
     """Read a model folder: an artifact of any store, or any folder with config, weights and tokenizer."""
-    folder = local_model_folder(url)
-    model = load_model(folder).to(default_device())
-    return Loaded(model, load_tokenizer(folder / "tokenizer.json"), end_tokens(read_config(folder)))
+    stored = stored_model(url)
+    model = stored.load().to(default_device())
+    return Loaded(model, load_tokenizer(stored.file("tokenizer.json")), end_tokens(stored.values))
 
 
 def continue_text(loaded: Loaded, prompt: str, tokens: int, sampling: Sampling) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from modularforge.errors import DataError, MismatchError
 from modularforge.model import names
 from modularforge.model.backbone import Decoder, build_backbone
-from modularforge.model.hub_config import INDEX_NAME, WEIGHTS_NAME, is_moe, model_config_of, read_config
+from modularforge.model.hub_config import INDEX_NAME, WEIGHTS_NAME, experts_of, is_moe, model_config_of, read_config
 from modularforge.model.moe import build_anchored_pair, build_moe
 
 
@@ -58,8 +58,7 @@ def load_model(folder: Path) -> Decoder:
     model, vocab_size = model_config_of(values), int(values["vocab_size"])
     with torch.device("meta"):
         if is_moe(values):
-            experts = values.get("num_local_experts") or values["num_experts"]
-            decoder = build_moe(model, vocab_size, experts, values["num_experts_per_tok"])
+            decoder = build_moe(model, vocab_size, experts_of(values), values["num_experts_per_tok"])
         else:
             decoder = build_backbone(model, vocab_size)
     return fill(decoder, read_tensors(folder))

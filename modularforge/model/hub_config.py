@@ -165,6 +165,11 @@ def parse_config(content: bytes, origin: str) -> dict[str, Any]:
     return values
 
 
+def experts_of(values: Mapping[str, Any]) -> int:
+    """Experts per layer of an assembled model, whichever name transformers gave them."""
+    return int(values.get("num_local_experts") or values["num_experts"])
+
+
 def is_moe(values: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of an assembled model."""
     return values["model_type"] in MOE_TYPES

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from checkpoints import paths
+from checkpoints import find_artifact, paths
 from modularforge.errors import DataError
 from modularforge.model.hub_config import CONFIG_NAME, GENERATION_NAME, INDEX_NAME, TOKENIZER_FILES, WEIGHTS_NAME
 
@@ -41,6 +41,15 @@ def hub_name(model: str) -> HubName:
         )
     repository, _, revision = model.partition("@")
     return HubName(repository, revision or "main")
+
+
+def published_name(model: str) -> str | None:
+    """What a model is called on the Hub, also when it was fetched from there into a folder; None when nobody knows."""
+    if is_folder(model):
+        artifact = find_artifact(model)
+        origin = artifact.manifest.settings.get("model") if artifact else None
+        return published_name(origin) if isinstance(origin, str) and not is_folder(origin) else None
+    return hub_name(model).repository if HUB_NAME.fullmatch(model) else None
 
 
 def model_files(names: Iterable[str], model: str) -> list[str]:

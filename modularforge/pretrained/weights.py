@@ -1,18 +1,15 @@
 """Whether the weight files of a pretrained model are whole and have the tensors that its config.json says.
 
-Only headers are read. The bytes of all tensors can then be copied into one weight file without torch.
+Only headers are read; it needs no torch.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from checkpoints import plain_folder
-from modularforge.assembly.plan import TensorSpan, output_tensors, plan_merge, read_header
-from modularforge.assembly.stream import execute
+from modularforge.assembly.plan import TensorSpan, read_header
 from modularforge.errors import DataError
 from modularforge.model import names
 from modularforge.model.hub_config import INDEX_NAME, WEIGHTS_NAME, is_dense, model_config_of, read_config
@@ -52,11 +49,6 @@ def check_weights(folder: Path) -> dict[str, TensorSpan]:
     return kept
 
 
-def copy_weights(folder: Path, target: Path) -> None:
-    """Put all tensors of a dense model into `target`/model.safetensors, their bytes unchanged."""
-    execute(plan_merge(output_tensors(check_weights(folder)), sys.maxsize), plain_folder(target))
-
-
 def _check_whole(path: Path, spans: Mapping[str, TensorSpan]) -> None:
     end = max((span.start + span.length for span in spans.values()), default=0)
     if path.stat().st_size != end:
@@ -71,9 +63,9 @@ def _check_tensors(folder: Path, spans: Mapping[str, TensorSpan], expected: Mapp
     if wrong:
         name = wrong[0]
         raise DataError(
-            f"{name} in {folder} must have the shape {expected.get(name, 'of no tensor: config.json has none such')}, "
-            f"but has {found.get(name, 'none, as it is missing')} ({len(wrong)} tensors differ); fetch the model "
-            "again, or choose another"
+            f"{name} in {folder} must have shape {expected.get(name, 'of no tensor: it has none such')}, "
+            f"but has {found.get(name, 'none, as it is missing')} ({len(wrong)} tensors differ); fetch it again, "
+            "or choose another"
         )
     types = sorted({span.dtype for span in spans.values()} - {*WEIGHT_TYPES})
     if types:

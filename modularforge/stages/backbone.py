@@ -14,6 +14,7 @@ from modularforge.log import logger
 from modularforge.model.backbone import Decoder
 from modularforge.pipeline import finished, plan_stage, require
 from modularforge.pretrained.fetch import local_model
+from modularforge.pretrained.sources import published_name
 from modularforge.provenance import commit, making, save_settings
 from modularforge.training.backbone_job import sample_windows, save_backbone, train_backbone
 from modularforge.training.distributed import joined_world
@@ -52,6 +53,8 @@ def run(config: Config) -> None:
             with making(plan) as writer:
                 facts = save_backbone(config, model, writer.folder, corpus.tokenizer, sample, world, pretrained)
                 data = {name: corpus.artifact.manifest.facts.get(name) for name in ("labels", "splits")}
-                origin = {"pretrained": config.model.pretrained} if pretrained else {}
-                commit(writer, plan, config, {**losses, **facts, **origin, "data": data})
+                if config.model.pretrained:
+                    hub = published_name(config.model.pretrained)
+                    facts["pretrained"] = {"hub": hub, "identity": plan.inputs["pretrained"]}
+                commit(writer, plan, config, {**losses, **facts, "data": data})
         world.barrier()

@@ -10,6 +10,7 @@ from checkpoints import Artifact, ArtifactWriter
 from checkpoints.hashing import describe_file
 from modularforge.artifacts import Corpus, derived_seed
 from modularforge.assembly import parts
+from modularforge.assembly.card import CARD_NAME, calibration_note
 from modularforge.assembly.plan import OutputTensor, output_tensors, plan_merge, plan_parts, read_header
 from modularforge.assembly.stream import execute
 from modularforge.calibration.calibrator import Calibration, calibrate, even_mixture, split_documents
@@ -86,5 +87,7 @@ def write_calibrated(assembled: Artifact, result: Calibration, writer: ArtifactW
     if plan.index:
         write_json(writer.folder / INDEX_NAME, plan.index)
     for name in assembled.manifest.files:
-        if name.endswith(".json") and name != INDEX_NAME:
+        if not name.endswith(".safetensors") and name != INDEX_NAME:
             shutil.copyfile(assembled.local_file(name), writer.folder / name)
+    with open(writer.folder / CARD_NAME, "a", encoding="utf-8") as card:
+        card.write(calibration_note(result.before, result.after))

@@ -40,7 +40,7 @@ def run(config: Config) -> None:
                 types = {name: tensor.dtype for name, tensor in backbone.tensors.items()}
                 save_tensors(cast_like(backbone_tensors(model), types), writer.folder / "model.safetensors")
                 for name in backbone.artifact.manifest.files:
-                    if name.endswith(".json"):
+                    if not name.endswith(".safetensors"):
                         shutil.copyfile(backbone.artifact.local_file(name), writer.folder / name)
                 facts = {"training_tokens": phase.steps * phase.batch_size * context}
                 commit(writer, plan, config, {**losses, **facts})

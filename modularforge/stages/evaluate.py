@@ -9,16 +9,16 @@ import time
 from functools import partial
 
 from checkpoints import Artifact, MissingArtifactError, find_artifact, paths
-from modularforge.artifacts import Backbone, Corpus, local_model_folder
+from modularforge.artifacts import Backbone, Corpus
 from modularforge.config import Config
 from modularforge.errors import MismatchError
 from modularforge.evaluation.report import markdown
 from modularforge.evaluation.soup import build_soup
 from modularforge.evaluation.suite import Loader, Results, add_oracle, measure_models
 from modularforge.log import json_safe, logger
-from modularforge.model.folder import load_model
 from modularforge.pipeline import contents, finished, plan_stage, require, stage_url
 from modularforge.provenance import commit, making
+from modularforge.stored_models import StoredModel, stored_model
 
 RESULTS_NAME = "results.json"
 REPORT_NAME = "report.md"
@@ -88,14 +88,14 @@ def where(config: Config) -> str:
 def measure_folder(config: Config, url: str) -> Results:
     """Measure one model folder on this config's test split, without writing anything."""
     start = time.perf_counter()
-    corpus, folder = Corpus(require(config, "corpus")), local_model_folder(url)
-    tokenizer = folder / "tokenizer.json"
+    corpus, stored = Corpus(require(config, "corpus")), stored_model(url)
+    tokenizer = stored.file("tokenizer.json")
     if tokenizer.is_file() and tokenizer.read_bytes() != corpus.file("tokenizer.json").read_bytes():
         raise MismatchError(
             f"{url} must use the tokenizer of {corpus.artifact.url}, but has another; name its --data-dir"
         )
     name = url.rstrip("/").rsplit("/", 1)[-1]
-    results = measure_models(config, corpus, {name: partial(load_model, folder)}, {}, {name})
+    results = measure_models(config, corpus, {name: stored.load}, {}, {name})
     measured: Results = json_safe({**results, "chosen": name, "seconds": round(time.perf_counter() - start, 3)})
     return measured
 
@@ -122,7 +122,7 @@ def _loaders(config: Config, artifacts: dict[str, Artifact]) -> dict[str, Loader
     experts = {name: artifact for name, artifact in artifacts.items() if name.startswith("expert-")}
 
     def folder(name: str) -> dict[str, Loader]:
-        return {name: lambda: load_model(artifacts[name].local_folder())} if name in artifacts else {}
+        return {name: StoredModel(artifacts[name].url, artifacts[name]).load} if name in artifacts else {}
 
     loaders = folder("backbone") | folder("dense")
     loaders |= {name: partial(backbone.expert, artifact) for name, artifact in experts.items()}

@@ -30,7 +30,6 @@ from modularforge.model.hub_config import (
     write_json,
 )
 from modularforge.model.sizes import model_sizes
-from modularforge.pretrained.weights import copy_weights
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import Batch, fit
@@ -78,7 +77,7 @@ def save_backbone(
     bytes of the weights too when they were not trained. Returns facts for the manifest.
     """
     if pretrained is not None:
-        _save_pretrained(config, model, folder, pretrained)
+        _save_pretrained(model, folder, pretrained)
     else:
         save_tensors(backbone_tensors(model), folder / "model.safetensors")
         write_json(folder / CONFIG_NAME, backbone_config(model.config, model.vocab_size))
@@ -91,12 +90,10 @@ def save_backbone(
     return {"parameters": sizes.parameters, "training_tokens": tokens}
 
 
-def _save_pretrained(config: Config, model: Decoder, folder: Path, pretrained: Path) -> None:
-    if config.backbone.steps == 0:
-        copy_weights(pretrained, folder)
-    else:
-        types = {name: tensor.dtype for name, tensor in read_tensors(pretrained).items()}
-        save_tensors(cast_like(backbone_tensors(model), types), folder / "model.safetensors")
+def _save_pretrained(model: Decoder, folder: Path, pretrained: Path) -> None:
+    """Weights in the type they came in: those that were not trained get their very bytes back."""
+    types = {name: tensor.dtype for name, tensor in read_tensors(pretrained).items()}
+    save_tensors(cast_like(backbone_tensors(model), types), folder / "model.safetensors")
     values = read_config(pretrained)
     write_json(folder / CONFIG_NAME, backbone_config(model.config, model.vocab_size, values))
     if (pretrained / GENERATION_NAME).is_file():

@@ -75,7 +75,7 @@ def test_an_empty_prompt_starts_a_text_and_one_that_ends_with_eos_is_refused(fin
         def encode(self, _text: str) -> object:
             return type("Ids", (), {"ids": [2, 5, EOS]})
 
-    with pytest.raises(DataError, match="must not end with <eos>"):
+    with pytest.raises(DataError, match="must not end with the end of a text"):
         generate(model, Ending(), "x", 3, Sampling())  # type: ignore[arg-type]
 
 

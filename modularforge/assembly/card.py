@@ -1,0 +1,136 @@
+"""The model card of an assembled model, written from the manifests of what it was made from.
+
+It says only what those manifests say: no places, no times, so the same parts give the same card anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from checkpoints import Artifact
+from modularforge.config import Config
+
+CARD_NAME = "README.md"
+
+
+def model_card(config: Config, backbone: Artifact, experts: Sequence[Artifact], facts: Mapping[str, Any]) -> str:
+    """README.md of the model folder; `facts` are those of the assembled model's manifest."""
+    blocks = [
+        _front_matter(backbone),
+        f"# {config.name}",
+        _summary(backbone, experts, facts),
+        _how_to_load(facts),
+        "## What it was made from",
+        _table(["part", "trained on", "training loss", "validation loss", "fingerprint"], _parts(backbone, experts)),
+        "Losses are in nats per token, as they were when each part was finished; the backbone is validated on all "
+        "domains, an expert on those of its partition. Tokens are those trained on here.",
+        *_data(backbone),
+        *_settings(config, backbone, experts, facts),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def calibration_note(before: float, after: float) -> str:
+    """What a calibrated model adds to the card of the assembled one."""
+    return (
+        "\n## Calibration\n\nNorm gains and router rows were fitted on validation text after assembly. On text held "
+        f"out from that, the mean loss over domains was {before:.4f} before and {after:.4f} after.\n"
+    )
+
+
+def _front_matter(backbone: Artifact) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    lines += ["tags: [mixture-of-experts, modularforge]"]
+    base = (backbone.manifest.facts.get("pretrained") or {}).get("hub")
+    return "\n".join([*lines, *([f"base_model: {base}"] if base else []), "---"])
+
+
+def _summary(backbone: Artifact, experts: Sequence[Artifact], facts: Mapping[str, Any]) -> str:
+    public = "the backbone's own feed-forward block and " if facts["public_expert"] else ""
+    return (
+        f"A mixture-of-experts language model of {facts['parameters']:,} parameters, {facts['active_parameters']:,} of "
+        f"them active per token: {public}{len(experts)} experts per layer, of which each token visits "
+        f"{facts['experts_per_token']}. Every expert was trained alone on its own part of the data, on top of "
+        f"{_origin(backbone)}, and merged with ModularForge."
+    )
+
+
+def _origin(backbone: Artifact) -> str:
+    pretrained = backbone.manifest.facts.get("pretrained")
+    if not pretrained:
+        return "one backbone trained from random weights"
+    name = pretrained["hub"] or f"a pretrained model (identity `{pretrained['identity']}`)"
+    return f"{name}, trained on before that," if backbone.manifest.facts.get("training_tokens") else f"{name} as it is"
+
+
+def _how_to_load(facts: Mapping[str, Any]) -> str:
+    return (
+        f"It is a `{facts['architecture']}` and loads in plain transformers, 4.57 or newer:\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'folder = "."  # where this file lies\n'
+        'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")\n'
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n```"
+    )
+
+
+def _parts(backbone: Artifact, experts: Sequence[Artifact]) -> Iterator[list[str]]:
+    named = [("backbone", backbone), *((f"expert {item.manifest.facts.get('index', '?')}", item) for item in experts)]
+    for name, artifact in named:
+        facts = artifact.manifest.facts
+        tokens = facts.get("training_tokens")
+        row = ["not recorded" if tokens is None else f"{tokens:,} tokens"]
+        row += [_loss(facts.get(key)) for key in ("train_loss", "validation_loss")]
+        yield [name, *row, f"`{artifact.manifest.fingerprint}`"]
+
+
+def _loss(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else "–"
+
+
+def _data(backbone: Artifact) -> Iterator[str]:
+    """The corpus: its sources by name, and how much of each domain each split holds."""
+    splits = (backbone.manifest.facts.get("data") or {}).get("splits")
+    if not splits:
+        return
+    yield "## Data"
+    yield "\n".join(f"- {line}" for line in _sources(backbone))
+    rows = [
+        [label, split, f"{count['documents']:,}", f"{count['tokens']:,}", f"{count['bytes']:,}"]
+        for split in ("train", "validation", "test")
+        for label, count in splits.get(split, {}).items()
+    ]
+    yield _table(["domain", "split", "documents", "tokens", "bytes"], rows)
+
+
+def _sources(backbone: Artifact) -> Iterator[str]:
+    for source in _config_of(backbone).get("data", {}).get("sources", ()):
+        where = f"`{source['hub']}` on the Hub" if source.get("hub") else "files of its own"
+        named = f", {source['hub_config']}" if source.get("hub_config") else ""
+        yield f"{source['name']}: {where}{named}"
+
+
+def _settings(
+    config: Config, backbone: Artifact, experts: Sequence[Artifact], facts: Mapping[str, Any]
+) -> Iterator[str]:
+    yield "## Settings"
+    made = _config_of(experts[0]) if experts else {}
+    rows = [["assembly", "router", str(facts["router"])], ["assembly", "seed", str(config.seed)]]
+    for section, values in (("backbone", _config_of(backbone).get("backbone")), ("experts", made.get("experts"))):
+        rows += [[section, name, f"{value}"] for name, value in (values or {}).items()]
+    rows += [["partition", name, f"{value}"] for name, value in made.get("partition", {}).items()]
+    yield _table(["section", "setting", "value"], rows)
+    versions = (backbone.manifest.facts.get("provenance") or {}).get("versions", {})
+    if versions:
+        listed = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+        yield f"Made with {listed}."
+
+
+def _config_of(artifact: Artifact) -> dict[str, Any]:
+    found: dict[str, Any] = (artifact.manifest.facts.get("provenance") or {}).get("config", {})
+    return found
+
+
+def _table(titles: Sequence[str], rows: Iterator[list[str]] | list[list[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
