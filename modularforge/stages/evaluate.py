@@ -132,7 +132,9 @@ def _loaders(config: Config, artifacts: dict[str, Artifact]) -> dict[str, Loader
         loaders["soup"] = partial(build_soup, backbone, list(experts.values()))
     branches = [artifact for name, artifact in artifacts.items() if name.startswith("branch-")]
     if len(branches) == config.experts.count:
-        loaders["btx"] = partial(build_btx, config, backbone, branches)
+        # Branches train no rows, so that their router is solved from sums, whatever the run's own is.
+        solved = config.assembly.model_copy(update={"router": "data_stats"})
+        loaders["btx"] = partial(build_btx, config.model_copy(update={"assembly": solved}), backbone, branches)
     return loaders | folder("assembled") | folder("calibrated")
 
 
