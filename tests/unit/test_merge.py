@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import plain_folder, write_artifact
+from checkpoints.durable import DurableFile
 from checkpoints.hashing import describe_file
 from modularforge.assembly.convert import converted
 from modularforge.assembly.plan import OutputTensor, merged_spans, output_tensors, plan_merge, plan_parts, read_header
@@ -174,7 +175,7 @@ def test_killed_at_every_write_the_merge_continues_to_the_same_bytes(
 
         return wrapper
 
-    for target in ("checkpoints.writer._write_all", "checkpoints.journal.paths.replace_bytes"):
+    for target in ("checkpoints.durable.DurableFile.write", "checkpoints.journal.paths.replace_bytes"):
         monkeypatch.setattr(target, counted(eval_target(target)))
     monkeypatch.setattr("checkpoints.writer.paths.upload", counted(eval_target("checkpoints.writer.paths.upload")))
 
@@ -204,6 +205,8 @@ def eval_target(dotted: str):
     module, _, name = dotted.rpartition(".")
     if module.endswith(".paths"):
         module = "checkpoints.paths"
+    if module.endswith("DurableFile"):
+        return DurableFile.write
     return getattr(importlib.import_module(module), name)
 
 
