@@ -5,9 +5,9 @@
     python benchmarks/assembly.py --folder /a/disk --mergekit ENV/bin/mergekit-moe
 
 Measures, in one run and in turns: (1) `assembly.mode: merge`, hashing in and out and fsync included, against `cp` and
-fsync of the same bytes; (2) the same with the evidence router, which widens every matrix; (3) `link`; (4) peak anonymous
-memory of each, from /proc/self/smaps_rollup in a process of its own, with 2, 8 and more experts; (5) mergekit-moe on
-the same experts as dense models, when its command is given (from an environment of its own: pip install mergekit).
+fsync of the same bytes; (2) the same with the evidence router, which widens every matrix; (3) `link`; (4) the peak of
+anonymous memory, from /proc/self/smaps_rollup in a process of its own, with 2, 8 and more experts; (5) mergekit-moe on
+the same experts as dense models, when its command is given (an environment of its own: pip install mergekit).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoints import Artifact
+from checkpoints import Artifact, paths
 from modularforge.config import ModelConfig
 from tests.synthetic_models import describe, write_parts
 
@@ -114,14 +114,14 @@ def speed(folder: Path, backbone: Artifact, experts: list[Artifact], rounds: int
     print("target: merge at most 1.15 x cp; link independent of size")
 
 
-def assemble_once(folder: Path, mode: str, router: str, parts: str = "parts.json") -> dict[str, float]:
-    """Assemble in a process of its own; seconds, peak anonymous memory in MB, and bytes."""
-    target = folder / "out"
+def assemble_once(folder: Path, mode: str, router: str, target: str = "") -> dict[str, float]:
+    """Assemble the parts of `folder` in a process of its own; seconds, peak anonymous memory in MB, and bytes."""
+    target = target or str(folder / "out")
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(folder / parts), str(target), mode, router],
+        [sys.executable, "-c", CHILD, str(folder / "parts.json"), target, mode, router],
         check=True, capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent,
     )  # fmt: skip
-    shutil.rmtree(target)
+    paths.remove(target)
     found: dict[str, float] = json.loads(done.stdout)
     return found
 

@@ -32,6 +32,7 @@ from checkpoints.retry import logger
 
 Chunk = bytes | memoryview
 FILES_AT_ONCE = 3
+SMALL_PART_BYTES = 6 << 20  # where memory is bounded; S3 wants at least 5 MiB
 MAX_PARTS = 9_000  # S3 allows 10,000
 
 
@@ -79,7 +80,7 @@ class ArtifactWriter:
         if paths.is_local(self.url):
             _continue_local(self.folder / name, chunks, size)
         else:
-            self._upload(name, chunks, size)
+            self._upload(name, chunks, size, SMALL_PART_BYTES)
         self.adopt(name, finish())
         return self.written[name]
 
@@ -143,8 +144,8 @@ class ArtifactWriter:
         except StoreError as error:  # the first error is the one to report; gc finds the rest
             logger.warning("could not delete %s: %s", paths.join(self.url, self.attempt), error)
 
-    def _upload(self, name: str, chunks: Iterable[Chunk], size: int) -> None:
-        part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
+    def _upload(self, name: str, chunks: Iterable[Chunk], size: int, least: int = PART_BYTES) -> None:
+        part_bytes = max(least, -(-size // MAX_PARTS))
         paths.upload(self._upload_url(name), in_parts(_steady_pieces(chunks), part_bytes))
 
     def _upload_url(self, name: str) -> str:

@@ -24,11 +24,11 @@ BLOCK = os.urandom(1 << 20)
 
 
 def write_parts(
-    folder: Path, model: ModelConfig, vocab_size: int, experts: int, dtype: str = "BF16"
+    root: Path | str, model: ModelConfig, vocab_size: int, experts: int, dtype: str = "BF16"
 ) -> tuple[Artifact, list[Artifact]]:
     """A committed backbone and its plain experts, all in `dtype`."""
     shapes = dense_shapes(model, vocab_size)
-    with write_artifact(str(folder / "backbone"), "backbone", "synthetic") as writer:
+    with write_artifact(f"{root}/backbone", "backbone", "synthetic") as writer:
         _write(writer, "model.safetensors", shapes, dtype, 0)
         carried = {"dtype": {"BF16": "bfloat16", "F32": "float32"}[dtype]}
         writer.write_json(CONFIG_NAME, backbone_config(model, vocab_size, carried))
@@ -39,7 +39,7 @@ def write_parts(
     members = []
     for index in range(experts):
         own = {names.dense_to_expert(n, index): s for n, s in shapes.items() if names.is_dense_ffn(n)}
-        with write_artifact(str(folder / f"experts/expert-{index}"), "expert", f"synthetic-{index}") as writer:
+        with write_artifact(f"{root}/experts/expert-{index}", "expert", f"synthetic-{index}") as writer:
             _write(writer, EXPERT_NAME, own, dtype, index + 1)
             save_statistics(writer.folder / STATISTICS_NAME, _statistics(model, vocab_size, index))
             members.append(writer.commit({"index": index, "anchored": False, "shared_tensors": shared}))

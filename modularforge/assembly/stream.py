@@ -23,7 +23,7 @@ from modularforge.errors import DataError, MismatchError
 from modularforge.log import Progress, progress
 
 LOCAL_CHUNK = 1 << 20  # stays in the processor's cache between reading, hashing and writing
-REMOTE_CHUNK = 8 << 20
+REMOTE_CHUNK = 4 << 20
 READS_AHEAD = 8
 CHUNKS_AHEAD = 16
 OPEN_FILES = 64

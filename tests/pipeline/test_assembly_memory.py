@@ -1,0 +1,32 @@
+"""Assembly takes the same memory whatever the number of experts, and stays under what docs/assembly.md says."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.assembly import assemble_once
+from modularforge.config import ModelConfig
+from tests.synthetic_models import describe, write_parts
+
+MOST_MEGABYTES, MOST_GROWTH = 300, 25
+COUNTS = (2, 8, 32)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc/self/smaps_rollup")
+@pytest.mark.parametrize("router", ["data_stats", "evidence"])
+def test_peak_anonymous_memory_is_flat_in_the_number_of_experts(router: str, tmp_path: Path) -> None:
+    model = ModelConfig(width=768, layers=3, heads=12, kv_heads=4, ffn_width=2048, context_length=64, tied_head=True)
+    backbone, experts = write_parts(tmp_path, model, 8_000, max(COUNTS))
+    peaks = []
+    for count in COUNTS:
+        describe(tmp_path, backbone, experts[:count])
+        found = assemble_once(tmp_path, "merge", router)
+        assert found["bytes"] > count * experts[0].manifest.files["expert.safetensors"].size
+        peaks.append(found["peak_mb"])
+    assert max(peaks) < MOST_MEGABYTES, peaks
+    assert peaks[-1] - peaks[0] < MOST_GROWTH, peaks
+    # The largest model is many times larger than what is allowed to be in memory.
+    assert found["bytes"] / 1e6 > 3 * MOST_MEGABYTES

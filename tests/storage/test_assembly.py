@@ -1,0 +1,139 @@
+"""Assembly on object stores: the same bytes, continued after a kill, copies made by the server, bounded memory."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks.assembly import assemble_once
+from checkpoints import Artifact, open_artifact, paths, plain_folder, write_artifact
+from checkpoints.copying import copy_artifact
+from checkpoints.s3 import S3Store
+from modularforge.assembly import stream
+from modularforge.assembly.assemble import assemble
+from modularforge.assembly.statistics import EXPERT_NAME
+from modularforge.config import Config, ModelConfig
+from modularforge.pipeline import require, stage_url
+from tests.synthetic_models import describe, write_parts
+
+
+def with_assembly(run: Config, **changes: object) -> Config:
+    return run.model_copy(update={"assembly": run.assembly.model_copy(update=changes)})
+
+
+def parts_on(root: str, run: Config) -> tuple[Artifact, list[Artifact]]:
+    """Backbone and experts of the finished run, copied to a store."""
+    for name in ("backbone", *(f"experts/expert-{index}" for index in range(3))):
+        copy_artifact(open_artifact(f"{run.output_dir}/{name}"), f"{root}/{name}", lambda _: None)
+    return open_artifact(f"{root}/backbone"), [open_artifact(f"{root}/experts/expert-{k}") for k in range(3)]
+
+
+@pytest.mark.parametrize("mode", ["merge", "auto"])
+@pytest.mark.parametrize("router", ["learned", "evidence"])
+def test_every_store_gets_the_same_bytes(mode: str, router: str, place: str, finished_run: Config, tmp_path) -> None:
+    run = with_assembly(finished_run, mode=mode, router=router)
+    local = [require(run, "expert", index) for index in range(3)]
+    (tmp_path / "local").mkdir()
+    assemble(run, require(finished_run, "backbone"), local, plain_folder(tmp_path / "local"))
+    backbone, experts = parts_on(place, finished_run)
+    with write_artifact(f"{place}/assembled", "assembled", "0123456789abcdef", resume=True) as writer:
+        assemble(run, backbone, experts, writer)
+        artifact = writer.commit()
+    artifact.verify()
+    found = {name: artifact.read_bytes(name) for name in artifact.manifest.files}
+    assert found == {path.name: path.read_bytes() for path in (tmp_path / "local").iterdir()}
+
+
+class Killed(BaseException):
+    """Stands for a process that ends here."""
+
+
+def test_on_s3_finished_files_are_not_sent_again(s3: str, finished_run: Config, monkeypatch) -> None:
+    run = with_assembly(finished_run, mode="merge", max_shard_bytes=150_000)
+    backbone, experts = parts_on(s3, finished_run)
+    written: list[str] = []
+    original = stream.write_file
+
+    def write_file(file, writer, bar=None):
+        if len(written) == 2:
+            raise Killed
+        written.append(file.name)
+        return original(file, writer, bar)
+
+    def merge() -> Artifact:
+        with write_artifact(f"{s3}/assembled", "assembled", "0123456789abcdef", resume=True) as writer:
+            assemble(run, backbone, experts, writer)
+            return writer.commit()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "write_file", write_file)
+        with pytest.raises(Killed):
+            merge()
+    first, again = list(written), []
+    monkeypatch.setattr(stream, "write_file", lambda file, *rest: again.append(file.name) or original(file, *rest))
+    artifact = merge()
+    assert len(first) == 2
+    assert again
+    assert not set(first) & set(again)
+    artifact.verify()
+    assert not [info.url for info in paths.walk(f"{s3}/assembled") if "journal" in info.url]
+
+
+def test_on_s3_experts_are_copied_by_the_server(s3: str, finished_run: Config, monkeypatch) -> None:
+    backbone, experts = parts_on(s3, finished_run)
+    run = with_assembly(finished_run, mode="link")
+    read: list[str] = []
+    original = S3Store.read
+
+    def reading(store, url, start=0, end=None):
+        read.append(url) if (end or 0) - start > 10_000 else None
+        return original(store, url, start, end)
+
+    monkeypatch.setattr(S3Store, "read", reading)
+    with write_artifact(f"{s3}/assembled", "assembled", "fedcba9876543210", resume=True) as writer:
+        assemble(run, backbone, experts, writer)
+        artifact = writer.commit()
+    assert not [url for url in read if url.endswith(EXPERT_NAME)]
+    for index, expert in enumerate(experts):
+        assert artifact.manifest.files[f"expert-{index + 1:03d}.safetensors"] == expert.manifest.files[EXPERT_NAME]
+    artifact.verify()
+    local = {name: entry.sha256 for name, entry in require(finished_run, "assembled").manifest.files.items()}
+    assert {name: entry.sha256 for name, entry in artifact.manifest.files.items()} == local
+
+
+def test_a_large_object_is_copied_in_parts(s3: str, monkeypatch) -> None:
+    monkeypatch.setattr("checkpoints.s3.LARGEST_COPY", 5 << 20)
+    monkeypatch.setattr("checkpoints.s3.COPY_PART", 5 << 20)
+    content = bytes(range(256)) * (12 << 12)
+    paths.replace_bytes(f"{s3}/big", content)
+    assert paths.copy_inside(f"{s3}/big", f"{s3}/copy")
+    assert paths.read_bytes(f"{s3}/copy") == content
+    with pytest.raises(FileNotFoundError):
+        paths.copy_inside(f"{s3}/missing", f"{s3}/copy")
+
+
+def test_memory_is_bounded_on_s3_too(s3: str, tmp_path: Path) -> None:
+    model = ModelConfig(width=768, layers=3, heads=12, kv_heads=4, ffn_width=2048, context_length=64, tied_head=True)
+    backbone, experts = write_parts(s3, model, 8_000, 12)
+    describe(tmp_path, backbone, experts)
+    found = assemble_once(tmp_path, "merge", "data_stats", f"{s3}/out")
+    assert found["bytes"] > 300e6
+    assert found["peak_mb"] < 300
+
+
+def test_a_model_pulled_elsewhere_can_still_be_changed(s3: str, finished_run: Config, tmp_path: Path) -> None:
+    """The parts are looked for beside the model when they are not where they were."""
+    from modularforge.stages import members
+
+    for name in ("backbone", "experts", "assembled"):
+        shutil.copytree(f"{finished_run.output_dir}/{name}", tmp_path / "moved" / name)
+    for index in range(3):
+        copy_artifact(require(finished_run, "expert", index), f"{s3}/run/experts/expert-{index}", lambda _: None)
+    copy_artifact(require(finished_run, "backbone"), f"{s3}/run/backbone", lambda _: None)
+    copy_artifact(require(finished_run, "assembled"), f"{s3}/run/assembled", lambda _: None)
+    on_s3 = members.remove(f"{s3}/run/assembled", 1, f"{s3}/two")
+    on_disk = members.remove(str(tmp_path / "moved/assembled"), 1, str(tmp_path / "two"))
+    assert on_s3.manifest.files == on_disk.manifest.files
+    assert stage_url(finished_run, "assembled")
