@@ -148,7 +148,7 @@ def into_a_folder(big: Path, folder: Path, options: argparse.Namespace) -> None:
 
 
 def pause_of_the_loop(url: str, options: argparse.Namespace) -> None:
-    """The pause at the first background save (which makes its buffers) and at later ones."""
+    """The pause at the first background save, whose buffers are made while a step is trained, and at later ones."""
     tensors = {str(i): torch.rand(options.size_mb << 14) for i in range(16)}
     waited: list[float] = []
     for step in range(1, options.rounds + 1):
@@ -157,6 +157,8 @@ def pause_of_the_loop(url: str, options: argparse.Namespace) -> None:
         waited.append(time.perf_counter() - start)
     pauses: list[float] = []
     with CheckpointSaver(url, "f", keep_last=1) as saver:
+        saver.prepare(tensors)
+        time.sleep(statistics.median(waited))
         for step in range(options.rounds + 1, 2 * options.rounds + 2):
             saver.save(Checkpoint(step, tensors, {}))
             pauses.append(saver.stall_seconds)

@@ -22,6 +22,7 @@ from checkpoints.catalog import find_artifacts, newest_checkpoints
 from checkpoints.copying import copy_artifact
 from checkpoints.errors import UserError
 from checkpoints.garbage import delete_garbage, find_garbage
+from checkpoints.loose import copy_loose_file, loose_files
 from checkpoints.parallel import in_order
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -111,15 +112,22 @@ def gc(
 def _copy(verb: str, source: str, target: str, newest: bool, as_json: bool) -> None:
     artifacts = find_artifacts(source)
     chosen = newest_checkpoints(artifacts) if newest else artifacts
+    is_run = all(artifact.url.rstrip("/") != source.rstrip("/") for artifact in artifacts)
+    loose = loose_files(source, paths.walk(source), artifacts) if is_run and not newest else []
     copied: list[str] = []
     with _progress(verb, chosen) as progress:
         for artifact in chosen:
             place = paths.join(target, paths.relative(artifact.url, source))
             copied += [place] if copy_artifact(artifact, place, progress) else []
+    places = {info.url: paths.join(target, paths.relative(info.url, source)) for info in loose}
+    copied_loose = [place for url, place in places.items() if copy_loose_file(url, place)]
     if as_json:
-        print(json.dumps({"artifacts": len(chosen), "copied": copied}, indent=1))
-    else:
-        print(f"{len(copied)} copied, {len(chosen) - len(copied)} were there already")
+        report = {"artifacts": len(chosen), "copied": copied, "files": len(loose), "copied_files": copied_loose}
+        print(json.dumps(report, indent=1))
+        return
+    print(f"{len(copied)} copied, {len(chosen) - len(copied)} were there already")
+    if loose:
+        print(f"{len(copied_loose)} of {len(loose)} settings, metrics and logs copied")
 
 
 def _check(file: tuple[Artifact, str]) -> str:

@@ -5,25 +5,24 @@ The files are the same bytes on both sides and `created` stays; only `attempt` a
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from checkpoints import paths
 from checkpoints.artifact import Artifact, find_artifact
+from checkpoints.durable import DurableFile
 from checkpoints.errors import ArtifactExistsError, CorruptArtifactError, StoreError
 from checkpoints.hashing import CHUNK_BYTES, FileHasher
+from checkpoints.journal import locked
 from checkpoints.parallel import in_order
 from checkpoints.reading import stream_file
 from checkpoints.retry import call
 from checkpoints.writer import ArtifactWriter
 
 FILES_AT_ONCE = 3
-LOCK_NAME = ".lock"
 Report = Callable[[int], object]
 
 
@@ -55,7 +54,9 @@ def _writer(source: Artifact, target_url: str) -> ArtifactWriter:
 
 def _copy_to_folder(source: Artifact, writer: ArtifactWriter, report: Report) -> None:
     call("write", writer.url, lambda: writer.folder.mkdir(parents=True, exist_ok=True))
-    with _locked(writer.folder / LOCK_NAME):
+    with locked(writer.folder) as is_mine:
+        if not is_mine:
+            raise StoreError(f"{writer.folder} must have one writer, but another copy is running; wait for it")
 
         def fetch(name: str) -> str:
             call("write", writer.url, lambda: _fetch(source, name, writer.folder / name, report))
@@ -63,7 +64,6 @@ def _copy_to_folder(source: Artifact, writer: ArtifactWriter, report: Report) ->
 
         for name in in_order(fetch, source.manifest.files, FILES_AT_ONCE):
             writer.adopt(name, source.manifest.files[name])
-        (writer.folder / LOCK_NAME).unlink()
         writer.commit(source.manifest.facts, source.manifest.created)
 
 
@@ -85,11 +85,10 @@ def _append(source: Artifact, name: str, target: Path, report: Report) -> None:
     with open(target, "ab+") as file:
         hasher = _hash_beginning(file, name, entry.size)
         report(hasher.size)
-        for part in stream_file(source.file_url(name), entry, hasher):
-            file.write(part)
-            report(len(part))
-        file.flush()
-        os.fsync(file.fileno())
+        with DurableFile(file) as durable:
+            for part in stream_file(source.file_url(name), entry, hasher):
+                durable.write(part)
+                report(len(part))
 
 
 def _hash_beginning(file: BinaryIO, name: str, size: int) -> FileHasher:
@@ -111,7 +110,7 @@ def _copy_to_objects(source: Artifact, writer: ArtifactWriter, report: Report) -
         if there.get(name) == entry.size:  # uploads are atomic, and this key holds nothing but this file
             report(entry.size)
         else:
-            writer.write_chunks(name, _reported(source.stream(name), report), entry.size)
+            writer.write_known(name, _reported(source.stream(name), report), entry.size, lambda: entry)
         return name
 
     for name in in_order(send, source.manifest.files, FILES_AT_ONCE):
@@ -131,18 +130,3 @@ def _require_same(source: Artifact, existing: Artifact) -> None:
             f"{existing.url} must be free or the same as {source.url}, but holds another artifact; "
             "delete it or choose another target"
         )
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Only one process continues an unfinished copy; the lock ends with the process."""
-    with open(path, "wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StoreError(f"{path.parent} must have one writer, but another copy is running; wait for it") from error
-        try:
-            yield
-        finally:
-            with suppress(FileNotFoundError):
-                path.unlink()

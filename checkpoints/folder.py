@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from checkpoints.durable import DurableFile
 from checkpoints.places import FileInfo, hidden_name, local_path
 from checkpoints.retry import call
 
@@ -22,6 +23,10 @@ class FolderStore:
     def read(self, url: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes [start, end) of a file; raises FileNotFoundError."""
         return call("read", url, lambda: _read(local_path(url), start, end))
+
+    def read_pieces(self, url: str, start: int = 0, end: int | None = None) -> list[bytes]:
+        """The same bytes as `read`, here in one piece."""
+        return [self.read(url, start, end)]
 
     def size(self, url: str) -> int:
         """Size of a file; raises FileNotFoundError, also for a folder."""
@@ -78,11 +83,9 @@ def write_atomically(path: Path, parts: Iterable[bytes], *, replace: bool) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(hidden_name(path.name))
     try:
-        with open(scratch, "wb") as file:
+        with open(scratch, "wb") as file, DurableFile(file) as target:
             for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
+                target.write(part)
         if replace:
             os.replace(scratch, path)
         else:

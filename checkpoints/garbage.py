@@ -1,23 +1,27 @@
 """Finds and deletes what unfinished work left behind, and nothing else.
 
 Only names that the store itself makes for unfinished work are touched: hidden scratch folders, attempts that no
-manifest names, multipart uploads, and manifests that were set aside. Everything is left alone until it is older than a
-grace time, which must be longer than the longest single write.
+manifest names, multipart uploads, manifests that were set aside, and scratch folders of this machine. Everything is
+left alone until it is older than a grace time, which must be longer than the longest single write, and a folder also
+while the process that locked it lives.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from checkpoints import paths
 from checkpoints.artifact import find_artifact
+from checkpoints.journal import has_writer
 from checkpoints.manifest import MANIFEST_NAME
-from checkpoints.places import ATTEMPT, HIDDEN, FileInfo
+from checkpoints.places import ATTEMPT, HIDDEN, UPLOAD_SCRATCH, FileInfo
 from checkpoints.s3 import S3Store
 
 DEFAULT_GRACE_SECONDS = 24 * 3600.0
@@ -38,8 +42,9 @@ class Garbage:
 def find_garbage(url: str, grace_seconds: float = DEFAULT_GRACE_SECONDS) -> list[Garbage]:
     """All garbage below a URL that nobody has written to for the grace time."""
     before = time.time() - grace_seconds
-    found = [*_unfinished_folders(url), *_unfinished_uploads(url)]
-    return sorted((item for item in found if item.modified <= before), key=lambda item: item.url)
+    found = [*_unfinished_folders(url), *_unfinished_uploads(url), *_scratch_folders(url)]
+    old = (item for item in found if item.modified <= before and not _has_writer(item.url))
+    return sorted(old, key=lambda item: item.url)
 
 
 def delete_garbage(garbage: Iterable[Garbage]) -> None:
@@ -48,6 +53,8 @@ def delete_garbage(garbage: Iterable[Garbage]) -> None:
         store = paths.store_of(item.url)
         if item.upload_id and isinstance(store, S3Store):
             store.abort_upload(item.url, item.upload_id)
+        elif _has_writer(item.url):
+            continue
         elif paths.is_local(item.url):
             paths.remove(item.url)
         elif not _is_committed(item.url):
@@ -91,6 +98,22 @@ def _unfinished_uploads(url: str) -> Iterator[Garbage]:
     if isinstance(store, S3Store):
         for info, upload_id in store.unfinished_uploads(url):
             yield Garbage(info.url, "unfinished upload", 0, info.modified, upload_id=upload_id)
+
+
+def _scratch_folders(url: str) -> Iterator[Garbage]:
+    """What this user's killed writers to object stores left in the temporary folder of this machine."""
+    root = Path(tempfile.gettempdir())
+    for folder in () if paths.is_local(url) else root.glob(f"{UPLOAD_SCRATCH}*"):
+        with suppress(FileNotFoundError):  # its writer has just ended
+            if folder.is_dir() and folder.stat().st_uid == os.getuid():
+                files = paths.walk(str(folder))
+                modified = max([folder.stat().st_mtime, *(info.modified for info in files)])
+                yield Garbage(str(folder), "scratch of a killed writer", sum(info.size for info in files), modified)
+
+
+def _has_writer(url: str) -> bool:
+    """Whether the scratch folder belongs to a process of this machine (or of its file system's) that lives."""
+    return paths.is_local(url) and has_writer(paths.local_path(url))
 
 
 def _is_committed(url: str) -> bool:

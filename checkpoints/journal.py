@@ -66,6 +66,23 @@ def attempt_of(fingerprint: str) -> str:
     return f"attempt-{fingerprint[:12]}"
 
 
+def has_writer(folder: Path) -> bool:
+    """Whether a living process owns the scratch folder; where the file system knows no locks, nobody can tell."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
     """Whether this process now owns the scratch folder; the lock ends with the process, however it ends."""

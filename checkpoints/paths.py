@@ -21,6 +21,7 @@ from checkpoints.folder import FolderStore, sync_file, sync_folder, write_atomic
 from checkpoints.objects import ObjectStore
 from checkpoints.places import FileInfo, is_local, join, local_path, relative
 from checkpoints.s3 import S3Store
+from checkpoints.s3_client import open_client
 
 __all__ = [
     "FileInfo", "copy_inside", "create_bytes", "exists", "file_size", "filesystem", "is_local", "join", "list_folder",
@@ -31,13 +32,6 @@ __all__ = [
 Store = FolderStore | S3Store | ObjectStore
 S3_PROTOCOLS = ("s3", "s3a")
 COMMIT_NAME = "manifest.json"
-# One attempt per request in botocore and s3fs: retry.py repeats, so that every failure is counted and logged.
-S3_CLIENT = {
-    "connect_timeout": 10,
-    "read_timeout": 60,
-    "max_pool_connections": 32,
-    "retries": {"total_max_attempts": 1},
-}
 
 
 def store_of(url: str) -> Store:
@@ -119,7 +113,9 @@ def copy_inside(source: str, target: str) -> bool:
 
     False, with nothing done, where that cannot be: another disk or store, or one that has no such copies.
     """
-    if is_local(source) != is_local(target) or source.split("://", 1)[0] != target.split("://", 1)[0]:
+    if is_local(source) != is_local(target):
+        return False
+    if not is_local(source) and source.split("://", 1)[0] != target.split("://", 1)[0]:
         return False
     return store_of(target).copy_inside(source, target)
 
@@ -145,9 +141,4 @@ def _object_store(protocol: str, root: str, process: int, settings: str, environ
     """One client per process and configuration; the arguments after `root` only tell stale clients apart."""
     if protocol not in S3_PROTOCOLS:
         return ObjectStore(fsspec.core.url_to_fs(f"{protocol}://{root}")[0], protocol)
-    configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-    files = fsspec.filesystem(
-        "s3", use_listings_cache=False, skip_instance_cache=True, config_kwargs={**S3_CLIENT, **configured}
-    )
-    files.retries = 1
-    return S3Store(files)
+    return S3Store(open_client(fsspec.config.conf.get("s3", {})))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ATTEMPT = re.compile(r"attempt-[0-9a-f]{12}")
+UPLOAD_SCRATCH = "modularforge-upload-"  # folders of writers to object stores, in the temporary folder
 HIDDEN = re.compile(r"\..+\.attempt-[0-9a-f]{12}")
 
 

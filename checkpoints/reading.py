@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 from checkpoints import paths
@@ -26,14 +27,15 @@ def stream_file(url: str, entry: FileEntry, hasher: FileHasher | None = None) ->
     hasher = hasher or FileHasher(url)
     check_size(url, entry)
     parts = _local_parts if paths.is_local(url) else _remote_parts
-    for part in parts(url, hasher.size, entry.size):
-        hasher.update(part)
-        yield part
+    with hasher.in_background(entry.size) as update:
+        for part in parts(url, hasher.size, entry.size):
+            update(part)
+            yield part
     check_hash(url, entry, hasher)
 
 
 def _local_parts(url: str, start: int, end: int) -> Iterator[bytes]:
-    with call("read", url, lambda: open(paths.local_path(url), "rb")) as file:
+    with call("read", url, lambda: open(paths.local_path(url), "rb", buffering=0)) as file:
         file.seek(start)
         while part := call("read", url, lambda: file.read(min(CHUNK_BYTES, end - file.tell()))):
             yield part
@@ -42,7 +44,7 @@ def _local_parts(url: str, start: int, end: int) -> Iterator[bytes]:
 def _remote_parts(url: str, start: int, end: int) -> Iterator[bytes]:
     store = paths.store_of(url)
     spans = ((first, min(first + PART_BYTES, end)) for first in range(start, end, PART_BYTES))
-    return in_order(lambda span: store.read(url, *span), spans, READS_IN_FLIGHT)
+    return chain.from_iterable(in_order(lambda span: store.read_pieces(url, *span), spans, READS_IN_FLIGHT))
 
 
 def check_size(url: str, entry: FileEntry) -> None:
@@ -60,22 +62,24 @@ def check_hash(url: str, entry: FileEntry, found: FileHasher) -> None:
     """Raise CorruptArtifactError, with the names of the damaged tensors, unless the bytes are those of the entry."""
     if found.size == entry.size and found.sha256 == entry.sha256:
         return
-    where = damaged_part(entry, found.finished_tensors())
     raise CorruptArtifactError(
-        f"{url} must have sha256 {entry.sha256[:12]}, but has {found.sha256[:12]}{where}; "
-        f"a bit flipped, or another version was put in its place: {REMEDY}"
+        f"{url} must have sha256 {entry.sha256[:12]}, but has {found.sha256[:12]}"
+        f"{what_differs(entry, found.finished_tensors())}: {REMEDY}"
     )
 
 
-def damaged_part(entry: FileEntry, tensors: dict[str, str]) -> str:
-    """Which part of a weight file differs, in words; empty for other files."""
+def what_differs(entry: FileEntry, tensors: dict[str, str]) -> str:
+    """Which part of a weight file differs and what that means, in words; a plain file cannot tell."""
     if not entry.tensors:
-        return ""
+        return "; a bit flipped, or another version (an older one, say) was put in its place"
     damaged = [name for name, digest in entry.tensors.items() if tensors.get(name) != digest]
-    if not damaged:
-        return " (damaged: the header)"
+    if not damaged or not tensors.keys() & entry.tensors.keys():
+        return " (damaged: the header); a bit flipped there, or a file of other tensors was put in its place"
+    if len(damaged) == len(entry.tensors) > 1:
+        return f" (all {len(damaged)} tensors differ); another version (an older one, say) was put in its place"
     more = f" and {len(damaged) - NAMES_IN_MESSAGE} more" if len(damaged) > NAMES_IN_MESSAGE else ""
-    return f" (damaged: tensor {', '.join(damaged[:NAMES_IN_MESSAGE])}{more})"
+    names = f"{', '.join(damaged[:NAMES_IN_MESSAGE])}{more}"
+    return f" (damaged: tensor {names}, {len(damaged)} of {len(entry.tensors)}); the others are right, so bits flipped"
 
 
 def check_local_file(path: Path, entry: FileEntry) -> Path:

@@ -9,6 +9,7 @@ import json
 import threading
 import time
 import weakref
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -31,9 +32,25 @@ class CheckpointSaver:
         self._keep_every = keep_every
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
+        self._preparation: threading.Thread | None = None
         self._error: Exception | None = None
         self.stall_seconds = 0.0
         _SAVERS.add(self)
+
+    def prepare(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Make the buffers for tensors like these in the background, so that the first save waits for the copy alone.
+
+        To get fresh memory takes several times as long as to fill it, and longer where it is pinned for a GPU.
+        """
+
+        def make() -> None:
+            try:
+                self._buffers = {name: self._buffer(name, tensor).zero_() for name, tensor in tensors.items()}
+            except Exception as error:  # the save will make them itself, and raise what is wrong
+                logger.warning("the buffers for checkpoints are not made in advance: %s", error)
+
+        self._preparation = threading.Thread(target=make, name="prepare-save")
+        self._preparation.start()
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Copy the state and return; tensors and `state` may change right after. Waits for an earlier save first."""
@@ -90,6 +107,9 @@ class CheckpointSaver:
             self._error = error
 
     def _copy(self, checkpoint: Checkpoint) -> Checkpoint:
+        if self._preparation:
+            self._preparation.join()
+            self._preparation = None
         state: dict[str, Any] = json.loads(json.dumps(checkpoint.state, allow_nan=False))
         self._buffers = {name: self._buffer(name, tensor) for name, tensor in checkpoint.tensors.items()}
         for name, tensor in checkpoint.tensors.items():

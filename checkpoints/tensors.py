@@ -48,7 +48,8 @@ def weight_file_chunks(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | 
     names = sorted(tensors, key=lambda name: (-RANKS[_known(name, tensors[name])], name))
     yield _header(names, tensors)
     for name in names:
-        yield _memory_of(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8))
+        content = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        yield _memory_of(content).toreadonly()  # nobody changes it while it is saved, so nobody has to copy it
 
 
 def weight_file_size(tensors: Mapping[str, torch.Tensor]) -> int:

@@ -16,22 +16,22 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from checkpoints import explain, paths
 from checkpoints.artifact import Artifact
+from checkpoints.durable import DurableFile
 from checkpoints.errors import ArtifactExistsError, StoreError, StoreFullError
 from checkpoints.hashing import CHUNK_BYTES, FileEntry, FileHasher, describe_file
 from checkpoints.journal import JOURNAL_NAME, Journal, attempt_of, locked
 from checkpoints.manifest import MANIFEST_NAME, Manifest
-from checkpoints.parallel import consumer, in_order, meanwhile
-from checkpoints.places import new_attempt
+from checkpoints.parallel import in_order, meanwhile
+from checkpoints.places import UPLOAD_SCRATCH, new_attempt
 from checkpoints.reading import PART_BYTES
 from checkpoints.retry import logger
 
 Chunk = bytes | memoryview
 FILES_AT_ONCE = 3
-PIECES_AHEAD = 32
 MAX_PARTS = 9_000  # S3 allows 10,000
 
 
@@ -46,7 +46,7 @@ class ArtifactWriter:
         self._manifest = manifest
         self._files_url = str(folder) if paths.is_local(url) else paths.join(url, attempt)
         self._journal = Journal(paths.join(self._files_url, JOURNAL_NAME) if resumes else "")
-        self._written: dict[str, FileEntry] = self._journal.read(self._files_url)
+        self.written: dict[str, FileEntry] = self._journal.read(self._files_url)
         self.files: dict[str, FileEntry] = {}
         self.may_be_committed = False
 
@@ -65,10 +65,10 @@ class ArtifactWriter:
         if paths.is_local(self.url):
             _write_local(self.folder / name, chunks, hasher)
         else:
-            part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
-            paths.upload(self._upload_url(name), _hashed(in_parts(chunks, part_bytes), hasher))
-        self._written[name] = hasher.entry()
-        return self._written[name]
+            with hasher.in_background() as update:
+                self._upload(name, _passed_to(update, _steady_pieces(chunks)), size)
+        self.written[name] = hasher.entry()
+        return self.written[name]
 
     def write_known(self, name: str, chunks: Iterable[Chunk], size: int, finish: Callable[[], FileEntry]) -> FileEntry:
         """Write one file of `size` bytes whose hashes the caller takes: `finish` tells its entry after the last chunk.
@@ -79,10 +79,9 @@ class ArtifactWriter:
         if paths.is_local(self.url):
             _continue_local(self.folder / name, chunks, size)
         else:
-            part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
-            paths.upload(self._upload_url(name), in_parts(chunks, part_bytes))
+            self._upload(name, chunks, size)
         self.adopt(name, finish())
-        return self._written[name]
+        return self.written[name]
 
     def link(self, name: str, source_url: str, entry: FileEntry) -> bool:
         """Take a committed file without moving its bytes: a hard link, or a copy made by the object store.
@@ -97,7 +96,7 @@ class ArtifactWriter:
 
     def is_written(self, name: str) -> bool:
         """Whether this writer, or an interrupted one that it continues, has finished a file."""
-        return name in self._written
+        return name in self.written
 
     def require_space(self, size: int) -> None:
         """Raise StoreFullError before the work when `size` bytes more do not fit on the disk of a local artifact."""
@@ -132,7 +131,7 @@ class ArtifactWriter:
 
     def adopt(self, name: str, entry: FileEntry) -> None:
         """Take a file that is in its place already, with these hashes, as written."""
-        self._written[name] = entry
+        self.written[name] = entry
         self._journal.add(name, entry)
 
     def discard(self) -> None:
@@ -144,16 +143,20 @@ class ArtifactWriter:
         except StoreError as error:  # the first error is the one to report; gc finds the rest
             logger.warning("could not delete %s: %s", paths.join(self.url, self.attempt), error)
 
+    def _upload(self, name: str, chunks: Iterable[Chunk], size: int) -> None:
+        part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
+        paths.upload(self._upload_url(name), in_parts(_steady_pieces(chunks), part_bytes))
+
     def _upload_url(self, name: str) -> str:
         return paths.join(self.url, self.attempt, name)
 
     def _all_files(self) -> dict[str, FileEntry]:
         """Entries of all files; those that were put into the folder without `write_chunks` are published now."""
         names = sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
-        waiting = [name for name in names if name not in self._written and name != JOURNAL_NAME]
+        waiting = [name for name in names if name not in self.written and name != JOURNAL_NAME]
         publish = self._hash_and_sync if paths.is_local(self.url) else self._upload_file
         entries = in_order(publish, waiting, FILES_AT_ONCE)
-        return dict(sorted({**self._written, **dict(zip(waiting, entries, strict=True))}.items()))
+        return dict(sorted({**self.written, **dict(zip(waiting, entries, strict=True))}.items()))
 
     def _hash_and_sync(self, name: str) -> FileEntry:
         path = self.folder / name
@@ -251,11 +254,13 @@ def _place(url: str, fingerprint: str, stack: ExitStack) -> tuple[str, Path, boo
         if not paths.is_local(url) or stack.enter_context(locked(folder)):
             return attempt, folder, True
     attempt = new_attempt()
-    return attempt, _scratch_folder(url, attempt), False
+    folder = _scratch_folder(url, attempt)
+    stack.enter_context(locked(folder))  # so that `gc` sees that this writer lives
+    return attempt, folder, False
 
 
 def in_parts(chunks: Iterable[Chunk], part_bytes: int) -> Iterator[bytes]:
-    """The same bytes in parts of one size, the last one shorter."""
+    """The same bytes in parts of one size, the last one shorter; chunks must stay as they are until the next part."""
     pieces: list[memoryview] = []
     missing = part_bytes
     for chunk in chunks:
@@ -264,7 +269,7 @@ def in_parts(chunks: Iterable[Chunk], part_bytes: int) -> Iterator[bytes]:
             yield b"".join([*pieces, rest[:missing]])
             rest, pieces, missing = rest[missing:], [], part_bytes
         if len(rest):
-            pieces.append(rest if rest.readonly else memoryview(bytes(rest)))  # the caller may fill its buffer again
+            pieces.append(rest)
             missing -= len(rest)
     if pieces:
         yield b"".join(pieces)
@@ -272,7 +277,7 @@ def in_parts(chunks: Iterable[Chunk], part_bytes: int) -> Iterator[bytes]:
 
 def _scratch_folder(url: str, attempt: str) -> Path:
     if not paths.is_local(url):
-        return Path(tempfile.mkdtemp(prefix="modularforge-"))
+        return Path(tempfile.mkdtemp(prefix=UPLOAD_SCRATCH))
     target = paths.local_path(url)
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.with_name(f".{target.name}.{attempt}")
@@ -281,16 +286,12 @@ def _scratch_folder(url: str, attempt: str) -> Path:
 
 
 def _write_local(path: Path, chunks: Iterable[Chunk], hasher: FileHasher) -> None:
-    """Write and flush in this thread while another one hashes, so that on two cores hashing costs no time."""
+    """Write and flush in this thread while others hash, so that hashing costs no time where there are cores for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file, consumer(hasher.update, PIECES_AHEAD) as hash_later:
-        for chunk in chunks:
-            for start in range(0, len(chunk), CHUNK_BYTES):
-                piece = memoryview(chunk)[start : start + CHUNK_BYTES]
-                hash_later(piece if piece.readonly else bytes(piece))  # the caller may fill its buffer again
-                file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
+    with open(path, "wb") as file, hasher.in_background() as hash_later, DurableFile(file) as target:
+        for piece in _steady_pieces(chunks):
+            hash_later(piece)
+            target.write(piece)
 
 
 def _continue_local(path: Path, chunks: Iterable[Chunk], size: int) -> None:
@@ -298,7 +299,7 @@ def _continue_local(path: Path, chunks: Iterable[Chunk], size: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and path.stat().st_nlink > 1:  # a link to another artifact's file, which must stay as it is
         path.unlink()
-    with open(path, "r+b" if path.exists() else "w+b", buffering=0) as file:
+    with open(path, "r+b" if path.exists() else "w+b", buffering=0) as file, DurableFile(file) as target:
         left = os.fstat(file.fileno()).st_size
         for chunk in chunks:
             if left:
@@ -308,25 +309,25 @@ def _continue_local(path: Path, chunks: Iterable[Chunk], size: int) -> None:
                     continue
                 left = 0
                 file.seek(-len(found), os.SEEK_CUR)
-            _write_all(file, chunk)
+            target.write(chunk)
         file.truncate(size)
-        os.fsync(file.fileno())
 
 
-def _write_all(file: BinaryIO, chunk: Chunk) -> None:
-    """A raw file may take less than it is given, for example just before a disk is full."""
-    rest = memoryview(chunk)
-    while len(rest):
-        rest = rest[file.write(rest) :]
+def _passed_to(update: Callable[[Chunk], None], pieces: Iterable[Chunk]) -> Iterator[Chunk]:
+    for piece in pieces:
+        update(piece)
+        yield piece
 
 
-def _hashed(parts: Iterable[bytes], hasher: FileHasher) -> Iterator[bytes]:
-    for part in parts:
-        hasher.update(part)
-        yield part
+def _steady_pieces(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+    """The same bytes in pieces of at most 1 MiB that stay as they are when the caller fills its buffer again."""
+    for chunk in chunks:
+        for start in range(0, len(chunk), CHUNK_BYTES):
+            piece = memoryview(chunk)[start : start + CHUNK_BYTES]
+            yield piece if piece.readonly else bytes(piece)
 
 
 def _read_chunks(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
         while chunk := file.read(CHUNK_BYTES):
             yield chunk

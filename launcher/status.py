@@ -143,9 +143,10 @@ def _ended_state(events: list[Event], carrier: Submission | None, job: QueuedJob
 
 
 def _steps(config: Config, task: Task) -> int | None:
-    if task.group == "dense":
+    if task.group in ("dense", "joint"):
         return config.experts.steps * config.experts.count
-    return {"backbone": config.backbone.steps, "expert": config.experts.steps}.get(task.group)
+    steps = {"backbone": config.backbone.steps, "expert": config.experts.steps, "branch": config.experts.steps}
+    return steps.get(task.group)
 
 
 def _line(row: Row) -> str:

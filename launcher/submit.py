@@ -173,4 +173,4 @@ def _may_have_succeeded(error: SlurmError) -> bool:
 
 
 def _group_of(task_name: str) -> str:
-    return "expert" if task_name.startswith("expert-") else task_name
+    return next((name for name in ("expert", "branch") if task_name.startswith(f"{name}-")), task_name)

@@ -12,7 +12,9 @@ from checkpoints import Artifact, MissingArtifactError, find_artifact
 from modularforge.config import Config, NodesConfig
 from modularforge.pipeline import Finder, finished, plan_stage, stage_settings, stage_url
 
-TRAINING = ("backbone", "expert", "dense")
+TRAINING = ("backbone", "expert", "dense", "joint", "branch")
+NODES_OF = {"backbone": "backbone", "dense": "backbone", "joint": "backbone", "expert": "expert", "branch": "expert"}
+"""Which section of `cluster` says what a group asks for; `other` for those that are not here."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +55,14 @@ class Group:
 
 def build_tasks(config: Config) -> list[Task]:
     """All tasks of a run, each after those it waits for; workers may run side by side."""
-    experts = [
-        Task(
-            f"expert-{index}",
-            ("train", "--only", "expert", "--index", str(index)),
-            ("backbone",),
-            ("expert",),
-            index,
-            is_worker=True,
-        )
-        for index in range(config.experts.count)
+    experts = _workers(config, "expert")
+    baselines = [
+        Task(name, ("train", "--only", name), ("backbone",), (name,), is_worker=True)
+        for name in ("dense", "joint")
+        if name in config.evaluation.baselines
     ]
-    baselines = []
-    if "dense" in config.evaluation.baselines:
-        baselines.append(Task("dense", ("train", "--only", "dense"), ("backbone",), ("dense",), is_worker=True))
+    if "btx" in config.evaluation.baselines:
+        baselines += _workers(config, "branch")
     names = tuple(task.name for task in experts)
     return [
         Task("prepare-data", ("prepare-data",), (), ("corpus", "partitions")),
@@ -75,6 +71,21 @@ def build_tasks(config: Config) -> list[Task]:
         *baselines,
         Task("assemble", ("assemble",), (), ("assembled", "calibrated"), after_end=names),
         Task("evaluate", ("evaluate",), ("assemble", *(task.name for task in baselines)), ("evaluation",)),
+    ]
+
+
+def _workers(config: Config, stage: str) -> list[Task]:
+    """One task for each partition, which become one array on a cluster."""
+    return [
+        Task(
+            f"{stage}-{index}",
+            ("train", "--only", stage, "--index", str(index)),
+            ("backbone",),
+            (stage,),
+            index,
+            is_worker=True,
+        )
+        for index in range(config.experts.count)
     ]
 
 
@@ -92,8 +103,8 @@ def build_groups(tasks: list[Task]) -> list[Group]:
 
 def nodes_of(config: Config, group: str) -> NodesConfig:
     """What the jobs of a group ask of a cluster."""
-    cluster = config.cluster
-    return {"backbone": cluster.backbone, "dense": cluster.backbone, "expert": cluster.expert}.get(group, cluster.other)
+    nodes: NodesConfig = getattr(config.cluster, NODES_OF.get(group, "other"))
+    return nodes
 
 
 def remembering() -> Finder:
@@ -127,17 +138,18 @@ def _is_evaluated(config: Config, find: Finder) -> bool:
     if old is None or old.manifest.settings != stage_settings(config, "evaluation"):
         return False
     models = [("assembled", _kept(config, "assembled", find)), ("calibrated", _kept(config, "calibrated", find))]
-    if "dense" in config.evaluation.baselines:
-        models.append(("dense", _kept(config, "dense", find)))
+    models += [(name, _kept(config, name, find)) for name in ("dense", "joint") if name in config.evaluation.baselines]
+    if "btx" in config.evaluation.baselines:
+        models += [(f"branch-{k}", _kept(config, "branch", find, k)) for k in range(config.experts.count)]
     if models[0][1] is None:
         return False
     inputs = old.manifest.inputs
     return all(inputs.get(label) == (model.manifest.fingerprint if model else None) for label, model in models)
 
 
-def _kept(config: Config, stage: str, find: Finder) -> Artifact | None:
+def _kept(config: Config, stage: str, find: Finder, index: int | None = None) -> Artifact | None:
     try:
-        artifact = finished(plan_stage(config, stage, find=find), find)
+        artifact = finished(plan_stage(config, stage, index, find=find), find)
     except MissingArtifactError:
         return None
     return artifact if artifact and artifact.manifest.facts.get("kept", True) else None

@@ -9,6 +9,7 @@ import typer
 
 from modularforge.config import Config
 from modularforge.errors import ConfigError
+from modularforge.experts_cli import app as experts_app
 from modularforge.options import with_lazy_settings, with_settings
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(experts_app, name="experts")
 
 
 @app.command("prepare-data")
@@ -87,21 +89,23 @@ def _train_experts(settings: Config, indices: range | list[int]) -> None:
         expert.run(settings, index)
 
 
-def _train_baseline(settings: Config, name: str, index: int | None) -> None:
-    from modularforge.stages import branch, joint
+def _train_baselines(settings: Config) -> None:
+    """Train what the evaluation compares with and nobody else trains."""
+    for name in ("dense", "joint"):
+        if name in settings.evaluation.baselines:
+            _train_baseline(settings, name)
+    if "btx" in settings.evaluation.baselines:
+        for index in range(settings.experts.count):
+            _train_baseline(settings, "branch", index)
 
-    if name == "dense":
-        _train_dense(settings)
-    elif name == "joint":
-        joint.run(settings)
-    else:
+
+def _train_baseline(settings: Config, name: str, index: int | None = None) -> None:
+    from modularforge.stages import branch, dense, joint
+
+    if name == "branch":
         branch.run(settings, index or 0)
-
-
-def _train_dense(settings: Config) -> None:
-    from modularforge.stages import dense
-
-    dense.run(settings)
+    else:
+        {"dense": dense, "joint": joint}[name].run(settings)
 
 
 @app.command()
@@ -141,8 +145,7 @@ def _evaluate(settings: Config, model: str | None = None) -> None:
     if model is not None:
         print_table(evaluate_stage.measure_folder(settings, model))
         return
-    if "dense" in settings.evaluation.baselines:
-        _train_dense(settings)
+    _train_baselines(settings)
     print_table(evaluate_stage.run(settings))
     typer.echo(evaluate_stage.where(settings))
 
@@ -198,12 +201,17 @@ def study(
     configure_logging()
     if split not in ("validation", "test"):
         raise ConfigError(f"--split must be validation or test, but is {split!r}; choose one of these")
+    from modularforge.study.cluster import train_on_cluster
+    from modularforge.study.measure import Split
     from modularforge.study.runs import Runs
-    from modularforge.study.study import run_study
+    from modularforge.study.study import choose_seeds, choose_variants, run_study
     from modularforge.study.study_file import load_study
 
     runs = Runs(load_study(config, output_dir), smoke_test, tuple(changes or ()))
-    typer.echo(run_study(runs, "test" if split == "test" else "validation", only or (), seed or ()))
+    chosen: Split = "test" if split == "test" else "validation"
+    if cluster:
+        train_on_cluster(runs, choose_variants(runs, chosen, only or ()), choose_seeds(runs, seed or ()))
+    typer.echo(run_study(runs, chosen, only or (), seed or ()))
 
 
 @app.command()

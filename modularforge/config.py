@@ -268,8 +268,9 @@ class EvaluationConfig(Section):
     """Sequences per batch, the same for every model."""
     tokens_per_domain: int = Field(200_000, ge=1)
     """Test tokens of each domain at the most."""
-    baselines: list[Literal["dense", "soup"]] = ["dense", "soup"]
-    """`dense`: the backbone trained on with all the experts' tokens; `soup`: the mean of the experts' weights."""
+    baselines: list[Literal["dense", "soup", "joint", "btx"]] = ["dense", "soup"]
+    """`dense`: the backbone trained on with all the experts' tokens; `soup`: the mean of the experts' weights;
+    `joint`: a mixture trained on the same tokens; `btx`: whole models trained alone, FFNs stacked, the rest mean."""
     prompts: list[str] = ["The", "In the beginning"]
     """Texts that each model continues in the report."""
     sample_tokens: int = Field(60, ge=1)

@@ -6,15 +6,18 @@ replaced whole at every flush. A resumed job drops the lines after its checkpoin
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
-from checkpoints import paths
+from checkpoints import StoreError, paths
 from modularforge.tensorboard import events_beside
 
 logger = logging.getLogger("modularforge")
@@ -50,7 +53,12 @@ class MetricsLog:
         self._events = events_beside(url, tensorboard)
 
     def restart_after(self, step: int) -> None:
-        """Keep the lines up to `step`: a job that resumes there will write the later ones again."""
+        """Keep the lines up to `step`: a job that resumes there will write the later ones again.
+
+        On a folder, raises StoreError while another process writes the same job's metrics.
+        """
+        if paths.is_local(self.url):
+            _claim(paths.local_path(self.url))
         try:
             found = paths.read_bytes(self.url).decode().splitlines()
         except (FileNotFoundError, NotADirectoryError):
@@ -83,6 +91,29 @@ class MetricsLog:
 
     def _replace(self) -> None:
         paths.replace_bytes(self.url, "".join(line + "\n" for line in self._lines).encode())
+
+
+def _claim(path: Path) -> None:
+    """Hold the lock of a job's metrics until this process ends; without effect where the file system knows no locks."""
+    lock = path.absolute().with_name(f".{path.stem}.lock")
+    if lock in _LOCKS:
+        return
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        os.close(descriptor)
+        raise StoreError(
+            f"{path} must have one writer, but another process is training {path.stem} in this run; "
+            "wait for it or stop it, or use another --output-dir"
+        ) from error
+    except OSError as error:
+        logger.debug("no lock on %s: %s", lock, error)
+    _LOCKS[lock] = descriptor
+
+
+_LOCKS: dict[Path, int] = {}  # a closed descriptor would give its lock up
 
 
 def _step_of(line: str) -> float:

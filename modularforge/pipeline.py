@@ -55,6 +55,7 @@ JOINT = (
     "assembly.public_expert",
     *ARITHMETIC,
 )
+CHOSEN_FACT = "chosen_by_hand"  # in the manifest of an assembled model whose experts somebody chose
 PREPARED = ("corpus", "partitions")
 
 STAGES = {
@@ -217,6 +218,8 @@ def require(config: Config, name: str, index: int | None = None, find: Finder = 
 def chosen_experts(config: Config, find: Finder = find_artifact) -> dict[int, Artifact]:
     """The experts of the assembled model, by index: those that a committed one names, else all that are finished.
 
+    A model whose experts were chosen by hand (`modularforge experts`) is left as it is.
+
     Raises MissingArtifactError with the missing ones when fewer than `cluster.min_experts` are finished.
     """
     plans = {index: plan_stage(config, "expert", index, find=find) for index in range(config.experts.count)}
@@ -236,8 +239,9 @@ def chosen_experts(config: Config, find: Finder = find_artifact) -> dict[int, Ar
         for index, artifact in ready.items()
         if inputs.get(f"expert-{index}") == artifact.manifest.fingerprint
     }
-    is_whole = len(named) == sum(key.startswith("expert-") for key in inputs)
-    return named if is_whole and len(named) >= config.needed_experts else ready
+    is_whole = len(named) == sum(key != "backbone" for key in inputs)
+    is_enough = len(named) >= config.needed_experts or bool(assembled.manifest.facts.get(CHOSEN_FACT))
+    return named if is_whole and is_enough else ready
 
 
 def input_fingerprints(

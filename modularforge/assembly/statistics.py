@@ -17,6 +17,7 @@ from modularforge.model import names
 EXPERT_NAME = "expert.safetensors"
 ROUTER_NAME = "router.safetensors"
 STATISTICS_NAME = "statistics.safetensors"
+SCALARS = "scalars"
 
 
 def save_statistics(path: Path, statistics: RouterStatistics) -> None:
@@ -32,15 +33,16 @@ def save_statistics(path: Path, statistics: RouterStatistics) -> None:
         "counts": [item.count for item in statistics.layers],
         "inverse_rms": (statistics.inverse_rms_L * [item.count for item in statistics.layers]).tolist(),
     }
-    save_file(tensors, path, metadata={name: json.dumps(values) for name, values in scalars.items()})
+    # One entry only: safetensors writes several in an order of chance, and the same expert must have the same bytes.
+    save_file(tensors, path, metadata={SCALARS: json.dumps(scalars)})
 
 
 def load_statistics(path: Path) -> RouterStatistics:
     """The sums that `save_statistics` wrote; the layers are read when they are asked for, so that memory is one's."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        metadata = json.loads(file.read(length))["__metadata__"]
-    counts, scales = (np.asarray(json.loads(metadata[name]), np.float64) for name in ("counts", "inverse_rms"))
+        scalars = json.loads(json.loads(file.read(length))["__metadata__"][SCALARS])
+    counts, scales = (np.asarray(scalars[name], np.float64) for name in ("counts", "inverse_rms"))
     with safe_open(path, framework="np") as tensors:
         tokens_V = tensors.get_tensor(names.TOKEN_COUNTS).astype(np.float64)
     return RouterStatistics(_StoredLayers(path, counts.tolist()), tokens_V, scales / counts)

@@ -11,6 +11,7 @@ from checkpoints import Artifact
 from modularforge.artifacts import Backbone
 from modularforge.assembly.routers import router_rows
 from modularforge.config import Config
+from modularforge.errors import ConfigError
 from modularforge.model import names
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import fill, read_tensors
@@ -19,16 +20,24 @@ from modularforge.model.moe import build_moe
 
 
 def build_btx(config: Config, backbone: Backbone, branches: Sequence[Artifact]) -> Decoder:
-    """The merged model, with the router that `config.assembly` asks for, solved from the branches' statistics."""
+    """The merged model, with the router that `config.assembly` asks for, solved from the branches' statistics.
+
+    Raises ConfigError for routers that need more than rows (evidence) or rows that branches do not train (learned).
+    """
+    if config.assembly.router in ("evidence", "learned"):
+        raise ConfigError(
+            f"assembly.router must be one that is solved from sums for a BTX merge, but is {config.assembly.router}; "
+            "use data_stats or centred_means"
+        )
     model, kept = model_config_of(backbone.values), config.has_public_expert
     tensors: dict[str, Tensor] = {}
     if kept:
         dense = {name: tensor for name, tensor in backbone.tensors.items() if names.is_dense_ffn(name)}
-        tensors.update({names.dense_to_expert(name, 0): tensor for name, tensor in dense.items()})
+        tensors.update({names.dense_to_expert(name, 0, model.family): tensor for name, tensor in dense.items()})
     for index, branch in enumerate(branches):
         for name, tensor in read_tensors(branch.local_folder()).items():
             if names.is_dense_ffn(name):
-                tensors[names.dense_to_expert(name, index + int(kept))] = tensor
+                tensors[names.dense_to_expert(name, index + int(kept), model.family)] = tensor
             else:
                 share = tensor / len(branches)
                 tensors[name] = tensors[name] + share if index else share

@@ -20,12 +20,14 @@ from modularforge.data.token_files import Tokens
 from modularforge.model.backbone import Decoder
 
 
-def target_log_probabilities(model: Decoder, tokens: Tokens, batch_size: int, max_tokens: int) -> Tensor:
+def target_log_probabilities(
+    model: Decoder, tokens: Tokens, context_length: int, batch_size: int, max_tokens: int
+) -> Tensor:
     """Log-probability of every target [R, T] in float32 on the CPU; zero where a window is padded."""
     device, found = model.lm_head.weight.device, []
     model.eval()
     with torch.inference_mode():
-        for inputs_BT, targets_BT in evaluation_batches(tokens, model.config.context_length, batch_size, max_tokens):
+        for inputs_BT, targets_BT in evaluation_batches(tokens, context_length, batch_size, max_tokens):
             logits_BVT = model(inputs_BT.to(device)).float().transpose(1, 2)
             loss = F.cross_entropy(logits_BVT, targets_BT.to(device), ignore_index=IGNORED_TARGET, reduction="none")
             found.append(-loss.cpu())

@@ -10,7 +10,7 @@ from modularforge.assembly.statistics import STATISTICS_NAME, save_statistics
 from modularforge.config import Config
 from modularforge.data.loader import batches
 from modularforge.log import logger
-from modularforge.model.folder import backbone_tensors, save_tensors
+from modularforge.model.folder import backbone_tensors, cast_like, save_tensors
 from modularforge.model.hub_config import CONFIG_NAME, WEIGHTS_NAME
 from modularforge.pipeline import finished, job_name, plan_stage, require
 from modularforge.provenance import commit, making
@@ -33,7 +33,7 @@ def run(config: Config, index: int) -> None:
     phase, context = config.experts, config.model.context_length
     held_out = even_streams(corpus.domains("validation"), config.training.validation_tokens)
     job = Job.of_run(config, name, phase, plan.fingerprint)
-    model = backbone.model()
+    model = backbone.model().float()
     with joined_world() as world:
 
         def batches_from(position: int) -> Iterator[Batch]:
@@ -46,7 +46,8 @@ def run(config: Config, index: int) -> None:
         losses = fit(model, language_loss, job, batches_from, validate, world)
         if world.is_main:
             with making(plan) as writer:
-                save_tensors(backbone_tensors(model), writer.folder / WEIGHTS_NAME)
+                types = {name: tensor.dtype for name, tensor in backbone.tensors.items()}
+                save_tensors(cast_like(backbone_tensors(model), types), writer.folder / WEIGHTS_NAME)
                 (writer.folder / CONFIG_NAME).write_bytes(backbone.artifact.read_bytes(CONFIG_NAME))
                 copy_text_files(backbone.artifact, writer.folder)
                 statistics = gather_statistics(model, partition_sample(config, tokens, index), world.device)

@@ -12,6 +12,7 @@ from checkpoints import Artifact, MissingArtifactError, find_artifact, paths
 from modularforge.artifacts import Backbone, Corpus
 from modularforge.config import Config
 from modularforge.errors import MismatchError
+from modularforge.evaluation.btx import build_btx
 from modularforge.evaluation.report import markdown
 from modularforge.evaluation.soup import build_soup
 from modularforge.evaluation.suite import Loader, Results, add_oracle, measure_models
@@ -49,15 +50,16 @@ def run(config: Config) -> Results:
 
 
 def find_models(config: Config) -> dict[str, Artifact]:
-    """The committed models of this run: backbone, dense baseline, experts, assembled and calibrated.
+    """The committed models of this run: backbone, baselines, experts, assembled and calibrated.
 
     The calibrated one counts only if it belongs to the assembled one and its calibration was kept.
     """
     found = {"backbone": require(config, "backbone")}
     wanted: list[tuple[str, str, int | None]] = []
-    if "dense" in config.evaluation.baselines:
-        wanted.append(("dense", "dense", None))
+    wanted += [(name, name, None) for name in ("dense", "joint") if name in config.evaluation.baselines]
     wanted += [(f"expert-{index}", "expert", index) for index in range(config.experts.count)]
+    if "btx" in config.evaluation.baselines:
+        wanted += [(f"branch-{index}", "branch", index) for index in range(config.experts.count)]
     wanted += [("assembled", "assembled", None), ("calibrated", "calibrated", None)]
     for label, stage, index in wanted:
         try:
@@ -103,7 +105,7 @@ def measure_folder(config: Config, url: str) -> Results:
 def _measure(config: Config, corpus: Corpus, artifacts: dict[str, Artifact]) -> Results:
     chosen = next((name for name in ("calibrated", "assembled") if name in artifacts), None)
     shown = {name for name in ("backbone", "assembled", "calibrated") if name in artifacts}
-    tokens = {name: _training_tokens(config, name) for name in [*artifacts, "soup"]}
+    tokens = {name: _training_tokens(config, name) for name in [*artifacts, "soup", "btx"]}
     results = measure_models(config, corpus, _loaders(config, artifacts), tokens, shown)
     for routing in results["routing"].values():
         public = ["public"] if config.has_public_expert else []
@@ -124,10 +126,15 @@ def _loaders(config: Config, artifacts: dict[str, Artifact]) -> dict[str, Loader
     def folder(name: str) -> dict[str, Loader]:
         return {name: StoredModel(artifacts[name].url, artifacts[name]).load} if name in artifacts else {}
 
-    loaders = folder("backbone") | folder("dense")
+    loaders = folder("backbone") | folder("dense") | folder("joint")
     loaders |= {name: partial(backbone.expert, artifact) for name, artifact in experts.items()}
     if "soup" in config.evaluation.baselines and len(experts) == config.experts.count:
         loaders["soup"] = partial(build_soup, backbone, list(experts.values()))
+    branches = [artifact for name, artifact in artifacts.items() if name.startswith("branch-")]
+    if len(branches) == config.experts.count:
+        # Branches train no rows, so that their router is solved from sums, whatever the run's own is.
+        solved = config.assembly.model_copy(update={"router": "data_stats"})
+        loaders["btx"] = partial(build_btx, config.model_copy(update={"assembly": solved}), backbone, branches)
     return loaders | folder("assembled") | folder("calibrated")
 
 

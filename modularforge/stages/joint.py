@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from modularforge.artifacts import Backbone, Corpus, derived_seed, even_streams
 from modularforge.assembly.small_files import copy_text_files
 from modularforge.config import Config
 from modularforge.log import logger
+from modularforge.model import names
+from modularforge.model.backbone import Decoder
 from modularforge.model.folder import backbone_tensors, save_tensors
-from modularforge.model.hub_config import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    moe_config,
-    write_json,
-)
+from modularforge.model.hub_config import CONFIG_NAME, WEIGHTS_NAME, moe_config, write_json
 from modularforge.pipeline import finished, plan_stage, require
 from modularforge.provenance import commit, making
 from modularforge.training.distributed import joined_world
@@ -47,9 +45,17 @@ def run(config: Config) -> None:
         losses = fit(model, loss_of, job, mixed_partitions(config, partitions, "joint", world), validate, world)
         if world.is_main:
             with making(plan) as writer:
-                save_tensors(backbone_tensors(model), writer.folder / WEIGHTS_NAME)
-                write_json(writer.folder / CONFIG_NAME, moe_config(model.config, model.vocab_size, experts, active))
+                save_tensors(_stored(model, backbone), writer.folder / WEIGHTS_NAME)
+                values = moe_config(model.config, model.vocab_size, experts, active, backbone.values)
+                write_json(writer.folder / CONFIG_NAME, values)
                 copy_text_files(backbone.artifact, writer.folder)
                 facts = {"training_tokens": phase.steps * phase.batch_size * context}
                 commit(writer, plan, config, {**losses, **facts})
         world.barrier()
+
+
+def _stored(model: Decoder, backbone: Backbone) -> dict[str, Tensor]:
+    """The weights in the type of the backbone's; router rows stay float32."""
+    dtype = backbone.tensors[names.EMBEDDING].dtype
+    tensors = backbone_tensors(model)
+    return {name: tensor if names.is_gate(name) else tensor.to(dtype) for name, tensor in tensors.items()}

@@ -51,10 +51,11 @@ def _draw_row(axes: Any, place: int, row: Mapping[str, Any]) -> None:
 
 
 def _draw_landmarks(axes: Any, rows: list[tuple[str, Mapping[str, Any]]]) -> None:
-    for kind in LANDMARKS:
+    """Lines at the landmarks; their names stand at heights of their own, because the lines may be close together."""
+    style: dict[str, Any] = {"ha": "center", "fontsize": 11, "color": GREY}
+    for height, kind in enumerate(LANDMARKS):
         found = next((row for _, row in reversed(rows) if row["kind"] == kind), None)
         if found:
-            axes.axvline(found["mean_loss"], color=GREY, linewidth=1.1, linestyle=(0, (3, 3)), zorder=0)
-            style: dict[str, Any] = {"ha": "center", "fontsize": 11, "color": GREY}
             place = (found["mean_loss"], 1)
-            axes.annotate(kind, place, (0, 4), ("data", "axes fraction"), "offset points", **style)
+            axes.axvline(found["mean_loss"], color=GREY, linewidth=1.1, linestyle=(0, (3, 3)), zorder=0)
+            axes.annotate(kind, place, (0, 3 + 14 * height), ("data", "axes fraction"), "offset points", **style)

@@ -1,16 +1,17 @@
-"""Measure one variant of one run on one split: loss per domain, sizes, tokens, and what removing an expert changes.
+"""Measure one variant of one run on one split: loss per domain and by position, sizes, and what removals change.
 
-On validation everything is measured on the deciding half of the documents alone, because the other half is what
+Everything follows from one number per target, its log-probability, so that single models, oracle and ensembles are
+measured alike. On validation only the deciding half of the documents is used, because the other half is what
 calibration fits: no variant is judged by text that any other learned from.
 """
 
-# K experts  R rows  T tokens
+# K experts  R rows (windows)  T tokens
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from modularforge.config import Config
 from modularforge.data.loader import IGNORED_TARGET, evaluation_batches
 from modularforge.data.token_files import Tokens
 from modularforge.evaluation.ensemble import posterior_ensemble, target_log_probabilities, uniform_ensemble
-from modularforge.evaluation.losses import DomainLoss, measure, routing_summary
+from modularforge.evaluation.losses import DomainLoss
 from modularforge.evaluation.suite import sizes_of
 from modularforge.model.backbone import Decoder
 from modularforge.model.moe import moe_layers, restrict_routing
@@ -36,6 +37,7 @@ Row = dict[str, Any]
 ENSEMBLES = {"ensemble_uniform": uniform_ensemble, "ensemble_posterior": posterior_ensemble}
 # Domains that are no more than a trace of a partition are not its expert's own.
 OWN_SHARE = 0.05
+FIRST_POSITIONS = 16
 
 
 @dataclass
@@ -46,19 +48,23 @@ class Bench:
     split: Split
     limit: int
     scores: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    _domains: dict[str, Tokens] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def domains(self) -> dict[str, Tokens]:
         """The token stream of each domain that is measured on."""
-        if not self._domains:
-            corpus = self.run.corpus
-            if self.split == "test":
-                self._domains = corpus.domains("test", self.limit)
-            else:
-                _, decide = split_documents(corpus.tokens("validation"), corpus.labels)
-                self._domains = {label: tokens for label, tokens in decide.items() if len(tokens) > 1}
-        return self._domains
+        corpus = self.run.corpus
+        if self.split == "test":
+            return corpus.domains("test", self.limit)
+        _, decide = split_documents(corpus.tokens("validation"), corpus.labels)
+        return {label: tokens for label, tokens in decide.items() if len(tokens) > 1}
+
+    @cached_property
+    def targets(self) -> dict[str, Tensor]:
+        """What is to be predicted, [R, T] by domain."""
+        return {
+            label: torch.cat([targets for _, targets in evaluation_batches(tokens, *self._window, self.limit)])
+            for label, tokens in self.domains.items()
+        }
 
     def measure(self, variant: Variant, config: Config, parts: Mapping[str, Artifact]) -> dict[str, Any]:
         """Rows by name (the empty name where there is but one), and what else is known of the variant.
@@ -75,32 +81,58 @@ class Bench:
         if variant.calibrate:
             fresh = build_model(self.run, config, variant, dict(parts))
             model, calibration = calibrate_model(self.run, config, model, fresh)
-        found = measure(
-            model,
-            self.domains,
-            self.run.corpus.byte_lengths,
-            config.evaluation.batch_size,
-            self.limit,
-            default_device(),
-        )
         tokens = training_tokens(config, variant.kind) + _calibration_tokens(config, variant)
-        row = _row(found.domains) | sizes_of(model) | {"training_tokens": tokens}
+        row = self._row(self._scores(model)) | sizes_of(model) | {"training_tokens": tokens}
         result: dict[str, Any] = {"rows": {"": row}, "calibration": calibration}
-        if found.routing:
-            result["routing"] = routing_summary(found.routing)
         if variant.removal:
             result["removal"] = self._removal(config, model, row)
         return result
 
+    @property
+    def _window(self) -> tuple[int, int]:
+        """Context length and batch size, the same for every variant."""
+        config = self.run.config
+        return config.model.context_length, config.evaluation.batch_size
+
+    def _scores(self, model: Decoder) -> dict[str, Tensor]:
+        """What a model gives every target, [R, T] by domain."""
+        model.to(default_device())
+        return {
+            label: target_log_probabilities(model, tokens, *self._window, self.limit)
+            for label, tokens in self.domains.items()
+        }
+
+    def _row(self, scores: Mapping[str, Tensor]) -> Row:
+        """Losses from the log-probabilities of the targets."""
+        return _means({label: self._domain(label, scores_RT) for label, scores_RT in scores.items()})
+
+    def _domain(self, label: str, scores_RT: Tensor) -> Row:
+        targets_RT = self.targets[label]
+        kept_RT = targets_RT != IGNORED_TARGET
+        size = int(self.run.corpus.byte_lengths[targets_RT[kept_RT]].sum())
+        item = DomainLoss(-float(scores_RT[kept_RT].double().mean()), int(kept_RT.sum()), size)
+        positions = {
+            f"{first}-{end - 1}": -float(scores_RT[:, first:end][kept_RT[:, first:end]].double().mean())
+            for first, end in position_ranges(scores_RT.shape[1])
+            if kept_RT[:, first:end].any()
+        }
+        return {
+            "loss": item.loss,
+            "bits_per_byte": item.bits_per_byte,
+            "tokens": item.tokens,
+            "positions": positions,
+        }
+
     def _measure_experts(self, config: Config, experts: Mapping[str, Artifact]) -> dict[str, Any]:
         """Each expert alone, the best of them on the whole, and the oracle, which takes the best for each domain."""
-        scores = self._scores(config, experts)
-        sizes = self._expert_sizes(experts)
+        scores, sizes = self._expert_scores(experts), self._expert_sizes(experts)
         tokens = training_tokens(config, "expert")
-        rows = {}
-        for index, name in enumerate(experts):
-            losses = {label: self._loss(label, scores_KRT[index], config) for label, scores_KRT in scores.items()}
-            rows[name] = _row(losses) | sizes | {"training_tokens": tokens}
+        rows = {
+            name: self._row({label: scores_KRT[index] for label, scores_KRT in scores.items()})
+            | sizes
+            | {"training_tokens": tokens}
+            for index, name in enumerate(experts)
+        }
         best = min(rows.values(), key=lambda row: float(row["mean_loss"]))
         chosen = {
             label: min((row["domains"][label] for row in rows.values()), key=lambda item: float(item["loss"]))
@@ -111,37 +143,21 @@ class Bench:
         return {"rows": {"best expert": best, "oracle": oracle}, "experts": rows}
 
     def _measure_ensemble(self, variant: Variant, config: Config, experts: Mapping[str, Artifact]) -> dict[str, Any]:
-        scores, mixed = self._scores(config, experts), ENSEMBLES[variant.kind]
-        losses = {label: self._loss(label, mixed(scores_KRT), config) for label, scores_KRT in scores.items()}
+        mixed = ENSEMBLES[variant.kind]
+        row = self._row({label: mixed(scores_KRT) for label, scores_KRT in self._expert_scores(experts).items()})
         sizes = {name: value * len(experts) for name, value in self._expert_sizes(experts).items()}
-        row = _row(losses) | sizes | {"training_tokens": training_tokens(config, variant.kind)}
-        return {"rows": {"": row}}
+        return {"rows": {"": row | sizes | {"training_tokens": training_tokens(config, variant.kind)}}}
 
-    def _scores(self, config: Config, experts: Mapping[str, Artifact]) -> dict[str, Tensor]:
+    def _expert_scores(self, experts: Mapping[str, Artifact]) -> dict[str, Tensor]:
         """What each expert gives every target, [K, R, T] by domain."""
         key = ",".join(artifact.manifest.fingerprint for artifact in experts.values())
         if key not in self.scores:
-            by_domain: dict[str, list[Tensor]] = {label: [] for label in self.domains}
-            for artifact in experts.values():
-                model = self.run.backbone.expert(artifact).to(default_device())
-                for label, tokens in self.domains.items():
-                    batch = config.evaluation.batch_size
-                    by_domain[label].append(target_log_probabilities(model, tokens, batch, self.limit))
-            self.scores = {key: {label: torch.stack(found) for label, found in by_domain.items()}}
+            each = [self._scores(self.run.backbone.expert(artifact)) for artifact in experts.values()]
+            self.scores = {key: {label: torch.stack([item[label] for item in each]) for label in self.domains}}
         return self.scores[key]
 
     def _expert_sizes(self, experts: Mapping[str, Artifact]) -> dict[str, int]:
-        model = self.run.backbone.expert(next(iter(experts.values())))
-        return sizes_of(model)
-
-    def _loss(self, label: str, scores_RT: Tensor, config: Config) -> DomainLoss:
-        """The loss of scores, and the tokens and bytes it was taken over."""
-        context, batch = config.model.context_length, config.evaluation.batch_size
-        pieces = [targets for _, targets in evaluation_batches(self.domains[label], context, batch, self.limit)]
-        targets_RT = torch.cat(pieces)
-        kept = targets_RT != IGNORED_TARGET
-        size = int(self.run.corpus.byte_lengths[targets_RT[kept]].sum())
-        return DomainLoss(-float(scores_RT[kept].double().mean()), int(kept.sum()), size)
+        return sizes_of(self.run.backbone.expert(next(iter(experts.values()))))
 
     def _removal(self, config: Config, model: Decoder, whole: Row) -> dict[str, Any]:
         """Relative change of the loss of each domain when one expert's slot is closed, by expert.
@@ -153,18 +169,19 @@ class Bench:
         changes: dict[str, dict[str, float]] = {}
         for index in range(config.experts.count):
             restrict_routing(model, [slot for slot in slots if slot != first + index])
-            batch, device = config.evaluation.batch_size, default_device()
-            found = measure(model, self.domains, self.run.corpus.byte_lengths, batch, self.limit, device).domains
+            found = self._row(self._scores(model))["domains"]
             changes[f"expert-{index}"] = {
-                label: item.loss / whole["domains"][label]["loss"] - 1 for label, item in found.items()
+                label: item["loss"] / whole["domains"][label]["loss"] - 1 for label, item in found.items()
             }
         restrict_routing(model, None)
         others = [
             change
-            for index, (_, row) in enumerate(changes.items())
+            for row, mine in zip(changes.values(), own, strict=True)
             for label, change in row.items()
-            if label not in own[index]
+            if label not in mine
         ]
+        if not others:
+            return {"changes": changes, "others": None, "others_mean": None}
         return {"changes": changes, "others": max(others, key=abs), "others_mean": sum(others) / len(others)}
 
     def _own_domains(self) -> list[set[str]]:
@@ -173,6 +190,14 @@ class Bench:
             {label for label, count in item["tokens_by_label"].items() if count >= OWN_SHARE * item["tokens"]}
             for item in partitions
         ]
+
+
+def position_ranges(context_length: int) -> list[tuple[int, int]]:
+    """Ranges [first, end) of positions in a window, each as long as all before it."""
+    ends = [FIRST_POSITIONS]
+    while ends[-1] < context_length:
+        ends.append(ends[-1] * 2)
+    return [(first, min(end, context_length)) for first, end in zip([0, *ends], ends, strict=False)]
 
 
 def training_tokens(config: Config, kind: str) -> int:
@@ -188,18 +213,13 @@ def _calibration_tokens(config: Config, variant: Variant) -> int:
     return phase.steps * phase.batch_size * config.model.context_length if variant.calibrate else 0
 
 
-def _row(losses: Mapping[str, DomainLoss]) -> Row:
-    return _means(
-        {
-            label: {"loss": item.loss, "bits_per_byte": item.bits_per_byte, "tokens": item.tokens}
-            for label, item in losses.items()
-        }
-    )
-
-
-def _means(domains: Mapping[str, Mapping[str, Any]]) -> Row:
-    count = len(domains)
-    mean = sum(item["loss"] for item in domains.values()) / count
-    bits = sum(item["bits_per_byte"] for item in domains.values()) / count
-    assert math.isfinite(mean)
-    return {"mean_loss": mean, "bits_per_byte": bits, "domains": dict(domains)}
+def _means(domains: Mapping[str, Row]) -> Row:
+    """Equal-weight means over the domains, also by position where all of them have such."""
+    items = list(domains.values())
+    positions = [name for name in items[0]["positions"] if all(name in item["positions"] for item in items)]
+    return {
+        "mean_loss": sum(item["loss"] for item in items) / len(items),
+        "bits_per_byte": sum(item["bits_per_byte"] for item in items) / len(items),
+        "positions": {name: sum(item["positions"][name] for item in items) / len(items) for name in positions},
+        "domains": dict(domains),
+    }

@@ -90,9 +90,8 @@ class Run:
 
     def obtain(self, stage: str, index: int | None = None) -> Artifact:
         """The artifact of a stage: found here, copied from another run, or made now."""
-        if stage not in ("corpus", "partitions"):
-            self.corpus  # noqa: B018 every other stage reads the data
-            self.obtain("partitions")
+        if stage != "corpus":
+            self.obtain("corpus" if stage == "partitions" else "partitions")
         if stage in ("dense", "joint", "expert", "branch"):
             self.obtain("backbone")
         plan = plan_stage(self.config, stage, index)
@@ -105,6 +104,16 @@ class Run:
         if artifact is None:
             raise MissingArtifactError(f"{plan.url} must be there after its stage ran, but is not; see the log")
         return artifact
+
+    def take_all(self) -> None:
+        """Copy everything that another run has and this one would make alike; nothing is trained."""
+        self._take("backbone")
+        if find_artifact(stage_url(self.config, "backbone")):
+            for stage in ("dense", "joint"):
+                self._take(stage)
+            for index in range(self.config.experts.count):
+                self._take("expert", index)
+                self._take("branch", index)
 
     def obtain_each(self, stage: str) -> list[Artifact]:
         """The artifacts of all experts, or of all branches."""
@@ -119,6 +128,11 @@ class Run:
     def backbone(self) -> Backbone:
         """The trained backbone."""
         return Backbone(self.obtain("backbone"))
+
+    def _take(self, stage: str, index: int | None = None) -> None:
+        plan = plan_stage(self.config, stage, index)
+        if not finished(plan):
+            self._copied(plan, stage, index)
 
     def _copied(self, plan: Plan, stage: str, index: int | None) -> Artifact | None:
         for other in self.others:

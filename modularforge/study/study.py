@@ -23,6 +23,8 @@ from modularforge.study.study_file import ROUTED, Variant, variants_of
 from modularforge.study.table import write_table
 
 RESULT_NAME = "result.json"
+# Raised when results say more or other things than before, so that variants are measured again.
+RESULT_FORMAT = 2
 
 
 def run_study(runs: Runs, split: Split, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> str:
@@ -99,6 +101,7 @@ def result_plan(
 ) -> Plan:
     """Where a result lies and all that it depends on."""
     settings: dict[str, Any] = {
+        "format": RESULT_FORMAT,
         "kind": variant.kind,
         "split": bench.split,
         "tokens_per_domain": bench.limit,

@@ -101,6 +101,9 @@ def _summary(found: Mapping[int, Row], results: Results, reference: str) -> Row:
         "domains": domains,
         "kept": _mean(kept),
         "kept_spread": _spread([value for value in kept if value is not None]),
+        "kept_by_position": {
+            name: _mean([_kept(row, anchors[seed], name) for seed, row in found.items()]) for name in first["positions"]
+        },
         "minus_dense": _mean(dense),
         "minus_dense_spread": _spread([value for value in dense if value is not None]),
         "worst_domain": max((item for item in worst if item), key=lambda item: float(item["change"]), default=None),
@@ -108,12 +111,16 @@ def _summary(found: Mapping[int, Row], results: Results, reference: str) -> Row:
     }
 
 
-def _kept(row: Row, anchors: Mapping[str, Row | None]) -> float | None:
+def _kept(row: Row, anchors: Mapping[str, Row | None], position: str | None = None) -> float | None:
+    """Share of the oracle's gain over the backbone, of all tokens or of those at some positions in the window."""
     backbone, oracle = anchors["backbone"], anchors[ORACLE]
-    if not backbone or not oracle or backbone["mean_loss"] == oracle["mean_loss"]:
+    if not backbone or not oracle:
         return None
-    share = (backbone["mean_loss"] - row["mean_loss"]) / (backbone["mean_loss"] - oracle["mean_loss"])
-    return float(share)
+    mine, start, best = (
+        float(item["mean_loss"] if position is None else item["positions"][position])
+        for item in (row, backbone, oracle)
+    )
+    return None if start == best else (start - mine) / (start - best)
 
 
 def _difference(row: Row, other: Row | None) -> float | None:
@@ -133,7 +140,7 @@ def _removals(results: Results) -> dict[str, Any]:
     """For each variant: the largest and the mean change in other domains when an expert is removed, over all seeds."""
     found = {}
     for variant, of_seeds in results.items():
-        items = [result["removal"] for result in of_seeds if result.get("removal")]
+        items = [result["removal"] for result in of_seeds if (result.get("removal") or {}).get("others") is not None]
         if items:
             largest = max((item["others"] for item in items), key=abs)
             found[variant] = {"others": largest, "others_mean": statistics.fmean(i["others_mean"] for i in items)}
@@ -172,6 +179,8 @@ def markdown(table: Mapping[str, Any]) -> str:
         "",
         *_lines(*_domain_rows(table)),
     ]
+    lines += ["", "Share of the oracle's gain that is kept, by position in the window:", ""]
+    lines += _lines(*_position_rows(table))
     if table["removal"]:
         lines += ["", "What removing one expert changes in the domains of the others (relative loss):", ""]
         rows = [[name, f"{i['others']:+.2%}", f"{i['others_mean']:+.2%}"] for name, i in table["removal"].items()]
@@ -220,6 +229,15 @@ def _domain_rows(table: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         [name, *(f"{row['domains'][label]:.3f}" for label in table["domains"])] for name, row in table["rows"].items()
     ]
     return ["variant", *table["domains"]], rows
+
+
+def _position_rows(table: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    names = next((list(row["kept_by_position"]) for row in table["rows"].values()), [])
+    rows = [
+        [label, *(_or_dash(row["kept_by_position"].get(name), ".0%") for name in names)]
+        for label, row in table["rows"].items()
+    ]
+    return ["variant", *names], rows
 
 
 def _lines(header: list[str], rows: list[list[str]]) -> list[str]:

@@ -27,12 +27,13 @@ def build_joint(
     tensors = {name: tensor.clone() for name, tensor in backbone.items() if names.is_shared(name)}
     for name, tensor in backbone.items():
         if names.is_dense_ffn(name):
-            tensors.update({names.dense_to_expert(name, slot): tensor.clone() for slot in range(experts)})
+            copies = {names.dense_to_expert(name, slot, model.family): tensor.clone() for slot in range(experts)}
+            tensors.update(copies)
     for layer in range(model.layers):
-        tensors[names.gate(layer)] = nn.init.normal_(torch.empty(experts, model.width), std=INITIAL_STD)
+        tensors[names.gate(layer, model.family)] = nn.init.normal_(torch.empty(experts, model.width), std=INITIAL_STD)
     with torch.device("meta"):
         decoder = build_moe(model, vocab_size, experts, experts_per_token)
-    fill(decoder, tensors)
+    fill(decoder, tensors).float()
     if freeze_shared:
         decoder.requires_grad_(False)
         for mixture in moe_layers(decoder):

@@ -31,6 +31,7 @@ class Keeper:
 
     def resume(self, trainer: Trainer) -> None:
         """Continue from the newest checkpoint of this job, where there is one."""
+        self._prepare_after_first_step(trainer)
         checkpoint = self._newest()
         if checkpoint is None:
             return
@@ -76,6 +77,16 @@ class Keeper:
             self.wait()
         elif self.saver:
             self.saver.finish()
+
+    def _prepare_after_first_step(self, trainer: Trainer) -> None:
+        """Let the saver get its memory while training goes on; only then does AdamW have its moments."""
+
+        def prepare(*_: object) -> None:
+            hook.remove()
+            if self.saver:
+                self.saver.prepare(training_tensors(trainer.model, trainer.optimizer))
+
+        hook = trainer.optimizer.register_step_post_hook(prepare)
 
     def _check(self) -> None:
         if self.saver:

@@ -18,6 +18,7 @@ import yaml
 
 from checkpoints import find_artifact, open_artifact, paths
 from modularforge.artifacts import Backbone, Corpus
+from modularforge.data.loader import IGNORED_TARGET, evaluation_batches
 from modularforge.errors import ConfigError
 from modularforge.evaluation.btx import build_btx
 from modularforge.evaluation.losses import measure
@@ -27,6 +28,7 @@ from modularforge.model.moe import observe_routing
 from modularforge.pipeline import require
 from modularforge.settings import to_yaml
 from modularforge.stages import assemble, calibrate, evaluate
+from modularforge.study.measure import position_ranges
 from modularforge.study.runs import Runs
 from modularforge.study.study import collect, run_study
 from modularforge.study.study_file import load_study, variants_of
@@ -62,6 +64,7 @@ STUDY: dict[str, Any] = {
             "removal": True,
             "set": {**RIDGE, "assembly.experts_per_token": [1, "all"]},
         },
+        "evidence": {"kind": "assembled", "set": {"assembly.router": "evidence"}},
         "calibrated": {"kind": "assembled", "calibrate": True, "set": RIDGE, "final": False},
         "random": {"kind": "assembled", "recipe": "random", "set": RIDGE, "seeds": [0]},
         "longer": {"kind": "assembled", "recipe": "longer", "set": RIDGE, "seeds": [0]},
@@ -103,7 +106,8 @@ def test_the_table_has_every_variant_with_the_mean_of_its_seeds(finished_study: 
         "backbone", "dense", "soup", "plain-experts: best expert", "plain-experts: oracle",
         "anchored-experts: best expert", "anchored-experts: oracle", "uniform", "posterior", "plain-joint",
         "frozen-joint", "btx", "plain-ridge-experts_per_token_1", "plain-ridge-experts_per_token_all",
-        "anchored-ridge-experts_per_token_1", "anchored-ridge-experts_per_token_all", "calibrated", "random", "longer",
+        "anchored-ridge-experts_per_token_1", "anchored-ridge-experts_per_token_all", "evidence", "calibrated",
+        "random", "longer",
     ]  # fmt: skip
     row, found = table["rows"]["uniform"], [result_of(finished_study, "uniform", seed) for seed in (0, 1)]
     losses = [item["rows"][""]["mean_loss"] for item in found]
@@ -176,7 +180,7 @@ def test_an_assembled_variant_has_the_losses_of_the_folder_that_the_stage_writes
     name = f"{recipe}-ridge-experts_per_token_all"
     written = evaluate.measure_folder(config, f"{config.output_dir}/assembled")["models"]["assembled"]
     measured = result_of(finished_study, name, split="test")["rows"][""]
-    assert measured["mean_loss"] == written["mean_loss"]
+    assert measured["mean_loss"] == pytest.approx(written["mean_loss"], abs=1e-6)
     assert measured["active_parameters"] == written["active_parameters"]
 
 
@@ -194,7 +198,7 @@ def test_a_calibrated_variant_has_the_losses_that_the_stage_decides_by(finished_
     result = result_of(finished_study, "calibrated")
     assert facts["kept"] is True
     assert result["calibration"] == {key: facts[key] for key in ("kept", "loss_before", "loss_after")}
-    assert result["rows"][""]["mean_loss"] == facts["loss_after"]
+    assert result["rows"][""]["mean_loss"] == pytest.approx(facts["loss_after"], abs=1e-6)
 
 
 def test_each_expert_has_the_losses_that_every_other_model_is_measured_by(finished_study: Runs) -> None:
@@ -213,6 +217,24 @@ def test_each_expert_has_the_losses_that_every_other_model_is_measured_by(finish
             best[label] = min(item.loss, best.get(label, item.loss))
     oracle = result["rows"]["oracle"]
     assert oracle["mean_loss"] == pytest.approx(statistics.fmean(best.values()), abs=1e-6)
+
+
+def test_losses_by_position_add_up_to_the_loss(finished_study: Runs) -> None:
+    config = finished_study.config(0, "plain")
+    streams = Corpus(require(config, "corpus")).domains("test", config.evaluation.tokens_per_domain)
+    assert position_ranges(100) == [(0, 16), (16, 32), (32, 64), (64, 100)]
+    row = result_of(finished_study, "backbone", split="test")["rows"][""]
+    for label, tokens in streams.items():
+        context = config.model.context_length
+        targets = [batch for _, batch in evaluation_batches(tokens, context, 4, config.evaluation.tokens_per_domain)]
+        kept = torch.cat(targets) != IGNORED_TARGET
+        counts = {f"{first}-{end - 1}": int(kept[:, first:end].sum()) for first, end in position_ranges(context)}
+        item = row["domains"][label]
+        assert item["positions"].keys() == counts.keys()
+        total = sum(counts[name] * loss for name, loss in item["positions"].items())
+        assert total / sum(counts.values()) == pytest.approx(item["loss"], abs=1e-9)
+    kept_shares = table_of(finished_study)["rows"]["plain-experts: oracle"]["kept_by_position"]
+    assert list(kept_shares.values()) == pytest.approx([1.0] * len(kept_shares))
 
 
 def test_removal_reports_the_domains_of_the_other_experts(finished_study: Runs) -> None:

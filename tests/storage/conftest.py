@@ -22,7 +22,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = start_server(folder)
     with pytest.MonkeyPatch.context() as patch:
         use_environment(patch, server.environment())
-        paths.store_of("s3://x")._s3.call_s3("create_bucket", Bucket=BUCKET)  # type: ignore[union-attr]
+        paths.store_of("s3://x")._client.create_bucket(Bucket=BUCKET)  # type: ignore[union-attr]
     yield server
     server.stop()
 

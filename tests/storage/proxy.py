@@ -83,11 +83,11 @@ class FaultProxy:
             return False
         fault = self.rule(request)
         if fault is None:
-            handler.wfile.write(_forward(request, upstream_port))
+            handler.wfile.write(forward(request, upstream_port))
             return True
         if fault.kind == "do":
             fault.action()
-            handler.wfile.write(_forward(request, upstream_port))
+            handler.wfile.write(forward(request, upstream_port))
             return True
         if fault.kind == "answer":
             body = ERROR.format(code=fault.code).encode() if request.method != "HEAD" else b""
@@ -99,7 +99,7 @@ class FaultProxy:
         if fault.kind == "stall":
             self.closing.wait(60)
         if fault.kind in ("lose_answer", "cut_answer"):
-            answer = _forward(request, upstream_port)
+            answer = forward(request, upstream_port)
             if fault.kind == "cut_answer":
                 handler.wfile.write(answer[:-1])
         _reset(handler.connection)
@@ -125,7 +125,7 @@ class FaultProxy:
         return request
 
 
-def _forward(request: Request, port: int) -> bytes:
+def forward(request: Request, port: int) -> bytes:
     """Send a request to the server and return its answer as bytes."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.putrequest(request.method, request.path, skip_host=True, skip_accept_encoding=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from checkpoints import (
     Artifact,
@@ -166,7 +166,9 @@ def test_c9_a_flipped_bit_is_reported_with_its_tensor(place: str) -> None:
     content = bytearray(paths.read_bytes(url))
     content[-1] ^= 1  # the F32 tensor `first` is stored last, behind the I64 tensor
     paths.replace_bytes(url, bytes(content))
-    with pytest.raises(CorruptArtifactError, match=r"model\.safetensors.*damaged: tensor first\)"):
+    with pytest.raises(
+        CorruptArtifactError, match=r"model\.safetensors.*damaged: tensor first, 1 of 2\).*bits flipped"
+    ):
         artifact.verify()
     for read in (artifact.local_file, artifact.read_bytes):
         with pytest.raises(CorruptArtifactError, match="damaged: tensor first"):
@@ -182,7 +184,9 @@ def test_c10_each_kind_of_damage_has_its_own_error(place: str) -> None:
     damages = {
         r"has 999 \(truncated\)": lambda: paths.replace_bytes(url, b"\1" * 999),
         r"has 1001 \(too long\)": lambda: paths.replace_bytes(url, b"\1" * 1001),
-        "another version was put in its place": lambda: paths.replace_bytes(url, older.read_bytes("tokens.bin")),
+        r"another version \(an older one, say\) was put in its place": lambda: paths.replace_bytes(
+            url, older.read_bytes("tokens.bin")
+        ),
         r"tokens\.bin must be there, .* is missing": lambda: paths.remove(url),
     }
     for message, damage in damages.items():
@@ -192,6 +196,15 @@ def test_c10_each_kind_of_damage_has_its_own_error(place: str) -> None:
     paths.replace_bytes(url, b"\1" * 1000)
     paths.replace_bytes(paths.join(artifact.url, artifact.manifest.files_in, "extra.bin"), b"?")
     with pytest.raises(CorruptArtifactError, match=r"extra\.bin must not be there"):
+        artifact.verify()
+
+
+def test_c10_an_older_weight_file_of_the_same_size_is_called_another_version(place: str) -> None:
+    with write_artifact(paths.join(place, "both"), "expert", "f") as writer:
+        save_file({"a": torch.ones(5), "b": torch.ones(3)}, writer.folder / "model.safetensors")
+        artifact = writer.commit()
+    paths.replace_bytes(artifact.file_url("model.safetensors"), save({"a": torch.zeros(5), "b": torch.zeros(3)}))
+    with pytest.raises(CorruptArtifactError, match=r"all 2 tensors differ\); another version"):
         artifact.verify()
 
 

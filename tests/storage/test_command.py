@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from checkpoints import ArtifactExistsError, CorruptArtifactError, StoreError, o
 from checkpoints.catalog import find_artifacts
 from checkpoints.copying import copy_artifact
 from checkpoints.garbage import delete_garbage, find_garbage
+from checkpoints.journal import locked
 from checkpoints.training import load_newest_checkpoint, save_checkpoint
 from tests.storage.proxy import Fault, FaultProxy
 from tests.storage.test_artifacts import make
@@ -80,6 +81,27 @@ def test_pull_and_push_copy_a_whole_run_with_the_same_bytes(s3: str, tmp_path: P
     assert files_of(s3) == files_of(here) == files_of(there)
     assert same(load_newest_checkpoint(paths.join(there, "checkpoints/backbone"), "f"), at(2))
     assert find_garbage(here, 0) == find_garbage(there, 0) == []
+
+
+def test_pull_and_push_bring_settings_metrics_and_logs_along(s3: str, tmp_path: Path) -> None:
+    make_run(s3)
+    loose = {"config.yaml": b"seed: 1\n", "metrics/backbone.jsonl": b"1\n2\n", "logs/expert-0.log": b"begun\n"}
+    left = ["cluster/lock.json", ".hidden/a.log", "experts/expert-1/attempt-0123456789ab/a.log", "backbone/new.log"]
+    for name, content in [*loose.items(), *((name, b"?") for name in left)]:
+        paths.replace_bytes(paths.join(s3, name), content)
+    here = tmp_path / "here"
+    assert "3 of 3 settings, metrics and logs copied" in command("pull", s3, str(here))
+    assert {name: (here / name).read_bytes() for name in loose} == loose
+    assert not any((here / name).exists() for name in left)
+    paths.replace_bytes(paths.join(s3, "config.yaml"), b"seed: 2\n")
+    (here / "metrics/backbone.jsonl").write_bytes(b"1\n2\n3\n")
+    report = json.loads(command("pull", s3, str(here), "--json"))
+    assert (report["files"], report["copied_files"]) == (3, [str(here / "config.yaml")])
+    assert (here / "metrics/backbone.jsonl").read_bytes() == b"1\n2\n3\n", "what went on here stays"
+    assert "3 of 3" in command("push", str(here), f"{s3}-copy")
+    assert paths.read_bytes(f"{s3}-copy/metrics/backbone.jsonl") == b"1\n2\n3\n"
+    assert "settings" not in command("pull", "--newest", s3, str(tmp_path / "newest"))
+    assert not (tmp_path / "newest" / "config.yaml").exists()
 
 
 def test_pull_one_artifact_or_only_the_newest_checkpoints(s3: str, tmp_path: Path) -> None:
@@ -152,8 +174,8 @@ def test_two_pulls_at_once_do_not_write_the_same_files(s3: str, tmp_path: Path) 
     copy_artifact(source, str(tmp_path / "probe"), lambda size: None)
     begun = tmp_path / f".expert.{open_artifact(str(tmp_path / 'probe')).manifest.attempt}"
     begun.mkdir()
-    with open(begun / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(begun) as is_mine:
+        assert is_mine
         with pytest.raises(StoreError, match="another copy is running"):
             copy_artifact(source, str(tmp_path / "expert"), lambda size: None)
 
@@ -202,6 +224,44 @@ def test_gc_leaves_an_attempt_that_was_committed_meanwhile(s3: str) -> None:
     paths.create_bytes(manifest, content)
     delete_garbage(found)
     open_artifact(artifact.url).verify()
+
+
+def test_gc_leaves_folders_of_living_writers_and_takes_those_of_killed_ones(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer in a process of its own is seen alive, whatever its age, and is garbage once it was killed."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch" / "modularforge-prepare-1").mkdir()
+    url = place.replace("memory://", "s3://") if place.startswith("memory") else place
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom checkpoints import write_artifact\n"
+        f"with write_artifact({url!r} + '/expert', 'expert', 'f') as writer:\n"
+        "    Path(writer.folder, 'a.bin').write_bytes(b'xy')\n"
+        "    print(writer.folder, flush=True)\n    sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        folder = process.stdout.readline().decode().strip()
+        assert folder
+        assert find_garbage(place, grace_seconds=0) == []
+        process.kill()
+    found = find_garbage(place, grace_seconds=0)
+    assert [(item.url, item.size) for item in found] == [(folder, 2)]
+    delete_garbage(found)
+    assert find_garbage(place, grace_seconds=0) == []
+    assert (tmp_path / "scratch" / "modularforge-prepare-1").is_dir()
+
+
+def test_gc_finds_more_uploads_than_one_answer_holds(proxy: FaultProxy, proxied: str) -> None:
+    store: Any = paths.store_of(proxied)
+    names = [f"{proxied}/expert/attempt-0123456789ab/{number:04d}.bin" for number in range(1005)]
+    for name in names:
+        store._request("start", name, "create_multipart_upload")
+    proxy.reset()
+    assert [item.url for item in find_garbage(proxied, grace_seconds=0)] == names
+    assert sum("uploads" in request.path for request in proxy.requests) == 2
 
 
 def test_gc_aborts_unfinished_uploads(s3: str) -> None:

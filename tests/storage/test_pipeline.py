@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from checkpoints import paths
 from modularforge.config import Config
 from modularforge.pipeline import metrics_url, require
 from modularforge.stages import evaluate
-from tests.conftest import run_every_stage, tiny_config
+from tests.conftest import run_command, run_every_stage, tiny_config
 
 STAGES = [("corpus", None), ("partitions", None), ("backbone", None), ("dense", None), ("assembled", None)]
 STAGES += [("calibrated", None), *(("expert", index) for index in range(3))]
@@ -32,3 +33,14 @@ def test_a_run_on_an_object_store_equals_one_on_a_folder(
     assert results["models"]["assembled"]["mean_loss"] > 0
     again = evaluate.run(config)
     assert again == results
+
+
+def test_a_run_that_went_through_object_storage_can_be_reported(finished_run: Config, s3: str, tmp_path: Path) -> None:
+    """Pushed and pulled again, a run has its curves and settings, not only its artifacts."""
+    copy = tmp_path / "run"
+    run_command("checkpoints", "push", finished_run.output_dir, f"{s3}/run")
+    run_command("checkpoints", "pull", f"{s3}/run", str(copy))
+    for name in ("config.yaml", "metrics/backbone.jsonl"):
+        assert (copy / name).read_bytes() == (Path(finished_run.output_dir) / name).read_bytes()
+    run_command("modularforge", "report", str(copy))
+    assert "validation loss" in (copy / "report.html").read_text()

@@ -209,6 +209,18 @@ def test_c7_tensors_and_state_may_change_right_after_save(place: str, monkeypatc
     assert same(load_newest_checkpoint(place, "f"), at(1))
 
 
+def test_c7_buffers_that_were_prepared_are_used_by_the_first_save(place: str) -> None:
+    with CheckpointSaver(place, "f", keep_last=2) as background:
+        background.prepare(at(1).tensors)
+        assert background._preparation
+        background._preparation.join()
+        prepared = {name: buffer.data_ptr() for name, buffer in background._buffers.items()}
+        background.save(at(2))
+        assert prepared == {name: buffer.data_ptr() for name, buffer in background._buffers.items()}
+        assert prepared.keys() == at(2).tensors.keys()
+    assert same(load_newest_checkpoint(place, "f"), at(2))
+
+
 def test_c7_at_most_one_save_is_under_way(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch)
     background = CheckpointSaver(place, "f", keep_last=3)

@@ -46,7 +46,7 @@ def naive(models: list[Decoder], weights_of: object) -> list[float]:
 
 def scores(models: list[Decoder]) -> tuple[Tensor, Tensor]:
     kept = torch.cat([targets >= 0 for _, targets in evaluation_batches(TOKENS, T, 2)])
-    return torch.stack([target_log_probabilities(model, TOKENS, 2, len(TOKENS)) for model in models]), kept
+    return torch.stack([target_log_probabilities(model, TOKENS, T, 2, len(TOKENS)) for model in models]), kept
 
 
 @pytest.mark.parametrize(("ensemble", "weights"), [(uniform_ensemble, "uniform"), (posterior_ensemble, "posterior")])

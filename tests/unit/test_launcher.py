@@ -24,7 +24,7 @@ from launcher.plan import describe_plan
 from launcher.record import beside, check_same_run, new_record, run_id_of
 from launcher.slurm import QueuedJob, minutes
 from launcher.submit import find_job, live_tasks
-from launcher.tasks import build_groups, build_tasks
+from launcher.tasks import build_groups, build_tasks, nodes_of
 from modularforge.config import ClusterConfig
 from modularforge.errors import ConfigError, MismatchError
 from tests.conftest import ROOT, tiny_config
@@ -43,6 +43,17 @@ def test_groups_wait_for_each_other_in_the_order_of_the_pipeline(tmp_path: Path)
     assert groups["expert"].after == ("backbone",)
     assert groups["assemble"].after_end == ("expert",), "a failed expert must not keep the assembly from deciding"
     assert groups["evaluate"].after == ("assemble", "dense")
+
+
+def test_baselines_are_jobs_of_their_own(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, evaluation={"baselines": ["dense", "joint", "btx"]})
+    groups = {group.name: group for group in build_groups(build_tasks(config))}
+    assert list(groups) == ["prepare-data", "backbone", "expert", "dense", "joint", "branch", "assemble", "evaluate"]
+    assert [task.index for task in groups["branch"].tasks] == [0, 1, 2]
+    assert groups["branch"].tasks[2].arguments == ("train", "--only", "branch", "--index", "2")
+    assert groups["evaluate"].after == ("assemble", "dense", "joint", "branch")
+    assert nodes_of(config, "branch") == config.cluster.expert
+    assert nodes_of(config, "joint") == config.cluster.backbone
 
 
 @given(

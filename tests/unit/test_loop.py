@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 from modularforge.config import PhaseConfig, TrainingConfig
-from modularforge.errors import TrainingError
+from modularforge.errors import StoreError, TrainingError
 from modularforge.log import MetricsLog, json_safe
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
@@ -112,6 +114,23 @@ def test_metrics_after_the_checkpoint_are_dropped_on_restart_and_torn_lines_too(
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[-1]["loss"] == "inf"
+
+
+def test_a_second_process_cannot_write_the_same_jobs_metrics(tmp_path: Path) -> None:
+    path = tmp_path / "metrics" / "backbone.jsonl"
+    code = (
+        f"import sys; from modularforge.log import MetricsLog; MetricsLog({str(path)!r}).restart_after(0); print(1); "
+    )
+    code += "sys.stdout.flush(); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"1\n"
+        with pytest.raises(StoreError, match=r"backbone\.jsonl must have one writer, but another process is training"):
+            MetricsLog(str(path)).restart_after(0)
+        MetricsLog(str(tmp_path / "metrics" / "expert-0.jsonl")).restart_after(0)
+        process.kill()
+    MetricsLog(str(path)).restart_after(0)
+    MetricsLog(str(path)).restart_after(0)  # the same process may, after an interruption
 
 
 def test_metrics_on_an_object_store_appear_at_a_flush() -> None:

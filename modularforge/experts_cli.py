@@ -1,0 +1,64 @@
+"""`modularforge experts`: see and change which experts an assembled model has."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from modularforge.log import configure_logging
+
+app = typer.Typer(
+    help="See and change which experts an assembled model has; only what changes is written.", no_args_is_help=True
+)
+
+Model = Annotated[str, typer.Argument(help="The assembled model: a folder or URL.")]
+Index = Annotated[int, typer.Argument(help="Which expert, as `experts list` numbers them.")]
+Expert = Annotated[str, typer.Argument(help="A trained expert of the same backbone: a folder or URL.")]
+Output = Annotated[str | None, typer.Option("--output", help="Where the new model goes; else in the old one's place.")]
+
+
+@app.command("list")
+def list_members(model: Model, as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False) -> None:
+    """The experts of a model: slot, index, where each lies."""
+    from checkpoints import open_artifact
+    from modularforge.stages import members
+
+    artifact = open_artifact(model)
+    found = members.members_of(artifact)
+    if as_json:
+        typer.echo(json.dumps([vars(member) for member in found], indent=1))
+        return
+    facts = artifact.manifest.facts
+    public = ", the public FFN in slot 0" if facts["public_expert"] else ""
+    typer.echo(f"{model}: {len(found)} experts{public}; router {facts['router']}, top {facts['experts_per_token']}")
+    for member in found:
+        typer.echo(f"slot {member.slot}: expert {member.index}  {member.url}")
+
+
+@app.command()
+def remove(model: Model, index: Index, output: Output = None) -> None:
+    """Take an expert out of a model; the result is the model that would have been assembled without it."""
+    from modularforge.stages import members
+
+    configure_logging()
+    members.remove(model, index, output)
+
+
+@app.command()
+def add(model: Model, expert: Expert, output: Output = None) -> None:
+    """Put one more expert into a model."""
+    from modularforge.stages import members
+
+    configure_logging()
+    members.add(model, expert, output)
+
+
+@app.command()
+def replace(model: Model, index: Index, expert: Expert, output: Output = None) -> None:
+    """Put another expert in the place of one."""
+    from modularforge.stages import members
+
+    configure_logging()
+    members.replace(model, index, expert, output)

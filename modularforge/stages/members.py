@@ -1,0 +1,143 @@
+"""Change which experts an assembled model has: the model is assembled again from its parts, and what stays is kept.
+
+Needs no settings: an assembled model's manifest names its backbone, its experts and the settings it was made with.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from checkpoints import Artifact, find_artifact, open_artifact, paths
+from modularforge.assembly.assemble import assemble
+from modularforge.config import Config
+from modularforge.errors import MismatchError
+from modularforge.log import json_safe, logger
+from modularforge.pipeline import CHOSEN_FACT, Plan, job_name, stage_settings
+from modularforge.provenance import making, provenance
+from modularforge.settings import make_config
+
+
+@dataclass(frozen=True)
+class Member:
+    """One expert of an assembled model: the slot it has there, its index in its run, where it lies, its fingerprint."""
+
+    slot: int
+    index: int
+    url: str
+    fingerprint: str
+
+
+def members_of(model: Artifact) -> list[Member]:
+    """The experts of an assembled model, in the order of their slots; the public FFN is none of them."""
+    if model.manifest.kind != "assembled":
+        raise MismatchError(
+            f"{model.url} must be an assembled model, but is of kind {model.manifest.kind}; name the run's assembled "
+            "folder (a calibrated model is made from it anew)"
+        )
+    facts = model.manifest.facts
+    return [Member(slot, **entry) for slot, entry in enumerate(facts["members"], start=int(facts["public_expert"]))]
+
+
+def remove(model_url: str, index: int, output: str | None = None) -> Artifact:
+    """The model without one expert, in its place or at `output`."""
+    model = open_artifact(model_url)
+    members = members_of(model)
+    gone = _member(model, members, index)
+    kept = [member for member in members if member is not gone]
+    if not kept:
+        raise MismatchError(f"{model.url} must keep an expert, but {index} is its last; add another one first")
+    return _assemble_again(model, [_open(model, member) for member in kept], output)
+
+
+def add(model_url: str, expert_url: str, output: str | None = None) -> Artifact:
+    """The model with one more expert, trained on the same backbone."""
+    model, expert = open_artifact(model_url), _open_expert(expert_url)
+    experts = [_open(model, member) for member in members_of(model)]
+    return _assemble_again(model, _in_order([*experts, expert]), output)
+
+
+def replace(model_url: str, index: int, expert_url: str, output: str | None = None) -> Artifact:
+    """The model with another expert in the place of one."""
+    model, expert = open_artifact(model_url), _open_expert(expert_url)
+    members = members_of(model)
+    gone = _member(model, members, index)
+    experts = [expert if member is gone else _open(model, member) for member in members]
+    return _assemble_again(model, experts, output)
+
+
+def _assemble_again(model: Artifact, experts: Sequence[Artifact], output: str | None) -> Artifact:
+    url = output or model.url
+    config = _config_of(model, len(experts))
+    backbone = _open_part(model, model.manifest.facts["backbone"], "backbone")
+    names = [job_name("expert", int(expert.manifest.facts["index"])) for expert in experts]
+    if len(set(names)) < len(names):
+        names = [f"member-{place}" for place in range(len(names))]  # from several runs, whose indices may be the same
+    inputs = {"backbone": backbone.manifest.fingerprint}
+    inputs |= {name: expert.manifest.fingerprint for name, expert in zip(names, experts, strict=True)}
+    plan = Plan("assembled", url, stage_settings(config, "assembled"), inputs)
+    old = find_artifact(url)
+    if old and old.manifest.fingerprint == plan.fingerprint:
+        logger.info("the model at %s has these experts already", url)
+        return old
+    if old and old.url != model.url:
+        raise MismatchError(f"{url} must be free, but holds another artifact; choose another --output")
+    start = time.perf_counter()
+    with making(plan, resume=True) as writer:
+        facts = assemble(config, backbone, list(experts), writer, old=model)
+        if old:
+            calibrated = paths.join(model.url.rstrip("/").rsplit("/", 1)[0], "calibrated")
+            if find_artifact(calibrated):
+                logger.info("%s was made from the old model and is removed; calibrate again", calibrated)
+                paths.remove(calibrated)
+            paths.remove(url)
+        seconds = round(time.perf_counter() - start, 3)
+        known = {"seconds": seconds, CHOSEN_FACT: True, **facts, "provenance": provenance(config)}
+        artifact = writer.commit(json_safe(known))
+    logger.info("finished: %s", url)
+    return artifact
+
+
+def _config_of(model: Artifact, count: int) -> Config:
+    """The settings that the model was made with, for `count` experts."""
+    config = make_config(model.manifest.facts["provenance"]["config"], f"the manifest of {model.url}")
+    return config.model_copy(update={"experts": config.experts.model_copy(update={"count": count})})
+
+
+def _member(model: Artifact, members: Sequence[Member], index: int) -> Member:
+    found = [member for member in members if member.index == index]
+    if not found:
+        known = ", ".join(str(member.index) for member in members)
+        raise MismatchError(f"{model.url} must have an expert {index}, but has {known}; see modularforge experts list")
+    return found[0]
+
+
+def _open(model: Artifact, member: Member) -> Artifact:
+    entry = {"url": member.url, "fingerprint": member.fingerprint}
+    return _open_part(model, entry, f"experts/expert-{member.index}")
+
+
+def _open_part(model: Artifact, entry: dict[str, str], place: str) -> Artifact:
+    """A part where it was, or where it lies beside a model whose run was moved or copied."""
+    beside = paths.join(model.url.rstrip("/").rsplit("/", 1)[0], place)
+    for url in (entry["url"], beside):
+        artifact = find_artifact(url)
+        if artifact and artifact.manifest.fingerprint == entry["fingerprint"]:
+            return artifact
+    raise MismatchError(
+        f"{model.url} was made from {entry['url']}, but that is neither there nor at {beside}; bring it back, or "
+        "assemble the model from the parts that there are"
+    )
+
+
+def _open_expert(url: str) -> Artifact:
+    expert = open_artifact(url)
+    if expert.manifest.kind != "expert":
+        raise MismatchError(f"{url} must be an expert, but is of kind {expert.manifest.kind}; name experts/expert-K")
+    return expert
+
+
+def _in_order(experts: list[Artifact]) -> list[Artifact]:
+    """By index, as a run would assemble them: adding an expert gives the model that has it from the start."""
+    return sorted(experts, key=lambda expert: int(expert.manifest.facts["index"]))

@@ -1,0 +1,284 @@
+"""Models as parts: links, changed membership, the evidence router, and what does not belong together."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoints import Artifact, ArtifactExistsError, CorruptArtifactError, open_artifact, paths, plain_folder
+from checkpoints.manifest import MANIFEST_NAME
+from modularforge.artifacts import Backbone
+from modularforge.assembly import evidence
+from modularforge.assembly.assemble import assemble
+from modularforge.assembly.statistics import EXPERT_NAME, STATISTICS_NAME, load_statistics
+from modularforge.config import Config
+from modularforge.errors import MismatchError
+from modularforge.model.folder import load_model, read_tensors
+from modularforge.model.moe import moe_layers, observe_routing, restrict_routing
+from modularforge.pipeline import require, stage_url
+from modularforge.stages import assemble as assemble_stage
+from modularforge.stages import members
+from tests.conftest import run_command
+
+
+def parts_of(run: Config) -> tuple[Artifact, list[Artifact]]:
+    return require(run, "backbone"), [require(run, "expert", index) for index in range(run.experts.count)]
+
+
+def with_assembly(run: Config, **changes: object) -> Config:
+    return run.model_copy(update={"assembly": run.assembly.model_copy(update=changes)})
+
+
+def copy_of_run(run: Config, folder: Path, **changes: object) -> Config:
+    """Backbone, experts and data of the finished run in a new run folder, in which the model can be changed."""
+    for name in ("backbone", "experts", "data"):
+        shutil.copytree(paths.local_path(run.output_dir) / name, folder / name)
+    return with_assembly(run, **changes).model_copy(update={"output_dir": str(folder)})
+
+
+def weights(url: str) -> dict[str, bytes]:
+    """Bytes of all files but the manifest."""
+    return {path.name: path.read_bytes() for path in Path(url).iterdir() if path.name != MANIFEST_NAME}
+
+
+@pytest.mark.parametrize("router", ["data_stats", "evidence", "learned"])
+@pytest.mark.parametrize("mode", ["auto", "merge"])
+def test_a_removed_expert_leaves_the_model_that_never_had_it(
+    router: str, mode: str, finished_run: Config, tmp_path: Path
+) -> None:
+    run = copy_of_run(finished_run, tmp_path / "run", router=router, mode=mode)
+    assemble_stage.run(run)
+    url = stage_url(run, "assembled")
+    backbone, experts = parts_of(run)
+    (tmp_path / "without").mkdir()
+    assemble(run, backbone, [experts[0], experts[2]], plain_folder(tmp_path / "without"))
+    changed = members.remove(url, 1)
+    assert weights(url) == weights(str(tmp_path / "without"))
+    assert [member.index for member in members.members_of(changed)] == [0, 2]
+    members.add(url, stage_url(run, "expert", 1))
+    (tmp_path / "whole").mkdir()
+    assemble(run, backbone, experts, plain_folder(tmp_path / "whole"))
+    assert weights(url) == weights(str(tmp_path / "whole"))
+
+
+def test_only_what_changes_is_written(finished_run: Config, tmp_path: Path) -> None:
+    """The experts in front of a removed one keep their files, those behind it move to other slots."""
+    run = copy_of_run(finished_run, tmp_path / "run", router="evidence")
+    assemble_stage.run(run)
+    url = stage_url(run, "assembled")
+    before = {path.name: path.stat().st_ino for path in Path(url).iterdir()}
+    changed = members.remove(url, 2)
+    after = {path.name: path.stat().st_ino for path in Path(url).iterdir()}
+    same = {name for name in after if name.startswith("expert-")}
+    assert same == {"expert-000.safetensors", "expert-001.safetensors", "expert-002.safetensors"}
+    assert all(before[name] == after[name] for name in same)
+    facts = changed.manifest.facts
+    assert facts["bytes_linked"] == sum(changed.manifest.files[name].size for name in same)
+    changed.verify()
+
+
+def test_linked_experts_are_the_experts_files(finished_run: Config) -> None:
+    assembled = require(finished_run, "assembled")
+    for index in range(3):
+        expert = require(finished_run, "expert", index)
+        linked = assembled.local_file(f"expert-{index + 1:03d}.safetensors")
+        assert os.path.samefile(linked, expert.local_file(EXPERT_NAME))
+        assert assembled.manifest.files[linked.name] == expert.manifest.files[EXPERT_NAME]
+
+
+def test_a_plain_experts_file_is_linked_too(tmp_path: Path, finished_run: Config) -> None:
+    from tests.conftest import run_every_stage, tiny_config
+
+    config = tiny_config(
+        tmp_path / "plain", experts={"anchored": False, "count": 3}, assembly={"router": "data_stats", "mode": "link"}
+    )
+    run_every_stage(config)
+    assembled = require(config, "assembled")
+    expert = require(config, "expert", 1)
+    assert os.path.samefile(assembled.local_file("expert-001.safetensors"), expert.local_file(EXPERT_NAME))
+
+
+def test_link_mode_refuses_another_disk_and_auto_copies(
+    finished_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, experts = parts_of(finished_run)
+    monkeypatch.setattr("checkpoints.folder.FolderStore.copy_inside", lambda *_: False)
+    for name in ("link", "auto"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(MismatchError, match="on one file system that has hard links"):
+        assemble(with_assembly(finished_run, mode="link"), backbone, experts, plain_folder(tmp_path / "link"))
+    assemble(with_assembly(finished_run, mode="auto"), backbone, experts, plain_folder(tmp_path / "auto"))
+    assert weights(str(tmp_path / "auto")) == weights(stage_url(finished_run, "assembled"))
+
+
+def test_a_hard_link_is_never_written_through(finished_run: Config, tmp_path: Path) -> None:
+    """An interrupted link, then another plan at the same place: the expert's own file must stay as it is."""
+    expert = require(finished_run, "expert", 0)
+    before = expert.read_bytes(EXPERT_NAME)
+    writer = plain_folder(tmp_path)
+    entry = expert.manifest.files[EXPERT_NAME]
+    assert writer.link("x.safetensors", expert.file_url(EXPERT_NAME), entry)
+    writer.write_known("x.safetensors", [b"other bytes"], 11, lambda: entry)
+    assert (tmp_path / "x.safetensors").read_bytes() == b"other bytes"
+    assert expert.read_bytes(EXPERT_NAME) == before
+
+
+def test_the_evidence_router_is_the_mean_evidence_of_the_text_so_far(finished_run: Config, tmp_path: Path) -> None:
+    run = with_assembly(finished_run, router="evidence", router_temperature=0.5)
+    backbone, experts = parts_of(run)
+    assemble(run, backbone, experts, plain_folder(tmp_path))
+    model = load_model(tmp_path)
+    statistics = [load_statistics(expert.local_file(STATISTICS_NAME)) for expert in experts]
+    evidence_VE = torch.from_numpy(evidence.token_evidence(item.tokens_V for item in statistics)).float()
+    tokens_BT = torch.randint(4, 500, (2, 33), generator=torch.Generator().manual_seed(1))
+    observe_routing(model)
+    streams: list[torch.Tensor] = []
+    norm = model.blocks[1].post_attention_layernorm
+    norm.register_forward_pre_hook(lambda _m, arguments: streams.append(arguments[0]))
+    with torch.no_grad():
+        model(tokens_BT)
+    count = torch.arange(1, 34)[None, :, None]
+    mean_BTE = evidence_VE[tokens_BT].cumsum(dim=1) / count
+    width = backbone.read_json("config.json")["hidden_size"]
+    rms_BT1 = streams[0][..., :width].square().mean(dim=-1, keepdim=True).sqrt()
+    typical = np.mean([item.inverse_rms_L[1] for item in statistics])
+    expected = mean_BTE / 0.5 / rms_BT1 / typical
+    logits = moe_layers(model)[1].observed_logits
+    assert logits is not None
+    found = logits.view(2, 33, 4)
+    assert torch.equal(found[..., 0], torch.zeros(2, 33))  # the public expert
+    # A single token's evidence has 1/64 of the weight of the mean, over the stream's rms.
+    assert (found[..., 1:] - expected).abs().max() < 0.1 * expected.abs().max()
+    assert torch.corrcoef(torch.stack([found[..., 1:].flatten(), expected.flatten()]))[0, 1] > 0.995
+
+
+def test_a_widened_model_forced_to_an_expert_is_that_expert(finished_run: Config, tmp_path: Path) -> None:
+    run = with_assembly(finished_run, router="evidence", public_expert=False)
+    backbone, experts = parts_of(run)
+    assemble(run, backbone, experts, plain_folder(tmp_path))
+    model = load_model(tmp_path)
+    tokens_BT = torch.randint(4, 500, (2, 17), generator=torch.Generator().manual_seed(0))
+    for index, expert in enumerate(experts):
+        plain = replace(expert, manifest=replace(expert.manifest, facts={"anchored": False}))
+        own = Backbone(backbone).expert(plain)
+        restrict_routing(model, (index,))
+        with torch.no_grad():
+            assert (model(tokens_BT) - own(tokens_BT)).abs().max() < 2e-4  # the channels move the norms a little
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_transformers_computes_the_same_with_a_widened_model(dtype: str, finished_run: Config, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    run = with_assembly(finished_run, router="evidence", dtype=dtype)
+    assemble(run, *parts_of(run), plain_folder(tmp_path))
+    kinds = {tensor.dtype for tensor in read_tensors(tmp_path).values()}
+    assert kinds == {torch.float32 if dtype == "fp32" else torch.bfloat16}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.dtype == next(iter(kinds))
+    ours, theirs = load_model(tmp_path).float(), theirs.float().eval()
+    tokens_BT = torch.randint(4, 500, (2, 33), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (theirs(tokens_BT).logits - ours(tokens_BT)).abs().max() < 1e-4
+
+
+def damaged(expert: Artifact, folder: Path, change: object) -> Artifact:
+    """The expert again, committed with changed tensors."""
+    from checkpoints import write_artifact
+
+    tensors = load_file(expert.local_file(EXPERT_NAME))
+    change(tensors)  # type: ignore[operator]
+    with write_artifact(str(folder), "expert", "changed") as writer:
+        save_file(tensors, writer.folder / EXPERT_NAME, metadata={"format": "pt"})
+        for name in ("router.safetensors", STATISTICS_NAME):
+            shutil.copyfile(expert.local_file(name), writer.folder / name)
+        return writer.commit(expert.manifest.facts)
+
+
+def first_key(tensors: dict[str, torch.Tensor]) -> str:
+    return min(tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(first_key(t)), r"slot 1, layer 0, w1 must be in its weight file, but is missing"),
+        (lambda t: t.update({first_key(t): torch.zeros(3, 4)}), r"but is F32 \(3, 4\)"),
+        (lambda t: t.update({first_key(t): t[first_key(t)].half()}), r"but is F16 "),
+    ],
+)
+def test_experts_that_do_not_fit_are_refused_by_name(
+    change: object, message: str, finished_run: Config, tmp_path: Path
+) -> None:
+    backbone, experts = parts_of(finished_run)
+    wrong = damaged(experts[0], tmp_path / "expert", change)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(MismatchError, match=message):
+        assemble(finished_run, backbone, [wrong, *experts[1:]], plain_folder(tmp_path / "out"))
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_same_expert_twice_and_one_of_another_backbone_are_refused(finished_run: Config, tmp_path: Path) -> None:
+    backbone, experts = parts_of(finished_run)
+    with pytest.raises(MismatchError, match="each slot must hold another expert"):
+        assemble(finished_run, backbone, [experts[0], experts[0]], plain_folder(tmp_path))
+    facts = json.loads(json.dumps(experts[1].manifest.facts))
+    facts["shared_tensors"][min(facts["shared_tensors"])] = "0" * 64
+    stranger = replace(experts[1], manifest=replace(experts[1].manifest, facts=facts))
+    with pytest.raises(MismatchError, match="must have been trained on the backbone"):
+        assemble(finished_run, backbone, [experts[0], stranger], plain_folder(tmp_path))
+
+
+def test_a_truncated_expert_is_refused_before_anything_is_written(finished_run: Config, tmp_path: Path) -> None:
+    run = copy_of_run(finished_run, tmp_path / "run")
+    victim = tmp_path / "run/experts/expert-1" / EXPERT_NAME
+    victim.write_bytes(victim.read_bytes()[:-100])
+    with pytest.raises(CorruptArtifactError, match=r"expert-1/expert.safetensors must have .* bytes, .*truncated"):
+        assemble_stage.run(run)
+    assert not Path(stage_url(run, "assembled")).exists()
+
+
+def test_the_command_lists_and_changes_members_and_says_what_is_wrong(finished_run: Config, tmp_path: Path) -> None:
+    run = copy_of_run(finished_run, tmp_path / "run", router="data_stats")
+    assemble_stage.run(run)
+    url = stage_url(run, "assembled")
+    listed = json.loads(run_command("modularforge", "experts", "list", url, "--json").stdout)
+    assert [(entry["slot"], entry["index"]) for entry in listed] == [(1, 0), (2, 1), (3, 2)]
+    output = str(tmp_path / "two")
+    run_command("modularforge", "experts", "remove", url, "1", "--output", output)
+    assert [member.index for member in members.members_of(open_artifact(output))] == [0, 2]
+    assert len(members.members_of(open_artifact(url))) == 3
+    wrong = run_command("modularforge", "experts", "remove", url, "7", check=False)
+    assert wrong.returncode == 2
+    assert "must have an expert 7, but has 0, 1, 2" in wrong.stderr
+    wrong = run_command("modularforge", "experts", "add", url, stage_url(run, "backbone"), check=False)
+    assert "must be an expert, but is of kind backbone" in wrong.stderr
+    twice = run_command("modularforge", "experts", "add", url, stage_url(run, "expert", 0), check=False)
+    assert "each slot must hold another expert" in twice.stderr
+
+
+def test_a_chosen_membership_is_kept_when_the_pipeline_runs_again(finished_run: Config, tmp_path: Path) -> None:
+    run = copy_of_run(finished_run, tmp_path / "run", router="data_stats")
+    assemble_stage.run(run)
+    members.remove(stage_url(run, "assembled"), 0)
+    assemble_stage.run(run)
+    assert [member.index for member in members.members_of(require(run, "assembled"))] == [1, 2]
+
+
+def test_a_replaced_expert_may_come_from_another_run(finished_run: Config, tmp_path: Path) -> None:
+    run = copy_of_run(finished_run, tmp_path / "run", router="data_stats")
+    assemble_stage.run(run)
+    newer = damaged(require(run, "expert", 1), tmp_path / "newer", lambda t: t[first_key(t)].add_(1))
+    changed = members.replace(stage_url(run, "assembled"), 1, newer.url, str(tmp_path / "new-model"))
+    assert changed.manifest.files["expert-002.safetensors"] == newer.manifest.files[EXPERT_NAME]
+    old = require(run, "assembled").manifest.files
+    assert changed.manifest.files["expert-001.safetensors"] == old["expert-001.safetensors"]
+    with pytest.raises((MismatchError, ArtifactExistsError)):
+        members.replace(stage_url(run, "assembled"), 2, newer.url, str(tmp_path / "new-model"))

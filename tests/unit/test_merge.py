@@ -1,0 +1,239 @@
+"""Executing merge plans: bytes of a naive merge, conversions, growing matrices, interruptions, bad files."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoints import plain_folder, write_artifact
+from checkpoints.durable import DurableFile
+from checkpoints.hashing import describe_file
+from modularforge.assembly.convert import converted
+from modularforge.assembly.plan import OutputTensor, merged_spans, output_tensors, plan_merge, plan_parts, read_header
+from modularforge.assembly.stream import execute
+from modularforge.errors import DataError, MismatchError
+from modularforge.model import names
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+def random_model(folder: Path, seed: int) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]], int]:
+    """Backbone and experts of random shape, type and number, written as weight files; returns tensors and layers."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    width, ffn, vocab = rng.choice([3, 8, 17]), rng.choice([5, 32]), rng.choice([11, 64])
+    layers, experts, dtype = rng.randint(1, 3), rng.randint(1, 5), rng.choice(list(DTYPES.values()))
+    backbone = {names.EMBEDDING: torch.randn(vocab, width), names.FINAL_NORM: torch.randn(width)}
+    shapes = {"w1": (ffn, width), "w2": (width, ffn), "w3": (ffn, width)}
+    for layer in range(layers):
+        backbone[f"model.layers.{layer}.input_layernorm.weight"] = torch.randn(width)
+        backbone |= {names.dense_ffn(layer, part): torch.randn(shape) for part, shape in shapes.items()}
+    backbone = {name: tensor.to(dtype) for name, tensor in backbone.items()}
+    members = [
+        {
+            names.expert_ffn(layer, slot + 1, part): torch.randn(shape).to(dtype)
+            for layer in range(layers)
+            for part, shape in shapes.items()
+        }
+        for slot in range(experts)
+    ]
+    save_file(backbone, folder / "backbone.safetensors", metadata={"format": "pt"})
+    for slot, tensors in enumerate(members):
+        save_file(tensors, folder / f"{slot}.safetensors", metadata={"format": "pt"})
+    return backbone, members, layers
+
+
+def naive_merge(
+    backbone: dict[str, torch.Tensor], members: list[dict[str, torch.Tensor]], dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """What one would write with everything in memory: the public FFN as expert 0."""
+    merged: dict[str, torch.Tensor] = {}
+    for name, tensor in backbone.items():
+        for part, dense in PARTS.items():
+            name = name.replace(f".mlp.{dense}.", f".block_sparse_moe.experts.0.{part}.")
+        merged[name] = tensor
+    for tensors in members:
+        merged |= tensors
+    return {name: tensor.to(dtype or tensor.dtype) for name, tensor in merged.items()}
+
+
+def spans_of(folder: Path, experts: int, layers: int) -> dict[str, object]:
+    def read(name: str) -> object:
+        path = folder / f"{name}.safetensors"
+        return read_header(str(path), describe_file(path).tensors)
+
+    return merged_spans(read("backbone"), {e + 1: read(str(e)) for e in range(experts)}, layers, 0)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_models_are_merged_as_a_naive_merge_would(seed: int, tmp_path: Path) -> None:
+    backbone, members, layers = random_model(tmp_path, seed)
+    target = random.Random(seed).choice([None, *DTYPES])
+    tensors = output_tensors(spans_of(tmp_path, len(members), layers), target)
+    writer = plain_folder(tmp_path / "out")
+    writer.folder.mkdir()
+    execute(plan_merge(tensors, 10**9), writer)
+    naive = naive_merge(backbone, members, DTYPES[target] if target else None)
+    save_file(naive, tmp_path / "naive.safetensors", metadata={"format": "pt"})
+    written = tmp_path / "out" / "model.safetensors"
+    assert written.read_bytes() == (tmp_path / "naive.safetensors").read_bytes()
+    assert writer.written == {"model.safetensors": describe_file(written)}
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("chunk", [7, 64, 1 << 20])
+def test_shards_and_chunk_sizes_change_no_tensor(
+    seed: int, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modularforge.assembly.stream.LOCAL_CHUNK", chunk)
+    backbone, members, layers = random_model(tmp_path, seed)
+    plan = plan_merge(output_tensors(spans_of(tmp_path, len(members), layers)), random.Random(seed).randint(50, 5000))
+    (tmp_path / "out").mkdir()
+    writer = plain_folder(tmp_path / "out")
+    execute(plan, writer)
+    merged: dict[str, torch.Tensor] = {}
+    for file in plan.files:
+        merged |= load_file(tmp_path / "out" / file.name)
+        assert describe_file(tmp_path / "out" / file.name) == writer.written[file.name]
+    naive = naive_merge(backbone, members, None)
+    assert merged.keys() == naive.keys()
+    assert all(torch.equal(merged[name].view(torch.uint8), naive[name].view(torch.uint8)) for name in naive)
+
+
+@pytest.mark.parametrize("source", list(DTYPES))
+@pytest.mark.parametrize("target", list(DTYPES))
+def test_conversions_have_the_bits_of_torch(source: str, target: str) -> None:
+    bits = torch.randint(-(2**31), 2**31, (20_000,), dtype=torch.int64).to(torch.int32).view(torch.float32)
+    special = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), 1e-45, 65504.0, 65520.0, 3.4e38, 1.00390625])
+    values = torch.cat([bits[~bits.isnan()], special]).to(DTYPES[source])
+    expected = values.to(DTYPES[target])
+    raw = values.view(torch.uint8).numpy().tobytes()
+    found = converted(raw, source, target).tobytes()
+    assert found == expected.view(torch.uint8).numpy().tobytes()
+
+
+def test_matrices_grow_by_zeros_and_by_what_lies_beside_and_below(tmp_path: Path) -> None:
+    matrix, beside, below = torch.randn(7, 5), torch.randn(7, 3), torch.randn(2, 8)
+    save_file({"m": matrix.bfloat16(), "beside": beside, "below": below}, tmp_path / "in.safetensors")
+    spans = read_header(str(tmp_path / "in.safetensors"))
+    tensors = {
+        "zeros": OutputTensor(spans["m"], "BF16", columns=3, rows=2),
+        "given": OutputTensor(spans["m"], "BF16", columns=3, rows=2, beside=spans["beside"], below=spans["below"]),
+        "rows": OutputTensor(spans["m"], "F32", rows=1),
+    }
+    execute(plan_parts({"out.safetensors": tensors}), plain_folder(tmp_path))
+    out = load_file(tmp_path / "out.safetensors")
+    wide = torch.nn.functional.pad(matrix.bfloat16(), (0, 3, 0, 2))
+    assert torch.equal(out["zeros"], wide)
+    wide[:7, 5:], wide[7:] = beside.bfloat16(), below.bfloat16()
+    assert torch.equal(out["given"], wide)
+    assert torch.equal(out["rows"], torch.nn.functional.pad(matrix.bfloat16().float(), (0, 0, 0, 1)))
+
+
+def test_a_changed_byte_and_a_file_that_ends_early_are_told_with_their_names(tmp_path: Path) -> None:
+    _, members, layers = random_model(tmp_path, 3)
+    spans = spans_of(tmp_path, len(members), layers)
+    victim = tmp_path / "0.safetensors"
+    whole = victim.read_bytes()
+    (tmp_path / "out").mkdir()
+    victim.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(MismatchError, match=r"experts\.1\.w\d\.weight in .*0\.safetensors must have the sha256"):
+        execute(plan_merge(output_tensors(spans), 10**9), plain_folder(tmp_path / "out"))
+    victim.write_bytes(whole[:-3])
+    with pytest.raises(DataError, match=r"0\.safetensors must be a whole weight file, but ends \d+ bytes early"):
+        execute(plan_merge(output_tensors(spans), 10**9), plain_folder(tmp_path / "out"))
+
+
+class Killed(BaseException):
+    """Stands for a process that ends here."""
+
+
+@pytest.mark.parametrize("store", ["folder", "memory"])
+@pytest.mark.parametrize("shard_bytes", [4000, 10**9])
+def test_killed_at_every_write_the_merge_continues_to_the_same_bytes(
+    store: str, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call that writes a chunk, notes a finished file or commits is once the last one of its process."""
+    _, members, layers = random_model(tmp_path, 0)
+    monkeypatch.setattr("modularforge.assembly.stream.LOCAL_CHUNK", 2000)
+    plan = plan_merge(output_tensors(spans_of(tmp_path, len(members), layers)), shard_bytes)
+    root = str(tmp_path / "store") if store == "folder" else f"memory://merge-{shard_bytes}"
+    calls, limit = 0, 10**9
+
+    def counted(function):
+        def wrapper(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls > limit:
+                raise Killed
+            return function(*arguments, **options)
+
+        return wrapper
+
+    for target in ("checkpoints.durable.DurableFile.write", "checkpoints.journal.paths.replace_bytes"):
+        monkeypatch.setattr(target, counted(eval_target(target)))
+    monkeypatch.setattr("checkpoints.writer.paths.upload", counted(eval_target("checkpoints.writer.paths.upload")))
+
+    def merge(url: str) -> dict[str, object]:
+        with write_artifact(url, "assembled", "0123456789abcdef", resume=True) as writer:
+            execute(plan, writer)
+            return writer.commit().manifest.files
+
+    expected = merge(f"{root}/whole")
+    total = calls
+    for kill_at in range(total):
+        url = f"{root}/killed-{kill_at}"
+        calls, limit = 0, kill_at
+        with pytest.raises(Killed):
+            merge(url)
+        first = calls - 1
+        calls, limit = 0, 10**9
+        assert merge(url) == expected
+        if store == "folder":
+            assert calls <= total - first + 3, "bytes that were there are not written again"
+    assert total > (5 if store == "folder" else 1)
+
+
+def eval_target(dotted: str):
+    import importlib
+
+    module, _, name = dotted.rpartition(".")
+    if module.endswith(".paths"):
+        module = "checkpoints.paths"
+    if module.endswith("DurableFile"):
+        return DurableFile.write
+    return getattr(importlib.import_module(module), name)
+
+
+def test_two_writers_of_one_fingerprint_do_not_share_a_folder(tmp_path: Path) -> None:
+    url = str(tmp_path / "model")
+    same = (url, "assembled", "0123456789abcdef")
+    with write_artifact(*same, resume=True) as first, write_artifact(*same, resume=True) as second:
+        assert first.folder != second.folder
+        assert (first.resumes, second.resumes) == (True, False)
+
+
+def test_a_disk_without_room_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from checkpoints import StoreFullError
+
+    _, members, layers = random_model(tmp_path, 2)
+    plan = plan_merge(output_tensors(spans_of(tmp_path, len(members), layers)), 10**9)
+    usage = type("Usage", (), {"free": plan.size - 1})
+    monkeypatch.setattr("checkpoints.writer.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(StoreFullError, match="make room, or use another --output-dir"):
+        execute(plan, plain_folder(tmp_path))
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_copies_are_sequential_and_numpy_only() -> None:
+    """The copy path must not load torch: checked in a process of its own."""
+    import subprocess
+    import sys
+
+    code = "import sys, modularforge.assembly.assemble, modularforge.assembly.stream; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
