@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 
 from checkpoints.errors import UserError
 from modularforge.artifacts import Backbone, Corpus
+from modularforge.calibration.calibrator import split_documents
 from modularforge.config import Config
 from modularforge.errors import ConfigError, MismatchError
 from modularforge.evaluation.generation import Sampling, generate
+from modularforge.evaluation.losses import measure
 from modularforge.evaluation.talk import load_for_generation
 from modularforge.model import names
 from modularforge.model.folder import load_model, read_tensors
@@ -186,6 +188,19 @@ def test_every_model_was_measured(run: Finished) -> None:
     measured = run.results["models"]
     assert {"backbone", "dense", "expert-0", "expert-2", "soup", "assembled"} <= measured.keys()
     assert all(np.isfinite(model["mean_loss"]) for model in measured.values())
+
+
+def test_calibration_is_judged_in_the_type_it_is_stored_in(run: Finished) -> None:
+    if not (run.folder("calibrated") / "config.json").exists():
+        pytest.skip("the calibration was not kept")
+    corpus = Corpus(require(run.config, "corpus"))
+    _, decide = split_documents(corpus.tokens("validation"), corpus.labels)
+    limits = run.config.evaluation.batch_size, run.config.evaluation.tokens_per_domain
+    model = load_model(run.folder("calibrated")).float()
+    found = measure(model, decide, corpus.byte_lengths, *limits, torch.device("cpu"), models.CONTEXT).mean_loss
+    assert require(run.config, "calibrated").manifest.facts["loss_after"] == pytest.approx(found, abs=1e-6)
+    kinds = {tensor.dtype for tensor in read_tensors(run.folder("calibrated")).values()}
+    assert kinds == {tensor.dtype for tensor in read_tensors(run.folder("assembled")).values()}
 
 
 @pytest.fixture
