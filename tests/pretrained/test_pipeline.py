@@ -28,6 +28,7 @@ from modularforge.model.moe import restrict_routing
 from modularforge.pipeline import plan_stage, require, stage_url
 from modularforge.settings import load_config, make_config, to_yaml
 from modularforge.stages import assemble, backbone, expert, prepare
+from modularforge.stored_models import stored_model
 from tests.conftest import run_every_stage, tiny_values
 from tests.pretrained import models
 
@@ -130,6 +131,20 @@ def test_every_token_to_one_expert_is_that_experts_own_model(run: Finished) -> N
                 if names.is_gate(name):
                     weight.copy_(weight.to(rows_type))
             assert (model(ids()) - own(ids())).abs().max() < TOLERANCE
+
+
+def test_linked_parts_are_the_same_model(run: Finished, tmp_path: Path) -> None:
+    for name in ("backbone", "experts"):
+        (tmp_path / name).symlink_to(Path(run.config.output_dir) / name)
+    assembly = run.config.assembly.model_copy(update={"mode": "link"})
+    places = {"output_dir": str(tmp_path), "data_dir": run.config.data_url}
+    assemble.run(run.config.model_copy(update={"assembly": assembly, **places}))
+    folder = tmp_path / "assembled"
+    assert len(list(folder.glob("expert-*.safetensors"))) == 4  # the public one too
+    assert torch.equal(ours(folder), ours(run.folder("assembled")))
+    assert torch.equal(theirs(folder), theirs(run.folder("assembled")))
+    with torch.no_grad():
+        assert torch.equal(stored_model(str(folder)).load()(ids()), load_model(folder)(ids()))
 
 
 def test_an_experts_file_has_the_names_of_its_slot_and_the_type_of_the_backbone(run: Finished) -> None:
