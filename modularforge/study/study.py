@@ -125,7 +125,7 @@ def collect(runs: Runs, split: Split) -> dict[str, list[dict[str, Any]]]:
     for variant in variants_of(runs.study):
         for seed in runs.study.seeds:
             artifact = find_artifact(_result_url(runs, split, variant, seed))
-            if artifact:
+            if artifact and artifact.manifest.settings.get("format") == RESULT_FORMAT:
                 found.setdefault(variant.name, []).append(artifact.read_json(RESULT_NAME))
     return found
 

@@ -1,0 +1,205 @@
+"""How fast the assembler is beside `cp` and mergekit-moe, and how much memory it takes.
+
+    python benchmarks/assembly.py --folder /a/disk                       # 8 experts of 4 layers
+    python benchmarks/assembly.py --folder /a/disk --layers 22           # 8 experts of a 1.1 B model: 40 GB of disk
+    python benchmarks/assembly.py --folder /a/disk --mergekit ENV/bin/mergekit-moe
+
+Measures, in one run and in turns: (1) `assembly.mode: merge`, hashing in and out and fsync included, against `cp` and
+fsync of the same bytes; (2) the same with the evidence router, which widens every matrix; (3) `link`; (4) peak anonymous
+memory of each, from /proc/self/smaps_rollup in a process of its own, with 2, 8 and more experts; (5) mergekit-moe on
+the same experts as dense models, when its command is given (from an environment of its own: pip install mergekit).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from checkpoints import Artifact
+from modularforge.config import ModelConfig
+from tests.synthetic_models import describe, write_parts
+
+CHILD = """
+import json, sys, threading, time
+from pathlib import Path
+peak = 0
+def anonymous():
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return int(next(line for line in text.splitlines() if line.startswith("Anonymous:")).split()[1]) / 1000
+def watch():
+    global peak
+    while True:
+        peak = max(peak, anonymous())
+        time.sleep(0.02)
+from checkpoints import open_artifact, write_artifact
+from modularforge.assembly.assemble import assemble
+from modularforge.settings import make_config
+parts, target, mode, router = json.loads(Path(sys.argv[1]).read_text()), *sys.argv[2:5]
+values = {"data": {"sources": [{"name": "x", "train": "x"}]}, "experts": {"anchored": False, "count": 2}}
+values["assembly"] = {"mode": mode, "router": router, "max_shard_bytes": 5_000_000_000}
+config = make_config(values, "benchmark")
+threading.Thread(target=watch, daemon=True).start()
+start = time.perf_counter()
+with write_artifact(target, "assembled", "benchmark") as writer:
+    experts = [open_artifact(url) for url in parts["experts"]]
+    assemble(config, open_artifact(parts["backbone"]), experts, writer)
+    size = writer.commit({}).manifest.size
+print(json.dumps({"seconds": time.perf_counter() - start, "peak_mb": max(peak, anonymous()), "bytes": size}))
+"""
+
+
+def main() -> None:
+    options = parse()
+    folder = Path(options.folder) / f"assembly-benchmark-{uuid.uuid4().hex[:8]}"
+    folder.mkdir(parents=True)
+    try:
+        model = ModelConfig(
+            width=2048,
+            layers=options.layers,
+            heads=32,
+            kv_heads=4,
+            ffn_width=5632,
+            context_length=2048,
+            tied_head=False,
+        )
+        backbone, experts = write_parts(folder, model, 32_000, options.experts)
+        describe(folder, backbone, experts)
+        size = sum(item.manifest.size for item in experts)
+        print(f"{options.experts} experts of {size / options.experts / 1e9:.2f} GB, {options.layers} layers, bf16")
+        speed(folder, backbone, experts, options.rounds)
+        memory(folder, options)
+        if options.mergekit:
+            mergekit(folder, backbone, experts, options.mergekit)
+    finally:
+        shutil.rmtree(folder)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", required=True, help="a folder on the disk to measure")
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=4, help="22 for the whole 1.1 B model")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--most-experts", type=int, default=32, help="for the memory of many experts")
+    parser.add_argument("--mergekit", default="", help="path of the mergekit-moe command")
+    return parser.parse_args()
+
+
+def speed(folder: Path, backbone: Artifact, experts: list[Artifact], rounds: int) -> None:
+    """Each contender in turn; medians and ratios."""
+    seconds: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for name, mode, router in (
+            ("merge", "merge", "data_stats"),
+            ("merge, evidence", "merge", "evidence"),
+            ("link", "link", "data_stats"),
+        ):
+            found = assemble_once(folder, mode, router)
+            seconds.setdefault(name, []).append(found["seconds"])
+        seconds.setdefault("cp + fsync", []).append(copy_all(folder, backbone, experts))
+    reference = statistics.median(seconds["cp + fsync"])
+    for name, found in seconds.items():
+        median = statistics.median(found)
+        print(f"{name:16s} {median:7.2f} s   {median / reference:5.2f} x cp + fsync   {[round(x, 2) for x in found]}")
+    print("target: merge at most 1.15 x cp; link independent of size")
+
+
+def assemble_once(folder: Path, mode: str, router: str, parts: str = "parts.json") -> dict[str, float]:
+    """Assemble in a process of its own; seconds, peak anonymous memory in MB, and bytes."""
+    target = folder / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(folder / parts), str(target), mode, router],
+        check=True, capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent,
+    )  # fmt: skip
+    shutil.rmtree(target)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def copy_all(folder: Path, backbone: Artifact, experts: list[Artifact]) -> float:
+    """`cp` of the weight files that are merged, and fsync."""
+    target = folder / "copied"
+    target.mkdir()
+    files = [backbone.local_file("model.safetensors", verify=False)]
+    files += [item.local_file("expert.safetensors", verify=False) for item in experts]
+    start = time.perf_counter()
+    for number, file in enumerate(files):
+        subprocess.run(["cp", str(file), str(target / f"{number}")], check=True)
+        subprocess.run(["sync", str(target / f"{number}")], check=True)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(target)
+    return seconds
+
+
+def memory(folder: Path, options: argparse.Namespace) -> None:
+    """Peak anonymous memory with 2, 8 and many experts; many small ones are made for it."""
+    small = folder / "small"
+    small.mkdir()
+    model = ModelConfig(
+        width=2048, layers=2, heads=32, kv_heads=4, ffn_width=5632, context_length=2048, tied_head=False
+    )
+    backbone, members = write_parts(small, model, 32_000, options.most_experts)
+    for router in ("data_stats", "evidence"):
+        for count in sorted({2, 8, options.most_experts}):
+            describe(small, backbone, members[:count])
+            found = assemble_once(small, "merge", router)
+            print(
+                f"memory, {router:10s} K = {count:3d}: {found['peak_mb']:6.0f} MB anonymous, "
+                f"{found['bytes'] / 1e9:.2f} GB written"
+            )
+    print("target: at most 300 MB, and the same for all K")
+
+
+def mergekit(folder: Path, backbone: Artifact, experts: list[Artifact], command: str) -> None:
+    """mergekit-moe wants each expert as a whole dense model; random gates, so that it computes no hidden states."""
+    sources = []
+    for index, expert in enumerate(experts):
+        dense = folder / f"dense-{index}"
+        dense.mkdir()
+        write_dense(dense, backbone, expert)
+        sources.append({"source_model": str(dense), "positive_prompts": ["x"]})
+    config = folder / "mergekit.yaml"
+    base = {"base_model": sources[0]["source_model"], "gate_mode": "random", "dtype": "bfloat16", "experts": sources}
+    config.write_text(json.dumps(base))
+    target = folder / "mergekit-out"
+    start = time.perf_counter()
+    done = subprocess.run(
+        ["/usr/bin/time", "-f", "%M", command, str(config), str(target), "--lazy-unpickle", "--low-cpu-memory"],
+        capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    if done.returncode:
+        print(f"mergekit-moe failed: {done.stderr.strip().splitlines()[-1]}")
+        return
+    seconds = time.perf_counter() - start
+    size = sum(path.stat().st_size for path in target.iterdir())
+    resident = int(done.stderr.strip().splitlines()[-1]) / 1000
+    print(f"mergekit-moe     {seconds:7.2f} s for {size / 1e9:.2f} GB, {resident:.0f} MB resident at most")
+
+
+def write_dense(target: Path, backbone: Artifact, expert: Artifact) -> None:
+    """The backbone with the expert's FFN, as a folder of its own."""
+    from checkpoints import plain_folder
+    from modularforge.assembly.plan import output_tensors, plan_merge, read_header
+    from modularforge.assembly.stream import execute
+    from modularforge.model import names
+
+    spans = read_header(str(backbone.local_file("model.safetensors", verify=False)))
+    own = read_header(str(expert.local_file("expert.safetensors", verify=False)))
+    spans |= {names.expert_to_dense(name): span for name, span in own.items()}
+    execute(plan_merge(output_tensors(spans), 10**12), plain_folder(target))
+    for name in ("config.json", "generation_config.json"):
+        shutil.copyfile(backbone.local_file(name), target / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Backbones and experts of any size with random bytes for weights, written block by block."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints import Artifact, ArtifactWriter, write_artifact
+from modularforge.assembly.plan import ITEM_BYTES, OutputTensor, TensorSpan, header_bytes, in_file_order
+from modularforge.assembly.routing import LayerStatistics, RouterStatistics
+from modularforge.assembly.statistics import EXPERT_NAME, STATISTICS_NAME, save_statistics
+from modularforge.config import ModelConfig
+from modularforge.model import names
+from modularforge.model.hub_config import CONFIG_NAME, GENERATION_NAME, backbone_config, generation_config
+from modularforge.model.sizes import dense_shapes
+
+BLOCK = os.urandom(1 << 20)
+
+
+def write_parts(
+    folder: Path, model: ModelConfig, vocab_size: int, experts: int, dtype: str = "BF16"
+) -> tuple[Artifact, list[Artifact]]:
+    """A committed backbone and its plain experts, all in `dtype`."""
+    shapes = dense_shapes(model, vocab_size)
+    with write_artifact(str(folder / "backbone"), "backbone", "synthetic") as writer:
+        _write(writer, "model.safetensors", shapes, dtype, 0)
+        carried = {"dtype": {"BF16": "bfloat16", "F32": "float32"}[dtype]}
+        writer.write_json(CONFIG_NAME, backbone_config(model, vocab_size, carried))
+        writer.write_json(GENERATION_NAME, generation_config())
+        backbone = writer.commit({"data": {}})
+    hashes = backbone.manifest.files["model.safetensors"].tensors
+    shared = {name: digest for name, digest in hashes.items() if names.is_shared(name)}
+    members = []
+    for index in range(experts):
+        own = {names.dense_to_expert(n, index): s for n, s in shapes.items() if names.is_dense_ffn(n)}
+        with write_artifact(str(folder / f"experts/expert-{index}"), "expert", f"synthetic-{index}") as writer:
+            _write(writer, EXPERT_NAME, own, dtype, index + 1)
+            save_statistics(writer.folder / STATISTICS_NAME, _statistics(model, vocab_size, index))
+            members.append(writer.commit({"index": index, "anchored": False, "shared_tensors": shared}))
+    return backbone, members
+
+
+def _write(writer: ArtifactWriter, name: str, shapes: dict[str, tuple[int, ...]], dtype: str, seed: int) -> None:
+    tensors = {
+        key: OutputTensor(TensorSpan("", dtype, shape, 0, prod(shape) * ITEM_BYTES[dtype]), dtype)
+        for key, shape in shapes.items()
+    }
+    ordered = in_file_order(tensors.items())
+
+    def chunks() -> Iterator[bytes]:
+        yield header_bytes(ordered)
+        for number, (_, tensor) in enumerate(ordered):
+            start = (seed * 1009 + number * 131) % len(BLOCK)
+            block, left = BLOCK[start:] + BLOCK[:start], tensor.length
+            while left:
+                yield block[: min(left, len(block))]
+                left -= min(left, len(block))
+
+    writer.write_chunks(name, chunks())
+
+
+def _statistics(model: ModelConfig, vocab_size: int, seed: int) -> RouterStatistics:
+    random = np.random.default_rng(seed)
+    second: Any = np.eye(model.width, dtype=np.float32)
+    layers = [LayerStatistics(1000.0, random.normal(size=model.width), 1000 * second) for _ in range(model.layers)]
+    return RouterStatistics(layers, random.poisson(3.0, vocab_size).astype(float), np.ones(model.layers))
+
+
+def describe(folder: Path, backbone: Artifact, experts: list[Artifact]) -> None:
+    """Note the parts in `parts.json`, for a process of its own to open."""
+    urls = {"backbone": backbone.url, "experts": [item.url for item in experts]}
+    (folder / "parts.json").write_text(json.dumps(urls))
