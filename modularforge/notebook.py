@@ -157,7 +157,7 @@ class LayerNormCalibrator:
         artifact = open_artifact(model_path)
         end = _end_token(artifact.read_json(CONFIG_NAME))
         decide, fitted = (encode(self.tokenizer, validation_texts[start::2], end) for start in (0, 1))
-        model = load_model(artifact.local_folder()).float().to(default_device())
+        model = load_model(artifact.local_folder()).to(default_device())
         job = Job("calibration", self.config.calibration, self.config.training)
         seed, lengths = derived_seed(self.config.seed, "calibration order"), _byte_lengths(self.tokenizer)
         result = calibrate(model, self.config, even_mixture({"": fitted}), {"": decide}, lengths, job, seed)

@@ -115,7 +115,17 @@ def test_there_are_no_import_cycles() -> None:
         visit(module, ())
 
 
-@pytest.mark.parametrize("module", ["modularforge", "launcher", "launcher.__main__", "checkpoints", "modularforge.cli"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "modularforge",
+        "launcher",
+        "launcher.__main__",
+        "checkpoints",
+        "modularforge.cli",
+        "modularforge.pretrained.identity",
+    ],
+)
 def test_importing_loads_neither_torch_nor_network_code(module: str) -> None:
     heavy = "{'torch', 'transformers', 'sklearn', 'datasets', 's3fs', 'aiobotocore', 'matplotlib'}"
     program = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"

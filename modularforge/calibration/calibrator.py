@@ -59,7 +59,10 @@ def calibrate(
     job: Job,
     seed: int,
 ) -> Calibration:
-    """Train the chosen parameters on `fit_tokens`; `decide` holds the streams per domain that judge the result."""
+    """Train the chosen parameters on `fit_tokens`; `decide` holds the streams per domain that judge the result.
+
+    It computes in float32, but what it returns and judges has the types that the model came with.
+    """
     world = World(device=model.lm_head.weight.device)
 
     def held_out() -> Measurement:

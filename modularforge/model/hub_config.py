@@ -130,7 +130,7 @@ def model_config_of(values: Mapping[str, Any]) -> ModelConfig:
         context_length=values["max_position_embeddings"],
         rope_theta=theta,
         rope_scaling=scaling,
-        norm_epsilon=values["rms_norm_eps"],
+        norm_epsilon=values.get("rms_norm_eps", 1e-6),
         tied_head=values.get("tie_word_embeddings", False),
     )
 

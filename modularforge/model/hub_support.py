@@ -57,7 +57,12 @@ def _obstacles(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def has_sliding_window(values: Mapping[str, Any]) -> bool:
-    """Whether some layer attends to a window only; Qwen3 names one that `use_sliding_window` must switch on."""
+    """Whether some layer attends to a window only.
+
+    Qwen3 names a window that `use_sliding_window` must switch on; Mistral has one where config.json does not say null.
+    """
+    if values["model_type"] == "mistral" and "sliding_window" not in values:
+        return True
     if any(kind != "full_attention" for kind in values.get("layer_types") or ()):
         return True
     return values.get("sliding_window") is not None and bool(values.get("use_sliding_window", True))

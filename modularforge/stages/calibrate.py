@@ -56,7 +56,7 @@ def _calibrate(config: Config, assembled: Artifact, corpus: Corpus, fingerprint:
             "calibration needs at least two validation documents of a domain, but there are fewer; add validation text "
             "or leave it out (assemble --no-calibrate, run-all --skip-calibration)"
         )
-    model = load_model(assembled.local_folder()).float().to(default_device())
+    model = load_model(assembled.local_folder()).to(default_device())
     places = (None, metrics_url(config, "calibration"), config.metrics.tensorboard)
     job = Job("calibration", config.calibration, config.training, fingerprint, *places)
     seed = derived_seed(config.seed, "calibration order")

@@ -97,3 +97,11 @@ def qwen3(folder: Path, dtype: torch.dtype = torch.float32, shard_size: str = "1
         **changes,
     }
     return save_model(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**values)), folder, dtype, shard_size)
+
+
+def mistral(folder: Path, dtype: torch.dtype = torch.float32, shard_size: str = "1GB", **changes: Any) -> Path:
+    """Mistral without its window, which is a Llama by another name."""
+    torch.manual_seed(3)
+    save_tokenizer(folder, "<s>", "</s>")
+    values = {**SHAPE, "vocab_size": VOCABULARY, "sliding_window": None, "head_dim": 8, **changes}
+    return save_model(transformers.MistralForCausalLM(transformers.MistralConfig(**values)), folder, dtype, shard_size)

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from checkpoints import open_artifact
-from tests.conftest import run_command
+from tests.conftest import run_command, tiny_values
 from tests.pretrained import models
 from tests.pretrained.hub_server import COMMIT, SmallHub
 
@@ -182,6 +183,29 @@ def test_a_truncated_source_is_refused(fetch: Fetch, source: Path, tmp_path: Pat
     assert done.returncode == 2
     assert "must be a whole weight file" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_names_its_backbone_as_the_hub_does_and_needs_the_network_once(
+    hub: SmallHub, source: Path, tmp_path: Path
+) -> None:
+    values = tiny_values(tmp_path / "run", backbone={"steps": 0})
+    values["model"] = {"pretrained": NAME, "context_length": models.CONTEXT}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    caches = {"HF_HOME": str(tmp_path / "hf"), "MODULARFORGE_CACHE": str(tmp_path / "cache")}
+
+    def run(*arguments: str, **variables: str) -> str:
+        command = ["modularforge", *arguments, "--config", str(tmp_path / "config.yaml")]
+        return run_command(*command, env={**caches, **variables}).stdout
+
+    shown = run("info", HF_ENDPOINT=hub.url)
+    assert "width 32, 2 layers, 4 heads, FFN 56" in shown
+    assert not any(name.startswith("model-") for name in hub.requests)  # sizes are told without the weights
+    run("prepare-data", HF_ENDPOINT=hub.url)
+    for stage in (["train"], ["assemble", "--no-calibrate"]):
+        run(*stage, HF_HUB_OFFLINE="1")
+    facts = open_artifact(str(tmp_path / "run" / "backbone")).manifest.facts
+    assert facts["pretrained"]["hub"] == NAME
+    assert f"base_model: {NAME}" in (tmp_path / "run" / "assembled" / "README.md").read_text()
 
 
 def test_the_index_names_every_shard(source: Path) -> None:

@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 
 from checkpoints.errors import UserError
 from modularforge.artifacts import Backbone, Corpus
+from modularforge.calibration.calibrator import split_documents
 from modularforge.config import Config
 from modularforge.errors import ConfigError, MismatchError
 from modularforge.evaluation.generation import Sampling, generate
+from modularforge.evaluation.losses import measure
 from modularforge.evaluation.talk import load_for_generation
 from modularforge.model import names
 from modularforge.model.folder import load_model, read_tensors
@@ -26,6 +28,7 @@ from modularforge.model.moe import restrict_routing
 from modularforge.pipeline import plan_stage, require, stage_url
 from modularforge.settings import load_config, make_config, to_yaml
 from modularforge.stages import assemble, backbone, expert, prepare
+from modularforge.stored_models import stored_model
 from tests.conftest import run_every_stage, tiny_values
 from tests.pretrained import models
 
@@ -130,6 +133,20 @@ def test_every_token_to_one_expert_is_that_experts_own_model(run: Finished) -> N
             assert (model(ids()) - own(ids())).abs().max() < TOLERANCE
 
 
+def test_linked_parts_are_the_same_model(run: Finished, tmp_path: Path) -> None:
+    for name in ("backbone", "experts"):
+        (tmp_path / name).symlink_to(Path(run.config.output_dir) / name)
+    assembly = run.config.assembly.model_copy(update={"mode": "link"})
+    places = {"output_dir": str(tmp_path), "data_dir": run.config.data_url}
+    assemble.run(run.config.model_copy(update={"assembly": assembly, **places}))
+    folder = tmp_path / "assembled"
+    assert len(list(folder.glob("expert-*.safetensors"))) == 4  # the public one too
+    assert torch.equal(ours(folder), ours(run.folder("assembled")))
+    assert torch.equal(theirs(folder), theirs(run.folder("assembled")))
+    with torch.no_grad():
+        assert torch.equal(stored_model(str(folder)).load()(ids()), load_model(folder)(ids()))
+
+
 def test_an_experts_file_has_the_names_of_its_slot_and_the_type_of_the_backbone(run: Finished) -> None:
     family = run.config.model.family
     base = read_tensors(run.folder("backbone"))
@@ -186,6 +203,19 @@ def test_every_model_was_measured(run: Finished) -> None:
     measured = run.results["models"]
     assert {"backbone", "dense", "expert-0", "expert-2", "soup", "assembled"} <= measured.keys()
     assert all(np.isfinite(model["mean_loss"]) for model in measured.values())
+
+
+def test_calibration_is_judged_in_the_type_it_is_stored_in(run: Finished) -> None:
+    if not (run.folder("calibrated") / "config.json").exists():
+        pytest.skip("the calibration was not kept")
+    corpus = Corpus(require(run.config, "corpus"))
+    _, decide = split_documents(corpus.tokens("validation"), corpus.labels)
+    limits = run.config.evaluation.batch_size, run.config.evaluation.tokens_per_domain
+    model = load_model(run.folder("calibrated")).float()
+    found = measure(model, decide, corpus.byte_lengths, *limits, torch.device("cpu"), models.CONTEXT).mean_loss
+    assert require(run.config, "calibrated").manifest.facts["loss_after"] == pytest.approx(found, abs=1e-6)
+    kinds = {tensor.dtype for tensor in read_tensors(run.folder("calibrated")).values()}
+    assert kinds == {tensor.dtype for tensor in read_tensors(run.folder("assembled")).values()}
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ KINDS: list[tuple[Any, dict[str, Any]]] = [
     (models.llama, {"rope_parameters": models.YARN, "tie_word_embeddings": True}),
     (models.llama, {"rope_parameters": {**models.YARN, "mscale": 0.7, "mscale_all_dim": 1.0, "truncate": False}}),
     (models.llama, {"rope_parameters": {**models.YARN, "attention_factor": 1.3, "beta_fast": 8.0, "beta_slow": 2.0}}),
+    (models.mistral, {}),
     (models.qwen3, {}),
     (models.qwen3, {"rope_parameters": models.YARN, "tie_word_embeddings": False, "rms_norm_eps": 1e-3}),
 ]
@@ -116,6 +117,7 @@ def changed(folder: Path, **values: Any) -> Path:
         ({"rope_scaling": {"type": "linear"}}, "a number factor for its rope_type linear, but has None"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0, "twist": 1}}, "rope settings that are known .* has twist"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "full attention in every layer"),
+        ({"model_type": "mistral"}, "full attention in every layer, but has a sliding window"),
         ({"quantization_config": {"bits": 4}}, "plain weights"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 1"),
         ({"hidden_size": "wide"}, "a positive number hidden_size, but has 'wide'"),
