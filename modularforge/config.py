@@ -203,8 +203,9 @@ class ExpertsConfig(PhaseConfig):
 
     count: int = Field(5, ge=1)
     """Experts to train, one per partition; the assembled model has the public FFN beside them."""
-    anchored: bool = True
-    """Train beside the frozen public FFN with a router row of its own (FlexOlmo); false trains a plain FFN alone."""
+    anchored: bool = False
+    """Train beside the frozen public FFN with a router row of its own (FlexOlmo); false trains a plain FFN alone, which
+    was better in our runs (docs/method.md)."""
     init: Literal["backbone", "fresh"] = "backbone"
     """An expert starts as a copy of the public FFN, or from random weights."""
     z_loss: float = Field(1e-3, ge=0)
@@ -228,7 +229,7 @@ class JointConfig(Section):
 class AssemblyConfig(Section):
     """How backbone and experts become one model."""
 
-    router: RouterKind = "data_stats"
+    router: RouterKind = "evidence"
     """`evidence`: which partition the text so far resembles, from token counts; `data_stats`: ridge regression from
     sums; `centred_means`; `learned`: rows trained with the experts; `kaiming`: random; `uniform`: all experts alike."""
     experts_per_token: int = Field(2, ge=1)

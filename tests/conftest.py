@@ -24,7 +24,7 @@ def tiny_values(output_dir: Path | str, **changes: Any) -> dict[str, Any]:
     values: dict[str, Any] = {name: dict(section) for name, section in SMOKE_TEST.items()}
     values["data"]["sources"] = sample_sources()[:3]
     values["data"]["max_documents_per_source"] = 20
-    values["experts"]["count"] = 3
+    values["experts"] |= {"count": 3, "anchored": True}
     values["partition"] = {"method": "domain"}
     values["assembly"] = {"router": "learned"}
     values["output_dir"] = str(output_dir)
