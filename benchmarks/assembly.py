@@ -5,9 +5,10 @@
     python benchmarks/assembly.py --folder /a/disk --mergekit ENV/bin/mergekit-moe
 
 Measures, in one run and in turns: (1) `assembly.mode: merge`, hashing in and out and fsync included, against `cp` and
-fsync of the same bytes; (2) the same with the evidence router, which widens every matrix; (3) `link`; (4) the peak of
-anonymous memory, from /proc/self/smaps_rollup in a process of its own, with 2, 8 and more experts; (5) mergekit-moe on
-the same experts as dense models, when its command is given (an environment of its own: pip install mergekit).
+fsync of the same bytes; (2) the same with the evidence router, which widens every matrix; (3) `link`, with random rows
+and with the ridge router, which has to read the experts' sums; (4) the peak of anonymous memory, in a process of its
+own, from /proc/self/smaps_rollup, with 2, 8 and more experts; (5) mergekit-moe on the same experts as dense models,
+when its command is given (an environment of its own: pip install mergekit).
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ def speed(folder: Path, backbone: Artifact, experts: list[Artifact], rounds: int
         for name, mode, router in (
             ("merge", "merge", "data_stats"),
             ("merge, evidence", "merge", "evidence"),
-            ("link", "link", "data_stats"),
+            ("link", "link", "kaiming"),
+            ("link, ridge", "link", "data_stats"),
         ):
             found = assemble_once(folder, mode, router)
             seconds.setdefault(name, []).append(found["seconds"])
@@ -178,7 +180,7 @@ def mergekit(folder: Path, backbone: Artifact, experts: list[Artifact], command:
         capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     if done.returncode:
-        print(f"mergekit-moe failed: {done.stderr.strip().splitlines()[-1]}")
+        print(f"mergekit-moe failed: {done.stderr.strip().splitlines()[-3:]}")
         return
     seconds = time.perf_counter() - start
     size = sum(path.stat().st_size for path in target.iterdir())
@@ -188,6 +190,9 @@ def mergekit(folder: Path, backbone: Artifact, experts: list[Artifact], command:
 
 def write_dense(target: Path, backbone: Artifact, expert: Artifact) -> None:
     """The backbone with the expert's FFN, as a folder of its own."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
     from checkpoints import plain_folder
     from modularforge.assembly.plan import output_tensors, plan_merge, read_header
     from modularforge.assembly.stream import execute
@@ -199,6 +204,9 @@ def write_dense(target: Path, backbone: Artifact, expert: Artifact) -> None:
     execute(plan_merge(output_tensors(spans), 10**12), plain_folder(target))
     for name in ("config.json", "generation_config.json"):
         shutil.copyfile(backbone.local_file(name), target / name)
+    vocabulary = {"<unk>": 0, "x": 1}
+    Tokenizer(WordLevel(vocabulary, unk_token="<unk>")).save(str(target / "tokenizer.json"))
+    (target / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
 
 
 if __name__ == "__main__":
