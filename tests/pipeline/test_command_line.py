@@ -243,5 +243,5 @@ def test_an_output_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path)
 def test_info_counts_what_the_default_config_builds() -> None:
     shown = run_command("modularforge", "info").stdout
     assert "20,992,512 parameters" in shown
-    assert "63,029,760 parameters, 29,409,792 active" in shown
+    assert "56,870,352 parameters, 30,867,408 active" in shown
     assert str(ROOT) not in shown

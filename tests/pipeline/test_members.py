@@ -282,3 +282,15 @@ def test_a_replaced_expert_may_come_from_another_run(finished_run: Config, tmp_p
     assert changed.manifest.files["expert-001.safetensors"] == old["expert-001.safetensors"]
     with pytest.raises((MismatchError, ArtifactExistsError)):
         members.replace(stage_url(run, "assembled"), 2, newer.url, str(tmp_path / "new-model"))
+
+
+def test_info_counts_the_widened_model_exactly(finished_run: Config, tmp_path: Path) -> None:
+    from modularforge.info import describe
+
+    run = with_assembly(finished_run, router="evidence")
+    assemble(run, *parts_of(run), plain_folder(tmp_path))
+    model = load_model(tmp_path)
+    vocab_size = model.vocab_size
+    parameters = sum(weight.numel() for weight in model.parameters())
+    sized = run.model_copy(update={"data": run.data.model_copy(update={"vocab_size": vocab_size})})
+    assert f"assembled:  {parameters:,} parameters" in describe(sized)
