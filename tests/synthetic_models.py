@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from checkpoints import Artifact, ArtifactWriter, write_artifact
+from checkpoints import Artifact, ArtifactWriter, FileEntry, write_artifact
 from modularforge.assembly.plan import ITEM_BYTES, OutputTensor, TensorSpan, header_bytes, in_file_order
 from modularforge.assembly.routing import LayerStatistics, RouterStatistics
 from modularforge.assembly.statistics import EXPERT_NAME, STATISTICS_NAME, save_statistics
@@ -44,6 +46,37 @@ def write_parts(
             save_statistics(writer.folder / STATISTICS_NAME, _statistics(model, vocab_size, index))
             members.append(writer.commit({"index": index, "anchored": False, "shared_tensors": shared}))
     return backbone, members
+
+
+def write_sparse_experts(root: Path, backbone: Artifact, model: ModelConfig, experts: int) -> list[Artifact]:
+    """Plain experts that are all zeros and take no room on the disk, for what depends on sizes but reads no bytes.
+
+    The hash of a whole file is that of its header: nobody reads these files, and 64 GB need not be hashed.
+    """
+    recorded = backbone.manifest.files["model.safetensors"].tensors
+    shared = {name: digest for name, digest in recorded.items() if names.is_shared(name)}
+    shapes = {name: shape for name, shape in dense_shapes(model, 1).items() if names.is_dense_ffn(name)}
+    members = []
+    for index in range(experts):
+        spans = {
+            names.dense_to_expert(name, index): OutputTensor(TensorSpan("", "BF16", shape, 0, 2 * prod(shape)), "BF16")
+            for name, shape in shapes.items()
+        }
+        header = header_bytes(in_file_order(spans.items()))
+        size = len(header) + sum(tensor.length for tensor in spans.values())
+        with write_artifact(f"{root}/experts/expert-{index}", "expert", f"sparse-{index}") as writer:
+            path = writer.folder / EXPERT_NAME
+            path.write_bytes(header)
+            os.truncate(path, size)
+            tensors = {name: _hash_of_zeros(tensor.length) for name, tensor in spans.items()}
+            writer.adopt(EXPERT_NAME, FileEntry(size, hashlib.sha256(header).hexdigest(), tensors))
+            members.append(writer.commit({"index": index, "anchored": False, "shared_tensors": shared}))
+    return members
+
+
+@lru_cache
+def _hash_of_zeros(size: int) -> str:
+    return hashlib.sha256(bytes(size)).hexdigest()
 
 
 def _write(writer: ArtifactWriter, name: str, shapes: dict[str, tuple[int, ...]], dtype: str, seed: int) -> None:
