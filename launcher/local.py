@@ -21,7 +21,7 @@ from types import FrameType
 from checkpoints import paths
 from launcher.events import append_event, merge_events
 from launcher.lock import submission_lock
-from launcher.tasks import Task, is_finished, unneeded_tasks
+from launcher.tasks import Task, finished_tasks, is_finished, remembering, unneeded_tasks
 from modularforge.config import Config
 from modularforge.errors import Interrupted, UserError
 from modularforge.settings import to_yaml
@@ -68,6 +68,7 @@ class LocalLauncher:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.settings.write_text(to_yaml(self.config))
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._leave_out()
         try:
             while self._start_ready() or self.running:
                 self._collect()
@@ -84,6 +85,13 @@ class LocalLauncher:
             raise Interrupted("stopped; the jobs saved their state, and the same command continues")
         if set(self.failed) - unneeded_tasks(self.config, self.tasks, self.done):
             raise TaskError(self._failures())
+
+    def _leave_out(self) -> None:
+        """Count as done the experts that the committed model goes without (cluster.min_experts), as on a cluster."""
+        finished = finished_tasks(self.config, self.tasks, remembering())
+        for name in sorted(unneeded_tasks(self.config, self.tasks, finished)):
+            self.say(f"{name}: left out (cluster.min_experts)")
+            self.done.add(name)
 
     def _start_ready(self) -> bool:
         """Start every task that can start now; whether any was started."""

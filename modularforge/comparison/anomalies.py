@@ -16,7 +16,8 @@ from modularforge.observe.metrics import Curve, Floats
 
 Kind = Literal["non-finite", "spike", "jump", "plateau"]
 THRESHOLD = 6.0
-FEWEST_POINTS = 8
+# Of fewer points, the usual spread is so uncertain that one quiet curve in ten would have a spike.
+FEWEST_POINTS = 16
 WINDOW = 11
 LONGEST_SPIKE = 5
 # Deviations below this share of the usual value are no anomaly, however smooth the curve is.
@@ -58,7 +59,9 @@ def robust_scores(values: Floats) -> Floats:
     """How unusual each difference to the value before is, in robust standard deviations; 0 for the first value."""
     differences = np.diff(values)
     unusual = differences - running_median(differences, WINDOW)
-    usual = MAD_TO_SIGMA * float(np.median(np.abs(unusual)))
+    # The median of a window is one of its points, whose zero says nothing of the noise: few points have many of them.
+    spread = np.abs(unusual)
+    usual = MAD_TO_SIGMA * float(np.median(spread[spread > 0])) if np.median(spread) > 0 else 0.0
     floor = SMALLEST_SHARE * float(np.median(np.abs(values))) / THRESHOLD
     scores: Floats = np.concatenate([[0.0], unusual / max(usual, floor, 1e-300)])
     return scores

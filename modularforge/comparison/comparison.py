@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -16,10 +15,10 @@ from modularforge.comparison.pairs import Pair, pair_curves
 from modularforge.comparison.seeds import SeedGroups, compare_seeds
 from modularforge.comparison.statistics import Summary, summarise
 from modularforge.observe.metrics import METRICS, Curve, Metric
-from modularforge.observe.run import Run, job_order
+from modularforge.observe.run import WORKER_NAME, Run, job_order
 from modularforge.observe.tables import flatten
 
-MEAN_OF_EXPERTS = "mean expert"
+MEANS = {"expert": "mean expert", "branch": "mean branch"}
 PLACES = ("name", "output_dir", "data_dir", "launcher", "cluster")
 
 
@@ -84,13 +83,27 @@ def compare(runs: Mapping[str, Run], band: float = 2.0) -> Comparison:
 
 
 def curves_of(run: Run) -> dict[str, dict[str, Curve]]:
-    """Curves by job and column, and the mean over the experts as a job of its own where there are several."""
+    """Curves by job and column; where there are several experts or branches, their mean is a job of its own."""
     found = {name: dict(job.curves) for name, job in run.jobs.items()}
-    experts = [curves for name, curves in found.items() if re.fullmatch(r"expert-\d+", name)]
-    if len(experts) > 1:
-        columns = set.intersection(*(set(curves) for curves in experts))
-        found[MEAN_OF_EXPERTS] = {column: mean_curve([curves[column] for curves in experts]) for column in columns}
+    for kind, mean in MEANS.items():
+        members = [curves for name, curves in found.items() if kind_of(name) == kind]
+        if len(members) > 1:
+            columns = set.intersection(*(set(curves) for curves in members))
+            found[mean] = {column: mean_curve([curves[column] for curves in members]) for column in columns}
     return found
+
+
+def kind_of(job: str) -> str | None:
+    """`expert` or `branch` for one of many such jobs, else None."""
+    match = WORKER_NAME.fullmatch(job)
+    return match[1] if match else None
+
+
+def without_members(jobs: Iterable[str], most: int) -> list[str]:
+    """Jobs without the single experts, or branches, where there are more than `most` and their mean is there."""
+    names = list(jobs)
+    many = {kind for kind in MEANS if sum(kind_of(name) == kind for name in names) > most and MEANS[kind] in names}
+    return [name for name in names if kind_of(name) not in many]
 
 
 def mean_curve(curves: list[Curve]) -> Curve:
@@ -147,14 +160,16 @@ def _compare_metric(metric: Metric, curves: dict[str, Curve], names: list[str], 
 
 
 def _evaluation(runs: Mapping[str, Run]) -> dict[str, dict[str, float]]:
-    """Test perplexity by model and run."""
-    found: dict[str, dict[str, float]] = {}
-    for name, run in runs.items():
-        models: dict[str, Any] = (run.evaluation or {}).get("models", {})
-        for model, values in models.items():
-            found.setdefault(model, {})[name] = float(values["perplexity"])
-    return found
+    """Test perplexity by model and run; models in the order of the longest table."""
+    models: dict[str, dict[str, Any]] = {name: (run.evaluation or {}).get("models", {}) for name, run in runs.items()}
+    order = dict.fromkeys(model for found in sorted(models.values(), key=len, reverse=True) for model in found)
+    return {
+        model: {name: float(found[model]["perplexity"]) for name, found in models.items() if model in found}
+        for model in order
+    }
 
 
 def _order(job: str) -> tuple[float, int, str]:
-    return (0.5, 0, job) if job == MEAN_OF_EXPERTS else job_order(job)
+    """As the pipeline runs them, a mean before its members."""
+    kind = next((kind for kind, mean in MEANS.items() if mean == job), None)
+    return (job_order(f"{kind}-0")[0] - 0.5, 0, job) if kind else job_order(job)

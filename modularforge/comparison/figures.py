@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from modularforge.comparison.comparison import MEAN_OF_EXPERTS, Comparison, MetricComparison
+from modularforge.comparison.comparison import Comparison, MetricComparison, kind_of, without_members
 from modularforge.observe.canvas import label_ends, new_figure, png_bytes, shape_axis, shape_steps
 from modularforge.observe.curve_figures import smooth
 from modularforge.observe.metrics import METRICS, Curve, Floats, Metric
@@ -30,15 +30,16 @@ def draw_comparison(comparison: Comparison) -> Iterator[tuple[str, bytes]]:
 
 
 def _jobs_with(comparison: Comparison, metric: Metric) -> list[str]:
-    """Jobs with this metric in two runs or more; single experts only where there are few."""
+    """Jobs with this metric in two runs or more, those of most runs first to be kept; single experts only if few."""
     jobs = [
         name
         for name, job in comparison.jobs.items()
         if metric.column in job.metrics and len(job.metrics[metric.column].summaries) > 1
     ]
-    if len(jobs) > MOST_PANELS and MEAN_OF_EXPERTS in jobs:
-        jobs = [name for name in jobs if not name.startswith("expert-")]
-    return jobs[:MOST_PANELS]
+    singles = sum(kind_of(name) is not None for name in jobs)
+    jobs = without_members(jobs, 0) if singles and len(jobs) > MOST_PANELS else jobs
+    kept = sorted(jobs, key=lambda name: -len(comparison.jobs[name].metrics[metric.column].summaries))[:MOST_PANELS]
+    return [name for name in jobs if name in kept]
 
 
 def _metric_figure(comparison: Comparison, metric: Metric) -> Figure:
@@ -52,7 +53,7 @@ def _metric_figure(comparison: Comparison, metric: Metric) -> Figure:
         axes.set_xlabel("step")
     grid[0][0].set_ylabel(metric.axis)
     shape_axis(grid[0][0], metric)
-    _label_runs(grid[0][-1], comparison, comparison.jobs[jobs[-1]].metrics[metric.column])
+    _label_runs(grid[0], comparison, [comparison.jobs[job].metrics[metric.column] for job in jobs])
     return figure
 
 
@@ -83,9 +84,8 @@ def _overview(comparison: Comparison, metrics: list[Metric]) -> Figure:
     for axes in grid[-1]:
         axes.set_xlabel("step")
     figure.align_ylabels(grid[:, 0])
-    first = comparison.jobs[jobs[-1]].metrics.get(metrics[0].column)
-    if first is not None:
-        _label_runs(grid[0][-1], comparison, first)
+    first = [comparison.jobs[job].metrics.get(metrics[0].column) for job in jobs]
+    _label_runs(grid[0], comparison, first)
     return figure
 
 
@@ -99,11 +99,12 @@ def _draw_panel(axes: Any, comparison: Comparison, one: MetricComparison, *, mar
     axes.patch.set_visible(False)
     shape_steps(axes)
     partings = [parting for pair in one.pairs.values() if (parting := pair.parting(comparison.band))]
-    if marks and one.metric.better == "lower" and partings:
+    if marks and one.metric.learns and partings:
         first = min(partings, key=lambda parting: parting.step)
         axes.axvline(first.step, color=GREY, linewidth=1.2, linestyle=(0, (3, 3)))
-        axes.annotate(f"part at {first.step:,}", (first.step, 1), (5, -14), ("data", "axes fraction"), "offset points",
-                      fontsize=12, color=GREY)  # fmt: skip
+        left = first.step > sum(axes.get_xlim()) / 2  # where the labels of the runs do not stand
+        axes.annotate(f"part at {first.step:,}", (first.step, 1), (-5 if left else 5, -14), ("data", "axes fraction"),
+                      "offset points", fontsize=12, color=GREY, ha="right" if left else "left")  # fmt: skip
 
 
 def _draw_curve(axes: Any, metric: Metric, curve: Curve, colour: str, shared: float) -> None:
@@ -124,9 +125,15 @@ def _line(metric: Metric, curve: Curve) -> Floats:
     return np.exp(smooth(np.log(values))) if metric.scale == "log" and (values > 0).all() else smooth(values)
 
 
-def _label_runs(axes: Any, comparison: Comparison, one: MetricComparison) -> None:
-    ends = {name: float(_line(one.metric, one.curves[name].finite())[-1]) for name in one.summaries}
-    label_ends(axes, [(end, name, colour_of_run(comparison, name)) for name, end in ends.items()])
+def _label_runs(panels: Any, comparison: Comparison, shown: Sequence[MetricComparison | None]) -> None:
+    """Each run's name behind its curve, in the last panel that has it."""
+    named: set[str] = set()
+    for axes, one in reversed(list(zip(panels, shown, strict=True))):
+        if one is None or len(one.summaries) < 2:
+            continue
+        ends = {name: float(_line(one.metric, one.curves[name].finite())[-1]) for name in one.summaries}
+        label_ends(axes, [(ends[name], name, colour_of_run(comparison, name)) for name in ends if name not in named])
+        named |= set(ends)
 
 
 def colour_of_run(comparison: Comparison, name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from modularforge.comparison.anomalies import Anomaly
-from modularforge.comparison.comparison import MEAN_OF_EXPERTS, Comparison, JobComparison, MetricComparison
+from modularforge.comparison.comparison import Comparison, JobComparison, MetricComparison, kind_of, without_members
 from modularforge.comparison.pairs import Pair
 from modularforge.comparison.statistics import CAVEAT
 from modularforge.observe.progress import headline
@@ -13,6 +13,7 @@ from modularforge.observe.progress import headline
 DETAILED_EXPERTS = 4
 SHOWN_ANOMALIES = 6
 SHOWN_SETTINGS = 30
+PLURALS = {"expert": "experts", "branch": "branches"}
 
 
 def in_short(comparison: Comparison) -> str:
@@ -28,7 +29,7 @@ def as_text(comparison: Comparison) -> str:
     for name in names:
         lines += _job(comparison, comparison.jobs[name])
     if len(names) < len(comparison.jobs):
-        lines += _other_experts(comparison, [name for name in comparison.jobs if name not in names])
+        lines += _members(comparison, [name for name in comparison.jobs if name not in names])
     return "\n".join([*lines, "", "About the tests", f"  {CAVEAT}", ""])
 
 
@@ -208,15 +209,12 @@ def _anomalies(found: list[Anomaly]) -> str:
 
 
 def _detailed(comparison: Comparison) -> list[str]:
-    """Jobs that are written out: all, or without the single experts where they are many."""
-    single = [name for name in comparison.jobs if name.startswith("expert-")]
-    if len(single) <= DETAILED_EXPERTS or MEAN_OF_EXPERTS not in comparison.jobs:
-        return list(comparison.jobs)
-    return [name for name in comparison.jobs if name not in single]
+    """Jobs that are written out: all, or without the single experts or branches where they are many."""
+    return without_members(comparison.jobs, DETAILED_EXPERTS)
 
 
-def _other_experts(comparison: Comparison, names: list[str]) -> list[str]:
-    """One line for each expert: final validation losses and the difference; all else is in the JSON."""
+def _members(comparison: Comparison, names: list[str]) -> list[str]:
+    """One line for each expert and branch: final validation losses and the difference; all else is in the JSON."""
     rows = []
     for name in names:
         one = comparison.jobs[name].metrics.get("validation_loss")
@@ -226,4 +224,6 @@ def _other_experts(comparison: Comparison, names: list[str]) -> list[str]:
     others = [f"{name} - reference" for name in list(comparison.runs)[1:]]
     if any(len(row) != 1 + len(comparison.runs) + len(others) for row in rows):
         rows, others = [row[: 1 + len(comparison.runs)] for row in rows], []
-    return ["", "Final validation loss of single experts", *table(["expert", *comparison.runs, *others], rows)]
+    words = [word for kind, word in PLURALS.items() if any(kind_of(name) == kind for name in names)]
+    header = ["job", *comparison.runs, *others]
+    return ["", f"Final validation loss of single {' and '.join(words)}", *table(header, rows)]

@@ -1,4 +1,4 @@
-"""One figure per metric: backbone, experts, dense baseline and calibration side by side on one value axis."""
+"""One figure per metric: backbone, experts, baselines and calibration as panels on one value axis."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from matplotlib.figure import Figure
 from modularforge.observe.canvas import label_ends, new_figure, plain, shape_axis, shape_steps
 from modularforge.observe.metrics import METRICS, Curve, Floats, Metric
 from modularforge.observe.progress import parts_of
-from modularforge.observe.run import STAGE_OF_JOB, Run
+from modularforge.observe.run import STAGE_OF_JOB, WORKER_NAME, Run
 from modularforge.observe.style import EXPERT_COLOURS, GREY, PALE, WIDTH_INCHES, colour_of, shades
 
-PANELS = ("backbone", "experts", "dense", "calibration")
-TITLES = {"dense": "dense baseline"}
-PANEL_WEIGHTS = {"backbone": 1.4, "experts": 1.6, "dense": 1.0, "calibration": 0.75}
+PANELS = ("backbone", "experts", "branches", "baselines", "calibration")
+PANEL_OF_JOB = {"expert": "experts", "branch": "branches", "dense": "baselines", "joint": "baselines"}
+PANEL_WEIGHTS = {"backbone": 1.4, "experts": 1.6, "branches": 1.6, "baselines": 1.0, "calibration": 0.75}
+PANELS_OF_A_ROW, ROW_INCHES = 4, 3.6
 NOISY_POINTS = 60
 MARKED_POINTS = 15
 SMOOTH_SHARE = 0.04
@@ -49,32 +50,62 @@ def _panels(run: Run, column: str) -> dict[str, dict[str, Curve]]:
     for name, job in run.jobs.items():
         curve = job.curves.get(column)
         if curve is not None and len(curve.finite()):
-            found.setdefault("experts" if name.startswith("expert-") else name, {})[name] = curve.finite()
+            match = WORKER_NAME.fullmatch(name)
+            kind = match[1] if match else name
+            found.setdefault(PANEL_OF_JOB.get(kind, kind), {})[name] = curve.finite()
     ordered = [*PANELS, *(name for name in found if name not in PANELS)]
     return {name: found[name] for name in ordered if name in found}
 
 
 def _draw(run: Run, metric: Metric, panels: dict[str, dict[str, Curve]]) -> Figure:
-    figure = new_figure(WIDTH_INCHES, 3.6)
-    weights = [PANEL_WEIGHTS.get(name, 1.0) for name in panels]
-    grid: Any = figure.subplots(1, len(panels), sharey=True, squeeze=False, width_ratios=weights)
-    figure.subplots_adjust(wspace=0.40, left=0.09, right=0.94, bottom=0.19, top=0.88)
+    rows = _rows(list(panels))
+    figure = new_figure(WIDTH_INCHES, ROW_INCHES * len(rows))
+    places = _add_panels(figure, rows)
     planned = {part.name: part.steps or 0 for part in parts_of(run)}
-    for axes, (name, curves) in zip(grid[0], panels.items(), strict=True):
+    for axes, (name, curves) in zip(places, panels.items(), strict=True):
         for job, curve in curves.items():
             _draw_curve(axes, metric, curve, colour_of(job, run.num_experts), len(curves) > len(EXPERT_COLOURS))
-        title = f"{len(curves)} experts" if name == "experts" and len(curves) > 1 else TITLES.get(name, name)
-        axes.set_title(title, fontweight="bold")
+        axes.set_title(_title(name, list(curves)), fontweight="bold", y=1.0)  # fixed: the key stands beside it
         axes.set_xlabel("step")
         ends = [max(planned.get(STAGE_OF_JOB.get(job, job), 0), curve.steps[-1]) for job, curve in curves.items()]
         axes.set_xlim(0, max(ends))
         axes.patch.set_visible(False)  # labels of the panel before may reach in here
         shape_steps(axes)
-    grid[0][0].set_ylabel(metric.axis)
-    shape_axis(grid[0][0], metric)
-    for axes, (name, curves) in zip(grid[0], panels.items(), strict=True):
-        _label(axes, metric, name, curves, run.num_experts)
+    places[0].set_ylabel(metric.axis)
+    shape_axis(places[0], metric)
+    for axes, curves in zip(places, panels.values(), strict=True):
+        _label(axes, metric, curves, run.num_experts)
     return figure
+
+
+def _rows(names: list[str]) -> list[list[str]]:
+    """Panels by row: one row, or two where that would be crowded."""
+    half = len(names) if len(names) <= PANELS_OF_A_ROW else (len(names) + 1) // 2
+    return [row for row in (names[:half], names[half:]) if row]
+
+
+def _add_panels(figure: Figure, rows: list[list[str]]) -> list[Any]:
+    """Axes of all panels, row by row, with one value axis; margins are the same inches for any number of rows."""
+    margin = 1 / len(rows)
+    places: list[Any] = []
+    grid = figure.add_gridspec(
+        len(rows), 1, left=0.09, right=0.92, bottom=0.19 * margin, top=1 - 0.12 * margin, hspace=0.45
+    )
+    for number, row in enumerate(rows):
+        weights = [PANEL_WEIGHTS.get(name, 1.0) for name in row]
+        spec = grid[number].subgridspec(1, len(row), wspace=0.40, width_ratios=weights)
+        for column in range(len(row)):
+            axes = figure.add_subplot(spec[column], sharey=places[0] if places else None)
+            axes.tick_params(labelleft=not column)
+            places.append(axes)
+    return places
+
+
+def _title(panel: str, jobs: list[str]) -> str:
+    """How many there are of what, or which baseline it is."""
+    if len(jobs) == 1:
+        return f"{jobs[0]} baseline" if panel == "baselines" else jobs[0]
+    return f"{len(jobs)} {panel}" if panel in ("experts", "branches") else panel
 
 
 def _draw_curve(axes: Any, metric: Metric, curve: Curve, colour: Any, crowded: bool) -> None:
@@ -95,14 +126,13 @@ def _shown(metric: Metric, curve: Curve) -> Floats:
     return np.exp(smooth(np.log(values))) if metric.scale == "log" and (values > 0).all() else smooth(values)
 
 
-def _label(axes: Any, metric: Metric, panel: str, curves: dict[str, Curve], num_experts: int) -> None:
+def _label(axes: Any, metric: Metric, curves: dict[str, Curve], num_experts: int) -> None:
     """The last value of a single curve; of several the index of the expert, of very many those at both ends."""
     ends = {job: float(_shown(metric, curve)[-1]) for job, curve in curves.items()}
-    low, high = axes.get_ylim()
     value = max(ends.values())
     if len(curves) == 1:
         label_ends(axes, [(value, plain(value), colour_of(next(iter(curves)), num_experts))])
-    elif value - min(ends.values()) < ALIKE * (high - low):
+    elif _are_alike(axes, list(ends.values())) and all(map(WORKER_NAME.fullmatch, ends)):
         label_ends(axes, [(value, plain(value), GREY)])
     else:
         chosen = list(ends)
@@ -110,12 +140,25 @@ def _label(axes: Any, metric: Metric, panel: str, curves: dict[str, Curve], num_
             ranked = sorted(ends, key=lambda job: ends[job])
             chosen = [ranked[0], ranked[len(ranked) // 2], ranked[-1]]
             _add_key(axes, num_experts)
-        label_ends(axes, [(ends[job], job.removeprefix("expert-"), colour_of(job, num_experts)) for job in chosen])
+        label_ends(axes, [(ends[job], _short(job), colour_of(job, num_experts)) for job in chosen])
+
+
+def _are_alike(axes: Any, values: list[float]) -> bool:
+    """Whether values lie so close together on their axis that one label does for all."""
+    box = axes.get_window_extent()
+    heights = [axes.transData.transform((0, value))[1] for value in (min(values), max(values))]
+    return bool(heights[1] - heights[0] < ALIKE * box.height)
+
+
+def _short(job: str) -> str:
+    """The index of an expert or branch, or the name of another job."""
+    match = WORKER_NAME.fullmatch(job)
+    return match[2] if match else job
 
 
 def _add_key(axes: Any, num_experts: int) -> None:
-    """A strip that tells which shade is which expert."""
-    strip = axes.inset_axes((0.62, 0.955, 0.3, 0.035))
+    """A strip beside the title that tells which shade is which expert."""
+    strip = axes.inset_axes((0.62, 1.055, 0.3, 0.035))
     strip.imshow(np.arange(256)[None], aspect="auto", cmap=shades(num_experts))
     strip.set_axis_off()
     for place, text, side in ((-0.04, "0", "right"), (1.04, str(num_experts - 1), "left")):

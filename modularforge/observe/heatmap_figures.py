@@ -15,6 +15,7 @@ from modularforge.observe.run import Run
 from modularforge.observe.style import INK, PAPER, WIDTH_INCHES, colour_of
 
 WRITTEN_COLUMNS = 16
+COLUMNS_SIDE_BY_SIDE = 9
 SHOWN_EXPERTS = 12
 
 
@@ -29,7 +30,7 @@ def _draw_routing(run: Run, model: str, values: dict[str, Any]) -> Figure:
     domains = values["share_per_domain_and_expert"]
     by_domain = np.array(list(domains.values()), dtype=float)
     experts = values.get("experts") or [str(index) for index in range(layers.shape[1])]
-    wide = layers.shape[1] > WRITTEN_COLUMNS
+    wide = layers.shape[1] > COLUMNS_SIDE_BY_SIDE
     rows = (len(layers), len(by_domain))
     height = 1.7 + 0.42 * (sum(rows) + 3 if wide else max(rows))
     figure = new_figure(WIDTH_INCHES, height)

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from modularforge.observe.metrics import JobMetrics
-from modularforge.observe.run import STAGE_OF_JOB, Run
+from modularforge.observe.run import STAGE_OF_JOB, WORKER_NAME, Run
 
 State = Literal["finished", "running", "silent", "waiting"]
 # A job that has written no line for this long has probably stopped: longer than a validation and a checkpoint take.
 SILENT_AFTER_SECONDS = 900.0
-TRAINING_SECTIONS = {"backbone": "backbone", "dense": "experts", "calibrated": "calibration"}
+TRAINING_SECTIONS = {"backbone": "backbone", "dense": "experts", "joint": "experts", "calibrated": "calibration"}
+# Baselines that train on the tokens of all experts together.
+TRAINED_ON_ALL = ("dense", "joint")
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,11 @@ class Part:
 
 def parts_of(run: Run) -> list[Part]:
     """All stages and jobs in the order of the pipeline, those that have not begun too."""
-    baselines = run.config.get("evaluation", {}).get("baselines", [])
+    wanted, begun = run.config.get("evaluation", {}).get("baselines", []), {*run.artifacts, *run.jobs}
     names = ["corpus", "partitions", "backbone", *(f"expert-{index}" for index in range(run.num_experts))]
-    if "dense" in baselines or "dense" in {*run.artifacts, *run.jobs}:
-        names.append("dense")
+    names += [name for name in TRAINED_ON_ALL if name in wanted or name in begun]
+    if "btx" in wanted or any(name.startswith("branch-") for name in begun):
+        names += [f"branch-{index}" for index in range(run.num_experts)]
     known = [*names, "assembled", "calibrated", "evaluation"]
     jobs = {STAGE_OF_JOB.get(name, name): job for name, job in run.jobs.items()}
     return [_part(run, name, jobs.get(name)) for name in [*known, *(name for name in jobs if name not in known)]]
@@ -72,12 +75,12 @@ def _part(run: Run, name: str, job: JobMetrics | None) -> Part:
 
 def _length(run: Run, name: str) -> tuple[int | None, int]:
     """Steps of a training and tokens per step, from the settings; None and 0 for stages that do not train."""
-    section = "experts" if name.startswith("expert-") else TRAINING_SECTIONS.get(name)
+    section = "experts" if WORKER_NAME.fullmatch(name) else TRAINING_SECTIONS.get(name)
     phase = run.config.get(section, {}) if section else {}
     if "steps" not in phase:
         return None, 0
     tokens = int(phase.get("batch_size", 1)) * int(run.config.get("model", {}).get("context_length", 1))
-    times = int(run.config.get("experts", {}).get("count", 1)) if name == "dense" else 1
+    times = int(run.config.get("experts", {}).get("count", 1)) if name in TRAINED_ON_ALL else 1
     return int(phase["steps"]) * times, tokens
 
 

@@ -15,13 +15,16 @@ from checkpoints import Artifact, StoreError, find_artifact, paths
 from checkpoints.parallel import in_order
 from modularforge.errors import DataError
 from modularforge.observe.metrics import JobMetrics, parse_metrics
-from modularforge.pipeline import STAGES
+from modularforge.pipeline import CHOSEN_FACT, STAGES
 
 READS_AT_ONCE = 16
 METRICS_FOLDER = "metrics"
 RECORDS_NAME = "jobs.jsonl"
 EVENTS_FOLDER = "cluster/events"
-EXPERT_FOLDER = re.compile(r"expert-(\d+)")
+# Jobs of which there is one for each partition, and where their artifacts lie.
+WORKER_FOLDERS = {"expert": "experts", "branch": "baselines/branches"}
+WORKER_NAME = re.compile(r"(expert|branch)-(\d+)")
+JOB_ORDER = {"backbone": 0, "expert": 1, "dense": 2, "joint": 3, "branch": 4, "calibration": 5}
 # The job that trains a stage bears the stage's name, but for this one.
 STAGE_OF_JOB = {"calibration": "calibrated"}
 
@@ -47,9 +50,7 @@ class Run:
     @property
     def num_experts(self) -> int:
         """Experts that the run has or shall have."""
-        found = [
-            int(match[1]) + 1 for name in {*self.artifacts, *self.jobs} if (match := EXPERT_FOLDER.fullmatch(name))
-        ]
+        found = [int(match[2]) + 1 for name in {*self.artifacts, *self.jobs} if (match := WORKER_NAME.fullmatch(name))]
         return max([int(self.config.get("experts", {}).get("count", 0)), *found])
 
 
@@ -70,7 +71,9 @@ def read_run(url: str) -> Run:
     problems += [
         f"{job.name}: {job.unreadable_lines} unreadable lines" for job in jobs.values() if job.unreadable_lines > 1
     ]
-    return Run(url, artifacts, jobs, config, _read_evaluation(artifacts, problems), _read_records(url), problems)
+    evaluation = _read_evaluation(artifacts, problems)
+    problems += _outdated(artifacts)
+    return Run(url, artifacts, jobs, config, evaluation, _read_records(url), problems)
 
 
 def is_run(url: str) -> bool:
@@ -105,9 +108,10 @@ def _read_artifacts(url: str, problems: list[str]) -> dict[str, Artifact]:
         for name, stage in STAGES.items()
         if "{index}" not in stage.folder
     }
-    for name in paths.list_folder(paths.join(url, "experts")):
-        if EXPERT_FOLDER.fullmatch(name):
-            places[name] = paths.join(url, "experts", name)
+    for kind, folder in WORKER_FOLDERS.items():
+        for name in paths.list_folder(paths.join(url, folder)):
+            if (match := WORKER_NAME.fullmatch(name)) and match[1] == kind:
+                places[name] = paths.join(url, folder, name)
     return _find_all(places, problems)
 
 
@@ -125,7 +129,9 @@ def _find_all(places: dict[str, str], problems: list[str]) -> dict[str, Artifact
 
 def _newest_config(url: str, artifacts: dict[str, Artifact]) -> dict[str, Any]:
     """The settings recorded by the newest stage, or in `config.yaml` where nothing is committed yet."""
-    newest = max(artifacts.values(), key=lambda artifact: artifact.manifest.created, default=None)
+    # A model whose experts were chosen by hand records another number of experts than the run trains.
+    made = [artifact for artifact in artifacts.values() if not artifact.manifest.facts.get(CHOSEN_FACT)]
+    newest = max(made or artifacts.values(), key=lambda artifact: artifact.manifest.created, default=None)
     if newest is not None:
         return dict(newest.manifest.facts.get("provenance", {}).get("config", {}))
     try:
@@ -147,10 +153,10 @@ def _read_jobs(url: str) -> dict[str, JobMetrics]:
 
 
 def job_order(name: str) -> tuple[int, int, str]:
-    """Sorts jobs as the pipeline runs them: backbone, experts by index, dense, the rest."""
-    if match := EXPERT_FOLDER.fullmatch(name):
-        return 1, int(match[1]), name
-    return {"backbone": 0, "dense": 2, "calibration": 3}.get(name, 4), 0, name
+    """Sorts jobs as the pipeline runs them: backbone, experts by index, baselines, calibration, the rest."""
+    match = WORKER_NAME.fullmatch(name)
+    kind, index = (match[1], int(match[2])) if match else (name, 0)
+    return JOB_ORDER.get(kind, len(JOB_ORDER)), index, name
 
 
 def _read_evaluation(artifacts: dict[str, Artifact], problems: list[str]) -> dict[str, Any] | None:
@@ -162,6 +168,16 @@ def _read_evaluation(artifacts: dict[str, Artifact], problems: list[str]) -> dic
         problems.append(str(error))
         return None
     return results
+
+
+def _outdated(artifacts: dict[str, Artifact]) -> list[str]:
+    """Say so when the evaluation measured another assembled model than the one that is there now."""
+    if "evaluation" not in artifacts or "assembled" not in artifacts:
+        return []
+    measured = artifacts["evaluation"].manifest.inputs.get("assembled")
+    if measured in (None, artifacts["assembled"].manifest.fingerprint):
+        return []
+    return ["the evaluation is of an assembled model that has been replaced; run `modularforge evaluate` again"]
 
 
 def _read_records(url: str) -> list[dict[str, Any]]:

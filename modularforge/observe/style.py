@@ -16,7 +16,7 @@ INK, GREY, PALE, PAPER = "#1b1b1f", "#6b6f76", "#d9dbdf", "#ffffff"
 EXPERT_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#332288", "#882255")
 RUN_COLOURS = ("#1b1b1f", *EXPERT_COLOURS)
 GOOD, BAD = "#0072b2", "#d55e00"
-JOB_COLOURS = {"backbone": INK, "public": INK, "dense": GREY, "calibration": "#44475a"}
+JOB_COLOURS = {"backbone": INK, "public": INK, "dense": GREY, "joint": "#6f4e37", "calibration": "#44475a"}
 WIDTH_INCHES, DPI = 11.0, 144
 SETTINGS: dict[str, Any] = {
     "font.family": "DejaVu Sans",
@@ -60,8 +60,8 @@ def house_style() -> Iterator[None]:
 
 
 def colour_of(job: str, num_experts: int) -> Any:
-    """The colour of a job, the same in every figure of a run."""
-    match = re.fullmatch(r"expert-(\d+)", job)
+    """The colour of a job, the same in every figure of a run; a branch has that of the expert of its partition."""
+    match = re.fullmatch(r"(?:expert|branch)-(\d+)", job)
     if not match:
         return JOB_COLOURS.get(job, GREY)
     index = int(match[1])

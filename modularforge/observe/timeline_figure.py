@@ -12,11 +12,11 @@ from matplotlib.patches import Patch
 
 from modularforge.observe.canvas import new_figure
 from modularforge.observe.progress import duration
-from modularforge.observe.run import Run
+from modularforge.observe.run import WORKER_NAME, Run
 from modularforge.observe.style import BAD, GREY, INK, PALE, WIDTH_INCHES, colour_of
 from modularforge.observe.timeline import Row, timeline
 
-LABELLED_ROWS = 24
+LABELLED_ROWS, LABELLED_EVERY = 24, 8
 ROW_INCHES, CROWDED_HEIGHT = 0.34, 0.36
 UNITS = ((90.0, 1.0, "seconds"), (5400.0, 60.0, "minutes"), (172_800.0, 3600.0, "hours"), (np.inf, 86_400.0, "days"))
 
@@ -30,7 +30,7 @@ def timeline_figure(run: Run) -> Figure | None:
     end = max([span.end for row in rows for span in row.spans] + [row.committed for row in rows if row.committed])
     _, seconds, unit = next(step for step in UNITS if end - start < step[0])
     is_crowded = len(rows) > LABELLED_ROWS
-    heights = [CROWDED_HEIGHT if is_crowded and row.name.startswith("expert-") else 1.0 for row in rows]
+    heights = [CROWDED_HEIGHT if is_crowded and WORKER_NAME.fullmatch(row.name) else 1.0 for row in rows]
     places = [sum(heights[:place]) + height / 2 for place, height in enumerate(heights)]
     figure = new_figure(WIDTH_INCHES, 1.5 + ROW_INCHES * sum(heights))
     axes: Any = figure.subplots()
@@ -39,8 +39,7 @@ def timeline_figure(run: Run) -> Figure | None:
         _draw_row(axes, row, place, height, start, seconds, colour_of(row.name, run.num_experts))
     axes.set_ylim(sum(heights), 0)
     axes.set_xlim(left=0, right=max(end - start, 1.0) / seconds * 1.01)
-    every = 8 if is_crowded else 1
-    shown = [i for i, row in enumerate(rows) if not row.name.startswith("expert-") or _index(row) % every == every // 2]
+    shown = [place for place, row in enumerate(rows) if not is_crowded or _is_labelled(row)]
     axes.set_yticks([places[i] for i in shown], [rows[i].name for i in shown])
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
@@ -94,5 +93,7 @@ def _title(rows: list[Row], seconds: float) -> str:
     return f"{duration(seconds)} from first to last, {duration(busy)} of work"
 
 
-def _index(row: Row) -> int:
-    return int(row.name.removeprefix("expert-"))
+def _is_labelled(row: Row) -> bool:
+    """Whether a row of a crowded timeline bears its name: of experts and branches one in eight."""
+    match = WORKER_NAME.fullmatch(row.name)
+    return match is None or int(match[2]) % LABELLED_EVERY == LABELLED_EVERY // 2

@@ -23,6 +23,8 @@ from modularforge.config import Config
 from modularforge.errors import MismatchError
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.moe import moe_layers, observe_routing, restrict_routing
+from modularforge.observe.report import write_report
+from modularforge.observe.run import read_run
 from modularforge.pipeline import require, stage_url
 from modularforge.stages import assemble as assemble_stage
 from modularforge.stages import members
@@ -42,6 +44,16 @@ def copy_of_run(run: Config, folder: Path, **changes: object) -> Config:
     for name in ("backbone", "experts", "data"):
         shutil.copytree(paths.local_path(run.output_dir) / name, folder / name)
     return with_assembly(run, **changes).model_copy(update={"output_dir": str(folder)})
+
+
+def test_a_report_says_that_the_evaluation_is_of_the_old_model(finished_run: Config, tmp_path: Path) -> None:
+    shutil.copytree(paths.local_path(finished_run.output_dir), tmp_path / "run")
+    assert not any("evaluation" in problem for problem in read_run(str(tmp_path / "run")).problems)
+    members.remove(str(tmp_path / "run" / "assembled"), 1)
+    run = read_run(str(tmp_path / "run"))
+    assert any("evaluation is of an assembled model that has been replaced" in problem for problem in run.problems)
+    assert run.config["experts"]["count"] == 3
+    write_report(str(tmp_path / "run"))
 
 
 def weights(url: str) -> dict[str, bytes]:

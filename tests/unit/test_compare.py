@@ -14,7 +14,7 @@ from scipy import special, stats
 
 from modularforge.comparison import statistics
 from modularforge.comparison.anomalies import find_anomalies
-from modularforge.comparison.comparison import MEAN_OF_EXPERTS, compare
+from modularforge.comparison.comparison import MEANS, compare
 from modularforge.comparison.learning import convergence, overfitting
 from modularforge.comparison.pairs import pair_curves
 from modularforge.comparison.student import incomplete_beta, quantile, two_sided_p
@@ -155,6 +155,22 @@ def test_a_quiet_training_has_no_spikes(seed: int, noise: float) -> None:
     assert [one.kind for one in find_anomalies(curve(noisy(seed, noise)), plateaus=False)] == []
 
 
+@pytest.mark.parametrize("count", [8, 12, 16, 20, 30])
+def test_few_quiet_points_have_no_spikes(count: int) -> None:
+    """A share of 2 % may be taken for one: the spread of so few differences is itself uncertain."""
+    places = np.arange(count) / count
+    quiet = [
+        5 + 1.5 * np.exp(-4 * places) + 0.05 * np.random.default_rng(seed).normal(size=count) for seed in range(200)
+    ]
+    assert sum(bool(find_anomalies(curve(values), plateaus=False)) for values in quiet) <= 4
+
+
+def test_a_spike_among_few_points_is_found() -> None:
+    values = 3 + 0.01 * np.random.default_rng(1).normal(size=16)
+    values[9] += 1.0
+    assert [(one.kind, one.first) for one in find_anomalies(curve(values), plateaus=False)] == [("spike", 10)]
+
+
 @pytest.mark.parametrize("step", [5, 120, 399])
 @pytest.mark.parametrize("height", [1.5, -1.0])
 def test_a_planted_spike_is_found_at_its_step(step: int, height: float) -> None:
@@ -267,10 +283,26 @@ def test_many_experts_are_compared_by_their_mean(tmp_path: Path) -> None:
         write_run(str(tmp_path / name), num_experts=6, steps=40, seed=ord(name))
     found = compare({name: read_run(str(tmp_path / name)) for name in ("a", "b")})
     own = [found.jobs[f"expert-{index}"].metrics["loss"].curves["a"].values for index in range(6)]
-    assert found.jobs[MEAN_OF_EXPERTS].metrics["loss"].curves["a"].values == pytest.approx(np.mean(own, axis=0))
+    assert found.jobs[MEANS["expert"]].metrics["loss"].curves["a"].values == pytest.approx(np.mean(own, axis=0))
     text = as_text(found)
     assert "== expert-3 ==" not in text
     assert "expert-3" in text
+
+
+def test_branches_are_compared_by_their_mean_too(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_run(str(tmp_path / name), num_experts=2, steps=40)
+        for index in range(6):
+            losses = falling(range(5, 41, 5), seed=10 * index + ord(name))
+            write_metrics(str(tmp_path / name), f"branch-{index}", losses, losses)
+    found = compare({name: read_run(str(tmp_path / name)) for name in ("a", "b")})
+    assert [name for name in found.jobs if not name.startswith("branch-")] == [
+        "backbone", "mean expert", "expert-0", "expert-1", "dense", "mean branch", "calibration",
+    ]  # fmt: skip
+    text = as_text(found)
+    assert "== branch-3 ==" not in text
+    assert "== expert-1 ==" in text
+    assert "single branches" in text
 
 
 def test_the_command_writes_text_json_and_plots(tmp_path: Path) -> None:

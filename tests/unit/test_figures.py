@@ -1,0 +1,172 @@
+"""How figures of runs are laid out: nothing covers anything, nothing is cut, and baselines have places of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from modularforge.comparison.comparison import compare
+from modularforge.comparison.figures import MOST_PANELS, _metric_figure
+from modularforge.observe.curve_figures import curve_figures
+from modularforge.observe.heatmap_figures import evaluation_figure, routing_figures
+from modularforge.observe.metrics import METRICS
+from modularforge.observe.progress import headline, parts_of
+from modularforge.observe.run import job_order, read_run
+from modularforge.observe.style import colour_of, house_style
+from modularforge.observe.timeline import timeline
+from modularforge.observe.timeline_figure import timeline_figure
+from tests.synthetic_runs import falling, write_metrics, write_run, write_stage
+
+BASELINES = ["dense", "soup", "joint", "btx"]
+
+
+def write_run_with_baselines(url: str, num_experts: int, trained: bool = True) -> None:
+    """A finished run that also has the joint baseline and branches; with `trained` off, they are only wanted."""
+    steps = 100
+    config = write_run(url, num_experts, steps, evaluation={"baselines": BASELINES})
+    if not trained:
+        return
+    write_metrics(url, "joint", *two_curves(steps * num_experts, 50))
+    write_stage(url, "baselines/joint", "joint", config)
+    for index in range(num_experts):
+        write_metrics(url, f"branch-{index}", *two_curves(steps, 60 + index, 2.8 - 0.8 * index / num_experts))
+        write_stage(url, f"baselines/branches/branch-{index}", "branch", config)
+
+
+def two_curves(steps: int, seed: int, end: float = 2.6) -> tuple[dict[int, float], dict[int, float]]:
+    losses = falling(range(5, steps + 1, 5), 5.9, end, 0.02, seed)
+    return losses, {step: loss + 0.05 for step, loss in losses.items() if step % 20 == 0}
+
+
+def drawn_texts(figure: Figure) -> Iterator[Any]:
+    """Every text that the figure shows."""
+    for axes in figure.findobj(lambda one: hasattr(one, "get_xaxis")):
+        yield from (axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label, *axes.texts)
+        if axes.axison:
+            for axis in (axes.xaxis, axes.yaxis):
+                low, high = sorted(axis.get_view_interval())
+                ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+                yield from (tick.label1 for tick in ticks)
+                yield from (tick.label2 for tick in ticks)
+
+
+def boxes(figure: Figure) -> list[tuple[str, Any]]:
+    figure.canvas.draw()
+    found = [text for text in drawn_texts(figure) if text.get_visible() and text.get_text().strip()]
+    return [(text.get_text(), text.get_window_extent()) for text in found]
+
+
+def collisions(figure: Figure) -> list[tuple[str, str]]:
+    """Pairs of texts of which one covers the other by more than a pixel's rounding."""
+    found = []
+    for (one, a), (two, b) in combinations(boxes(figure), 2):
+        width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+        if width > 2 and height > 2:
+            found.append((one, two))
+    return found
+
+
+def panel_titles(figure: Figure) -> list[str]:
+    return [axes.get_title(loc="left") for axes in figure.axes]
+
+
+@pytest.mark.parametrize(("num_experts", "trained"), [(5, False), (8, True), (14, True), (40, True)])
+def test_no_text_covers_another_or_leaves_the_figure(num_experts: int, trained: bool, tmp_path: Path) -> None:
+    write_run_with_baselines(str(tmp_path / "run"), num_experts, trained)
+    run = read_run(str(tmp_path / "run"))
+    with house_style():
+        curves = curve_figures(run)
+        others = {"timeline": timeline_figure(run), "evaluation": evaluation_figure(run), **routing_figures(run)}
+        for name, figure in {**curves, **others}.items():
+            assert figure is not None
+            assert collisions(figure) == [], name
+        for name, figure in curves.items():
+            width = figure.bbox.width
+            assert [text for text, box in boxes(figure) if box.x0 < 0 or box.x1 > width] == [], name
+
+
+def test_overlapping_labels_are_found_out() -> None:
+    figure = Figure()
+    axes = figure.subplots()
+    axes.set_xticks([0, 1, 2], ["alpha" * 9, "beta" * 9, "gamma" * 9])
+    assert len(collisions(figure)) == 2
+
+
+def test_baselines_have_panels_of_their_own_and_branches_the_colours_of_their_experts(tmp_path: Path) -> None:
+    write_run_with_baselines(str(tmp_path / "run"), 4)
+    with house_style():
+        figure = curve_figures(read_run(str(tmp_path / "run")))["loss"]
+    assert panel_titles(figure) == ["backbone", "4 experts", "4 branches", "baselines", "calibration"]
+    labels = [[text.get_text() for text in axes.texts] for axes in figure.axes]
+    assert sorted(labels[2]) == ["0", "1", "2", "3"]
+    assert sorted(labels[3]) == ["dense", "joint"]
+    assert colour_of("branch-2", 4) == colour_of("expert-2", 4)
+    assert len({colour_of(job, 4) for job in ("backbone", "dense", "joint", "calibration")}) == 4
+
+
+def test_one_baseline_is_named_in_the_title(tmp_path: Path) -> None:
+    write_run(str(tmp_path / "run"))
+    with house_style():
+        figure = curve_figures(read_run(str(tmp_path / "run")))["loss"]
+    assert panel_titles(figure) == ["backbone", "3 experts", "dense baseline", "calibration"]
+
+
+def test_baselines_are_parts_of_the_run(tmp_path: Path) -> None:
+    write_run_with_baselines(str(tmp_path / "run"), 3)
+    run = read_run(str(tmp_path / "run"))
+    names = [part.name for part in parts_of(run)]
+    assert names[6:] == ["dense", "joint", "branch-0", "branch-1", "branch-2", "assembled", "calibrated", "evaluation"]
+    steps = {part.name: part.steps for part in parts_of(run)}
+    assert (steps["joint"], steps["branch-1"]) == (300, 100)
+    assert {part.state for part in parts_of(run)} == {"finished"}
+    assert [row.name for row in timeline(run)] == names
+
+
+def test_an_unfinished_run_counts_the_baselines_it_wants(tmp_path: Path) -> None:
+    write_run_with_baselines(str(tmp_path / "run"), 3, trained=False)
+    run = read_run(str(tmp_path / "run"))
+    waiting = [part.name for part in parts_of(run) if part.state == "waiting"]
+    assert waiting == ["joint", "branch-0", "branch-1", "branch-2"]
+    del run.artifacts["evaluation"]
+    # 100 steps of the backbone, 3 x 100 of the experts and 300 of dense; 300 and 3 x 100 of the others are to come.
+    assert "54 % of the training tokens" in headline(run)
+
+
+def test_jobs_are_ordered_by_number() -> None:
+    jobs = ["calibration", "branch-10", "branch-2", "joint", "expert-10", "expert-9", "dense", "backbone"]
+    expected = ["backbone", "expert-9", "expert-10", "dense", "joint", "branch-2", "branch-10", "calibration"]
+    assert sorted(jobs, key=job_order) == expected
+
+
+@pytest.mark.parametrize("num_experts", [9, 11, 15])
+def test_heat_maps_of_many_experts_have_all_numbers(num_experts: int, tmp_path: Path) -> None:
+    write_run(str(tmp_path / "run"), num_experts)
+    run = read_run(str(tmp_path / "run"))
+    assert run.evaluation is not None
+    with house_style():
+        figure = routing_figures(run)["routing_assembled"]
+    shares = np.array(run.evaluation["routing"]["assembled"]["share_per_layer_and_expert"])
+    written = [text.get_text() for text in figure.axes[0].texts]
+    assert written == [f"{100 * share:.0f}" for share in shares.ravel()]
+
+
+def test_every_run_of_a_comparison_is_named_and_nothing_covers_anything(tmp_path: Path) -> None:
+    """Also a run that lacks the job of the last panel."""
+    write_run_with_baselines(str(tmp_path / "first"), 6)
+    write_run_with_baselines(str(tmp_path / "second"), 6)
+    write_run(str(tmp_path / "third"), 6)
+    (tmp_path / "third" / "metrics" / "calibration.jsonl").unlink()
+    found = compare({name: read_run(str(tmp_path / name)) for name in ("first", "second", "third")})
+    for metric in METRICS:
+        with house_style():
+            figure = _metric_figure(found, metric)
+        assert len(figure.axes) <= MOST_PANELS
+        texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+        assert {"first", "second", "third"} <= set(texts), metric.column
+        assert collisions(figure) == [], metric.column
