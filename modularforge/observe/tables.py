@@ -7,7 +7,7 @@ from typing import Any
 
 from modularforge.evaluation.report import table_rows
 from modularforge.observe.canvas import plain
-from modularforge.observe.metrics import METRICS
+from modularforge.observe.metrics import METRICS, Curve, Metric
 from modularforge.observe.progress import Part, duration, parts_of
 from modularforge.observe.run import STAGE_OF_JOB, Run
 from modularforge.observe.timeline import commit_time, timeline
@@ -42,7 +42,7 @@ def job_table(run: Run) -> Table:
         curves = jobs[part.name].curves if part.name in jobs else {}
         values = [curves[metric.column].finite() if metric.column in curves else None for metric in metrics]
         cells = [
-            plain(curve.values[-1] * metric.factor) if curve is not None and len(curve) else ""
+            _last(metric, curve) if curve is not None and len(curve) else ""
             for metric, curve in zip(metrics, values, strict=True)
         ]
         spent = running.get(part.name)
@@ -90,6 +90,12 @@ def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return [leaf for index, item in enumerate(value) for leaf in flatten(item, f"{prefix}.{index}")]
     return [(prefix, "" if value is None else str(value))]
+
+
+def _last(metric: Metric, curve: Curve) -> str:
+    """The last value; losses with four decimals, because hundredths of them matter."""
+    value = float(curve.values[-1]) * metric.factor
+    return f"{value:.4f}" if metric.unit == "nats per token" else plain(value)
 
 
 def _state(part: Part) -> str:

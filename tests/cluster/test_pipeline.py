@@ -82,6 +82,7 @@ def test_status_shows_all_committed_with_step_loss_and_checkpoint(finished: Laun
     assert rows["expert-1"]["age"] > 0
     assert Path(rows["expert-1"]["log"]).is_file()
     assert "expert-2" in finished.launcher("status")
+    assert "goodput" in finished.launcher("status", "--watch"), "it ends when nothing goes on, with the report"
 
 
 def test_logs_prints_the_log_of_a_job(finished: Launched) -> None:

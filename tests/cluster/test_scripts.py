@@ -1,4 +1,4 @@
-"""The scripts in slurm/ as a person submits them: the backbone on two nodes, the assembly, and the check of nodes."""
+"""The scripts in slurm/ as a person submits them: training, preempted too, the assembly, and the check of nodes."""
 
 from __future__ import annotations
 
@@ -14,32 +14,38 @@ from checkpoints import open_artifact
 from modularforge.config import Config
 from tests.cluster.conftest import Launched
 from tests.cluster.slurm import wait_for
+from tests.cluster.test_recovery import LONG, TRAINING, preempt
 from tests.conftest import ROOT
 
 Make = Callable[..., Launched]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
-def sbatch(run: Launched, script: str, *options: str, seconds: float = 240.0, **variables: str) -> tuple[str, str]:
-    """Submit a script by hand and wait for its end; its state and its log."""
+def submit(run: Launched, script: str, *options: str, **variables: str) -> str:
+    """Submit a script by hand; its job id."""
     environment = {
         **run.cluster.environ, "CONFIG": str(run.config_file), "OUTPUT_DIR": str(run.folder),
         "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", **variables,
     }  # fmt: skip
+    run.folder.mkdir(parents=True, exist_ok=True)
     log = run.folder / f"{script}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
     words = ["sbatch", "--parsable", "--cpus-per-task=1", f"--output={log}", *options, f"slurm/{script}"]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    job = done.stdout.strip()
-    wait_for(lambda: run.cluster.states(job)[0] in ENDED, f"{script} ends", seconds)
-    return run.cluster.states(job)[0], log.read_text()
+    return done.stdout.strip()
+
+
+def run_to_the_end(run: Launched, script: str, *options: str, **variables: str) -> tuple[str, str]:
+    """Submit a script by hand and wait for its end; its state and its log."""
+    job = submit(run, script, *options, **variables)
+    wait_for(lambda: run.cluster.states(job)[0] in ENDED, f"{script} ends", 240)
+    return run.cluster.states(job)[0], (run.folder / f"{script}.log").read_text()
 
 
 def test_the_backbone_trains_by_hand_on_two_nodes(new_run: Make, finished_run: Config) -> None:
     run = new_run()
     shutil.copytree(Path(finished_run.output_dir) / "data", run.folder / "data")
-    state, log = sbatch(run, "train_backbone.sh", "--nodes=2")
+    state, log = run_to_the_end(run, "train_backbone.sh", "--nodes=2")
     assert state == "COMPLETED", log
     mine, theirs = (open_artifact(f"{folder}/backbone").manifest for folder in (run.folder, finished_run.output_dir))
     assert mine.fingerprint == theirs.fingerprint
@@ -48,10 +54,21 @@ def test_the_backbone_trains_by_hand_on_two_nodes(new_run: Make, finished_run: C
     assert [event["node_count"] for event in started] == [2]
 
 
+def test_an_expert_by_hand_saves_its_state_when_preempted_and_goes_on(trained_run: Make) -> None:
+    run = trained_run(experts=LONG, training=TRAINING)
+    job = submit(run, "train_experts.sh", "--array=0", "--partition=preemptible")
+    run.wait_for_step("expert-0", 40)
+    preempt(run.cluster)
+    wait_for(lambda: len(run.events("expert-0", "started")) == 2, f"job {job} starts again")
+    (requeued,) = run.events("expert-0", "requeued")
+    assert requeued["reason"] == "preempted"
+    assert run.events("expert-0", "started")[1]["step"] == requeued["step"] >= 40
+
+
 def test_the_model_is_assembled_and_evaluated_by_hand(trained_run: Make, finished_run: Config) -> None:
     run = trained_run()
     shutil.copytree(Path(finished_run.output_dir) / "experts", run.folder / "experts")
-    state, log = sbatch(run, "assemble.sh", EVALUATE="yes")
+    state, log = run_to_the_end(run, "assemble.sh", EVALUATE="yes")
     assert state == "COMPLETED", log
     for name in ("assembled", "calibrated"):
         mine, theirs = (open_artifact(f"{folder}/{name}").manifest for folder in (run.folder, finished_run.output_dir))
@@ -66,7 +83,7 @@ def test_nodes_are_checked_by_hand(is_broken: bool, new_run: Make) -> None:
     if is_broken:
         for source in run.values["data"]["sources"]:
             source["train"] = "/nowhere/*.txt"
-    state, log = sbatch(run, "sanity.sh", "--nodes=2", QUICK="yes")
+    state, log = run_to_the_end(run, "sanity.sh", "--nodes=2", QUICK="yes")
     assert state == ("FAILED" if is_broken else "COMPLETED"), log
     assert "2 processes reach each other" in log
     assert ("all is well" in log) == (not is_broken)

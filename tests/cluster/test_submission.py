@@ -14,6 +14,7 @@ import pytest
 from checkpoints import open_artifact
 from tests.cluster.conftest import Launched
 from tests.cluster.slurm import wait_for
+from tests.conftest import run_command
 
 Make = Callable[..., Launched]
 
@@ -162,10 +163,7 @@ def test_wanting_the_missing_expert_after_all_trains_it_and_assembles_again(trai
     run = trained_run(cluster={"min_experts": 2})
     for folder in ("experts/expert-0", "experts/expert-1"):
         shutil.copytree(f"{finished_run.output_dir}/{folder}", run.folder / folder)
-    from modularforge.stages import assemble, calibrate
-
-    assemble.run(run.config)
-    calibrate.run(run.config)
+    run_command("modularforge", "assemble", "--config", str(run.config_file))
     run.values["cluster"]["min_experts"] = 3
     run.submit()
     assert run.submissions()[0]["indices"] == [2]
