@@ -89,13 +89,18 @@ class MetricsLog:
         if self._events:
             self._events.flush()
 
+    def close(self) -> None:
+        """Let another process write this job's lines."""
+        if paths.is_local(self.url):
+            _release(paths.local_path(self.url))
+
     def _replace(self) -> None:
         paths.replace_bytes(self.url, "".join(line + "\n" for line in self._lines).encode())
 
 
 def _claim(path: Path) -> None:
-    """Hold the lock of a job's metrics until this process ends; without effect where the file system knows no locks."""
-    lock = path.absolute().with_name(f".{path.stem}.lock")
+    """Hold the lock of a job's metrics; without effect where the file system knows no locks."""
+    lock = _lock_of(path)
     if lock in _LOCKS:
         return
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +118,17 @@ def _claim(path: Path) -> None:
     _LOCKS[lock] = descriptor
 
 
-_LOCKS: dict[Path, int] = {}  # a closed descriptor would give its lock up
+def _release(path: Path) -> None:
+    descriptor = _LOCKS.pop(_lock_of(path), None)
+    if descriptor is not None:
+        os.close(descriptor)  # which gives the lock up
+
+
+def _lock_of(path: Path) -> Path:
+    return path.absolute().with_name(f".{path.stem}.lock")
+
+
+_LOCKS: dict[Path, int] = {}
 
 
 def _step_of(line: str) -> float:

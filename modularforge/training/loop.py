@@ -7,7 +7,7 @@ checkpoint with the same losses, bit for bit on a deterministic device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -51,33 +51,33 @@ def fit(
     wrapped = parallelise(model, world)
     if job.training.compile:
         wrapped = torch.compile(wrapped)  # type: ignore[assignment]
-    meter = Meter(job, world, trainer.step)
-    batches = batches_from(trainer.position)
-    with keeper, stop_on_signals() as stop, progress(job.name, job.phase.steps, start=trainer.step) as bar:
-        while trainer.step < job.phase.steps:
-            rate = learning_rate(job.phase, trainer.step)
-            with meter.waiting_for_data():
-                inputs_BT, targets_BT, trainer.position = next(batches)
-            loss, norm = _step(trainer, wrapped, loss_of, inputs_BT, targets_BT, rate, job, world)
-            trainer.step += 1
-            meter.count(loss, norm, inputs_BT.numel() * world.size)
-            stopping = keeper.agree_to_stop(bool(stop))
-            saving = stopping or trainer.step % job.training.checkpoint_every == 0
-            if saving or _due(trainer.step, job.training.log_every, job):
-                trainer.train_loss = meter.report(trainer.step, rate)
-            if _due(trainer.step, job.training.validate_every, job):
-                trainer.validation_loss = _validated(model, validate, meter, trainer.step)
-                bar.advance(0, f"validation loss {trainer.validation_loss:.3f}")
-            if saving:
-                keeper.save(trainer)
-                meter.flush()
-            if stopping:
-                keeper.wait()
-                raise Interrupted(_stop_message(trainer, job, stop))
-            bar.advance(1)
-    if trainer.validation_loss is None:
-        trainer.validation_loss = _validated(model, validate, meter, trainer.step)
-    meter.flush()
+    with closing(Meter(job, world, trainer.step)) as meter:
+        batches = batches_from(trainer.position)
+        with keeper, stop_on_signals() as stop, progress(job.name, job.phase.steps, start=trainer.step) as bar:
+            while trainer.step < job.phase.steps:
+                rate = learning_rate(job.phase, trainer.step)
+                with meter.waiting_for_data():
+                    inputs_BT, targets_BT, trainer.position = next(batches)
+                loss, norm = _step(trainer, wrapped, loss_of, inputs_BT, targets_BT, rate, job, world)
+                trainer.step += 1
+                meter.count(loss, norm, inputs_BT.numel() * world.size)
+                stopping = keeper.agree_to_stop(bool(stop))
+                saving = stopping or trainer.step % job.training.checkpoint_every == 0
+                if saving or _due(trainer.step, job.training.log_every, job):
+                    trainer.train_loss = meter.report(trainer.step, rate)
+                if _due(trainer.step, job.training.validate_every, job):
+                    trainer.validation_loss = _validated(model, validate, meter, trainer.step)
+                    bar.advance(0, f"validation loss {trainer.validation_loss:.3f}")
+                if saving:
+                    keeper.save(trainer)
+                    meter.flush()
+                if stopping:
+                    keeper.wait()
+                    raise Interrupted(_stop_message(trainer, job, stop))
+                bar.advance(1)
+        if trainer.validation_loss is None:
+            trainer.validation_loss = _validated(model, validate, meter, trainer.step)
+        meter.flush()
     return {"train_loss": trainer.train_loss, "validation_loss": trainer.validation_loss}
 
 

@@ -84,6 +84,11 @@ class Meter:
         if self._log:
             self._log.flush()
 
+    def close(self) -> None:
+        """Let another process write this job's metrics."""
+        if self._log:
+            self._log.close()
+
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory of the device's allocator on a GPU, of the process (resident set) on a CPU."""

@@ -133,6 +133,16 @@ def test_a_second_process_cannot_write_the_same_jobs_metrics(tmp_path: Path) -> 
     MetricsLog(str(path)).restart_after(0)  # the same process may, after an interruption
 
 
+def test_a_job_that_ended_gives_its_metrics_free(tmp_path: Path) -> None:
+    path = tmp_path / "backbone.jsonl"
+    code = f"from modularforge.log import MetricsLog; MetricsLog({str(path)!r}).restart_after(0)"
+    log = MetricsLog(str(path))
+    log.restart_after(0)
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode
+    log.close()
+    assert not subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode
+
+
 def test_metrics_on_an_object_store_appear_at_a_flush() -> None:
     from checkpoints import paths
 
