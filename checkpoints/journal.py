@@ -1,8 +1,8 @@
 """Which files of an unfinished artifact are whole, so that an interrupted writer of the same artifact goes on.
 
-A resumable writer uses one place per fingerprint. On a folder it locks the scratch folder; where another process holds
-the lock, or the file system knows none, a writer takes a place of its own. On an object store two writers of the same
-fingerprint write the same bytes under the same keys, so they need no lock.
+A resumable writer uses one place for all that makes the same bytes. On a folder it locks the scratch folder; where
+another process holds the lock, or the file system knows none, a writer takes a place of its own. On an object store two
+such writers write the same bytes under the same keys, so they need no lock.
 """
 
 from __future__ import annotations
@@ -36,12 +36,7 @@ class Journal:
         try:
             values = json.loads(paths.read_bytes(self._url))
             entries = {name: FileEntry(**entry) for name, entry in values.items()}
-        except (
-            FileNotFoundError,
-            ValueError,
-            TypeError,
-            AttributeError,
-        ):  # none yet, or torn by a crash of the machine
+        except (FileNotFoundError, ValueError, TypeError, AttributeError):  # none yet, or torn by a crash
             return {}
         self._entries = {
             name: entry for name, entry in entries.items() if _size(paths.join(folder, name)) == entry.size
@@ -61,9 +56,9 @@ class Journal:
             paths.remove(self._url)
 
 
-def attempt_of(fingerprint: str) -> str:
-    """The attempt that all resumable writers of this fingerprint share."""
-    return f"attempt-{fingerprint[:12]}"
+def attempt_of(identity: str) -> str:
+    """The attempt that all resumable writers of the same bytes share, from a hash of what the bytes depend on."""
+    return f"attempt-{identity[:12]}"
 
 
 def has_writer(folder: Path) -> bool:

@@ -221,17 +221,17 @@ def write_artifact(
     fingerprint: str,
     settings: dict[str, Any] | None = None,
     inputs: dict[str, str] | None = None,
-    resume: bool = False,
+    resume: str = "",
 ) -> Iterator[ArtifactWriter]:
     """A writer with a scratch folder that is removed at the end, whatever happens; nothing appears without `commit`.
 
-    With `resume`, finished files are kept when the writer is interrupted, and the next writer of the same fingerprint
-    takes them over; bytes must then depend on the fingerprint alone.
+    With `resume`, finished files are kept when the writer is interrupted, and the next writer with the same `resume`
+    takes them over: it must be a hash (hexadecimal) of all that the bytes depend on.
     """
     manifest = Manifest(kind, fingerprint, settings or {}, inputs or {})
     with ExitStack() as stack:
         try:
-            attempt, folder, resumes = _place(url, fingerprint if resume else "", stack)
+            attempt, folder, resumes = _place(url, resume, stack)
         except OSError as error:
             raise explain.explain(error, "write", url) from error
         writer = ArtifactWriter(url, folder, attempt, manifest, resumes)
@@ -247,10 +247,10 @@ def write_artifact(
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _place(url: str, fingerprint: str, stack: ExitStack) -> tuple[str, Path, bool]:
+def _place(url: str, resume: str, stack: ExitStack) -> tuple[str, Path, bool]:
     """Attempt and scratch folder of a writer, and whether it can be resumed: not while another process does so."""
-    if fingerprint:
-        attempt = attempt_of(fingerprint)
+    if resume:
+        attempt = attempt_of(resume)
         folder = _scratch_folder(url, attempt)
         if not paths.is_local(url) or stack.enter_context(locked(folder)):
             return attempt, folder, True

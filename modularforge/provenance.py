@@ -7,7 +7,7 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 from checkpoints import Artifact, ArtifactExistsError, ArtifactWriter, open_artifact, paths, write_artifact
 from modularforge.config import Config
 from modularforge.log import json_safe, logger
-from modularforge.pipeline import Plan
+from modularforge.pipeline import Plan, contents, fingerprint
 from modularforge.settings import to_yaml
 
 FROZEN_NAME = "frozen.json"
@@ -25,11 +25,14 @@ PACKAGES = ("modularforge", "torch", "numpy", "tokenizers", "safetensors", "scik
 
 
 @contextmanager
-def making(plan: Plan, resume: bool = False) -> Iterator[ArtifactWriter]:
+def making(plan: Plan, parts: Sequence[Artifact] = ()) -> Iterator[ArtifactWriter]:
     """A writer for the artifact of a plan; nothing appears unless `commit` is called with it.
 
-    With `resume` it goes on with what an interrupted one left, for files that follow from the plan alone.
+    With `parts` it goes on with what an interrupted one left, for files that follow from the plan and the bytes of
+    these artifacts. (Fingerprints would not do: an expert trained again has the same one, and perhaps other bytes.)
     """
+    bytes_of_parts = {str(place): contents(artifact) for place, artifact in enumerate(parts)}
+    resume = fingerprint(plan.fingerprint, {}, bytes_of_parts) if parts else ""
     with write_artifact(plan.url, plan.stage, plan.fingerprint, plan.settings, plan.inputs, resume) as writer:
         yield writer
 

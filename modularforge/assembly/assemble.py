@@ -56,9 +56,13 @@ def assemble(
     check_parts(config, backbone, experts)
     values = backbone.read_json(CONFIG_NAME)
     model = model_config_of(values)
+    spans = [_spans(expert, EXPERT_NAME) for expert in experts]
     with tempfile.TemporaryDirectory() as scratch:
-        tensors = _tensors(config, backbone, experts, model, Path(scratch))
-        plan, facts = _write_weights(config, experts, tensors, writer, old)
+        tensors = _tensors(config, backbone, experts, spans, model, Path(scratch))
+        sources = parts.parts_of(old) if old else {}
+        for expert, own in zip(experts, spans, strict=True):
+            sources |= parts.whole_file(expert, EXPERT_NAME, own)
+        plan, facts = _write_weights(config, sources, tensors, writer)
     if plan.index:
         write_json(writer.folder / INDEX_NAME, plan.index)
     kind = next(tensor.dtype for tensor in tensors.values())
@@ -69,13 +73,18 @@ def assemble(
 
 
 def _tensors(
-    config: Config, backbone: Artifact, experts: list[Artifact], model: ModelConfig, scratch: Path
+    config: Config,
+    backbone: Artifact,
+    experts: list[Artifact],
+    expert_spans: list[dict[str, TensorSpan]],
+    model: ModelConfig,
+    scratch: Path,
 ) -> dict[str, OutputTensor]:
     """All tensors of the assembled model; new values are written to files in `scratch`."""
     public_slot = 0 if config.has_public_expert else None
     spans = merged_spans(
         _spans(backbone, WEIGHTS_NAME),
-        {index + (public_slot == 0): _spans(expert, EXPERT_NAME) for index, expert in enumerate(experts)},
+        {index + (public_slot == 0): own for index, own in enumerate(expert_spans)},
         model.layers,
         public_slot,
         model.family,
@@ -96,20 +105,13 @@ def _spans(artifact: Artifact, name: str) -> dict[str, TensorSpan]:
 
 
 def _write_weights(
-    config: Config,
-    experts: list[Artifact],
-    tensors: dict[str, OutputTensor],
-    writer: ArtifactWriter,
-    old: Artifact | None,
+    config: Config, sources: dict[str, parts.Source], tensors: dict[str, OutputTensor], writer: ArtifactWriter
 ) -> tuple[MergePlan, dict[str, Any]]:
     settings = config.assembly
     if settings.mode == "merge":
         plan = plan_merge(tensors, settings.max_shard_bytes)
         execute(plan, writer)
         return plan, {"bytes_written": plan.size, "bytes_linked": 0}
-    sources = parts.parts_of(old) if old else {}
-    for expert in experts:
-        sources |= parts.whole_file(expert, EXPERT_NAME, _spans(expert, EXPERT_NAME))
     plan = plan_parts(parts.group(tensors))
     keys, written = parts.write_parts(plan, writer, sources, must_link=settings.mode == "link")
     return plan, {"bytes_written": written, "bytes_linked": plan.size - written, parts.KEYS_FACT: keys}

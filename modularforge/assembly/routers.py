@@ -32,14 +32,18 @@ def router_rows(config: Config, experts: list[Artifact], model: ModelConfig) -> 
         solved = evidence.router_rows(widening, all_statistics(experts), settings.router_temperature, public)
         rows = list(solved)
     else:
-        rows = [_layer_rows(config, experts, layer, model) for layer in range(model.layers)]
+        is_solved = settings.router in ("data_stats", "centred_means")
+        statistics = all_statistics(experts) if is_solved else []
+        rows = [_layer_rows(config, experts, statistics, layer, model) for layer in range(model.layers)]
     # safetensors writes an array's memory as it lies: a transposed one would be saved scrambled.
     return {
         names.gate(layer, model.family): np.ascontiguousarray(item, dtype=np.float32) for layer, item in enumerate(rows)
     }
 
 
-def _layer_rows(config: Config, experts: list[Artifact], layer: int, model: ModelConfig) -> Array:
+def _layer_rows(
+    config: Config, experts: list[Artifact], statistics: list[RouterStatistics], layer: int, model: ModelConfig
+) -> Array:
     settings, public = config.assembly, config.has_public_expert
     count = len(experts) + int(public)
     if settings.router == "kaiming":
@@ -50,7 +54,7 @@ def _layer_rows(config: Config, experts: list[Artifact], layer: int, model: Mode
         name = names.gate(layer, model.family)
         learned = [load_file(expert.local_file(ROUTER_NAME))[name] for expert in experts]
         return with_public(np.concatenate(learned).astype(np.float64), public)
-    sums = (item.layers[layer] for item in all_statistics(experts))
+    sums = (item.layers[layer] for item in statistics)
     if settings.router == "data_stats":
         return with_public(ridge(sums, settings.ridge_penalty, settings.router_temperature), public)
     return with_public(centred_means(sums, settings.router_temperature), public)

@@ -23,7 +23,7 @@ def run(config: Config) -> None:
     old = find_artifact(plan.url)
     if old:
         logger.info("more experts are finished than the model at %s was made from; it is made again", plan.url)
-    with making(plan, resume=True) as writer:
+    with making(plan, [backbone, *experts]) as writer:
         start = time.perf_counter()
         facts = assemble(config, backbone, experts, writer, old)
         if old:  # only now, so that a run that fails before keeps the old model

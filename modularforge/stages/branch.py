@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from modularforge.artifacts import Backbone, Corpus, derived_seed, even_streams, token_file
-from modularforge.assembly.small_files import copy_text_files
 from modularforge.assembly.statistics import STATISTICS_NAME, save_statistics
 from modularforge.config import Config
 from modularforge.data.loader import batches
 from modularforge.log import logger
-from modularforge.model.folder import backbone_tensors, cast_like, save_tensors
-from modularforge.model.hub_config import CONFIG_NAME, WEIGHTS_NAME
 from modularforge.pipeline import finished, job_name, plan_stage, require
 from modularforge.provenance import commit, making
+from modularforge.training.backbone_job import save_trained_on
 from modularforge.training.distributed import joined_world
 from modularforge.training.expert_job import partition_sample
 from modularforge.training.job import Job
@@ -46,10 +44,7 @@ def run(config: Config, index: int) -> None:
         losses = fit(model, language_loss, job, batches_from, validate, world)
         if world.is_main:
             with making(plan) as writer:
-                types = {name: tensor.dtype for name, tensor in backbone.tensors.items()}
-                save_tensors(cast_like(backbone_tensors(model), types), writer.folder / WEIGHTS_NAME)
-                (writer.folder / CONFIG_NAME).write_bytes(backbone.artifact.read_bytes(CONFIG_NAME))
-                copy_text_files(backbone.artifact, writer.folder)
+                save_trained_on(model, backbone, writer.folder)
                 statistics = gather_statistics(model, partition_sample(config, tokens, index), world.device)
                 save_statistics(writer.folder / STATISTICS_NAME, statistics)
                 commit(writer, plan, config, {**losses, "training_tokens": phase.steps * phase.batch_size * context})

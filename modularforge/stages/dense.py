@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-
 from modularforge.artifacts import Backbone, Corpus, even_streams
 from modularforge.config import Config
 from modularforge.log import logger
-from modularforge.model.folder import backbone_tensors, cast_like, save_tensors
 from modularforge.pipeline import finished, plan_stage, require
 from modularforge.provenance import commit, making
+from modularforge.training.backbone_job import save_trained_on
 from modularforge.training.distributed import joined_world
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
@@ -37,11 +35,7 @@ def run(config: Config) -> None:
         losses = fit(model, language_loss, job, batches_from, validate, world)
         if world.is_main:
             with making(plan) as writer:
-                types = {name: tensor.dtype for name, tensor in backbone.tensors.items()}
-                save_tensors(cast_like(backbone_tensors(model), types), writer.folder / "model.safetensors")
-                for name in backbone.artifact.manifest.files:
-                    if not name.endswith(".safetensors"):
-                        shutil.copyfile(backbone.artifact.local_file(name), writer.folder / name)
+                save_trained_on(model, backbone, writer.folder)
                 facts = {"training_tokens": phase.steps * phase.batch_size * context}
                 commit(writer, plan, config, {**losses, **facts})
         world.barrier()

@@ -84,7 +84,7 @@ def _assemble_again(model: Artifact, experts: Sequence[Artifact], output: str | 
     if old and old.url != model.url:
         raise MismatchError(f"{url} must be free, but holds another artifact; choose another --output")
     start = time.perf_counter()
-    with making(plan, resume=True) as writer:
+    with making(plan, [backbone, *experts]) as writer:
         facts = assemble(config, backbone, list(experts), writer, old=model)
         if old:
             calibrated = paths.join(model.url.rstrip("/").rsplit("/", 1)[0], "calibrated")

@@ -13,7 +13,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from modularforge.artifacts import derived_seed
+from modularforge.artifacts import Backbone, derived_seed
+from modularforge.assembly.small_files import copy_text_files
 from modularforge.assembly.statistics import STATISTICS_NAME, save_statistics
 from modularforge.config import Config
 from modularforge.data.adopted_tokenizer import adopt_tokenizer
@@ -24,6 +25,7 @@ from modularforge.model.folder import backbone_tensors, cast_like, load_pretrain
 from modularforge.model.hub_config import (
     CONFIG_NAME,
     GENERATION_NAME,
+    WEIGHTS_NAME,
     backbone_config,
     generation_config,
     read_config,
@@ -88,6 +90,14 @@ def save_backbone(
     sizes = model_sizes(model.config, model.vocab_size)
     tokens = config.backbone.steps * config.backbone.batch_size * config.model.context_length
     return {"parameters": sizes.parameters, "training_tokens": tokens}
+
+
+def save_trained_on(model: Decoder, backbone: Backbone, folder: Path) -> None:
+    """Write a backbone that was trained on: in the type of its weights, with its tokenizer and settings."""
+    types = {name: tensor.dtype for name, tensor in backbone.tensors.items()}
+    save_tensors(cast_like(backbone_tensors(model), types), folder / WEIGHTS_NAME)
+    (folder / CONFIG_NAME).write_bytes(backbone.artifact.read_bytes(CONFIG_NAME))
+    copy_text_files(backbone.artifact, folder)
 
 
 def _save_pretrained(model: Decoder, folder: Path, pretrained: Path) -> None:

@@ -13,7 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints import Artifact, ArtifactExistsError, CorruptArtifactError, open_artifact, paths, plain_folder
+from checkpoints import (
+    Artifact,
+    ArtifactExistsError,
+    CorruptArtifactError,
+    open_artifact,
+    paths,
+    plain_folder,
+    write_artifact,
+)
 from checkpoints.manifest import MANIFEST_NAME
 from modularforge.artifacts import Backbone
 from modularforge.assembly import evidence
@@ -203,8 +211,6 @@ def test_transformers_computes_the_same_with_a_widened_model(dtype: str, finishe
 
 def damaged(expert: Artifact, folder: Path, change: object) -> Artifact:
     """The expert again, committed with changed tensors."""
-    from checkpoints import write_artifact
-
     tensors = load_file(expert.local_file(EXPERT_NAME))
     change(tensors)  # type: ignore[operator]
     with write_artifact(str(folder), "expert", "changed") as writer:
@@ -246,6 +252,38 @@ def test_the_same_expert_twice_and_one_of_another_backbone_are_refused(finished_
     stranger = replace(experts[1], manifest=replace(experts[1].manifest, facts=facts))
     with pytest.raises(MismatchError, match="must have been trained on the backbone"):
         assemble(finished_run, backbone, [experts[0], stranger], plain_folder(tmp_path))
+
+
+class Killed(BaseException):
+    """Stands for a process that ends here."""
+
+
+def test_what_an_interrupted_assembly_wrote_of_an_older_expert_is_not_taken_over(
+    finished_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An expert that is trained again has the same fingerprint, and on another machine perhaps other bytes."""
+    run = copy_of_run(finished_run, tmp_path / "run", mode="merge", max_shard_bytes=100_000)
+    with monkeypatch.context() as patch:
+        patch.setattr("modularforge.stages.assemble.commit", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            assemble_stage.run(run)
+    assert list((tmp_path / "run").glob(".assembled.attempt-*/model-*")), "all weight files were finished"
+    old = require(run, "expert", 1)
+    tensors = load_file(old.local_file(EXPERT_NAME))
+    manifest = old.manifest
+    with write_artifact(
+        str(tmp_path / "again"), "expert", manifest.fingerprint, manifest.settings, manifest.inputs
+    ) as writer:
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, writer.folder / EXPERT_NAME)
+        for name in ("router.safetensors", STATISTICS_NAME):
+            shutil.copyfile(old.local_file(name), writer.folder / name)
+        writer.commit(manifest.facts)
+    shutil.rmtree(paths.local_path(old.url))
+    (tmp_path / "again").rename(paths.local_path(old.url))
+    assemble_stage.run(run)
+    written = read_tensors(paths.local_path(stage_url(run, "assembled")))
+    for name, tensor in tensors.items():
+        assert torch.equal(written[name], tensor + 1), name
 
 
 def test_a_truncated_expert_is_refused_before_anything_is_written(finished_run: Config, tmp_path: Path) -> None:

@@ -15,7 +15,10 @@ from modularforge.assembly import stream
 from modularforge.assembly.assemble import assemble
 from modularforge.assembly.statistics import EXPERT_NAME
 from modularforge.config import Config, ModelConfig
-from modularforge.pipeline import require, stage_url
+from modularforge.errors import MismatchError
+from modularforge.pipeline import require
+from modularforge.stages import assemble as assemble_stage
+from modularforge.stages import members
 from tests.synthetic_models import describe, write_parts
 
 
@@ -38,7 +41,7 @@ def test_every_store_gets_the_same_bytes(mode: str, router: str, place: str, fin
     (tmp_path / "local").mkdir()
     assemble(run, require(finished_run, "backbone"), local, plain_folder(tmp_path / "local"))
     backbone, experts = parts_on(place, finished_run)
-    with write_artifact(f"{place}/assembled", "assembled", "0123456789abcdef", resume=True) as writer:
+    with write_artifact(f"{place}/assembled", "assembled", "0123456789abcdef", resume="0123456789abcdef") as writer:
         assemble(run, backbone, experts, writer)
         artifact = writer.commit()
     artifact.verify()
@@ -63,7 +66,7 @@ def test_on_s3_finished_files_are_not_sent_again(s3: str, finished_run: Config, 
         return original(file, writer, bar)
 
     def merge() -> Artifact:
-        with write_artifact(f"{s3}/assembled", "assembled", "0123456789abcdef", resume=True) as writer:
+        with write_artifact(f"{s3}/assembled", "assembled", "0123456789abcdef", resume="0123456789abcdef") as writer:
             assemble(run, backbone, experts, writer)
             return writer.commit()
 
@@ -92,7 +95,7 @@ def test_on_s3_experts_are_copied_by_the_server(s3: str, finished_run: Config, m
         return original(store, url, start, end)
 
     monkeypatch.setattr(S3Store, "read", reading)
-    with write_artifact(f"{s3}/assembled", "assembled", "fedcba9876543210", resume=True) as writer:
+    with write_artifact(f"{s3}/assembled", "assembled", "fedcba9876543210", resume="fedcba9876543210") as writer:
         assemble(run, backbone, experts, writer)
         artifact = writer.commit()
     assert not [url for url in read if url.endswith(EXPERT_NAME)]
@@ -125,15 +128,17 @@ def test_memory_is_bounded_on_s3_too(s3: str, tmp_path: Path) -> None:
 
 def test_a_model_pulled_elsewhere_can_still_be_changed(s3: str, finished_run: Config, tmp_path: Path) -> None:
     """The parts are looked for beside the model when they are not where they were."""
-    from modularforge.stages import members
-
-    for name in ("backbone", "experts", "assembled"):
-        shutil.copytree(f"{finished_run.output_dir}/{name}", tmp_path / "moved" / name)
-    for index in range(3):
-        copy_artifact(require(finished_run, "expert", index), f"{s3}/run/experts/expert-{index}", lambda _: None)
-    copy_artifact(require(finished_run, "backbone"), f"{s3}/run/backbone", lambda _: None)
-    copy_artifact(require(finished_run, "assembled"), f"{s3}/run/assembled", lambda _: None)
+    for name in ("backbone", "experts", "data"):
+        shutil.copytree(f"{finished_run.output_dir}/{name}", tmp_path / "old" / name)
+    run = finished_run.model_copy(update={"output_dir": str(tmp_path / "old")})
+    assemble_stage.run(run)
+    (tmp_path / "old").rename(tmp_path / "moved")
+    for name in ("backbone", "assembled", *(f"experts/expert-{index}" for index in range(3))):
+        copy_artifact(open_artifact(str(tmp_path / "moved" / name)), f"{s3}/run/{name}", lambda _: None)
     on_s3 = members.remove(f"{s3}/run/assembled", 1, f"{s3}/two")
     on_disk = members.remove(str(tmp_path / "moved/assembled"), 1, str(tmp_path / "two"))
     assert on_s3.manifest.files == on_disk.manifest.files
-    assert stage_url(finished_run, "assembled")
+    assert on_s3.manifest.facts["backbone"]["url"] == f"{s3}/run/backbone"
+    shutil.rmtree(tmp_path / "moved/backbone")
+    with pytest.raises(MismatchError, match=r"that is neither there nor at .*moved/backbone; bring it back"):
+        members.remove(str(tmp_path / "moved/assembled"), 1, str(tmp_path / "again"))

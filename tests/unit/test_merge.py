@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints import plain_folder, write_artifact
+from checkpoints import ArtifactWriter, paths, plain_folder, write_artifact
 from checkpoints.durable import DurableFile
 from checkpoints.hashing import describe_file
 from modularforge.assembly.convert import converted
@@ -175,12 +178,11 @@ def test_killed_at_every_write_the_merge_continues_to_the_same_bytes(
 
         return wrapper
 
-    for target in ("checkpoints.durable.DurableFile.write", "checkpoints.journal.paths.replace_bytes"):
-        monkeypatch.setattr(target, counted(eval_target(target)))
-    monkeypatch.setattr("checkpoints.writer.paths.upload", counted(eval_target("checkpoints.writer.paths.upload")))
+    for owner, name in ((DurableFile, "write"), (paths, "replace_bytes"), (paths, "upload")):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
 
     def merge(url: str) -> dict[str, object]:
-        with write_artifact(url, "assembled", "0123456789abcdef", resume=True) as writer:
+        with write_artifact(url, "assembled", "0123456789abcdef", resume="0123456789abcdef") as writer:
             execute(plan, writer)
             return writer.commit().manifest.files
 
@@ -199,21 +201,13 @@ def test_killed_at_every_write_the_merge_continues_to_the_same_bytes(
     assert total > (5 if store == "folder" else 1)
 
 
-def eval_target(dotted: str):
-    import importlib
-
-    module, _, name = dotted.rpartition(".")
-    if module.endswith(".paths"):
-        module = "checkpoints.paths"
-    if module.endswith("DurableFile"):
-        return DurableFile.write
-    return getattr(importlib.import_module(module), name)
-
-
-def test_two_writers_of_one_fingerprint_do_not_share_a_folder(tmp_path: Path) -> None:
+def test_two_writers_of_the_same_bytes_do_not_share_a_folder(tmp_path: Path) -> None:
     url = str(tmp_path / "model")
-    same = (url, "assembled", "0123456789abcdef")
-    with write_artifact(*same, resume=True) as first, write_artifact(*same, resume=True) as second:
+
+    def writer() -> AbstractContextManager[ArtifactWriter]:
+        return write_artifact(url, "assembled", "0123456789abcdef", resume="0123456789abcdef")
+
+    with writer() as first, writer() as second:
         assert first.folder != second.folder
         assert (first.resumes, second.resumes) == (True, False)
 
@@ -230,10 +224,6 @@ def test_a_disk_without_room_is_refused_before_the_work(tmp_path: Path, monkeypa
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_copies_are_sequential_and_numpy_only() -> None:
-    """The copy path must not load torch: checked in a process of its own."""
-    import subprocess
-    import sys
-
+def test_the_copy_path_loads_no_torch() -> None:
     code = "import sys, modularforge.assembly.assemble, modularforge.assembly.stream; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
