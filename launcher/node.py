@@ -127,7 +127,7 @@ def _follow_up(config: Config, task: Task, allocation: Allocation, history: list
 
 def _how_it_ended(allocation: Allocation, code: int, first_step: int, step: int) -> Ended:
     try:
-        known = job_fields(allocation.job)
+        known = job_fields(allocation.name)
     except SlurmError as error:
         print(f"Slurm does not tell how this job stands: {error}", flush=True)
         return Ended(code, state="UNKNOWN", first_step=first_step, step=step)

@@ -99,7 +99,10 @@ def fields(line: str) -> dict[str, str]:
 
 
 def job_fields(job: str) -> dict[str, str]:
-    """`scontrol show job` of one job or array task."""
+    """`scontrol show job` of one job, or of one array task by its name `123_4`.
+
+    The id of an array's last task is that of the whole array: asked for by that, Slurm answers with every task.
+    """
     return fields(run_slurm("scontrol", "--oneliner", "show", "job", job))
 
 

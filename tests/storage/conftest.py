@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,10 +30,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def _quick_and_clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No long pauses between attempts, and a cache of the test's own."""
+    """No long pauses between attempts; a cache and a temporary folder of the test's own.
+
+    Writers to object stores that are killed leave scratch in the temporary folder, and garbage collection looks there.
+    """
     monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.01)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "4")
     monkeypatch.setenv("MODULARFORGE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
 
 
 @pytest.fixture

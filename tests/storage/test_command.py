@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -226,13 +225,8 @@ def test_gc_leaves_an_attempt_that_was_committed_meanwhile(s3: str) -> None:
     open_artifact(artifact.url).verify()
 
 
-def test_gc_leaves_folders_of_living_writers_and_takes_those_of_killed_ones(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gc_leaves_folders_of_living_writers_and_takes_those_of_killed_ones(place: str, tmp_path: Path) -> None:
     """A writer in a process of its own is seen alive, whatever its age, and is garbage once it was killed."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    (tmp_path / "scratch").mkdir()
     (tmp_path / "scratch" / "modularforge-prepare-1").mkdir()
     url = place.replace("memory://", "s3://") if place.startswith("memory") else place
     code = (
