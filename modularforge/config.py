@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PartitionMethod = Literal["random", "clustered", "curriculum", "domain"]
 Text = Annotated[str, Field(min_length=1)]
-RouterKind = Literal["evidence", "data_stats", "centred_means", "learned", "kaiming", "uniform"]
+RouterKind = Literal["evidence", "data_stats", "centred_means", "learned", "equalised", "kaiming", "uniform"]
+TRAINED_ROUTERS = ("learned", "equalised")  # their rows are trained with the experts
 
 
 class Section(BaseModel):
@@ -231,7 +232,8 @@ class AssemblyConfig(Section):
 
     router: RouterKind = "evidence"
     """`evidence`: which partition the text so far resembles, from token counts; `data_stats`: ridge regression from
-    sums; `centred_means`; `learned`: rows trained with the experts; `kaiming`: random; `uniform`: all experts alike."""
+    sums; `centred_means`; `learned`: rows trained with the experts; `equalised`: the same at one length; `kaiming`:
+    random; `uniform`: all experts alike."""
     experts_per_token: int = Field(2, ge=1)
     """Experts that each token visits."""
     public_expert: bool | None = None
@@ -466,10 +468,10 @@ def _impossible_combinations(config: Config) -> Any:
             f"assembly.experts_per_token must be at most the number of experts ({config.assembled_experts}), "
             f"but is {assembly.experts_per_token}; lower it or add experts"
         )
-    if assembly.router == "learned" and not experts.anchored:
+    if assembly.router in TRAINED_ROUTERS and not experts.anchored:
         yield (
-            "assembly.router must not be learned when experts.anchored is false, because plain experts train no router "
-            "rows; use data_stats or centred_means"
+            f"assembly.router must not be {assembly.router} when experts.anchored is false, because plain experts train "
+            "no router rows; use data_stats or centred_means"
         )
     if config.needed_experts > experts.count:
         yield (

@@ -8,9 +8,18 @@ from safetensors.numpy import load_file
 
 from checkpoints import Artifact
 from modularforge.assembly import evidence
-from modularforge.assembly.routing import Array, RouterStatistics, centred_means, kaiming, ridge, uniform, with_public
+from modularforge.assembly.routing import (
+    Array,
+    RouterStatistics,
+    centred_means,
+    equalised,
+    kaiming,
+    ridge,
+    uniform,
+    with_public,
+)
 from modularforge.assembly.statistics import ROUTER_NAME, STATISTICS_NAME, load_statistics
-from modularforge.config import Config, ModelConfig
+from modularforge.config import TRAINED_ROUTERS, Config, ModelConfig
 from modularforge.model import names
 
 Rows = NDArray[np.float32]
@@ -50,10 +59,11 @@ def _layer_rows(
         return kaiming(count, model.width, config.seed * 1000 + layer)
     if settings.router == "uniform":
         return uniform(count, model.width)
-    if settings.router == "learned":
+    if settings.router in TRAINED_ROUTERS:
         name = names.gate(layer, model.family)
-        learned = [load_file(expert.local_file(ROUTER_NAME))[name] for expert in experts]
-        return with_public(np.concatenate(learned).astype(np.float64), public)
+        rows = [load_file(expert.local_file(ROUTER_NAME))[name] for expert in experts]
+        learned_ED = np.concatenate(rows).astype(np.float64)
+        return with_public(equalised(learned_ED) if settings.router == "equalised" else learned_ED, public)
     sums = (item.layers[layer] for item in statistics)
     if settings.router == "data_stats":
         return with_public(ridge(sums, settings.ridge_penalty, settings.router_temperature), public)

@@ -61,6 +61,13 @@ def centred_means(statistics: Iterable[LayerStatistics], temperature: float) -> 
     return rows_ED
 
 
+def equalised(rows_ED: Array) -> Array:
+    """Learned rows at the mean of their lengths: a longer row wins tokens by that alone (PHATGOOSE, 2402.05859)."""
+    length_E = np.linalg.norm(rows_ED, axis=1, keepdims=True)
+    rows: Array = rows_ED * (length_E.mean() / np.maximum(length_E, 1e-12))
+    return rows
+
+
 def ridge(statistics: Iterable[LayerStatistics], penalty: float, temperature: float) -> Array:
     """Rows [E, D] that predict from an input which partition it came from (DUME, arXiv 2603.29765).
 
@@ -68,6 +75,9 @@ def ridge(statistics: Iterable[LayerStatistics], penalty: float, temperature: fl
     partition weighted alike; `penalty` is a share of the mean diagonal of the second moments. Centring makes zero, the
     public expert's logit, the score of an input that belongs nowhere in particular. Statistics are taken one at a
     time: memory is one float64 matrix [D, D] and one of a job.
+
+    There is no intercept, because no Hugging Face router has a slot for one. Nothing is lost by that: an intercept that
+    is folded into the rows along the direction that predicts one from the inputs gives these very rows.
     """
     means: list[Array] = []
     second_DD = np.zeros((0, 0))

@@ -10,7 +10,7 @@ from torch import Tensor
 from checkpoints import Artifact
 from modularforge.artifacts import Backbone
 from modularforge.assembly.routers import router_rows
-from modularforge.config import Config
+from modularforge.config import TRAINED_ROUTERS, Config
 from modularforge.errors import ConfigError
 from modularforge.model import names
 from modularforge.model.backbone import Decoder
@@ -24,7 +24,7 @@ def build_btx(config: Config, backbone: Backbone, branches: Sequence[Artifact]) 
 
     Raises ConfigError for routers that need more than rows (evidence) or rows that branches do not train (learned).
     """
-    if config.assembly.router in ("evidence", "learned"):
+    if config.assembly.router in ("evidence", *TRAINED_ROUTERS):
         raise ConfigError(
             f"assembly.router must be one that is solved from sums for a BTX merge, but is {config.assembly.router}; "
             "use data_stats or centred_means"

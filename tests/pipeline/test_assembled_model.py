@@ -129,7 +129,9 @@ def test_shards_hold_the_same_tensors_and_an_index(finished_run: Config, tmp_pat
         assert torch.equal(load_model(tmp_path)(tokens), load_model(whole.parent)(tokens))
 
 
-@pytest.mark.parametrize("router", ["learned", "centred_means", "data_stats", "evidence", "kaiming", "uniform"])
+@pytest.mark.parametrize(
+    "router", ["learned", "equalised", "centred_means", "data_stats", "evidence", "kaiming", "uniform"]
+)
 def test_the_solved_router_is_what_the_assembled_file_holds(router: str, finished_run: Config, tmp_path: Path) -> None:
     settings = finished_run.assembly.model_copy(update={"router": router})
     config = finished_run.model_copy(update={"assembly": settings})

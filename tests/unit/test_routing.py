@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from modularforge.assembly.routing import LayerStatistics, centred_means, kaiming, ridge, uniform, with_public
+from modularforge.assembly.routing import (
+    LayerStatistics,
+    centred_means,
+    equalised,
+    kaiming,
+    ridge,
+    uniform,
+    with_public,
+)
 from modularforge.assembly.statistics import load_statistics, save_statistics
 from modularforge.config import ModelConfig
 from modularforge.model.backbone import build_backbone
@@ -39,6 +47,23 @@ def test_ridge_from_sums_equals_scikit_learn_on_the_data() -> None:
     scale = np.trace(sum(d.T @ d / len(d) for d in data) / EXPERTS) / WIDTH
     reference = Ridge(alpha=0.05 * scale, fit_intercept=False).fit(x, y, sample_weight=weight)
     np.testing.assert_allclose(rows, reference.coef_, rtol=1e-6, atol=1e-9)
+
+
+def test_an_intercept_folded_into_the_rows_changes_nothing() -> None:
+    data = groups()
+    mean = np.mean([inputs.mean(axis=0) for inputs in data], axis=0)
+    second = np.mean([inputs.T @ inputs / len(inputs) for inputs in data], axis=0)
+    second += 0.05 * np.trace(second) / WIDTH * np.eye(WIDTH)
+    target = np.stack([inputs.mean(axis=0) - mean for inputs in data]) / EXPERTS
+    about_mean = np.linalg.solve(second - np.outer(mean, mean), target.T).T
+    intercept, ones = -about_mean @ mean, np.linalg.solve(second, mean)
+    rows = ridge([sums(inputs) for inputs in data], penalty=0.05, temperature=1.0)
+    np.testing.assert_allclose(rows, about_mean + np.outer(intercept, ones), rtol=1e-9, atol=1e-12)
+
+
+def test_equalised_rows_have_one_length_and_their_directions() -> None:
+    rows = np.asarray([[3.0, 4.0], [0.0, 1.0], [0.0, 0.0]])
+    np.testing.assert_allclose(equalised(rows), [[1.2, 1.6], [0.0, 2.0], [0.0, 0.0]])
 
 
 @pytest.mark.parametrize("solve", [lambda s: ridge(s, 0.01, 0.1), lambda s: centred_means(s, 0.1)])
