@@ -470,8 +470,8 @@ def _impossible_combinations(config: Config) -> Any:
         )
     if assembly.router in TRAINED_ROUTERS and not experts.anchored:
         yield (
-            f"assembly.router must not be {assembly.router} when experts.anchored is false, because plain experts train "
-            "no router rows; use data_stats or centred_means"
+            f"assembly.router must not be {assembly.router} when experts.anchored is false, because plain experts "
+            "train no router rows; use data_stats or centred_means"
         )
     if config.needed_experts > experts.count:
         yield (

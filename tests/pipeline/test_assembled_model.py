@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from modularforge.assembly.assemble import assemble
 from modularforge.assembly.plan import output_tensors, plan_merge, read_header
 from modularforge.assembly.routers import router_rows
 from modularforge.assembly.stream import execute
-from modularforge.config import Config
+from modularforge.config import Config, RouterKind
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.moe import restrict_routing
 from modularforge.pipeline import require, stage_url
@@ -129,9 +130,7 @@ def test_shards_hold_the_same_tensors_and_an_index(finished_run: Config, tmp_pat
         assert torch.equal(load_model(tmp_path)(tokens), load_model(whole.parent)(tokens))
 
 
-@pytest.mark.parametrize(
-    "router", ["learned", "equalised", "centred_means", "data_stats", "evidence", "kaiming", "uniform"]
-)
+@pytest.mark.parametrize("router", get_args(RouterKind))
 def test_the_solved_router_is_what_the_assembled_file_holds(router: str, finished_run: Config, tmp_path: Path) -> None:
     settings = finished_run.assembly.model_copy(update={"router": router})
     config = finished_run.model_copy(update={"assembly": settings})
