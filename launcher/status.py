@@ -144,7 +144,7 @@ def _ended_state(events: list[Event], carrier: Submission | None, job: QueuedJob
 
 def _steps(config: Config, task: Task) -> int | None:
     if task.group in ("dense", "joint"):
-        return config.experts.steps * config.experts.count
+        return config.joint_phase.steps
     steps = {"backbone": config.backbone.steps, "expert": config.experts.steps, "branch": config.experts.steps}
     return steps.get(task.group)
 

@@ -216,10 +216,14 @@ class ExpertsConfig(PhaseConfig):
 
 
 class JointConfig(Section):
-    """The mixture of the assembled model's shape, trained jointly on all partitions, to compare with.
+    """The baselines that train on all partitions at once: the dense model and a mixture of the assembled model's shape.
 
-    It starts from copies of the backbone's FFN (sparse upcycling) and takes the experts' schedule.
+    Both take the experts' schedule, stretched; the mixture starts from copies of the backbone's FFN (sparse upcycling).
     """
+
+    batch_size: int | None = Field(None, ge=1)
+    """Sequences in one step of either; null is `experts.batch_size`, which is often too small for them: an expert alone
+    learns best from far smaller batches (docs/method.md)."""
 
     freeze_shared: bool = False
     """Train feed-forward blocks and routers only, as the experts' jobs do; false trains everything."""
@@ -413,6 +417,14 @@ class Config(Section):
         return self.experts.anchored if kept is None else kept
 
     @property
+    def joint_phase(self) -> PhaseConfig:
+        """How the baselines train that see all partitions at once: on as many windows as all experts together."""
+        experts = self.experts
+        batch_size = self.joint.batch_size or experts.batch_size
+        windows = experts.count * experts.steps * experts.batch_size
+        return experts.model_copy(update={"steps": windows // batch_size, "batch_size": batch_size})
+
+    @property
     def assembled_experts(self) -> int:
         """Experts per layer of the assembled model, the public one included."""
         return self.experts.count + int(self.has_public_expert)
@@ -463,6 +475,17 @@ def _impossible_combinations(config: Config) -> Any:
                 f"{name}.batch_size must be a multiple of {name}.accumulation_steps ({phase.accumulation_steps}), "
                 f"but is {phase.batch_size}; change one of them"
             )
+    windows = experts.count * experts.steps * experts.batch_size
+    if windows % config.joint_phase.batch_size:
+        yield (
+            f"joint.batch_size must divide the windows that all experts train on ({windows}), but is "
+            f"{config.joint.batch_size}; choose a multiple of experts.batch_size ({experts.batch_size}) that does"
+        )
+    if config.joint_phase.batch_size % experts.accumulation_steps:
+        yield (
+            f"joint.batch_size must be a multiple of experts.accumulation_steps ({experts.accumulation_steps}), but is "
+            f"{config.joint.batch_size}; change one of them"
+        )
     if assembly.experts_per_token > config.assembled_experts:
         yield (
             f"assembly.experts_per_token must be at most the number of experts ({config.assembled_experts}), "

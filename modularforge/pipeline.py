@@ -76,7 +76,7 @@ STAGES = {
         Stage(
             "dense",
             "baselines/dense",
-            (*SCHEDULE, "experts.count", *ARITHMETIC),
+            (*SCHEDULE, "experts.count", "joint.batch_size", *ARITHMETIC),
             ("corpus", "partitions", "backbone"),
             "evaluate",
         ),

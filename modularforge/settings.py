@@ -27,6 +27,7 @@ SMOKE_TEST: dict[str, Any] = {
     "training": {"log_every": 5, "validate_every": 20, "validation_tokens": 2048, "checkpoint_every": 10},
     "backbone": {"steps": 20, **SMOKE_PHASE},
     "experts": {"count": len(SAMPLE_DOMAINS), "steps": 10, "statistics_tokens": 4096, **SMOKE_PHASE},
+    "joint": {"batch_size": None},
     "calibration": {"steps": 5, **SMOKE_PHASE},
     "evaluation": {"tokens_per_domain": 2048, "sample_tokens": 8},
 }

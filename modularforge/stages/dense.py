@@ -12,7 +12,7 @@ from modularforge.training.distributed import joined_world
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
 from modularforge.training.losses import language_loss, mean_loss
-from modularforge.training.mixture import joint_phase, mixed_partitions
+from modularforge.training.mixture import mixed_partitions
 
 
 def run(config: Config) -> None:
@@ -22,7 +22,7 @@ def run(config: Config) -> None:
         logger.info("dense baseline is finished: %s", plan.url)
         return
     corpus, backbone = Corpus(require(config, "corpus")), Backbone(require(config, "backbone"))
-    partitions, phase, context = require(config, "partitions"), joint_phase(config), config.model.context_length
+    partitions, phase, context = require(config, "partitions"), config.joint_phase, config.model.context_length
     held_out = even_streams(corpus.domains("validation"), config.training.validation_tokens)
     job = Job.of_run(config, "dense", phase, plan.fingerprint)
     model = backbone.model().float()

@@ -20,12 +20,13 @@ from tests.conftest import run_command
 def evaluated(finished_run: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The finished run, evaluated with all baselines in a folder of its own."""
     folder = tmp_path_factory.mktemp("baselines") / "run"
-    (folder / "baselines").mkdir(parents=True)
-    for name in ("backbone", "experts", "assembled", "calibrated", "baselines/dense"):
+    folder.mkdir(parents=True)
+    for name in ("backbone", "experts", "assembled", "calibrated"):
         (folder / name).symlink_to(paths.local_path(finished_run.output_dir) / name)
     values = yaml.safe_load(to_yaml(finished_run))
     values |= {"output_dir": str(folder), "data_dir": finished_run.data_url}
     values["evaluation"]["baselines"] = ["dense", "soup", "joint", "btx"]
+    values["joint"]["batch_size"] = 2 * finished_run.experts.batch_size
     config = folder.with_suffix(".yaml")
     config.write_text(yaml.safe_dump(values))
     run_command("modularforge", "evaluate", "--config", str(config))

@@ -139,6 +139,11 @@ def test_mixed_batches_are_the_same_on_any_ranks_and_from_any_start():
     assert torch.equal(mixed(start_position=12)[0][0], whole[3][0])
 
 
+def test_mixed_batches_of_another_size_are_the_same_windows_in_the_same_order():
+    whole = torch.cat([inputs_BT for inputs_BT, _, _ in mixed()])
+    assert torch.equal(torch.cat([inputs_BT for inputs_BT, _, _ in mixed(batch_size=6)]), whole)
+
+
 def test_mixing_names_the_partition_that_fills_no_batch():
     with pytest.raises(TrainingError, match="partition 1 must fill one batch"):
         mixed(batch_size=8)

@@ -50,10 +50,19 @@ def test_a_setting_in_the_wrong_section_is_named_in_the_right_one() -> None:
         ("backbone", {"batch_size": 5, "accumulation_steps": 2}, "backbone.batch_size must be a multiple of"),
         ("assembly", {"experts_per_token": 9}, "must be at most the number of experts (4), but is 9"),
         ("experts", {"anchored": False}, "assembly.router must not be learned when experts.anchored is false"),
+        ("joint", {"batch_size": 7}, "joint.batch_size must divide the windows that all experts train on"),
     ],
 )
 def test_impossible_combinations_are_refused(section: str, change: dict[str, object], message: str) -> None:
     assert message in mistakes(tiny_values("out", **{section: change}))
+
+
+def test_baselines_on_all_partitions_have_batches_of_their_own_and_no_token_more() -> None:
+    config = make_config(tiny_values("out", joint={"batch_size": 12}), "here.yaml")
+    experts, joint = config.experts, config.joint_phase
+    assert joint.batch_size == 12 != experts.batch_size
+    assert joint.steps * 12 == experts.count * experts.steps * experts.batch_size
+    assert make_config(tiny_values("out"), "here.yaml").joint_phase.batch_size == experts.batch_size
 
 
 def test_two_sources_of_one_name_are_refused() -> None:
