@@ -234,6 +234,24 @@ def test_the_last_task_of_an_array_requeues_itself_alone(stub_run: Make, tmp_pat
     assert len(experts_of(run)) == 1
 
 
+@pytest.mark.parametrize("how", ["preempted without grace", "by a person"])
+def test_a_job_that_slurm_sends_back_by_itself_is_not_submitted_twice(stub_run: Make, tmp_path: Path, how: str) -> None:
+    run = stub_run("hold", cluster={"queue": "graceless"})
+    run.submit()
+    wait_for(lambda: started(tmp_path) == [0, 1, 2], "all have started")
+    if how == "by a person":
+        run.cluster.run("scontrol", "requeue", f"{run.job('expert')}_2")
+    else:
+        run.cluster.preempt()
+    wait_for(lambda: run.events("expert-2", "requeued"), "expert-2 notes that it goes back to the queue")
+    assert [event["reason"] for event in run.events("expert-2", "requeued")] == ["sent back"]
+    assert run.rows()["expert-2"]["state"] in ("requeued", "running")
+    assert "everything is submitted already" in run.submit()
+    wait_for(lambda: started(tmp_path).count(2) == 2, "it starts again")
+    assert len(run.events("expert-2", "requeued")) == 1, "once, not again at its start"
+    assert "ended" not in {event["event"] for event in run.events("expert-2")}
+
+
 def test_a_job_killed_without_a_word_is_found_and_resumed(stub_run: Make, tmp_path: Path) -> None:
     run = stub_run("hold")
     run.submit()
