@@ -6,15 +6,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from launcher.carrier import comment_of, job_names
 from launcher.events import merge_events, read_all_events
 from launcher.finish import describe as describe_report
 from launcher.finish import end_report
 from launcher.lock import submission_lock
 from launcher.preflight import fingerprint_of, preflight
 from launcher.record import Record, beside, check_same_run, load_record, new_record, require_record, save_record
-from launcher.slurm import queue, run_slurm
+from launcher.slurm import SlurmError, queue, run_slurm
 from launcher.status import Row, describe, is_going_on, is_success, read_status
-from launcher.submit import Submitter, live_tasks
+from launcher.submit import Submitter
 from launcher.tasks import build_groups, build_tasks
 from modularforge.config import Config
 from modularforge.errors import ConfigError
@@ -64,21 +65,33 @@ def recorded(config: Config) -> tuple[Config, Record]:
 
 def cancel(config: Config, say: Say) -> None:
     """Cancel all jobs of the run, the last stage first, and wait until they have ended."""
-    config, record = recorded(config)
-    names = [f"{group.name}-{record.run_id[:8]}" for group in build_groups(build_tasks(config))]
-    live = set(live_tasks(record, queue(names), {}).values())
-    for group in reversed(build_groups(build_tasks(config))):
-        jobs = [str(item.job) for item in record.live if item.group == group.name and item.job in live]
-        if jobs:
-            run_slurm("scancel", *jobs)
-            say(f"{group.name}: cancelled {', '.join(jobs)}")
-    for item in record.live:
-        item.withdrawn = True
-    save_record(config, record)
+    config, _ = recorded(config)
+    with submission_lock(config):
+        record = require_record(config)
+        jobs = _jobs_by_group(record)
+        for group in reversed(build_groups(build_tasks(config))):
+            if group.name in jobs:
+                run_slurm("scancel", *jobs[group.name])
+                say(f"{group.name}: cancelled {', '.join(jobs[group.name])}")
+        for item in record.submissions:
+            item.withdrawn = True
+        save_record(config, record)
     for _ in polls(CANCEL_SECONDS):
-        if not any(job.is_live for job in queue(names)):
-            break
-    say("all jobs have ended; `python -m launcher resume` continues from what is committed")
+        if not (jobs := _jobs_by_group(record)):
+            say("all jobs have ended; `python -m launcher resume` continues from what is committed")
+            return
+    left = ", ".join(job for found in jobs.values() for job in found)
+    raise SlurmError(f"the jobs must end within {CANCEL_SECONDS:.0f} s, but {left} did not; look at them with squeue")
+
+
+def _jobs_by_group(record: Record) -> dict[str, list[str]]:
+    """Jobs of the run in the queue, by their comments: also those of which a killed launcher never heard."""
+    groups = {comment_of(record.run_id, item.key): item.group for item in record.submissions}
+    found: dict[str, list[str]] = {}
+    for job in queue(job_names(record.run_id, sorted(set(groups.values())))):
+        if job.is_live and job.comment in groups and job.job not in found.setdefault(groups[job.comment], []):
+            found[groups[job.comment]].append(job.job)
+    return found
 
 
 def follow_status(config: Config) -> Iterator[list[Row]]:

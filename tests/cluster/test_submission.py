@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import open_artifact
+from launcher.lock import submission_lock
 from tests.cluster.conftest import Launched
 from tests.cluster.slurm import wait_for
 from tests.conftest import run_command
@@ -49,13 +50,8 @@ def test_an_array_above_the_limit_is_split_with_global_indices_and_one_throttle(
     assert run.rows()["expert-13"]["log"].endswith("expert-12+1.log")
 
 
-@pytest.mark.parametrize("written", [0, 2, 3, 5])
-def test_a_launcher_killed_while_submitting_leaves_nothing_lost_or_doubled(
-    stub_run: Make, tmp_path: Path, written: int
-) -> None:
-    """Killed by sbatch itself in place of its n-th submission's answer; then the same command again."""
-    run = stub_run("finish")
-    tools = tmp_path / "tools"
+def launch_killed(run: Launched, tools: Path, written: int) -> None:
+    """Launch with an sbatch that kills the launcher before (odd) or after (even) submission `written // 2`."""
     tools.mkdir()
     counter = tools / "counter"
     (tools / "sbatch").write_text(
@@ -75,6 +71,15 @@ def test_a_launcher_killed_while_submitting_leaves_nothing_lost_or_doubled(
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     run.environment = {}
+
+
+@pytest.mark.parametrize("written", [0, 2, 3, 5])
+def test_a_launcher_killed_while_submitting_leaves_nothing_lost_or_doubled(
+    stub_run: Make, tmp_path: Path, written: int
+) -> None:
+    """Killed by sbatch itself in place of its n-th submission's answer; then the same command again."""
+    run = stub_run("finish")
+    launch_killed(run, tmp_path / "tools", written)
     run.submit()
     groups = [item["group"] for item in run.submissions() if not item["withdrawn"]]
     assert groups == ["expert", "assemble", "evaluate"]
@@ -83,6 +88,19 @@ def test_a_launcher_killed_while_submitting_leaves_nothing_lost_or_doubled(
     assert len({line.split()[1] for line in mine}) == 3
     wait_for_experts(run, range(3))
     assert started(tmp_path) == [0, 1, 2]
+
+
+def test_cancel_finds_the_job_of_a_launcher_that_was_killed_before_it_heard_of_it(
+    stub_run: Make, tmp_path: Path
+) -> None:
+    run = stub_run("hold")
+    launch_killed(run, tmp_path / "tools", 0)
+    assert [item["job"] for item in run.submissions()] == [None]
+    assert run.cluster.jobs()
+    with submission_lock(run.config):  # the killed one's is taken over
+        assert "is submitting this run" in run.launcher("cancel", code=2)
+    assert "expert: cancelled" in run.launcher("cancel")
+    assert not run.cluster.jobs()
 
 
 def test_an_sbatch_that_times_out_after_submitting_is_found_in_the_queue(stub_run: Make, tmp_path: Path) -> None:
@@ -281,6 +299,38 @@ def test_status_works_while_jobs_wait_run_and_are_requeued(stub_run: Make, tmp_p
     run.cluster.warn(f"{run.job('expert')}_0")
     wait_for(lambda: run.rows()["expert-0"]["state"] == "requeued", "expert-0 is back in the queue")
     assert run.rows()["expert-0"]["reason"] in ("BeginTime", "JobArrayTaskLimit", "Resources")
+
+
+def test_status_watch_shows_what_changes_and_ends_with_the_run(stub_run: Make, tmp_path: Path) -> None:
+    run = stub_run("hold")
+    run.submit()
+    process = run.start("status", "--watch")
+    assert process.stdout
+    seen = next(line for line in process.stdout if line.startswith("expert-2 ") and " running " in line)
+    assert "expert-2.log" in seen
+    run.launcher("cancel")
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    (*_, last) = (line for line in rest.splitlines() if line.startswith("expert-2 "))
+    assert " cancelled " in last
+    assert "goodput" in rest, "the end report follows"
+
+
+def test_a_new_run_lies_beside_the_old_one_and_shares_its_data(stub_run: Make) -> None:
+    run = stub_run("finish")
+    run.submit()
+    wait_for_experts(run, range(3))
+    changed = ("--new-run", "--set", "experts.peak_learning_rate=0.5")
+    said = run.submit(*changed)
+    (folder,) = run.folder.parent.glob("run-*")
+    assert f"at {folder}: 4 submission(s)" in said
+    other = Launched(run.cluster, {**run.values, "output_dir": str(folder)})
+    assert [item["group"] for item in other.submissions()] == ["backbone", "expert", "assemble", "evaluate"]
+    assert "everything is submitted already" in run.submit(*changed)
+    wait_for_experts(other, range(3))
+    assert other.rows()["prepare-data"]["state"] == "committed"
+    assert not (folder / "data").exists()
+    assert len(run.submissions()) == 3, "nothing was added to the old one"
 
 
 def test_logs_follow_a_job_to_its_end(stub_run: Make, tmp_path: Path) -> None:
