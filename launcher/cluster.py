@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from modularforge.config import Config
 from modularforge.errors import ConfigError
 
 Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS, POLL_GROWTH = 2.0, 60.0, 1.5
 CANCEL_SECONDS = 120.0
 LAST_WORDS_SECONDS = 5.0
@@ -95,12 +97,21 @@ def _jobs_by_group(record: Record) -> dict[str, list[str]]:
 
 
 def follow_status(config: Config) -> Iterator[list[Row]]:
-    """The status again and again, more slowly while nothing changes, until nothing goes on any more."""
+    """The status again and again, more slowly while nothing changes, until nothing goes on any more.
+
+    Once it was seen, a Slurm that does not answer is waited for: controllers are restarted while runs last for days.
+    """
     config, record = recorded(config)
     rows: list[Row] = []
     wait = FIRST_POLL_SECONDS
     while True:
-        before, rows = rows, read_status(config, record)
+        before = rows
+        try:
+            rows = read_status(config, record)
+        except SlurmError as error:
+            if not rows:
+                raise
+            logger.warning("%s; it is asked again", error)
         yield rows
         if not is_going_on(rows):
             return
@@ -187,4 +198,8 @@ def tail(config: Config, what: str, follow: bool) -> Iterator[str]:
 def _is_live(config: Config, what: str) -> bool:
     config, record = recorded(config)
     name = what.replace("/", "-")
-    return is_going_on([row for row in read_status(config, record) if row.task == name])
+    try:
+        return is_going_on([row for row in read_status(config, record) if row.task == name])
+    except SlurmError as error:
+        logger.warning("%s; it is asked again", error)
+        return True

@@ -359,7 +359,7 @@ class ClusterConfig(Section):
     sbatch_options: dict[str, str | int | bool] = {}
     """Further options of sbatch by name, such as `{reservation: spring}`."""
     work_dir: str | None = None
-    """Folder on storage that nodes share, for logs, scripts and frozen code; null is `cluster` in the run's folder."""
+    """Folder that nodes share, in which each run has one for logs, scripts and code; null: in the run's own folder."""
 
 
 class Config(Section):

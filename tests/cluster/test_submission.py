@@ -333,6 +333,32 @@ def test_a_new_run_lies_beside_the_old_one_and_shares_its_data(stub_run: Make) -
     assert len(run.submissions()) == 3, "nothing was added to the old one"
 
 
+def test_wait_outlasts_a_slurm_that_does_not_answer(stub_run: Make, tmp_path: Path) -> None:
+    run = stub_run("hold")
+    run.submit()
+    tools, asked = tmp_path / "tools", tmp_path / "asked"
+    tools.mkdir()
+    (tools / "squeue").write_text(
+        f"#!/bin/bash\nif [ -e {asked} ]; then\n"
+        f'echo x >> {asked}; echo "Unable to contact slurm controller" >&2; exit 1; fi\n'
+        'exec "$(PATH=${PATH#*:} type -P squeue)" "$@"\n'
+    )
+    (tools / "squeue").chmod(0o755)
+    run.environment = {"PATH": f"{tools}:{run.cluster.environ['PATH']}"}
+    process = run.start("wait")
+    assert process.stdout
+    assert next(process.stdout).startswith("prepare-data: committed")
+    asked.touch()
+    wait_for(lambda: asked.read_text().count("x") >= 2, "Slurm was asked twice in vain")
+    asked.unlink()
+    run.environment = {}
+    run.launcher("cancel")
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
+    assert "expert-2: cancelled" in output
+    assert "Unable to contact slurm controller; it is asked again" in errors
+
+
 def test_logs_follow_a_job_to_its_end(stub_run: Make, tmp_path: Path) -> None:
     run = stub_run("hold")
     run.submit()

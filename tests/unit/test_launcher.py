@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launcher import slurm
 from launcher.attempts import Ended, decide
 from launcher.carrier import Request, dependency, script_of
 from launcher.environment import environment_of, job_environment
@@ -22,7 +23,7 @@ from launcher.pieces import cut, ranges
 from launcher.places import log_file
 from launcher.plan import describe_plan
 from launcher.record import beside, check_same_run, new_record, run_id_of
-from launcher.slurm import QueuedJob, minutes
+from launcher.slurm import QueuedJob, SlurmError, minutes
 from launcher.submit import find_job, live_tasks
 from launcher.tasks import build_groups, build_tasks, nodes_of
 from modularforge.config import ClusterConfig
@@ -196,6 +197,12 @@ def test_dependencies_are_written_as_sbatch_reads_them(tmp_path: Path) -> None:
     assert dependency(Request("expert", "k", "r", tmp_path, None, ("1",), ("2",))) == "afterok:1,afterany:2"
 
 
+def test_a_command_of_slurm_that_hangs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "TIMEOUT_SECONDS", 0.2)
+    with pytest.raises(SlurmError, match=r"sleep must answer within 0.2 s"):
+        slurm.run_slurm("sleep", "30")
+
+
 def test_times_of_slurm_are_read() -> None:
     assert minutes("1-02:03:30") == 1563.5
     assert minutes("05:30") == 5.5
@@ -206,6 +213,15 @@ def test_log_files_have_the_names_that_slurm_gives_them(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     assert log_file(config, "expert", 7).name == "expert-7.log"
     assert log_file(config, "expert", 1007, 1001).name == "expert-1001+6.log"
+
+
+def test_runs_that_share_a_work_folder_do_not_share_their_logs(tmp_path: Path) -> None:
+    cluster = {"work_dir": str(tmp_path / "work")}
+    first, other = tiny_config(tmp_path / "run", cluster=cluster), tiny_config("s3://bucket/run", cluster=cluster)
+    beside_it = beside(first, new_record(first))
+    logs = {log_file(config, "backbone") for config in (first, beside_it, other)}
+    assert len(logs) == 3
+    assert all(path.is_relative_to(tmp_path / "work") for path in logs)
 
 
 def test_lost_work_and_running_time_follow_from_the_events() -> None:
