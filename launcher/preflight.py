@@ -144,10 +144,11 @@ def _node_problems(config: Config, _run_id: str, notes: list[str]) -> Iterator[s
         return
     if done.returncode == 0:
         notes.append(f"on a node: {done.stdout.strip().splitlines()[-1]}")
-    elif "Unable to allocate" in done.stderr or "Immediate" in done.stderr:
-        notes.append(f"python and torch on a node were not tried: no node was free within {NODE_WAIT_SECONDS} s")
+        return
+    last = (done.stderr.strip() or done.stdout.strip() or "it ended without a word").splitlines()[-1]
+    if "Unable to allocate" in done.stderr or "Immediate" in done.stderr:
+        notes.append(f"python and torch on a node were not tried within {NODE_WAIT_SECONDS} s, because: {last}")
     else:
-        last = (done.stderr.strip() or done.stdout.strip() or "it ended without a word").splitlines()[-1]
         yield f"cluster.python ({_python(config)}) must run torch on a node that sees {folder}, but: {last}"
 
 

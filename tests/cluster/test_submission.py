@@ -161,6 +161,27 @@ def test_a_failed_expert_stops_nobody_and_assembly_names_it(stub_run: Make, tmp_
     wait_for_experts(run, [1])
 
 
+def test_one_task_cancelled_by_hand_is_resumed_beside_the_living_and_the_chain_waits_for_both(
+    stub_run: Make, tmp_path: Path
+) -> None:
+    run = stub_run("hold")
+    run.submit()
+    wait_for(lambda: started(tmp_path) == [0, 1, 2], "all have started")
+    array, assemble = run.job("expert"), run.job("assemble")
+    run.cluster.run("scancel", f"{array}_2")
+    wait_for(lambda: run.events("expert-2", "ended"), "expert-2 has ended")
+    assert {name: row["state"] for name, row in run.rows().items() if row["stage"] == "expert"} == {
+        "expert-0": "running", "expert-1": "running", "expert-2": "cancelled",
+    }  # fmt: skip
+    assert f"assemble: job {assemble} is taken back" in run.launcher("resume")
+    assert [(item["group"], item["indices"]) for item in run.submissions()[3:]] == [
+        ("expert", [2]), ("assemble", []), ("evaluate", []),
+    ]  # fmt: skip
+    assert run.submissions()[4]["after"] == [array, run.job("expert")]
+    wait_for(lambda: assemble not in run.cluster.jobs(), "the old assembly is gone")
+    wait_for(lambda: started(tmp_path) == [0, 1, 2, 2], "expert-2 starts again, and no other")
+
+
 def test_min_experts_lets_the_model_go_on_without_one(trained_run: Make, finished_run) -> None:
     run = trained_run(cluster={"min_experts": 2})
     for index in (0, 2):
@@ -378,6 +399,8 @@ def test_the_preflight_reports_every_problem_and_submits_nothing(stub_run: Make,
     assert "expert must be accepted by sbatch" in said
     assert "cluster.other.time_minutes must be at most the queue's 1440, but is 5000" in said
     assert "/no/python" in said
+    run.values["cluster"]["queue"] = "nowhere"
+    assert "cluster.queue must be one of main, preemptible, graceless" in run.launcher("--cluster", code=2)
     assert not run.cluster.jobs()
     assert not (run.folder / "cluster" / "run.json").exists()
 
