@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.filesize import decimal
 
 from checkpoints import ArtifactExistsError, CorruptArtifactError, StoreError, open_artifact, paths
 from checkpoints.catalog import find_artifacts
@@ -148,6 +150,26 @@ def test_pull_and_push_bring_settings_metrics_and_logs_along(s3: str, tmp_path: 
     assert paths.read_bytes(f"{s3}-copy/metrics/backbone.jsonl") == b"1\n2\n3\n"
     assert "settings" not in command("pull", "--newest", s3, str(tmp_path / "newest"))
     assert not (tmp_path / "newest" / "config.yaml").exists()
+
+
+def test_a_terminal_sees_a_progress_bar_and_a_script_does_not(s3: str, tmp_path: Path) -> None:
+    artifact = make(f"{s3}/expert")
+    assert "━" not in command("pull", s3, str(tmp_path / "script"))
+    leader, follower = os.openpty()
+    call = [sys.executable, "-m", "checkpoints", "pull", s3, str(tmp_path / "terminal")]
+    with subprocess.Popen(
+        call, stdout=subprocess.DEVNULL, stderr=follower, env={**os.environ, "TERM": "xterm"}
+    ) as process:
+        os.close(follower)
+        seen = b""
+        with suppress(OSError):  # the other end is closed when the command has ended
+            while part := os.read(leader, 4096):
+                seen += part
+    os.close(leader)
+    assert process.returncode == 0
+    assert "━" in seen.decode()
+    size = decimal(artifact.manifest.size).split()[0]
+    assert f"{size}/{size}" in seen.decode(), "all bytes were counted"
 
 
 def test_pull_one_artifact_or_only_the_newest_checkpoints(s3: str, tmp_path: Path) -> None:
