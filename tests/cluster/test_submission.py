@@ -283,12 +283,30 @@ def test_a_job_that_slurm_sends_back_by_itself_is_not_submitted_twice(stub_run: 
     else:
         run.cluster.preempt()
     wait_for(lambda: run.events("expert-2", "requeued"), "expert-2 notes that it goes back to the queue")
-    assert [event["reason"] for event in run.events("expert-2", "requeued")] == ["sent back"]
+    (reason,) = (event["reason"] for event in run.events("expert-2", "requeued"))
+    # On a busy machine a preempted job may be gone before it can say so; its next start notes that.
+    assert reason == "sent back" or (reason == "by Slurm" and how != "by a person")
     assert run.rows()["expert-2"]["state"] in ("requeued", "running")
     assert "everything is submitted already" in run.submit()
     wait_for(lambda: started(tmp_path).count(2) == 2, "it starts again")
     assert len(run.events("expert-2", "requeued")) == 1, "once, not again at its start"
-    assert "ended" not in {event["event"] for event in run.events("expert-2")}
+    assert len(run.submissions()) == 3
+
+
+def test_a_failed_job_that_somebody_sends_back_is_not_submitted_twice(stub_run: Make, tmp_path: Path) -> None:
+    run = stub_run("hold")
+    own = tmp_path / "stub" / "2"
+    own.write_text("crash")
+    run.submit()
+    name = f"{run.job('expert')}_2"
+    wait_for(lambda: run.events("expert-2", "ended"), "expert-2 has failed")
+    wait_for(lambda: name not in run.cluster.jobs(), "its job has left the queue")
+    own.write_text("finish")
+    run.cluster.run("scontrol", "requeue", name)
+    assert run.rows()["expert-2"]["state"] == "requeued"
+    assert "everything is submitted already" in run.submit()
+    wait_for_experts(run, [2])
+    assert len(run.submissions()) == 3
 
 
 def test_a_job_killed_without_a_word_is_found_and_resumed(stub_run: Make, tmp_path: Path) -> None:
