@@ -13,6 +13,7 @@ from checkpoints import paths
 from checkpoints.environment import cache_folder
 from checkpoints.errors import CorruptArtifactError, MissingArtifactError
 from checkpoints.manifest import MANIFEST_NAME, Manifest
+from checkpoints.places import HIDDEN
 from checkpoints.reading import check_local_file, check_size, stream_file
 
 if TYPE_CHECKING:
@@ -89,13 +90,23 @@ class Artifact:
             return str(error)
         return ""
 
+    def is_deleted(self) -> bool:
+        """Whether it is gone or replaced since it was opened, as old checkpoints are while their job runs."""
+        now = find_artifact(self.url)
+        return now is None or now.manifest.attempt != self.manifest.attempt
+
     def extra_files(self) -> list[str]:
-        """One sentence for each file that lies among the artifact's files without being named."""
+        """One sentence for each file that lies among the artifact's files without being named.
+
+        Artifacts inside this one (partitions lie in `data/`) and unfinished work answer for themselves.
+        """
         folder = paths.join(self.url, self.manifest.files_in)
         names = {paths.relative(info.url, folder) for info in paths.walk(folder)}
+        inner = tuple(name.removesuffix(MANIFEST_NAME) for name in names if name.endswith(f"/{MANIFEST_NAME}"))
         return [
             f"{paths.join(folder, name)} must not be there, because the manifest does not name it; move it away"
             for name in sorted(names - {*self.manifest.files, MANIFEST_NAME})
+            if not name.startswith(inner) and not any(HIDDEN.fullmatch(part) for part in name.split("/"))
         ]
 
     def _cached_file(self, name: str) -> Path:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from checkpoints import paths
 from checkpoints.artifact import Artifact, find_artifact
-from checkpoints.errors import MissingArtifactError
+from checkpoints.errors import CorruptArtifactError, MissingArtifactError
 from checkpoints.manifest import MANIFEST_NAME
 from checkpoints.parallel import in_order
-from checkpoints.places import ATTEMPT, HIDDEN, FileInfo
+from checkpoints.places import ATTEMPT, HIDDEN
 
 READS_AT_ONCE = 8
 CHECKPOINT_KIND = "checkpoint"
@@ -15,31 +15,45 @@ CHECKPOINT_KIND = "checkpoint"
 
 def find_artifacts(url: str) -> list[Artifact]:
     """All committed artifacts at and below a URL, by URL; raises MissingArtifactError when there are none."""
-    artifacts = artifacts_among(url, paths.walk(url))
-    if not artifacts:
-        raise MissingArtifactError(
-            f"{url} must hold a committed artifact, but no {MANIFEST_NAME} is there or below; mend the URL"
-        )
+    artifacts, damaged = examine(url)
+    if damaged:
+        raise CorruptArtifactError("\n".join(damaged))
     return artifacts
 
 
-def artifacts_among(url: str, files: list[FileInfo]) -> list[Artifact]:
-    """The committed artifacts in a listing of everything below `url`."""
-    folders = [folder for info in files if (folder := _artifact_folder(info.url, url)) is not None]
-    found = in_order(find_artifact, sorted(folders), READS_AT_ONCE)
-    artifacts = [artifact for artifact in found if artifact is not None]
+def examine(url: str) -> tuple[list[Artifact], list[str]]:
+    """All committed artifacts at and below a URL, and what is wrong with manifests that cannot be read."""
+    folders = [folder for info in paths.walk(url) if (folder := _artifact_folder(info.url, url)) is not None]
+    if not folders:
+        raise MissingArtifactError(
+            f"{url} must hold a committed artifact, but no {MANIFEST_NAME} is there or below; mend the URL"
+        )
+    found = list(in_order(_open, sorted(folders), READS_AT_ONCE))
+    artifacts = [one for one in found if isinstance(one, Artifact)]
     named = {artifact.file_url(name) for artifact in artifacts for name in artifact.manifest.files}
-    return [artifact for artifact in artifacts if paths.join(artifact.url, MANIFEST_NAME) not in named]
+    whole = [artifact for artifact in artifacts if paths.join(artifact.url, MANIFEST_NAME) not in named]
+    return whole, [str(one) for one in found if isinstance(one, CorruptArtifactError)]
 
 
-def newest_checkpoints(artifacts: list[Artifact]) -> list[Artifact]:
-    """Of every job that has training checkpoints, the newest one."""
+def newest_checkpoints(url: str) -> list[Artifact]:
+    """Of every job below a URL that has training checkpoints, the newest one; raises MissingArtifactError."""
     newest: dict[str, Artifact] = {}
-    for artifact in artifacts:
+    for artifact in find_artifacts(url):
         if artifact.manifest.kind == CHECKPOINT_KIND:
             job = artifact.url.rsplit("/", 1)[0]
             newest[job] = max(newest.get(job, artifact), artifact, key=lambda one: int(one.manifest.facts["step"]))
+    if not newest:
+        raise MissingArtifactError(
+            f"{url} must hold a training checkpoint, but only other artifacts are there; leave out --newest"
+        )
     return list(newest.values())
+
+
+def _open(url: str) -> Artifact | CorruptArtifactError | None:
+    try:
+        return find_artifact(url)
+    except CorruptArtifactError as error:
+        return error
 
 
 def _artifact_folder(file_url: str, root: str) -> str | None:

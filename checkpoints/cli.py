@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -18,9 +18,9 @@ from rich.table import Table
 
 from checkpoints import paths
 from checkpoints.artifact import Artifact
-from checkpoints.catalog import find_artifacts, newest_checkpoints
+from checkpoints.catalog import examine, find_artifacts, newest_checkpoints
 from checkpoints.copying import copy_artifact
-from checkpoints.errors import UserError
+from checkpoints.errors import CorruptArtifactError, StoreError, UserError
 from checkpoints.garbage import delete_garbage, find_garbage
 from checkpoints.loose import copy_loose_file, loose_files
 from checkpoints.parallel import in_order
@@ -39,8 +39,11 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _complain(str(error))
+    except OSError as error:  # of a path that is no folder, say
+        if error.filename is None:
+            raise
+        _complain(f"{error.filename} cannot be used: {error.strerror}; check the path and its rights")
 
 
 @app.command("ls")
@@ -60,14 +63,14 @@ def list_command(url: Url, as_json: Json = False) -> None:
 @app.command()
 def verify(url: Url, as_json: Json = False) -> None:
     """Read every byte of every artifact and compare it with the manifests; exit code 1 when something is wrong."""
-    artifacts = find_artifacts(url)
+    artifacts, damaged = examine(url)
     problems: dict[str, list[str]] = {artifact.url: artifact.extra_files() for artifact in artifacts}
     files = [(artifact, name) for artifact in artifacts for name in artifact.manifest.files]
     with _progress("verify", artifacts) as progress:
         for (artifact, name), text in zip(files, in_order(_check, files, FILES_AT_ONCE), strict=True):
             problems[artifact.url] += [text] if text else []
             progress(artifact.manifest.files[name].size)
-    found = [text for texts in problems.values() for text in texts]
+    found = [*damaged, *(text for texts in problems.values() for text in texts)]
     if as_json:
         print(json.dumps({"artifacts": len(artifacts), "files": len(files), "problems": found}, indent=1))
     else:
@@ -109,30 +112,51 @@ def gc(
     print(f"{len(garbage)} {'deleted' if delete else 'found; delete with --delete'}")
 
 
+def _complain(text: str) -> NoReturn:
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(2)
+
+
 def _copy(verb: str, source: str, target: str, newest: bool, as_json: bool) -> None:
-    artifacts = find_artifacts(source)
-    chosen = newest_checkpoints(artifacts) if newest else artifacts
-    is_run = all(artifact.url.rstrip("/") != source.rstrip("/") for artifact in artifacts)
-    loose = loose_files(source, paths.walk(source), artifacts) if is_run and not newest else []
+    chosen = newest_checkpoints(source) if newest else find_artifacts(source)
+    is_run = all(artifact.url.rstrip("/") != source.rstrip("/") for artifact in chosen)
+    loose = loose_files(source, paths.walk(source), chosen) if is_run and not newest else []
     copied: list[str] = []
+    deleted: list[str] = []
     with _progress(verb, chosen) as progress:
         for artifact in chosen:
             place = paths.join(target, paths.relative(artifact.url, source))
-            copied += [place] if copy_artifact(artifact, place, progress) else []
+            try:
+                copied += [place] if copy_artifact(artifact, place, progress) else []
+            except CorruptArtifactError:
+                if not artifact.is_deleted():
+                    raise
+                deleted.append(artifact.url)
+    if deleted and newest:
+        raise StoreError(f"{', '.join(deleted)} must stay to be copied, but newer ones took its place; try again")
     places = {info.url: paths.join(target, paths.relative(info.url, source)) for info in loose}
     copied_loose = [place for url, place in places.items() if copy_loose_file(url, place)]
     if as_json:
-        report = {"artifacts": len(chosen), "copied": copied, "files": len(loose), "copied_files": copied_loose}
+        report = {
+            "artifacts": len(chosen),
+            "copied": copied,
+            "deleted": deleted,
+            "files": len(loose),
+            "copied_files": copied_loose,
+        }
         print(json.dumps(report, indent=1))
         return
-    print(f"{len(copied)} copied, {len(chosen) - len(copied)} were there already")
+    print(f"{len(copied)} copied, {len(chosen) - len(copied) - len(deleted)} were there already")
+    if deleted:
+        print(f"{len(deleted)} passed over, because their run deleted them meanwhile")
     if loose:
         print(f"{len(copied_loose)} of {len(loose)} settings, metrics and logs copied")
 
 
 def _check(file: tuple[Artifact, str]) -> str:
     artifact, name = file
-    return artifact.problem_of(name)
+    text = artifact.problem_of(name)
+    return "" if text and artifact.is_deleted() else text
 
 
 def _row(artifact: Artifact, root: str) -> dict[str, Any]:

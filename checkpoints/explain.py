@@ -120,6 +120,13 @@ def missing_bucket(action: str, url: str) -> MissingBucketError:
     )
 
 
+def unusable_settings(error: BaseException, url: str) -> StoreError:
+    """The error for settings with which no client can be made: an unknown profile, a wrong endpoint."""
+    return StoreError(
+        f"cannot open {url}: {_reason(error)}; mend AWS_ENDPOINT_URL, AWS_PROFILE or fsspec's configuration for s3"
+    )
+
+
 def place(url: str) -> str:
     """The bucket and key, or the path, in words."""
     if "://" not in url or url.startswith("file://"):

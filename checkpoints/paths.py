@@ -15,6 +15,7 @@ from typing import Any
 
 import fsspec
 
+from checkpoints import explain
 from checkpoints.environment import settings_hash
 from checkpoints.errors import StoreError
 from checkpoints.folder import FolderStore, sync_file, sync_folder, write_atomically
@@ -43,7 +44,11 @@ def store_of(url: str) -> Store:
     settings = json.dumps(fsspec.config.conf.get(protocol, {}), default=str, sort_keys=True)
     try:
         return _object_store(protocol, root, os.getpid(), settings, settings_hash())
-    except (ValueError, ImportError) as error:
+    except Exception as error:
+        if protocol in S3_PROTOCOLS:
+            raise explain.unusable_settings(error, url) from error
+        if not isinstance(error, ValueError | ImportError):
+            raise
         raise StoreError(
             f"{url} must be a path or a URL with a protocol that fsspec knows, but: {error}; mend the URL"
         ) from error

@@ -27,10 +27,13 @@ def stream_file(url: str, entry: FileEntry, hasher: FileHasher | None = None) ->
     hasher = hasher or FileHasher(url)
     check_size(url, entry)
     parts = _local_parts if paths.is_local(url) else _remote_parts
-    with hasher.in_background(entry.size) as update:
-        for part in parts(url, hasher.size, entry.size):
-            update(part)
-            yield part
+    try:
+        with hasher.in_background(entry.size) as update:
+            for part in parts(url, hasher.size, entry.size):
+                update(part)
+                yield part
+    except FileNotFoundError as error:  # deleted since its size was asked
+        raise _missing(url) from error
     check_hash(url, entry, hasher)
 
 
@@ -52,10 +55,14 @@ def check_size(url: str, entry: FileEntry) -> None:
     try:
         size = paths.file_size(url)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CorruptArtifactError(f"{url} must be there, as a manifest names it, but is missing; {REMEDY}") from error
+        raise _missing(url) from error
     if size != entry.size:
         state = "truncated" if size < entry.size else "too long"
         raise CorruptArtifactError(f"{url} must have {entry.size} bytes, but has {size} ({state}); {REMEDY}")
+
+
+def _missing(url: str) -> CorruptArtifactError:
+    return CorruptArtifactError(f"{url} must be there, as a manifest names it, but is missing; {REMEDY}")
 
 
 def check_hash(url: str, entry: FileEntry, found: FileHasher) -> None:

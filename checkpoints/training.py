@@ -94,7 +94,8 @@ def load_newest_checkpoint(url: str, fingerprint: str, fallback: bool = False) -
             if not fallback:
                 raise CorruptArtifactError(
                     f"{error}\n{paths.join(url, name)} is the newest checkpoint and cannot be loaded; restore it, "
-                    f"or ask for the fallback to an older one ({len(names) - 1} there): work since then is lost"
+                    f"or go on from an older one ({len(names) - 1} there), without the work since then, with "
+                    "--set training.checkpoint_fallback=true"
                 ) from error
             logger.error("CHECKPOINT DAMAGED, falling back to an older one: %s", error)
             damaged.append(name)

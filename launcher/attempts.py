@@ -7,13 +7,11 @@ times, and two crashes in a row without progress end a job at once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from launcher.events import Event
 from modularforge.config import ClusterConfig
 from modularforge.exits import INTERRUPTED, USER_ERROR
 
-Reason = Literal["preempted", "time limit", "stopped by a signal", "crashed", "by Slurm"]
 # Killed by SIGHUP, SIGINT, SIGUSR2 or SIGTERM before the loop could catch it.
 STOPPED_CODES = (INTERRUPTED, 129, 140, 143)
 # Slurm sends the warning up to a minute early.
@@ -22,7 +20,10 @@ WARNING_SLACK_MINUTES = 1.5
 
 @dataclass(frozen=True)
 class Ended:
-    """How one start of a job ended: exit code, Slurm's view of the job, and its checkpoint's step before and after."""
+    """How one start of a job ended: exit code, Slurm's view of the job, and its checkpoint's step before and after.
+
+    `is_sent_back`: Slurm has requeued it already, at a preemption without grace or because somebody asked for it.
+    """
 
     code: int
     state: str = "RUNNING"
@@ -31,6 +32,7 @@ class Ended:
     limit_minutes: float = float("inf")
     first_step: int = 0
     step: int = 0
+    is_sent_back: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from launcher.carrier import comment_of, job_names
 from launcher.events import merge_events, read_all_events
 from launcher.finish import describe as describe_report
 from launcher.finish import end_report
 from launcher.lock import submission_lock
 from launcher.preflight import fingerprint_of, preflight
 from launcher.record import Record, beside, check_same_run, load_record, new_record, require_record, save_record
-from launcher.slurm import queue, run_slurm
+from launcher.slurm import SlurmError, queue, run_slurm
 from launcher.status import Row, describe, is_going_on, is_success, read_status
-from launcher.submit import Submitter, live_tasks
+from launcher.submit import Submitter
 from launcher.tasks import build_groups, build_tasks
 from modularforge.config import Config
 from modularforge.errors import ConfigError
 
 Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS, POLL_GROWTH = 2.0, 60.0, 1.5
 CANCEL_SECONDS = 120.0
 LAST_WORDS_SECONDS = 5.0
@@ -64,30 +67,51 @@ def recorded(config: Config) -> tuple[Config, Record]:
 
 def cancel(config: Config, say: Say) -> None:
     """Cancel all jobs of the run, the last stage first, and wait until they have ended."""
-    config, record = recorded(config)
-    names = [f"{group.name}-{record.run_id[:8]}" for group in build_groups(build_tasks(config))]
-    live = set(live_tasks(record, queue(names), {}).values())
-    for group in reversed(build_groups(build_tasks(config))):
-        jobs = [str(item.job) for item in record.live if item.group == group.name and item.job in live]
-        if jobs:
-            run_slurm("scancel", *jobs)
-            say(f"{group.name}: cancelled {', '.join(jobs)}")
-    for item in record.live:
-        item.withdrawn = True
-    save_record(config, record)
+    config, _ = recorded(config)
+    with submission_lock(config):
+        record = require_record(config)
+        jobs = _jobs_by_group(record)
+        for group in reversed(build_groups(build_tasks(config))):
+            if group.name in jobs:
+                run_slurm("scancel", *jobs[group.name])
+                say(f"{group.name}: cancelled {', '.join(jobs[group.name])}")
+        for item in record.submissions:
+            item.withdrawn = True
+        save_record(config, record)
     for _ in polls(CANCEL_SECONDS):
-        if not any(job.is_live for job in queue(names)):
-            break
-    say("all jobs have ended; `python -m launcher resume` continues from what is committed")
+        if not (jobs := _jobs_by_group(record)):
+            say("all jobs have ended; `python -m launcher resume` continues from what is committed")
+            return
+    left = ", ".join(job for found in jobs.values() for job in found)
+    raise SlurmError(f"the jobs must end within {CANCEL_SECONDS:.0f} s, but {left} did not; look at them with squeue")
+
+
+def _jobs_by_group(record: Record) -> dict[str, list[str]]:
+    """Jobs of the run in the queue, by their comments: also those of which a killed launcher never heard."""
+    groups = {comment_of(record.run_id, item.key): item.group for item in record.submissions}
+    found: dict[str, list[str]] = {}
+    for job in queue(job_names(record.run_id, sorted(set(groups.values())))):
+        if job.is_live and job.comment in groups and job.job not in found.setdefault(groups[job.comment], []):
+            found[groups[job.comment]].append(job.job)
+    return found
 
 
 def follow_status(config: Config) -> Iterator[list[Row]]:
-    """The status again and again, more slowly while nothing changes, until nothing goes on any more."""
+    """The status again and again, more slowly while nothing changes, until nothing goes on any more.
+
+    Once it was seen, a Slurm that does not answer is waited for: controllers are restarted while runs last for days.
+    """
     config, record = recorded(config)
     rows: list[Row] = []
     wait = FIRST_POLL_SECONDS
     while True:
-        before, rows = rows, read_status(config, record)
+        before = rows
+        try:
+            rows = read_status(config, record)
+        except SlurmError as error:
+            if not rows:
+                raise
+            logger.warning("%s; it is asked again", error)
         yield rows
         if not is_going_on(rows):
             return
@@ -174,4 +198,8 @@ def tail(config: Config, what: str, follow: bool) -> Iterator[str]:
 def _is_live(config: Config, what: str) -> bool:
     config, record = recorded(config)
     name = what.replace("/", "-")
-    return is_going_on([row for row in read_status(config, record) if row.task == name])
+    try:
+        return is_going_on([row for row in read_status(config, record) if row.task == name])
+    except SlurmError as error:
+        logger.warning("%s; it is asked again", error)
+        return True

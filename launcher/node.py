@@ -117,6 +117,10 @@ def _follow_up(config: Config, task: Task, allocation: Allocation, history: list
     """Requeue the job or note its end; returns the exit code."""
     step = newest_checkpoint(config, task.name)[0]
     ended = _how_it_ended(allocation, code or 1, int(history[-1].get("step", 0)), step)
+    if ended.is_sent_back:
+        print(f"{task.name} ended with code {code}: Slurm has sent it back to the queue", flush=True)
+        append_event(config, task.name, "requeued", slurm_job=allocation.name, reason="sent back", step=step)
+        return ended.code
     decision = decide(ended, history, config.cluster)
     print(f"{task.name} ended with code {code}: {decision.text}", flush=True)
     if decision.again and _requeue(config, task, allocation, decision, step):
@@ -137,6 +141,7 @@ def _how_it_ended(allocation: Allocation, code: int, first_step: int, step: int)
     return Ended(
         code, known.get("JobState", "UNKNOWN"), was_preempted, minutes(known.get("RunTime", "0")),
         minutes(known.get("TimeLimit", "UNLIMITED")), first_step, step,
+        is_sent_back=int(known.get("Restarts", 0)) > allocation.restarts,
     )  # fmt: skip
 
 

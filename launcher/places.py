@@ -31,12 +31,14 @@ def all_events_url(config: Config) -> str:
 
 
 def work_folder(config: Config) -> Path:
-    """Logs, scripts and frozen code, on a disk that all nodes see."""
-    if config.cluster.work_dir:
-        return Path(config.cluster.work_dir).absolute()
-    if paths.is_local(config.output_dir):
-        return paths.local_path(config.output_dir).absolute() / FOLDER
-    return Path("modularforge-jobs").absolute() / config.output_dir.replace("://", "-").replace("/", "-")
+    """Logs, scripts and frozen code, on a disk that all nodes see; a folder of the run's own."""
+    run = config.output_dir
+    if paths.is_local(run):
+        run = str(paths.local_path(run).absolute())
+        if not config.cluster.work_dir:
+            return Path(run) / FOLDER
+    name = run.replace("://", "-").strip("/").replace("/", "-")
+    return Path(config.cluster.work_dir or "modularforge-jobs").absolute() / name
 
 
 def log_pattern(config: Config, group: str, offset: int = 0, is_array: bool = False) -> Path:

@@ -20,7 +20,7 @@ from launcher.environment import job_environment
 from launcher.frozen import frozen_folder
 from launcher.pieces import cut
 from launcher.places import FOLDER, work_folder
-from launcher.slurm import SlurmError, minutes, partitions, site_settings
+from launcher.slurm import SlurmError, minutes, partitions, run_slurm, site_settings
 from launcher.tasks import NODES_OF, Group, build_groups, build_tasks, nodes_of
 from modularforge.config import Config
 from modularforge.errors import ConfigError
@@ -84,12 +84,10 @@ def _group_problems(
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(script)
         file.flush()
-        done = subprocess.run(
-            ["sbatch", "--test-only", file.name], capture_output=True, text=True, timeout=60,
-            env=job_environment(config.cluster.pass_environment),
-        )  # fmt: skip
-    if done.returncode:
-        yield f"{group.name} must be accepted by sbatch, but: {' '.join(done.stderr.split())}"
+        try:
+            run_slurm("sbatch", "--test-only", file.name, env=job_environment(config.cluster.pass_environment))
+        except SlurmError as error:
+            yield f"{group.name} must be accepted by sbatch, but: {' '.join(str(error).split())}"
 
 
 def _queue_limit(config: Config, queues: dict[str, dict[str, str]]) -> float:
@@ -146,10 +144,11 @@ def _node_problems(config: Config, _run_id: str, notes: list[str]) -> Iterator[s
         return
     if done.returncode == 0:
         notes.append(f"on a node: {done.stdout.strip().splitlines()[-1]}")
-    elif "Unable to allocate" in done.stderr or "Immediate" in done.stderr:
-        notes.append(f"python and torch on a node were not tried: no node was free within {NODE_WAIT_SECONDS} s")
+        return
+    last = (done.stderr.strip() or done.stdout.strip() or "it ended without a word").splitlines()[-1]
+    if "Unable to allocate" in done.stderr or "Immediate" in done.stderr:
+        notes.append(f"python and torch on a node were not tried within {NODE_WAIT_SECONDS} s, because: {last}")
     else:
-        last = (done.stderr.strip() or done.stdout.strip() or "it ended without a word").splitlines()[-1]
         yield f"cluster.python ({_python(config)}) must run torch on a node that sees {folder}, but: {last}"
 
 

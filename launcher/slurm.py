@@ -43,16 +43,20 @@ class QueuedJob:
         return self.state in LIVE_STATES and self.reason != NEVER
 
 
-def run_slurm(*command: str, timeout: float = TIMEOUT_SECONDS) -> str:
+def run_slurm(*command: str, env: dict[str, str] | None = None) -> str:
     """The output of a Slurm command; raises SlurmError with its complaint."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, stdin=subprocess.DEVNULL, env=env
+        )
     except FileNotFoundError as error:
         raise SlurmError(
             f"{command[0]} must be installed, but is not on the PATH; run this on a login node of the cluster"
         ) from error
     except subprocess.TimeoutExpired as error:
-        raise SlurmError(f"{command[0]} must answer within {timeout:.0f} s, but did not; try again later") from error
+        raise SlurmError(
+            f"{command[0]} must answer within {TIMEOUT_SECONDS} s, but did not; try again later"
+        ) from error
     if done.returncode:
         raise SlurmError(
             f"{' '.join(command[:2])} must succeed, but said: {done.stderr.strip() or done.stdout.strip()}"

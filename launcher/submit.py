@@ -138,13 +138,17 @@ class Submitter:
 
 
 def live_tasks(record: Record, jobs: list[QueuedJob], events: dict[str, list[Event]]) -> dict[str, str]:
-    """The Slurm job that carries each task: in the queue, and not past its last event."""
-    in_queue = {(job.job, job.index) for job in jobs if job.is_live}
+    """The Slurm job that carries each task: in the queue, and not past its last event.
+
+    One that waits has a start before it, whatever it noted: somebody may have sent an ended job back to the queue.
+    """
+    states = {(job.job, job.index): job.state for job in jobs if job.is_live}
     found = {}
     for item in record.live:
         for name in item.task_names:
             index = int(name.rsplit("-", 1)[1]) - item.offset if item.indices else None
-            if (item.job, index) in in_queue and not _has_ended(events.get(name, []), str(item.job), index):
+            state = states.get((str(item.job), index))
+            if state == "PENDING" or (state and not _has_ended(events.get(name, []), str(item.job), index)):
                 found[name] = str(item.job)
     return found
 

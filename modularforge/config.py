@@ -190,6 +190,10 @@ class TrainingConfig(Section):
     """Steps between training checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
     """Training checkpoints of a job that are kept; the newest good one always is."""
+    keep_checkpoints_every: int = Field(0, ge=0)
+    """Checkpoints at multiples of this many steps are kept as well; 0 keeps only the newest."""
+    checkpoint_fallback: bool = False
+    """Where the newest checkpoint is damaged, set it aside and go on from an older one; false stops the job."""
 
 
 class BackboneConfig(PhaseConfig):
@@ -365,7 +369,7 @@ class ClusterConfig(Section):
     sbatch_options: dict[str, str | int | bool] = {}
     """Further options of sbatch by name, such as `{reservation: spring}`."""
     work_dir: str | None = None
-    """Folder on storage that nodes share, for logs, scripts and frozen code; null is `cluster` in the run's folder."""
+    """Folder that nodes share, in which each run has one for logs, scripts and code; null: in the run's own folder."""
 
 
 class Config(Section):

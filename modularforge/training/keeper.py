@@ -27,7 +27,8 @@ class Keeper:
         self.job, self.world = job, world
         self.saver: CheckpointSaver | None = None
         if world.is_main and job.checkpoint_url is not None:
-            self.saver = CheckpointSaver(job.checkpoint_url, job.fingerprint, job.training.keep_checkpoints)
+            kept = (job.training.keep_checkpoints, job.training.keep_checkpoints_every)
+            self.saver = CheckpointSaver(job.checkpoint_url, job.fingerprint, *kept)
 
     def resume(self, trainer: Trainer) -> None:
         """Continue from the newest checkpoint of this job, where there is one."""
@@ -97,12 +98,16 @@ class Keeper:
             self.saver.wait()
 
     def _newest(self) -> Checkpoint | None:
-        url, fingerprint = self.job.checkpoint_url, self.job.fingerprint
+        url, fingerprint, fallback = (
+            self.job.checkpoint_url,
+            self.job.fingerprint,
+            self.job.training.checkpoint_fallback,
+        )
         if url is None:
             return None
         if self.world.size == 1:
-            return load_newest_checkpoint(url, fingerprint)
-        return load_newest_on_all_ranks(url, fingerprint, dist, self.world.device)
+            return load_newest_checkpoint(url, fingerprint, fallback)
+        return load_newest_on_all_ranks(url, fingerprint, dist, self.world.device, fallback)
 
     def _on_rank_zero(self, action: Callable[[], object]) -> None:
         if self.world.size == 1:

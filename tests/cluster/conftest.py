@@ -83,10 +83,11 @@ class Launched:
 
     @property
     def config_file(self) -> Path:
-        """Its settings as a file."""
-        path = self.folder.with_name(f"{self.folder.name}.yaml")
+        """Its settings as a file, which another command may be reading."""
+        path, text = self.folder.with_name(f"{self.folder.name}.yaml"), yaml.safe_dump(self.values)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(self.values))
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
         return path
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:

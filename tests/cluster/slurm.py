@@ -53,6 +53,7 @@ GresTypes=gpu
 NodeName=node[1-{nodes}] NodeAddr=127.1.0.[1-{nodes}] Port=[{first}-{last}] CPUs={cpus} RealMemory=100000 Gres=gpu:2
 PartitionName=main Nodes=ALL Default=YES PriorityTier=10 PreemptMode=OFF MaxTime=1-00:00:00
 PartitionName=preemptible Nodes=ALL PriorityTier=1 GraceTime=20
+PartitionName=graceless Nodes=ALL PriorityTier=1 GraceTime=0
 """
 
 
@@ -122,10 +123,17 @@ class Cluster:
         return self.run("squeue", "-h", "-r", "-t", "all", "-j", job, "-o", "%T").split()
 
     def warn(self, job: str) -> None:
-        """Send the warning signal to a running job or array task, as Slurm does near the time limit."""
-        own_id = self.run("squeue", "-h", "-r", "-j", job, "-o", "%A").strip()
+        """Send the warning signal to a running job or array task `123_4`, as Slurm does near the time limit.
+
+        A task goes by that name: the id of an array's last task is that of the whole array.
+        """
         # It is not waited for: while the job goes back to the queue, scancel tries for a minute and a half.
-        subprocess.Popen(["scancel", "--signal=USR2", own_id], env=self.environ, stderr=subprocess.DEVNULL)
+        subprocess.Popen(["scancel", "--signal=USR2", job], env=self.environ, stderr=subprocess.DEVNULL)
+
+    def preempt(self) -> None:
+        """Take all nodes for a moment with a job of a higher partition."""
+        options = ("--partition=main", "--exclusive", f"--nodes={self.nodes}", "--output=/dev/null")
+        self.run("sbatch", "--wait", *options, "--wrap=true")
 
     def state_of(self, node: str) -> str:
         """State of a node, such as `idle`."""

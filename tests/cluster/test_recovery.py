@@ -13,18 +13,13 @@ import pytest
 from checkpoints import open_artifact
 from modularforge.config import Config
 from tests.cluster.conftest import Launched
-from tests.cluster.slurm import Cluster, wait_for
+from tests.cluster.slurm import wait_for
 from tests.conftest import ROOT
 
 Make = Callable[..., Launched]
 # Long enough to be caught in the middle; on a checkpoint boundary nothing happens by chance.
 LONG = {"steps": 1200, "warmup_steps": 2}
 TRAINING = {"log_every": 20, "validate_every": 2000, "checkpoint_every": 10_000}
-
-
-def preempt(cluster: Cluster) -> None:
-    """Take all nodes for a moment with a job of a higher partition."""
-    cluster.run("sbatch", "--wait", "--partition=main", "--exclusive", "--nodes=4", "--output=/dev/null", "--wrap=true")
 
 
 def uninterrupted(run: Launched, stage: str, tmp_path: Path) -> Launched:
@@ -46,7 +41,7 @@ def test_a_preempted_expert_goes_on_with_equal_losses(trained_run: Make, tmp_pat
     run = trained_run(experts=LONG, training=TRAINING, cluster={"queue": "preemptible", "array_throttle": 1})
     run.submit()
     run.wait_for_step("expert-0", 40)
-    preempt(run.cluster)
+    run.cluster.preempt()
     wait_for(lambda: run.events("expert-0", "requeued"), "expert-0 is requeued")
     assert run.rows()["expert-0"]["state"] in ("requeued", "running")
     run.wait_for_artifact("experts/expert-0")
@@ -70,7 +65,7 @@ def test_a_preempted_backbone_on_two_nodes_goes_on_and_its_chain_with_it(
     shutil.copytree(Path(finished_run.output_dir) / "data", run.folder / "data")
     run.submit()
     run.wait_for_step("backbone", 20)
-    preempt(run.cluster)
+    run.cluster.preempt()
     run.wait_for_artifact("backbone", 180)
     requeued = run.events("backbone", "requeued")
     assert [event["reason"] for event in requeued] == ["preempted"]

@@ -14,7 +14,7 @@ from checkpoints import open_artifact
 from modularforge.config import Config
 from tests.cluster.conftest import Launched
 from tests.cluster.slurm import wait_for
-from tests.cluster.test_recovery import LONG, TRAINING, preempt
+from tests.cluster.test_recovery import LONG, TRAINING
 from tests.conftest import ROOT
 
 Make = Callable[..., Launched]
@@ -58,7 +58,7 @@ def test_an_expert_by_hand_saves_its_state_when_preempted_and_goes_on(trained_ru
     run = trained_run(experts=LONG, training=TRAINING)
     job = submit(run, "train_experts.sh", "--array=0", "--partition=preemptible")
     run.wait_for_step("expert-0", 40)
-    preempt(run.cluster)
+    run.cluster.preempt()
     wait_for(lambda: len(run.events("expert-0", "started")) == 2, f"job {job} starts again")
     (requeued,) = run.events("expert-0", "requeued")
     assert requeued["reason"] == "preempted"

@@ -66,7 +66,7 @@ def test_a_run_on_s3_goes_through_the_cluster_and_gives_the_bytes_of_one_on_a_fo
     rows = run.rows()
     assert {row["state"] for row in rows.values()} == {"committed"}
     assert rows["expert-1"]["step"] == rows["expert-1"]["steps"]
-    assert Path(rows["expert-1"]["log"]).parent == work / "logs"
+    assert Path(rows["expert-1"]["log"]).parent == work / "s3-runs-tiny" / "logs"
     assert "finished: s3://runs/tiny/experts/expert-1" in run.launcher("logs", "expert/1")
     assert "finished; nothing to do" in run.launcher("--cluster")
     record = json.loads(paths.read_bytes("s3://runs/tiny/cluster/run.json"))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import open_artifact
+from launcher.lock import submission_lock
 from tests.cluster.conftest import Launched
 from tests.cluster.slurm import wait_for
 from tests.conftest import run_command
@@ -49,13 +50,8 @@ def test_an_array_above_the_limit_is_split_with_global_indices_and_one_throttle(
     assert run.rows()["expert-13"]["log"].endswith("expert-12+1.log")
 
 
-@pytest.mark.parametrize("written", [0, 2, 3, 5])
-def test_a_launcher_killed_while_submitting_leaves_nothing_lost_or_doubled(
-    stub_run: Make, tmp_path: Path, written: int
-) -> None:
-    """Killed by sbatch itself in place of its n-th submission's answer; then the same command again."""
-    run = stub_run("finish")
-    tools = tmp_path / "tools"
+def launch_killed(run: Launched, tools: Path, written: int) -> None:
+    """Launch with an sbatch that kills the launcher before (odd) or after (even) submission `written // 2`."""
     tools.mkdir()
     counter = tools / "counter"
     (tools / "sbatch").write_text(
@@ -75,6 +71,15 @@ def test_a_launcher_killed_while_submitting_leaves_nothing_lost_or_doubled(
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     run.environment = {}
+
+
+@pytest.mark.parametrize("written", [0, 2, 3, 5])
+def test_a_launcher_killed_while_submitting_leaves_nothing_lost_or_doubled(
+    stub_run: Make, tmp_path: Path, written: int
+) -> None:
+    """Killed by sbatch itself in place of its n-th submission's answer; then the same command again."""
+    run = stub_run("finish")
+    launch_killed(run, tmp_path / "tools", written)
     run.submit()
     groups = [item["group"] for item in run.submissions() if not item["withdrawn"]]
     assert groups == ["expert", "assemble", "evaluate"]
@@ -83,6 +88,19 @@ def test_a_launcher_killed_while_submitting_leaves_nothing_lost_or_doubled(
     assert len({line.split()[1] for line in mine}) == 3
     wait_for_experts(run, range(3))
     assert started(tmp_path) == [0, 1, 2]
+
+
+def test_cancel_finds_the_job_of_a_launcher_that_was_killed_before_it_heard_of_it(
+    stub_run: Make, tmp_path: Path
+) -> None:
+    run = stub_run("hold")
+    launch_killed(run, tmp_path / "tools", 0)
+    assert [item["job"] for item in run.submissions()] == [None]
+    assert run.cluster.jobs()
+    with submission_lock(run.config):  # the killed one's is taken over
+        assert "is submitting this run" in run.launcher("cancel", code=2)
+    assert "expert: cancelled" in run.launcher("cancel")
+    assert not run.cluster.jobs()
 
 
 def test_an_sbatch_that_times_out_after_submitting_is_found_in_the_queue(stub_run: Make, tmp_path: Path) -> None:
@@ -141,6 +159,27 @@ def test_a_failed_expert_stops_nobody_and_assembly_names_it(stub_run: Make, tmp_
     assert [item["group"] for item in newest] == ["expert", "assemble", "evaluate"]
     assert newest[0]["indices"] == [1]
     wait_for_experts(run, [1])
+
+
+def test_one_task_cancelled_by_hand_is_resumed_beside_the_living_and_the_chain_waits_for_both(
+    stub_run: Make, tmp_path: Path
+) -> None:
+    run = stub_run("hold")
+    run.submit()
+    wait_for(lambda: started(tmp_path) == [0, 1, 2], "all have started")
+    array, assemble = run.job("expert"), run.job("assemble")
+    run.cluster.run("scancel", f"{array}_2")
+    wait_for(lambda: run.events("expert-2", "ended"), "expert-2 has ended")
+    assert {name: row["state"] for name, row in run.rows().items() if row["stage"] == "expert"} == {
+        "expert-0": "running", "expert-1": "running", "expert-2": "cancelled",
+    }  # fmt: skip
+    assert f"assemble: job {assemble} is taken back" in run.launcher("resume")
+    assert [(item["group"], item["indices"]) for item in run.submissions()[3:]] == [
+        ("expert", [2]), ("assemble", []), ("evaluate", []),
+    ]  # fmt: skip
+    assert run.submissions()[4]["after"] == [array, run.job("expert")]
+    wait_for(lambda: assemble not in run.cluster.jobs(), "the old assembly is gone")
+    wait_for(lambda: started(tmp_path) == [0, 1, 2, 2], "expert-2 starts again, and no other")
 
 
 def test_min_experts_lets_the_model_go_on_without_one(trained_run: Make, finished_run) -> None:
@@ -234,6 +273,42 @@ def test_the_last_task_of_an_array_requeues_itself_alone(stub_run: Make, tmp_pat
     assert len(experts_of(run)) == 1
 
 
+@pytest.mark.parametrize("how", ["preempted without grace", "by a person"])
+def test_a_job_that_slurm_sends_back_by_itself_is_not_submitted_twice(stub_run: Make, tmp_path: Path, how: str) -> None:
+    run = stub_run("hold", cluster={"queue": "graceless"})
+    run.submit()
+    wait_for(lambda: started(tmp_path) == [0, 1, 2], "all have started")
+    if how == "by a person":
+        run.cluster.run("scontrol", "requeue", f"{run.job('expert')}_2")
+    else:
+        run.cluster.preempt()
+    wait_for(lambda: run.events("expert-2", "requeued"), "expert-2 notes that it goes back to the queue")
+    (reason,) = (event["reason"] for event in run.events("expert-2", "requeued"))
+    # On a busy machine a preempted job may be gone before it can say so; its next start notes that.
+    assert reason == "sent back" or (reason == "by Slurm" and how != "by a person")
+    assert run.rows()["expert-2"]["state"] in ("requeued", "running")
+    assert "everything is submitted already" in run.submit()
+    wait_for(lambda: started(tmp_path).count(2) == 2, "it starts again")
+    assert len(run.events("expert-2", "requeued")) == 1, "once, not again at its start"
+    assert len(run.submissions()) == 3
+
+
+def test_a_failed_job_that_somebody_sends_back_is_not_submitted_twice(stub_run: Make, tmp_path: Path) -> None:
+    run = stub_run("hold")
+    own = tmp_path / "stub" / "2"
+    own.write_text("crash")
+    run.submit()
+    name = f"{run.job('expert')}_2"
+    wait_for(lambda: run.events("expert-2", "ended"), "expert-2 has failed")
+    wait_for(lambda: name not in run.cluster.jobs(), "its job has left the queue")
+    own.write_text("finish")
+    run.cluster.run("scontrol", "requeue", name)
+    assert run.rows()["expert-2"]["state"] == "requeued"
+    assert "everything is submitted already" in run.submit()
+    wait_for_experts(run, [2])
+    assert len(run.submissions()) == 3
+
+
 def test_a_job_killed_without_a_word_is_found_and_resumed(stub_run: Make, tmp_path: Path) -> None:
     run = stub_run("hold")
     run.submit()
@@ -265,6 +340,64 @@ def test_status_works_while_jobs_wait_run_and_are_requeued(stub_run: Make, tmp_p
     assert run.rows()["expert-0"]["reason"] in ("BeginTime", "JobArrayTaskLimit", "Resources")
 
 
+def test_status_watch_shows_what_changes_and_ends_with_the_run(stub_run: Make, tmp_path: Path) -> None:
+    run = stub_run("hold")
+    run.submit()
+    process = run.start("status", "--watch")
+    assert process.stdout
+    seen = next(line for line in process.stdout if line.startswith("expert-2 ") and " running " in line)
+    assert "expert-2.log" in seen
+    run.launcher("cancel")
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    (*_, last) = (line for line in rest.splitlines() if line.startswith("expert-2 "))
+    assert " cancelled " in last
+    assert "goodput" in rest, "the end report follows"
+
+
+def test_a_new_run_lies_beside_the_old_one_and_shares_its_data(stub_run: Make) -> None:
+    run = stub_run("finish")
+    run.submit()
+    wait_for_experts(run, range(3))
+    changed = ("--new-run", "--set", "experts.peak_learning_rate=0.5")
+    said = run.submit(*changed)
+    (folder,) = run.folder.parent.glob("run-*")
+    assert f"at {folder}: 4 submission(s)" in said
+    other = Launched(run.cluster, {**run.values, "output_dir": str(folder)})
+    assert [item["group"] for item in other.submissions()] == ["backbone", "expert", "assemble", "evaluate"]
+    assert "everything is submitted already" in run.submit(*changed)
+    wait_for_experts(other, range(3))
+    assert other.rows()["prepare-data"]["state"] == "committed"
+    assert not (folder / "data").exists()
+    assert len(run.submissions()) == 3, "nothing was added to the old one"
+
+
+def test_wait_outlasts_a_slurm_that_does_not_answer(stub_run: Make, tmp_path: Path) -> None:
+    run = stub_run("hold")
+    run.submit()
+    tools, asked = tmp_path / "tools", tmp_path / "asked"
+    tools.mkdir()
+    (tools / "squeue").write_text(
+        f"#!/bin/bash\nif [ -e {asked} ]; then\n"
+        f'echo x >> {asked}; echo "Unable to contact slurm controller" >&2; exit 1; fi\n'
+        'exec "$(PATH=${PATH#*:} type -P squeue)" "$@"\n'
+    )
+    (tools / "squeue").chmod(0o755)
+    run.environment = {"PATH": f"{tools}:{run.cluster.environ['PATH']}"}
+    process = run.start("wait")
+    assert process.stdout
+    assert next(process.stdout).startswith("prepare-data: committed")
+    asked.touch()
+    wait_for(lambda: asked.read_text().count("x") >= 2, "Slurm was asked twice in vain")
+    asked.unlink()
+    run.environment = {}
+    run.launcher("cancel")
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
+    assert "expert-2: cancelled" in output
+    assert "Unable to contact slurm controller; it is asked again" in errors
+
+
 def test_logs_follow_a_job_to_its_end(stub_run: Make, tmp_path: Path) -> None:
     run = stub_run("hold")
     run.submit()
@@ -284,6 +417,8 @@ def test_the_preflight_reports_every_problem_and_submits_nothing(stub_run: Make,
     assert "expert must be accepted by sbatch" in said
     assert "cluster.other.time_minutes must be at most the queue's 1440, but is 5000" in said
     assert "/no/python" in said
+    run.values["cluster"]["queue"] = "nowhere"
+    assert "cluster.queue must be one of main, preemptible, graceless" in run.launcher("--cluster", code=2)
     assert not run.cluster.jobs()
     assert not (run.folder / "cluster" / "run.json").exists()
 

@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.filesize import decimal
 
 from checkpoints import ArtifactExistsError, CorruptArtifactError, StoreError, open_artifact, paths
 from checkpoints.catalog import find_artifacts
@@ -70,6 +72,53 @@ def test_verify_reads_every_byte_and_names_what_is_wrong(s3: str) -> None:
     assert "tensor first" in found["problems"][0]
 
 
+def test_verify_of_a_run_in_a_folder_knows_artifacts_inside_others(tmp_path: Path) -> None:
+    """Partitions lie within `data/`; what another writer has not finished there is no fault either."""
+    make(str(tmp_path / "data"), 1)
+    make(str(tmp_path / "data" / "partitions"), 2)
+    (tmp_path / "data" / ".more.attempt-0123456789ab").mkdir()
+    (tmp_path / "data" / ".more.attempt-0123456789ab" / "a.bin").touch()
+    assert "2 artifacts, 6 files, 0 problems" in command("verify", str(tmp_path))
+    (tmp_path / "data" / "partitions" / "extra.bin").touch()
+    report = json.loads(command("verify", str(tmp_path), "--json", code=1))
+    (problem,) = report["problems"]
+    assert "partitions/extra.bin must not be there" in problem
+
+
+def test_verify_goes_on_behind_a_damaged_manifest(place: str) -> None:
+    if place.startswith("memory"):
+        pytest.skip("another process does not see it")
+    make_run(place)
+    paths.replace_bytes(paths.join(place, "backbone/manifest.json"), b"{")
+    damage(paths.join(place, "experts/expert-0"), "model.safetensors")
+    problems = json.loads(command("verify", place, "--json", code=1))["problems"]
+    assert ["backbone/manifest.json" in problems[0], "model.safetensors" in problems[1]] == [True, True]
+    assert len(problems) == 2
+    assert "backbone/manifest.json" in command("ls", place, code=2)
+
+
+@pytest.mark.parametrize("verb", ["verify", "pull", "pull --newest"])
+def test_a_checkpoint_that_its_job_deletes_meanwhile_is_no_damage(
+    proxy: FaultProxy, proxied: str, tmp_path: Path, verb: str
+) -> None:
+    make_run(proxied)
+    doomed = paths.join(proxied, "checkpoints/backbone/step-00000002")
+
+    def rule(request: Any) -> Fault | None:
+        is_read = request.method == "GET" and "backbone/step-00000002/attempt" in request.path
+        return Fault("do", action=lambda: paths.remove(doomed)) if is_read else None
+
+    proxy.reset(rule)
+    if verb == "verify":
+        assert "0 problems" in command("verify", proxied)
+    elif verb == "pull":
+        said = command("pull", proxied, str(tmp_path))
+        assert "5 copied, 0 were there already\n1 passed over" in said
+    else:
+        assert "step-00000002 must stay to be copied" in command("pull", proxied, str(tmp_path), "--newest", code=2)
+        assert "1 copied, 1 were there already" in command("pull", proxied, str(tmp_path), "--newest")
+
+
 def test_pull_and_push_copy_a_whole_run_with_the_same_bytes(s3: str, tmp_path: Path) -> None:
     make_run(s3)
     here, there = str(tmp_path / "here"), s3 + "-copy"
@@ -103,6 +152,26 @@ def test_pull_and_push_bring_settings_metrics_and_logs_along(s3: str, tmp_path: 
     assert not (tmp_path / "newest" / "config.yaml").exists()
 
 
+def test_a_terminal_sees_a_progress_bar_and_a_script_does_not(s3: str, tmp_path: Path) -> None:
+    artifact = make(f"{s3}/expert")
+    assert "━" not in command("pull", s3, str(tmp_path / "script"))
+    leader, follower = os.openpty()
+    call = [sys.executable, "-m", "checkpoints", "pull", s3, str(tmp_path / "terminal")]
+    with subprocess.Popen(
+        call, stdout=subprocess.DEVNULL, stderr=follower, env={**os.environ, "TERM": "xterm"}
+    ) as process:
+        os.close(follower)
+        seen = b""
+        with suppress(OSError):  # the other end is closed when the command has ended
+            while part := os.read(leader, 4096):
+                seen += part
+    os.close(leader)
+    assert process.returncode == 0
+    assert "━" in seen.decode()
+    size = decimal(artifact.manifest.size).split()[0]
+    assert f"{size}/{size}" in seen.decode(), "all bytes were counted"
+
+
 def test_pull_one_artifact_or_only_the_newest_checkpoints(s3: str, tmp_path: Path) -> None:
     make_run(s3)
     command("pull", paths.join(s3, "backbone"), str(tmp_path / "backbone"))
@@ -112,10 +181,22 @@ def test_pull_one_artifact_or_only_the_newest_checkpoints(s3: str, tmp_path: Pat
     assert names_below(str(tmp_path / "run")) == newest
 
 
-def test_errors_are_one_message_and_exit_code_2(s3: str) -> None:
+def test_errors_are_one_message_and_exit_code_2(s3: str, tmp_path: Path) -> None:
     assert "error: s3://no-such-bucket" not in command("ls", "s3://no-such-bucket", code=2)
     assert "the bucket no-such-bucket does not exist" in command("ls", "s3://no-such-bucket", code=2)
     assert "must hold a committed artifact" in command("verify", s3, code=2)
+    make(paths.join(s3, "backbone"))
+    assert "must hold a training checkpoint" in command("pull", s3, str(tmp_path / "run"), "--newest", code=2)
+    (tmp_path / "file").touch()
+    assert f"{tmp_path}/file/.backbone" in command("pull", s3, str(tmp_path / "file"), code=2)
+
+
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "AWS_PROFILE"])
+def test_settings_that_make_no_client_are_named(s3: str, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "nonsense")
+    said = command("ls", s3, code=2)
+    assert "nonsense" in said
+    assert "mend AWS_ENDPOINT_URL, AWS_PROFILE" in said
 
 
 def test_an_interrupted_pull_goes_on_where_it_stopped(proxy: FaultProxy, proxied: str, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def test_a_run_that_went_through_object_storage_can_be_reported(finished_run: Co
     copy = tmp_path / "run"
     run_command("checkpoints", "push", finished_run.output_dir, f"{s3}/run")
     run_command("checkpoints", "pull", f"{s3}/run", str(copy))
+    run_command("checkpoints", "verify", str(copy))
     for name in ("config.yaml", "metrics/backbone.jsonl"):
         assert (copy / name).read_bytes() == (Path(finished_run.output_dir) / name).read_bytes()
     run_command("modularforge", "report", str(copy))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from checkpoints import paths
+from launcher import slurm
 from launcher.attempts import Ended, decide
 from launcher.carrier import Request, dependency, script_of
 from launcher.environment import environment_of, job_environment
@@ -21,8 +24,9 @@ from launcher.lock import BusyError, submission_lock
 from launcher.pieces import cut, ranges
 from launcher.places import log_file
 from launcher.plan import describe_plan
+from launcher.preflight import _node_problems, _storage_problems
 from launcher.record import beside, check_same_run, new_record, run_id_of
-from launcher.slurm import QueuedJob, minutes
+from launcher.slurm import QueuedJob, SlurmError, minutes
 from launcher.submit import find_job, live_tasks
 from launcher.tasks import build_groups, build_tasks, nodes_of
 from modularforge.config import ClusterConfig
@@ -196,6 +200,41 @@ def test_dependencies_are_written_as_sbatch_reads_them(tmp_path: Path) -> None:
     assert dependency(Request("expert", "k", "r", tmp_path, None, ("1",), ("2",))) == "afterok:1,afterany:2"
 
 
+def test_the_preflight_tries_what_the_storage_can_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config("memory://preflight/run", cluster={"work_dir": str(tmp_path / "work")})
+    assert list(_storage_problems(config, "", [])) == []
+    assert paths.walk("memory://preflight") == [], "nothing is left behind"
+    shutil.rmtree(tmp_path / "work")
+    (tmp_path / "work").touch()
+    monkeypatch.setattr(paths, "create_bytes", paths.replace_bytes)
+    monkeypatch.setattr(paths, "remove", lambda url: None)
+    found = list(_storage_problems(config, "", []))
+    for problem, words in zip(
+        found, ("refuse to create a file twice", "let files be deleted", "work_dir"), strict=True
+    ):
+        assert words in problem
+
+
+@pytest.mark.parametrize("is_busy", [True, False])
+def test_a_busy_cluster_is_a_note_and_a_broken_python_a_problem(
+    is_busy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "Unable to allocate resources: Requested nodes are busy" if is_busy else "No module named torch"
+    (tmp_path / "srun").write_text(f"#!/bin/sh\necho 'srun: error: {said}' >&2\nexit 1\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    notes: list[str] = []
+    problems = list(_node_problems(tiny_config(tmp_path), "", notes))
+    assert [len(notes), len(problems)] == ([1, 0] if is_busy else [0, 1])
+    assert said in (notes + problems)[0]
+
+
+def test_a_command_of_slurm_that_hangs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "TIMEOUT_SECONDS", 0.2)
+    with pytest.raises(SlurmError, match=r"sleep must answer within 0.2 s"):
+        slurm.run_slurm("sleep", "30")
+
+
 def test_times_of_slurm_are_read() -> None:
     assert minutes("1-02:03:30") == 1563.5
     assert minutes("05:30") == 5.5
@@ -206,6 +245,15 @@ def test_log_files_have_the_names_that_slurm_gives_them(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     assert log_file(config, "expert", 7).name == "expert-7.log"
     assert log_file(config, "expert", 1007, 1001).name == "expert-1001+6.log"
+
+
+def test_runs_that_share_a_work_folder_do_not_share_their_logs(tmp_path: Path) -> None:
+    cluster = {"work_dir": str(tmp_path / "work")}
+    first, other = tiny_config(tmp_path / "run", cluster=cluster), tiny_config("s3://bucket/run", cluster=cluster)
+    beside_it = beside(first, new_record(first))
+    logs = {log_file(config, "backbone") for config in (first, beside_it, other)}
+    assert len(logs) == 3
+    assert all(path.is_relative_to(tmp_path / "work") for path in logs)
 
 
 def test_lost_work_and_running_time_follow_from_the_events() -> None:

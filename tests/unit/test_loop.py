@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from checkpoints import CorruptArtifactError
 from modularforge.config import PhaseConfig, TrainingConfig
 from modularforge.errors import StoreError, TrainingError
 from modularforge.log import MetricsLog, json_safe
@@ -84,6 +85,24 @@ def test_checkpoints_are_kept_as_many_as_wished(tmp_path: Path) -> None:
     train_a_line(tmp_path, TrainingConfig(log_every=10, checkpoint_every=10, keep_checkpoints=2, validate_every=50))
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000030", "step-00000040"]
+    some = TrainingConfig(checkpoint_every=10, keep_checkpoints=1, keep_checkpoints_every=20)
+    train_a_line(tmp_path / "some", some, steps=50)
+    names = sorted(path.name for path in (tmp_path / "some" / "checkpoints").iterdir())
+    assert names == ["step-00000020", "step-00000040", "step-00000050"]
+
+
+def test_a_job_goes_on_from_an_older_checkpoint_only_when_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    training = TrainingConfig(log_every=10, checkpoint_every=10)
+    rows = train_a_line(tmp_path, training)
+    newest = tmp_path / "checkpoints" / "step-00000040" / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"?")
+    with pytest.raises(CorruptArtifactError, match=r"1 there.* --set training\.checkpoint_fallback=true"):
+        train_a_line(tmp_path, training)
+    again = train_a_line(tmp_path, training.model_copy(update={"checkpoint_fallback": True}))
+    assert "FALLBACK: training goes on from step 30" in caplog.text
+    assert [row.get("loss") for row in again] == [row.get("loss") for row in rows], "step 31 to 40 were made again"
 
 
 def test_a_loss_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
