@@ -136,6 +136,22 @@ def test_a_run_without_config_or_a_damaged_manifest_is_still_shown(tmp_path: Pat
     assert "backbone/manifest.json" in Path(page_url).read_text()
 
 
+def test_settings_lines_and_records_that_cannot_be_read_hide_nothing_else(tmp_path: Path) -> None:
+    write_metrics(str(tmp_path), "backbone", {10: 5.0, 20: 4.0})
+    (tmp_path / "config.yaml").write_text("model: [1\nb: }")
+    with open(tmp_path / "metrics" / "backbone.jsonl", "a") as file:
+        file.write('{"step": "nan", "time": 1, "loss": 4}\n{"step": null}\n')
+    good = {"job": "backbone", "event": "started", "time": START}
+    lines = [good, {**good, "time": "yesterday"}, {**good, "time": None}]
+    (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run, page_url = write_report(str(tmp_path))
+    assert run.jobs["backbone"].curves["loss"].values.tolist() == [5.0, 4.0]
+    assert run.records == [good]
+    page = Path(page_url).read_text()
+    assert "config.yaml must be YAML, but is not" in page
+    assert "backbone: 2 unreadable lines" in page
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="must be a run"):
         read_run(str(tmp_path))
