@@ -186,23 +186,27 @@ def output_tensors(spans: Mapping[str, TensorSpan], dtype: str | None = None) ->
 
 def plan_merge(tensors: Mapping[str, OutputTensor], max_shard_bytes: int) -> MergePlan:
     """Distribute tensors over weight files of at most `max_shard_bytes` (a larger tensor gets a file of its own)."""
+    whole = OutputFile("model.safetensors", tuple(in_file_order(tensors.items())))
+    return MergePlan(tuple(split(whole, max_shard_bytes)))
+
+
+def split(file: OutputFile, max_shard_bytes: int) -> list[OutputFile]:
+    """The file as it is, or in shards of at most `max_shard_bytes` of tensors, named as Hugging Face names them."""
     shards: list[list[tuple[str, OutputTensor]]] = [[]]
     size = 0
-    for name, tensor in in_file_order(tensors.items()):
+    for name, tensor in file.tensors:
         if shards[-1] and size + tensor.length > max_shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append((name, tensor))
         size += tensor.length
-    count = len(shards)
-    return MergePlan(
-        tuple(
-            OutputFile(
-                "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors", tuple(shard)
-            )
-            for number, shard in enumerate(shards, start=1)
-        )
-    )
+    if len(shards) == 1:
+        return [file]
+    stem, count = file.name.removesuffix(".safetensors"), len(shards)
+    return [
+        OutputFile(f"{stem}-{number:05d}-of-{count:05d}.safetensors", tuple(shard))
+        for number, shard in enumerate(shards, start=1)
+    ]
 
 
 def plan_parts(parts: Mapping[str, Mapping[str, OutputTensor]]) -> MergePlan:
