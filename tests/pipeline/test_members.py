@@ -363,6 +363,18 @@ def test_a_replaced_expert_may_come_from_another_run(finished_run: Config, tmp_p
         members.replace(stage_url(run, "assembled"), 2, newer.url, str(tmp_path / "new-model"))
 
 
+def test_of_experts_with_the_same_index_one_is_named_by_its_place(finished_run: Config, tmp_path: Path) -> None:
+    run = copy_of_run(finished_run, tmp_path / "run", router="data_stats")
+    assemble_stage.run(run)
+    url = stage_url(run, "assembled")
+    newer = damaged(require(run, "expert", 1), tmp_path / "newer", lambda t: t[first_key(t)].add_(1))
+    members.add(url, newer.url)
+    with pytest.raises(MismatchError, match=r"1 must name one expert .*, but names .*expert-1, .*newer; write one"):
+        members.remove(url, 1)
+    changed = members.remove(url, stage_url(run, "expert", 1))
+    assert [member.url for member in members.members_of(changed) if member.index == 1] == [newer.url]
+
+
 def test_info_counts_the_widened_model_exactly(finished_run: Config, tmp_path: Path) -> None:
     from modularforge.info import describe
 
