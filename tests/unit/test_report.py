@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 import uuid
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from benchmarks.report import MOST_MEGABYTES, measure, write_large_run
 from checkpoints import paths
 from modularforge.errors import DataError, UserError
 from modularforge.observe.canvas import spread
@@ -286,3 +288,12 @@ def test_the_command_reports_runs_and_refuses_unknown_ones(tmp_path: Path) -> No
     refused = run_command("modularforge", "report", "two", "--base-dir", str(tmp_path), check=False)
     assert refused.returncode == 2
     assert "there is one" in refused.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is in other units elsewhere")
+def test_a_large_run_is_reported_in_little_memory(tmp_path: Path) -> None:
+    """The time of it is a benchmark: it depends on what else the machine does."""
+    assert write_large_run(str(tmp_path), experts=64, lines=100_000) > 99_000
+    *_, megabytes = measure(str(tmp_path))
+    assert megabytes < MOST_MEGABYTES
+    assert "expert-63" in (tmp_path / "report.html").read_text()
