@@ -100,7 +100,7 @@ def _take_over(file: OutputFile, writer: ArtifactWriter, sources: Mapping[str, S
     source = sources.get(part_key(file.tensors))
     if source is None:
         return False
-    if writer.link(file.name, source.url, source.entry):
+    if writer.is_written(file.name) or writer.link(file.name, source.url, source.entry):
         return True
     if must_link:
         raise MismatchError(
