@@ -192,3 +192,16 @@ def test_the_overview_shows_every_point_and_every_value_axis(tmp_path: Path) -> 
     assert labels == [metric.axis for metric in METRICS]
     labelled = [axes for axes in figure.axes if axes.axison and axes.get_ylabel()]
     assert all(any(tick.label1.get_visible() for tick in axes.yaxis.get_major_ticks()) for axes in labelled)
+
+
+def test_a_zero_on_a_log_axis_does_not_stretch_the_figure(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        lines = [training_line("backbone", step, 5.0, gradient_norm=float(step != 20)) for step in (10, 20, 30)]
+        (tmp_path / name / "metrics").mkdir(parents=True)
+        (tmp_path / name / "metrics" / "backbone.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs = {name: read_run(str(tmp_path / name)) for name in ("a", "b")}
+    metric = next(metric for metric in METRICS if metric.scale == "log" and metric.column == "gradient_norm")
+    with house_style():
+        for figure in (_metric_figure(compare(runs), metric), curve_figures(runs["a"])["gradient_norm"]):
+            drawn = figure.get_tightbbox(figure.canvas.get_renderer())
+            assert -1 < drawn.y0 < drawn.y1 < 5
