@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from modularforge.config import Config
-from modularforge.errors import ConfigError
+from modularforge.errors import ConfigError, UserError
 from modularforge.experts_cli import app as experts_app
 from modularforge.options import with_lazy_settings, with_settings
 
@@ -317,14 +317,19 @@ def compare(
 
 
 @app.command()
-@with_settings
+@with_lazy_settings
 def sanity(
-    settings: Config,
+    load_settings: Callable[[], Config],
     test: Annotated[str, typer.Option(help="m0 the model, m1 the data, m2 a short training, or all.")] = "all",
     quick: Annotated[bool, typer.Option("--quick", help="The same checks at tiny sizes: under 10 seconds.")] = False,
 ) -> None:
     """Check model, data and training before spending GPU hours: exit 0 when all is well, 1 with each cause if not."""
     from modularforge.sanity.checks import run_checks
 
+    try:
+        settings = load_settings()
+    except UserError as error:  # settings that cannot be used are a finding too
+        typer.echo(f"Settings\n  FAIL  {error}")
+        raise typer.Exit(1) from error
     if not run_checks(settings, test, quick):
         raise typer.Exit(1)

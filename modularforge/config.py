@@ -256,7 +256,7 @@ class AssemblyConfig(Section):
     dtype: Literal["same", "fp32", "bf16", "fp16"] = "same"
     """Type of the assembled weights; `same` keeps the backbone's."""
     max_shard_bytes: int = Field(5_000_000_000, ge=1_000_000)
-    """With `merge`, weight files larger than this are split, with an index, as Hugging Face does."""
+    """Weight files that are written, and would be larger than this, are split, as Hugging Face does."""
 
 
 class CalibrationConfig(PhaseConfig):

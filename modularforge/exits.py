@@ -27,7 +27,9 @@ def run_app(app: Any) -> None:
         _complain(f"error: {error}", USER_ERROR)
     except Interrupted as stop:
         _complain(str(stop), INTERRUPTED)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:  # newer typers make a silent 130 of Ctrl-C
+            raise
         _complain("interrupted; what was committed is kept, and the same command continues", INTERRUPTED)
     except OSError as error:
         if debug or error.filename is None:

@@ -14,7 +14,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="The assembled model: a folder or URL.")]
-Index = Annotated[int, typer.Argument(help="Which expert, as `experts list` numbers them.")]
+Member = Annotated[str, typer.Argument(help="Which expert: its number or its place, as `experts list` shows them.")]
 Expert = Annotated[str, typer.Argument(help="A trained expert of the same backbone: a folder or URL.")]
 Output = Annotated[str | None, typer.Option("--output", help="Where the new model goes; else in the old one's place.")]
 
@@ -38,12 +38,12 @@ def list_members(model: Model, as_json: Annotated[bool, typer.Option("--json", h
 
 
 @app.command()
-def remove(model: Model, index: Index, output: Output = None) -> None:
+def remove(model: Model, member: Member, output: Output = None) -> None:
     """Take an expert out of a model; the result is the model that would have been assembled without it."""
     from modularforge.stages import members
 
     configure_logging()
-    members.remove(model, index, output)
+    members.remove(model, member, output)
 
 
 @app.command()
@@ -56,9 +56,9 @@ def add(model: Model, expert: Expert, output: Output = None) -> None:
 
 
 @app.command()
-def replace(model: Model, index: Index, expert: Expert, output: Output = None) -> None:
+def replace(model: Model, member: Member, expert: Expert, output: Output = None) -> None:
     """Put another expert in the place of one."""
     from modularforge.stages import members
 
     configure_logging()
-    members.replace(model, index, expert, output)
+    members.replace(model, member, expert, output)

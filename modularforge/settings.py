@@ -107,9 +107,9 @@ def read_yaml(path: str) -> dict[str, Any]:
         values = yaml.safe_load(paths.read_bytes(path))
     except (FileNotFoundError, NotADirectoryError):
         near = ", ".join(sorted(str(found) for found in Path("configs").glob("*.yaml"))) or "no file in ./configs"
-        raise ConfigError(f"--config must name a YAML file, but {path} does not exist; there is {near}") from None
+        raise ConfigError(f"{path} must be a YAML file, but does not exist; there is {near}") from None
     except (IsADirectoryError, PermissionError) as error:
-        raise ConfigError(f"--config must name a YAML file, but {path} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{path} must be a YAML file, but cannot be read: {error.strerror}; name another") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
         raise ConfigError(f"{path} must be YAML, but is not: {problem}; mend that line") from error

@@ -112,8 +112,9 @@ def _write_weights(
         plan = plan_merge(tensors, settings.max_shard_bytes)
         execute(plan, writer)
         return plan, {"bytes_written": plan.size, "bytes_linked": 0}
-    plan = plan_parts(parts.group(tensors))
-    keys, written = parts.write_parts(plan, writer, sources, must_link=settings.mode == "link")
+    plan, keys, written = parts.write_parts(
+        plan_parts(parts.group(tensors)), writer, sources, settings.mode == "link", settings.max_shard_bytes
+    )
     return plan, {"bytes_written": written, "bytes_linked": plan.size - written, parts.KEYS_FACT: keys}
 
 

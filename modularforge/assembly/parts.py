@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from checkpoints import Artifact, ArtifactWriter, FileEntry
-from modularforge.assembly.plan import MergePlan, OutputFile, OutputTensor, TensorSpan, output_tensors
+from modularforge.assembly.plan import MergePlan, OutputFile, OutputTensor, TensorSpan, output_tensors, split
 from modularforge.assembly.stream import write_file
 from modularforge.errors import MismatchError
 from modularforge.log import progress
@@ -70,27 +70,37 @@ def parts_of(assembled: Artifact) -> dict[str, Source]:
 
 
 def write_parts(
-    plan: MergePlan, writer: ArtifactWriter, sources: Mapping[str, Source], must_link: bool
-) -> tuple[dict[str, str], int]:
-    """Take over or write every part; returns the parts' keys by file name, and how many bytes were written.
+    plan: MergePlan, writer: ArtifactWriter, sources: Mapping[str, Source], must_link: bool, max_shard_bytes: int
+) -> tuple[MergePlan, dict[str, str], int]:
+    """Take over or write every part; one that must be written and is larger than `max_shard_bytes` is split.
 
-    Raises MismatchError with `must_link` when bytes that exist cannot be taken over.
+    Returns the plan of the files as they are now, their keys by name, and how many bytes were written. Raises
+    MismatchError with `must_link` when bytes that exist cannot be taken over.
     """
-    keys = {file.name: part_key(file.tensors) for file in plan.files}
-    waiting = [file for file in plan.files if not _take_over(file, writer, sources.get(keys[file.name]), must_link)]
+    files: list[OutputFile] = []
+    waiting: list[OutputFile] = []
+    for part in plan.files:
+        if _take_over(part, writer, sources, must_link):
+            files.append(part)
+            continue
+        shards = split(part, max_shard_bytes)
+        files += shards
+        waiting += [file for file in shards if file is part or not _take_over(file, writer, sources, must_link)]
     unwritten = [file for file in waiting if not writer.is_written(file.name)]
     size = sum(file.size for file in unwritten)
     writer.require_space(size)
     with progress("assemble", size, "bytes") as bar:
         for file in unwritten:
             write_file(file, writer, bar)
-    return keys, sum(file.size for file in waiting)
+    keys = {file.name: part_key(file.tensors) for file in files}
+    return MergePlan(tuple(files)), keys, sum(file.size for file in waiting)
 
 
-def _take_over(file: OutputFile, writer: ArtifactWriter, source: Source | None, must_link: bool) -> bool:
+def _take_over(file: OutputFile, writer: ArtifactWriter, sources: Mapping[str, Source], must_link: bool) -> bool:
+    source = sources.get(part_key(file.tensors))
     if source is None:
         return False
-    if writer.link(file.name, source.url, source.entry):
+    if writer.is_written(file.name) or writer.link(file.name, source.url, source.entry):
         return True
     if must_link:
         raise MismatchError(

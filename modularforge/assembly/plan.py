@@ -19,6 +19,7 @@ from modularforge.errors import DataError, MismatchError
 from modularforge.model import names
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+ITEM_BYTES |= {"I16": 2, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1}  # of quantised models, which are refused by this name
 FLOATS = ("F32", "F16", "BF16")
 LONGEST_HEADER = 100_000_000
 
@@ -116,21 +117,24 @@ def read_header(url: str, hashes: Mapping[str, str] | None = None) -> dict[str, 
         if length > LONGEST_HEADER:
             raise ValueError(f"a header of {length} bytes")
         header = json.loads(paths.read_bytes(url, 8, 8 + length))
+        entries = {name: _entry(**entry) for name, entry in header.items() if name != "__metadata__"}
     except FileNotFoundError as error:
         raise DataError(f"{url} must be there, but is missing; delete its artifact and run that stage again") from error
-    except (ValueError, struct.error) as error:
+    except (ValueError, TypeError, AttributeError, struct.error) as error:
         raise DataError(f"{url} must be a safetensors file, but is not ({error}); make it again") from error
     spans: dict[str, TensorSpan] = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        start, end = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        if prod(shape) * ITEM_BYTES.get(entry["dtype"], -1) != end - start:
-            raise DataError(f"{name} in {url} must have {entry['dtype']} {shape}, but spans {end - start} bytes")
+    for name, (dtype, shape, start, end) in entries.items():
+        if prod(shape) * ITEM_BYTES.get(dtype, -1) != end - start:
+            raise DataError(f"{name} in {url} must be {dtype} {shape}, but spans {end - start} bytes; make it again")
         sha256 = hashes.get(name, "") if hashes else ""
-        spans[name] = TensorSpan(url, entry["dtype"], shape, 8 + length + start, end - start, sha256)
+        spans[name] = TensorSpan(url, dtype, shape, 8 + length + start, end - start, sha256)
     return spans
+
+
+def _entry(dtype: str, shape: list[int], data_offsets: list[int]) -> tuple[str, tuple[int, ...], int, int]:
+    """What a header says of one tensor: type, shape, and the offsets of its first byte and behind its last one."""
+    start, end = map(int, data_offsets)
+    return str(dtype), tuple(map(int, shape)), start, end
 
 
 def merged_spans(
@@ -186,23 +190,27 @@ def output_tensors(spans: Mapping[str, TensorSpan], dtype: str | None = None) ->
 
 def plan_merge(tensors: Mapping[str, OutputTensor], max_shard_bytes: int) -> MergePlan:
     """Distribute tensors over weight files of at most `max_shard_bytes` (a larger tensor gets a file of its own)."""
+    whole = OutputFile("model.safetensors", tuple(in_file_order(tensors.items())))
+    return MergePlan(tuple(split(whole, max_shard_bytes)))
+
+
+def split(file: OutputFile, max_shard_bytes: int) -> list[OutputFile]:
+    """The file as it is, or in shards of at most `max_shard_bytes` of tensors, named as Hugging Face names them."""
     shards: list[list[tuple[str, OutputTensor]]] = [[]]
     size = 0
-    for name, tensor in in_file_order(tensors.items()):
+    for name, tensor in file.tensors:
         if shards[-1] and size + tensor.length > max_shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append((name, tensor))
         size += tensor.length
-    count = len(shards)
-    return MergePlan(
-        tuple(
-            OutputFile(
-                "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors", tuple(shard)
-            )
-            for number, shard in enumerate(shards, start=1)
-        )
-    )
+    if len(shards) == 1:
+        return [file]
+    stem, count = file.name.removesuffix(".safetensors"), len(shards)
+    return [
+        OutputFile(f"{stem}-{number:05d}-of-{count:05d}.safetensors", tuple(shard))
+        for number, shard in enumerate(shards, start=1)
+    ]
 
 
 def plan_parts(parts: Mapping[str, Mapping[str, OutputTensor]]) -> MergePlan:

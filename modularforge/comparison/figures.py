@@ -68,25 +68,33 @@ def _overview(comparison: Comparison, metrics: list[Metric]) -> Figure:
     figure = new_figure(WIDTH_INCHES, 1.0 + 1.9 * len(metrics))
     grid: Any = figure.subplots(len(metrics), len(jobs), sharey="row", squeeze=False)
     figure.subplots_adjust(wspace=0.12, hspace=0.42, left=0.10, right=_right(comparison), bottom=0.04, top=0.96)
-    for row, metric in enumerate(metrics):
-        for column, job in enumerate(jobs):
-            axes, one = grid[row][column], comparison.jobs[job].metrics.get(metric.column)
-            if one is None or len(one.summaries) < 2:
-                axes.set_axis_off()
-                continue
-            _draw_panel(axes, comparison, one, marks=False)
-            shape_axis(axes, metric)
-            axes.tick_params(labelsize=11)
-            if row == 0:
-                axes.set_title(job, fontweight="bold")
-            if column == 0:
-                axes.set_ylabel(metric.axis.replace(" (", "\n("), fontsize=12)
+    for row, metric in zip(grid, metrics, strict=True):
+        _draw_row(row, comparison, metric, jobs)
+    for axes, job in zip(grid[0], jobs, strict=True):
+        axes.set_title(job, fontweight="bold")
     for axes in grid[-1]:
         axes.set_xlabel("step")
     figure.align_ylabels(grid[:, 0])
     first = [comparison.jobs[job].metrics.get(metrics[0].column) for job in jobs]
     _label_runs(grid[0], comparison, first)
     return figure
+
+
+def _draw_row(row: Any, comparison: Comparison, metric: Metric, jobs: list[str]) -> None:
+    """One metric of all jobs; the first panel that is there bears the value axis, shaped when all curves are drawn."""
+    drawn = []
+    for axes, job in zip(row, jobs, strict=True):
+        one = comparison.jobs[job].metrics.get(metric.column)
+        if one is None or len(one.summaries) < 2:
+            axes.set_axis_off()
+            continue
+        _draw_panel(axes, comparison, one, marks=False)
+        axes.tick_params(labelsize=11)
+        drawn.append(axes)
+    if drawn:
+        shape_axis(drawn[0], metric)
+        drawn[0].tick_params(labelleft=True)
+        drawn[0].set_ylabel(metric.axis.replace(" (", "\n("), fontsize=12)
 
 
 def _draw_panel(axes: Any, comparison: Comparison, one: MetricComparison, *, marks: bool = True) -> None:

@@ -45,12 +45,20 @@ def compare_seeds(runs: Mapping[str, Run], losses: Mapping[str, Mapping[str, flo
 
 
 def group_by_settings(runs: Mapping[str, Run]) -> dict[str, list[str]]:
-    """Names of runs with the same settings but for the seed; a run without known settings or seed stands alone."""
-    members: dict[str, list[str]] = {}
+    """Names of runs with the same settings but for the seed; a run without known settings or seed stands alone.
+
+    A run that repeats a seed is no further seed (its code may be another): second runs are a group of their own.
+    """
+    groups: list[tuple[str, dict[Any, str]]] = []
     for name, run in runs.items():
-        key = json.dumps(_without_seed(run.config), sort_keys=True) if "seed" in run.config else f"alone: {name}"
-        members.setdefault(key, []).append(name)
-    return {names[0]: names for names in members.values()}
+        seed = run.config.get("seed")
+        key = f"alone: {name}" if seed is None else json.dumps(_without_seed(run.config), sort_keys=True)
+        group = next((members for other, members in groups if other == key and seed not in members), None)
+        if group is None:
+            group = {}
+            groups.append((key, group))
+        group[seed] = name
+    return {next(iter(members.values())): list(members.values()) for _, members in groups}
 
 
 def _compare_job(job: str, losses: Mapping[str, float], groups: dict[str, list[str]]) -> list[SeedResult]:

@@ -71,7 +71,7 @@ def spread(places: Sequence[float], gap: float, low: float, high: float) -> list
 def shape_axis(axes: Any, metric: Metric) -> None:
     """Scale and ticks of the value axis as the metric wants them."""
     if metric.scale == "log":
-        axes.set_yscale("log")
+        axes.set_yscale("log", nonpositive="mask")  # a zero would lie a thousand decades below
         low, high = axes.get_ylim()
         many = high / max(low, 1e-300) > 30
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if many else (1.0, 2.0, 5.0), numticks=8))

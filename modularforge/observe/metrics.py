@@ -7,6 +7,7 @@ last line (the job is writing it, or was killed) is skipped and counted.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -111,7 +112,7 @@ def _parse_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
         rows = json.loads(b"[" + b",".join(lines) + b"]")
     except ValueError:
         rows = [_parse_line(line) for line in lines]
-    kept = [row for row in rows if isinstance(row, dict) and _number(row.get("step")) is not None]
+    kept = [row for row in rows if isinstance(row, dict) and _is_finite(row.get("step"))]
     return [row if "time" in row else {**row, "time": None} for row in kept], len(lines) - len(kept)
 
 
@@ -128,6 +129,11 @@ def _number(value: Any) -> float | None:
         return None if value is None or isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         return None
+
+
+def _is_finite(value: Any) -> bool:
+    number = _number(value)
+    return number is not None and math.isfinite(number)
 
 
 def _curve(steps: list[float], values: list[Any]) -> Curve:

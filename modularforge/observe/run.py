@@ -13,9 +13,11 @@ from typing import Any
 
 from checkpoints import Artifact, StoreError, find_artifact, paths
 from checkpoints.parallel import in_order
-from modularforge.errors import DataError
+from modularforge.errors import ConfigError, DataError
 from modularforge.observe.metrics import JobMetrics, parse_metrics
 from modularforge.pipeline import CHOSEN_FACT, STAGES
+from modularforge.provenance import SETTINGS_NAME
+from modularforge.settings import read_yaml
 
 READS_AT_ONCE = 16
 METRICS_FOLDER = "metrics"
@@ -58,7 +60,7 @@ def read_run(url: str) -> Run:
     """Read a run; raises DataError when there is none at the URL."""
     problems: list[str] = []
     artifacts = _read_artifacts(url, problems)
-    config = _newest_config(url, artifacts)
+    config = _newest_config(url, artifacts, problems)
     data_dir = config.get("data_dir")
     if data_dir and "corpus" not in artifacts:
         artifacts |= _find_all({"corpus": data_dir, "partitions": paths.join(data_dir, "partitions")}, problems)
@@ -127,21 +129,19 @@ def _find_all(places: dict[str, str], problems: list[str]) -> dict[str, Artifact
     return {name: artifact for name, artifact in found if artifact is not None}
 
 
-def _newest_config(url: str, artifacts: dict[str, Artifact]) -> dict[str, Any]:
+def _newest_config(url: str, artifacts: dict[str, Artifact], problems: list[str]) -> dict[str, Any]:
     """The settings recorded by the newest stage, or in `config.yaml` where nothing is committed yet."""
     # A model whose experts were chosen by hand records another number of experts than the run trains.
     made = [artifact for artifact in artifacts.values() if not artifact.manifest.facts.get(CHOSEN_FACT)]
     newest = max(made or artifacts.values(), key=lambda artifact: artifact.manifest.created, default=None)
     if newest is not None:
         return dict(newest.manifest.facts.get("provenance", {}).get("config", {}))
+    path = paths.join(url, SETTINGS_NAME)
     try:
-        content = paths.read_bytes(paths.join(url, "config.yaml"))
-    except (FileNotFoundError, NotADirectoryError):
+        return read_yaml(path) if paths.exists(path) else {}
+    except ConfigError as error:
+        problems.append(str(error))
         return {}
-    import yaml
-
-    values = yaml.safe_load(content)
-    return values if isinstance(values, dict) else {}
 
 
 def _read_jobs(url: str) -> dict[str, JobMetrics]:
@@ -188,8 +188,8 @@ def _read_records(url: str) -> list[dict[str, Any]]:
     folder = paths.join(url, EVENTS_FOLDER)
     files = [paths.join(url, RECORDS_NAME), *(paths.join(folder, name) for name in paths.list_folder(folder))]
     found = [value for lines in in_order(json_lines, files, READS_AT_ONCE) for value in lines]
-    wanted = ("job", "event", "time")
-    return list({tuple(v[key] for key in wanted): v for v in found if set(wanted) <= set(v)}.values())
+    kept = [v for v in found if {"job", "event"} <= set(v) and isinstance(v.get("time"), int | float)]
+    return list({(v["job"], v["event"], v["time"]): v for v in kept}.values())
 
 
 def _metrics_folder(url: str) -> str:

@@ -18,6 +18,7 @@ from checkpoints import (
     Artifact,
     ArtifactExistsError,
     ArtifactWriter,
+    CorruptArtifactError,
     find_artifact,
     open_artifact,
     paths,
@@ -59,7 +60,11 @@ def cached_url(model: str) -> str:
 
 
 def _whole_copy(url: str, model: str, verify: bool) -> Artifact | None:
-    """The copy at a URL; None when there is none, or when it was broken and has been taken away."""
+    """The copy at a URL; None when there is none, or when it was broken and has been taken away.
+
+    Raises CorruptArtifactError for a broken one that cannot be taken away without other people's files.
+    """
+    artifact = None
     try:
         artifact = find_artifact(url)
         if artifact is None:
@@ -73,10 +78,17 @@ def _whole_copy(url: str, model: str, verify: bool) -> Artifact | None:
         if verify:
             artifact.verify()
         return artifact
-    except StoreError as error:
+    except CorruptArtifactError as error:
+        if not _holds_nothing_else(url, model, artifact):
+            raise
         logger.warning("the copy of %s at %s is broken and is fetched again: %s", model, url, error)
         paths.remove(url)
         return None
+
+
+def _holds_nothing_else(url: str, model: str, artifact: Artifact | None) -> bool:
+    """Whether a folder is a fetched copy and no more; without a readable manifest, only our cache is known to be."""
+    return url == cached_url(model) if artifact is None else not artifact.extra_files()
 
 
 def _fetch(model: str, url: str) -> Artifact:

@@ -79,8 +79,10 @@ def write_calibrated(assembled: Artifact, result: Calibration, writer: ArtifactW
         for name, span in read_header(str(changed), describe_file(changed).tensors).items():
             tensors[name] = OutputTensor(span, tensors[name].dtype)
         if parts.KEYS_FACT in assembled.manifest.facts:
-            plan = plan_parts(parts.group(tensors))
-            parts.write_parts(plan, writer, parts.parts_of(assembled), must_link=False)
+            sources = parts.parts_of(assembled)
+            plan, _, _ = parts.write_parts(
+                plan_parts(parts.group(tensors)), writer, sources, must_link=False, max_shard_bytes=max_shard_bytes
+            )
         else:
             plan = plan_merge(tensors, max_shard_bytes)
             execute(plan, writer)

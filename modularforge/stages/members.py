@@ -40,14 +40,14 @@ def members_of(model: Artifact) -> list[Member]:
     return [Member(slot, **entry) for slot, entry in enumerate(facts["members"], start=int(facts["public_expert"]))]
 
 
-def remove(model_url: str, index: int, output: str | None = None) -> Artifact:
-    """The model without one expert, in its place or at `output`."""
+def remove(model_url: str, name: int | str, output: str | None = None) -> Artifact:
+    """The model without one expert, named by index or place, in its place or at `output`."""
     model = open_artifact(model_url)
     members = members_of(model)
-    gone = _member(model, members, index)
+    gone = _member(model, members, name)
     kept = [member for member in members if member is not gone]
     if not kept:
-        raise MismatchError(f"{model.url} must keep an expert, but {index} is its last; add another one first")
+        raise MismatchError(f"{model.url} must keep an expert, but {name} is its last; add another one first")
     return _assemble_again(model, [_open(model, member) for member in kept], output)
 
 
@@ -58,11 +58,11 @@ def add(model_url: str, expert_url: str, output: str | None = None) -> Artifact:
     return _assemble_again(model, _in_order([*experts, expert]), output)
 
 
-def replace(model_url: str, index: int, expert_url: str, output: str | None = None) -> Artifact:
+def replace(model_url: str, name: int | str, expert_url: str, output: str | None = None) -> Artifact:
     """The model with another expert in the place of one."""
     model, expert = open_artifact(model_url), _open_expert(expert_url)
     members = members_of(model)
-    gone = _member(model, members, index)
+    gone = _member(model, members, name)
     experts = [expert if member is gone else _open(model, member) for member in members]
     return _assemble_again(model, experts, output)
 
@@ -105,11 +105,15 @@ def _config_of(model: Artifact, count: int) -> Config:
     return config.model_copy(update={"experts": config.experts.model_copy(update={"count": count})})
 
 
-def _member(model: Artifact, members: Sequence[Member], index: int) -> Member:
-    found = [member for member in members if member.index == index]
+def _member(model: Artifact, members: Sequence[Member], name: int | str) -> Member:
+    """The member with this index or at this place; experts of several runs may have the same index."""
+    found = [member for member in members if str(name) in (str(member.index), member.url)]
     if not found:
         known = ", ".join(str(member.index) for member in members)
-        raise MismatchError(f"{model.url} must have an expert {index}, but has {known}; see modularforge experts list")
+        raise MismatchError(f"{model.url} must have an expert {name}, but has {known}; see modularforge experts list")
+    if len(found) > 1:
+        places = ", ".join(member.url for member in found)
+        raise MismatchError(f"{name} must name one expert of {model.url}, but names {places}; write one of these")
     return found[0]
 
 

@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 from checkpoints import paths
 from modularforge.config import Config
+from modularforge.exits import run_app
 from modularforge.settings import to_yaml
 from tests.conftest import ROOT, run_command, tiny_config, tiny_values
 
@@ -130,8 +132,9 @@ def test_an_artifact_of_another_config_is_refused_and_kept(copied_run: tuple[Con
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run-all", "--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
-        (["run-all", "--config", "configs"], "configs"),
+        (["run-all", "--config", "nowhere.yaml"], "error: nowhere.yaml must be a YAML file, but does not exist"),
+        (["run-all", "--config", "configs"], "error: configs must be a YAML file, but cannot be read"),
+        (["study", "nowhere.yaml"], "error: nowhere.yaml must be a YAML file, but does not exist"),
         (["train", "--only", "experts"], "--only must be backbone, expert, dense, joint or branch, but is 'experts'"),
         (["train", "--only", "expert"], "--only expert and --index K go together"),
         (["train", "--index", "1"], "--only expert and --index K go together"),
@@ -226,6 +229,24 @@ def test_a_run_on_s3_without_credentials_is_one_sentence(tmp_path: Path) -> None
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "credentials" in done.stderr
+
+
+def test_ctrl_c_is_one_sentence_and_code_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["modularforge"])
+    with pytest.raises(SystemExit) as end:
+        run_app(app)
+    assert end.value.code == 130
+    assert capsys.readouterr().err.splitlines() == [
+        "interrupted; what was committed is kept, and the same command continues"
+    ]
 
 
 def test_debug_shows_where_an_error_was_raised() -> None:

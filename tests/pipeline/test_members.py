@@ -35,6 +35,7 @@ from modularforge.observe.report import write_report
 from modularforge.observe.run import read_run
 from modularforge.pipeline import require, stage_url
 from modularforge.stages import assemble as assemble_stage
+from modularforge.stages import calibrate as calibrate_stage
 from modularforge.stages import members
 from tests.conftest import run_command
 
@@ -103,6 +104,34 @@ def test_only_what_changes_is_written(finished_run: Config, tmp_path: Path) -> N
     facts = changed.manifest.facts
     assert facts["bytes_linked"] == sum(changed.manifest.files[name].size for name in same)
     changed.verify()
+
+
+def test_parts_that_are_written_are_split_above_the_limit_and_linked_ones_stay_whole(
+    finished_run: Config, tmp_path: Path
+) -> None:
+    limit = 60_000
+    run = copy_of_run(finished_run, tmp_path / "run", router="data_stats", max_shard_bytes=limit)
+    assemble_stage.run(run)
+    calibrate_stage.run(run)
+    for stage in ("assembled", "calibrated"):
+        artifact = require(run, stage)
+        files = {name: entry for name, entry in artifact.manifest.files.items() if name.endswith(".safetensors")}
+        assert {f"expert-{slot:03d}.safetensors" for slot in (1, 2, 3)} <= set(files), "larger, but linked"
+        written = set(files) - {f"expert-{slot:03d}.safetensors" for slot in (1, 2, 3)}
+        assert {"backbone-00001-of-00002.safetensors", "expert-000-00001-of-00002.safetensors"} <= written
+        shards = {name: load_file(artifact.local_file(name)) for name in written}
+        assert all(len(one) == 1 or sum(t.nbytes for t in one.values()) <= limit for one in shards.values())
+        assert set(json.loads(artifact.read_bytes("model.safetensors.index.json"))["weight_map"].values()) == set(files)
+    whole, split = (read_tensors(Path(stage_url(one, "assembled"))) for one in (finished_run, run))
+    assert whole.keys() == split.keys()
+    assert all(torch.equal(whole[name], split[name]) for name in whole if "gate.weight" not in name)
+    transformers = pytest.importorskip("transformers")
+    assert transformers.AutoModelForCausalLM.from_pretrained(stage_url(run, "assembled")) is not None
+    (tmp_path / "two").mkdir()
+    old, (backbone, experts) = require(run, "assembled"), parts_of(run)
+    assemble(run, backbone, [experts[0], experts[2]], plain_folder(tmp_path / "two"), old)
+    for name in ("backbone-00001-of-00002.safetensors", "backbone-00002-of-00002.safetensors"):
+        assert os.path.samefile(tmp_path / "two" / name, old.local_file(name)), "shards are taken over too"
 
 
 def test_linked_experts_are_the_experts_files(finished_run: Config) -> None:
@@ -332,6 +361,18 @@ def test_a_replaced_expert_may_come_from_another_run(finished_run: Config, tmp_p
     assert changed.manifest.files["expert-001.safetensors"] == old["expert-001.safetensors"]
     with pytest.raises((MismatchError, ArtifactExistsError)):
         members.replace(stage_url(run, "assembled"), 2, newer.url, str(tmp_path / "new-model"))
+
+
+def test_of_experts_with_the_same_index_one_is_named_by_its_place(finished_run: Config, tmp_path: Path) -> None:
+    run = copy_of_run(finished_run, tmp_path / "run", router="data_stats")
+    assemble_stage.run(run)
+    url = stage_url(run, "assembled")
+    newer = damaged(require(run, "expert", 1), tmp_path / "newer", lambda t: t[first_key(t)].add_(1))
+    members.add(url, newer.url)
+    with pytest.raises(MismatchError, match=r"1 must name one expert .*, but names .*expert-1, .*newer; write one"):
+        members.remove(url, 1)
+    changed = members.remove(url, stage_url(run, "expert", 1))
+    assert [member.url for member in members.members_of(changed) if member.index == 1] == [newer.url]
 
 
 def test_info_counts_the_widened_model_exactly(finished_run: Config, tmp_path: Path) -> None:

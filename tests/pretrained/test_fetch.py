@@ -150,6 +150,28 @@ def test_a_broken_copy_is_fetched_again(damage: str, fetch: Fetch, source: Path,
     assert same_files(out, source)
 
 
+@pytest.mark.parametrize("case", ["another tool's manifest", "a file of one's own"])
+def test_files_of_other_people_are_never_taken_away(case: str, fetch: Fetch, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if case == "a file of one's own":
+        fetch(NAME, "--output", str(out))
+    else:
+        out.mkdir()
+        (out / "manifest.json").write_text('{"name": "my app"}')
+    (out / "thesis.txt").write_text("precious")
+    done = fetch(NAME, "--output", str(out), "--verify", check=False)
+    assert done.returncode == 2
+    assert (out / "thesis.txt").read_text() == "precious"
+    assert ("thesis.txt must not be there" if case == "a file of one's own" else "undamaged manifest") in done.stderr
+
+
+def test_a_damaged_manifest_in_our_cache_is_fetched_again(fetch: Fetch, source: Path) -> None:
+    place = Path(fetch(NAME).stdout.strip())
+    (place / "manifest.json").write_text("{")
+    assert "is broken and is fetched again" in fetch(NAME).stderr
+    assert same_files(place, source)
+
+
 def test_a_name_that_nobody_has_is_refused(fetch: Fetch, tmp_path: Path) -> None:
     for name, message in (
         ("tiny/other", "must be a model on the Hub or a folder here, but is neither"),

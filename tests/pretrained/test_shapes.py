@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
+from modularforge.assembly.plan import read_header
 from modularforge.errors import DataError
 from modularforge.model.folder import load_model, load_pretrained, save_tensors
 from modularforge.model.hub_config import backbone_config, end_tokens, model_config_of, moe_config, read_config
@@ -138,6 +141,38 @@ def test_weights_that_do_not_fit_their_config_are_refused_by_name(tmp_path: Path
         check_weights(folder)
     with pytest.raises(DataError, match=r"lm_head\.weight in .* none, as it is missing"):
         check_weights(changed(folder, head_dim=16, tie_word_embeddings=False))
+
+
+def write_header(folder: Path, entry: dict[str, Any], length: int) -> Path:
+    header = json.dumps({"model.norm.weight": entry}).encode()
+    path = folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(length))
+    return path
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtypo": "F32", "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0]},
+        {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]},
+        ["F32", [2], [0, 8]],
+    ],
+)
+def test_a_damaged_header_is_told_with_its_file(entry: Any, tmp_path: Path) -> None:
+    path = write_header(tmp_path, entry, 8)
+    with pytest.raises(DataError, match=r"model\.safetensors must be .*make it again"):
+        read_header(str(path))
+
+
+def test_quantised_weights_are_refused_by_their_type(tmp_path: Path) -> None:
+    folder = models.llama(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(DataError, match="but has F8_E4M3; choose a version that is not quantised"):
+        check_weights(folder)
 
 
 def test_a_mixture_is_no_backbone(tmp_path: Path) -> None:

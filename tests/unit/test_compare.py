@@ -17,10 +17,11 @@ from modularforge.comparison.anomalies import find_anomalies
 from modularforge.comparison.comparison import MEANS, compare
 from modularforge.comparison.learning import convergence, overfitting
 from modularforge.comparison.pairs import pair_curves
+from modularforge.comparison.seeds import compare_seeds, group_by_settings
 from modularforge.comparison.student import incomplete_beta, quantile, two_sided_p
 from modularforge.comparison.text import as_text
 from modularforge.observe.metrics import Curve
-from modularforge.observe.run import read_run
+from modularforge.observe.run import Run, read_run
 from tests.conftest import run_command
 from tests.synthetic_runs import falling, validation_line, write_metrics, write_run
 
@@ -276,6 +277,14 @@ def test_seeds_of_one_experiment_are_grouped_and_weigh_the_difference(tmp_path: 
     assert result.difference == pytest.approx(np.mean(b) - np.mean(a))
     assert result.interval == pytest.approx((expected.low, expected.high), rel=1e-6)
     assert set(found.settings) == {"seed", "training.beta2"}
+
+
+def test_a_seed_that_is_run_again_is_no_further_seed() -> None:
+    runs = {name: Run(name, config={"seed": seed}) for name, seed in (("a0", 0), ("b0", 0), ("a1", 1), ("b1", 1))}
+    assert group_by_settings(runs) == {"a0": ["a0", "a1"], "b0": ["b0", "b1"]}
+    assert compare_seeds({name: runs[name] for name in ("a0", "b0")}, {"backbone": {"a0": 3.0, "b0": 3.0}}) is None
+    unknown = {name: Run(name) for name in ("x", "y")}
+    assert group_by_settings(unknown) == {"x": ["x"], "y": ["y"]}
 
 
 def test_many_experts_are_compared_by_their_mean(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from modularforge.comparison.comparison import compare
-from modularforge.comparison.figures import MOST_PANELS, _metric_figure
+from modularforge.comparison.figures import MOST_PANELS, _metric_figure, _overview
 from modularforge.observe.curve_figures import curve_figures
 from modularforge.observe.heatmap_figures import evaluation_figure, routing_figures
 from modularforge.observe.metrics import METRICS
@@ -21,7 +22,7 @@ from modularforge.observe.run import job_order, read_run
 from modularforge.observe.style import colour_of, house_style
 from modularforge.observe.timeline import timeline
 from modularforge.observe.timeline_figure import timeline_figure
-from tests.synthetic_runs import falling, write_metrics, write_run, write_stage
+from tests.synthetic_runs import falling, training_line, write_metrics, write_run, write_stage
 
 BASELINES = ["dense", "soup", "joint", "btx"]
 
@@ -170,3 +171,37 @@ def test_every_run_of_a_comparison_is_named_and_nothing_covers_anything(tmp_path
         texts = [text.get_text() for axes in figure.axes for text in axes.texts]
         assert {"first", "second", "third"} <= set(texts), metric.column
         assert collisions(figure) == [], metric.column
+
+
+def test_the_overview_shows_every_point_and_every_value_axis(tmp_path: Path) -> None:
+    """Also where a later panel has the largest values, and where the first one lacks the metric."""
+    for name in ("a", "b"):
+        write_run(str(tmp_path / name), 2)
+        lines = [training_line("dense", step, 50.0, gradient_norm=1e4, data_wait_share=0.9) for step in (5, 10)]
+        (tmp_path / name / "metrics" / "dense.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        backbone = tmp_path / name / "metrics" / "backbone.jsonl"
+        backbone.write_text(backbone.read_text().replace("peak_memory_bytes", "other"))
+    found = compare({name: read_run(str(tmp_path / name)) for name in ("a", "b")})
+    with house_style():
+        figure = _overview(found, list(METRICS))
+    figure.canvas.draw()
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        assert all(low <= value <= high for line in axes.lines for value in line.get_ydata())
+    labels = [axes.get_ylabel().replace("\n", " ") for axes in figure.axes if axes.axison and axes.get_ylabel()]
+    assert labels == [metric.axis for metric in METRICS]
+    labelled = [axes for axes in figure.axes if axes.axison and axes.get_ylabel()]
+    assert all(any(tick.label1.get_visible() for tick in axes.yaxis.get_major_ticks()) for axes in labelled)
+
+
+def test_a_zero_on_a_log_axis_does_not_stretch_the_figure(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        lines = [training_line("backbone", step, 5.0, gradient_norm=float(step != 20)) for step in (10, 20, 30)]
+        (tmp_path / name / "metrics").mkdir(parents=True)
+        (tmp_path / name / "metrics" / "backbone.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs = {name: read_run(str(tmp_path / name)) for name in ("a", "b")}
+    metric = next(metric for metric in METRICS if metric.scale == "log" and metric.column == "gradient_norm")
+    with house_style():
+        for figure in (_metric_figure(compare(runs), metric), curve_figures(runs["a"])["gradient_norm"]):
+            drawn = figure.get_tightbbox(figure.canvas.get_renderer())
+            assert -1 < drawn.y0 < drawn.y1 < 5

@@ -16,6 +16,7 @@ from checkpoints import ArtifactWriter, paths, plain_folder, write_artifact
 from checkpoints.durable import DurableFile
 from checkpoints.hashing import describe_file
 from modularforge.assembly.convert import converted
+from modularforge.assembly.parts import Source, group, part_key, write_parts
 from modularforge.assembly.plan import OutputTensor, merged_spans, output_tensors, plan_merge, plan_parts, read_header
 from modularforge.assembly.stream import execute
 from modularforge.errors import DataError, MismatchError
@@ -156,16 +157,24 @@ class Killed(BaseException):
     """Stands for a process that ends here."""
 
 
+def experts_files(folder: Path, experts: int) -> dict[str, Source]:
+    """The weight files of the experts as sources of parts."""
+    entries = {folder / f"{slot}.safetensors": describe_file(folder / f"{slot}.safetensors") for slot in range(experts)}
+    keys = {path: part_key(output_tensors(read_header(str(path), e.tensors)).items()) for path, e in entries.items()}
+    return {keys[path]: Source(str(path), entry) for path, entry in entries.items()}
+
+
 @pytest.mark.parametrize("store", ["folder", "memory"])
-@pytest.mark.parametrize("shard_bytes", [4000, 10**9])
-def test_killed_at_every_write_the_merge_continues_to_the_same_bytes(
-    store: str, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("mode", "shard_bytes"), [("merge", 4000), ("merge", 10**9), ("auto", 2500), ("auto", 10**9)])
+def test_killed_at_every_write_the_assembly_continues_to_the_same_bytes(
+    mode: str, store: str, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every call that writes a chunk, notes a finished file or commits is once the last one of its process."""
     _, members, layers = random_model(tmp_path, 0)
     monkeypatch.setattr("modularforge.assembly.stream.LOCAL_CHUNK", 2000)
-    plan = plan_merge(output_tensors(spans_of(tmp_path, len(members), layers)), shard_bytes)
-    root = str(tmp_path / "store") if store == "folder" else f"memory://merge-{shard_bytes}"
+    tensors = output_tensors(spans_of(tmp_path, len(members), layers))
+    sources = {} if mode == "merge" else experts_files(tmp_path, len(members))
+    root = str(tmp_path / "store") if store == "folder" else f"memory://{mode}-{shard_bytes}"
     calls, limit = 0, 10**9
 
     def counted(function):
@@ -183,7 +192,10 @@ def test_killed_at_every_write_the_merge_continues_to_the_same_bytes(
 
     def merge(url: str) -> dict[str, object]:
         with write_artifact(url, "assembled", "0123456789abcdef", resume="0123456789abcdef") as writer:
-            execute(plan, writer)
+            if mode == "merge":
+                execute(plan_merge(tensors, shard_bytes), writer)
+            else:
+                write_parts(plan_parts(group(tensors)), writer, sources, False, shard_bytes)
             return writer.commit().manifest.files
 
     expected = merge(f"{root}/whole")
@@ -199,6 +211,8 @@ def test_killed_at_every_write_the_merge_continues_to_the_same_bytes(
         if store == "folder":
             assert calls <= total - first + 3, "bytes that were there are not written again"
     assert total > (5 if store == "folder" else 1)
+    shards = [name for name in expected if "-00001-of-" in name]
+    assert bool(shards) == (shard_bytes < 10**9), expected
 
 
 def test_two_writers_of_the_same_bytes_do_not_share_a_folder(tmp_path: Path) -> None:

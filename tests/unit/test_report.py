@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 import uuid
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from benchmarks.report import MOST_MEGABYTES, measure, write_large_run
 from checkpoints import paths
 from modularforge.errors import DataError, UserError
 from modularforge.observe.canvas import spread
@@ -134,6 +136,22 @@ def test_a_run_without_config_or_a_damaged_manifest_is_still_shown(tmp_path: Pat
     run, page_url = write_report(url)
     assert len(run.problems) == 1
     assert "backbone/manifest.json" in Path(page_url).read_text()
+
+
+def test_settings_lines_and_records_that_cannot_be_read_hide_nothing_else(tmp_path: Path) -> None:
+    write_metrics(str(tmp_path), "backbone", {10: 5.0, 20: 4.0})
+    (tmp_path / "config.yaml").write_text("model: [1\nb: }")
+    with open(tmp_path / "metrics" / "backbone.jsonl", "a") as file:
+        file.write('{"step": "nan", "time": 1, "loss": 4}\n{"step": null}\n')
+    good = {"job": "backbone", "event": "started", "time": START}
+    lines = [good, {**good, "time": "yesterday"}, {**good, "time": None}]
+    (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run, page_url = write_report(str(tmp_path))
+    assert run.jobs["backbone"].curves["loss"].values.tolist() == [5.0, 4.0]
+    assert run.records == [good]
+    page = Path(page_url).read_text()
+    assert "config.yaml must be YAML, but is not" in page
+    assert "backbone: 2 unreadable lines" in page
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -270,3 +288,12 @@ def test_the_command_reports_runs_and_refuses_unknown_ones(tmp_path: Path) -> No
     refused = run_command("modularforge", "report", "two", "--base-dir", str(tmp_path), check=False)
     assert refused.returncode == 2
     assert "there is one" in refused.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is in other units elsewhere")
+def test_a_large_run_is_reported_in_little_memory(tmp_path: Path) -> None:
+    """The time of it is a benchmark: it depends on what else the machine does."""
+    assert write_large_run(str(tmp_path), experts=64, lines=100_000) > 99_000
+    *_, megabytes = measure(str(tmp_path))
+    assert megabytes < MOST_MEGABYTES
+    assert "expert-63" in (tmp_path / "report.html").read_text()

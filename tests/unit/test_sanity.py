@@ -146,3 +146,18 @@ def test_the_command_exits_with_0_or_1(tmp_path: Path) -> None:
     failed = run_command("modularforge", "sanity", "--quick", "--test", "m1", *wrong, "-o", str(tmp_path), check=False)
     assert failed.returncode == 1
     assert "FAIL" in failed.stdout
+
+
+@pytest.mark.parametrize(
+    ("wrong", "cause"),
+    [
+        (["--config", "nowhere.yaml"], "nowhere.yaml must be a YAML file, but does not exist"),
+        (["--set", "backbone.stps=1"], "did you mean backbone.steps?"),
+        (["--set", "model.pretrained=no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_a_finding(wrong: list[str], cause: str) -> None:
+    failed = run_command("modularforge", "sanity", "--quick", *wrong, check=False, env={"HF_HUB_OFFLINE": "1"})
+    assert failed.returncode == 1
+    assert "FAIL" in failed.stdout
+    assert cause in failed.stdout
