@@ -46,7 +46,7 @@ def write_large_run(folder: str, experts: int, lines: int) -> int:
     return sum(path.read_bytes().count(b"\n") for path in Path(folder, "metrics").glob("*.jsonl"))
 
 
-# Asked for its own peak: what the kernel tells about it (ru_maxrss) begins with the memory of the program that starts it.
+# Asked for its own peak: what the kernel says of it (ru_maxrss) begins with the memory of the program that starts it.
 REPORT = """
 import atexit, pathlib, runpy, sys
 folder, peak = sys.argv[1:]
