@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from checkpoints import paths
+from checkpoints import StoreError, paths
 from modularforge.config import Config
 from modularforge.errors import ConfigError
 
@@ -108,8 +108,8 @@ def read_yaml(path: str) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         near = ", ".join(sorted(str(found) for found in Path("configs").glob("*.yaml"))) or "no file in ./configs"
         raise ConfigError(f"{path} must be a YAML file, but does not exist; there is {near}") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise ConfigError(f"{path} must be a YAML file, but cannot be read: {error.strerror}; name another") from error
+    except StoreError as error:
+        raise ConfigError(f"{path} must be a YAML file, but {error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
         raise ConfigError(f"{path} must be YAML, but is not: {problem}; mend that line") from error

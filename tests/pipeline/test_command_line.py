@@ -133,7 +133,7 @@ def test_an_artifact_of_another_config_is_refused_and_kept(copied_run: tuple[Con
     ("arguments", "message"),
     [
         (["run-all", "--config", "nowhere.yaml"], "error: nowhere.yaml must be a YAML file, but does not exist"),
-        (["run-all", "--config", "configs"], "error: configs must be a YAML file, but cannot be read"),
+        (["run-all", "--config", "configs"], "error: configs must be a YAML file, but cannot read configs"),
         (["study", "nowhere.yaml"], "error: nowhere.yaml must be a YAML file, but does not exist"),
         (["train", "--only", "experts"], "--only must be backbone, expert, dense, joint or branch, but is 'experts'"),
         (["train", "--only", "expert"], "--only expert and --index K go together"),
