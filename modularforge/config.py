@@ -226,9 +226,8 @@ class JointConfig(Section):
     """
 
     batch_size: int | None = Field(None, ge=1)
-    """Sequences in one step of either; null is `experts.batch_size`, which is often too small for them: an expert alone
-    learns best from far smaller batches (docs/method.md)."""
-
+    """Sequences in one step of either, at the most: the largest multiple of `experts.batch_size` that leaves none over.
+    Null is one such batch, often too small for them: an expert alone wants far smaller ones (docs/method.md)."""
     freeze_shared: bool = False
     """Train feed-forward blocks and routers only, as the experts' jobs do; false trains everything."""
     balance_loss: float = Field(0.01, ge=0)
@@ -422,11 +421,16 @@ class Config(Section):
 
     @property
     def joint_phase(self) -> PhaseConfig:
-        """How the baselines train that see all partitions at once: on as many windows as all experts together."""
+        """How the baselines train that see all partitions at once: on the very windows of all experts.
+
+        So many experts' batches make one of theirs as `joint.batch_size` holds, and as leave none over.
+        """
         experts = self.experts
-        batch_size = self.joint.batch_size or experts.batch_size
-        windows = experts.count * experts.steps * experts.batch_size
-        return experts.model_copy(update={"steps": windows // batch_size, "batch_size": batch_size})
+        batches = experts.count * experts.steps
+        most = (self.joint.batch_size or 0) // experts.batch_size
+        joined = next((number for number in range(min(most, batches), 1, -1) if batches % number == 0), 1)
+        update = {"steps": batches // joined, "batch_size": joined * experts.batch_size}
+        return experts.model_copy(update=update)
 
     @property
     def assembled_experts(self) -> int:
@@ -479,17 +483,6 @@ def _impossible_combinations(config: Config) -> Any:
                 f"{name}.batch_size must be a multiple of {name}.accumulation_steps ({phase.accumulation_steps}), "
                 f"but is {phase.batch_size}; change one of them"
             )
-    windows = experts.count * experts.steps * experts.batch_size
-    if windows % config.joint_phase.batch_size:
-        yield (
-            f"joint.batch_size must divide the windows that all experts train on ({windows}), but is "
-            f"{config.joint.batch_size}; choose a multiple of experts.batch_size ({experts.batch_size}) that does"
-        )
-    if config.joint_phase.batch_size % experts.accumulation_steps:
-        yield (
-            f"joint.batch_size must be a multiple of experts.accumulation_steps ({experts.accumulation_steps}), but is "
-            f"{config.joint.batch_size}; change one of them"
-        )
     if assembly.experts_per_token > config.assembled_experts:
         yield (
             f"assembly.experts_per_token must be at most the number of experts ({config.assembled_experts}), "

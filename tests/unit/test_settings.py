@@ -50,19 +50,21 @@ def test_a_setting_in_the_wrong_section_is_named_in_the_right_one() -> None:
         ("backbone", {"batch_size": 5, "accumulation_steps": 2}, "backbone.batch_size must be a multiple of"),
         ("assembly", {"experts_per_token": 9}, "must be at most the number of experts (4), but is 9"),
         ("experts", {"anchored": False}, "assembly.router must not be learned when experts.anchored is false"),
-        ("joint", {"batch_size": 7}, "joint.batch_size must divide the windows that all experts train on"),
     ],
 )
 def test_impossible_combinations_are_refused(section: str, change: dict[str, object], message: str) -> None:
     assert message in mistakes(tiny_values("out", **{section: change}))
 
 
-def test_baselines_on_all_partitions_have_batches_of_their_own_and_no_token_more() -> None:
-    config = make_config(tiny_values("out", joint={"batch_size": 12}), "here.yaml")
+@pytest.mark.parametrize(("wished", "size"), [(None, 4), (1, 4), (12, 12), (15, 12), (17, 12), (10_000, 120)])
+def test_baselines_on_all_partitions_have_batches_of_their_own_and_leave_no_window_over(
+    wished: int | None, size: int
+) -> None:
+    config = make_config(tiny_values("out", joint={"batch_size": wished}), "here.yaml")
     experts, joint = config.experts, config.joint_phase
-    assert joint.batch_size == 12 != experts.batch_size
-    assert joint.steps * 12 == experts.count * experts.steps * experts.batch_size
-    assert make_config(tiny_values("out"), "here.yaml").joint_phase.batch_size == experts.batch_size
+    assert (experts.count, experts.steps, experts.batch_size) == (3, 10, 4)
+    assert joint.batch_size == size
+    assert joint.steps * size == 3 * 10 * 4
 
 
 def test_two_sources_of_one_name_are_refused() -> None:
