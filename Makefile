@@ -7,6 +7,8 @@ PIP_CONSTRAINTS ?= --constraint constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_CONSTRAINTS)
 SOURCES := modularforge launcher checkpoints
 PYTEST_ARGS ?=
+# Tests mostly wait for processes, so two files are tested at a time; 0 tests in this process alone.
+PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-tests quickstart test test-slow test-cluster test-transformers4 test-page check format clean
@@ -34,10 +36,10 @@ quickstart: $(VENV)/installed  ## train, assemble and evaluate on the shipped sa
 	$(BIN)/modularforge run-all --config configs/quickstart.yaml
 
 test: $(VENV)/installed-tests  ## run the tests
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 test-slow: $(VENV)/installed-tests  ## run the slow proofs too
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 test-cluster: $(VENV)/installed-tests  ## install Slurm where it is missing (Debian, as root) and test on a real cluster
 	$(BIN)/python -m tests.cluster.packages
