@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,11 @@ from checkpoints import paths
 from launcher.places import lock_url
 from modularforge.config import Config
 from modularforge.errors import UserError
+from modularforge.log import logger
 
-STALE_SECONDS = 600.0
+STALE_SECONDS = 600.0  # after its last sign of life, the lock of a launcher on another machine counts no longer
+BEAT_SECONDS = 60.0
+SETTLE_SECONDS = 1.0  # longer than a rival needs between reading a dead launcher's lock and putting its own there
 
 
 class BusyError(UserError):
@@ -24,39 +28,68 @@ class BusyError(UserError):
 @contextmanager
 def submission_lock(config: Config) -> Iterator[None]:
     """Hold the run's lock while the block runs; raises BusyError when a living launcher has it."""
-    url = lock_url(config)
-    mine = json.dumps(
-        {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "token": os.urandom(8).hex()}
-    ).encode()
+    url, token = lock_url(config), os.urandom(8).hex()
     try:
-        paths.create_bytes(url, mine)
+        paths.create_bytes(url, _mark(token))
     except FileExistsError:
-        _take_over(url, mine)
+        _take_over(url, token)
+    ended = threading.Event()
+    beats = threading.Thread(target=_beat, args=(url, token, ended), daemon=True)
+    beats.start()
     try:
         yield
     finally:
-        paths.remove(url)
+        ended.set()
+        beats.join()
+        if _holder(url).get("token") == token:
+            paths.remove(url)
 
 
-def _take_over(url: str, mine: bytes) -> None:
+def _mark(token: str) -> bytes:
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "token": token}
+    return json.dumps(holder).encode()
+
+
+def _beat(url: str, token: str, ended: threading.Event) -> None:
+    """Renew the time in the lock now and then, so that other machines see that its holder lives."""
+    while not ended.wait(BEAT_SECONDS):
+        try:
+            if _holder(url).get("token") == token:
+                paths.replace_bytes(url, _mark(token))
+        except OSError as error:
+            logger.warning("%s could not be renewed, tried again in %.0f s: %s", url, BEAT_SECONDS, error)
+
+
+def _holder(url: str) -> dict[str, object]:
+    """What the lock says; nothing where there is none, or none that can be read."""
     try:
         holder = json.loads(paths.read_bytes(url))
-    except FileNotFoundError:
-        holder = None
+    except (FileNotFoundError, ValueError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _take_over(url: str, token: str) -> None:
+    """Put the own lock in the place of a dead launcher's, unless a rival does so at the same time."""
+    holder = _holder(url)
     if holder and _is_alive(holder):
         raise BusyError(
-            f"{url} must be free, but the launcher with process id {holder['pid']} on {holder['host']} is submitting "
-            "this run; wait for it, or delete that file when it is gone"
+            f"{url} must be free, but the launcher with process id {holder.get('pid')} on {holder.get('host')} is "
+            "submitting this run; wait for it, or delete that file when it is gone"
         )
-    paths.remove(url)
     try:
-        paths.create_bytes(url, mine)
-    except FileExistsError as error:
-        raise BusyError(f"{url} must be free, but another launcher was faster; wait for it") from error
+        paths.remove(url)
+        paths.create_bytes(url, _mark(token))
+        time.sleep(SETTLE_SECONDS)  # a rival that saw the same dead holder may remove our lock for it
+        taken = _holder(url).get("token") == token
+    except FileExistsError:
+        taken = False
+    if not taken:
+        raise BusyError(f"{url} must be free, but another launcher was faster; wait for it")
 
 
 def _is_alive(holder: dict[str, object]) -> bool:
-    """On this machine the process is looked for; elsewhere a lock counts for ten minutes."""
-    if holder["host"] == socket.gethostname():
-        return os.path.exists(f"/proc/{holder['pid']}")
-    return time.time() - float(str(holder["time"])) < STALE_SECONDS
+    """On this machine the process is looked for; elsewhere a lock counts until its holder was silent for too long."""
+    if holder.get("host") == socket.gethostname():
+        return os.path.exists(f"/proc/{holder.get('pid')}")
+    return time.time() - float(str(holder.get("time", 0))) < STALE_SECONDS

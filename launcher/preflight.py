@@ -62,8 +62,9 @@ def _slurm_problems(config: Config, run_id: str, _notes: list[str]) -> Iterator[
     jobs = sum(len(group.tasks) for group in groups)
     if jobs > int(site.get("MaxJobCount", jobs)):
         yield f"experts.count must fit into the site's MaxJobCount ({site['MaxJobCount']}), but there are {jobs} jobs"
-    if config.cluster.queue not in (None, *queues):
-        yield f"cluster.queue must be one of {', '.join(queues)}, but is {config.cluster.queue}; choose one of these"
+    unknown = [name for name in _queue_names(config) if name not in queues]
+    if unknown:
+        yield f"cluster.queue must be one of {', '.join(queues)}, but is {', '.join(unknown)}; choose one of these"
         return
     max_array = int(site.get("MaxArraySize", 1001))
     with ThreadPoolExecutor(len(groups)) as pool:
@@ -91,10 +92,16 @@ def _group_problems(
 
 
 def _queue_limit(config: Config, queues: dict[str, dict[str, str]]) -> float:
-    """The longest time, in minutes, that the queue allows."""
-    default = next((values for values in queues.values() if values.get("Default") == "YES"), {})
-    values = queues[config.cluster.queue] if config.cluster.queue else default
-    return minutes(values.get("MaxTime", "UNLIMITED"))
+    """The longest time, in minutes, that the queue allows; of several the most generous."""
+    chosen = [queues[name] for name in _queue_names(config)]
+    default = [values for values in queues.values() if values.get("Default") == "YES"]
+    limits = [minutes(values.get("MaxTime", "UNLIMITED")) for values in chosen or default]
+    return max(limits, default=minutes("UNLIMITED"))
+
+
+def _queue_names(config: Config) -> list[str]:
+    """Slurm takes several partitions, with commas between them, and starts the job in the first that can."""
+    return [name.strip() for name in (config.cluster.queue or "").split(",") if name.strip()]
 
 
 def _storage_problems(config: Config, _run_id: str, _notes: list[str]) -> Iterator[str]:

@@ -334,7 +334,7 @@ class ClusterConfig(Section):
     """How `python -m launcher --cluster` asks Slurm for nodes; nothing here changes what is computed."""
 
     queue: str | None = None
-    """Slurm partition; null is the site's default."""
+    """Slurm partition, or several with commas between them; null is the site's default."""
     account: str | None = None
     """Slurm account to charge."""
     qos: str | None = None

@@ -52,7 +52,7 @@ def run_command(*arguments: str, check: bool = True, **options: Any) -> subproce
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several files are tested at a time, the tests of one stay together, and so do all that share the cluster."""
+    """Where several files are tested at a time, the tests of one stay together, as do all that share the cluster."""
     for item in items:
         folder = item.path.parent.name
         item.add_marker(pytest.mark.xdist_group(folder if folder == "cluster" else str(item.path.relative_to(ROOT))))

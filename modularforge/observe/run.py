@@ -17,7 +17,7 @@ from modularforge.errors import ConfigError, DataError
 from modularforge.observe.metrics import JobMetrics, parse_metrics
 from modularforge.pipeline import CHOSEN_FACT, STAGES
 from modularforge.provenance import SETTINGS_NAME
-from modularforge.settings import read_yaml
+from modularforge.settings import make_config, read_yaml
 
 READS_AT_ONCE = 16
 METRICS_FOLDER = "metrics"
@@ -138,7 +138,10 @@ def _newest_config(url: str, artifacts: dict[str, Artifact], problems: list[str]
         return dict(newest.manifest.facts.get("provenance", {}).get("config", {}))
     path = paths.join(url, SETTINGS_NAME)
     try:
-        return read_yaml(path) if paths.exists(path) else {}
+        values = read_yaml(path) if paths.exists(path) else {}
+        if values:
+            make_config(values, path)
+        return values
     except ConfigError as error:
         problems.append(str(error))
         return {}

@@ -417,8 +417,9 @@ def test_the_preflight_reports_every_problem_and_submits_nothing(stub_run: Make,
     assert "expert must be accepted by sbatch" in said
     assert "cluster.other.time_minutes must be at most the queue's 1440, but is 5000" in said
     assert "/no/python" in said
-    run.values["cluster"]["queue"] = "nowhere"
-    assert "cluster.queue must be one of main, preemptible, graceless" in run.launcher("--cluster", code=2)
+    run.values["cluster"]["queue"] = "main,nowhere"
+    said = run.launcher("--cluster", code=2)
+    assert "cluster.queue must be one of main, preemptible, graceless, but is nowhere" in said
     assert not run.cluster.jobs()
     assert not (run.folder / "cluster" / "run.json").exists()
 

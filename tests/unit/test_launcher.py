@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from launcher.lock import BusyError, submission_lock
 from launcher.pieces import cut, ranges
 from launcher.places import log_file
 from launcher.plan import describe_plan
-from launcher.preflight import _node_problems, _storage_problems
+from launcher.preflight import _node_problems, _queue_limit, _storage_problems
 from launcher.record import beside, check_same_run, new_record, run_id_of
 from launcher.slurm import QueuedJob, SlurmError, minutes
 from launcher.submit import find_job, live_tasks
@@ -269,6 +271,13 @@ def test_lost_work_and_running_time_follow_from_the_events() -> None:
     assert lost_steps(events) == 4
 
 
+def test_of_several_queues_the_most_generous_limits_the_time() -> None:
+    queues = {"short": {"MaxTime": "01:00:00"}, "long": {"MaxTime": "1-00:00:00", "Default": "YES"}}
+    limits = {None: 1440.0, "short": 60.0, "short,long": 1440.0}
+    for queue, limit in limits.items():
+        assert _queue_limit(tiny_config("run", cluster={"queue": queue}), queues) == limit
+
+
 def test_a_second_launcher_waits_and_a_dead_ones_lock_is_taken_over(tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run")
     with submission_lock(config), pytest.raises(BusyError, match=f"process id {os.getpid()}"), submission_lock(config):
@@ -281,6 +290,40 @@ def test_a_second_launcher_waits_and_a_dead_ones_lock_is_taken_over(tmp_path: Pa
     with submission_lock(config):
         assert f'"pid": {os.getpid()}' in lock.read_text()
     assert not lock.exists()
+
+
+def test_of_two_launchers_that_take_over_a_dead_ones_lock_only_the_last_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, host = tmp_path / "run" / "cluster" / "lock.json", os.uname().nodename
+    lock.parent.mkdir(parents=True)
+    lock.write_text(f'{{"host": "{host}", "pid": 999999999, "time": 0, "token": ""}}')
+    rivals = json.dumps({"host": host, "pid": os.getpid(), "time": 0, "token": "rival"})
+    monkeypatch.setattr("launcher.lock.time.sleep", lambda _seconds: lock.write_text(rivals))
+    with pytest.raises(BusyError, match="another launcher was faster"), submission_lock(tiny_config(tmp_path / "run")):
+        pass
+    assert lock.read_text() == rivals
+
+
+def test_a_lock_of_another_machine_counts_while_its_holder_renews_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.lock.BEAT_SECONDS", 0.01)
+    monkeypatch.setattr("launcher.lock.SETTLE_SECONDS", 0.0)
+    config, lock = tiny_config(tmp_path / "run"), tmp_path / "run" / "cluster" / "lock.json"
+    with submission_lock(config):
+        begun = json.loads(lock.read_text())["time"]
+        deadline = time.monotonic() + 20
+        while json.loads(lock.read_text())["time"] == begun and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert json.loads(lock.read_text())["time"] > begun
+    elsewhere = {"host": "elsewhere", "pid": 1, "token": "theirs"}
+    lock.write_text(json.dumps(elsewhere | {"time": time.time()}))
+    with pytest.raises(BusyError, match="on elsewhere"), submission_lock(config):
+        pass
+    lock.write_text(json.dumps(elsewhere | {"time": time.time() - 601}))
+    with submission_lock(config):
+        assert "elsewhere" not in lock.read_text()
 
 
 def test_torchrun_ends_with_the_code_of_its_process(tmp_path: Path) -> None:

@@ -154,6 +154,14 @@ def test_settings_lines_and_records_that_cannot_be_read_hide_nothing_else(tmp_pa
     assert "backbone: 2 unreadable lines" in page
 
 
+def test_settings_of_the_wrong_type_are_named_and_hide_nothing_else(tmp_path: Path) -> None:
+    write_metrics(str(tmp_path), "backbone", {10: 5.0, 20: 4.0})
+    (tmp_path / "config.yaml").write_text("experts: 5\n")
+    run, page_url = write_report(str(tmp_path))
+    assert run.jobs["backbone"].curves["loss"].values.tolist() == [5.0, 4.0]
+    assert "experts must be" in Path(page_url).read_text()
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="must be a run"):
         read_run(str(tmp_path))
