@@ -62,7 +62,7 @@ class Bench:
     def targets(self) -> dict[str, Tensor]:
         """What is to be predicted, [R, T] by domain."""
         return {
-            label: torch.cat([targets for _, targets in evaluation_batches(tokens, *self._window, self.limit)])
+            label: torch.cat([targets for _, targets in evaluation_batches(tokens, *self.window, self.limit)])
             for label, tokens in self.domains.items()
         }
 
@@ -73,7 +73,7 @@ class Bench:
         """
         experts = {name: artifact for name, artifact in parts.items() if name.startswith("expert-")}
         if variant.kind == "experts":
-            return self._measure_experts(config, experts)
+            return self.measure_experts(config, experts)
         if variant.kind in ENSEMBLES:
             return self._measure_ensemble(variant, config, experts)
         model = build_model(self.run, config, variant, dict(parts))
@@ -82,27 +82,27 @@ class Bench:
             fresh = build_model(self.run, config, variant, dict(parts))
             model, calibration = calibrate_model(self.run, config, model, fresh)
         tokens = training_tokens(config, variant.kind) + _calibration_tokens(config, variant)
-        row = self._row(self._scores(model)) | sizes_of(model) | {"training_tokens": tokens}
+        row = self.summarise(self.score(model)) | sizes_of(model) | {"training_tokens": tokens}
         result: dict[str, Any] = {"rows": {"": row}, "calibration": calibration}
         if variant.removal:
             result["removal"] = self._removal(config, model, row)
         return result
 
     @property
-    def _window(self) -> tuple[int, int]:
+    def window(self) -> tuple[int, int]:
         """Context length and batch size, the same for every variant."""
         config = self.run.config
         return config.model.context_length, config.evaluation.batch_size
 
-    def _scores(self, model: Decoder) -> dict[str, Tensor]:
+    def score(self, model: Decoder) -> dict[str, Tensor]:
         """What a model gives every target, [R, T] by domain."""
         model.to(default_device())
         return {
-            label: target_log_probabilities(model, tokens, *self._window, self.limit)
+            label: target_log_probabilities(model, tokens, *self.window, self.limit)
             for label, tokens in self.domains.items()
         }
 
-    def _row(self, scores: Mapping[str, Tensor]) -> Row:
+    def summarise(self, scores: Mapping[str, Tensor]) -> Row:
         """Losses from the log-probabilities of the targets."""
         return _means({label: self._domain(label, scores_RT) for label, scores_RT in scores.items()})
 
@@ -123,12 +123,12 @@ class Bench:
             "positions": positions,
         }
 
-    def _measure_experts(self, config: Config, experts: Mapping[str, Artifact]) -> dict[str, Any]:
+    def measure_experts(self, config: Config, experts: Mapping[str, Artifact]) -> dict[str, Any]:
         """Each expert alone, the best of them on the whole, and the oracle, which takes the best for each domain."""
-        scores, sizes = self._expert_scores(experts), self._expert_sizes(experts)
+        scores, sizes = self.score_experts(experts), self._expert_sizes(experts)
         tokens = training_tokens(config, "expert")
         rows = {
-            name: self._row({label: scores_KRT[index] for label, scores_KRT in scores.items()})
+            name: self.summarise({label: scores_KRT[index] for label, scores_KRT in scores.items()})
             | sizes
             | {"training_tokens": tokens}
             for index, name in enumerate(experts)
@@ -144,15 +144,15 @@ class Bench:
 
     def _measure_ensemble(self, variant: Variant, config: Config, experts: Mapping[str, Artifact]) -> dict[str, Any]:
         mixed = ENSEMBLES[variant.kind]
-        row = self._row({label: mixed(scores_KRT) for label, scores_KRT in self._expert_scores(experts).items()})
+        row = self.summarise({label: mixed(scores_KRT) for label, scores_KRT in self.score_experts(experts).items()})
         sizes = {name: value * len(experts) for name, value in self._expert_sizes(experts).items()}
         return {"rows": {"": row | sizes | {"training_tokens": training_tokens(config, variant.kind)}}}
 
-    def _expert_scores(self, experts: Mapping[str, Artifact]) -> dict[str, Tensor]:
+    def score_experts(self, experts: Mapping[str, Artifact]) -> dict[str, Tensor]:
         """What each expert gives every target, [K, R, T] by domain."""
         key = ",".join(artifact.manifest.fingerprint for artifact in experts.values())
         if key not in self.scores:
-            each = [self._scores(self.run.backbone.expert(artifact)) for artifact in experts.values()]
+            each = [self.score(self.run.backbone.expert(artifact)) for artifact in experts.values()]
             self.scores = {key: {label: torch.stack([item[label] for item in each]) for label in self.domains}}
         return self.scores[key]
 
@@ -169,7 +169,7 @@ class Bench:
         changes: dict[str, dict[str, float]] = {}
         for index in range(config.experts.count):
             restrict_routing(model, [slot for slot in slots if slot != first + index])
-            found = self._row(self._scores(model))["domains"]
+            found = self.summarise(self.score(model))["domains"]
             changes[f"expert-{index}"] = {
                 label: item["loss"] / whole["domains"][label]["loss"] - 1 for label, item in found.items()
             }

@@ -1,0 +1,204 @@
+"""What limits routing in a study: the assembled model with routers that Hugging Face's format cannot hold, or not yet.
+
+    OMP_NUM_THREADS=1 python benchmarks/routing.py configs/study-domains.yaml
+
+Each line is the mean validation loss and the share of the oracle's gain over the backbone that is kept, on the whole
+and by position in the window. The references are the first lines: backbone, oracle and the evidence router as it is.
+What is not trained yet (`modularforge study CONFIG --only experts`) is trained first.
+"""
+
+# N tokens  R rows (windows)  T tokens of a window  E experts  K expert scores  D width
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from checkpoints import Artifact
+from modularforge.artifacts import derived_seed, token_file
+from modularforge.assembly.routers import router_rows
+from modularforge.calibration.calibrator import calibrate, even_mixture, split_documents
+from modularforge.config import Config
+from modularforge.evaluation.ensemble import posterior_ensemble, target_log_probabilities
+from modularforge.model.backbone import Decoder
+from modularforge.model.moe import moe_layers
+from modularforge.study.measure import Bench
+from modularforge.study.models import build_model
+from modularforge.study.runs import Runs
+from modularforge.study.study_file import Variant, load_study, variants_of
+from modularforge.training.job import Job
+
+Change = Callable[[Tensor, Tensor, int], Tensor]  # logits [R, T, E], router inputs [R, T, D], layer -> logits
+ROUTER = {"assembly.router": "evidence"}
+
+
+class Trial:
+    """One run of a study, and what the trials are compared with."""
+
+    def __init__(self, study: str, seed: int, recipe: str) -> None:
+        self.runs, self.seed, self.recipe = Runs(load_study(study)), seed, recipe
+        self.run = self.runs.run(seed, recipe)
+        self.experts = self.run.obtain_each("expert")
+        self.bench = Bench(self.run, "validation", self.runs.study.validation_tokens_per_domain)
+        self.scores = self.bench.score_experts(self.parts)
+        self.variant = next(item for item in variants_of(self.runs.study) if item.kind == "assembled")
+        self.backbone = self.bench.summarise(self.bench.score(self.run.backbone.model()))
+        self.oracle = self.bench.measure_experts(self.config(), self.parts)["rows"]["oracle"]
+
+    @property
+    def parts(self) -> dict[str, Artifact]:
+        """The experts by name."""
+        return {f"expert-{index}": artifact for index, artifact in enumerate(self.experts)}
+
+    @property
+    def window(self) -> int:
+        """Tokens T of a window."""
+        return self.run.config.model.context_length
+
+    def config(self, **settings: Any) -> Config:
+        """Settings of the evidence router, with some changed."""
+        return self.runs.config(self.seed, self.recipe, ROUTER | settings)
+
+    def model(self, **settings: Any) -> Decoder:
+        """The assembled model with the evidence router, or with other settings."""
+        variant: Variant = self.variant
+        return build_model(
+            self.run, self.config(**settings), variant, {"backbone": self.run.backbone.artifact, **self.parts}
+        )
+
+    def changed(self, model: Decoder, change: Change) -> Decoder:
+        """The model with its logits changed in every layer."""
+        for index, layer in enumerate(moe_layers(model)):
+
+            def apply(_module: Any, inputs: tuple[Tensor, ...], logits_NE: Tensor, index: int = index) -> Tensor:
+                shape = (-1, self.window)
+                logits_RTE, x_RTD = (item.reshape(*shape, item.shape[-1]) for item in (logits_NE, inputs[0].float()))
+                return change(logits_RTE, x_RTD, index).reshape(logits_NE.shape)
+
+            layer.gate.register_forward_hook(apply)
+        return model
+
+    def by_posterior(self, **settings: Any) -> dict[str, Tensor]:
+        """Scores when every layer routes by the posterior that the experts' own likelihoods of the text so far give."""
+        found = {}
+        for label, tokens in self.bench.domains.items():
+            scores_KRT = self.scores[label]
+            posterior_RTE = (scores_KRT.cumsum(2) - scores_KRT).log_softmax(0).permute(1, 2, 0)
+            place = [0] * self.run.config.model.layers
+
+            def route(
+                logits: Tensor, _x: Tensor, layer: int, rows: Tensor = posterior_RTE, place: list[int] = place
+            ) -> Tensor:
+                start = place[layer]
+                place[layer] += len(logits)
+                return rows[start : start + len(logits)]
+
+            model = self.changed(self.model(**settings), route)
+            found[label] = target_log_probabilities(model, tokens, *self.bench.window, self.bench.limit)
+        return found
+
+    def calibrated_on_training_text(self, **settings: Any) -> Decoder:
+        """The model calibrated on the experts' partitions instead of on the fitting half of validation."""
+        config, corpus, partitions = self.config(**settings), self.run.corpus, self.run.obtain("partitions")
+        streams = {
+            str(k): np.asarray(token_file(partitions, f"partition-{k}").tokens) for k in range(len(self.experts))
+        }
+        _, decide = split_documents(corpus.tokens("validation"), corpus.labels)
+        model, job = self.model(), Job("calibration", config.calibration, config.training)
+        seed = derived_seed(config.seed, "calibration order")
+        calibrate(model, config, even_mixture(streams), decide, corpus.byte_lengths, job, seed)
+        return model
+
+    def show(self, name: str, measured: Decoder | dict[str, Tensor]) -> None:
+        """Print a line."""
+        row = self.bench.summarise(self.bench.score(measured) if isinstance(measured, Decoder) else measured)
+        print(
+            f"{name:<55} {row['mean_loss']:.4f} {self.kept(row):>7}  "
+            + "  ".join(
+                f"{place} {self.kept(item, place)}" for place, item in row["positions"].items() if item is not None
+            ),
+            flush=True,
+        )
+
+    def kept(self, row: Any, place: str = "") -> str:
+        """Share of the oracle's gain, in per cent."""
+        here, first, last = (
+            (row, self.backbone["positions"][place], self.oracle["positions"][place])
+            if place
+            else (row["mean_loss"], self.backbone["mean_loss"], self.oracle["mean_loss"])
+        )
+        return f"{(first - here) / (first - last):.1%}"
+
+
+def plain_trials(trial: Trial) -> None:
+    """What a better router could bring, and what other statistics bring."""
+    config = trial.config(**{"assembly.router": "data_stats", "assembly.router_temperature": 1.0})
+    rows = [
+        torch.from_numpy(item)
+        for item in router_rows(config, trial.experts, trial.run.backbone.model().config).values()
+    ]
+    place_T = torch.arange(1, trial.window + 1)[:, None].float()
+
+    def with_ridge(logits: Tensor, x: Tensor, layer: int, weight: float) -> Tensor:
+        return logits + weight * (x[..., : rows[layer].shape[1]] @ rows[layer].T)
+
+    def with_mean_ridge(logits: Tensor, x: Tensor, layer: int, weight: float) -> Tensor:
+        ridge = x[..., : rows[layer].shape[1]] @ rows[layer].T
+        return logits + weight * (ridge - ridge.mean(-1, keepdim=True)).cumsum(1) / place_T
+
+    trial.show(
+        "all experts' outputs by posterior (ensemble)",
+        {label: posterior_ensemble(scores) for label, scores in trial.scores.items()},
+    )
+    every = {"assembly.experts_per_token": len(trial.experts)}
+    trial.show("FFNs by posterior, all visited", trial.by_posterior(**every))
+    trial.show("FFNs by posterior, top-2", trial.by_posterior())
+    for tokens in (2.0, 4.0):
+        trial.show(
+            f"evidence shrunk as by {tokens:.0f} tokens without any",
+            trial.changed(trial.model(), lambda logits, _x, _layer, n=tokens: logits * place_T / (place_T + n)),
+        )
+    shrunk = trial.changed(trial.model(**every), lambda logits, _x, _layer: logits * place_T / (place_T + 4.0))
+    trial.show("evidence shrunk as by 4 tokens, all visited", shrunk)
+    for weight in (1.25, 2.5, 5.0):
+        change = lambda logits, x, layer, w=weight: with_ridge(logits, x, layer, w)  # noqa: E731
+        trial.show(f"evidence + {weight} ridge of the token", trial.changed(trial.model(), change))
+    for weight in (10.0, 30.0):
+        change = lambda logits, x, layer, w=weight: with_mean_ridge(logits, x, layer, w)  # noqa: E731
+        trial.show(f"evidence + {weight:.0f} ridge, mean of the text so far", trial.changed(trial.model(), change))
+    for rate in (1e-3, 3e-3):
+        name = f"calibrated on training text, rate {rate:g}"
+        trial.show(name, trial.calibrated_on_training_text(**{"calibration.peak_learning_rate": rate}))
+
+
+def anchored_trials(trial: Trial) -> None:
+    """The public expert always visited, beside the likeliest other, with equal weights: much as in their training."""
+
+    def anchor(logits: Tensor, _x: Tensor, _layer: int) -> Tensor:
+        return torch.cat([logits[..., 1:].amax(-1, keepdim=True), logits[..., 1:]], dim=-1)
+
+    for router in ("evidence", "data_stats"):
+        settings = {"assembly.router": router, "assembly.public_expert": True}
+        trial.show(f"{router}, public expert always visited", trial.changed(trial.model(**settings), anchor))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recipe", default="plain")
+    options = parser.parse_args()
+    trial = Trial(options.study, options.seed, options.recipe)
+    losses = f"backbone {trial.backbone['mean_loss']:.4f}, oracle {trial.oracle['mean_loss']:.4f}"
+    print(f"{losses}; then mean loss, share kept, and share kept by position")
+    trial.show("evidence", trial.model())
+    (anchored_trials if trial.run.config.experts.anchored else plain_trials)(trial)
+
+
+if __name__ == "__main__":
+    main()
