@@ -36,10 +36,10 @@ quickstart: $(VENV)/installed  ## train, assemble and evaluate on the shipped sa
 	$(BIN)/modularforge run-all --config configs/quickstart.yaml
 
 test: $(VENV)/installed-tests  ## run the tests
-	$(BIN)/python -m pytest -m "not slow" -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slow: $(VENV)/installed-tests  ## run the slow proofs too
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-cluster: $(VENV)/installed-tests  ## install Slurm where it is missing (Debian, as root) and test on a real cluster
 	$(BIN)/python -m tests.cluster.packages

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from modularforge.config import Config
 from modularforge.settings import SMOKE_TEST, make_config, sample_sources
@@ -51,11 +52,16 @@ def run_command(*arguments: str, check: bool = True, **options: Any) -> subproce
     return done
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several files are tested at a time, the tests of one stay together, as do all that share the cluster."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "cluster" else str(item.path.relative_to(ROOT))))
+class FileScheduling(LoadScopeScheduling):
+    """Where several files are tested at a time, tests of one stay together, as do all that share the Slurm cluster."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "tests/cluster" if file.startswith("tests/cluster/") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileScheduling:
+    return FileScheduling(config, log)
 
 
 @pytest.fixture(scope="session")
