@@ -28,18 +28,26 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.stop()
 
 
+@pytest.fixture(scope="session")
+def _scratches() -> Iterator[str]:
+    """Kept for all tests: multiprocessing's fork server has its socket in the first. Sockets allow only short paths."""
+    with tempfile.TemporaryDirectory(prefix="mf-", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
 @pytest.fixture(autouse=True)
-def _quick_and_clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No long pauses between attempts; a cache and a temporary folder of the test's own.
+def scratch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, _scratches: str) -> Path:
+    """No long pauses between attempts; a cache and a temporary folder (this) of the test's own.
 
     Writers to object stores that are killed leave scratch in the temporary folder, and garbage collection looks there.
     """
+    folder = tempfile.mkdtemp(prefix="", dir=_scratches)
     monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.01)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "4")
     monkeypatch.setenv("MODULARFORGE_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "scratch").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
+    monkeypatch.setenv("TMPDIR", folder)
     monkeypatch.setattr(tempfile, "tempdir", None)
+    return Path(folder)
 
 
 @pytest.fixture

@@ -306,9 +306,9 @@ def test_gc_leaves_an_attempt_that_was_committed_meanwhile(s3: str) -> None:
     open_artifact(artifact.url).verify()
 
 
-def test_gc_leaves_folders_of_living_writers_and_takes_those_of_killed_ones(place: str, tmp_path: Path) -> None:
+def test_gc_leaves_folders_of_living_writers_and_takes_those_of_killed_ones(place: str, scratch: Path) -> None:
     """A writer in a process of its own is seen alive, whatever its age, and is garbage once it was killed."""
-    (tmp_path / "scratch" / "modularforge-prepare-1").mkdir()
+    (scratch / "modularforge-prepare-1").mkdir()
     url = place.replace("memory://", "s3://") if place.startswith("memory") else place
     code = (
         "import sys\nfrom pathlib import Path\nfrom checkpoints import write_artifact\n"
@@ -326,7 +326,7 @@ def test_gc_leaves_folders_of_living_writers_and_takes_those_of_killed_ones(plac
     assert [(item.url, item.size) for item in found] == [(folder, 2)]
     delete_garbage(found)
     assert find_garbage(place, grace_seconds=0) == []
-    assert (tmp_path / "scratch" / "modularforge-prepare-1").is_dir()
+    assert (scratch / "modularforge-prepare-1").is_dir()
 
 
 def test_gc_finds_more_uploads_than_one_answer_holds(proxy: FaultProxy, proxied: str) -> None:
