@@ -7,12 +7,13 @@ and by position in the window. The references are the first lines: backbone, ora
 What is not trained yet (`modularforge study CONFIG --only experts`) is trained first.
 """
 
-# N tokens  R rows (windows)  T tokens of a window  E experts  K expert scores  D width
+# N tokens  R rows (windows)  T tokens of a window  E experts (router)  K experts (their scores)  D width
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from modularforge.model.moe import moe_layers
 from modularforge.study.measure import Bench
 from modularforge.study.models import build_model
 from modularforge.study.runs import Runs
-from modularforge.study.study_file import Variant, load_study, variants_of
+from modularforge.study.study_file import load_study, variants_of
 from modularforge.training.job import Job
 
 Change = Callable[[Tensor, Tensor, int], Tensor]  # logits [R, T, E], router inputs [R, T, D], layer -> logits
@@ -66,10 +67,8 @@ class Trial:
 
     def model(self, **settings: Any) -> Decoder:
         """The assembled model with the evidence router, or with other settings."""
-        variant: Variant = self.variant
-        return build_model(
-            self.run, self.config(**settings), variant, {"backbone": self.run.backbone.artifact, **self.parts}
-        )
+        parts = {"backbone": self.run.backbone.artifact, **self.parts}
+        return build_model(self.run, self.config(**settings), self.variant, parts)
 
     def changed(self, model: Decoder, change: Change) -> Decoder:
         """The model with its logits changed in every layer."""
@@ -119,9 +118,7 @@ class Trial:
         row = self.bench.summarise(self.bench.score(measured) if isinstance(measured, Decoder) else measured)
         print(
             f"{name:<55} {row['mean_loss']:.4f} {self.kept(row):>7}  "
-            + "  ".join(
-                f"{place} {self.kept(item, place)}" for place, item in row["positions"].items() if item is not None
-            ),
+            + "  ".join(f"{place} {self.kept(item, place)}" for place, item in row["positions"].items()),
             flush=True,
         )
 
@@ -166,11 +163,11 @@ def plain_trials(trial: Trial) -> None:
     shrunk = trial.changed(trial.model(**every), lambda logits, _x, _layer: logits * place_T / (place_T + 4.0))
     trial.show("evidence shrunk as by 4 tokens, all visited", shrunk)
     for weight in (1.25, 2.5, 5.0):
-        change = lambda logits, x, layer, w=weight: with_ridge(logits, x, layer, w)  # noqa: E731
-        trial.show(f"evidence + {weight} ridge of the token", trial.changed(trial.model(), change))
+        model = trial.changed(trial.model(), partial(with_ridge, weight=weight))
+        trial.show(f"evidence + {weight} ridge of the token", model)
     for weight in (10.0, 30.0):
-        change = lambda logits, x, layer, w=weight: with_mean_ridge(logits, x, layer, w)  # noqa: E731
-        trial.show(f"evidence + {weight:.0f} ridge, mean of the text so far", trial.changed(trial.model(), change))
+        model = trial.changed(trial.model(), partial(with_mean_ridge, weight=weight))
+        trial.show(f"evidence + {weight:.0f} ridge, mean of the text so far", model)
     for rate in (1e-3, 3e-3):
         name = f"calibrated on training text, rate {rate:g}"
         trial.show(name, trial.calibrated_on_training_text(**{"calibration.peak_learning_rate": rate}))
