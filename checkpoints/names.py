@@ -1,7 +1,8 @@
 """Names that somebody else wrote, turned into relative paths that stay where they are joined.
 
-Manifests, listings, indices of weight files, archives and event files may come from a bucket that others can write. Every
-name in them goes through `checked_path` before it is joined to a folder or a URL; nothing else decides what is safe.
+Manifests, listings, indices of weight files, archives and event files may come from a bucket that others can write.
+Every name in them goes through `checked_path` before it is joined to a folder or a URL; nothing else decides what is
+safe.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ MAX_PATH_BYTES = 1024  # the limit of an S3 key
 # Devices on Windows, whatever their ending; a folder that was pulled on Linux may be copied there.
 RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
 DRIVE = re.compile(r"[A-Za-z]:")
-# Control, line and paragraph separators and half surrogate pairs: they end a line, hide what follows, or cannot be encoded.
+# Control characters, line and paragraph separators, half surrogate pairs: they end a line, hide what follows, or cannot
+# be encoded.
 REFUSED_CATEGORIES = frozenset({"Cc", "Zl", "Zp", "Cs"})
 
 

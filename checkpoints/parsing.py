@@ -1,7 +1,7 @@
 """JSON that somebody else wrote: parsed strictly, so that whatever the bytes, the only failure is a ValueError.
 
-For manifests, headers of weight files, indices, settings of models and records. Corpora have a reader of their own, which
-is faster (`modularforge/data/formats.py`).
+For manifests, headers of weight files, indices, settings of models and records. Corpora have a reader of their own,
+which is faster (`modularforge/data/formats.py`).
 """
 
 from __future__ import annotations

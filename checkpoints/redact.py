@@ -1,7 +1,7 @@
-"""Takes secrets out of text: what is said, logged, recorded or saved goes through `redact` at the border where it leaves.
+"""Takes secrets out of text: what is said, logged, recorded or saved goes through `redact` where it leaves.
 
-Three kinds: user names and passwords in URLs, signatures and tokens in their queries, and the values of secrets that this
-process knows (environment variables and fsspec's configuration).
+Three kinds: user names and passwords in URLs, signatures and tokens in their queries, and the values of secrets that
+this process knows (environment variables and fsspec's configuration).
 """
 
 from __future__ import annotations
