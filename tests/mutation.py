@@ -16,17 +16,19 @@ from typing import Any
 FUZZ_INPUTS = int(os.environ.get("MODULARFORGE_FUZZ", "1000"))
 
 TOKENS = [
-    b"", b"\x00", b"\xff\xfe", b"\xed\xa0\xbd", b"\n", b"\r", b"\x1b[31m", b"{", b"}", b"[", b"]", b'"', b"'", b":", b",",
-    b"null", b"true", b"-1", b"0", b"1e999", b"-1e999", b"NaN", b"Infinity", b"9" * 5000, b"18446744073709551616", b"0x10",
-    b"2001-99-99", b"2001-02-30", b"!!int x", b"!!timestamp x", b"!!python/object:os.system", b"&a [*a]", b"*a", b"<<: *a",
-    b"..", b"/etc/passwd", b"../../x", b"a\n/../../../x", b"C:\\x", b"\\ud83d", b"%n", b"%(x)s", b"{}", b"[/x]", b"$(id)",
-    b"[" * 3000, b"{" * 3000, b'{"a":' * 3000, b"- " * 3000, b"a" * 70000,
+    b"", b"\x00", b"\xff\xfe", b"\xed\xa0\xbd", b"\n", b"\r", b"\x1b[31m", b"{", b"}", b"[", b"]", b'"', b"'", b":",
+    b",", b"null", b"true", b"-1", b"0", b"1e999", b"-1e999", b"NaN", b"Infinity", b"9" * 5000,
+    b"18446744073709551616", b"0x10", b"2001-99-99", b"2001-02-30", b"!!int x", b"!!timestamp x",
+    b"!!python/object:os.system", b"&a [*a]", b"*a", b"<<: *a", b"..", b"/etc/passwd", b"../../x", b"a\n/../../../x",
+    b"C:\\x", b"\\ud83d", b"%n", b"%(x)s", b"{}", b"[/x]", b"$(id)", b"[" * 3000, b"{" * 3000, b'{"a":' * 3000,
+    b"- " * 3000, b"a" * 70000,
 ]  # fmt: skip
 
 VALUES: list[Any] = [
-    None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, 10**30, -(2**63), 0.5, -0.0, 1e308, float("inf"), float("nan"), "", " ",
-    "x", "0", "\x00", "\n", "\ud83d", "é", "a" * 5000, "..", "/", "/etc/passwd", "../../x", "a\n/../../x", "s3://x/y", "[/x]",
-    [], {}, [[]], [None], ["x"], [1, 2], {"x": 1}, {"": ""}, [[[[[[]]]]]], {"a": {"b": {"c": {}}}},
+    None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, 10**30, -(2**63), 0.5, -0.0, 1e308, float("inf"), float("nan"),
+    "", " ", "x", "0", "\x00", "\n", "\ud83d", "é", "a" * 5000, "..", "/", "/etc/passwd", "../../x", "a\n/../../x",
+    "s3://x/y", "[/x]", [], {}, [[]], [None], ["x"], [1, 2], {"x": 1}, {"": ""}, [[[[[[]]]]]],
+    {"a": {"b": {"c": {}}}},
 ]  # fmt: skip
 
 
