@@ -21,7 +21,9 @@ def parse_json(content: bytes | bytearray | str) -> Any:
     """
     text = content if isinstance(content, str) else bytes(content).decode("utf-8-sig")
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_not_finite, parse_float=_finite)
+        value = json.loads(
+            text, object_pairs_hook=_object, parse_constant=_not_finite, parse_float=_finite, parse_int=_integer
+        )
     except RecursionError:
         raise _too_deep() from None
     _check(value)
@@ -47,6 +49,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _not_finite(text: str) -> NoReturn:
     raise ValueError(f"{text} is not a finite number")
+
+
+def _integer(text: str) -> int | float:
+    return int(text) if text != "-0" else -0.0  # as all readers of JSON but Python's; no length or offset is negative
 
 
 def _finite(text: str) -> float:
