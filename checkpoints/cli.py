@@ -6,15 +6,10 @@ import datetime
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
 
 from checkpoints import paths
 from checkpoints.artifact import Artifact
@@ -24,9 +19,9 @@ from checkpoints.errors import CorruptArtifactError, StoreError, UserError
 from checkpoints.garbage import delete_garbage, find_garbage
 from checkpoints.loose import copy_loose_file, loose_files
 from checkpoints.parallel import in_order
+from checkpoints.screen import bug, console, safe_streams, say, table, transfer_bar
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-screen = Console(stderr=True)
 FILES_AT_ONCE = 4
 
 Url = Annotated[str, typer.Argument(help="A folder, or a URL such as s3://bucket/run.")]
@@ -36,14 +31,17 @@ Newest = Annotated[bool, typer.Option("--newest", help="Only the newest training
 
 def main() -> None:
     """Run the command; an error that a user can repair is one message and exit code 2."""
-    try:
-        app()
-    except UserError as error:
-        _complain(str(error))
-    except OSError as error:  # of a path that is no folder, say
-        if error.filename is None:
-            raise
-        _complain(f"{error.filename} cannot be used: {error.strerror}; check the path and its rights")
+    with safe_streams():
+        try:
+            app()
+        except UserError as error:
+            _complain(str(error))
+        except OSError as error:  # of a path that is no folder, say
+            if error.filename is None:
+                bug()
+            _complain(f"{error.filename} cannot be used: {error.strerror}; check the path and its rights")
+        except Exception:
+            bug()
 
 
 @app.command("ls")
@@ -53,11 +51,14 @@ def list_command(url: Url, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    table = Table("artifact", "kind", "step", "size", "age", "files")
-    for row in rows:
-        step = "" if row["step"] is None else str(row["step"])
-        table.add_row(row["name"], row["kind"], step, decimal(row["size"]), _age(row["age_seconds"]), str(row["files"]))
-    Console().print(table)
+    cells = [
+        [
+            row["name"], row["kind"], "" if row["step"] is None else str(row["step"]), decimal(row["size"]),
+            _age(row["age_seconds"]), str(row["files"]),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    console().print(table(["artifact", "kind", "step", "size", "age", "files"], cells))
 
 
 @app.command()
@@ -66,7 +67,7 @@ def verify(url: Url, as_json: Json = False) -> None:
     artifacts, damaged = examine(url)
     problems: dict[str, list[str]] = {artifact.url: artifact.extra_files() for artifact in artifacts}
     files = [(artifact, name) for artifact in artifacts for name in artifact.manifest.files]
-    with _progress("verify", artifacts) as progress:
+    with transfer_bar("verify", _size(artifacts)) as progress:
         for (artifact, name), text in zip(files, in_order(_check, files, FILES_AT_ONCE), strict=True):
             problems[artifact.url] += [text] if text else []
             progress(artifact.manifest.files[name].size)
@@ -74,7 +75,7 @@ def verify(url: Url, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps({"artifacts": len(artifacts), "files": len(files), "problems": found}, indent=1))
     else:
-        print("\n".join([*found, f"{len(artifacts)} artifacts, {len(files)} files, {len(found)} problems"]))
+        say("\n".join([*found, f"{len(artifacts)} artifacts, {len(files)} files, {len(found)} problems"]))
     raise typer.Exit(1 if found else 0)
 
 
@@ -108,12 +109,12 @@ def gc(
         print(json.dumps({"deleted": delete, "garbage": rows}, indent=1))
         return
     for item in garbage:
-        print(f"{item.url}  {item.reason}  {decimal(item.size)}  {_age(time.time() - item.modified)}")
-    print(f"{len(garbage)} {'deleted' if delete else 'found; delete with --delete'}")
+        say(f"{item.url}  {item.reason}  {decimal(item.size)}  {_age(time.time() - item.modified)}")
+    say(f"{len(garbage)} {'deleted' if delete else 'found; delete with --delete'}")
 
 
 def _complain(text: str) -> NoReturn:
-    print(f"error: {text}", file=sys.stderr)
+    say(f"error: {text}", error=True)
     sys.exit(2)
 
 
@@ -123,7 +124,7 @@ def _copy(verb: str, source: str, target: str, newest: bool, as_json: bool) -> N
     loose = loose_files(source, paths.walk(source), chosen) if is_run and not newest else []
     copied: list[str] = []
     deleted: list[str] = []
-    with _progress(verb, chosen) as progress:
+    with transfer_bar(verb, _size(chosen)) as progress:
         for artifact in chosen:
             place = paths.join(target, paths.relative(artifact.url, source))
             try:
@@ -146,11 +147,11 @@ def _copy(verb: str, source: str, target: str, newest: bool, as_json: bool) -> N
         }
         print(json.dumps(report, indent=1))
         return
-    print(f"{len(copied)} copied, {len(chosen) - len(copied) - len(deleted)} were there already")
+    say(f"{len(copied)} copied, {len(chosen) - len(copied) - len(deleted)} were there already")
     if deleted:
-        print(f"{len(deleted)} passed over, because their run deleted them meanwhile")
+        say(f"{len(deleted)} passed over, because their run deleted them meanwhile")
     if loose:
-        print(f"{len(copied_loose)} of {len(loose)} settings, metrics and logs copied")
+        say(f"{len(copied_loose)} of {len(loose)} settings, metrics and logs copied")
 
 
 def _check(file: tuple[Artifact, str]) -> str:
@@ -182,9 +183,5 @@ def _age(seconds: float) -> str:
     return f"{max(0, seconds):.0f} s"
 
 
-@contextmanager
-def _progress(verb: str, artifacts: list[Artifact]) -> Iterator[Any]:
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn(verb), *columns, console=screen, disable=not screen.is_terminal) as bar:
-        task = bar.add_task(verb, total=sum(artifact.manifest.size for artifact in artifacts))
-        yield lambda size: bar.advance(task, size)
+def _size(artifacts: list[Artifact]) -> int:
+    return sum(artifact.manifest.size for artifact in artifacts)

@@ -10,6 +10,7 @@ from typing import Any
 
 from checkpoints.errors import UserError
 from checkpoints.explain import explain
+from checkpoints.screen import bug, safe_streams, say
 from modularforge.errors import Interrupted
 
 USER_ERROR = 2
@@ -17,13 +18,17 @@ INTERRUPTED = 130
 
 
 def run_app(app: Any) -> None:
-    """Call a typer application and turn exceptions into exit codes."""
-    debug = "--debug" in sys.argv
+    """Call a typer application and turn exceptions into exit codes; nothing is said with a secret in it."""
+    with safe_streams():
+        _run(app, "--debug" in sys.argv)
+
+
+def _run(app: Any, debug: bool) -> None:
     try:
         app()
     except UserError as error:
         if debug:
-            raise
+            bug()
         _complain(f"error: {error}", USER_ERROR)
     except Interrupted as stop:
         _complain(str(stop), INTERRUPTED)
@@ -33,14 +38,14 @@ def run_app(app: Any) -> None:
         _complain("interrupted; what was committed is kept, and the same command continues", INTERRUPTED)
     except OSError as error:
         if debug or error.filename is None:
-            raise
+            bug()
         _complain(
             f"error: {error.filename} cannot be used: {error.strerror}; check the path and its rights", USER_ERROR
         )
     except Exception as error:
         sentence = _foreign_sentence(error)
         if debug or sentence is None:
-            raise
+            bug()
         _complain(f"error: {sentence}", USER_ERROR)
 
 
@@ -59,5 +64,5 @@ def _foreign_sentence(error: Exception) -> str | None:
 
 
 def _complain(message: str, code: int) -> None:
-    print(message, file=sys.stderr, flush=True)
+    say(message, error=True)
     sys.exit(code)

@@ -12,12 +12,13 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from checkpoints import StoreError, paths
+from checkpoints.screen import LogFormatter, step_bar
 from modularforge.tensorboard import events_beside
 
 logger = logging.getLogger("modularforge")
@@ -27,7 +28,7 @@ def configure_logging(*, quiet: bool = False) -> None:
     """Send log lines to standard error, once per process; `quiet` keeps warnings only (ranks other than 0)."""
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        handler.setFormatter(LogFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
@@ -142,13 +143,13 @@ def _step_of(line: str) -> float:
 class Progress:
     """A bar on a terminal; silent elsewhere."""
 
-    def __init__(self, bar: Any = None, task: Any = None) -> None:
-        self._bar, self._task = bar, task
+    def __init__(self, bar: Callable[[float, str], None] | None = None) -> None:
+        self._bar = bar
 
     def advance(self, amount: float = 1, note: str = "") -> None:
-        """Move the bar on by `amount` units; `note` is shown behind it."""
+        """Move the bar on by `amount` units; `note`, or the one before it, is shown behind it."""
         if self._bar is not None:
-            self._bar.update(self._task, advance=amount, note=note)
+            self._bar(amount, note)
 
 
 @contextmanager
@@ -157,17 +158,5 @@ def progress(description: str, total: float | None, unit: str = "steps", start: 
     if not sys.stderr.isatty():
         yield Progress()
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield Progress(bar, bar.add_task(description, total=total, completed=start, note=""))
+    with step_bar(description, total, unit, start) as advance:
+        yield Progress(advance)

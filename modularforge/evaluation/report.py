@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from checkpoints.screen import console, literal, say, table
+
 Results = dict[str, Any]
+TOTAL, TRAINING_TOKENS = 1, 3  # places of columns
 
 
 def table_rows(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -102,21 +105,25 @@ def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def print_table(results: Results) -> None:
     """The table without the counts, which fits 80 columns for five domains, and the verdict."""
-    from rich.console import Console
-    from rich.table import Table
-
     header, rows = table_rows(results)
-    shown = [index for index, title in enumerate(header) if title not in ("total", "training tokens", "bits/byte")]
-    table = Table(title=f"{results['name']}: test perplexity, lower is better", pad_edge=False, box=None)
-    for index in shown:
-        table.add_column(header[index].replace("_", "\n"), justify="right" if index else "left", no_wrap=True)
-    best = min((row for row in rows if row[0] != "oracle"), key=lambda row: float(row[-3]))
-    for row in rows:
-        table.add_row(*(row[index] for index in shown), style="bold green" if row is best else None)
-    console = Console()
+    # By place, because a domain may be called `total` too.
+    shown = [index for index in range(len(header)) if index not in (TOTAL, TRAINING_TOKENS, len(header) - 1)]
+    best = min(
+        (place for place, row in enumerate(rows) if row[0] != "oracle"), key=lambda place: float(rows[place][-3])
+    )
+    made = table(
+        [literal(header[index], keep="").replace("_", "\n") for index in shown],
+        [[row[index] for index in shown] for row in rows],
+        title=f"{results['name']}: test perplexity, lower is better",
+        numbers_from=1,
+        marked=best,
+        pad_edge=False,
+        box=None,
+    )
+    screen = console()
     # A pipe has no width of its own: nothing must be cut there.
-    (console if console.is_terminal else Console(width=max(80, 14 * len(shown)))).print(table)
-    print(_verdict(results))
+    (screen if screen.is_terminal else console(width=max(80, 14 * len(shown)))).print(made)
+    say(_verdict(results))
 
 
 def _number(value: Any) -> str:
