@@ -70,7 +70,7 @@ def _copy_to_folder(source: Artifact, writer: ArtifactWriter, report: Report) ->
 def _fetch(source: Artifact, name: str, target: Path, report: Report) -> None:
     """Bring one file to its place, behind what an earlier copy left; a damaged beginning is fetched again."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    begun = target.exists() and target.stat().st_size > 0
+    begun = target.exists() and paths.check_regular(target).st_size > 0
     try:
         _append(source, name, target, report)
     except CorruptArtifactError:

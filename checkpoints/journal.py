@@ -17,9 +17,9 @@ from pathlib import Path
 
 from checkpoints import paths
 from checkpoints.errors import StoreError
+from checkpoints.forms import file_entries
 from checkpoints.manifest import FileEntry
-
-JOURNAL_NAME = ".journal.json"
+from checkpoints.parsing import parse_object
 
 
 class Journal:
@@ -34,9 +34,8 @@ class Journal:
         if not self._url:
             return {}
         try:
-            values = json.loads(paths.read_bytes(self._url))
-            entries = {name: FileEntry(**entry) for name, entry in values.items()}
-        except (FileNotFoundError, ValueError, TypeError, AttributeError):  # none yet, or torn by a crash
+            entries = file_entries(parse_object(paths.read_bytes(self._url)))
+        except (FileNotFoundError, ValueError):  # none yet, or torn by a crash
             return {}
         self._entries = {
             name: entry for name, entry in entries.items() if _size(paths.join(folder, name)) == entry.size

@@ -22,11 +22,12 @@ from checkpoints import explain, paths
 from checkpoints.artifact import Artifact
 from checkpoints.durable import DurableFile
 from checkpoints.errors import ArtifactExistsError, StoreError, StoreFullError
+from checkpoints.forms import check_names
 from checkpoints.hashing import CHUNK_BYTES, FileEntry, FileHasher, describe_file
-from checkpoints.journal import JOURNAL_NAME, Journal, attempt_of, locked
+from checkpoints.journal import Journal, attempt_of, locked
 from checkpoints.manifest import MANIFEST_NAME, Manifest
 from checkpoints.parallel import in_order, meanwhile
-from checkpoints.places import UPLOAD_SCRATCH, new_attempt
+from checkpoints.places import JOURNAL_NAME, OWN_NAMES, UPLOAD_SCRATCH, new_attempt
 from checkpoints.reading import PART_BYTES
 from checkpoints.retry import logger
 
@@ -53,7 +54,7 @@ class ArtifactWriter:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write one JSON file into the artifact."""
-        target = self.folder / name
+        target = self._path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -64,7 +65,7 @@ class ArtifactWriter:
         """
         hasher = FileHasher(name)
         if paths.is_local(self.url):
-            _write_local(self.folder / name, chunks, hasher)
+            _write_local(self._path(name), chunks, hasher)
         else:
             with hasher.in_background() as update:
                 self._upload(name, _passed_to(update, _steady_pieces(chunks)), size)
@@ -78,7 +79,7 @@ class ArtifactWriter:
         instead of written.
         """
         if paths.is_local(self.url):
-            _continue_local(self.folder / name, chunks, size)
+            _continue_local(self._path(name), chunks, size)
         else:
             self._upload(name, chunks, size, SMALL_PART_BYTES)
         self.adopt(name, finish())
@@ -89,7 +90,7 @@ class ArtifactWriter:
 
         False, with nothing done, where that cannot be: another disk, another store, or a store without such copies.
         """
-        target = self.folder / name if paths.is_local(self.url) else self._upload_url(name)
+        target = self._path(name) if paths.is_local(self.url) else self._upload_url(name)
         if not paths.copy_inside(source_url, str(target)):
             return False
         self.adopt(name, entry)
@@ -149,12 +150,26 @@ class ArtifactWriter:
         paths.upload(self._upload_url(name), in_parts(_steady_pieces(chunks), part_bytes))
 
     def _upload_url(self, name: str) -> str:
-        return paths.join(self.url, self.attempt, name)
+        return paths.join(self.url, self.attempt, self._checked(name))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / self._checked(name)
+
+    def _checked(self, name: str) -> str:
+        """The name, if readers will accept it; it may be that of somebody else's file."""
+        try:
+            check_names([name])
+        except ValueError as error:
+            raise StoreError(f"{self.url} must have files with plain names, but {error}; rename it") from error
+        return name
 
     def _all_files(self) -> dict[str, FileEntry]:
         """Entries of all files; those that were put into the folder without `write_chunks` are published now."""
-        names = sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
-        waiting = [name for name in names if name not in self.written and name != JOURNAL_NAME]
+        found = (path for path in self.folder.rglob("*") if path.is_file())
+        names = sorted(path.relative_to(self.folder).as_posix() for path in found)
+        waiting = [self._checked(name) for name in names if name not in self.written and name not in OWN_NAMES]
+        for name in waiting:
+            paths.check_within(self.folder / name, self.folder)  # readers would refuse the link
         publish = self._hash_and_sync if paths.is_local(self.url) else self._upload_file
         entries = in_order(publish, waiting, FILES_AT_ONCE)
         return dict(sorted({**self.written, **dict(zip(waiting, entries, strict=True))}.items()))
@@ -298,7 +313,9 @@ def _write_local(path: Path, chunks: Iterable[Chunk], hasher: FileHasher) -> Non
 def _continue_local(path: Path, chunks: Iterable[Chunk], size: int) -> None:
     """Write a file, or the rest of it: bytes that an interrupted writer left are read and compared instead."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and path.stat().st_nlink > 1:  # a link to another artifact's file, which must stay as it is
+    if (
+        path.exists() and paths.check_regular(path).st_nlink > 1
+    ):  # a link to another artifact's file, which must stay as it is
         path.unlink()
     with open(path, "r+b" if path.exists() else "w+b", buffering=0) as file, DurableFile(file) as target:
         left = os.fstat(file.fileno()).st_size
