@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,7 @@ class ArtifactWriter:
 
     def _hash_and_sync(self, name: str) -> FileEntry:
         path = self.folder / name
+        _give_rights_of(self.folder, path)
         with meanwhile(lambda: paths.sync_file(path)):
             return describe_file(path)
 
@@ -299,6 +300,17 @@ def _scratch_folder(url: str, attempt: str) -> Path:
     folder = target.with_name(f".{target.name}.{attempt}")
     folder.mkdir(exist_ok=True)  # a resumable one may be there
     return folder
+
+
+def _give_rights_of(folder: Path, path: Path) -> None:
+    """Let read a file who may read its folder, which has its rights by the umask: safetensors lets the owner only.
+
+    A file with a second name, in Hugging Face's cache say, is left as it is.
+    """
+    status, rights = path.stat(), folder.stat().st_mode & 0o666
+    if status.st_nlink == 1 and status.st_mode & 0o777 != rights:
+        with suppress(OSError):  # file systems without such rights
+            path.chmod(rights)
 
 
 def _write_local(path: Path, chunks: Iterable[Chunk], hasher: FileHasher) -> None:
