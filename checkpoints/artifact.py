@@ -14,7 +14,7 @@ from checkpoints.environment import cache_folder
 from checkpoints.errors import CorruptArtifactError, MissingArtifactError
 from checkpoints.manifest import MANIFEST_NAME, Manifest
 from checkpoints.parsing import parse_json
-from checkpoints.places import HIDDEN
+from checkpoints.places import HIDDEN, OWNER_NAME
 from checkpoints.reading import check_local_file, check_size, stream_file
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Artifact:
         inner = tuple(name.removesuffix(MANIFEST_NAME) for name in names if name.endswith(f"/{MANIFEST_NAME}"))
         return [
             f"{paths.join(folder, name)} must not be there, because the manifest does not name it; move it away"
-            for name in sorted(names - {*self.manifest.files, MANIFEST_NAME})
+            for name in sorted(names - {*self.manifest.files, MANIFEST_NAME, OWNER_NAME})
             if not name.startswith(inner) and not any(HIDDEN.fullmatch(part) for part in name.split("/"))
         ]
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from checkpoints.durable import DurableFile
 from checkpoints.errors import CorruptArtifactError
-from checkpoints.places import FileInfo, hidden_name, local_path
+from checkpoints.owners import claimed
+from checkpoints.places import DELETED, FileInfo, hidden_name, local_path
 from checkpoints.retry import call
 
 # Another disk, a file system without hard links, or one that forbids more of them.
@@ -91,7 +92,7 @@ def write_atomically(path: Path, parts: Iterable[bytes], *, replace: bool) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(hidden_name(path.name))
     try:
-        with open(scratch, "wb") as file, DurableFile(file) as target:
+        with open(scratch, "wb") as file, claimed(scratch), DurableFile(file) as target:
             for part in parts:
                 target.write(part)
         if replace:
@@ -180,7 +181,7 @@ def _walk(root: Path) -> Iterator[FileInfo]:
 
 def _delete_tree(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        trash = path.with_name(hidden_name(path.name))
+        trash = path.with_name(hidden_name(f"{path.name}.{DELETED}"))
         try:
             os.rename(path, trash)
         except FileNotFoundError:  # another process was faster

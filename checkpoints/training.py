@@ -18,7 +18,7 @@ from checkpoints.artifact import Artifact, find_artifact, open_artifact
 from checkpoints.errors import ArtifactExistsError, CorruptArtifactError, StoreError
 from checkpoints.forms import CHECKPOINT_KIND
 from checkpoints.manifest import MANIFEST_NAME
-from checkpoints.places import hidden_name
+from checkpoints.places import DAMAGED, hidden_name
 from checkpoints.reading import check_size
 from checkpoints.retry import logger
 from checkpoints.tensors import read_weight_file, weight_file_chunks, weight_file_size
@@ -134,7 +134,7 @@ def set_aside(url: str) -> None:
     if paths.is_local(url):
         path = paths.local_path(url)
         if path.exists():
-            os.rename(path, path.with_name(hidden_name(path.name)))
+            os.rename(path, path.with_name(hidden_name(f"{path.name}.{DAMAGED}")))
         return
     manifest = paths.join(url, MANIFEST_NAME)
     if paths.exists(manifest):

@@ -24,10 +24,11 @@ from checkpoints.durable import DurableFile
 from checkpoints.errors import ArtifactExistsError, StoreError, StoreFullError
 from checkpoints.forms import check_names
 from checkpoints.hashing import CHUNK_BYTES, FileEntry, FileHasher, describe_file
-from checkpoints.journal import Journal, attempt_of, locked
+from checkpoints.journal import Journal, attempt_of
 from checkpoints.manifest import MANIFEST_NAME, Manifest
+from checkpoints.owners import locked
 from checkpoints.parallel import in_order, meanwhile
-from checkpoints.places import JOURNAL_NAME, OWN_NAMES, UPLOAD_SCRATCH, new_attempt
+from checkpoints.places import JOURNAL_NAME, OWN_NAMES, OWNER_NAME, UPLOAD_SCRATCH, new_attempt
 from checkpoints.reading import PART_BYTES
 from checkpoints.retry import logger
 
@@ -196,6 +197,8 @@ class ArtifactWriter:
         except OSError as error:
             self._explain_failed_rename(target, manifest, error)
         paths.sync_folder(target.parent)
+        with suppress(OSError):  # until here it tells whose the folder is; in the artifact nobody reads it
+            (target / OWNER_NAME).unlink()
 
     def _explain_failed_rename(self, target: Path, manifest: bytes, error: OSError) -> None:
         """Return when the rename did happen (network file systems lose answers), or raise what is wrong."""
@@ -203,6 +206,7 @@ class ArtifactWriter:
         if found.is_file() and found.read_bytes() == manifest:
             return
         if found.is_file():
+            shutil.rmtree(self.folder, ignore_errors=True)  # nobody will go on with it
             raise self._exists() from error
         if target.exists():
             raise StoreError(
@@ -268,7 +272,8 @@ def _place(url: str, resume: str, stack: ExitStack) -> tuple[str, Path, bool]:
     if resume:
         attempt = attempt_of(resume)
         folder = _scratch_folder(url, attempt)
-        if not paths.is_local(url) or stack.enter_context(locked(folder)):
+        is_mine = stack.enter_context(locked(folder, resumes=paths.is_local(url)))
+        if is_mine or not paths.is_local(url):
             return attempt, folder, True
     attempt = new_attempt()
     folder = _scratch_folder(url, attempt)

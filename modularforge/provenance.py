@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import Artifact, ArtifactExistsError, ArtifactWriter, open_artifact, paths, write_artifact
+from checkpoints.sweep import sweep
 from modularforge.config import Config
 from modularforge.log import json_safe, logger
 from modularforge.pipeline import Plan, contents, fingerprint
@@ -48,6 +49,7 @@ def commit(writer: ArtifactWriter, plan: Plan, config: Config, facts: dict[str, 
         logger.info("another process finished the same artifact first: %s", plan.url)
         return artifact
     save_settings(config)
+    sweep(config.output_dir)
     logger.info("finished: %s", plan.url)
     return artifact
 
