@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from checkpoints import paths
+from checkpoints.redact import redact_values
 from launcher.places import all_events_url, events_url
 from modularforge.config import Config
 
@@ -22,7 +23,7 @@ READS_AT_ONCE = 16
 
 def append_event(config: Config, job: str, event: str, **details: Any) -> Event:
     """Add one event to a job's file and return it."""
-    line = {"job": job, "event": event, "time": round(time.time(), 3), **details}
+    line = {"job": job, "event": event, "time": round(time.time(), 3), **redact_values(details)}
     url, content = events_url(config, job), json.dumps(line) + "\n"
     if paths.is_local(url):
         path = paths.local_path(url)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from checkpoints import StoreError, paths
+from checkpoints.redact import redact_values
 from checkpoints.screen import LogFormatter, step_bar
 from modularforge.tensorboard import events_beside
 
@@ -72,7 +73,7 @@ class MetricsLog:
 
     def write(self, **values: Any) -> None:
         """Append one line."""
-        line = json.dumps(json_safe(values), allow_nan=False)
+        line = json.dumps(json_safe(redact_values(values)), allow_nan=False)
         if paths.is_local(self.url):
             path = paths.local_path(self.url)
             path.parent.mkdir(parents=True, exist_ok=True)
