@@ -438,11 +438,8 @@ class Config(SafeSection):
         So many experts' batches make one of theirs as `joint.batch_size` holds, and as leave none over.
         """
         experts = self.experts
-        batches = experts.count * experts.steps
-        most = (self.joint.batch_size or 0) // experts.batch_size
-        joined = next((number for number in range(min(most, batches), 1, -1) if batches % number == 0), 1)
-        update = {"steps": batches // joined, "batch_size": joined * experts.batch_size}
-        return experts.model_copy(update=update)
+        steps, batch_size = joined_batches(experts.count, experts.steps, experts.batch_size, self.joint.batch_size)
+        return experts.model_copy(update={"steps": steps, "batch_size": batch_size})
 
     @property
     def assembled_experts(self) -> int:
@@ -455,6 +452,13 @@ class Config(SafeSection):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+def joined_batches(count: int, steps: int, batch_size: int, wanted: int | None) -> tuple[int, int]:
+    """Steps and batch size of a job on all batches of `count` experts, as many of them in one as `wanted` sequences."""
+    batches, most = count * steps, (wanted or 0) // batch_size
+    joined = next((number for number in range(min(most, batches), 1, -1) if batches % number == 0), 1)
+    return batches // joined, joined * batch_size
 
 
 def _impossible_combinations(config: Config) -> Any:

@@ -62,7 +62,7 @@ class MetricsLog:
         if paths.is_local(self.url):
             _claim(paths.local_path(self.url))
         try:
-            found = paths.read_bytes(self.url).decode().splitlines()
+            found = paths.read_bytes(self.url).decode(errors="replace").splitlines()
         except (FileNotFoundError, NotADirectoryError):
             found = []
         self._lines = [line for line in found if _step_of(line) <= step]
@@ -137,7 +137,7 @@ def _step_of(line: str) -> float:
     """The step of a metrics line; a torn line (killed while writing) counts as later than all."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf
 
 
