@@ -74,8 +74,10 @@ def _verdict(results: Results) -> str:
 
 
 def _beside(loss: float, words: str, other: float) -> str:
-    """How a loss stands to another one, as a difference in perplexity."""
-    percent = 100 * (math.exp(min(700.0, loss - other)) - 1) if math.isfinite(loss - other) else math.nan
+    """How a loss stands to another one, as a difference in perplexity where both are finite."""
+    if not math.isfinite(loss - other):
+        return f"{words} {other:.4f}"
+    percent = 100 * (math.exp(min(700.0, loss - other)) - 1)
     return f"{words} {other:.4f}, so our perplexity is {abs(percent):.1f} % {'lower' if percent < 0 else 'higher'}"
 
 

@@ -9,8 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from checkpoints.parsing import parse_object
 from modularforge.errors import DataError
 
-MOST = 1e38  # float32 holds no more
-Number = Annotated[float, Field(ge=-MOST)]  # "inf" and "nan" stand for themselves in JSON
+Number = float  # also from the texts "inf" and "nan"
 Count = Annotated[int, Field(ge=0, le=2**63)]
 Share = Annotated[float, Field(ge=0, le=1.01, allow_inf_nan=False)]
 

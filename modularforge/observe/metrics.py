@@ -139,7 +139,9 @@ def number_of(value: Any) -> float | None:
         return NOT_FINITE.get(value)
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
-    return float(value) if abs(value) <= MOST or value != value else math.copysign(math.inf, value)
+    if abs(value) > MOST:
+        return math.inf if value > 0 else -math.inf
+    return float(value)
 
 
 def _is_step(value: Any) -> bool:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import base64
 import datetime
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from checkpoints.redact import redact
@@ -24,7 +25,6 @@ from modularforge.observe.progress import headline, is_finished, parts_of
 from modularforge.observe.run import Run
 from modularforge.observe.tables import evaluation_table, job_table, provenance_table, settings_table, versions_table
 
-TEMPLATE = resources.files("modularforge.observe") / "page.html"
 SECTIONS = {
     "progress": "Progress",
     "timeline": "Timeline",
@@ -38,14 +38,13 @@ SECTIONS = {
 
 def make_page(run: Run, plots: Iterable[Plot]) -> str:
     """The whole page."""
-    engine = Environment(autoescape=True, undefined=StrictUndefined, finalize=_clean)
     drawn = [{**asdict(plot), "base64": Markup(base64.b64encode(plot.png).decode())} for plot in plots]
     samples = list(_samples(run.evaluation or {}))
     filled = {"progress", *(plot["section"] for plot in drawn)}
     filled |= {"evaluation"} if run.evaluation else set()
     filled |= {"samples"} if samples else set()
     filled |= {"configuration"} if run.artifacts or run.config else set()
-    page = engine.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    page = _template().render(
         title=_title(run),
         css=Markup(CSS),
         headline=headline(run),
@@ -66,6 +65,13 @@ def make_page(run: Run, plots: Iterable[Plot]) -> str:
         settings=settings_table(run.config) if run.config else None,
     )
     return page.strip() + "\n"
+
+
+@functools.cache
+def _template() -> Template:
+    engine = Environment(autoescape=True, undefined=StrictUndefined, finalize=_clean)
+    source = resources.files("modularforge.observe") / "page.html"
+    return engine.from_string(source.read_text(encoding="utf-8"))
 
 
 def _clean(value: Any) -> Any:
