@@ -147,6 +147,11 @@ class Progress:
     def __init__(self, bar: Callable[[float, str], None] | None = None) -> None:
         self._bar = bar
 
+    @property
+    def is_shown(self) -> bool:
+        """Whether there is a terminal that shows it."""
+        return self._bar is not None
+
     def advance(self, amount: float = 1, note: str = "") -> None:
         """Move the bar on by `amount` units; `note`, or the one before it, is shown behind it."""
         if self._bar is not None:
@@ -154,9 +159,11 @@ class Progress:
 
 
 @contextmanager
-def progress(description: str, total: float | None, unit: str = "steps", start: int = 0) -> Iterator[Progress]:
-    """Show a progress bar while the block runs, if standard error is a terminal."""
-    if not sys.stderr.isatty():
+def progress(
+    description: str, total: float | None, unit: str = "steps", start: int = 0, is_wanted: bool = True
+) -> Iterator[Progress]:
+    """Show a progress bar while the block runs, if it is wanted (by one rank of many) and standard error a terminal."""
+    if not is_wanted or not sys.stderr.isatty():
         yield Progress()
         return
     with step_bar(description, total, unit, start) as advance:

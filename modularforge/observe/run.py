@@ -28,7 +28,7 @@ EVENTS_FOLDER = "cluster/events"
 # Jobs of which there is one for each partition, and where their artifacts lie.
 WORKER_FOLDERS = {"expert": "experts", "branch": "baselines/branches"}
 WORKER_NAME = re.compile(r"(expert|branch)-(\d{1,5})", re.ASCII)
-MOST_EXPERTS, MOST_COUNT = 100_000, 2**53
+MOST_EXPERTS, MOST_COUNT = 10_000, 2**53
 JOB_ORDER = {"backbone": 0, "expert": 1, "dense": 2, "joint": 3, "branch": 4, "calibration": 5}
 # The job that trains a stage bears the stage's name, but for this one.
 STAGE_OF_JOB = {"calibration": "calibrated"}
@@ -56,7 +56,7 @@ class Run:
     def num_experts(self) -> int:
         """Experts that the run has or shall have."""
         found = [int(match[2]) + 1 for name in {*self.artifacts, *self.jobs} if (match := WORKER_NAME.fullmatch(name))]
-        return max([min(MOST_EXPERTS, self.setting("experts.count", 0)), *found])
+        return min(MOST_EXPERTS, max([self.setting("experts.count", 0), *found]))
 
     def setting(self, path: str, default: Value) -> Value:
         """A setting by its dotted name; the default where the recorded settings have none, or one of another kind."""
