@@ -20,11 +20,13 @@ SHORTEST_SECRET = 6  # shorter values ("on", "1234") stand in ordinary text by c
 # So do plain words ("testing", "minioadmin") and numbers (MAX_TOKENS=100000): a run in runs/testing must not be renamed
 # by the password of a test server.
 WORD = re.compile(r"[a-z]{1,15}|\d{1,11}")
-USER_INFO = re.compile(r"(?<=://)[^/?#\s'\"<>]*@")
+# `${NAME}` stands for an environment variable in locations of sources: it says where the secret is, not what it is.
+VARIABLE = r"\$\{[A-Za-z_]\w*\}"
+USER_INFO = re.compile(rf"(?<=://)(?![^/?#\s'\"<>:@]*:?{VARIABLE}@)[^/?#\s'\"<>]*@")
 # Queries of signed URLs: S3 (X-Amz-…, AWSAccessKeyId), Azure (sig), Google (X-Goog-…), and what plain servers use.
 SECRET_QUERY = re.compile(
     r"(?i)([?&;](?:[\w.-]*(?:signature|credential|token(?!iz)|secret|passw(?:or)?d|api_?key|access_?key(?:_?id)?)[\w.-]*"
-    r"|sig|key)=)[^&#\s'\"<>]+"
+    rf"|sig|key)=)(?!{VARIABLE}(?:[&#\s'\"<>]|$))[^&#\s'\"<>]+"
 )
 # What is signed anew with each URL and is no secret: dates, lengths of life, versions of the protocol.
 SIGNED_QUERY = re.compile(

@@ -30,6 +30,7 @@ from checkpoints.owners import locked
 from checkpoints.parallel import in_order, meanwhile
 from checkpoints.places import JOURNAL_NAME, OWN_NAMES, OWNER_NAME, UPLOAD_SCRATCH, new_attempt
 from checkpoints.reading import PART_BYTES
+from checkpoints.redact import redact_values
 from checkpoints.retry import logger
 
 Chunk = bytes | memoryview
@@ -54,10 +55,12 @@ class ArtifactWriter:
         self.may_be_committed = False
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write one JSON file into the artifact."""
+        """Write one JSON file into the artifact, without secrets."""
         target = self._path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+        target.write_text(
+            json.dumps(redact_values(value), indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
     def write_chunks(self, name: str, chunks: Iterable[Chunk], size: int = 0) -> FileEntry:
         """Write one file from its bytes, hashed as they pass; to an object store they go at once, not to the disk.
@@ -118,7 +121,7 @@ class ArtifactWriter:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         manifest = replace(
             self._manifest,
-            facts=facts or {},
+            facts=redact_values(facts or {}),
             files=self.files,
             created=created or now,
             attempt=self.attempt,
@@ -248,7 +251,7 @@ def write_artifact(
     With `resume`, finished files are kept when the writer is interrupted, and the next writer with the same `resume`
     takes them over: it must be a hash (hexadecimal) of all that the bytes depend on.
     """
-    manifest = Manifest(kind, fingerprint, settings or {}, inputs or {})
+    manifest = Manifest(kind, fingerprint, redact_values(settings or {}), inputs or {})
     with ExitStack() as stack:
         try:
             attempt, folder, resumes = _place(url, resume, stack)

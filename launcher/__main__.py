@@ -63,7 +63,9 @@ def launch(
 def _launch_here(settings: Config, max_workers: int | None) -> None:
     from launcher.local import LocalLauncher
     from launcher.tasks import build_tasks
+    from launcher.unsaved import require_readable_settings
 
+    require_readable_settings(settings)
     if max_workers is not None:
         changed = settings.launcher.model_copy(update={"max_workers": max_workers})
         settings = settings.model_copy(update={"launcher": changed})

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from checkpoints import StoreError, paths
+from checkpoints.redact import redact_values
 from checkpoints.screen import LogFormatter, step_bar
 from modularforge.tensorboard import events_beside
 
@@ -61,7 +62,7 @@ class MetricsLog:
         if paths.is_local(self.url):
             _claim(paths.local_path(self.url))
         try:
-            found = paths.read_bytes(self.url).decode().splitlines()
+            found = paths.read_bytes(self.url).decode(errors="replace").splitlines()
         except (FileNotFoundError, NotADirectoryError):
             found = []
         self._lines = [line for line in found if _step_of(line) <= step]
@@ -72,7 +73,7 @@ class MetricsLog:
 
     def write(self, **values: Any) -> None:
         """Append one line."""
-        line = json.dumps(json_safe(values), allow_nan=False)
+        line = json.dumps(json_safe(redact_values(values)), allow_nan=False)
         if paths.is_local(self.url):
             path = paths.local_path(self.url)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +137,7 @@ def _step_of(line: str) -> float:
     """The step of a metrics line; a torn line (killed while writing) counts as later than all."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf
 
 
@@ -146,6 +147,11 @@ class Progress:
     def __init__(self, bar: Callable[[float, str], None] | None = None) -> None:
         self._bar = bar
 
+    @property
+    def is_shown(self) -> bool:
+        """Whether there is a terminal that shows it."""
+        return self._bar is not None
+
     def advance(self, amount: float = 1, note: str = "") -> None:
         """Move the bar on by `amount` units; `note`, or the one before it, is shown behind it."""
         if self._bar is not None:
@@ -153,9 +159,11 @@ class Progress:
 
 
 @contextmanager
-def progress(description: str, total: float | None, unit: str = "steps", start: int = 0) -> Iterator[Progress]:
-    """Show a progress bar while the block runs, if standard error is a terminal."""
-    if not sys.stderr.isatty():
+def progress(
+    description: str, total: float | None, unit: str = "steps", start: int = 0, is_wanted: bool = True
+) -> Iterator[Progress]:
+    """Show a progress bar while the block runs, if it is wanted (by one rank of many) and standard error a terminal."""
+    if not is_wanted or not sys.stderr.isatty():
         yield Progress()
         return
     with step_bar(description, total, unit, start) as advance:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import Artifact, ArtifactExistsError, ArtifactWriter, open_artifact, paths, write_artifact
+from checkpoints.redact import redact
 from checkpoints.sweep import sweep
 from modularforge.config import Config
 from modularforge.log import json_safe, logger
@@ -56,7 +57,7 @@ def commit(writer: ArtifactWriter, plan: Plan, config: Config, facts: dict[str, 
 
 def save_settings(config: Config) -> None:
     """Write the resolved settings as `config.yaml` at the run's root (rank 0 only, once a stage is found to be due)."""
-    url, content = paths.join(config.output_dir, SETTINGS_NAME), to_yaml(config).encode()
+    url, content = paths.join(config.output_dir, SETTINGS_NAME), redact(to_yaml(config)).encode()
     if not paths.exists(url) or paths.read_bytes(url) != content:
         paths.replace_bytes(url, content)
 

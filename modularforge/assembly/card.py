@@ -5,10 +5,14 @@ It says only what those manifests say: no places, no times, so the same parts gi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import yaml
+
 from checkpoints import Artifact
+from checkpoints.markdown import code, plain, table
 from modularforge.config import Config
 
 CARD_NAME = "README.md"
@@ -18,7 +22,7 @@ def model_card(config: Config, backbone: Artifact, experts: Sequence[Artifact], 
     """README.md of the model folder; `facts` are those of the assembled model's manifest."""
     blocks = [
         _front_matter(backbone),
-        f"# {config.name}",
+        f"# {plain(config.name)}",
         _summary(backbone, experts, facts),
         _how_to_load(facts),
         "## What it was made from",
@@ -43,7 +47,8 @@ def _front_matter(backbone: Artifact) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     lines += ["tags: [mixture-of-experts, modularforge]"]
     base = (backbone.manifest.facts.get("pretrained") or {}).get("hub")
-    return "\n".join([*lines, *([f"base_model: {base}"] if base else []), "---"])
+    named = yaml.safe_dump({"base_model": base}, width=math.inf, allow_unicode=True).splitlines() if base else []
+    return "\n".join([*lines, *named, "---"])
 
 
 def _summary(backbone: Artifact, experts: Sequence[Artifact], facts: Mapping[str, Any]) -> str:
@@ -60,13 +65,14 @@ def _origin(backbone: Artifact) -> str:
     pretrained = backbone.manifest.facts.get("pretrained")
     if not pretrained:
         return "one backbone trained from random weights"
-    name = pretrained["hub"] or f"a pretrained model (identity `{pretrained['identity']}`)"
+    named = pretrained["hub"] and plain(pretrained["hub"])
+    name = named or f"a pretrained model (identity {code(pretrained['identity'])})"
     return f"{name}, trained on before that," if backbone.manifest.facts.get("training_tokens") else f"{name} as it is"
 
 
 def _how_to_load(facts: Mapping[str, Any]) -> str:
     return (
-        f"It is a `{facts['architecture']}` and loads in plain transformers, 4.57 or newer:\n\n"
+        f"It is a {code(facts['architecture'])} and loads in plain transformers, 4.57 or newer:\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'folder = "."  # where this file lies\n'
         'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")\n'
@@ -81,7 +87,7 @@ def _parts(backbone: Artifact, experts: Sequence[Artifact]) -> Iterator[list[str
         tokens = facts.get("training_tokens")
         row = ["not recorded" if tokens is None else f"{tokens:,} tokens"]
         row += [_loss(facts.get(key)) for key in ("train_loss", "validation_loss")]
-        yield [name, *row, f"`{artifact.manifest.fingerprint}`"]
+        yield [plain(name), *row, code(artifact.manifest.fingerprint)]
 
 
 def _loss(value: Any) -> str:
@@ -96,7 +102,7 @@ def _data(backbone: Artifact) -> Iterator[str]:
     yield "## Data"
     yield "\n".join(f"- {line}" for line in _sources(backbone))
     rows = [
-        [label, split, f"{count['documents']:,}", f"{count['tokens']:,}", f"{count['bytes']:,}"]
+        [plain(label), split, f"{count['documents']:,}", f"{count['tokens']:,}", f"{count['bytes']:,}"]
         for split in ("train", "validation", "test")
         for label, count in splits.get(split, {}).items()
     ]
@@ -105,9 +111,9 @@ def _data(backbone: Artifact) -> Iterator[str]:
 
 def _sources(backbone: Artifact) -> Iterator[str]:
     for source in _config_of(backbone).get("data", {}).get("sources", ()):
-        where = f"`{source['hub']}` on the Hub" if source.get("hub") else "files of its own"
-        named = f", {source['hub_config']}" if source.get("hub_config") else ""
-        yield f"{source['name']}: {where}{named}"
+        where = f"{code(source['hub'])} on the Hub" if source.get("hub") else "files of its own"
+        named = f", {plain(source['hub_config'])}" if source.get("hub_config") else ""
+        yield f"{plain(source['name'])}: {where}{named}"
 
 
 def _settings(
@@ -117,12 +123,12 @@ def _settings(
     made = _config_of(experts[0]) if experts else {}
     rows = [["assembly", "router", str(facts["router"])], ["assembly", "seed", str(config.seed)]]
     for section, values in (("backbone", _config_of(backbone).get("backbone")), ("experts", made.get("experts"))):
-        rows += [[section, name, f"{value}"] for name, value in (values or {}).items()]
-    rows += [["partition", name, f"{value}"] for name, value in made.get("partition", {}).items()]
+        rows += [[section, plain(name), plain(f"{value}")] for name, value in (values or {}).items()]
+    rows += [["partition", plain(name), plain(f"{value}")] for name, value in made.get("partition", {}).items()]
     yield _table(["section", "setting", "value"], rows)
     versions = (backbone.manifest.facts.get("provenance") or {}).get("versions", {})
     if versions:
-        listed = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+        listed = ", ".join(plain(f"{name} {version}") for name, version in sorted(versions.items()))
         yield f"Made with {listed}."
 
 
@@ -132,5 +138,4 @@ def _config_of(artifact: Artifact) -> dict[str, Any]:
 
 
 def _table(titles: Sequence[str], rows: Iterator[list[str]] | list[list[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(table(titles, rows))

@@ -16,11 +16,12 @@ from modularforge.observe.metrics import Metric
 from modularforge.observe.style import DPI
 
 LABEL_HEIGHT_POINTS = 14.0
+MOST_INCHES = 400.0  # of 144 points each; a picture cannot have more than 65,536
 
 
 def new_figure(width: float, height: float) -> Figure:
     """A figure that only files will show; nothing global keeps it alive."""
-    figure = Figure(figsize=(width, height), layout=None)
+    figure = Figure(figsize=(width, min(height, MOST_INCHES)), layout=None)
     FigureCanvasAgg(figure)
     return figure
 

@@ -24,6 +24,7 @@ SIGNED = "https://bucket.s3.amazonaws.com/a.jsonl?X-Amz-Date={date}&X-Amz-Expire
         ("https://h/a?AWSAccessKeyId=AK&Signature=s%3D&Expires=17", "https://h/a?AWSAccessKeyId=***&Signature=***&Expires=***"),
         ("url='https://h/a?access_token=t' failed", "url='https://h/a?access_token=***' failed"),
         ("/a?api_key=abc#top", "/a?api_key=***#top"),
+        ("http://a${B}:pw@host/x, http://u:${A}b@c", "http://***@host/x, http://***@c"),
         ("s3::http://me:pw@host/x", "s3::http://***@host/x"),
     ],
 )  # fmt: skip
@@ -42,7 +43,7 @@ def test_secrets_in_urls_are_taken_out(text: str, shown: str) -> None:
         "s3://bucket/key with = and ?", "https://h/a.jsonl?tokenizer=x&se=1&expires=5&page=2", "tokenizer=bpe",
         "data/token=3/part-0.parquet", "/home/me/secrets/api_key.txt", "runs/testing/minioadmin", "me@example.org",
         "a: http://h/x; b@c", "AKIAABCDEFGH", "https://h/data?download=true&revision=main", "http://[::1]:9000/bucket",
-        "100000 tokens",
+        "100000 tokens", "https://${USER}:${PASSWORD}@h/a", "ftp://me:${PW}@h/a", "https://h/a?token=${TOKEN}&x=1",
     ],
 )  # fmt: skip
 def test_ordinary_text_stays_as_it_is(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
