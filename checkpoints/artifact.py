@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from checkpoints import paths
 from checkpoints.environment import cache_folder
 from checkpoints.errors import CorruptArtifactError, MissingArtifactError
-from checkpoints.manifest import MANIFEST_NAME, Manifest
+from checkpoints.manifest import MANIFEST_NAME, FileEntry, Manifest
 from checkpoints.parsing import parse_json
 from checkpoints.places import HIDDEN, OWNER_NAME
 from checkpoints.reading import check_local_file, check_size, stream_file
@@ -32,15 +32,20 @@ class Artifact:
 
     def file_url(self, name: str) -> str:
         """URL of one file; raises CorruptArtifactError when the manifest does not name it, or a link leads away."""
+        self.entry(name)
+        url = self.place_of(name)
+        if paths.is_local(url):
+            paths.check_within(paths.local_path(url), paths.local_path(self.url))
+        return url
+
+    def entry(self, name: str) -> FileEntry:
+        """Size and hashes of one file; raises CorruptArtifactError when the manifest does not name it."""
         if name not in self.manifest.files:
             known = ", ".join(sorted(self.manifest.files))
             raise CorruptArtifactError(
                 f"{self.url} must hold {name:.80}, but its manifest names {known:.200}; make it again"
             )
-        url = self.place_of(name)
-        if paths.is_local(url):
-            paths.check_within(paths.local_path(url), paths.local_path(self.url))
-        return url
+        return self.manifest.files[name]
 
     def place_of(self, name: str) -> str:
         """Where one file must lie, whatever lies there."""

@@ -66,9 +66,9 @@ class Manifest:
         """Parse and check a manifest; `url` is only named in errors."""
         try:
             values = parse_object(content)
-            if type(values.get("format")) is not int or values["format"] != FORMAT:
+            if type(values["format"]) is not int or values["format"] != FORMAT:
                 raise CorruptArtifactError(
-                    f"{url} must have manifest format {FORMAT}, but has {values.get('format')!r:.60}; "
+                    f"{url} must have manifest format {FORMAT}, but has {values['format']!r:.60}; "
                     "read it with the version of modularforge that wrote it"
                 )
             _check_own_hash(content, values.pop("sha256"))
@@ -76,8 +76,9 @@ class Manifest:
             check_manifest(values)
             return Manifest(**values)
         except (ValueError, KeyError, TypeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise CorruptArtifactError(
-                f"{url} must be an undamaged manifest, but cannot be read ({error}); "
+                f"{url} must be an undamaged manifest, but cannot be read ({reason}); "
                 "restore it from a copy, or delete the folder and run its stage again"
             ) from error
 

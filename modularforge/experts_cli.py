@@ -24,6 +24,7 @@ Output = Annotated[str | None, typer.Option("--output", help="Where the new mode
 def list_members(model: Model, as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False) -> None:
     """The experts of a model: slot, index, where each lies."""
     from checkpoints import open_artifact
+    from modularforge.facts import fact
     from modularforge.stages import members
 
     artifact = open_artifact(model)
@@ -31,9 +32,9 @@ def list_members(model: Model, as_json: Annotated[bool, typer.Option("--json", h
     if as_json:
         say(json.dumps([vars(member) for member in found], indent=1))
         return
-    facts = artifact.manifest.facts
-    public = ", the public FFN in slot 0" if facts["public_expert"] else ""
-    say(f"{model}: {len(found)} experts{public}; router {facts['router']}, top {facts['experts_per_token']}")
+    public = ", the public FFN in slot 0" if fact(artifact, "public_expert") else ""
+    router, active = fact(artifact, "router"), fact(artifact, "experts_per_token")
+    say(f"{model}: {len(found)} experts{public}; router {router}, top {active}")
     for member in found:
         say(f"slot {member.slot}: expert {member.index}  {member.url}")
 

@@ -28,7 +28,7 @@ TORCH_FREE_MODEL = {
 }
 # What somebody else wrote is read through these; they touch no storage.
 READERS = {"checkpoints.names", "checkpoints.parsing", "checkpoints.safetensors"}
-PLAIN = {"modularforge.config", "modularforge.errors", "modularforge.log"} | READERS
+PLAIN = {"modularforge.config", "modularforge.errors", "modularforge.log", "modularforge.facts"} | READERS
 
 
 def python_files(folder: str) -> list[Path]:

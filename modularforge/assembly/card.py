@@ -14,6 +14,7 @@ import yaml
 from checkpoints import Artifact
 from checkpoints.markdown import code, plain, table
 from modularforge.config import Config
+from modularforge.facts import fact
 
 CARD_NAME = "README.md"
 
@@ -46,7 +47,7 @@ def calibration_note(before: float, after: float) -> str:
 def _front_matter(backbone: Artifact) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     lines += ["tags: [mixture-of-experts, modularforge]"]
-    base = (backbone.manifest.facts.get("pretrained") or {}).get("hub")
+    base = (fact(backbone, "pretrained", None) or {}).get("hub")
     named = yaml.safe_dump({"base_model": base}, width=math.inf, allow_unicode=True).splitlines() if base else []
     return "\n".join([*lines, *named, "---"])
 
@@ -62,12 +63,12 @@ def _summary(backbone: Artifact, experts: Sequence[Artifact], facts: Mapping[str
 
 
 def _origin(backbone: Artifact) -> str:
-    pretrained = backbone.manifest.facts.get("pretrained")
+    pretrained = fact(backbone, "pretrained", None)
     if not pretrained:
         return "one backbone trained from random weights"
     named = pretrained["hub"] and plain(pretrained["hub"])
     name = named or f"a pretrained model (identity {code(pretrained['identity'])})"
-    return f"{name}, trained on before that," if backbone.manifest.facts.get("training_tokens") else f"{name} as it is"
+    return f"{name}, trained on before that," if fact(backbone, "training_tokens", 0) else f"{name} as it is"
 
 
 def _how_to_load(facts: Mapping[str, Any]) -> str:
@@ -81,10 +82,10 @@ def _how_to_load(facts: Mapping[str, Any]) -> str:
 
 
 def _parts(backbone: Artifact, experts: Sequence[Artifact]) -> Iterator[list[str]]:
-    named = [("backbone", backbone), *((f"expert {item.manifest.facts.get('index', '?')}", item) for item in experts)]
+    named = [("backbone", backbone), *((f"expert {fact(item, 'index', '?')}", item) for item in experts)]
     for name, artifact in named:
         facts = artifact.manifest.facts
-        tokens = facts.get("training_tokens")
+        tokens = fact(artifact, "training_tokens", None)
         row = ["not recorded" if tokens is None else f"{tokens:,} tokens"]
         row += [_loss(facts.get(key)) for key in ("train_loss", "validation_loss")]
         yield [plain(name), *row, code(artifact.manifest.fingerprint)]
@@ -96,7 +97,7 @@ def _loss(value: Any) -> str:
 
 def _data(backbone: Artifact) -> Iterator[str]:
     """The corpus: its sources by name, and how much of each domain each split holds."""
-    splits = (backbone.manifest.facts.get("data") or {}).get("splits")
+    splits = (fact(backbone, "data", None) or {}).get("splits")
     if not splits:
         return
     yield "## Data"
@@ -126,14 +127,14 @@ def _settings(
         rows += [[section, plain(name), plain(f"{value}")] for name, value in (values or {}).items()]
     rows += [["partition", plain(name), plain(f"{value}")] for name, value in made.get("partition", {}).items()]
     yield _table(["section", "setting", "value"], rows)
-    versions = (backbone.manifest.facts.get("provenance") or {}).get("versions", {})
+    versions = fact(backbone, "provenance", {}).get("versions", {})
     if versions:
         listed = ", ".join(plain(f"{name} {version}") for name, version in sorted(versions.items()))
         yield f"Made with {listed}."
 
 
 def _config_of(artifact: Artifact) -> dict[str, Any]:
-    found: dict[str, Any] = (artifact.manifest.facts.get("provenance") or {}).get("config", {})
+    found: dict[str, Any] = fact(artifact, "provenance", {}).get("config", {})
     return found
 
 
