@@ -21,6 +21,7 @@ from checkpoints.errors import StoreError
 from checkpoints.folder import FolderStore, sync_file, sync_folder, write_atomically
 from checkpoints.objects import ObjectStore
 from checkpoints.places import FileInfo, is_local, join, local_path, relative
+from checkpoints.redact import is_redacted
 from checkpoints.s3 import S3Store
 from checkpoints.s3_client import open_client
 
@@ -39,6 +40,7 @@ def store_of(url: str) -> Store:
     """The store behind a URL; raises StoreError for a protocol that fsspec does not know."""
     if is_local(url):
         return FolderStore()
+    _require_secret(url)
     protocol = url.split("://", 1)[0]
     root = "" if protocol in (*S3_PROTOCOLS, "memory") else url.split("/", 3)[2]
     settings = json.dumps(fsspec.config.conf.get(protocol, {}), default=str, sort_keys=True)
@@ -56,6 +58,7 @@ def store_of(url: str) -> Store:
 
 def filesystem(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL and the path within it, for streaming inputs; listings are never cached."""
+    _require_secret(url)
     options: dict[str, Any] = {} if is_local(url) or url.startswith("memory://") else {"use_listings_cache": False}
     try:
         files, path = fsspec.core.url_to_fs(str(local_path(url)) if is_local(url) else url, **options)
@@ -64,6 +67,14 @@ def filesystem(url: str) -> tuple[Any, str]:
             f"{url} must be a path or a URL with a protocol that fsspec knows, but: {error}; mend the URL"
         ) from error
     return files, path
+
+
+def _require_secret(url: str) -> None:
+    if not is_local(url) and is_redacted(url):
+        raise StoreError(
+            f"{url} must be a whole URL, but its secret was not saved with the settings; give the URL again (--set, "
+            "--output-dir, --data-dir), or put the secret into fsspec's configuration"
+        )
 
 
 def exists(url: str) -> bool:
