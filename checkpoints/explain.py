@@ -88,6 +88,7 @@ def is_missing_bucket(error: BaseException) -> bool:
 
 def explain(error: BaseException, action: str, url: str, attempts: int = 1) -> StoreError:
     """The error of this package that says what failed, on which URL, and what to do."""
+    url = redact(url)  # before it is taken apart
     code, task = answer_code(error), f"cannot {action} {url}"
     if is_missing_bucket(error):
         return missing_bucket(action, url)
@@ -122,6 +123,7 @@ def explain(error: BaseException, action: str, url: str, attempts: int = 1) -> S
 
 def missing_bucket(action: str, url: str) -> MissingBucketError:
     """The error for a bucket that is not there."""
+    url = redact(url)
     bucket = url.split("://", 1)[-1].split("/", 1)[0]
     return MissingBucketError(
         f"cannot {action} {url}: the bucket {bucket} does not exist at {endpoint()}; "
@@ -138,6 +140,7 @@ def unusable_settings(error: BaseException, url: str) -> StoreError:
 
 def place(url: str) -> str:
     """The bucket and key, or the path, in words."""
+    url = redact(url)
     if "://" not in url or url.startswith("file://"):
         return f"the path {url.removeprefix('file://')}"
     bucket, _, key = url.split("://", 1)[1].partition("/")

@@ -10,11 +10,13 @@ from checkpoints.screen import literal
 
 # Emphasis, code, links, tables, HTML and entities, formulas; an underscore within a word and a colon alone are plain.
 SPECIAL = re.compile(r"[\\`*\[\]<>|~$&#]|(?<![^\W_])_|_(?![^\W_])|:(?=[\w+-]+:)")
+LIST_MARK = re.compile(r"^(\d{0,9})([-+.)])(?=\s|$)")
 
 
 def plain(text: str) -> str:
     """The text on one line, with nothing in it that Markdown would read as its own."""
-    return SPECIAL.sub(r"\\\g<0>", literal(redact(" ".join(text.split())), keep=""))
+    line = literal(redact(" ".join(text.split())), keep="")
+    return LIST_MARK.sub(r"\1\\\2", SPECIAL.sub(r"\\\g<0>", line))
 
 
 def code(text: str) -> str:

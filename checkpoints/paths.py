@@ -31,6 +31,7 @@ from checkpoints.folder import (
 )
 from checkpoints.objects import ObjectStore
 from checkpoints.places import MANIFEST_NAME, FileInfo, is_local, join, local_path, relative
+from checkpoints.redact import is_redacted
 from checkpoints.s3 import S3Store
 from checkpoints.s3_client import open_client
 
@@ -48,6 +49,7 @@ def store_of(url: str) -> Store:
     """The store behind a URL; raises StoreError for a protocol that fsspec does not know."""
     if is_local(url):
         return FolderStore()
+    _require_secret(url)
     protocol = url.split("://", 1)[0]
     root = "" if protocol in (*S3_PROTOCOLS, "memory") else url.split("/", 3)[2]
     settings = json.dumps(fsspec.config.conf.get(protocol, {}), default=str, sort_keys=True)
@@ -68,6 +70,7 @@ def filesystem(url: str) -> tuple[Any, str]:
 
     A local pipe, socket or device is refused, as opening it may wait for ever.
     """
+    _require_secret(url)
     if is_local(url):
         with contextlib.suppress(OSError, ValueError):  # a pattern, or not there: for the reader to say
             check_regular(local_path(url))
@@ -79,6 +82,14 @@ def filesystem(url: str) -> tuple[Any, str]:
             f"{url} must be a path or a URL with a protocol that fsspec knows, but: {error}; mend the URL"
         ) from error
     return files, path
+
+
+def _require_secret(url: str) -> None:
+    if not is_local(url) and is_redacted(url):
+        raise StoreError(
+            f"{url} must be a whole URL, but its secret was not saved with the settings; give the URL again (--set, "
+            "--output-dir, --data-dir), or put the secret into fsspec's configuration"
+        )
 
 
 def exists(url: str) -> bool:

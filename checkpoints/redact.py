@@ -44,10 +44,7 @@ MASKED = re.compile(r"://\*\*\*@|[?&;][\w.-]+=\*\*\*")
 
 def redact(text: str) -> str:
     """The text with `***` in place of every secret."""
-    text = redact_urls(text)
-    for secret in sorted(_known_secrets(), key=len, reverse=True):
-        text = text.replace(secret, MASK)
-    return text
+    return _with(_known_secrets())(text)
 
 
 def redact_urls(text: str) -> str:
@@ -61,8 +58,9 @@ def redact_urls(text: str) -> str:
     return SECRET_QUERY.sub(rf"\g<1>{MASK}", text)
 
 
-def redact_values(value: Any, clean: Callable[[str], str] = redact) -> Any:
+def redact_values(value: Any, clean: Callable[[str], str] | None = None) -> Any:
     """The same for all texts in nested lists and dictionaries, names of entries included."""
+    clean = clean or _with(_known_secrets())
     if isinstance(value, str):
         return clean(value)
     if isinstance(value, Mapping):
@@ -89,14 +87,26 @@ def _without_signature(query: re.Match[str]) -> str:
     return text[1:]
 
 
-def _known_secrets() -> set[str]:
+def _with(secrets: list[str]) -> Callable[[str], str]:
+    def clean(text: str) -> str:
+        text = redact_urls(text)
+        for secret in secrets:
+            text = text.replace(secret, MASK)
+        return text
+
+    return clean
+
+
+def _known_secrets() -> list[str]:
+    """The longest first, because one may hold another."""
     found = {secret for secret in _raw_secrets() if len(secret) >= SHORTEST_SECRET and not WORD.fullmatch(secret)}
     # As they stand in URLs and in Python's and JSON's quoting as well.
-    return {
+    forms = {
         form
         for secret in found
         for form in (secret, quote(secret, safe=""), repr(secret)[1:-1], json.dumps(secret)[1:-1])
     }
+    return sorted(forms, key=len, reverse=True)
 
 
 def _raw_secrets() -> Iterator[str]:

@@ -22,13 +22,14 @@ from checkpoints import explain, paths
 from checkpoints.artifact import Artifact
 from checkpoints.durable import DurableFile
 from checkpoints.errors import ArtifactExistsError, StoreError, StoreFullError
+from checkpoints.exchange import exchange
 from checkpoints.forms import check_names
 from checkpoints.hashing import CHUNK_BYTES, FileEntry, FileHasher, describe_file
 from checkpoints.journal import Journal, attempt_of
 from checkpoints.manifest import MANIFEST_NAME, Manifest
 from checkpoints.owners import locked
 from checkpoints.parallel import in_order, meanwhile
-from checkpoints.places import JOURNAL_NAME, OWN_NAMES, OWNER_NAME, UPLOAD_SCRATCH, new_attempt
+from checkpoints.places import JOURNAL_NAME, OWN_NAMES, OWNER_NAME, UPLOAD_SCRATCH, hidden_name, new_attempt
 from checkpoints.reading import PART_BYTES
 from checkpoints.redact import redact_values
 from checkpoints.retry import logger
@@ -113,8 +114,11 @@ class ArtifactWriter:
                 "make room, or use another --output-dir"
             )
 
-    def commit(self, facts: dict[str, Any] | None = None, created: str = "") -> Artifact:
-        """Hash the files, publish them, and create the manifest; raises ArtifactExistsError when another won."""
+    def commit(self, facts: dict[str, Any] | None = None, created: str = "", old: Artifact | None = None) -> Artifact:
+        """Hash the files, publish them, and create the manifest; raises ArtifactExistsError when another won.
+
+        An `old` artifact at this place is there until this one is, and deleted then: one of them is found at any time.
+        """
         self.files = self._all_files()
         self._journal.remove()
         local = paths.is_local(self.url)
@@ -129,7 +133,9 @@ class ArtifactWriter:
         )
         content = manifest.to_json()
         self.may_be_committed = True
-        if local:
+        if old is not None:
+            self._take_place_of(old, content)
+        elif local:
             self._rename_into_place(content)
         else:
             self._create_manifest(content)
@@ -188,20 +194,45 @@ class ArtifactWriter:
         path = self.folder / name
         return self.write_chunks(name, _read_chunks(path), path.stat().st_size)
 
-    def _rename_into_place(self, manifest: bytes) -> None:
-        """Make the folder durable, then visible by one rename, then the rename durable."""
+    def _take_place_of(self, old: Artifact, manifest: bytes) -> None:
+        """Replace an artifact: on a folder by an exchange, on an object store by the manifest, which names files."""
+        if old.is_deleted():
+            self.may_be_committed = False
+            raise self._exists()
+        if not paths.is_local(self.url):
+            paths.replace_bytes(paths.join(self.url, MANIFEST_NAME), manifest)
+            if old.manifest.files_in not in ("", self.attempt):
+                paths.remove(paths.join(self.url, old.manifest.files_in))
+            return
+        self._make_durable(manifest)
+        target = paths.local_path(self.url)
+        # Under a name that no later writer continues: what is left there after a kill are the old files.
+        staged = target.with_name(hidden_name(target.name))
+        os.rename(self.folder, staged)
+        try:
+            exchange(staged, target)
+        except OSError as error:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise explain.explain(error, "replace", self.url) from error
+        _finish(target)
+        with suppress(StoreError):  # what is in place is whole
+            paths.remove(str(staged))
+
+    def _make_durable(self, manifest: bytes) -> None:
         (self.folder / MANIFEST_NAME).write_bytes(manifest)
         paths.sync_file(self.folder / MANIFEST_NAME)
         for folder in (*(path for path in self.folder.rglob("*") if path.is_dir()), self.folder):
             paths.sync_folder(folder)
+
+    def _rename_into_place(self, manifest: bytes) -> None:
+        """Make the folder durable, then visible by one rename, then the rename durable."""
+        self._make_durable(manifest)
         target = paths.local_path(self.url)
         try:
             os.rename(self.folder, target)
         except OSError as error:
             self._explain_failed_rename(target, manifest, error)
-        paths.sync_folder(target.parent)
-        with suppress(OSError):  # until here it tells whose the folder is; in the artifact nobody reads it
-            (target / OWNER_NAME).unlink()
+        _finish(target)
 
     def _explain_failed_rename(self, target: Path, manifest: bytes, error: OSError) -> None:
         """Return when the rename did happen (network file systems lose answers), or raise what is wrong."""
@@ -308,6 +339,13 @@ def _scratch_folder(url: str, attempt: str) -> Path:
     folder = target.with_name(f".{target.name}.{attempt}")
     folder.mkdir(exist_ok=True)  # a resumable one may be there
     return folder
+
+
+def _finish(target: Path) -> None:
+    """Make a rename durable; until then the note told whose the folder was, and in the artifact nobody reads it."""
+    paths.sync_folder(target.parent)
+    with suppress(OSError):
+        (target / OWNER_NAME).unlink()
 
 
 def _give_rights_of(folder: Path, path: Path) -> None:

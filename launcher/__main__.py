@@ -125,7 +125,7 @@ def logs(
     from launcher.cluster import tail
 
     for text in tail(settings, stage, follow):
-        say(text, end="")
+        say(text.replace("\r", "\n"), end="")  # bars of libraries go back to the start of their line
 
 
 @app.command()

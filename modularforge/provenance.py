@@ -39,10 +39,15 @@ def making(plan: Plan, parts: Sequence[Artifact] = ()) -> Iterator[ArtifactWrite
         yield writer
 
 
-def commit(writer: ArtifactWriter, plan: Plan, config: Config, facts: dict[str, Any]) -> Artifact:
-    """Publish what was written, with `facts` and provenance; a rival that made the same artifact first is as good."""
+def commit(
+    writer: ArtifactWriter, plan: Plan, config: Config, facts: dict[str, Any], old: Artifact | None = None
+) -> Artifact:
+    """Publish what was written, with `facts` and provenance, in the place of `old` if there is one.
+
+    A rival that made the same artifact first is as good.
+    """
     try:
-        artifact = writer.commit(json_safe({**facts, "provenance": provenance(config)}))
+        artifact = writer.commit(json_safe({**facts, "provenance": provenance(config)}), old=old)
     except ArtifactExistsError:
         artifact = open_artifact(plan.url)
         if artifact.manifest.fingerprint != plan.fingerprint:

@@ -122,7 +122,7 @@ def _settings(
 ) -> Iterator[str]:
     yield "## Settings"
     made = _config_of(experts[0]) if experts else {}
-    rows = [["assembly", "router", str(facts["router"])], ["assembly", "seed", str(config.seed)]]
+    rows = [["assembly", "router", plain(str(facts["router"]))], ["assembly", "seed", str(config.seed)]]
     for section, values in (("backbone", _config_of(backbone).get("backbone")), ("experts", made.get("experts"))):
         rows += [[section, plain(name), plain(f"{value}")] for name, value in (values or {}).items()]
     rows += [["partition", plain(name), plain(f"{value}")] for name, value in made.get("partition", {}).items()]

@@ -41,11 +41,10 @@ def run(config: Config) -> Results:
     results = json_safe(results)
     if old:
         logger.info("the evaluation at %s was of other models or settings; it is replaced", plan.url)
-        paths.remove(plan.url)
     with making(plan) as writer:
         writer.write_json(RESULTS_NAME, results)
         (writer.folder / REPORT_NAME).write_text(markdown(results), encoding="utf-8")
-        commit(writer, plan, config, {"chosen": results["chosen"]})
+        commit(writer, plan, config, {"chosen": results["chosen"]}, old)
     return results
 
 

@@ -92,10 +92,9 @@ def _assemble_again(model: Artifact, experts: Sequence[Artifact], output: str | 
             if find_artifact(calibrated):
                 logger.info("%s was made from the old model and is removed; calibrate again", calibrated)
                 paths.remove(calibrated)
-            paths.remove(url)
         seconds = round(time.perf_counter() - start, 3)
         known = {"seconds": seconds, CHOSEN_FACT: True, **facts, "provenance": provenance(config)}
-        artifact = writer.commit(json_safe(known))
+        artifact = writer.commit(json_safe(known), old=old)
     logger.info("finished: %s", url)
     return artifact
 

@@ -56,7 +56,7 @@ def fit(
         batches = batches_from(trainer.position)
         showing = progress(job.name, job.phase.steps, start=trainer.step, is_wanted=world.is_main)
         with keeper, stop_on_signals() as stop, showing as bar:
-            teller = Teller(job, bar, trainer.step, world.is_main)
+            teller = Teller(job, bar, trainer.step, job.speaks and world.is_main)
             while trainer.step < job.phase.steps:
                 rate = learning_rate(job.phase, trainer.step)
                 with meter.waiting_for_data():

@@ -86,11 +86,13 @@ def planted(folder: Path, *outputs: str) -> list[str]:
 
 def test_a_run_leaves_and_prints_no_secret_and_goes_on_from_its_saved_settings(tmp_path: Path, port: int) -> None:
     url = f"http://{USER}:{PASSWORD}@127.0.0.1:{port}/corpus.jsonl"
-    settings, run = settings_file(tmp_path, url), tmp_path / "run"
+    settings, run = settings_file(tmp_path, url, name="sweep [/final] :smile:"), tmp_path / "run"
     done = run_command("modularforge", "run-all", "--config", settings, env=SECRETS)
     again = run_command("modularforge", "report", str(run), env=SECRETS)
     assert planted(run, done.stdout, done.stderr, again.stdout, again.stderr) == []
     assert len(list(run.rglob("*.safetensors"))) > 5
+    assert "sweep [/final] :smile:: test perplexity" in done.stdout, "and its name is no markup"
+    assert "backbone done: 20 steps, loss " in done.stderr
 
     saved = str(run / "config.yaml")
     assert yaml.safe_load(Path(saved).read_text())["data"]["sources"][0]["train"].startswith("http://***@127.0.0.1")

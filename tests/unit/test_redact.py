@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from urllib.parse import quote
 
 import fsspec
 import pytest
 
+from checkpoints import explain, paths
 from checkpoints.errors import StoreError
 from checkpoints.redact import has_secret, is_redacted, redact, redact_urls, redact_values
+from modularforge.observe.discover import short_names
 
 SIGNED = "https://bucket.s3.amazonaws.com/a.jsonl?X-Amz-Date={date}&X-Amz-Expires=60&X-Amz-Signature={sign}&part=2"
 
@@ -85,3 +88,19 @@ def test_nested_values_and_every_error_for_users_are_redacted() -> None:
     values = {"http://a:b@c": ["http://a:b@c", 1, None, ("x", 0.5)]}
     assert redact_values(values) == {"http://***@c": ["http://***@c", 1, None, ["x", 0.5]]}
     assert str(StoreError("cannot read http://a:b@c")) == "cannot read http://***@c"
+
+
+def test_errors_that_take_a_url_apart_show_no_part_of_its_secret() -> None:
+    url = "sftp://user:Pl4nted@host/run"
+    for error in (PermissionError("no"), OSError("odd"), ConnectionError("gone")):
+        assert "Pl4nted" not in str(explain.explain(error, "read", url))
+    assert "Pl4nted" not in explain.place(url) + str(explain.missing_bucket("read", url))
+    assert short_names([url, "sftp://user:Pl4nted@other/run"]) == {
+        url: "***@host/run", "sftp://user:Pl4nted@other/run": "***@other/run",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("act", [paths.exists, paths.list_folder, paths.filesystem])
+def test_a_saved_url_without_its_secret_is_refused_when_it_must_be_read(act: Callable[[str], object]) -> None:
+    with pytest.raises(StoreError, match=r"\*\*\*@host/run must be a whole URL, but its secret was not saved.*again"):
+        act("sftp://***@host/run")

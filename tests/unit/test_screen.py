@@ -7,11 +7,17 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from rich.console import Console
 
+import checkpoints.cli
+import launcher.__main__
+import modularforge.cli
 from checkpoints import screen, write_artifact
 from modularforge.evaluation.report import print_table
 from tests.conftest import ROOT, run_command
@@ -41,6 +47,20 @@ def test_only_one_file_makes_tables_consoles_and_bars() -> None:
         if module.startswith("rich") and not module.startswith("rich.filesize") and path.name != "screen.py"
     ]
     assert found == []
+
+
+def helps(command: Any) -> Iterator[str]:
+    """All texts of a command's help, and of the commands below it."""
+    yield command.help or ""
+    yield from (getattr(parameter, "help", None) or "" for parameter in command.params)
+    for below in getattr(command, "commands", {}).values():
+        yield from helps(below)
+
+
+@pytest.mark.parametrize("program", [modularforge.cli, launcher.__main__, checkpoints.cli])
+def test_no_help_has_what_would_be_read_as_markup(program: Any) -> None:
+    """typer gives its help to rich as markup; these texts are ours, so that they only must have none."""
+    assert [text for text in helps(typer.main.get_command(program.app)) if "[" in text] == []
 
 
 @pytest.mark.parametrize("name", HOSTILE)
