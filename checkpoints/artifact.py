@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from checkpoints import paths
 from checkpoints.environment import cache_folder
 from checkpoints.errors import CorruptArtifactError, MissingArtifactError
-from checkpoints.manifest import MANIFEST_NAME, Manifest
-from checkpoints.places import HIDDEN
+from checkpoints.manifest import MANIFEST_NAME, FileEntry, Manifest
+from checkpoints.parsing import parse_json
+from checkpoints.places import HIDDEN, OWNER_NAME
 from checkpoints.reading import check_local_file, check_size, stream_file
 
 if TYPE_CHECKING:
@@ -30,10 +31,24 @@ class Artifact:
     manifest: Manifest
 
     def file_url(self, name: str) -> str:
-        """URL of one file; raises CorruptArtifactError when the manifest does not name it."""
+        """URL of one file; raises CorruptArtifactError when the manifest does not name it, or a link leads away."""
+        self.entry(name)
+        url = self.place_of(name)
+        if paths.is_local(url):
+            paths.check_within(paths.local_path(url), paths.local_path(self.url))
+        return url
+
+    def entry(self, name: str) -> FileEntry:
+        """Size and hashes of one file; raises CorruptArtifactError when the manifest does not name it."""
         if name not in self.manifest.files:
             known = ", ".join(sorted(self.manifest.files))
-            raise CorruptArtifactError(f"{self.url} must hold {name}, but its manifest names {known}; make it again")
+            raise CorruptArtifactError(
+                f"{self.url} must hold {name:.80}, but its manifest names {known:.200}; make it again"
+            )
+        return self.manifest.files[name]
+
+    def place_of(self, name: str) -> str:
+        """Where one file must lie, whatever lies there."""
         return paths.join(self.url, self.manifest.files_in, name)
 
     def stream(self, name: str) -> Iterator[bytes]:
@@ -46,7 +61,12 @@ class Artifact:
 
     def read_json(self, name: str) -> Any:
         """Parse one JSON file, checked."""
-        return json.loads(self.read_bytes(name))
+        try:
+            return parse_json(self.read_bytes(name))
+        except ValueError as error:
+            raise CorruptArtifactError(
+                f"{self.place_of(name)} must be JSON, but is not ({error}); make the artifact again"
+            ) from error
 
     def local_file(self, name: str, verify: bool = True) -> Path:
         """One file as a local path; from an object store it is downloaded once.
@@ -67,7 +87,8 @@ class Artifact:
         files = {name: self.local_file(name, verify) for name in self.manifest.files}
         if paths.is_local(self.url):
             return paths.local_path(self.url)
-        folder = cache_folder() / "folders" / self.manifest.attempt
+        # Of the manifest's own hash: nobody else's manifest can put files into this folder.
+        folder = cache_folder() / "folders" / hashlib.sha256(self.manifest.to_json()).hexdigest()
         for name, path in files.items():
             _link(path, folder / name)
         return folder
@@ -92,7 +113,10 @@ class Artifact:
 
     def is_deleted(self) -> bool:
         """Whether it is gone or replaced since it was opened, as old checkpoints are while their job runs."""
-        now = find_artifact(self.url)
+        try:
+            now = find_artifact(self.url)
+        except CorruptArtifactError:
+            return False
         return now is None or now.manifest.attempt != self.manifest.attempt
 
     def extra_files(self) -> list[str]:
@@ -105,7 +129,7 @@ class Artifact:
         inner = tuple(name.removesuffix(MANIFEST_NAME) for name in names if name.endswith(f"/{MANIFEST_NAME}"))
         return [
             f"{paths.join(folder, name)} must not be there, because the manifest does not name it; move it away"
-            for name in sorted(names - {*self.manifest.files, MANIFEST_NAME})
+            for name in sorted(names - {*self.manifest.files, MANIFEST_NAME, OWNER_NAME})
             if not name.startswith(inner) and not any(HIDDEN.fullmatch(part) for part in name.split("/"))
         ]
 
@@ -123,6 +147,8 @@ def find_artifact(url: str) -> Artifact | None:
     """The committed artifact at a URL, or None; a missing bucket or a damaged manifest is an error, not None."""
     manifest_url = paths.join(url, MANIFEST_NAME)
     try:
+        if paths.is_local(url):
+            paths.check_within(paths.local_path(manifest_url), paths.local_path(url))
         content = paths.read_bytes(manifest_url)
     except (FileNotFoundError, NotADirectoryError):
         return None

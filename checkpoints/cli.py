@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
 
 from checkpoints import paths
 from checkpoints.artifact import Artifact
-from checkpoints.catalog import examine, find_artifacts, newest_checkpoints
-from checkpoints.copying import copy_artifact
-from checkpoints.errors import CorruptArtifactError, StoreError, UserError
+from checkpoints.catalog import examine, find_artifacts
+from checkpoints.errors import StoreError, UserError
 from checkpoints.garbage import delete_garbage, find_garbage
-from checkpoints.loose import copy_loose_file, loose_files
 from checkpoints.parallel import in_order
+from checkpoints.screen import bug, console, safe_streams, say, table, transfer_bar
+from checkpoints.transfer import Outcome, Selection, select, transfer
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-screen = Console(stderr=True)
 FILES_AT_ONCE = 4
 
 Url = Annotated[str, typer.Argument(help="A folder, or a URL such as s3://bucket/run.")]
@@ -36,14 +32,17 @@ Newest = Annotated[bool, typer.Option("--newest", help="Only the newest training
 
 def main() -> None:
     """Run the command; an error that a user can repair is one message and exit code 2."""
-    try:
-        app()
-    except UserError as error:
-        _complain(str(error))
-    except OSError as error:  # of a path that is no folder, say
-        if error.filename is None:
-            raise
-        _complain(f"{error.filename} cannot be used: {error.strerror}; check the path and its rights")
+    with safe_streams():
+        try:
+            app()
+        except UserError as error:
+            _complain(str(error))
+        except OSError as error:  # of a path that is no folder, say
+            if error.filename is None:
+                bug()
+            _complain(f"{error.filename} cannot be used: {error.strerror}; check the path and its rights")
+        except Exception:
+            bug()
 
 
 @app.command("ls")
@@ -53,11 +52,14 @@ def list_command(url: Url, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    table = Table("artifact", "kind", "step", "size", "age", "files")
-    for row in rows:
-        step = "" if row["step"] is None else str(row["step"])
-        table.add_row(row["name"], row["kind"], step, decimal(row["size"]), _age(row["age_seconds"]), str(row["files"]))
-    Console().print(table)
+    cells = [
+        [
+            row["name"], row["kind"], "" if row["step"] is None else str(row["step"]), decimal(row["size"]),
+            _age(row["age_seconds"]), str(row["files"]),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    console().print(table(["artifact", "kind", "step", "size", "age", "files"], cells))
 
 
 @app.command()
@@ -66,29 +68,35 @@ def verify(url: Url, as_json: Json = False) -> None:
     artifacts, damaged = examine(url)
     problems: dict[str, list[str]] = {artifact.url: artifact.extra_files() for artifact in artifacts}
     files = [(artifact, name) for artifact in artifacts for name in artifact.manifest.files]
-    with _progress("verify", artifacts) as progress:
+    with transfer_bar("verify", _size(artifacts)) as progress:
         for (artifact, name), text in zip(files, in_order(_check, files, FILES_AT_ONCE), strict=True):
             problems[artifact.url] += [text] if text else []
             progress(artifact.manifest.files[name].size)
-    found = [*damaged, *(text for texts in problems.values() for text in texts)]
+    found = [*damaged.values(), *(text for texts in problems.values() for text in texts)]
     if as_json:
         print(json.dumps({"artifacts": len(artifacts), "files": len(files), "problems": found}, indent=1))
     else:
-        print("\n".join([*found, f"{len(artifacts)} artifacts, {len(files)} files, {len(found)} problems"]))
+        say("\n".join([*found, f"{len(artifacts)} artifacts, {len(files)} files, {len(found)} problems"]))
     raise typer.Exit(1 if found else 0)
 
 
 @app.command()
 def pull(url: Url, target: Annotated[str, typer.Argument(help="Folder to copy to.")], newest: Newest = False,
          as_json: Json = False) -> None:  # fmt: skip
-    """Copy a run, one artifact, or only the newest checkpoints to a folder; run it again to go on after a stop."""
+    """Copy a run, one artifact, or only the newest checkpoints to a folder; run it again to go on after a stop.
+
+    What is damaged is passed over and listed at the end, with exit code 1.
+    """
     _copy("pull", url, target, newest, as_json)
 
 
 @app.command()
 def push(folder: Annotated[str, typer.Argument(help="A run or an artifact in a folder.")], target: Url,
          newest: Newest = False, as_json: Json = False) -> None:  # fmt: skip
-    """Copy a run, one artifact, or only the newest checkpoints to an object store; run it again to go on."""
+    """Copy a run, one artifact, or only the newest checkpoints to an object store; run it again to go on.
+
+    What is damaged is passed over and listed at the end, with exit code 1.
+    """
     _copy("push", folder, target, newest, as_json)
 
 
@@ -108,49 +116,40 @@ def gc(
         print(json.dumps({"deleted": delete, "garbage": rows}, indent=1))
         return
     for item in garbage:
-        print(f"{item.url}  {item.reason}  {decimal(item.size)}  {_age(time.time() - item.modified)}")
-    print(f"{len(garbage)} {'deleted' if delete else 'found; delete with --delete'}")
+        say(f"{item.url}  {item.reason}  {decimal(item.size)}  {_age(time.time() - item.modified)}")
+    say(f"{len(garbage)} {'deleted' if delete else 'found; delete with --delete'}")
 
 
 def _complain(text: str) -> NoReturn:
-    print(f"error: {text}", file=sys.stderr)
+    say(f"error: {text}", error=True)
     sys.exit(2)
 
 
 def _copy(verb: str, source: str, target: str, newest: bool, as_json: bool) -> None:
-    chosen = newest_checkpoints(source) if newest else find_artifacts(source)
-    is_run = all(artifact.url.rstrip("/") != source.rstrip("/") for artifact in chosen)
-    loose = loose_files(source, paths.walk(source), chosen) if is_run and not newest else []
-    copied: list[str] = []
-    deleted: list[str] = []
-    with _progress(verb, chosen) as progress:
-        for artifact in chosen:
-            place = paths.join(target, paths.relative(artifact.url, source))
-            try:
-                copied += [place] if copy_artifact(artifact, place, progress) else []
-            except CorruptArtifactError:
-                if not artifact.is_deleted():
-                    raise
-                deleted.append(artifact.url)
-    if deleted and newest:
-        raise StoreError(f"{', '.join(deleted)} must stay to be copied, but newer ones took its place; try again")
-    places = {info.url: paths.join(target, paths.relative(info.url, source)) for info in loose}
-    copied_loose = [place for url, place in places.items() if copy_loose_file(url, place)]
+    chosen = select(source, newest)
+    with transfer_bar(verb, chosen.size) as progress:
+        done = transfer(chosen, target, progress)
+    if done.deleted and newest:
+        raise StoreError(f"{', '.join(done.deleted)} must stay to be copied, but newer ones took its place; try again")
     if as_json:
-        report = {
-            "artifacts": len(chosen),
-            "copied": copied,
-            "deleted": deleted,
-            "files": len(loose),
-            "copied_files": copied_loose,
-        }
-        print(json.dumps(report, indent=1))
-        return
-    print(f"{len(copied)} copied, {len(chosen) - len(copied) - len(deleted)} were there already")
-    if deleted:
-        print(f"{len(deleted)} passed over, because their run deleted them meanwhile")
-    if loose:
-        print(f"{len(copied_loose)} of {len(loose)} settings, metrics and logs copied")
+        counts = {"artifacts": len(chosen.artifacts), "files": len(chosen.loose)}
+        print(json.dumps({**counts, **dataclasses.asdict(done)}, indent=1))
+    else:
+        say("\n".join(_told(chosen, done)))
+    if done.problems:
+        raise typer.Exit(1)
+
+
+def _told(chosen: Selection, done: Outcome) -> Iterator[str]:
+    there = len(chosen.artifacts) + len(chosen.problems) - len(done.copied) - len(done.deleted) - len(done.problems)
+    yield f"{len(done.copied)} copied, {there} were there already"
+    if done.deleted:
+        yield f"{len(done.deleted)} passed over, because their run deleted them meanwhile"
+    if chosen.loose:
+        yield f"{len(done.copied_files)} of {len(chosen.loose)} settings, metrics and logs copied"
+    yield from (f"passed over: {text}" for text in done.passed_over)
+    if done.problems:
+        yield from ("", *done.problems, f"{len(done.problems)} not copied, all others are; mend them and run it again")
 
 
 def _check(file: tuple[Artifact, str]) -> str:
@@ -161,14 +160,14 @@ def _check(file: tuple[Artifact, str]) -> str:
 
 def _row(artifact: Artifact, root: str) -> dict[str, Any]:
     manifest = artifact.manifest
-    created = datetime.datetime.fromisoformat(manifest.created).timestamp() if manifest.created else time.time()
+    created = datetime.datetime.fromisoformat(manifest.created).timestamp()
     return {
         "name": paths.relative(artifact.url, root) or artifact.url.rstrip("/").rsplit("/", 1)[-1],
         "url": artifact.url,
         "kind": manifest.kind,
-        "step": manifest.facts.get("step"),
+        "step": manifest.step,
         "size": manifest.size,
-        "age_seconds": round(time.time() - created),
+        "age_seconds": max(0, round(time.time() - created)),  # clocks differ
         "created": manifest.created,
         "files": len(manifest.files),
         "fingerprint": manifest.fingerprint,
@@ -182,9 +181,5 @@ def _age(seconds: float) -> str:
     return f"{max(0, seconds):.0f} s"
 
 
-@contextmanager
-def _progress(verb: str, artifacts: list[Artifact]) -> Iterator[Any]:
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn(verb), *columns, console=screen, disable=not screen.is_terminal) as bar:
-        task = bar.add_task(verb, total=sum(artifact.manifest.size for artifact in artifacts))
-        yield lambda size: bar.advance(task, size)
+def _size(artifacts: list[Artifact]) -> int:
+    return sum(artifact.manifest.size for artifact in artifacts)

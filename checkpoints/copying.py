@@ -16,7 +16,7 @@ from checkpoints.artifact import Artifact, find_artifact
 from checkpoints.durable import DurableFile
 from checkpoints.errors import ArtifactExistsError, CorruptArtifactError, StoreError
 from checkpoints.hashing import CHUNK_BYTES, FileHasher
-from checkpoints.journal import locked
+from checkpoints.owners import locked
 from checkpoints.parallel import in_order
 from checkpoints.reading import stream_file
 from checkpoints.retry import call
@@ -54,7 +54,7 @@ def _writer(source: Artifact, target_url: str) -> ArtifactWriter:
 
 def _copy_to_folder(source: Artifact, writer: ArtifactWriter, report: Report) -> None:
     call("write", writer.url, lambda: writer.folder.mkdir(parents=True, exist_ok=True))
-    with locked(writer.folder) as is_mine:
+    with locked(writer.folder, resumes=True) as is_mine:
         if not is_mine:
             raise StoreError(f"{writer.folder} must have one writer, but another copy is running; wait for it")
 
@@ -70,7 +70,7 @@ def _copy_to_folder(source: Artifact, writer: ArtifactWriter, report: Report) ->
 def _fetch(source: Artifact, name: str, target: Path, report: Report) -> None:
     """Bring one file to its place, behind what an earlier copy left; a damaged beginning is fetched again."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    begun = target.exists() and target.stat().st_size > 0
+    begun = target.exists() and paths.check_regular(target).st_size > 0
     try:
         _append(source, name, target, report)
     except CorruptArtifactError:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
+
+from checkpoints.redact import redact
 
 DEFAULT_ATTEMPTS = 8  # with the delays in retry.py about half a minute of trouble is ridden out
 
@@ -16,9 +17,9 @@ def max_attempts() -> int:
 
 
 def endpoint() -> str:
-    """The configured address of the object store, in words and without user name and password."""
+    """The configured address of the object store, in words and without secrets."""
     address = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return re.sub(r"//[^/@]*@", "//", address) if address else "the store's default endpoint"
+    return redact(address) if address else "the store's default endpoint"
 
 
 def cache_folder() -> Path:

@@ -1,8 +1,13 @@
 """The store's own errors; the root of all errors that a user can repair lives here, the lowest room."""
 
+from checkpoints.redact import redact
+
 
 class UserError(Exception):
-    """Somebody can act on this: the message is one sentence that says what is wrong and what to do."""
+    """Somebody can act on this: the message is one sentence that says what is wrong and what to do, without secrets."""
+
+    def __str__(self) -> str:
+        return redact(super().__str__())
 
 
 class StoreError(UserError):

@@ -7,11 +7,11 @@ Messages name access rights and endpoints, never keys, tokens or passwords.
 from __future__ import annotations
 
 import errno
-import re
 from collections.abc import Iterator
 
 from checkpoints.environment import endpoint
 from checkpoints.errors import AccessError, MissingBucketError, StoreError, StoreFullError, UnreachableError
+from checkpoints.redact import redact
 
 EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
 CREDENTIAL_CODES = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "InvalidSecurity", "AuthFailure"}
@@ -33,6 +33,7 @@ TRANSIENT_CODES = {
 TRANSIENT_MODULES = ("botocore", "aiobotocore", "aiohttp", "urllib3")
 FULL_CODES = {"QuotaExceeded", "InsufficientStorage", "XMinioStorageFull", "507"}
 NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"}
+UNSENDABLE = {"ParamValidationError", "LocationParseError", "InvalidURL"}
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -64,6 +65,8 @@ def is_transient(error: BaseException) -> bool:
         return answer_status(error) != 501
     if answer_code(error) or any(type(link).__name__ in NO_CREDENTIALS for link in _chain(error)):
         return False
+    if _is_unsendable(error):
+        return False
     return any(_is_connection_trouble(link) for link in _chain(error))
 
 
@@ -85,6 +88,7 @@ def is_missing_bucket(error: BaseException) -> bool:
 
 def explain(error: BaseException, action: str, url: str, attempts: int = 1) -> StoreError:
     """The error of this package that says what failed, on which URL, and what to do."""
+    url = redact(url)  # before it is taken apart
     code, task = answer_code(error), f"cannot {action} {url}"
     if is_missing_bucket(error):
         return missing_bucket(action, url)
@@ -98,6 +102,12 @@ def explain(error: BaseException, action: str, url: str, attempts: int = 1) -> S
     if any(type(link).__name__ in NO_CREDENTIALS for link in _chain(error)):
         return AccessError(
             f"{task}: no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        )
+    if _is_unsendable(error):
+        return AccessError(
+            f"{task}: no request can be made with these settings ({_reason(error)}); credentials and endpoint must be "
+            "one line of plain characters each: check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN and "
+            "AWS_ENDPOINT_URL"
         )
     if answer_status(error) in (401, 403) or code in ("403", "AccessDenied") or isinstance(error, PermissionError):
         return AccessError(f"{task}: access is denied ({_reason(error)}); ask for this permission on {place(url)}")
@@ -113,6 +123,7 @@ def explain(error: BaseException, action: str, url: str, attempts: int = 1) -> S
 
 def missing_bucket(action: str, url: str) -> MissingBucketError:
     """The error for a bucket that is not there."""
+    url = redact(url)
     bucket = url.split("://", 1)[-1].split("/", 1)[0]
     return MissingBucketError(
         f"cannot {action} {url}: the bucket {bucket} does not exist at {endpoint()}; "
@@ -129,10 +140,19 @@ def unusable_settings(error: BaseException, url: str) -> StoreError:
 
 def place(url: str) -> str:
     """The bucket and key, or the path, in words."""
+    url = redact(url)
     if "://" not in url or url.startswith("file://"):
         return f"the path {url.removeprefix('file://')}"
     bucket, _, key = url.split("://", 1)[1].partition("/")
     return f"bucket {bucket}, key {key or '(all)'}"
+
+
+def _is_unsendable(error: BaseException) -> bool:
+    """Whether the request never left, because a header or a parameter has characters that none may have."""
+    found = list(_chain(error))
+    return any(type(link).__name__ in UNSENDABLE for link in found) or any(
+        isinstance(link, ValueError) and "header" in str(link).lower() for link in found
+    )
 
 
 def _is_connection_trouble(error: BaseException) -> bool:
@@ -145,7 +165,7 @@ def _is_connection_trouble(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    text = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split())) or type(error).__name__
+    text = redact(" ".join(str(error).split())) or type(error).__name__
     code = answer_code(error)
     return f"{code}: {text[:200]}" if code and code not in text else text[:200]
 

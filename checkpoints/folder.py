@@ -6,15 +6,24 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from checkpoints.durable import DurableFile
-from checkpoints.places import FileInfo, hidden_name, local_path
+from checkpoints.errors import CorruptArtifactError
+from checkpoints.owners import claimed
+from checkpoints.places import DELETED, FileInfo, hidden_name, local_path
 from checkpoints.retry import call
 
 # Another disk, a file system without hard links, or one that forbids more of them.
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK)
+SPECIAL = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 class FolderStore:
@@ -83,7 +92,7 @@ def write_atomically(path: Path, parts: Iterable[bytes], *, replace: bool) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(hidden_name(path.name))
     try:
-        with open(scratch, "wb") as file, DurableFile(file) as target:
+        with open(scratch, "wb") as file, claimed(scratch), DurableFile(file) as target:
             for part in parts:
                 target.write(part)
         if replace:
@@ -93,6 +102,39 @@ def write_atomically(path: Path, parts: Iterable[bytes], *, replace: bool) -> No
         sync_folder(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def check_regular(path: Path) -> os.stat_result:
+    """The status of a file or folder; raises CorruptArtifactError for what would block or act when it is opened."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise CorruptArtifactError(f"{path} must be a file, but is a link to itself; put the file there") from error
+    if kind := SPECIAL.get(stat.S_IFMT(status.st_mode)):
+        raise CorruptArtifactError(f"{path} must be a file, but is {kind}; put the file itself there")
+    return status
+
+
+def leads_out(path: Path, root: Path) -> bool:
+    """Whether a link on the way from a folder to what lies in it leads out of that folder."""
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+
+
+def check_within(path: Path, root: Path) -> None:
+    """Raise CorruptArtifactError for a link that leads out of the folder; the folder itself may be a link."""
+    if leads_out(path, root):
+        raise CorruptArtifactError(
+            f"{path} must lie in {root}, but is or passes a link to {os.path.realpath(path)}; put the file itself there"
+        )
+
+
+def linked_folders(root: Path) -> list[Path]:
+    """Links to folders below a folder, sorted; `walk` does not follow them."""
+    return sorted(
+        path for folder, names, _ in os.walk(root) for name in names if (path := Path(folder, name)).is_symlink()
+    )
 
 
 def sync_file(path: Path) -> None:
@@ -111,29 +153,35 @@ def sync_folder(path: Path) -> None:
 
 
 def _read(path: Path, start: int, end: int | None) -> bytes:
+    check_regular(path)
     with open(path, "rb") as file:
         file.seek(start)
         return file.read() if end is None else file.read(end - start)
 
 
 def _file_size(path: Path) -> int:
-    if path.is_dir():
+    status = check_regular(path)
+    if stat.S_ISDIR(status.st_mode):
         raise FileNotFoundError(f"{path} is a folder")
-    return path.stat().st_size
+    return status.st_size
 
 
 def _walk(root: Path) -> Iterator[FileInfo]:
+    """Links are followed within the folder alone; of one that leads out, only the link itself is looked at."""
     for folder, _, names in os.walk(root):
         for name in names:
             path = Path(folder, name)
             with contextlib.suppress(FileNotFoundError):  # deleted while we walk
-                status = path.stat()
+                status = path.lstat()
+                if stat.S_ISLNK(status.st_mode) and not leads_out(path, root):
+                    with contextlib.suppress(OSError):  # it leads nowhere, or in a circle
+                        status = path.stat()
                 yield FileInfo(str(path), status.st_size, status.st_mtime)
 
 
 def _delete_tree(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        trash = path.with_name(hidden_name(path.name))
+        trash = path.with_name(hidden_name(f"{path.name}.{DELETED}"))
         try:
             os.rename(path, trash)
         except FileNotFoundError:  # another process was faster

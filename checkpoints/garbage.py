@@ -19,8 +19,8 @@ from pathlib import Path
 
 from checkpoints import paths
 from checkpoints.artifact import find_artifact
-from checkpoints.journal import has_writer
 from checkpoints.manifest import MANIFEST_NAME
+from checkpoints.owners import has_writer
 from checkpoints.places import ATTEMPT, HIDDEN, UPLOAD_SCRATCH, FileInfo
 from checkpoints.s3 import S3Store
 

@@ -7,22 +7,17 @@ Beside large files it runs in threads of its own, as hashing takes as long as a 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import json
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from checkpoints.errors import CorruptArtifactError
 from checkpoints.parallel import consumer
+from checkpoints.safetensors import LENGTH_BYTES, Header, header_length, parse_header
 
 # Blocks of this size are used again by malloc; fresh ones of 16 MiB cost up to 2 s of page faults per GiB (measured).
 CHUNK_BYTES = 1 << 20
-LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 WEIGHT_SUFFIX = ".safetensors"
 CHUNKS_AHEAD = 32
 
@@ -102,8 +97,9 @@ class TensorHasher:
     def __init__(self, name: str) -> None:
         self._name = name
         self._head = bytearray()
-        self._header_bytes: int | None = None
-        self._spans: list[tuple[int, int, str]] | None = None
+        self._wanted = LENGTH_BYTES
+        self._header: Header | None = None
+        self._spans: list[tuple[int, str]] = []
         self._next = 0
         self._position = 0
         self._digest = hashlib.sha256()
@@ -113,67 +109,63 @@ class TensorHasher:
     def update(self, chunk: bytes | memoryview) -> None:
         """Take the next bytes; a header that cannot be read is reported by `hashes`."""
         chunk = memoryview(chunk)
-        if self._spans is None and not self._broken:
+        if self._header is None and not self._broken:
             chunk = self._take_header(chunk)
-        if self._spans is not None:
+        if self._header is not None:
             self._take_data(chunk)
 
     def hashes(self) -> dict[str, str]:
-        """Hash by tensor name; raises CorruptArtifactError unless header and all tensors were there."""
-        if self._broken or self._spans is None or self._next < len(self._spans):
-            reason = self._broken or "it ends too early"
+        """Hash by tensor name; raises CorruptArtifactError unless header and all tensors were there, and no more."""
+        if reason := self._broken or self._why_not_whole():
             raise CorruptArtifactError(f"{self._name} must be a whole weight file, but {reason}; write it again")
         return dict(sorted(self.finished.items()))
 
-    def _take_header(self, chunk: memoryview) -> memoryview:
-        wanted = LENGTH_BYTES if self._header_bytes is None else LENGTH_BYTES + self._header_bytes
-        taken = min(len(chunk), wanted - len(self._head))
-        self._head += chunk[:taken]
-        if len(self._head) < wanted:
-            return chunk[taken:]
-        if self._header_bytes is not None:
-            self._parse_header()
-            return chunk[taken:]
-        (self._header_bytes,) = struct.unpack("<Q", self._head)
-        if self._header_bytes > MAX_HEADER_BYTES:
-            self._broken = f"its header claims {self._header_bytes} bytes"
-            return chunk[taken:]
-        return self._take_header(chunk[taken:])
-
-    def _parse_header(self) -> None:
+    def _why_not_whole(self) -> str:
+        if self._header is None:
+            return "it ends too early"
         try:
-            self._spans = tensor_spans(json.loads(self._head[LENGTH_BYTES:]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self._header.check_size(self._header.data_start + self._position)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def _take_header(self, chunk: memoryview) -> memoryview:
+        """Collect the length, then the header; what is left of the chunk are tensors."""
+        try:
+            while self._header is None and len(self._head) + len(chunk) >= self._wanted:
+                taken = self._wanted - len(self._head)
+                self._head += chunk[:taken]
+                chunk = chunk[taken:]
+                if self._wanted == LENGTH_BYTES and (length := header_length(self._head)):
+                    self._wanted += length
+                else:
+                    self._begin(parse_header(self._head[LENGTH_BYTES:]))
+        except ValueError as error:
             self._broken = f"its header cannot be read ({error})"
-        else:
-            self._finish_tensors()
+        if self._header is None:
+            self._head += chunk
+        return chunk
+
+    def _begin(self, header: Header) -> None:
+        self._header = header
+        self._spans = [(entry.end, name) for name, entry in header.tensors.items()]
+        self._head.clear()
+        self._finish_tensors()
 
     def _take_data(self, chunk: memoryview) -> None:
-        assert self._spans is not None
         while len(chunk) and self._next < len(self._spans):
-            start, end, _ = self._spans[self._next]
-            skipped = max(0, min(len(chunk), start - self._position))
-            taken = min(len(chunk) - skipped, end - self._position - skipped)
-            self._digest.update(chunk[skipped : skipped + taken])
-            self._position += skipped + taken
-            chunk = chunk[skipped + taken :]
+            taken = min(len(chunk), self._spans[self._next][0] - self._position)
+            self._digest.update(chunk[:taken])
+            self._position += taken
+            chunk = chunk[taken:]
             self._finish_tensors()
+        self._position += len(chunk)  # more than the header says
 
     def _finish_tensors(self) -> None:
-        assert self._spans is not None
-        while self._next < len(self._spans) and self._spans[self._next][1] <= self._position:
-            self.finished[self._spans[self._next][2]] = self._digest.hexdigest()
+        while self._next < len(self._spans) and self._spans[self._next][0] <= self._position:
+            self.finished[self._spans[self._next][1]] = self._digest.hexdigest()
             self._digest = hashlib.sha256()
             self._next += 1
-
-
-def tensor_spans(header: dict[str, Any]) -> list[tuple[int, int, str]]:
-    """(start, end, name) of every tensor in the data part of a weight file, in file order."""
-    tensors = ((name, entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__")
-    spans = sorted((int(start), int(end), name) for name, (start, end) in tensors)
-    if any(start < before for (_, before, _), (start, _, _) in itertools.pairwise(spans)):
-        raise ValueError("tensors overlap")
-    return spans
 
 
 def hash_file(path: Path) -> FileHasher:

@@ -7,19 +7,14 @@ such writers write the same bytes under the same keys, so they need no lock.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 
 from checkpoints import paths
 from checkpoints.errors import StoreError
+from checkpoints.forms import file_entries
 from checkpoints.manifest import FileEntry
-
-JOURNAL_NAME = ".journal.json"
+from checkpoints.parsing import parse_object
 
 
 class Journal:
@@ -34,9 +29,8 @@ class Journal:
         if not self._url:
             return {}
         try:
-            values = json.loads(paths.read_bytes(self._url))
-            entries = {name: FileEntry(**entry) for name, entry in values.items()}
-        except (FileNotFoundError, ValueError, TypeError, AttributeError):  # none yet, or torn by a crash
+            entries = file_entries(parse_object(paths.read_bytes(self._url)))
+        except (FileNotFoundError, ValueError):  # none yet, or torn by a crash
             return {}
         self._entries = {
             name: entry for name, entry in entries.items() if _size(paths.join(folder, name)) == entry.size
@@ -59,38 +53,6 @@ class Journal:
 def attempt_of(identity: str) -> str:
     """The attempt that all resumable writers of the same bytes share, from a hash of what the bytes depend on."""
     return f"attempt-{identity[:12]}"
-
-
-def has_writer(folder: Path) -> bool:
-    """Whether a living process owns the scratch folder; where the file system knows no locks, nobody can tell."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return False
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Whether this process now owns the scratch folder; the lock ends with the process, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield True
-    finally:
-        os.close(descriptor)
 
 
 def _size(url: str) -> int:

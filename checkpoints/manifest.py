@@ -13,14 +13,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from checkpoints.errors import CorruptArtifactError
+from checkpoints.forms import check_manifest, file_entries, is_step
 from checkpoints.hashing import FileEntry, describe_file
+from checkpoints.parsing import parse_object
+from checkpoints.places import MANIFEST_NAME
 
 __all__ = ["FORMAT", "MANIFEST_NAME", "FileEntry", "Manifest", "describe_file"]
 
-MANIFEST_NAME = "manifest.json"
 FORMAT = 1
 NO_HASH = "0" * 64
-SAFE_NAME = re.compile(r"(?!/)(?!.*//)(?!(.*/)?\.{1,2}(/|$))[^\\\0]+")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,12 @@ class Manifest:
         """Bytes of all files."""
         return sum(entry.size for entry in self.files.values())
 
+    @property
+    def step(self) -> int | None:
+        """The step of a training checkpoint; None for what has none."""
+        step = self.facts.get("step")
+        return step if is_step(step) else None
+
     def to_json(self) -> bytes:
         """The bytes of ``manifest.json``; `sha256` in it is the hash of these bytes with 64 zeros in its place."""
         values = {**asdict(self), "sha256": NO_HASH}
@@ -58,20 +65,20 @@ class Manifest:
     def from_json(content: bytes, url: str) -> Manifest:
         """Parse and check a manifest; `url` is only named in errors."""
         try:
-            values = json.loads(content)
-            if values["format"] != FORMAT:
+            values = parse_object(content)
+            if type(values["format"]) is not int or values["format"] != FORMAT:
                 raise CorruptArtifactError(
-                    f"{url} must have manifest format {FORMAT}, but has {values['format']}; "
+                    f"{url} must have manifest format {FORMAT}, but has {values['format']!r:.60}; "
                     "read it with the version of modularforge that wrote it"
                 )
             _check_own_hash(content, values.pop("sha256"))
-            if values["files_in"] not in ("", values["attempt"]):
-                raise ValueError(f"files_in is {values['files_in']!r}")
-            values["files"] = {_checked_name(name): FileEntry(**entry) for name, entry in values["files"].items()}
+            values["files"] = file_entries(values["files"])
+            check_manifest(values)
             return Manifest(**values)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise CorruptArtifactError(
-                f"{url} must be an undamaged manifest, but cannot be read ({error}); "
+                f"{url} must be an undamaged manifest, but cannot be read ({reason}); "
                 "restore it from a copy, or delete the folder and run its stage again"
             ) from error
 
@@ -84,13 +91,6 @@ def _with_hash(content: bytes, digest: str) -> bytes:
 _HASH_LINE = re.compile(rb'(?m)(^ "sha256": ")[0-9a-f]{64}(",?$)')
 
 
-def _check_own_hash(content: bytes, digest: str) -> None:
+def _check_own_hash(content: bytes, digest: Any) -> None:
     if hashlib.sha256(_with_hash(content, NO_HASH)).hexdigest() != digest:
         raise ValueError("its own sha256 does not match")
-
-
-def _checked_name(name: str) -> str:
-    """Refuse names that would leave the artifact's folder when they are joined to it."""
-    if not SAFE_NAME.fullmatch(name) or name == MANIFEST_NAME:
-        raise ValueError(f"{name!r} is not a file name within an artifact")
-    return name

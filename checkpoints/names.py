@@ -7,6 +7,7 @@ safe.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
 from typing import Any
@@ -15,6 +16,8 @@ MAX_PART_BYTES = 255  # the limit of ext4, XFS, APFS and NTFS; a longer part cou
 MAX_PATH_BYTES = 1024  # the limit of an S3 key
 # Devices on Windows, whatever their ending; a folder that was pulled on Linux may be copied there.
 RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
+PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+MAX_SLUG = 100
 DRIVE = re.compile(r"[A-Za-z]:")
 # Control characters, line and paragraph separators, half surrogate pairs: they end a line, hide what follows, or cannot
 # be encoded.
@@ -42,6 +45,14 @@ def checked_part(part: Any) -> str:
     if reason := _why_not(part):
         raise UnsafeNameError(f"{part!r:.80} {reason}, so it is not a file name within a folder")
     return part
+
+
+def safe_part(text: str) -> str:
+    """A file name made from any text: plain letters, digits and `-._` stay, and what had others ends in a hash."""
+    if len(text) <= MAX_SLUG and PLAIN.fullmatch(text) and not _why_not(text):
+        return text
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{re.sub(r'[^A-Za-z0-9_-]+', '-', text)[:MAX_SLUG].strip('-')}-{digest}".lstrip("-")
 
 
 def has_control_characters(text: str) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 MAX_DEPTH = 64  # ours are 8 deep at most; the limit is the same in every Python, whose own comes as a RecursionError
@@ -21,10 +23,12 @@ def parse_json(content: bytes | bytearray | str) -> Any:
     """
     text = content if isinstance(content, str) else bytes(content).decode("utf-8-sig")
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_not_finite, parse_float=_finite)
+        value = json.loads(
+            text, object_pairs_hook=_object, parse_constant=_not_finite, parse_float=_finite, parse_int=_integer
+        )
     except RecursionError:
         raise _too_deep() from None
-    _check(value)
+    _check(value, text)
     return value
 
 
@@ -37,16 +41,19 @@ def parse_object(content: bytes | bytearray | str) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"{name!r:.80} is there twice in one object")
-        found[name] = value
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice!r:.80} is there twice in one object")
     return found
 
 
 def _not_finite(text: str) -> NoReturn:
     raise ValueError(f"{text} is not a finite number")
+
+
+def _integer(text: str) -> int | float:
+    return int(text) if text != "-0" else -0.0  # as all readers of JSON but Python's; no length or offset is negative
 
 
 def _finite(text: str) -> float:
@@ -56,23 +63,20 @@ def _finite(text: str) -> float:
     return value
 
 
-def _check(value: Any) -> None:
-    """Walk the value level by level: what is too deep, and text that cannot be encoded, is refused."""
-    level, depth = [value], 0
-    while level:
-        depth += any(isinstance(item, list | dict) for item in level)
-        if depth > MAX_DEPTH:
-            raise _too_deep()
-        for item in level:
-            if isinstance(item, str):
-                item.encode()  # half a surrogate pair: UnicodeEncodeError is a ValueError
-        level = [inner for item in level for inner in _inside(item)]
+def _check(value: Any, text: str) -> None:
+    """Refuse what is nested too deep, level by level, and text that cannot be encoded."""
+    level = [value] if isinstance(value, list | dict) else []
+    for _ in range(MAX_DEPTH):
+        level = [inner for item in level for inner in _inside(item) if isinstance(inner, list | dict)]
+    if level:
+        raise _too_deep()
+    text.encode()  # half a surrogate pair: UnicodeEncodeError is a ValueError
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()
 
 
-def _inside(item: Any) -> list[Any]:
-    if isinstance(item, dict):
-        return [*item.keys(), *item.values()]
-    return item if isinstance(item, list) else []
+def _inside(item: list[Any] | dict[str, Any]) -> Iterable[Any]:
+    return item.values() if isinstance(item, dict) else item
 
 
 def _too_deep() -> ValueError:

@@ -7,6 +7,7 @@ exists, is FileNotFoundError.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable
@@ -18,27 +19,37 @@ import fsspec
 from checkpoints import explain
 from checkpoints.environment import settings_hash
 from checkpoints.errors import StoreError
-from checkpoints.folder import FolderStore, sync_file, sync_folder, write_atomically
+from checkpoints.folder import (
+    FolderStore,
+    check_regular,
+    check_within,
+    leads_out,
+    linked_folders,
+    sync_file,
+    sync_folder,
+    write_atomically,
+)
 from checkpoints.objects import ObjectStore
-from checkpoints.places import FileInfo, is_local, join, local_path, relative
+from checkpoints.places import MANIFEST_NAME, FileInfo, is_local, join, local_path, relative
+from checkpoints.redact import is_redacted
 from checkpoints.s3 import S3Store
 from checkpoints.s3_client import open_client
 
 __all__ = [
-    "FileInfo", "copy_inside", "create_bytes", "exists", "file_size", "filesystem", "is_local", "join", "list_folder",
-    "local_path", "read_bytes", "relative", "remove", "replace_bytes", "store_of", "sync_file", "sync_folder", "upload",
-    "walk", "write_atomically",
+    "FileInfo", "check_regular", "check_within", "copy_inside", "create_bytes", "exists", "file_size", "filesystem",
+    "is_local", "join", "leads_out", "linked_folders", "list_folder", "local_path", "read_bytes", "relative", "remove",
+    "replace_bytes", "store_of", "sync_file", "sync_folder", "upload", "walk", "write_atomically",
 ]  # fmt: skip
 
 Store = FolderStore | S3Store | ObjectStore
 S3_PROTOCOLS = ("s3", "s3a")
-COMMIT_NAME = "manifest.json"
 
 
 def store_of(url: str) -> Store:
     """The store behind a URL; raises StoreError for a protocol that fsspec does not know."""
     if is_local(url):
         return FolderStore()
+    _require_secret(url)
     protocol = url.split("://", 1)[0]
     root = "" if protocol in (*S3_PROTOCOLS, "memory") else url.split("/", 3)[2]
     settings = json.dumps(fsspec.config.conf.get(protocol, {}), default=str, sort_keys=True)
@@ -55,7 +66,14 @@ def store_of(url: str) -> Store:
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL and the path within it, for streaming inputs; listings are never cached."""
+    """The fsspec file system of a URL and the path within it, for streaming inputs; listings are never cached.
+
+    A local pipe, socket or device is refused, as opening it may wait for ever.
+    """
+    _require_secret(url)
+    if is_local(url):
+        with contextlib.suppress(OSError, ValueError):  # a pattern, or not there: for the reader to say
+            check_regular(local_path(url))
     options: dict[str, Any] = {} if is_local(url) or url.startswith("memory://") else {"use_listings_cache": False}
     try:
         files, path = fsspec.core.url_to_fs(str(local_path(url)) if is_local(url) else url, **options)
@@ -64,6 +82,14 @@ def filesystem(url: str) -> tuple[Any, str]:
             f"{url} must be a path or a URL with a protocol that fsspec knows, but: {error}; mend the URL"
         ) from error
     return files, path
+
+
+def _require_secret(url: str) -> None:
+    if not is_local(url) and is_redacted(url):
+        raise StoreError(
+            f"{url} must be a whole URL, but its secret was not saved with the settings; give the URL again (--set, "
+            "--output-dir, --data-dir), or put the secret into fsspec's configuration"
+        )
 
 
 def exists(url: str) -> bool:
@@ -136,7 +162,7 @@ def remove(url: str) -> None:
         store.delete_folder(url)
         return
     below = [info.url for info in store.walk(join(url))]
-    manifest = join(url, COMMIT_NAME)
+    manifest = join(url, MANIFEST_NAME)
     store.delete([manifest] if manifest in below else [])
     store.delete([url, *(name for name in below if name != manifest)])
 

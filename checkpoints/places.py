@@ -7,8 +7,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+MANIFEST_NAME = "manifest.json"
+JOURNAL_NAME = ".journal.json"  # finished files of an unfinished artifact
+OWNER_NAME = ".owner.json"  # who writes an unfinished artifact
+OWN_NAMES = (MANIFEST_NAME, JOURNAL_NAME, OWNER_NAME)  # of the store itself, beside an artifact's files
 ATTEMPT = re.compile(r"attempt-[0-9a-f]{12}")
 UPLOAD_SCRATCH = "modularforge-upload-"  # folders of writers to object stores, in the temporary folder
+# In hidden names: on its way to be deleted; set aside because it is damaged.
+DELETED, DAMAGED = "deleted", "damaged"
 HIDDEN = re.compile(r"\..+\.attempt-[0-9a-f]{12}")
 
 

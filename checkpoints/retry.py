@@ -14,6 +14,7 @@ from typing import TypeVar
 from checkpoints import explain
 from checkpoints.environment import max_attempts
 from checkpoints.errors import StoreError
+from checkpoints.redact import redact
 
 Result = TypeVar("Result")
 logger = logging.getLogger("checkpoints")
@@ -43,10 +44,10 @@ def call(action: str, url: str, operation: Callable[[], Result]) -> Result:
 def wait(action: str, url: str, error: Exception, attempt: int, attempts: int) -> None:
     """Log a failed attempt and sleep before the next, twice as long each time and with a random part."""
     delay = min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2 ** (attempt - 1)) * random.uniform(0.7, 1.3)
-    reason = explain.answer_code(error) or f"{type(error).__name__}: {error}"
+    reason = explain.answer_code(error) or redact(" ".join(f"{type(error).__name__}: {error}".split()))
     logger.warning(
         "could not %s %s (%s); attempt %d of %d follows in %.1f s",
-        action, url, reason[:200], attempt + 1, attempts, delay,
+        action, redact(url), reason[:200], attempt + 1, attempts, delay,
     )  # fmt: skip
     time.sleep(delay)
 

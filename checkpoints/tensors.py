@@ -7,8 +7,6 @@ are made, with no second copy in memory or on the disk.
 from __future__ import annotations
 
 import itertools
-import json
-import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,7 +14,7 @@ import torch
 
 from checkpoints.artifact import Artifact
 from checkpoints.errors import CorruptArtifactError, StoreError
-from checkpoints.hashing import LENGTH_BYTES, MAX_HEADER_BYTES
+from checkpoints.safetensors import LENGTH_BYTES, Header, TensorEntry, header_bytes, header_length, parse_header
 
 # In the order of the format: tensors are sorted by descending dtype, then by name, so that all are aligned.
 DTYPES = {
@@ -39,14 +37,15 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 RANKS = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
-ALIGNMENT = 8
 SAFE_ALIGNMENT = 16  # torch.set_rng_state reads its bytes as a struct and crashes below this
 
 
 def weight_file_chunks(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
     """The bytes of a weight file; a tensor on another device is copied to the host only while its bytes are taken."""
     names = sorted(tensors, key=lambda name: (-RANKS[_known(name, tensors[name])], name))
-    yield _header(names, tensors)
+    yield header_bytes(
+        (name, NAMES[tensors[name].dtype], tuple(tensors[name].shape), _bytes_of(tensors[name])) for name in names
+    )
     for name in names:
         content = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         yield _memory_of(content).toreadonly()  # nobody changes it while it is saved, so nobody has to copy it
@@ -54,50 +53,55 @@ def weight_file_chunks(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | 
 
 def weight_file_size(tensors: Mapping[str, torch.Tensor]) -> int:
     """Bytes of tensor data that a weight file would hold."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(map(_bytes_of, tensors.values()))
 
 
 def read_weight_file(artifact: Artifact, name: str) -> dict[str, torch.Tensor]:
     """All tensors of a weight file on the host; nothing is returned unless every byte matches the manifest."""
     parts = artifact.stream(name)
-    head = bytearray()
-    while len(head) < _header_end(head):
-        head += next(parts)
-    end = _header_end(head)
-    header = json.loads(head[LENGTH_BYTES:end])
-    header.pop("__metadata__", None)
-    data = torch.empty(artifact.manifest.files[name].size - end, dtype=torch.uint8)
+    try:
+        head = _head(parts)
+        header = parse_header(head[LENGTH_BYTES : _head_bytes(head)])
+        header.check_size(artifact.manifest.files[name].size)
+        _check_types(header)
+    except ValueError as error:
+        for _ in parts:  # a changed byte is the better reason, and found at the end
+            pass
+        raise CorruptArtifactError(
+            f"{artifact.file_url(name)} must be a weight file, but is not: {error}; make it again"
+        ) from error
+    data = torch.empty(header.file_size - header.data_start, dtype=torch.uint8)
     target, position = _memory_of(data), 0
-    for part in itertools.chain([bytes(head[end:])], parts):
+    for part in itertools.chain([bytes(head[header.data_start :])], parts):
         target[position : position + len(part)] = part
         position += len(part)
-    return {tensor: _view(data, entry) for tensor, entry in header.items()}
+    return {tensor: _view(data, entry) for tensor, entry in header.tensors.items()}
 
 
-def _header_end(head: bytearray) -> int:
-    """Where the tensors begin, as far as the first bytes tell; raises CorruptArtifactError for what cannot be."""
-    if len(head) < LENGTH_BYTES:
-        return LENGTH_BYTES
-    length = int.from_bytes(head[:LENGTH_BYTES], "little")
-    if length > MAX_HEADER_BYTES:
-        raise CorruptArtifactError(f"a weight file must have a short header, but claims {length} bytes; restore it")
-    return LENGTH_BYTES + length
+def _head(parts: Iterator[bytes]) -> bytearray:
+    """The first parts, as many as hold the header; raises ValueError when they end before."""
+    head = bytearray()
+    while len(head) < _head_bytes(head):
+        part = next(parts, None)
+        if part is None:
+            raise ValueError(f"it ends within its header, after {len(head)} bytes")
+        head += part
+    return head
 
 
-def _header(names: list[str], tensors: Mapping[str, torch.Tensor]) -> bytes:
-    entries: dict[str, Any] = {}
-    end = 0
-    for name in names:
-        tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        entries[name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": [*tensor.shape],
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text
+def _head_bytes(head: bytearray) -> int:
+    """Where the tensors begin, as far as the first bytes tell."""
+    return LENGTH_BYTES + (header_length(head) if len(head) >= LENGTH_BYTES else 0)
+
+
+def _check_types(header: Header) -> None:
+    unknown = sorted({entry.dtype for entry in header.tensors.values()} - {*DTYPES})
+    if unknown:
+        raise ValueError(f"it has tensors of type {', '.join(unknown)}, and known are {', '.join(DTYPES)}")
+
+
+def _bytes_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _known(name: str, tensor: torch.Tensor) -> torch.dtype:
@@ -115,11 +119,11 @@ def _memory_of(content: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _view(data: torch.Tensor, entry: dict[str, Any]) -> torch.Tensor:
-    (start, end), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
-    if start == end:
-        return torch.empty(entry["shape"], dtype=dtype)
-    span = data[start:end]
-    if start % SAFE_ALIGNMENT:
+def _view(data: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
+    dtype = DTYPES[entry.dtype]
+    if entry.start == entry.end:
+        return torch.empty(entry.shape, dtype=dtype)
+    span = data[entry.start : entry.end]
+    if entry.start % SAFE_ALIGNMENT:
         span = span.clone()
-    return span.view(dtype).reshape(entry["shape"])
+    return span.view(dtype).reshape(entry.shape)

@@ -16,8 +16,9 @@ import torch
 from checkpoints import paths
 from checkpoints.artifact import Artifact, find_artifact, open_artifact
 from checkpoints.errors import ArtifactExistsError, CorruptArtifactError, StoreError
+from checkpoints.forms import CHECKPOINT_KIND
 from checkpoints.manifest import MANIFEST_NAME
-from checkpoints.places import hidden_name
+from checkpoints.places import DAMAGED, hidden_name
 from checkpoints.reading import check_size
 from checkpoints.retry import logger
 from checkpoints.tensors import read_weight_file, weight_file_chunks, weight_file_size
@@ -44,7 +45,7 @@ def save_checkpoint(url: str, checkpoint: Checkpoint, fingerprint: str, keep_las
     another job has committed another state for this step.
     """
     target = paths.join(url, f"step-{checkpoint.step:08d}")
-    with write_artifact(target, "checkpoint", fingerprint) as writer:
+    with write_artifact(target, CHECKPOINT_KIND, fingerprint) as writer:
         chunks = weight_file_chunks(checkpoint.tensors)
         writer.write_chunks(TENSORS_NAME, chunks, weight_file_size(checkpoint.tensors))
         writer.write_json(STATE_NAME, checkpoint.state)
@@ -76,7 +77,9 @@ def load_checkpoint(url: str, fingerprint: str) -> Checkpoint:
             f"use another --output-dir, or delete {os.path.dirname(url)} to start this job again"
         )
     state = artifact.read_json(STATE_NAME)
-    return Checkpoint(int(artifact.manifest.facts["step"]), read_weight_file(artifact, TENSORS_NAME), state)
+    if artifact.manifest.step is None or not isinstance(state, dict):
+        raise CorruptArtifactError(f"{url} must be a training checkpoint, but is another artifact; move it away")
+    return Checkpoint(artifact.manifest.step, read_weight_file(artifact, TENSORS_NAME), state)
 
 
 def load_newest_checkpoint(url: str, fingerprint: str, fallback: bool = False) -> Checkpoint | None:
@@ -131,7 +134,7 @@ def set_aside(url: str) -> None:
     if paths.is_local(url):
         path = paths.local_path(url)
         if path.exists():
-            os.rename(path, path.with_name(hidden_name(path.name)))
+            os.rename(path, path.with_name(hidden_name(f"{path.name}.{DAMAGED}")))
         return
     manifest = paths.join(url, MANIFEST_NAME)
     if paths.exists(manifest):

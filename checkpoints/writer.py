@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,16 @@ from checkpoints import explain, paths
 from checkpoints.artifact import Artifact
 from checkpoints.durable import DurableFile
 from checkpoints.errors import ArtifactExistsError, StoreError, StoreFullError
+from checkpoints.exchange import exchange
+from checkpoints.forms import check_names
 from checkpoints.hashing import CHUNK_BYTES, FileEntry, FileHasher, describe_file
-from checkpoints.journal import JOURNAL_NAME, Journal, attempt_of, locked
+from checkpoints.journal import Journal, attempt_of
 from checkpoints.manifest import MANIFEST_NAME, Manifest
+from checkpoints.owners import locked
 from checkpoints.parallel import in_order, meanwhile
-from checkpoints.places import UPLOAD_SCRATCH, new_attempt
+from checkpoints.places import JOURNAL_NAME, OWN_NAMES, OWNER_NAME, UPLOAD_SCRATCH, hidden_name, new_attempt
 from checkpoints.reading import PART_BYTES
+from checkpoints.redact import redact_values
 from checkpoints.retry import logger
 
 Chunk = bytes | memoryview
@@ -52,10 +56,12 @@ class ArtifactWriter:
         self.may_be_committed = False
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write one JSON file into the artifact."""
-        target = self.folder / name
+        """Write one JSON file into the artifact, without secrets."""
+        target = self._path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+        target.write_text(
+            json.dumps(redact_values(value), indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
     def write_chunks(self, name: str, chunks: Iterable[Chunk], size: int = 0) -> FileEntry:
         """Write one file from its bytes, hashed as they pass; to an object store they go at once, not to the disk.
@@ -64,7 +70,7 @@ class ArtifactWriter:
         """
         hasher = FileHasher(name)
         if paths.is_local(self.url):
-            _write_local(self.folder / name, chunks, hasher)
+            _write_local(self._path(name), chunks, hasher)
         else:
             with hasher.in_background() as update:
                 self._upload(name, _passed_to(update, _steady_pieces(chunks)), size)
@@ -78,7 +84,7 @@ class ArtifactWriter:
         instead of written.
         """
         if paths.is_local(self.url):
-            _continue_local(self.folder / name, chunks, size)
+            _continue_local(self._path(name), chunks, size)
         else:
             self._upload(name, chunks, size, SMALL_PART_BYTES)
         self.adopt(name, finish())
@@ -89,7 +95,7 @@ class ArtifactWriter:
 
         False, with nothing done, where that cannot be: another disk, another store, or a store without such copies.
         """
-        target = self.folder / name if paths.is_local(self.url) else self._upload_url(name)
+        target = self._path(name) if paths.is_local(self.url) else self._upload_url(name)
         if not paths.copy_inside(source_url, str(target)):
             return False
         self.adopt(name, entry)
@@ -108,15 +114,18 @@ class ArtifactWriter:
                 "make room, or use another --output-dir"
             )
 
-    def commit(self, facts: dict[str, Any] | None = None, created: str = "") -> Artifact:
-        """Hash the files, publish them, and create the manifest; raises ArtifactExistsError when another won."""
+    def commit(self, facts: dict[str, Any] | None = None, created: str = "", old: Artifact | None = None) -> Artifact:
+        """Hash the files, publish them, and create the manifest; raises ArtifactExistsError when another won.
+
+        An `old` artifact at this place is there until this one is, and deleted then: one of them is found at any time.
+        """
         self.files = self._all_files()
         self._journal.remove()
         local = paths.is_local(self.url)
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         manifest = replace(
             self._manifest,
-            facts=facts or {},
+            facts=redact_values(facts or {}),
             files=self.files,
             created=created or now,
             attempt=self.attempt,
@@ -124,7 +133,9 @@ class ArtifactWriter:
         )
         content = manifest.to_json()
         self.may_be_committed = True
-        if local:
+        if old is not None:
+            self._take_place_of(old, content)
+        elif local:
             self._rename_into_place(content)
         else:
             self._create_manifest(content)
@@ -149,18 +160,33 @@ class ArtifactWriter:
         paths.upload(self._upload_url(name), in_parts(_steady_pieces(chunks), part_bytes))
 
     def _upload_url(self, name: str) -> str:
-        return paths.join(self.url, self.attempt, name)
+        return paths.join(self.url, self.attempt, self._checked(name))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / self._checked(name)
+
+    def _checked(self, name: str) -> str:
+        """The name, if readers will accept it; it may be that of somebody else's file."""
+        try:
+            check_names([name])
+        except ValueError as error:
+            raise StoreError(f"{self.url} must have files with plain names, but {error}; rename it") from error
+        return name
 
     def _all_files(self) -> dict[str, FileEntry]:
         """Entries of all files; those that were put into the folder without `write_chunks` are published now."""
-        names = sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
-        waiting = [name for name in names if name not in self.written and name != JOURNAL_NAME]
+        found = (path for path in self.folder.rglob("*") if path.is_file())
+        names = sorted(path.relative_to(self.folder).as_posix() for path in found)
+        waiting = [self._checked(name) for name in names if name not in self.written and name not in OWN_NAMES]
+        for name in waiting:
+            paths.check_within(self.folder / name, self.folder)  # readers would refuse the link
         publish = self._hash_and_sync if paths.is_local(self.url) else self._upload_file
         entries = in_order(publish, waiting, FILES_AT_ONCE)
         return dict(sorted({**self.written, **dict(zip(waiting, entries, strict=True))}.items()))
 
     def _hash_and_sync(self, name: str) -> FileEntry:
         path = self.folder / name
+        _give_rights_of(self.folder, path)
         with meanwhile(lambda: paths.sync_file(path)):
             return describe_file(path)
 
@@ -168,18 +194,45 @@ class ArtifactWriter:
         path = self.folder / name
         return self.write_chunks(name, _read_chunks(path), path.stat().st_size)
 
-    def _rename_into_place(self, manifest: bytes) -> None:
-        """Make the folder durable, then visible by one rename, then the rename durable."""
+    def _take_place_of(self, old: Artifact, manifest: bytes) -> None:
+        """Replace an artifact: on a folder by an exchange, on an object store by the manifest, which names files."""
+        if old.is_deleted():
+            self.may_be_committed = False
+            raise self._exists()
+        if not paths.is_local(self.url):
+            paths.replace_bytes(paths.join(self.url, MANIFEST_NAME), manifest)
+            if old.manifest.files_in not in ("", self.attempt):
+                paths.remove(paths.join(self.url, old.manifest.files_in))
+            return
+        self._make_durable(manifest)
+        target = paths.local_path(self.url)
+        # Under a name that no later writer continues: what is left there after a kill are the old files.
+        staged = target.with_name(hidden_name(target.name))
+        os.rename(self.folder, staged)
+        try:
+            exchange(staged, target)
+        except OSError as error:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise explain.explain(error, "replace", self.url) from error
+        _finish(target)
+        with suppress(StoreError):  # what is in place is whole
+            paths.remove(str(staged))
+
+    def _make_durable(self, manifest: bytes) -> None:
         (self.folder / MANIFEST_NAME).write_bytes(manifest)
         paths.sync_file(self.folder / MANIFEST_NAME)
         for folder in (*(path for path in self.folder.rglob("*") if path.is_dir()), self.folder):
             paths.sync_folder(folder)
+
+    def _rename_into_place(self, manifest: bytes) -> None:
+        """Make the folder durable, then visible by one rename, then the rename durable."""
+        self._make_durable(manifest)
         target = paths.local_path(self.url)
         try:
             os.rename(self.folder, target)
         except OSError as error:
             self._explain_failed_rename(target, manifest, error)
-        paths.sync_folder(target.parent)
+        _finish(target)
 
     def _explain_failed_rename(self, target: Path, manifest: bytes, error: OSError) -> None:
         """Return when the rename did happen (network file systems lose answers), or raise what is wrong."""
@@ -187,6 +240,7 @@ class ArtifactWriter:
         if found.is_file() and found.read_bytes() == manifest:
             return
         if found.is_file():
+            shutil.rmtree(self.folder, ignore_errors=True)  # nobody will go on with it
             raise self._exists() from error
         if target.exists():
             raise StoreError(
@@ -228,7 +282,7 @@ def write_artifact(
     With `resume`, finished files are kept when the writer is interrupted, and the next writer with the same `resume`
     takes them over: it must be a hash (hexadecimal) of all that the bytes depend on.
     """
-    manifest = Manifest(kind, fingerprint, settings or {}, inputs or {})
+    manifest = Manifest(kind, fingerprint, redact_values(settings or {}), inputs or {})
     with ExitStack() as stack:
         try:
             attempt, folder, resumes = _place(url, resume, stack)
@@ -252,7 +306,8 @@ def _place(url: str, resume: str, stack: ExitStack) -> tuple[str, Path, bool]:
     if resume:
         attempt = attempt_of(resume)
         folder = _scratch_folder(url, attempt)
-        if not paths.is_local(url) or stack.enter_context(locked(folder)):
+        is_mine = stack.enter_context(locked(folder, resumes=paths.is_local(url)))
+        if is_mine or not paths.is_local(url):
             return attempt, folder, True
     attempt = new_attempt()
     folder = _scratch_folder(url, attempt)
@@ -286,6 +341,24 @@ def _scratch_folder(url: str, attempt: str) -> Path:
     return folder
 
 
+def _finish(target: Path) -> None:
+    """Make a rename durable; until then the note told whose the folder was, and in the artifact nobody reads it."""
+    paths.sync_folder(target.parent)
+    with suppress(OSError):
+        (target / OWNER_NAME).unlink()
+
+
+def _give_rights_of(folder: Path, path: Path) -> None:
+    """Let read a file who may read its folder, which has its rights by the umask: safetensors lets the owner only.
+
+    A file with a second name, in Hugging Face's cache say, is left as it is.
+    """
+    status, rights = path.stat(), folder.stat().st_mode & 0o666
+    if status.st_nlink == 1 and status.st_mode & 0o777 != rights:
+        with suppress(OSError):  # file systems without such rights
+            path.chmod(rights)
+
+
 def _write_local(path: Path, chunks: Iterable[Chunk], hasher: FileHasher) -> None:
     """Write and flush in this thread while others hash, so that hashing costs no time where there are cores for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -298,7 +371,9 @@ def _write_local(path: Path, chunks: Iterable[Chunk], hasher: FileHasher) -> Non
 def _continue_local(path: Path, chunks: Iterable[Chunk], size: int) -> None:
     """Write a file, or the rest of it: bytes that an interrupted writer left are read and compared instead."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and path.stat().st_nlink > 1:  # a link to another artifact's file, which must stay as it is
+    if (
+        path.exists() and paths.check_regular(path).st_nlink > 1
+    ):  # a link to another artifact's file, which must stay as it is
         path.unlink()
     with open(path, "r+b" if path.exists() else "w+b", buffering=0) as file, DurableFile(file) as target:
         left = os.fstat(file.fileno()).st_size

@@ -18,6 +18,7 @@ from launcher.slurm import SlurmError, queue, run_slurm
 from launcher.status import Row, describe, is_going_on, is_success, read_status
 from launcher.submit import Submitter
 from launcher.tasks import build_groups, build_tasks
+from launcher.unsaved import require_readable_settings
 from modularforge.config import Config
 from modularforge.errors import ConfigError
 
@@ -34,6 +35,7 @@ def launch(config: Config, say: Say, new_run: bool = False, check: bool = True) 
     old = load_record(config)
     if old and new_run:
         config = beside(config, old)
+    require_readable_settings(config)
     record = load_record(config)
     if record:
         check_same_run(config, record)

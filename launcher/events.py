@@ -13,16 +13,19 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from checkpoints import paths
+from checkpoints.redact import redact_values
 from launcher.places import all_events_url, events_url
 from modularforge.config import Config
 
 Event = dict[str, Any]
 READS_AT_ONCE = 16
+MOST_SECONDS = 1e11
+NUMBERS = ("step", "last_step", "node_count", "gpus")
 
 
 def append_event(config: Config, job: str, event: str, **details: Any) -> Event:
     """Add one event to a job's file and return it."""
-    line = {"job": job, "event": event, "time": round(time.time(), 3), **details}
+    line = {"job": job, "event": event, "time": round(time.time(), 3), **redact_values(details)}
     url, content = events_url(config, job), json.dumps(line) + "\n"
     if paths.is_local(url):
         path = paths.local_path(url)
@@ -68,8 +71,15 @@ def _parse(content: bytes) -> list[Event]:
     for line in content.decode(errors="replace").splitlines():
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(value, dict) and {"job", "event", "time"} <= set(value):
+        if isinstance(value, dict) and _is_event(value):
             events.append(value)
     return events
+
+
+def _is_event(value: dict[str, Any]) -> bool:
+    """Whether job and event are texts, and the time and the steps that it may tell are numbers."""
+    numbers = [value.get("time"), *(value[name] for name in NUMBERS if name in value)]
+    is_text = isinstance(value.get("job"), str) and isinstance(value.get("event"), str)
+    return is_text and all(type(number) in (int, float) and abs(number) < MOST_SECONDS for number in numbers)

@@ -14,6 +14,7 @@ from modularforge.pipeline import checkpoint_url, metrics_url
 
 STEP_NAME = re.compile(r"step-(\d{8,})")
 TAIL_BYTES = 8192
+MOST = 2.0**53
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ def progress_of(config: Config, job: str) -> Progress:
     """What the store says of one job."""
     line = _last_line(metrics_url(config, job))
     step, committed = newest_checkpoint(config, job)
-    return Progress(step, committed, int(line.get("step", 0)), line.get("loss"), line.get("time"))
+    last = _number(line.get("step"))
+    return Progress(step, committed, int(last or 0), _number(line.get("loss")), _number(line.get("time")))
 
 
 def newest_checkpoint(config: Config, job: str) -> tuple[int, float | None]:
@@ -54,8 +56,14 @@ def _last_line(url: str) -> dict[str, Any]:
     for text in reversed(content.decode(errors="replace").splitlines()):
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and "loss" in line:
             return line
     return {}
+
+
+def _number(value: Any) -> float | None:
+    """A finite number; a line may be torn in odd places, and a diverged loss stands there as text."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST
+    return float(value) if is_number else None

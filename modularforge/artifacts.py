@@ -19,6 +19,7 @@ from modularforge.assembly.statistics import EXPERT_NAME, ROUTER_NAME
 from modularforge.data.loader import label_tokens
 from modularforge.data.token_files import TokenFile, Tokens, open_token_file
 from modularforge.data.tokenizer import EOS, load_tokenizer, token_byte_lengths
+from modularforge.facts import fact
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import load_expert, load_model, read_tensors
 from modularforge.model.hub_config import read_config
@@ -121,7 +122,7 @@ class Backbone:
     def expert(self, artifact: Artifact) -> Decoder:
         """An expert's own model on this backbone."""
         tensors = load_file(artifact.local_file(EXPERT_NAME))
-        anchored = bool(artifact.manifest.facts["anchored"])
+        anchored = fact(artifact, "anchored")
         if anchored:
             tensors.update(load_file(artifact.local_file(ROUTER_NAME)))
         return load_expert(self.tensors, self.values, tensors, anchored)

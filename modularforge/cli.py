@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from checkpoints.screen import say
 from modularforge.config import Config
 from modularforge.errors import ConfigError, UserError
 from modularforge.experts_cli import app as experts_app
@@ -147,7 +148,7 @@ def _evaluate(settings: Config, model: str | None = None) -> None:
         return
     _train_baselines(settings)
     print_table(evaluate_stage.run(settings))
-    typer.echo(evaluate_stage.where(settings))
+    say(evaluate_stage.where(settings))
 
 
 @app.command("run-all")
@@ -211,7 +212,7 @@ def study(
     chosen: Split = "test" if split == "test" else "validation"
     if cluster:
         train_on_cluster(runs, choose_variants(runs, chosen, only or ()), choose_seeds(runs, seed or ()))
-    typer.echo(run_study(runs, chosen, only or (), seed or ()))
+    say(run_study(runs, chosen, only or (), seed or ()))
 
 
 @app.command()
@@ -228,7 +229,7 @@ def generate(
 ) -> None:
     """Continue a text with a trained model."""
     from modularforge.evaluation.generation import Sampling
-    from modularforge.evaluation.talk import continue_text, load_for_generation, talk
+    from modularforge.evaluation.talk import continue_text, load_for_generation, show, talk
 
     if model is None:
         from modularforge.stages.evaluate import chosen_model
@@ -239,7 +240,7 @@ def generate(
     if prompt is None:
         talk(loaded, tokens, sampling)
     else:
-        typer.echo(prompt + continue_text(loaded, prompt, tokens, sampling))
+        show(prompt + continue_text(loaded, prompt, tokens, sampling))
 
 
 @app.command()
@@ -259,7 +260,7 @@ def fetch(
     from modularforge.pretrained.fetch import fetch as fetch_model
 
     configure_logging()
-    typer.echo(fetch_model(model, output, verify).url)
+    say(fetch_model(model, output, verify).url)
 
 
 @app.command()
@@ -272,7 +273,7 @@ def info(
     from modularforge.info import describe
     from modularforge.settings import to_yaml
 
-    typer.echo(to_yaml(settings) if show_settings else describe(settings))
+    say(to_yaml(settings) if show_settings else describe(settings))
 
 
 @app.command()
@@ -291,7 +292,7 @@ def report(
     from modularforge.observe.report import report_runs
 
     for line in report_runs(choose_runs(runs or [], base_dir, every=every, pattern=pattern), output):
-        typer.echo(line)
+        say(line)
 
 
 @app.command()
@@ -313,7 +314,7 @@ def compare(
     from modularforge.comparison.compare import compare_runs
     from modularforge.observe.discover import resolve
 
-    typer.echo(compare_runs([resolve(name, base_dir) for name in runs], output, band))
+    say(compare_runs([resolve(name, base_dir) for name in runs], output, band))
 
 
 @app.command()
@@ -329,7 +330,7 @@ def sanity(
     try:
         settings = load_settings()
     except UserError as error:  # settings that cannot be used are a finding too
-        typer.echo(f"Settings\n  FAIL  {error}")
+        say(f"Settings\n  FAIL  {error}")
         raise typer.Exit(1) from error
     if not run_checks(settings, test, quick):
         raise typer.Exit(1)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from checkpoints.redact import redact_urls, redact_values
 
 PartitionMethod = Literal["random", "clustered", "curriculum", "domain"]
 Text = Annotated[str, Field(min_length=1)]
@@ -22,7 +24,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class SourceConfig(Section):
+class SafeSection(Section):
+    """Settings that hold URLs: read with their passwords and signatures, and saved, recorded and hashed without."""
+
+    @model_serializer(mode="wrap")
+    def _without_secrets(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = redact_values(serialize(self), redact_urls)
+        return values
+
+
+class SourceConfig(SafeSection):
     """One labelled part of the corpus: a Hub data set, or files at any URL that fsspec knows."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
@@ -32,7 +43,8 @@ class SourceConfig(Section):
     hub_config: str | None = None
     """Configuration of the Hub data set (for example `wikitext-103-raw-v1`)."""
     train: Text | list[Text]
-    """Files of the training split: a path, URL or glob, or a list; `sample:law/train.jsonl.gz` is in the package."""
+    """Files of the training split: a path, URL or glob, or a list; `sample:law/train.jsonl.gz` is in the package.
+    `${NAME}` in a URL stands for an environment variable, so that no password is saved with the settings."""
     validation: str | list[str] | None = None
     """Files of the validation split; without it `data.heldout_fraction` of the training documents is taken."""
     test: str | list[str] | None = None
@@ -371,7 +383,7 @@ class ClusterConfig(Section):
     """Folder that nodes share, in which each run has one for logs, scripts and code; null: in the run's own folder."""
 
 
-class Config(Section):
+class Config(SafeSection):
     """A whole run."""
 
     name: str = "modularforge"
@@ -426,11 +438,8 @@ class Config(Section):
         So many experts' batches make one of theirs as `joint.batch_size` holds, and as leave none over.
         """
         experts = self.experts
-        batches = experts.count * experts.steps
-        most = (self.joint.batch_size or 0) // experts.batch_size
-        joined = next((number for number in range(min(most, batches), 1, -1) if batches % number == 0), 1)
-        update = {"steps": batches // joined, "batch_size": joined * experts.batch_size}
-        return experts.model_copy(update=update)
+        steps, batch_size = joined_batches(experts.count, experts.steps, experts.batch_size, self.joint.batch_size)
+        return experts.model_copy(update={"steps": steps, "batch_size": batch_size})
 
     @property
     def assembled_experts(self) -> int:
@@ -443,6 +452,13 @@ class Config(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+def joined_batches(count: int, steps: int, batch_size: int, wanted: int | None) -> tuple[int, int]:
+    """Steps and batch size of a job on all batches of `count` experts, as many of them in one as `wanted` sequences."""
+    batches, most = count * steps, (wanted or 0) // batch_size
+    joined = next((number for number in range(min(most, batches), 1, -1) if batches % number == 0), 1)
+    return batches // joined, joined * batch_size
 
 
 def _impossible_combinations(config: Config) -> Any:

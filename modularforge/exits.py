@@ -12,6 +12,7 @@ from typing import Any
 
 from checkpoints.errors import UserError
 from checkpoints.explain import explain, is_full
+from checkpoints.screen import bug, safe_streams, say
 from modularforge.errors import Interrupted
 
 USER_ERROR = 2
@@ -19,13 +20,17 @@ INTERRUPTED = 130
 
 
 def run_app(app: Any) -> None:
-    """Call a typer application and turn exceptions into exit codes."""
-    debug = "--debug" in sys.argv
+    """Call a typer application and turn exceptions into exit codes; nothing is said with a secret in it."""
+    with safe_streams():
+        _run(app, "--debug" in sys.argv)
+
+
+def _run(app: Any, debug: bool) -> None:
     try:
         app()
     except UserError as error:
         if debug:
-            raise
+            bug()
         _complain(f"error: {error}", USER_ERROR)
     except Interrupted as stop:
         _complain(str(stop), INTERRUPTED)
@@ -35,12 +40,12 @@ def run_app(app: Any) -> None:
         _complain("interrupted; what was committed is kept, and the same command continues", INTERRUPTED)
     except OSError as error:
         if debug or error.errno is None:
-            raise
+            bug()
         _complain(f"error: {refused_by_the_system(error)}", USER_ERROR)
     except Exception as error:
         sentence = _foreign_sentence(error)
         if debug or sentence is None:
-            raise
+            bug()
         _complain(f"error: {sentence}", USER_ERROR)
 
 
@@ -69,5 +74,5 @@ def _foreign_sentence(error: Exception) -> str | None:
 
 
 def _complain(message: str, code: int) -> None:
-    print(message, file=sys.stderr, flush=True)
+    say(message, error=True)
     sys.exit(code)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from checkpoints.screen import say
 from modularforge.log import configure_logging
 
 app = typer.Typer(
@@ -23,18 +24,19 @@ Output = Annotated[str | None, typer.Option("--output", help="Where the new mode
 def list_members(model: Model, as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False) -> None:
     """The experts of a model: slot, index, where each lies."""
     from checkpoints import open_artifact
+    from modularforge.facts import fact
     from modularforge.stages import members
 
     artifact = open_artifact(model)
     found = members.members_of(artifact)
     if as_json:
-        typer.echo(json.dumps([vars(member) for member in found], indent=1))
+        say(json.dumps([vars(member) for member in found], indent=1))
         return
-    facts = artifact.manifest.facts
-    public = ", the public FFN in slot 0" if facts["public_expert"] else ""
-    typer.echo(f"{model}: {len(found)} experts{public}; router {facts['router']}, top {facts['experts_per_token']}")
+    public = ", the public FFN in slot 0" if fact(artifact, "public_expert") else ""
+    router, active = fact(artifact, "router"), fact(artifact, "experts_per_token")
+    say(f"{model}: {len(found)} experts{public}; router {router}, top {active}")
     for member in found:
-        typer.echo(f"slot {member.slot}: expert {member.index}  {member.url}")
+        say(f"slot {member.slot}: expert {member.index}  {member.url}")
 
 
 @app.command()

@@ -12,12 +12,14 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from checkpoints import StoreError, paths
+from checkpoints.redact import redact_values
+from checkpoints.screen import LogFormatter, step_bar
 from modularforge.tensorboard import events_beside
 
 logger = logging.getLogger("modularforge")
@@ -27,7 +29,7 @@ def configure_logging(*, quiet: bool = False) -> None:
     """Send log lines to standard error, once per process; `quiet` keeps warnings only (ranks other than 0)."""
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        handler.setFormatter(LogFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
@@ -60,7 +62,7 @@ class MetricsLog:
         if paths.is_local(self.url):
             _claim(paths.local_path(self.url))
         try:
-            found = paths.read_bytes(self.url).decode().splitlines()
+            found = paths.read_bytes(self.url).decode(errors="replace").splitlines()
         except (FileNotFoundError, NotADirectoryError):
             found = []
         self._lines = [line for line in found if _step_of(line) <= step]
@@ -71,7 +73,7 @@ class MetricsLog:
 
     def write(self, **values: Any) -> None:
         """Append one line."""
-        line = json.dumps(json_safe(values), allow_nan=False)
+        line = json.dumps(json_safe(redact_values(values)), allow_nan=False)
         if paths.is_local(self.url):
             path = paths.local_path(self.url)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +106,7 @@ def _claim(path: Path) -> None:
     if lock in _LOCKS:
         return
     lock.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
@@ -135,39 +137,34 @@ def _step_of(line: str) -> float:
     """The step of a metrics line; a torn line (killed while writing) counts as later than all."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf
 
 
 class Progress:
     """A bar on a terminal; silent elsewhere."""
 
-    def __init__(self, bar: Any = None, task: Any = None) -> None:
-        self._bar, self._task = bar, task
+    def __init__(self, bar: Callable[[float, str], None] | None = None) -> None:
+        self._bar = bar
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether there is a terminal that shows it."""
+        return self._bar is not None
 
     def advance(self, amount: float = 1, note: str = "") -> None:
-        """Move the bar on by `amount` units; `note` is shown behind it."""
+        """Move the bar on by `amount` units; `note`, or the one before it, is shown behind it."""
         if self._bar is not None:
-            self._bar.update(self._task, advance=amount, note=note)
+            self._bar(amount, note)
 
 
 @contextmanager
-def progress(description: str, total: float | None, unit: str = "steps", start: int = 0) -> Iterator[Progress]:
-    """Show a progress bar while the block runs, if standard error is a terminal."""
-    if not sys.stderr.isatty():
+def progress(
+    description: str, total: float | None, unit: str = "steps", start: int = 0, is_wanted: bool = True
+) -> Iterator[Progress]:
+    """Show a progress bar while the block runs, if it is wanted (by one rank of many) and standard error a terminal."""
+    if not is_wanted or not sys.stderr.isatty():
         yield Progress()
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield Progress(bar, bar.add_task(description, total=total, completed=start, note=""))
+    with step_bar(description, total, unit, start) as advance:
+        yield Progress(advance)

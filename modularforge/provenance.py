@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import Artifact, ArtifactExistsError, ArtifactWriter, open_artifact, paths, write_artifact
+from checkpoints.redact import redact
+from checkpoints.sweep import sweep
 from modularforge.config import Config
 from modularforge.log import json_safe, logger
 from modularforge.pipeline import Plan, contents, fingerprint
@@ -37,10 +39,15 @@ def making(plan: Plan, parts: Sequence[Artifact] = ()) -> Iterator[ArtifactWrite
         yield writer
 
 
-def commit(writer: ArtifactWriter, plan: Plan, config: Config, facts: dict[str, Any]) -> Artifact:
-    """Publish what was written, with `facts` and provenance; a rival that made the same artifact first is as good."""
+def commit(
+    writer: ArtifactWriter, plan: Plan, config: Config, facts: dict[str, Any], old: Artifact | None = None
+) -> Artifact:
+    """Publish what was written, with `facts` and provenance, in the place of `old` if there is one.
+
+    A rival that made the same artifact first is as good.
+    """
     try:
-        artifact = writer.commit(json_safe({**facts, "provenance": provenance(config)}))
+        artifact = writer.commit(json_safe({**facts, "provenance": provenance(config)}), old=old)
     except ArtifactExistsError:
         artifact = open_artifact(plan.url)
         if artifact.manifest.fingerprint != plan.fingerprint:
@@ -48,13 +55,14 @@ def commit(writer: ArtifactWriter, plan: Plan, config: Config, facts: dict[str, 
         logger.info("another process finished the same artifact first: %s", plan.url)
         return artifact
     save_settings(config)
+    sweep(config.output_dir)
     logger.info("finished: %s", plan.url)
     return artifact
 
 
 def save_settings(config: Config) -> None:
     """Write the resolved settings as `config.yaml` at the run's root (rank 0 only, once a stage is found to be due)."""
-    url, content = paths.join(config.output_dir, SETTINGS_NAME), to_yaml(config).encode()
+    url, content = paths.join(config.output_dir, SETTINGS_NAME), redact(to_yaml(config)).encode()
     if not paths.exists(url) or paths.read_bytes(url) != content:
         paths.replace_bytes(url, content)
 

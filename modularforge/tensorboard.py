@@ -18,6 +18,7 @@ from modularforge.errors import ConfigError
 Mode = Literal["auto", "on", "off"]
 FOLDER = "tensorboard"
 NOT_FINITE = ("inf", "-inf", "nan")
+MOST_STEPS = 2.0**53
 NOT_SCALARS = ("job", "step", "time")
 
 
@@ -82,10 +83,20 @@ def _record(values: dict[str, Any]) -> bytes:
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    kept = {name: value for name, value in values.items() if name not in NOT_SCALARS}
-    scalars = {name: float(v) for name, v in kept.items() if isinstance(v, int | float) or v in NOT_FINITE}
-    summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
-    return _framed(Event(wall_time=float(values.get("time", 0.0)), step=int(values["step"]), summary=summary))
+    scalars = {name: _number(value) for name, value in values.items() if name not in NOT_SCALARS}
+    kept = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items() if value is not None]
+    step = min(MOST_STEPS, max(0.0, float(values["step"])))  # a line may be of another program
+    return _framed(Event(wall_time=_number(values.get("time")) or 0.0, step=int(step), summary=Summary(value=kept)))
+
+
+def _number(value: Any) -> float | None:
+    """A scalar; JSON holds those that are not finite as text."""
+    if not isinstance(value, int | float) and value not in NOT_FINITE:
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
 
 
 def _framed(event: Any) -> bytes:

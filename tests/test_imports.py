@@ -23,8 +23,12 @@ TORCH_FREE_FOR_LAUNCHER = {
     "modularforge.log",
     "modularforge.provenance",
 }
-TORCH_FREE_MODEL = {f"modularforge.model.{name}" for name in ("names", "hub_config", "hub_support", "sizes")}
-PLAIN = {"modularforge.config", "modularforge.errors", "modularforge.log"}
+TORCH_FREE_MODEL = {
+    f"modularforge.model.{name}" for name in ("names", "hub_config", "hub_support", "sizes", "weight_files")
+}
+# What somebody else wrote is read through these; they touch no storage.
+READERS = {"checkpoints.names", "checkpoints.parsing", "checkpoints.safetensors"}
+PLAIN = {"modularforge.config", "modularforge.errors", "modularforge.log", "modularforge.facts"} | READERS
 
 
 def python_files(folder: str) -> list[Path]:

@@ -31,6 +31,7 @@ from modularforge.assembly.small_files import copy_text_files
 from modularforge.assembly.statistics import EXPERT_NAME
 from modularforge.assembly.stream import execute
 from modularforge.config import Config, ModelConfig
+from modularforge.facts import fact
 from modularforge.model.hub_config import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -101,7 +102,7 @@ def _tensors(
 
 
 def _spans(artifact: Artifact, name: str) -> dict[str, TensorSpan]:
-    return read_header(artifact.file_url(name), artifact.manifest.files[name].tensors)
+    return read_header(artifact.file_url(name), artifact.entry(name).tensors)
 
 
 def _write_weights(
@@ -138,7 +139,7 @@ def _write_small_files(
         "architecture": written["architectures"][0],
         "experts": count,
         "members": [
-            {"index": item.manifest.facts["index"], "url": item.url, "fingerprint": item.manifest.fingerprint}
+            {"index": fact(item, "index"), "url": item.url, "fingerprint": item.manifest.fingerprint}
             for item in experts
         ],
         "backbone": {"url": backbone.url, "fingerprint": backbone.manifest.fingerprint},

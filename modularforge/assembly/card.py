@@ -5,11 +5,16 @@ It says only what those manifests say: no places, no times, so the same parts gi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import yaml
+
 from checkpoints import Artifact
+from checkpoints.markdown import code, plain, table
 from modularforge.config import Config
+from modularforge.facts import fact
 
 CARD_NAME = "README.md"
 
@@ -18,7 +23,7 @@ def model_card(config: Config, backbone: Artifact, experts: Sequence[Artifact], 
     """README.md of the model folder; `facts` are those of the assembled model's manifest."""
     blocks = [
         _front_matter(backbone),
-        f"# {config.name}",
+        f"# {plain(config.name)}",
         _summary(backbone, experts, facts),
         _how_to_load(facts),
         "## What it was made from",
@@ -42,8 +47,9 @@ def calibration_note(before: float, after: float) -> str:
 def _front_matter(backbone: Artifact) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     lines += ["tags: [mixture-of-experts, modularforge]"]
-    base = (backbone.manifest.facts.get("pretrained") or {}).get("hub")
-    return "\n".join([*lines, *([f"base_model: {base}"] if base else []), "---"])
+    base = (fact(backbone, "pretrained", None) or {}).get("hub")
+    named = yaml.safe_dump({"base_model": base}, width=math.inf, allow_unicode=True).splitlines() if base else []
+    return "\n".join([*lines, *named, "---"])
 
 
 def _summary(backbone: Artifact, experts: Sequence[Artifact], facts: Mapping[str, Any]) -> str:
@@ -57,16 +63,17 @@ def _summary(backbone: Artifact, experts: Sequence[Artifact], facts: Mapping[str
 
 
 def _origin(backbone: Artifact) -> str:
-    pretrained = backbone.manifest.facts.get("pretrained")
+    pretrained = fact(backbone, "pretrained", None)
     if not pretrained:
         return "one backbone trained from random weights"
-    name = pretrained["hub"] or f"a pretrained model (identity `{pretrained['identity']}`)"
-    return f"{name}, trained on before that," if backbone.manifest.facts.get("training_tokens") else f"{name} as it is"
+    named = pretrained["hub"] and plain(pretrained["hub"])
+    name = named or f"a pretrained model (identity {code(pretrained['identity'])})"
+    return f"{name}, trained on before that," if fact(backbone, "training_tokens", 0) else f"{name} as it is"
 
 
 def _how_to_load(facts: Mapping[str, Any]) -> str:
     return (
-        f"It is a `{facts['architecture']}` and loads in plain transformers, 4.57 or newer:\n\n"
+        f"It is a {code(facts['architecture'])} and loads in plain transformers, 4.57 or newer:\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'folder = "."  # where this file lies\n'
         'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")\n'
@@ -75,13 +82,13 @@ def _how_to_load(facts: Mapping[str, Any]) -> str:
 
 
 def _parts(backbone: Artifact, experts: Sequence[Artifact]) -> Iterator[list[str]]:
-    named = [("backbone", backbone), *((f"expert {item.manifest.facts.get('index', '?')}", item) for item in experts)]
+    named = [("backbone", backbone), *((f"expert {fact(item, 'index', '?')}", item) for item in experts)]
     for name, artifact in named:
         facts = artifact.manifest.facts
-        tokens = facts.get("training_tokens")
+        tokens = fact(artifact, "training_tokens", None)
         row = ["not recorded" if tokens is None else f"{tokens:,} tokens"]
         row += [_loss(facts.get(key)) for key in ("train_loss", "validation_loss")]
-        yield [name, *row, f"`{artifact.manifest.fingerprint}`"]
+        yield [plain(name), *row, code(artifact.manifest.fingerprint)]
 
 
 def _loss(value: Any) -> str:
@@ -90,13 +97,13 @@ def _loss(value: Any) -> str:
 
 def _data(backbone: Artifact) -> Iterator[str]:
     """The corpus: its sources by name, and how much of each domain each split holds."""
-    splits = (backbone.manifest.facts.get("data") or {}).get("splits")
+    splits = (fact(backbone, "data", None) or {}).get("splits")
     if not splits:
         return
     yield "## Data"
     yield "\n".join(f"- {line}" for line in _sources(backbone))
     rows = [
-        [label, split, f"{count['documents']:,}", f"{count['tokens']:,}", f"{count['bytes']:,}"]
+        [plain(label), split, f"{count['documents']:,}", f"{count['tokens']:,}", f"{count['bytes']:,}"]
         for split in ("train", "validation", "test")
         for label, count in splits.get(split, {}).items()
     ]
@@ -105,9 +112,9 @@ def _data(backbone: Artifact) -> Iterator[str]:
 
 def _sources(backbone: Artifact) -> Iterator[str]:
     for source in _config_of(backbone).get("data", {}).get("sources", ()):
-        where = f"`{source['hub']}` on the Hub" if source.get("hub") else "files of its own"
-        named = f", {source['hub_config']}" if source.get("hub_config") else ""
-        yield f"{source['name']}: {where}{named}"
+        where = f"{code(source['hub'])} on the Hub" if source.get("hub") else "files of its own"
+        named = f", {plain(source['hub_config'])}" if source.get("hub_config") else ""
+        yield f"{plain(source['name'])}: {where}{named}"
 
 
 def _settings(
@@ -115,22 +122,21 @@ def _settings(
 ) -> Iterator[str]:
     yield "## Settings"
     made = _config_of(experts[0]) if experts else {}
-    rows = [["assembly", "router", str(facts["router"])], ["assembly", "seed", str(config.seed)]]
+    rows = [["assembly", "router", plain(str(facts["router"]))], ["assembly", "seed", str(config.seed)]]
     for section, values in (("backbone", _config_of(backbone).get("backbone")), ("experts", made.get("experts"))):
-        rows += [[section, name, f"{value}"] for name, value in (values or {}).items()]
-    rows += [["partition", name, f"{value}"] for name, value in made.get("partition", {}).items()]
+        rows += [[section, plain(name), plain(f"{value}")] for name, value in (values or {}).items()]
+    rows += [["partition", plain(name), plain(f"{value}")] for name, value in made.get("partition", {}).items()]
     yield _table(["section", "setting", "value"], rows)
-    versions = (backbone.manifest.facts.get("provenance") or {}).get("versions", {})
+    versions = fact(backbone, "provenance", {}).get("versions", {})
     if versions:
-        listed = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+        listed = ", ".join(plain(f"{name} {version}") for name, version in sorted(versions.items()))
         yield f"Made with {listed}."
 
 
 def _config_of(artifact: Artifact) -> dict[str, Any]:
-    found: dict[str, Any] = (artifact.manifest.facts.get("provenance") or {}).get("config", {})
+    found: dict[str, Any] = fact(artifact, "provenance", {}).get("config", {})
     return found
 
 
 def _table(titles: Sequence[str], rows: Iterator[list[str]] | list[list[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(table(titles, rows))

@@ -7,6 +7,7 @@ from checkpoints.reading import check_size
 from modularforge.assembly.statistics import EXPERT_NAME
 from modularforge.config import Config
 from modularforge.errors import ConfigError, MismatchError
+from modularforge.facts import fact
 from modularforge.model import names
 from modularforge.model.hub_config import WEIGHTS_NAME
 
@@ -25,10 +26,10 @@ def check_parts(config: Config, backbone: Artifact, experts: list[Artifact]) -> 
 
 def check_same_backbone(backbone: Artifact, experts: list[Artifact]) -> None:
     """Every expert must have been trained on the very tensors that this backbone shares."""
-    hashes = backbone.manifest.files[WEIGHTS_NAME].tensors
+    hashes = backbone.entry(WEIGHTS_NAME).tensors
     shared = {name: digest for name, digest in hashes.items() if names.is_shared(name)}
     for expert in experts:
-        recorded = expert.manifest.facts["shared_tensors"]
+        recorded = fact(expert, "shared_tensors")
         different = sorted(name for name in {*shared, *recorded} if shared.get(name) != recorded.get(name))
         if different:
             raise MismatchError(
@@ -40,7 +41,7 @@ def check_same_backbone(backbone: Artifact, experts: list[Artifact]) -> None:
 def _check_no_duplicates(experts: list[Artifact]) -> None:
     seen: dict[str, str] = {}
     for expert in experts:
-        identity = expert.manifest.files[EXPERT_NAME].sha256
+        identity = expert.entry(EXPERT_NAME).sha256
         if identity in seen:
             raise MismatchError(
                 f"each slot must hold another expert, but {expert.url} is the same one as {seen[identity]}; "

@@ -16,6 +16,7 @@ from checkpoints import Artifact, ArtifactWriter, FileEntry
 from modularforge.assembly.plan import MergePlan, OutputFile, OutputTensor, TensorSpan, output_tensors, split
 from modularforge.assembly.stream import write_file
 from modularforge.errors import MismatchError
+from modularforge.facts import fact
 from modularforge.log import progress
 from modularforge.model import names
 
@@ -59,12 +60,12 @@ def part_key(tensors: Iterable[tuple[str, OutputTensor]]) -> str:
 
 def whole_file(artifact: Artifact, name: str, spans: Mapping[str, TensorSpan]) -> dict[str, Source]:
     """A committed weight file by the key of the part that it is."""
-    return {part_key(output_tensors(spans).items()): Source(artifact.file_url(name), artifact.manifest.files[name])}
+    return {part_key(output_tensors(spans).items()): Source(artifact.file_url(name), artifact.entry(name))}
 
 
 def parts_of(assembled: Artifact) -> dict[str, Source]:
     """The weight files of an assembled model by their keys; none for one that was merged."""
-    keys: Mapping[str, str] = assembled.manifest.facts.get(KEYS_FACT) or {}
+    keys: Mapping[str, str] = fact(assembled, KEYS_FACT, {})
     files = assembled.manifest.files
     return {key: Source(assembled.file_url(name), files[name]) for name, key in keys.items() if key and name in files}
 

@@ -6,22 +6,20 @@ is the same whatever the chunk size, and equals what a naive in-memory merge wou
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Any
 
-from checkpoints import paths
+from checkpoints import paths, safetensors
 from modularforge.errors import DataError, MismatchError
 from modularforge.model import names
 
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
-ITEM_BYTES |= {"I16": 2, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1}  # of quantised models, which are refused by this name
+# Types of whole bytes; of the others, values are not addressed one by one.
+ITEM_BYTES = {dtype: bits // 8 for dtype, bits in safetensors.BITS.items() if bits % 8 == 0}
 FLOATS = ("F32", "F16", "BF16")
-LONGEST_HEADER = 100_000_000
+METADATA = {"format": "pt"}  # what transformers expects
 
 
 @dataclass(frozen=True)
@@ -112,29 +110,22 @@ class MergePlan:
 def read_header(url: str, hashes: Mapping[str, str] | None = None) -> dict[str, TensorSpan]:
     """Spans of all tensors of a weight file, from its header; `hashes` are the tensors' sha256 by name."""
     try:
-        first = paths.read_bytes(url, 0, 8)
-        (length,) = struct.unpack("<Q", first)
-        if length > LONGEST_HEADER:
-            raise ValueError(f"a header of {length} bytes")
-        header = json.loads(paths.read_bytes(url, 8, 8 + length))
-        entries = {name: _entry(**entry) for name, entry in header.items() if name != "__metadata__"}
+        header = safetensors.read_header(lambda start, end: paths.read_bytes(url, start, end), paths.file_size(url))
     except FileNotFoundError as error:
         raise DataError(f"{url} must be there, but is missing; delete its artifact and run that stage again") from error
-    except (ValueError, TypeError, AttributeError, struct.error) as error:
-        raise DataError(f"{url} must be a safetensors file, but is not ({error}); make it again") from error
-    spans: dict[str, TensorSpan] = {}
-    for name, (dtype, shape, start, end) in entries.items():
-        if prod(shape) * ITEM_BYTES.get(dtype, -1) != end - start:
-            raise DataError(f"{name} in {url} must be {dtype} {shape}, but spans {end - start} bytes; make it again")
-        sha256 = hashes.get(name, "") if hashes else ""
-        spans[name] = TensorSpan(url, dtype, shape, 8 + length + start, end - start, sha256)
-    return spans
-
-
-def _entry(dtype: str, shape: list[int], data_offsets: list[int]) -> tuple[str, tuple[int, ...], int, int]:
-    """What a header says of one tensor: type, shape, and the offsets of its first byte and behind its last one."""
-    start, end = map(int, data_offsets)
-    return str(dtype), tuple(map(int, shape)), start, end
+    except ValueError as error:
+        raise DataError(f"{url} must be a safetensors file, but is not: {error}; make it again") from error
+    if packed := sorted({entry.dtype for entry in header.tensors.values()} - {*ITEM_BYTES}):
+        raise DataError(
+            f"{url} must have values of whole bytes, but has {', '.join(packed)}; use another version of it"
+        )
+    return {
+        name: TensorSpan(
+            url, entry.dtype, entry.shape, header.data_start + entry.start, entry.end - entry.start,
+            hashes.get(name, "") if hashes else "",
+        )
+        for name, entry in header.tensors.items()
+    }  # fmt: skip
 
 
 def merged_spans(
@@ -225,12 +216,5 @@ def in_file_order(tensors: Iterable[tuple[str, OutputTensor]]) -> list[tuple[str
 
 def header_bytes(tensors: Iterable[tuple[str, OutputTensor]]) -> bytes:
     """Length prefix and header of a weight file holding these tensors without gaps, as safetensors writes them."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in tensors:
-        end = offset + tensor.length
-        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    content = json.dumps(header, separators=(",", ":")).encode()
-    content += b" " * (-len(content) % 8)
-    return struct.pack("<Q", len(content)) + content
+    entries = ((name, tensor.dtype, tensor.shape, tensor.length) for name, tensor in tensors)
+    return safetensors.header_bytes(entries, METADATA)

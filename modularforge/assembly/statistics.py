@@ -11,13 +11,17 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from modularforge.assembly.routing import LayerStatistics, RouterStatistics
+from checkpoints import safetensors
+from checkpoints.parsing import parse_object
+from modularforge.assembly.routing import Array, LayerStatistics, RouterStatistics
+from modularforge.errors import DataError
 from modularforge.model import names
 
 EXPERT_NAME = "expert.safetensors"
 ROUTER_NAME = "router.safetensors"
 STATISTICS_NAME = "statistics.safetensors"
 SCALARS = "scalars"
+LARGEST_SUM = 1e300
 
 
 def save_statistics(path: Path, statistics: RouterStatistics) -> None:
@@ -39,13 +43,49 @@ def save_statistics(path: Path, statistics: RouterStatistics) -> None:
 
 def load_statistics(path: Path) -> RouterStatistics:
     """The sums that `save_statistics` wrote; the layers are read when they are asked for, so that memory is one's."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        scalars = json.loads(json.loads(file.read(length))["__metadata__"][SCALARS])
-    counts, scales = (np.asarray(scalars[name], np.float64) for name in ("counts", "inverse_rms"))
+    try:
+        with open(path, "rb") as file:
+            header = safetensors.read_header(lambda start, end: file.read(end - start), path.stat().st_size)
+        counts, scales = _scalars(header)
+        _check_shapes(header, len(counts))
+    except ValueError as error:
+        raise DataError(
+            f"{path} must be a file of router statistics, but is not: {error}; make the artifact it lies in again"
+        ) from error
     with safe_open(path, framework="np") as tensors:
         tokens_V = tensors.get_tensor(names.TOKEN_COUNTS).astype(np.float64)
-    return RouterStatistics(_StoredLayers(path, counts.tolist()), tokens_V, scales / counts)
+    return RouterStatistics(_StoredLayers(path, counts.tolist()), tokens_V, scales / np.maximum(counts, 1))
+
+
+def _scalars(header: safetensors.Header) -> tuple[Array, Array]:
+    """Token counts of the layers, and sums of one over the root mean square; raises ValueError."""
+    scalars = parse_object(header.metadata.get(SCALARS, ""))
+    found = [scalars.get(name) for name in ("counts", "inverse_rms")]
+    for values in found:
+        if not isinstance(values, list) or not all(_is_sum(value) for value in values):
+            raise ValueError(f"its {SCALARS} are {scalars!r:.60}")
+    counts, scales = (np.asarray(values, np.float64) for values in found)
+    if not len(counts) or counts.shape != scales.shape:
+        raise ValueError(f"its {SCALARS} are {scalars!r:.60}")
+    return counts, scales
+
+
+def _is_sum(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < LARGEST_SUM
+
+
+def _check_shapes(header: safetensors.Header, layers: int) -> None:
+    """Raise ValueError unless the tensors are there, of one width, as float32."""
+    width = header.tensors[first].shape[-1:] if (first := names.first_moment(0)) in header.tensors else (0,)
+    expected: dict[str, tuple[int, ...]] = {names.first_moment(layer): width for layer in range(layers)}
+    expected |= {names.second_moment(layer): (*width, *width) for layer in range(layers)}
+    for name, shape in expected.items():
+        entry = header.tensors.get(name)
+        if entry is None or entry.shape != shape or entry.dtype != "F32":
+            raise ValueError(f"{name} must be F32 {shape}, but is {entry and entry[:2]}")
+    tokens = header.tensors.get(names.TOKEN_COUNTS)
+    if tokens is None or len(tokens.shape) != 1 or tokens.dtype != "F32":
+        raise ValueError(f"{names.TOKEN_COUNTS} must be a vector of F32, but is {tokens and tokens[:2]}")
 
 
 class _StoredLayers(Sequence[LayerStatistics]):

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from checkpoints import paths
+from checkpoints.redact import redact, redact_values
+from checkpoints.screen import literal
 from modularforge.comparison.comparison import Comparison, JobComparison, MetricComparison, compare
 from modularforge.comparison.figures import draw_comparison
 from modularforge.comparison.statistics import CAVEAT
@@ -26,15 +28,20 @@ def compare_runs(urls: list[str], output: str | None = None, band: float = 2.0) 
         raise ConfigError(f"compare must be given two different runs or more, but got {', '.join(urls)}; name another")
     names = short_names(list(dict.fromkeys(urls)))
     comparison = compare({name: read_run(url) for url, name in names.items()}, band)
-    target = output or paths.join(DEFAULT_FOLDER, "-and-".join(name.replace("/", "-") for name in names.values())[:120])
+    target = output or paths.join(DEFAULT_FOLDER, "-and-".join(map(_folder, names.values()))[:120])
     for name, content in draw_comparison(comparison):
         paths.replace_bytes(paths.join(target, "plots", f"{name}.png"), content)
     paths.replace_bytes(paths.join(target, "compare.json"), as_json(comparison))
-    paths.replace_bytes(paths.join(target, "compare.txt"), as_text(comparison).encode())
+    paths.replace_bytes(paths.join(target, "compare.txt"), literal(redact(as_text(comparison))).encode())
     where = (
         f"every statistic: {paths.join(target, 'compare.txt')} and compare.json; plots: {paths.join(target, 'plots')}"
     )
     return f"{in_short(comparison)}\n\n{where}"
+
+
+def _folder(name: str) -> str:
+    """A run's name as a part of a folder's."""
+    return literal(name.replace("/", "-"), keep="")
 
 
 def as_json(comparison: Comparison) -> bytes:
@@ -50,7 +57,7 @@ def as_json(comparison: Comparison) -> bytes:
         "seeds": asdict(comparison.seeds) if comparison.seeds else None,
         "jobs": {name: _job(job) for name, job in comparison.jobs.items()},
     }
-    return (json.dumps(json_safe(values), indent=1, allow_nan=False) + "\n").encode()
+    return (json.dumps(json_safe(redact_values(values)), indent=1, allow_nan=False) + "\n").encode()
 
 
 def _job(job: JobComparison) -> dict[str, Any]:

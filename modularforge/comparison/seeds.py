@@ -51,8 +51,8 @@ def group_by_settings(runs: Mapping[str, Run]) -> dict[str, list[str]]:
     """
     groups: list[tuple[str, dict[Any, str]]] = []
     for name, run in runs.items():
-        seed = run.config.get("seed")
-        key = f"alone: {name}" if seed is None else json.dumps(_without_seed(run.config), sort_keys=True)
+        seed = run.setting("seed", -1)
+        key = f"alone: {name}" if seed < 0 else json.dumps(_without_seed(run.config), sort_keys=True)
         group = next((members for other, members in groups if other == key and seed not in members), None)
         if group is None:
             group = {}

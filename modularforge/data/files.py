@@ -16,6 +16,7 @@ from importlib import resources
 from typing import Any, Protocol
 
 from checkpoints import paths
+from modularforge.data.locations import real_location
 from modularforge.errors import DataError
 
 CHUNK_BYTES = 1 << 17
@@ -49,7 +50,7 @@ DECOMPRESSORS: dict[str, Callable[[], _Decompressor]] = {
 def find_files(locations: str | list[str]) -> list[str]:
     """Paths, URLs and globs as a list of file URLs, those of a glob sorted; raises DataError where nothing matches."""
     patterns = [locations] if isinstance(locations, str) else locations
-    return [url for pattern in patterns for url in _expand(pattern)]
+    return [url for pattern in patterns for url in _expand(real_location(pattern))]
 
 
 def compression_of(url: str) -> str | None:

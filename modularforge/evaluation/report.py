@@ -5,7 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from checkpoints.markdown import plain
+from checkpoints.markdown import table as markdown_table
+from checkpoints.screen import console, literal, say, table
+
 Results = dict[str, Any]
+TOTAL, TRAINING_TOKENS = 1, 3  # places of columns
 
 
 def table_rows(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -16,7 +21,7 @@ def table_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     for name, model in results["models"].items():
         cells = [_number(model["domains"][label]["perplexity"]) for label in labels]
         size = [_count(model["parameters"]), _count(model["active_parameters"]), _count(model["training_tokens"])]
-        means = [f"{model['mean_loss']:.4f}", _number(model["perplexity"]), f"{model['bits_per_byte']:.4f}"]
+        means = [_fixed(model["mean_loss"], 4), _number(model["perplexity"]), _fixed(model["bits_per_byte"], 4)]
         rows.append([name, *size, *cells, *means])
     return header, rows
 
@@ -24,9 +29,9 @@ def table_rows(results: Results) -> tuple[list[str], list[list[str]]]:
 def markdown(results: Results) -> str:
     """The whole report."""
     lines = [
-        f"# {results['name']}",
+        f"# {plain(results['name'])}",
         "",
-        _verdict(results),
+        plain(_verdict(results)),
         "",
         "Perplexity per domain on the test split; lower is better. Domains weigh alike in the means.",
         "`oracle` takes the best expert of each domain, chosen on the test split itself: a bound, no model.",
@@ -38,17 +43,17 @@ def markdown(results: Results) -> str:
         *_markdown_table(*_byte_rows(results)),
     ]
     for name, routing in results["routing"].items():
-        lines += ["", f"## Where {name} routes", "", "Share of expert visits by domain (mean over layers).", ""]
+        lines += ["", f"## Where {plain(name)} routes", "", "Share of expert visits by domain (mean over layers).", ""]
         lines += _markdown_table(*_routing_rows(routing))
         lines += ["", "Share by layer (mean over domains).", ""]
         lines += _markdown_table(*_layer_rows(routing))
-        balance = ", ".join(f"{value:.3f}" for value in routing["balance_per_layer"])
+        balance = ", ".join(_fixed(value, 3) for value in routing["balance_per_layer"])
         lines += ["", f"Balance per layer (1 is even, 0 is one expert only): {balance}."]
     lines += ["", "## Samples", ""]
     for name, samples in results["samples"].items():
         for sample in samples:
-            lines += [f"**{name}**, greedy: {sample['prompt']}▸{_inline(sample['greedy'])}", ""]
-            lines += [f"**{name}**, sampled: {sample['prompt']}▸{_inline(sample['sampled'])}", ""]
+            for kind in ("greedy", "sampled"):
+                lines += [f"**{plain(name)}**, {kind}: {plain(sample['prompt'])}▸{plain(sample[kind])}", ""]
     facts = f"Measured in {results['seconds']:.0f} s, peak memory {results['peak_memory_bytes'] / 2**20:.0f} MiB."
     return "\n".join([*lines, facts, ""])
 
@@ -58,18 +63,20 @@ def _verdict(results: Results) -> str:
     models, chosen = results["models"], results["chosen"]
     if chosen is None:
         return "No assembled model was measured."
-    loss = models[chosen]["mean_loss"]
+    loss = float(models[chosen]["mean_loss"])
     found = f"the {chosen} model has a mean test loss of {loss:.4f}"
     words = {"dense": "a dense model trained on the same tokens has", "backbone": "the backbone has"}
-    others = [_beside(loss, words[name], models[name]["mean_loss"]) for name in words if name in models]
+    others = [_beside(loss, words[name], float(models[name]["mean_loss"])) for name in words if name in models]
     if "dense" not in models:
         return "; ".join([found[0].upper() + found[1:], *others]) + "."
-    start = "Worth it" if loss < models["dense"]["mean_loss"] else "Not worth it here"
+    start = "Worth it" if loss < float(models["dense"]["mean_loss"]) else "Not worth it here"
     return f"{start}: " + "; ".join([found, *others]) + "."
 
 
 def _beside(loss: float, words: str, other: float) -> str:
-    """How a loss stands to another one, as a difference in perplexity."""
+    """How a loss stands to another one, as a difference in perplexity where both are finite."""
+    if not math.isfinite(loss - other):
+        return f"{words} {other:.4f}"
     percent = 100 * (math.exp(min(700.0, loss - other)) - 1)
     return f"{words} {other:.4f}, so our perplexity is {abs(percent):.1f} % {'lower' if percent < 0 else 'higher'}"
 
@@ -78,45 +85,53 @@ def _routing_rows(routing: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     shares = routing["share_per_domain_and_expert"]
     experts = len(next(iter(shares.values())))
     names = routing.get("experts") or [str(index) for index in range(experts)]
-    return ["domain", *names], [[label, *(f"{value:.2f}" for value in row)] for label, row in shares.items()]
+    return ["domain", *names], [[label, *(_fixed(value, 2) for value in row)] for label, row in shares.items()]
 
 
 def _layer_rows(routing: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     shares = routing["share_per_layer_and_expert"]
     names = routing.get("experts") or [str(index) for index in range(len(shares[0]))]
-    return ["layer", *names], [[str(layer), *(f"{value:.2f}" for value in row)] for layer, row in enumerate(shares)]
+    return ["layer", *names], [[str(layer), *(_fixed(value, 2) for value in row)] for layer, row in enumerate(shares)]
 
 
 def _byte_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     labels, rows = results["domains"], []
     for name, model in results["models"].items():
-        cells = [f"{model['domains'][label]['bits_per_byte']:.3f}" for label in labels]
-        rows.append([name, *cells, f"{model['bits_per_byte']:.4f}"])
+        cells = [_fixed(model["domains"][label]["bits_per_byte"], 3) for label in labels]
+        rows.append([name, *cells, _fixed(model["bits_per_byte"], 4)])
     return ["model", *labels, "mean"], rows
 
 
 def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    rule = ["---", *("---:" for _ in header[1:])]
-    return ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
+    return markdown_table(list(map(plain, header)), [list(map(plain, row)) for row in rows], numbers_from=1)
 
 
 def print_table(results: Results) -> None:
     """The table without the counts, which fits 80 columns for five domains, and the verdict."""
-    from rich.console import Console
-    from rich.table import Table
-
     header, rows = table_rows(results)
-    shown = [index for index, title in enumerate(header) if title not in ("total", "training tokens", "bits/byte")]
-    table = Table(title=f"{results['name']}: test perplexity, lower is better", pad_edge=False, box=None)
-    for index in shown:
-        table.add_column(header[index].replace("_", "\n"), justify="right" if index else "left", no_wrap=True)
-    best = min((row for row in rows if row[0] != "oracle"), key=lambda row: float(row[-3]))
-    for row in rows:
-        table.add_row(*(row[index] for index in shown), style="bold green" if row is best else None)
-    console = Console()
+    # By place, because a domain may be called `total` too.
+    shown = [index for index in range(len(header)) if index not in (TOTAL, TRAINING_TOKENS, len(header) - 1)]
+    best = min(
+        (place for place, row in enumerate(rows) if row[0] != "oracle"), key=lambda place: float(rows[place][-3])
+    )
+    made = table(
+        [literal(header[index], keep="").replace("_", "\n") for index in shown],
+        [[row[index] for index in shown] for row in rows],
+        title=f"{results['name']}: test perplexity, lower is better",
+        numbers_from=1,
+        marked=best,
+        pad_edge=False,
+        box=None,
+    )
+    screen = console()
     # A pipe has no width of its own: nothing must be cut there.
-    (console if console.is_terminal else Console(width=max(80, 14 * len(shown)))).print(table)
-    print(_verdict(results))
+    (screen if screen.is_terminal else console(width=max(80, 14 * len(shown)))).print(made)
+    say(_verdict(results))
+
+
+def _fixed(value: Any, digits: int) -> str:
+    """A number with so many decimals; JSON holds one that is not finite as text."""
+    return f"{float(value):.{digits}f}"
 
 
 def _number(value: Any) -> str:
@@ -131,8 +146,3 @@ def _count(value: int | None) -> str:
         if value >= size:
             return f"{value / size:.3g}{unit}"
     return str(value)
-
-
-def _inline(text: str) -> str:
-    """Text on one line, without what Markdown would read as its own."""
-    return " ".join(text.replace("|", "\\|").replace("`", "'").split())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
+from checkpoints.screen import literal, say
 from modularforge.data.tokenizer import load_tokenizer
 from modularforge.errors import DataError
 from modularforge.evaluation.generation import Sampling, generate
@@ -48,6 +50,11 @@ def talk(loaded: Loaded, tokens: int, sampling: Sampling) -> None:
         if not prompt:
             return
         try:
-            print(prompt + continue_text(loaded, prompt, tokens, sampling), flush=True)
+            show(prompt + continue_text(loaded, prompt, tokens, sampling))
         except DataError as error:
-            print(f"error: {error}", flush=True)
+            say(f"error: {error}")
+
+
+def show(text: str) -> None:
+    """Print what a model wrote: as it is into a file, without terminal escapes on a terminal."""
+    print(literal(text) if sys.stdout.isatty() else text, flush=True)

@@ -5,7 +5,6 @@ The assembled model's weights are not written here but streamed by the assembler
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from torch import Tensor
 from modularforge.errors import DataError, MismatchError
 from modularforge.model import names
 from modularforge.model.backbone import Decoder, build_backbone
-from modularforge.model.hub_config import INDEX_NAME, WEIGHTS_NAME, experts_of, is_moe, model_config_of, read_config
+from modularforge.model.hub_config import experts_of, is_moe, model_config_of, read_config
 from modularforge.model.moe import build_anchored_pair, build_moe
+from modularforge.model.weight_files import weight_files
 
 
 def backbone_tensors(decoder: Decoder) -> dict[str, Tensor]:
@@ -37,18 +37,12 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a model folder, mapped from its file or files."""
-    index = folder / INDEX_NAME
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [WEIGHTS_NAME]
     tensors: dict[str, Tensor] = {}
-    for name in files:
-        if not (folder / name).is_file():
-            raise DataError(f"{folder} must hold {name}, but does not; make the model again")
+    for path in weight_files(folder):
         try:
-            tensors.update(load_file(folder / name))
+            tensors.update(load_file(path))
         except Exception as error:  # safetensors raises its own class for a damaged header or a truncated buffer
-            raise DataError(
-                f"{folder / name} must be a whole weight file, but is not ({error}); make it again"
-            ) from error
+            raise DataError(f"{path} must be a whole weight file, but is not ({error}); make it again") from error
     return tensors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,11 +17,12 @@ from modularforge.observe.metrics import Metric
 from modularforge.observe.style import DPI
 
 LABEL_HEIGHT_POINTS = 14.0
+MOST_INCHES = 400.0  # of 144 points each; a picture cannot have more than 65,536
 
 
 def new_figure(width: float, height: float) -> Figure:
     """A figure that only files will show; nothing global keeps it alive."""
-    figure = Figure(figsize=(width, height), layout=None)
+    figure = Figure(figsize=(width, min(height, MOST_INCHES)), layout=None)
     FigureCanvasAgg(figure)
     return figure
 
@@ -28,11 +30,13 @@ def new_figure(width: float, height: float) -> Figure:
 def png_bytes(figure: Figure, cut: bool = True) -> bytes:
     """The figure as a PNG; `cut` keeps its width and fits its height to what is drawn."""
     buffer, box = io.BytesIO(), None
-    if cut:
-        drawn = figure.get_tightbbox(figure.canvas.get_renderer())  # type: ignore[attr-defined]
-        width = figure.get_size_inches()[0]
-        box = Bbox.from_extents(min(0.0, drawn.x0), drawn.y0 - 0.1, max(width, drawn.x1), drawn.y1 + 0.1)
-    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches=box, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in letters that the font lacks is shown as boxes
+        if cut:
+            drawn = figure.get_tightbbox(figure.canvas.get_renderer())  # type: ignore[attr-defined]
+            width = figure.get_size_inches()[0]
+            box = Bbox.from_extents(min(0.0, drawn.x0), drawn.y0 - 0.1, max(width, drawn.x1), drawn.y1 + 0.1)
+        figure.savefig(buffer, format="png", dpi=DPI, bbox_inches=box, metadata={"Software": None})
     return buffer.getvalue()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 
 from checkpoints import paths
+from checkpoints.redact import redact_urls
 from modularforge.errors import UserError
 from modularforge.observe.run import is_run
 
@@ -65,7 +66,7 @@ def find_runs(base: str) -> dict[str, str]:
 
 def short_names(urls: list[str]) -> dict[str, str]:
     """The shortest ends of the URLs that still tell them apart."""
-    parts = {url: url.rstrip("/").split("/") for url in urls}
+    parts = {url: redact_urls(url).rstrip("/").split("/") for url in urls}
     for length in range(1, max(len(part) for part in parts.values()) + 1):
         names = {url: "/".join(part[-length:]) for url, part in parts.items()}
         if len(set(names.values())) == len(urls):

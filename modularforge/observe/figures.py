@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
+from checkpoints.names import safe_part
 from modularforge.observe.canvas import plain, png_bytes
 from modularforge.observe.curve_figures import curve_figures
 from modularforge.observe.heatmap_figures import evaluation_figure, routing_figures
@@ -45,7 +46,7 @@ def draw_run(run: Run) -> Iterator[Plot]:
 
 def _plot(name: str, section: str, title: str, text: str, figure: Figure | None, cut: bool = True) -> Iterator[Plot]:
     if figure is not None:
-        yield Plot(name, section, title, text, png_bytes(figure, cut))
+        yield Plot(safe_part(name), section, title, text, png_bytes(figure, cut))
 
 
 def _last_values(run: Run, column: str) -> str:

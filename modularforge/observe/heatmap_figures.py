@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ SHOWN_EXPERTS = 12
 
 def routing_figures(run: Run) -> dict[str, Figure]:
     """For every measured model with routers: layer by expert, and domain by expert, side by side."""
-    routing = (run.evaluation or {}).get("routing", {})
+    routing: dict[str, Any] = (run.evaluation or {}).get("routing", {})
     return {f"routing_{model}": _draw_routing(run, model, values) for model, values in routing.items()}
 
 
@@ -57,7 +56,7 @@ def _draw_shares(axes: Any, shares: Floats, top: float, names: list[str], expert
     written = shares.shape[1] <= WRITTEN_COLUMNS
     every = 1 if written else 8
     labels = [name.removeprefix("expert-") for name in experts]
-    shown = [i for i, name in enumerate(experts) if i == 0 or written or int(labels[i]) % every == every - 1]
+    shown = [i for i in range(len(experts)) if i == 0 or written or _number(labels[i], i) % every == every - 1]
     axes.set_xticks(shown, [labels[index] for index in shown])
     axes.set_xlabel("expert")
     for tick, index in zip(axes.get_xticklabels(), shown, strict=True):
@@ -79,14 +78,16 @@ def evaluation_figure(run: Run) -> Figure | None:
     names = _shown_models(results)
     domains = list(results["domains"])
     losses = np.array([[*(_loss(results, name, label) for label in domains), _mean(results, name)] for name in names])
-    change = 100 * np.expm1(losses - losses[names.index("backbone")])
+    with np.errstate(over="ignore", invalid="ignore"):  # a diverged model's loss may be infinite
+        change = 100 * np.expm1(losses - losses[names.index("backbone")])
+        perplexities = np.exp(losses)
     figure = new_figure(WIDTH_INCHES, 1.4 + 0.42 * len(names))
     axes: Any = figure.subplots()
-    reach = float(max(1.0, np.nanmax(np.abs(change))))
+    reach = float(max(1.0, np.max(np.abs(change[np.isfinite(change)]), initial=0.0)))
     axes.imshow(change, aspect="auto", cmap="PuOr_r", norm=TwoSlopeNorm(0, -reach, reach))
     for (row, column), percent in np.ndenumerate(change):
         colour, weight = PAPER if abs(percent) > 0.6 * reach else INK, "bold" if column == len(domains) else "normal"
-        value = plain(math.exp(losses[row, column]))
+        value = plain(float(perplexities[row, column]))
         axes.text(column, row, value, ha="center", va="center", color=colour, fontweight=weight)
     axes.set_xticks(range(len(domains) + 1), [*(label.replace("_", "\n") for label in domains), "all domains\nalike"])
     axes.xaxis.tick_top()
@@ -101,6 +102,11 @@ def evaluation_figure(run: Run) -> Figure | None:
         f"Test perplexity, lower is better. Purple: better than the backbone, orange: worse; up to {reach:.0f} %.",
     )
     return figure
+
+
+def _number(label: str, place: int) -> int:
+    """The index of an expert by its label, or else by its place."""
+    return int(label) if label.isascii() and label.isdigit() else place
 
 
 def _shown_models(results: dict[str, Any]) -> list[str]:

@@ -14,6 +14,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+MOST = 1e38  # float32, in which all is computed, holds no more: what is beyond has diverged
+MOST_STEPS = 2.0**53
+LATEST_MOMENT = 1e11  # seconds since 1970; what is later is no time of day
+NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # as the log writes them
 Floats = npt.NDArray[np.float64]
 Scale = Literal["linear", "log", "from_zero"]
 
@@ -97,7 +101,7 @@ def parse_metrics(name: str, content: bytes) -> JobMetrics:
         if "loss" not in row:  # times are those of the training lines
             columns["time"][0].pop()
             columns["time"][1].pop()
-    last_time = max((time for row in rows[-2:] if (time := _number(row["time"])) is not None), default=None)
+    last_time = max((row["time"] for row in rows[-2:] if row["time"] is not None), default=None)
     curves = {column: _curve(*lists) for column, lists in columns.items() if column not in NOT_VALUES}
     times = _curve(*columns.get("time", ([], [])))
     return JobMetrics(
@@ -108,45 +112,51 @@ def parse_metrics(name: str, content: bytes) -> JobMetrics:
 def _parse_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
     """Objects with a step and a time, and how many lines are none; the whole file at once when no line is torn."""
     lines = [line for line in content.splitlines() if line.strip()]
-    try:
-        rows = json.loads(b"[" + b",".join(lines) + b"]")
-    except ValueError:
-        rows = [_parse_line(line) for line in lines]
-    kept = [row for row in rows if isinstance(row, dict) and _is_finite(row.get("step"))]
-    return [row if "time" in row else {**row, "time": None} for row in kept], len(lines) - len(kept)
+    rows = parse_line(b"[" + b",".join(lines) + b"]")
+    if not isinstance(rows, list) or len(rows) != len(lines):
+        rows = [parse_line(line) for line in lines]
+    kept = [row for row in rows if isinstance(row, dict) and _is_step(row.get("step"))]
+    return [{**row, "time": moment(row.get("time"))} for row in kept], len(lines) - len(kept)
 
 
-def _parse_line(line: bytes) -> Any:
+def parse_line(content: bytes) -> Any:
+    """JSON, or None for what is none; bytes that are no UTF-8 spoil only the text they stand in."""
     try:
-        return json.loads(line)
-    except ValueError:
+        return json.loads(content.decode(errors="replace"))
+    except (ValueError, RecursionError):
         return None
 
 
-def _number(value: Any) -> float | None:
-    """A float; the log writes non-finite ones as the strings "nan", "inf" and "-inf"."""
-    try:
-        return None if value is None or isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+def moment(value: Any) -> float | None:
+    """A time in seconds since 1970, or None for what is none."""
+    number = number_of(value)
+    return number if number is not None and 0 <= number <= LATEST_MOMENT else None
+
+
+def number_of(value: Any) -> float | None:
+    """A float; the log writes non-finite ones as texts, and numbers too large for float32 are infinite."""
+    if isinstance(value, str):
+        return NOT_FINITE.get(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
         return None
+    if abs(value) > MOST:
+        return math.inf if value > 0 else -math.inf
+    return float(value)
 
 
-def _is_finite(value: Any) -> bool:
-    number = _number(value)
-    return number is not None and math.isfinite(number)
+def _is_step(value: Any) -> bool:
+    number = number_of(value)
+    return number is not None and 0 <= number <= MOST_STEPS
 
 
 def _curve(steps: list[float], values: list[Any]) -> Curve:
     """Points in the order of steps, without those whose value is no number."""
-    try:
-        steps_array, values_array = np.array(steps, dtype=float), np.array(values, dtype=float)
-    except (TypeError, ValueError):
-        numbers = [_number(value) for value in values]
+    if not set(map(type, values)) <= {float}:
+        numbers = [number_of(value) for value in values]
         kept = [index for index, number in enumerate(numbers) if number is not None]
-        steps_array, values_array = (
-            np.array([steps[i] for i in kept], float),
-            np.array([numbers[i] for i in kept], float),
-        )
+        steps, values = [steps[index] for index in kept], [numbers[index] for index in kept]
+    steps_array, values_array = np.array(steps, dtype=float), np.array(values, dtype=float)
+    values_array[np.abs(values_array) > MOST] *= math.inf
     if len(steps_array) > 1 and not (np.diff(steps_array) > 0).all():
         steps_array, last = np.unique(steps_array[::-1], return_index=True)
         values_array = values_array[::-1][last]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from modularforge.config import joined_batches
 from modularforge.observe.metrics import JobMetrics
-from modularforge.observe.run import STAGE_OF_JOB, WORKER_NAME, Run
+from modularforge.observe.run import MOST_EXPERTS, STAGE_OF_JOB, WORKER_NAME, Run
 
 State = Literal["finished", "running", "silent", "waiting"]
 # A job that has written no line for this long has probably stopped: longer than a validation and a checkpoint take.
@@ -14,6 +15,8 @@ SILENT_AFTER_SECONDS = 900.0
 TRAINING_SECTIONS = {"backbone": "backbone", "dense": "experts", "joint": "experts", "calibrated": "calibration"}
 # Baselines that train on the tokens of all experts together.
 TRAINED_ON_ALL = ("dense", "joint")
+MOST_STEPS, MOST_JOINED = 10**12, 10**6  # so that no recorded number keeps us counting
+LONGEST_SECONDS = 1e9
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Part:
 
 def parts_of(run: Run) -> list[Part]:
     """All stages and jobs in the order of the pipeline, those that have not begun too."""
-    wanted, begun = run.config.get("evaluation", {}).get("baselines", []), {*run.artifacts, *run.jobs}
+    wanted: list[str] = run.setting("evaluation.baselines", [])
+    begun = {*run.artifacts, *run.jobs}
     names = ["corpus", "partitions", "backbone", *(f"expert-{index}" for index in range(run.num_experts))]
     names += [name for name in TRAINED_ON_ALL if name in wanted or name in begun]
     if "btx" in wanted or any(name.startswith("branch-") for name in begun):
@@ -69,19 +73,20 @@ def _part(run: Run, name: str, job: JobMetrics | None) -> Part:
     speed = job.curves.get("tokens_per_second")
     left = None
     if speed is not None and len(speed) and speed.values[-1] > 0 and steps:
-        left = max(0, steps - step) * tokens_per_step / float(speed.values[-1])
+        left = min(LONGEST_SECONDS, max(0, steps - step) * tokens_per_step / float(speed.values[-1]))
     return Part(name, state, step, steps, (steps or 0) * tokens_per_step, left, silent)
 
 
 def _length(run: Run, name: str) -> tuple[int | None, int]:
     """Steps of a training and tokens per step, from the settings; None and 0 for stages that do not train."""
-    section = "experts" if WORKER_NAME.fullmatch(name) else TRAINING_SECTIONS.get(name)
-    phase = run.config.get(section, {}) if section else {}
-    if "steps" not in phase:
-        return None, 0
-    tokens = int(phase.get("batch_size", 1)) * int(run.config.get("model", {}).get("context_length", 1))
-    times = int(run.config.get("experts", {}).get("count", 1)) if name in TRAINED_ON_ALL else 1
-    return int(phase["steps"]) * times, tokens
+    section = "experts" if WORKER_NAME.fullmatch(name) else TRAINING_SECTIONS.get(name, name)
+    steps, batch_size = run.setting(f"{section}.steps", 0), run.setting(f"{section}.batch_size", 1)
+    if name in TRAINED_ON_ALL and steps and batch_size:
+        count, wanted = min(MOST_EXPERTS, run.setting("experts.count", 1)), run.setting("joint.batch_size", 0)
+        steps, batch_size = joined_batches(
+            count, min(steps, MOST_STEPS), batch_size, min(wanted, MOST_JOINED * batch_size)
+        )
+    return steps or None, batch_size * run.setting("model.context_length", 1) if steps else 0
 
 
 def is_finished(run: Run) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from checkpoints import paths
+from checkpoints.names import UnsafeNameError, checked_part, safe_part
 from checkpoints.parallel import in_order
 from modularforge.observe.discover import short_names
 from modularforge.observe.figures import Plot, draw_run
@@ -33,7 +34,15 @@ def report_runs(urls: list[str], output: str | None = None) -> list[str]:
     """Report several runs; one line of text for each: how far it is, and where its page lies."""
     lines = []
     for url, name in short_names(urls).items():
-        target = paths.join(output, name) if output and len(urls) > 1 else output
+        target = paths.join(output, *map(_folder, name.split("/"))) if output and len(urls) > 1 else output
         run, page_url = write_report(url, target)
         lines.append(f"{name}: {headline(run)}\n  {page_url}")
     return lines
+
+
+def _folder(part: str) -> str:
+    """One part of a run's name as a folder that lies where it is joined."""
+    try:
+        return checked_part(part)
+    except UnsafeNameError:
+        return safe_part(part)

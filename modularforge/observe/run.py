@@ -5,27 +5,30 @@ Reads only; works while the run is going on. What cannot be read is told in `pro
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from checkpoints import Artifact, StoreError, find_artifact, paths
 from checkpoints.parallel import in_order
 from modularforge.errors import ConfigError, DataError
-from modularforge.observe.metrics import JobMetrics, parse_metrics
+from modularforge.evaluation.results import parse_results
+from modularforge.observe.metrics import JobMetrics, moment, parse_line, parse_metrics
 from modularforge.pipeline import CHOSEN_FACT, STAGES
 from modularforge.provenance import SETTINGS_NAME
 from modularforge.settings import make_config, read_yaml
 
+Value = TypeVar("Value")
 READS_AT_ONCE = 16
 METRICS_FOLDER = "metrics"
 RECORDS_NAME = "jobs.jsonl"
+RESULTS_NAME = "results.json"
 EVENTS_FOLDER = "cluster/events"
 # Jobs of which there is one for each partition, and where their artifacts lie.
 WORKER_FOLDERS = {"expert": "experts", "branch": "baselines/branches"}
-WORKER_NAME = re.compile(r"(expert|branch)-(\d+)")
+WORKER_NAME = re.compile(r"(expert|branch)-(\d{1,5})", re.ASCII)
+MOST_EXPERTS, MOST_COUNT = 10_000, 2**53
 JOB_ORDER = {"backbone": 0, "expert": 1, "dense": 2, "joint": 3, "branch": 4, "calibration": 5}
 # The job that trains a stage bears the stage's name, but for this one.
 STAGE_OF_JOB = {"calibration": "calibrated"}
@@ -53,7 +56,16 @@ class Run:
     def num_experts(self) -> int:
         """Experts that the run has or shall have."""
         found = [int(match[2]) + 1 for name in {*self.artifacts, *self.jobs} if (match := WORKER_NAME.fullmatch(name))]
-        return max([int(self.config.get("experts", {}).get("count", 0)), *found])
+        return min(MOST_EXPERTS, max([self.setting("experts.count", 0), *found]))
+
+    def setting(self, path: str, default: Value) -> Value:
+        """A setting by its dotted name; the default where the recorded settings have none, or one of another kind."""
+        value: Any = self.config
+        for part in path.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if type(value) is not type(default) or (isinstance(value, int) and not 0 <= value <= MOST_COUNT):
+            return default
+        return value
 
 
 def read_run(url: str) -> Run:
@@ -92,15 +104,13 @@ def json_lines(url: str) -> list[dict[str, Any]]:
         lines = paths.read_bytes(url).splitlines()
     except (FileNotFoundError, NotADirectoryError):
         return []
-    found = []
-    for line in lines:
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
+    return [value for line in lines if isinstance(value := parse_line(line), dict)]
+
+
+def made_with(artifact: Artifact) -> dict[str, Any]:
+    """What a manifest says of settings, versions and code."""
+    made = artifact.manifest.facts.get("provenance")
+    return made if isinstance(made, dict) else {}
 
 
 def _read_artifacts(url: str, problems: list[str]) -> dict[str, Artifact]:
@@ -135,7 +145,8 @@ def _newest_config(url: str, artifacts: dict[str, Artifact], problems: list[str]
     made = [artifact for artifact in artifacts.values() if not artifact.manifest.facts.get(CHOSEN_FACT)]
     newest = max(made or artifacts.values(), key=lambda artifact: artifact.manifest.created, default=None)
     if newest is not None:
-        return dict(newest.manifest.facts.get("provenance", {}).get("config", {}))
+        config = made_with(newest).get("config")
+        return config if isinstance(config, dict) else {}
     path = paths.join(url, SETTINGS_NAME)
     try:
         values = read_yaml(path) if paths.exists(path) else {}
@@ -166,11 +177,11 @@ def _read_evaluation(artifacts: dict[str, Artifact], problems: list[str]) -> dic
     if "evaluation" not in artifacts:
         return None
     try:
-        results: dict[str, Any] = artifacts["evaluation"].read_json("results.json")
-    except StoreError as error:
+        content = artifacts["evaluation"].read_bytes(RESULTS_NAME)
+        return parse_results(content, paths.join(artifacts["evaluation"].url, RESULTS_NAME))
+    except (StoreError, DataError) as error:
         problems.append(str(error))
         return None
-    return results
 
 
 def _outdated(artifacts: dict[str, Artifact]) -> list[str]:
@@ -191,7 +202,8 @@ def _read_records(url: str) -> list[dict[str, Any]]:
     folder = paths.join(url, EVENTS_FOLDER)
     files = [paths.join(url, RECORDS_NAME), *(paths.join(folder, name) for name in paths.list_folder(folder))]
     found = [value for lines in in_order(json_lines, files, READS_AT_ONCE) for value in lines]
-    kept = [v for v in found if {"job", "event"} <= set(v) and isinstance(v.get("time"), int | float)]
+    texts = [v for v in found if isinstance(v.get("job"), str) and isinstance(v.get("event"), str)]
+    kept = [{**v, "time": time} for v in texts if (time := moment(v.get("time"))) is not None]
     return list({(v["job"], v["event"], v["time"]): v for v in kept}.values())
 
 

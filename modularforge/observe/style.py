@@ -41,6 +41,7 @@ SETTINGS: dict[str, Any] = {
     "lines.linewidth": 2.0,
     "lines.solid_capstyle": "round",
     "text.color": INK,
+    "text.parse_math": False,  # a run or a domain may be called `$x_$`
     "figure.dpi": DPI,
     "savefig.dpi": DPI,
     "savefig.facecolor": PAPER,

@@ -9,7 +9,7 @@ from modularforge.evaluation.report import table_rows
 from modularforge.observe.canvas import plain
 from modularforge.observe.metrics import METRICS, Curve, Metric
 from modularforge.observe.progress import Part, duration, parts_of
-from modularforge.observe.run import STAGE_OF_JOB, Run
+from modularforge.observe.run import STAGE_OF_JOB, Run, made_with
 from modularforge.observe.timeline import commit_time, timeline
 
 JOB_COLUMNS = (
@@ -65,7 +65,7 @@ def provenance_table(run: Run) -> Table:
     rows = []
     for name, artifact in sorted(run.artifacts.items(), key=lambda item: commit_time(item[1]) or 0.0):
         manifest = artifact.manifest
-        made = manifest.facts.get("provenance", {})
+        made = made_with(artifact)
         commit = str(made.get("commit") or "not in git")[:10]
         changed = " and uncommitted changes" if made.get("uncommitted_sha256") else ""
         size = f"{manifest.size / 1e6:,.1f} MB"
@@ -77,7 +77,8 @@ def versions_table(run: Run) -> Table:
     """Package versions; where stages were made with different ones, all of them."""
     found: dict[str, dict[str, None]] = {}
     for artifact in run.artifacts.values():
-        for package, version in artifact.manifest.facts.get("provenance", {}).get("versions", {}).items():
+        versions = made_with(artifact).get("versions")
+        for package, version in versions.items() if isinstance(versions, dict) else ():
             found.setdefault(package, {})[str(version)] = None
     return Table(["package", "version"], [[name, ", ".join(found[name])] for name in sorted(found)], text_columns=2)
 

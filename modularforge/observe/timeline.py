@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from checkpoints import Artifact
-from modularforge.observe.metrics import JobMetrics
+from modularforge.observe.metrics import JobMetrics, moment
 from modularforge.observe.run import STAGE_OF_JOB, Run, job_order
 
 Kind = Literal["queued", "running", "interrupted"]
@@ -21,6 +21,7 @@ Kind = Literal["queued", "running", "interrupted"]
 ROW_OF_RECORD = {"prepare-data": "corpus", "assemble": "assembled", "calibrate": "calibrated", "evaluate": "evaluation"}
 PAUSE_SECONDS = 60.0
 PAUSE_RATIO = 4.0
+LONGEST_LINE_SECONDS = 1e7
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,14 @@ def spans_of_records(records: list[dict[str, Any]], now: float) -> tuple[list[Sp
         "submitted": "queued", "started": "running", "requeued": "queued", "ended": None
     }  # fmt: skip
     for record in sorted(records, key=lambda record: float(record["time"])):
-        moment, event = float(record["time"]), record["event"]
+        time, event = float(record["time"]), record["event"]
         if event not in following:
             continue
         if kind is not None:
-            spans.append(Span(kind, since, moment))
+            spans.append(Span(kind, since, time))
         if event == "requeued":
-            requeued.append(moment)
-        kind, since = following[event], moment
+            requeued.append(time)
+        kind, since = following[event], time
     if kind is not None:
         spans.append(Span(kind, since, max(now, since)))
     return spans, requeued
@@ -104,7 +105,7 @@ def commit_time(artifact: Artifact) -> float | None:
     """When a manifest was written, in seconds since 1970."""
     try:
         return datetime.datetime.fromisoformat(artifact.manifest.created).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
@@ -115,7 +116,8 @@ def _seconds_before_lines(job: JobMetrics) -> Any:
     if tokens is None or speed is None or len(tokens) != len(steps) or len(speed) != len(steps):
         return np.zeros(len(steps))
     new_tokens = np.diff(tokens.values, prepend=0.0)
-    return new_tokens / np.maximum(speed.values, 1e-9)
+    seconds = new_tokens / np.maximum(speed.values, 1e-9)
+    return np.clip(np.nan_to_num(seconds, nan=0.0), 0.0, np.minimum(LONGEST_LINE_SECONDS, job.times.values))
 
 
 def _row_of_artifact(name: str, artifact: Artifact, run: Run) -> Row:
@@ -123,8 +125,8 @@ def _row_of_artifact(name: str, artifact: Artifact, run: Run) -> Row:
     seconds = artifact.manifest.facts.get("seconds")
     if name == "evaluation" and run.evaluation:
         seconds = run.evaluation.get("seconds")
-    if isinstance(seconds, int | float) and row.committed is not None:
-        row.spans = [Span("running", row.committed - seconds, row.committed)]
+    if (seconds := moment(seconds)) is not None and row.committed is not None:
+        row.spans = [Span("running", max(0.0, row.committed - seconds), row.committed)]
     return row
 
 

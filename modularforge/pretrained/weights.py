@@ -5,29 +5,17 @@ Only headers are read; it needs no torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from modularforge.assembly.plan import TensorSpan, read_header
 from modularforge.errors import DataError
 from modularforge.model import names
-from modularforge.model.hub_config import INDEX_NAME, WEIGHTS_NAME, is_dense, model_config_of, read_config
+from modularforge.model.hub_config import is_dense, model_config_of, read_config
 from modularforge.model.sizes import dense_shapes
+from modularforge.model.weight_files import weight_files
 
 WEIGHT_TYPES = ("F32", "F16", "BF16")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder, by its index where it has one."""
-    index = folder / INDEX_NAME
-    if (folder / WEIGHTS_NAME).is_file() or not index.is_file():
-        return [folder / WEIGHTS_NAME]
-    try:
-        found = set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
-        raise DataError(f"{index} must be an index of weight files, but is not ({error}); fetch it again") from error
-    return [folder / name for name in sorted(found)]
 
 
 def check_weights(folder: Path) -> dict[str, TensorSpan]:
@@ -40,21 +28,11 @@ def check_weights(folder: Path) -> dict[str, TensorSpan]:
         )
     spans: dict[str, TensorSpan] = {}
     for path in weight_files(folder):
-        found = read_header(str(path))
-        _check_whole(path, found)
-        spans.update(found)
+        spans.update(read_header(str(path)))
     model = model_config_of(values)
     kept = {name: span for name, span in spans.items() if not names.is_redundant(name, model.tied_head)}
     _check_tensors(folder, kept, dense_shapes(model, values["vocab_size"]))
     return kept
-
-
-def _check_whole(path: Path, spans: Mapping[str, TensorSpan]) -> None:
-    end = max((span.start + span.length for span in spans.values()), default=0)
-    if path.stat().st_size != end:
-        raise DataError(
-            f"{path} must have {end} bytes, as its header says, but has {path.stat().st_size}; fetch the model again"
-        )
 
 
 def _check_tensors(folder: Path, spans: Mapping[str, TensorSpan], expected: Mapping[str, tuple[int, ...]]) -> None:

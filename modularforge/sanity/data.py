@@ -22,6 +22,7 @@ from modularforge.data.token_files import TokenFile, TokenFileWriter, Tokens, op
 from modularforge.data.tokenizer import BOS, EOS, train_tokenizer
 from modularforge.pipeline import stage_url
 from modularforge.sanity.findings import SanityError
+from modularforge.sanity.hub import require_hub
 
 QUICK_DOCUMENTS, DOCUMENTS = 8, 60
 QUICK_VOCABULARY, VOCABULARY = 512, 2048
@@ -35,6 +36,8 @@ def check_data(config: Config, quick: bool) -> Iterator[str]:
     if artifact is not None:
         yield from _check_prepared(Corpus(artifact), config.model.context_length)
         return
+    if quick:
+        require_hub(config)
     texts = []
     for source in config.data.sources:
         for split in SPLITS:

@@ -15,6 +15,7 @@ from modularforge.observe.metrics import Curve, parse_metrics
 from modularforge.sanity.data import sample_texts as read_sample
 from modularforge.sanity.data import tokenise_sample
 from modularforge.sanity.findings import SanityError
+from modularforge.sanity.hub import require_hub
 from modularforge.sanity.sizes import small_model
 from modularforge.training.distributed import World, default_device
 from modularforge.training.job import Job
@@ -29,6 +30,8 @@ FULL = {"documents": 40, "vocab_size": 1024, "width": 96, "steps": 120}
 def check_training(config: Config, quick: bool) -> Iterator[str]:
     """Train and judge the curve; raises DataError, TrainingError or SanityError."""
     size = QUICK if quick else FULL
+    if quick:
+        require_hub(config)
     tokenizer, tokens = tokenise_sample(read_sample(config, size["documents"]), size["vocab_size"])
     shape, world = small_model(config.model, size["width"]), World(device=default_device())
     held_out = tokens[-4 * BATCH * shape.context_length - 1 :]
@@ -67,4 +70,4 @@ def _job(config: Config, steps: int, metrics_url: str) -> Job:
         update={"steps": steps, "batch_size": BATCH, "accumulation_steps": 1, "warmup_steps": max(1, steps // 20)}
     )
     often = {"log_every": 1, "validate_every": max(1, steps // 2), "checkpoint_every": steps + 1, "compile": False}
-    return Job("sanity", phase, config.training.model_copy(update=often), metrics_url=metrics_url)
+    return Job("sanity", phase, config.training.model_copy(update=often), metrics_url=metrics_url, speaks=False)

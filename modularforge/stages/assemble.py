@@ -28,5 +28,4 @@ def run(config: Config) -> None:
         facts = assemble(config, backbone, experts, writer, old)
         if old:  # only now, so that a run that fails before keeps the old model
             paths.remove(stage_url(config, "calibrated"))
-            paths.remove(plan.url)
-        commit(writer, plan, config, {"seconds": round(time.perf_counter() - start, 3), **facts})
+        commit(writer, plan, config, {"seconds": round(time.perf_counter() - start, 3), **facts}, old)

@@ -14,6 +14,7 @@ from modularforge.config import Config
 from modularforge.errors import MismatchError
 from modularforge.evaluation.btx import build_btx
 from modularforge.evaluation.report import markdown
+from modularforge.evaluation.results import parse_results
 from modularforge.evaluation.soup import build_soup
 from modularforge.evaluation.suite import Loader, Results, add_oracle, measure_models
 from modularforge.log import json_safe, logger
@@ -34,18 +35,16 @@ def run(config: Config) -> Results:
     old = find_artifact(plan.url)
     if old and old.manifest.fingerprint == plan.fingerprint:
         logger.info("evaluation is finished: %s", plan.url)
-        results: Results = old.read_json(RESULTS_NAME)
-        return results
-    results = _measure(config, corpus, artifacts)
+        return parse_results(old.read_bytes(RESULTS_NAME), paths.join(old.url, RESULTS_NAME))
+    results: Results = _measure(config, corpus, artifacts)
     results["seconds"] = round(time.perf_counter() - start, 3)
     results = json_safe(results)
     if old:
         logger.info("the evaluation at %s was of other models or settings; it is replaced", plan.url)
-        paths.remove(plan.url)
     with making(plan) as writer:
         writer.write_json(RESULTS_NAME, results)
         (writer.folder / REPORT_NAME).write_text(markdown(results), encoding="utf-8")
-        commit(writer, plan, config, {"chosen": results["chosen"]})
+        commit(writer, plan, config, {"chosen": results["chosen"]}, old)
     return results
 
 

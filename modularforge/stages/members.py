@@ -13,6 +13,7 @@ from checkpoints import Artifact, find_artifact, open_artifact, paths
 from modularforge.assembly.assemble import assemble
 from modularforge.config import Config
 from modularforge.errors import MismatchError
+from modularforge.facts import fact
 from modularforge.log import json_safe, logger
 from modularforge.pipeline import CHOSEN_FACT, Plan, job_name, stage_settings
 from modularforge.provenance import making, provenance
@@ -36,8 +37,8 @@ def members_of(model: Artifact) -> list[Member]:
             f"{model.url} must be an assembled model, but is of kind {model.manifest.kind}; name the run's assembled "
             "folder (a calibrated model is made from it anew)"
         )
-    facts = model.manifest.facts
-    return [Member(slot, **entry) for slot, entry in enumerate(facts["members"], start=int(facts["public_expert"]))]
+    entries = enumerate(fact(model, "members"), start=int(fact(model, "public_expert")))
+    return [Member(slot, entry["index"], entry["url"], entry["fingerprint"]) for slot, entry in entries]
 
 
 def remove(model_url: str, name: int | str, output: str | None = None) -> Artifact:
@@ -70,8 +71,8 @@ def replace(model_url: str, name: int | str, expert_url: str, output: str | None
 def _assemble_again(model: Artifact, experts: Sequence[Artifact], output: str | None) -> Artifact:
     url = output or model.url
     config = _config_of(model, len(experts))
-    backbone = _open_part(model, model.manifest.facts["backbone"], "backbone")
-    names = [job_name("expert", int(expert.manifest.facts["index"])) for expert in experts]
+    backbone = _open_part(model, fact(model, "backbone"), "backbone")
+    names = [job_name("expert", fact(expert, "index")) for expert in experts]
     if len(set(names)) < len(names):
         names = [f"member-{place}" for place in range(len(names))]  # from several runs, whose indices may be the same
     inputs = {"backbone": backbone.manifest.fingerprint}
@@ -91,17 +92,16 @@ def _assemble_again(model: Artifact, experts: Sequence[Artifact], output: str | 
             if find_artifact(calibrated):
                 logger.info("%s was made from the old model and is removed; calibrate again", calibrated)
                 paths.remove(calibrated)
-            paths.remove(url)
         seconds = round(time.perf_counter() - start, 3)
         known = {"seconds": seconds, CHOSEN_FACT: True, **facts, "provenance": provenance(config)}
-        artifact = writer.commit(json_safe(known))
+        artifact = writer.commit(json_safe(known), old=old)
     logger.info("finished: %s", url)
     return artifact
 
 
 def _config_of(model: Artifact, count: int) -> Config:
     """The settings that the model was made with, for `count` experts."""
-    config = make_config(model.manifest.facts["provenance"]["config"], f"the manifest of {model.url}")
+    config = make_config(fact(model, "provenance").get("config", {}), f"the manifest of {model.url}")
     return config.model_copy(update={"experts": config.experts.model_copy(update={"count": count})})
 
 
@@ -144,4 +144,4 @@ def _open_expert(url: str) -> Artifact:
 
 def _in_order(experts: list[Artifact]) -> list[Artifact]:
     """By index, as a run would assemble them: adding an expert gives the model that has it from the start."""
-    return sorted(experts, key=lambda expert: int(expert.manifest.facts["index"]))
+    return sorted(experts, key=lambda expert: int(fact(expert, "index")))

@@ -12,6 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from checkpoints import paths
+from checkpoints.markdown import plain
+from checkpoints.markdown import table as markdown_table
+from checkpoints.redact import redact_values
 from modularforge.study.figure import draw_table
 from modularforge.study.runs import Runs
 from modularforge.study.study_file import reference_of
@@ -26,7 +29,7 @@ def write_table(runs: Runs, split: str, results: Results, with_plot: bool = Fals
     """Write table-SPLIT.json and .md (and .png) at the study's root; returns the URL of the Markdown."""
     table = make_table(runs.study.name, split, results, reference_of(runs.study))
     root = paths.join(runs.root, f"table-{split}")
-    paths.replace_bytes(f"{root}.json", (json.dumps(table, indent=1, allow_nan=False) + "\n").encode())
+    paths.replace_bytes(f"{root}.json", (json.dumps(redact_values(table), indent=1, allow_nan=False) + "\n").encode())
     paths.replace_bytes(f"{root}.md", markdown(table).encode())
     if with_plot and table["rows"]:
         paths.replace_bytes(f"{root}.png", draw_table(table))
@@ -165,13 +168,13 @@ def markdown(table: Mapping[str, Any]) -> str:
         else "the test split"
     )
     lines = [
-        f"# {table['name']}",
+        f"# {plain(table['name'])}",
         "",
         f"Mean loss in nats per token on {where}; domains weigh alike; ± is the standard deviation over seeds.",
         "`kept` is the share of the oracle's gain over the backbone: the oracle takes the best expert of each domain, "
-        f"chosen on the text that is measured (recipe {table['reference']} where tokens are the same). `to dense` is "
-        "the distance to the dense model of the same seed and tokens. `worst` is the domain that fares worst against "
-        "the backbone, in any seed.",
+        f"chosen on the text that is measured (recipe {plain(table['reference'])} where tokens are the same). "
+        "`to dense` is the distance to the dense model of the same seed and tokens. `worst` is the domain that fares "
+        "worst against the backbone, in any seed.",
         "",
         *_lines(*_main_rows(table)),
         "",
@@ -186,7 +189,9 @@ def markdown(table: Mapping[str, Any]) -> str:
         rows = [[name, f"{i['others']:+.2%}", f"{i['others_mean']:+.2%}"] for name, i in table["removal"].items()]
         lines += _lines(["variant", "largest", "mean"], rows)
     if table["calibration"]:
-        rejected = [f"{name} ({i['seeds'] - i['kept']} of {i['seeds']})" for name, i in table["calibration"].items()]
+        rejected = [
+            f"{plain(name)} ({i['seeds'] - i['kept']} of {i['seeds']})" for name, i in table["calibration"].items()
+        ]
         rejected = [
             text for text, i in zip(rejected, table["calibration"].values(), strict=True) if i["kept"] < i["seeds"]
         ]
@@ -241,8 +246,7 @@ def _position_rows(table: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
 
 
 def _lines(header: list[str], rows: list[list[str]]) -> list[str]:
-    marks = ["---", *["---:"] * (len(header) - 1)]
-    return ["| " + " | ".join(cells) + " |" for cells in (header, marks, *rows)]
+    return markdown_table(list(map(plain, header)), [list(map(plain, row)) for row in rows], numbers_from=1)
 
 
 def _or_dash(value: float | None, form: str) -> str:

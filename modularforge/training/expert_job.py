@@ -63,7 +63,7 @@ def save_expert(
         save_tensors(rows, folder / ROUTER_NAME)
     statistics = gather_statistics(model, partition_sample(config, tokens, index), world.device)
     save_statistics(folder / STATISTICS_NAME, statistics)
-    hashes = backbone.artifact.manifest.files["model.safetensors"].tensors
+    hashes = backbone.artifact.entry("model.safetensors").tensors
     return {
         "index": index,
         "slot": slot,

@@ -20,6 +20,8 @@ class Job:
     checkpoint_url: str | None = None
     metrics_url: str | None = None
     tensorboard: Literal["auto", "on", "off"] = "off"
+    speaks: bool = True
+    """Whether its progress is told in the log; a check has words of its own."""
 
     @staticmethod
     def of_run(config: Config, name: str, phase: PhaseConfig, fingerprint: str) -> Job:

@@ -23,6 +23,7 @@ from modularforge.training.meter import Meter
 from modularforge.training.optimizer import build_optimizer, learning_rate, trained_parameters
 from modularforge.training.signals import StopFlag, stop_on_signals
 from modularforge.training.state import Trainer
+from modularforge.training.teller import Teller
 
 Batch = tuple[Tensor, Tensor, int]
 """Inputs [B, T], targets [B, T] and the position after them, which restarts the stream there."""
@@ -53,7 +54,9 @@ def fit(
         wrapped = torch.compile(wrapped)  # type: ignore[assignment]
     with closing(Meter(job, world, trainer.step)) as meter:
         batches = batches_from(trainer.position)
-        with keeper, stop_on_signals() as stop, progress(job.name, job.phase.steps, start=trainer.step) as bar:
+        showing = progress(job.name, job.phase.steps, start=trainer.step, is_wanted=world.is_main)
+        with keeper, stop_on_signals() as stop, showing as bar:
+            teller = Teller(job, bar, trainer.step, job.speaks and world.is_main)
             while trainer.step < job.phase.steps:
                 rate = learning_rate(job.phase, trainer.step)
                 with meter.waiting_for_data():
@@ -63,11 +66,13 @@ def fit(
                 meter.count(loss, norm, inputs_BT.numel() * world.size)
                 stopping = keeper.agree_to_stop(bool(stop))
                 saving = stopping or trainer.step % job.training.checkpoint_every == 0
-                if saving or _due(trainer.step, job.training.log_every, job):
+                reporting = saving or _due(trainer.step, job.training.log_every, job)
+                if reporting:
                     trainer.train_loss = meter.report(trainer.step, rate)
                 if _due(trainer.step, job.training.validate_every, job):
                     trainer.validation_loss = _validated(model, validate, meter, trainer.step)
-                    bar.advance(0, f"validation loss {trainer.validation_loss:.3f}")
+                if reporting:
+                    teller.tell(trainer, rate, meter.tokens_per_second)
                 if saving:
                     keeper.save(trainer)
                     meter.flush()
@@ -78,6 +83,7 @@ def fit(
         if trainer.validation_loss is None:
             trainer.validation_loss = _validated(model, validate, meter, trainer.step)
         meter.flush()
+        teller.finish(trainer, meter.mean_speed)
     return {"train_loss": trainer.train_loss, "validation_loss": trainer.validation_loss}
 
 

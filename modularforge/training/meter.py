@@ -24,6 +24,8 @@ class Meter:
         self._log = MetricsLog(job.metrics_url, job.tensorboard) if job.metrics_url and world.is_main else None
         if self._log:
             self._log.restart_after(step)
+        self.tokens_per_second = 0.0
+        self._all_tokens, self._all_seconds = 0, 0.0
         self._restart()
 
     def _restart(self) -> None:
@@ -52,18 +54,25 @@ class Meter:
         self._check_finite(step, loss_sum + norm_sum)
         seconds = time.perf_counter() - self._start
         mean_loss = loss_sum / self.world.size
+        self.tokens_per_second = self._tokens / seconds
+        self._all_tokens, self._all_seconds = self._all_tokens + self._tokens, self._all_seconds + seconds
         self.write(
             step=step,
             tokens=step * self._tokens // len(self._values),
             loss=mean_loss,
             learning_rate=rate,
             gradient_norm=float(norms[-1]),
-            tokens_per_second=round(self._tokens / seconds, 1),
+            tokens_per_second=round(self.tokens_per_second, 1),
             data_wait_share=round(self._data_seconds / seconds, 5),
             peak_memory_bytes=peak_memory_bytes(self.world.device),
         )
         self._restart()
         return mean_loss
+
+    @property
+    def mean_speed(self) -> float:
+        """Tokens per second over all reports; 0 before the first."""
+        return self._all_tokens / self._all_seconds if self._all_seconds else 0.0
 
     def _check_finite(self, step: int, value: float) -> None:
         if value != value or abs(value) == float("inf"):

@@ -238,7 +238,7 @@ def test_a_damaged_manifest_is_an_error_and_not_an_absent_artifact(place: str, c
 def test_a_manifest_cannot_name_files_outside_its_folder(name: str) -> None:
     entry = describe_file(Path(__file__))
     content = Manifest("expert", "f", files={name: entry}).to_json()
-    with pytest.raises(CorruptArtifactError, match="is not a file name within an artifact"):
+    with pytest.raises(CorruptArtifactError, match="is not a file name within"):
         Manifest.from_json(content, "x/manifest.json")
 
 

@@ -18,7 +18,7 @@ from checkpoints import ArtifactExistsError, CorruptArtifactError, StoreError, o
 from checkpoints.catalog import find_artifacts
 from checkpoints.copying import copy_artifact
 from checkpoints.garbage import delete_garbage, find_garbage
-from checkpoints.journal import locked
+from checkpoints.owners import locked
 from checkpoints.training import load_newest_checkpoint, save_checkpoint
 from tests.storage.proxy import Fault, FaultProxy
 from tests.storage.test_artifacts import make
@@ -129,6 +129,42 @@ def test_pull_and_push_copy_a_whole_run_with_the_same_bytes(s3: str, tmp_path: P
     assert files_of(s3) == files_of(here) == files_of(there)
     assert same(load_newest_checkpoint(paths.join(there, "checkpoints/backbone"), "f"), at(2))
     assert find_garbage(here, 0) == find_garbage(there, 0) == []
+
+
+@pytest.mark.parametrize("verb", ["pull", "push"])
+def test_copies_go_on_past_what_is_damaged_and_list_it(verb: str, s3: str, tmp_path: Path) -> None:
+    source, target = (s3, str(tmp_path / "run")) if verb == "pull" else (str(tmp_path / "run"), s3)
+    make_run(source)
+    paths.replace_bytes(paths.join(source, "metrics/backbone.jsonl"), b"1\n")
+    manifest, flipped = (paths.join(source, name) for name in ("backbone/manifest.json", "experts/expert-0"))
+    whole = paths.read_bytes(manifest)
+    paths.replace_bytes(manifest, b"{")
+    url = open_artifact(flipped).file_url("model.safetensors")
+    weights = paths.read_bytes(url)
+    damage(flipped, "model.safetensors")
+    make(paths.join(target, "checkpoints/expert-0/step-00000010"))  # another artifact is in the way
+    said = command(verb, source, target, code=1)
+    assert "3 copied, 0 were there already\n1 of 1 settings, metrics and logs copied" in said
+    assert "backbone/manifest.json must be an undamaged manifest" in said
+    assert "tensor first" in said
+    assert "but holds another artifact" in said
+    assert "3 not copied, all others are; mend them and run it again" in said
+    assert len(json.loads(command(verb, source, target, "--json", code=1))["problems"]) == 3
+    paths.replace_bytes(manifest, whole)
+    paths.replace_bytes(url, weights)
+    paths.remove(paths.join(target, "checkpoints/expert-0/step-00000010"))
+    assert "3 copied, 3 were there already" in command(verb, source, target)
+    assert files_of(source) == files_of(target)
+
+
+def test_the_newest_checkpoints_are_copied_past_a_damaged_one(tmp_path: Path) -> None:
+    source = make_run(str(tmp_path / "run"))
+    (tmp_path / "run/checkpoints/backbone/step-00000002/manifest.json").write_bytes(b"{")
+    said = command("pull", "--newest", source, str(tmp_path / "copy"), code=1)
+    assert "step-00000002/manifest.json must be" in said
+    assert names_below(str(tmp_path / "copy")) == [
+        "checkpoints/backbone/step-00000001", "checkpoints/expert-0/step-00000020",
+    ]  # fmt: skip
 
 
 def test_pull_and_push_bring_settings_metrics_and_logs_along(s3: str, tmp_path: Path) -> None:
@@ -323,7 +359,7 @@ def test_gc_leaves_folders_of_living_writers_and_takes_those_of_killed_ones(plac
         assert find_garbage(place, grace_seconds=0) == []
         process.kill()
     found = find_garbage(place, grace_seconds=0)
-    assert [(item.url, item.size) for item in found] == [(folder, 2)]
+    assert [item.url for item in found] == [folder]
     delete_garbage(found)
     assert find_garbage(place, grace_seconds=0) == []
     assert (scratch / "modularforge-prepare-1").is_dir()

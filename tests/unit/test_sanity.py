@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from pathlib import Path
 
@@ -11,15 +12,17 @@ import torch
 from torch import nn
 
 from modularforge.data.tokenizer import train_tokenizer
-from modularforge.errors import ConfigError
+from modularforge.errors import ConfigError, DataError
 from modularforge.model.backbone import build_backbone
 from modularforge.observe.metrics import Curve
 from modularforge.sanity import data, model, training
 from modularforge.sanity.checks import run_checks
 from modularforge.sanity.findings import SanityError, perform
+from modularforge.sanity.hub import require_hub
 from modularforge.sanity.node import check_network, describe_node
 from modularforge.training.distributed import World
 from tests.conftest import run_command, tiny_config
+from tests.pretrained.hub_server import SmallHub
 
 WITHIN_SECONDS = 10.0
 
@@ -161,3 +164,31 @@ def test_settings_that_cannot_be_used_are_a_finding(wrong: list[str], cause: str
     assert failed.returncode == 1
     assert "FAIL" in failed.stdout
     assert cause in failed.stdout
+
+
+@pytest.mark.parametrize("answer", ["refused", "silent", "nowhere"])
+def test_a_hub_that_does_not_answer_is_told_within_seconds(
+    answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts, and never says a word
+        port = server.getsockname()[1]
+        if answer == "refused":
+            server.close()
+        url = "http://hub.invalid" if answer == "nowhere" else f"http://127.0.0.1:{port}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("modularforge.sanity.hub.SECONDS", 0.5)
+        config = tiny_config(tmp_path, data={"sources": [{"name": "web", "hub": "some/corpus", "train": "train"}]},
+                             experts={"count": 1})  # fmt: skip
+        start = time.monotonic()
+        for check in (data.check_data, training.check_training):
+            with pytest.raises(DataError, match=rf"the Hub must answer for source web .*but {url} does not"):
+                list(check(config, quick=True))
+        assert time.monotonic() - start < 6
+
+
+def test_a_hub_that_answers_anything_is_asked_for_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with SmallHub({}) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        sources = [{"name": "web", "hub": "some/corpus", "train": "train"}]
+        require_hub(tiny_config(tmp_path, data={"sources": sources}, experts={"count": 1}))

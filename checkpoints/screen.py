@@ -1,0 +1,156 @@
+"""What is shown: text that somebody else wrote stays text, and secrets stay here.
+
+Names of runs, labels, files and settings may hold rich's markup (`[/x]`, `:smile:`), terminal escapes and secrets. So
+this is the only file that makes rich's tables, bars and consoles, and every program writes through `safe_streams`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from checkpoints.redact import redact
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+# Control characters, separators of lines, half surrogate pairs: they move the cursor, hide text, or cannot be encoded.
+ESCAPED_CATEGORIES = frozenset({"Cc", "Zl", "Zp", "Cs"})
+TURNS = frozenset(
+    "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)  # the direction of writing
+
+
+def literal(text: str, keep: str = "\n\t") -> str:
+    """The text with control characters, but for those in `keep`, shown as Python writes them (`\\x1b`)."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(character if character in keep or not _is_hidden(character) else _escaped(character)
+                   for character in text)  # fmt: skip
+
+
+def say(text: str = "", *, end: str = "\n", error: bool = False) -> None:
+    """Print text for people, at once."""
+    print(literal(redact(text)), end=end, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def bug() -> NoReturn:
+    """End the program after an unexpected error, which is the one being handled: its traceback, and exit code 1."""
+    say(traceback.format_exc().rstrip(), error=True)
+    sys.exit(1)
+
+
+def console(**options: Any) -> Console:
+    """A console that takes no text for markup, emoji or numbers."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+def table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    title: str | None = None,
+    numbers_from: int | None = None,
+    marked: int | None = None,
+    **options: Any,
+) -> Table:
+    """A table of literal text; columns from `numbers_from` on stand to the right, the row `marked` is bold."""
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(title=None if title is None else Text(_cell(title), style="table.title"), **options)
+    for place, text in enumerate(header):
+        is_number = numbers_from is not None and place >= numbers_from
+        made.add_column(Text(_cell(text)), justify="right" if is_number else "left", no_wrap=numbers_from is not None)
+    for place, row in enumerate(rows):
+        made.add_row(*(Text(_cell(text)) for text in row), style="bold green" if place == marked else None)
+    return made
+
+
+@contextmanager
+def transfer_bar(verb: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes on a terminal, silent elsewhere; yields the function that moves it on."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    screen = console(stderr=True)
+    text = TextColumn("{task.description}", markup=False)
+    with Progress(text, *columns, console=screen, disable=not screen.is_terminal) as bar:
+        task = bar.add_task(verb, total=total)
+        yield lambda size: bar.advance(task, size)
+
+
+@contextmanager
+def step_bar(description: str, total: float | None, unit: str, start: int) -> Iterator[Callable[[float, str], None]]:
+    """A bar of steps with a note behind it, wiped at the end; yields the function that moves it on."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit, markup=False),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
+    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
+        task = bar.add_task(_cell(description), total=total, completed=start, note="")
+
+        def advance(amount: float, note: str) -> None:
+            bar.update(task, advance=amount, note=_cell(note) or bar.tasks[0].fields["note"])
+
+        yield advance
+
+
+class LogFormatter(logging.Formatter):
+    """Log lines, exceptions in them included, without secrets and control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        return literal(redact(super().format(record)))
+
+
+@contextmanager
+def safe_streams() -> Iterator[None]:
+    """While the block runs, nothing reaches standard output or error with a secret in it, whichever library says it."""
+    with redirect_stdout(_SafeStream(sys.stdout)), redirect_stderr(_SafeStream(sys.stderr)):
+        yield
+
+
+class _SafeStream:
+    """A text stream that redacts what is written to it; all else is the stream's own."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(redact(text) if len(text) > 1 else text)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _cell(text: str) -> str:
+    """Text for one place on the screen: headers break lines on purpose, nothing else does."""
+    return literal(redact(text), keep="\n")
+
+
+def _is_hidden(character: str) -> bool:
+    return character in TURNS or unicodedata.category(character) in ESCAPED_CATEGORIES
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode()

@@ -1,0 +1,96 @@
+"""Copies a run, one artifact or the newest checkpoints, and goes on past what is damaged: all the rest arrives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from checkpoints import paths
+from checkpoints.artifact import Artifact
+from checkpoints.catalog import examine, newest_checkpoints
+from checkpoints.copying import copy_artifact
+from checkpoints.errors import (
+    AccessError,
+    CorruptArtifactError,
+    MissingBucketError,
+    StoreError,
+    StoreFullError,
+    UnreachableError,
+)
+from checkpoints.loose import copy_loose_file, loose_files
+
+Report = Callable[[int], object]
+# These would be said of everything that follows as well.
+FATAL = (AccessError, MissingBucketError, StoreFullError, UnreachableError)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is to be copied, and what is wrong with manifests that cannot be read."""
+
+    source: str
+    artifacts: list[Artifact]
+    loose: list[str]
+    problems: list[str]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the artifacts."""
+        return sum(artifact.manifest.size for artifact in self.artifacts)
+
+
+@dataclass
+class Outcome:
+    """What became of it: URLs that were copied, that vanished meanwhile, and sentences on what was not copied."""
+
+    copied: list[str] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)
+    copied_files: list[str] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def select(source: str, newest: bool) -> Selection:
+    """All artifacts below a URL and the loose files of a run, or only the newest checkpoint of every job."""
+    artifacts, damaged = examine(source)
+    if newest:
+        return Selection(source, newest_checkpoints(artifacts, source), [], [*damaged.values()])
+    owners = [*(artifact.url for artifact in artifacts), *damaged]
+    is_run = all(owner.rstrip("/") != source.rstrip("/") for owner in owners)
+    loose = loose_files(source, paths.walk(source), owners) if is_run else []
+    return Selection(source, artifacts, [info.url for info in loose], [*damaged.values()])
+
+
+def transfer(chosen: Selection, target: str, report: Report) -> Outcome:
+    """Copy what was chosen; only trouble that concerns all of it is raised. `report` is told the bytes done."""
+    outcome = Outcome(problems=[*chosen.problems])
+    for artifact in chosen.artifacts:
+        _copy_artifact(artifact, paths.join(target, paths.relative(artifact.url, chosen.source)), outcome, report)
+    _copy_loose(chosen.source, chosen.loose, target, outcome)
+    if paths.is_local(chosen.source):
+        links = paths.linked_folders(paths.local_path(chosen.source))
+        outcome.passed_over += [f"{link} is a link to a folder, which is copied only by its own name" for link in links]
+    return outcome
+
+
+def _copy_artifact(artifact: Artifact, place: str, outcome: Outcome, report: Report) -> None:
+    try:
+        outcome.copied += [place] if copy_artifact(artifact, place, report) else []
+    except FATAL:
+        raise
+    except StoreError as error:
+        if isinstance(error, CorruptArtifactError) and artifact.is_deleted():
+            outcome.deleted.append(artifact.url)
+        else:
+            outcome.problems.append(str(error))
+
+
+def _copy_loose(source: str, urls: Iterable[str], target: str, outcome: Outcome) -> None:
+    for url in urls:
+        try:
+            place = copy_loose_file(source, url, target)
+            outcome.copied_files += [place] if place else []
+        except CorruptArtifactError as error:
+            outcome.passed_over.append(str(error))
+        except FileNotFoundError:
+            outcome.passed_over.append(f"{url} is gone since it was listed")

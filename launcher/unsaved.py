@@ -1,0 +1,37 @@
+"""Jobs read settings from a file that holds no secrets: what they cannot do without is refused before they start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from checkpoints.redact import has_secret, is_redacted, redact_urls
+from launcher.tasks import build_tasks, is_finished
+from modularforge.config import Config, SourceConfig
+from modularforge.errors import ConfigError
+
+
+def require_readable_settings(config: Config) -> None:
+    """Raise ConfigError when a job would need a password or a signature that stands in the settings themselves."""
+    for line in config.cluster.setup:
+        if is_redacted(line):
+            raise ConfigError(
+                f"cluster.setup must be a line as the shell needs it, but is {line!r:.80}, whose secret was not saved "
+                "with the settings; give it again with --set, or let the line read an environment variable"
+            )
+    lost = [(source.name, place) for source in config.data.sources for place in _locations(source) if _is_lost(place)]
+    if lost and not is_finished(config, build_tasks(config)[0]):
+        name, place = lost[0]
+        raise ConfigError(
+            f"data.sources must name secrets as environment variables for jobs, such as https://${{USER}}:${{PASSWORD}}"
+            f"@host/x, because none are saved with the settings, but that of {name} is {redact_urls(place):.80}; write "
+            "it so (on a cluster also in cluster.pass_environment), or run `modularforge prepare-data` first"
+        )
+
+
+def _is_lost(location: str) -> bool:
+    return has_secret(location) or is_redacted(location)
+
+
+def _locations(source: SourceConfig) -> Iterator[str]:
+    for found in (source.train, source.validation, source.test):
+        yield from [found] if isinstance(found, str) else found or ()

@@ -1,0 +1,97 @@
+"""The form of results.json, checked when it is read: it may come from a store that others can write to."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from checkpoints.parsing import parse_object
+from modularforge.errors import DataError
+
+Number = float  # also from the texts "inf" and "nan"
+Count = Annotated[int, Field(ge=0, le=2**63)]
+Share = Annotated[float, Field(ge=0, le=1.01, allow_inf_nan=False)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+class _Domain(_Part):
+    loss: Number
+    perplexity: Number
+    bits_per_byte: Number
+
+
+class _Model(_Part):
+    mean_loss: Number
+    perplexity: Number
+    bits_per_byte: Number
+    parameters: Count | None
+    active_parameters: Count | None
+    training_tokens: Count | None
+    domains: dict[str, _Domain]
+
+
+class _Routing(_Part):
+    share_per_layer_and_expert: list[list[Share]] = Field(min_length=1)
+    share_per_domain_and_expert: dict[str, list[Share]] = Field(min_length=1)
+    balance_per_layer: list[Number]
+    experts: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _is_square(self) -> _Routing:
+        rows = [*self.share_per_layer_and_expert, *self.share_per_domain_and_expert.values()]
+        widths = {*map(len, rows), *([len(self.experts)] if self.experts is not None else [])}
+        if len(widths) != 1 or 0 in widths:
+            raise ValueError("must have one share for each expert in every row")
+        return self
+
+
+class _Sample(_Part):
+    prompt: str
+    greedy: str
+    sampled: str
+
+
+class _Results(_Part):
+    name: str
+    domains: list[str] = Field(min_length=1)
+    models: dict[str, _Model] = Field(min_length=1)
+    routing: dict[str, _Routing] = {}
+    samples: dict[str, list[_Sample]] = {}
+    chosen: str | None
+    seconds: Annotated[float, Field(ge=0, le=1e9)] = 0.0
+    peak_memory_bytes: Number = 0.0
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> _Results:
+        if self.chosen is not None and self.chosen not in self.models:
+            raise ValueError(f"chosen must be one of the models, but is {self.chosen!r:.60}")
+        for name, model in self.models.items():
+            if missing := [label for label in self.domains if label not in model.domains]:
+                raise ValueError(f"models must have every domain, but {name!r:.60} lacks {missing[0]!r:.60}")
+        return self
+
+
+def parse_results(content: bytes, url: str) -> dict[str, Any]:
+    """What an evaluation has written, numbers as floats; raises DataError, `url` names it there."""
+    try:
+        return checked_results(parse_object(content))
+    except ValueError as error:
+        raise DataError(
+            f"{url} must be the results of an evaluation, but {_reason(error)}; run `modularforge evaluate` again"
+        ) from error
+
+
+def checked_results(values: dict[str, Any]) -> dict[str, Any]:
+    """The same for values that are parsed; raises ValueError."""
+    return _Results.model_validate(values).model_dump()
+
+
+def _reason(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return f"{error!s:.200}"
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc'])!r:.80} is wrong: {first['msg']:.120}"
