@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpoints.errors import StoreError
+
 ATTEMPT = re.compile(r"attempt-[0-9a-f]{12}")
 UPLOAD_SCRATCH = "modularforge-upload-"  # folders of writers to object stores, in the temporary folder
 HIDDEN = re.compile(r"\..+\.attempt-[0-9a-f]{12}")
@@ -33,7 +35,13 @@ def is_local(url: str) -> bool:
 
 def local_path(url: str) -> Path:
     """The folder behind a local URL."""
-    return Path(url.removeprefix("file://")).expanduser()
+    path = Path(url.removeprefix("file://"))
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise StoreError(
+            f"{path} must begin with a known home folder, but {path.parts[0]} is none; write it out"
+        ) from error
 
 
 def relative(url: str, root: str) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from checkpoints.redact import redact
 from modularforge.config import Config
 from modularforge.exits import run_app
 from modularforge.options import with_settings
@@ -20,6 +21,11 @@ class LaunchByDefault(TyperGroup):
         """Put `launch` before options that no subcommand precedes."""
         known = bool(args) and (args[0] in self.commands or args[0] == "--help")
         return list(super().parse_args(ctx, args if known else ["launch", *args]))
+
+
+def say(text: str) -> None:
+    """Print without secrets."""
+    typer.echo(redact(text))
 
 
 app = typer.Typer(
@@ -54,7 +60,7 @@ def launch(
     elif cluster:
         from launcher.cluster import launch as launch_on_cluster
 
-        launch_on_cluster(settings, typer.echo, new_run, preflight)
+        launch_on_cluster(settings, say, new_run, preflight)
     else:
         _launch_here(settings, max_workers)
 
@@ -66,10 +72,10 @@ def _launch_here(settings: Config, max_workers: int | None) -> None:
     if max_workers is not None:
         changed = settings.launcher.model_copy(update={"max_workers": max_workers})
         settings = settings.model_copy(update={"launcher": changed})
-    launcher = LocalLauncher(settings, build_tasks(settings), typer.echo)
+    launcher = LocalLauncher(settings, build_tasks(settings), say)
     launcher.run()
     log = launcher.folder / "evaluate.log"
-    typer.echo(log.read_text(errors="replace"))
+    say(log.read_text(errors="replace"))
 
 
 @app.command()
@@ -83,7 +89,7 @@ def plan_of(settings: Config) -> None:
     """Print the plan."""
     from launcher.plan import describe_plan
 
-    typer.echo(describe_plan(settings))
+    say(describe_plan(settings))
 
 
 @app.command()
@@ -103,12 +109,12 @@ def status(
     for rows in follow_status(settings):
         text = json.dumps(rows_as_json(rows)) if as_json else describe(config, rows)
         if text != before:
-            typer.echo(text)
+            say(text)
         before = text
         if not watch:
             break
     if not as_json and not is_going_on(rows):
-        typer.echo(f"\n{final_report(settings)}")
+        say(f"\n{final_report(settings)}")
 
 
 @app.command()
@@ -122,7 +128,7 @@ def logs(
     from launcher.cluster import tail
 
     for text in tail(settings, stage, follow):
-        typer.echo(text, nl=False)
+        typer.echo(redact(text), nl=False)
 
 
 @app.command()
@@ -131,7 +137,7 @@ def cancel(settings: Config) -> None:
     """Cancel the jobs of the run, the last stage first; what is committed stays, and `resume` continues."""
     from launcher.cluster import cancel as cancel_run
 
-    cancel_run(settings, typer.echo)
+    cancel_run(settings, say)
 
 
 @app.command()
@@ -141,7 +147,7 @@ def resume(settings: Config) -> None:
     from launcher.cluster import launch as launch_on_cluster
     from launcher.cluster import recorded
 
-    launch_on_cluster(recorded(settings)[0], typer.echo)
+    launch_on_cluster(recorded(settings)[0], say)
 
 
 @app.command()
@@ -150,7 +156,7 @@ def wait(settings: Config) -> None:
     """Wait until the run has ended and print the end report; the exit code is 0 when all is committed, else 1."""
     from launcher.cluster import wait_for_run
 
-    if not wait_for_run(settings, typer.echo):
+    if not wait_for_run(settings, say):
         raise typer.Exit(1)
 
 

@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoints.names import has_control_characters
+from checkpoints.redact import redact
 from launcher.environment import environment_of, job_environment
 from launcher.frozen import CONFIG_NAME, ENTRY_NAME
 from launcher.pieces import Piece
-from launcher.places import log_pattern, work_folder
+from launcher.places import log_file, log_pattern, work_folder
 from launcher.slurm import SlurmError
 from launcher.tasks import nodes_of
 from modularforge.config import Config
+from modularforge.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def comment_of(run_id: str, key: str) -> str:
 
 
 def script_of(config: Config, request: Request) -> str:
-    """The sbatch script."""
+    """The sbatch script; raises ConfigError where it would have lines that are not ours."""
     text: str = _executor(config, request)._make_submission_file_text(node_command(config, request), "")
     return text
 
@@ -57,7 +60,7 @@ def submit(config: Config, request: Request) -> str:
 
     executor = _executor(config, request)
     executor.folder.mkdir(parents=True, exist_ok=True)
-    log_pattern(config, request.group).parent.mkdir(parents=True, exist_ok=True)
+    log_file(config, request.group).parent.mkdir(parents=True, exist_ok=True)
     with environment_of(job_environment(config.cluster.pass_environment)):
         try:
             job = executor._submit_command(node_command(config, request))
@@ -77,7 +80,18 @@ def node_command(config: Config, request: Request) -> str:
     ]  # fmt: skip
     if request.piece:
         words += ["--offset", str(request.piece.offset)]
-    return "exec " + shlex.join(words)
+    return f"exec {shlex.join([_plain('the command of the job', word) for word in words])}"
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Refuse what a script cannot hold, such as a line break in the name of the working folder."""
+    text = str(value)
+    if has_control_characters(text) or (name.startswith("-") and "\\" in text):
+        raise ConfigError(
+            f"{name} must be one line of a script without backslashes, but is {redact(text)!r:.80}; rename that "
+            "folder, or set cluster.work_dir and cluster.python"
+        )
+    return value
 
 
 def parameters_of(config: Config, request: Request) -> dict[str, Any]:
@@ -85,21 +99,23 @@ def parameters_of(config: Config, request: Request) -> dict[str, Any]:
     cluster, nodes = config.cluster, nodes_of(config, request.group)
     offset = request.piece.offset if request.piece else 0
     more: dict[str, Any] = {
-        "output": str(log_pattern(config, request.group, offset, request.piece is not None)),
+        "output": log_pattern(config, request.group, offset, request.piece is not None),
         "requeue": True,
         "kill-on-invalid-dep": "yes",
         "chdir": str(Path.cwd()),
-        **cluster.sbatch_options,
     }
+    # submitit writes an option without a value for True, and False would become a value.
+    more |= {name.replace("_", "-"): value for name, value in cluster.sbatch_options.items()}
+    more = {name: value for name, value in more.items() if value is not False}
     if request.piece:
         more["array"] = request.piece.array
     return {
         "job_name": job_names(request.run_id, [request.group])[0],
         "comment": comment_of(request.run_id, request.key),
-        "partition": cluster.queue,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": cluster.constraint,
+        "partition": cluster.queue or None,
+        "account": cluster.account or None,
+        "qos": cluster.qos or None,
+        "constraint": cluster.constraint or None,
         "nodes": nodes.nodes,
         "ntasks_per_node": 1,
         "cpus_per_task": nodes.cpus,
@@ -133,5 +149,9 @@ def _executor(config: Config, request: Request) -> Any:
             return 2
 
     executor = AnywhereExecutor(work_folder(config) / "scripts")
-    executor.update_parameters(**parameters_of(config, request))
+    parameters = parameters_of(config, request)
+    for name, value in {**parameters, **parameters["additional_parameters"]}.items():
+        if name != "setup":
+            _plain(f"--{name}", value)
+    executor.update_parameters(**parameters)
     return executor

@@ -8,6 +8,7 @@ from launcher.carrier import Request, script_of
 from launcher.frozen import frozen_folder
 from launcher.pieces import cut
 from launcher.record import run_id_of
+from launcher.secrets import check_no_secrets
 from launcher.tasks import Group, build_groups, build_tasks, nodes_of
 from modularforge.config import Config
 
@@ -17,6 +18,7 @@ MAX_ARRAY_SIZE = 1001
 
 def describe_plan(config: Config) -> str:
     """What a launch of this run from nothing would submit."""
+    check_no_secrets(config)
     groups, run_id, frozen = build_groups(build_tasks(config)), run_id_of(config), frozen_folder(config)
     requests = [request for group in groups for request in _requests(config, group, run_id, frozen)]
     scripts = [f"===== {request.key}\n{script_of(config, request)}" for request in requests]

@@ -10,6 +10,7 @@ from typing import Any
 
 from checkpoints.errors import UserError
 from checkpoints.explain import explain
+from checkpoints.redact import redact
 from modularforge.errors import Interrupted
 
 USER_ERROR = 2
@@ -59,5 +60,5 @@ def _foreign_sentence(error: Exception) -> str | None:
 
 
 def _complain(message: str, code: int) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(redact(message), file=sys.stderr, flush=True)
     sys.exit(code)

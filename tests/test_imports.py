@@ -21,6 +21,7 @@ TORCH_FREE_FOR_LAUNCHER = {
     "modularforge.exits",
     "modularforge.errors",
     "modularforge.log",
+    "modularforge.mistakes",
     "modularforge.provenance",
 }
 TORCH_FREE_MODEL = {f"modularforge.model.{name}" for name in ("names", "hub_config", "hub_support", "sizes")}

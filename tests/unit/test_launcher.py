@@ -319,7 +319,7 @@ def test_a_lock_of_another_machine_counts_while_its_holder_renews_it(
         assert json.loads(lock.read_text())["time"] > begun
     elsewhere = {"host": "elsewhere", "pid": 1, "token": "theirs"}
     lock.write_text(json.dumps(elsewhere | {"time": time.time()}))
-    with pytest.raises(BusyError, match="on elsewhere"), submission_lock(config):
+    with pytest.raises(BusyError, match="on 'elsewhere'"), submission_lock(config):
         pass
     lock.write_text(json.dumps(elsewhere | {"time": time.time() - 601}))
     with submission_lock(config):
