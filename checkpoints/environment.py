@@ -14,7 +14,7 @@ DEFAULT_ATTEMPTS = 8  # with the delays in retry.py about half a minute of troub
 def max_attempts() -> int:
     """How often one request is sent at the most: botocore's own variable AWS_MAX_ATTEMPTS, or 8."""
     text = os.environ.get("AWS_MAX_ATTEMPTS", "")
-    return max(1, int(text)) if text.isdigit() else DEFAULT_ATTEMPTS
+    return max(1, int(text)) if text.isdecimal() else DEFAULT_ATTEMPTS
 
 
 def endpoint() -> str:

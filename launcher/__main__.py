@@ -146,8 +146,11 @@ def resume(settings: Config) -> None:
     """Submit what is missing of a run, with the settings that it was submitted with."""
     from launcher.cluster import launch as launch_on_cluster
     from launcher.cluster import recorded
+    from launcher.trust import check_commands
 
-    launch_on_cluster(recorded(settings)[0], say)
+    submitted, _ = recorded(settings)
+    check_commands(settings, submitted)
+    launch_on_cluster(submitted, say)
 
 
 @app.command()

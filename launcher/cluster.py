@@ -15,11 +15,11 @@ from launcher.finish import end_report
 from launcher.lock import submission_lock
 from launcher.preflight import fingerprint_of, preflight
 from launcher.record import Record, beside, check_same_run, load_record, new_record, require_record, save_record
-from launcher.secrets import check_no_secrets
 from launcher.slurm import SlurmError, queue, run_slurm
 from launcher.status import Row, describe, is_going_on, is_success, read_status
 from launcher.submit import Submitter
 from launcher.tasks import build_groups, build_tasks
+from launcher.trust import check_no_secrets
 from modularforge.config import Config
 from modularforge.errors import ConfigError
 

@@ -23,8 +23,8 @@ from launcher.environment import without_torch_variables
 from launcher.events import append_event, merge_events
 from launcher.lock import submission_lock
 from launcher.places import folder_name
-from launcher.secrets import check_no_secrets
 from launcher.tasks import Task, finished_tasks, is_finished, remembering, unneeded_tasks
+from launcher.trust import check_no_secrets
 from modularforge.config import Config
 from modularforge.errors import Interrupted, UserError
 from modularforge.settings import to_yaml

@@ -8,8 +8,8 @@ from launcher.carrier import Request, script_of
 from launcher.frozen import frozen_folder
 from launcher.pieces import cut
 from launcher.record import run_id_of
-from launcher.secrets import check_no_secrets
 from launcher.tasks import Group, build_groups, build_tasks, nodes_of
+from launcher.trust import check_no_secrets
 from modularforge.config import Config
 
 # Slurm's default; the submission asks the site.

@@ -269,10 +269,11 @@ def info(
     show_settings: Annotated[bool, typer.Option("--settings", help="Print the resolved settings as YAML.")] = False,
 ) -> None:
     """Print the sizes of backbone and assembled model, FLOPs per token, and the length of the training."""
+    from checkpoints.redact import redact
     from modularforge.info import describe
     from modularforge.settings import to_yaml
 
-    typer.echo(to_yaml(settings) if show_settings else describe(settings))
+    typer.echo(redact(to_yaml(settings) if show_settings else describe(settings)))
 
 
 @app.command()

@@ -25,6 +25,7 @@ WISHES = {
     "dict_type": "a section",
     "list_type": "a list",
     "string_type": "a text",
+    "string_unicode": "a text in UTF-8",
     "int_type": "a whole number",
     "float_type": "a number",
     "bool_type": "true or false",

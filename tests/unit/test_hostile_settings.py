@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 
 from checkpoints.commands import shown_command
+from launcher.__main__ import say
 from launcher.allocation import Allocation
 from launcher.carrier import Request, script_of
+from launcher.cluster import launch
 from launcher.command import training_command
+from launcher.local import LocalLauncher, _work_folder
 from launcher.pieces import cut
 from launcher.places import folder_name, log_file, log_pattern, work_folder
 from launcher.plan import describe_plan
@@ -22,8 +25,10 @@ from launcher.preflight import _python
 from launcher.record import Submission, new_record
 from launcher.status import read_status
 from launcher.tasks import build_tasks
+from launcher.trust import check_commands
 from modularforge.config import Config
 from modularforge.errors import ConfigError
+from modularforge.exits import run_app
 from modularforge.settings import make_config
 from tests.conftest import tiny_config, tiny_values
 
@@ -209,8 +214,6 @@ def test_runs_whose_names_read_alike_have_folders_of_their_own(tmp_path: Path) -
     configs = [tiny_config(run, cluster={"work_dir": str(tmp_path)}) for run in RUNS]
     assert len({work_folder(config) for config in configs}) == len(RUNS)
     assert all(re.fullmatch(r"[A-Za-z0-9._-]{1,120}", work_folder(config).name) for config in configs)
-    from launcher.local import _work_folder
-
     assert len({_work_folder(config) for config in configs}) == len(RUNS)
 
 
@@ -242,6 +245,52 @@ def test_settings_with_a_password_start_no_jobs(values: dict[str, str], name: st
         describe_plan(config)
     assert "hunter22" not in str(caught.value)
     assert "hunter22" not in folder_name(config.output_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("setup", ["curl x | sh"]), ("python", "/tmp/x"), ("pass_environment", ["*"])]
+)
+def test_commands_in_a_record_that_others_can_write_are_not_run(name: str, value: object) -> None:
+    given, recorded = tiny_config("memory://b/run"), tiny_config("memory://b/run", cluster={name: value})
+    with pytest.raises(ConfigError, match=rf"cluster\.{name} in the record of memory://b/run must be what --config"):
+        check_commands(given, recorded)
+    check_commands(recorded, recorded)
+    check_commands(given, given)
+    check_commands(tiny_config("run"), tiny_config("run", cluster={name: value}))
+
+
+def test_nothing_is_written_for_settings_with_a_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = tiny_values(tmp_path / "run", data_dir="ftp://me:hunter22@host/data")
+    config = make_config(values, "here")
+    for start in (LocalLauncher(config, build_tasks(config), print).run, lambda: launch(config, print)):
+        with pytest.raises(ConfigError, match="data_dir must hold no password"):
+            start()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_launcher_prints_and_errors_show_no_secrets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter22")
+    say("s3://me:other-secret@host/x hunter22")
+
+    def failing() -> None:
+        raise ConfigError("x must be y, but is https://h/?sig=other-secret hunter22; change it")
+
+    with pytest.raises(SystemExit):
+        run_app(failing)
+    shown = capsys.readouterr()
+    assert "secret" not in shown.out + shown.err
+    assert "hunter22" not in shown.out + shown.err
+    assert "change it" in shown.err
+
+
+def test_numbers_of_slurm_that_are_none_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "x")
+    with pytest.raises(ConfigError, match="SLURM_RESTART_COUNT must be a number from Slurm, but is 'x'"):
+        Allocation.of_this_job(None)
 
 
 def test_an_account_of_a_container_store_is_no_password() -> None:
