@@ -1,12 +1,13 @@
-"""submitit carries the jobs: it writes the sbatch script, calls sbatch, reads the job id. Only this file knows it.
+"""The sbatch scripts, which submitit words, and their submission. Only this file knows submitit.
 
 Its defaults that sites or we cannot use are replaced: no wckey, no pickled function (the job runs our node program,
 which reads its inputs from the store), no srun around that program, whose signals submitit would swallow, and array
-indices that are ours.
+indices that are ours. It does not call sbatch either: it takes `%a` in the name of a folder for a pattern.
 """
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -15,11 +16,11 @@ from typing import Any
 
 from checkpoints.names import has_control_characters
 from checkpoints.redact import redact
-from launcher.environment import environment_of, job_environment
+from launcher.environment import job_environment
 from launcher.frozen import CONFIG_NAME, ENTRY_NAME
 from launcher.pieces import Piece
 from launcher.places import log_file, log_pattern, work_folder
-from launcher.slurm import SlurmError
+from launcher.slurm import SlurmError, run_slurm
 from launcher.tasks import nodes_of
 from modularforge.config import Config
 from modularforge.errors import ConfigError
@@ -56,19 +57,17 @@ def script_of(config: Config, request: Request) -> str:
 
 def submit(config: Config, request: Request) -> str:
     """Call sbatch; returns the job id, raises SlurmError with sbatch's complaint."""
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
-    executor = _executor(config, request)
-    executor.folder.mkdir(parents=True, exist_ok=True)
-    log_file(config, request.group).parent.mkdir(parents=True, exist_ok=True)
-    with environment_of(job_environment(config.cluster.pass_environment)):
-        try:
-            job = executor._submit_command(node_command(config, request))
-        except (FailedJobError, FailedSubmissionError) as error:
-            raise SlurmError(f"sbatch must accept {request.group}, but said: {str(error).strip()}") from error
-        except FileNotFoundError as error:
-            raise SlurmError("sbatch must be on the PATH, but is not; run this on a login node") from error
-    return str(job.job_id)
+    script = work_folder(config) / "scripts" / f"{request.key}.sh"
+    for folder in (script.parent, log_file(config, request.group).parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    script.write_text(script_of(config, request), encoding="utf-8")
+    try:
+        answer = run_slurm("sbatch", str(script), env=job_environment(config.cluster.pass_environment))
+    except SlurmError as error:
+        raise SlurmError(f"sbatch must accept {request.group}, but: {error}") from error
+    if match := re.search(r"job (\d+)", answer):
+        return match[1]
+    raise SlurmError(f"sbatch must name the job of {request.group}, but said: {answer.strip()!r:.200}; look at squeue")
 
 
 def node_command(config: Config, request: Request) -> str:

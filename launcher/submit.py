@@ -175,7 +175,9 @@ def _has_ended(events: list[Event], job: str, index: int | None) -> bool:
 
 def _may_have_succeeded(error: SlurmError) -> bool:
     text = str(error).lower()
-    return any(word in text for word in ("timed out", "timeout", "communication", "connection", "contact"))
+    return any(
+        word in text for word in ("timed out", "timeout", "answer within", "communication", "connection", "contact")
+    )
 
 
 def _group_of(task_name: str) -> str:
