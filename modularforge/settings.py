@@ -113,7 +113,9 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 def _read(path: str) -> bytes:
     """The content, of which a little more than a settings file may have is enough."""
-    return paths.read_bytes(path, 0, min(paths.file_size(path), MAX_BYTES + 1))
+    # A folder is refused when it is read, and an object store refuses a range of an empty object.
+    end = MAX_BYTES + 1 if paths.is_local(path) else min(paths.file_size(path), MAX_BYTES + 1)
+    return paths.read_bytes(path, 0, end)
 
 
 def to_yaml(config: Config) -> str:

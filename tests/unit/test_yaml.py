@@ -139,6 +139,13 @@ def test_a_file_in_another_encoding_is_read_or_refused_with_a_sentence(tmp_path:
             read_yaml(str(path))
 
 
+def test_a_huge_file_is_read_no_further_than_needed(tmp_path: Path) -> None:
+    with open(tmp_path / "weights.bin", "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ConfigError, match="larger than 2 MiB"):
+        read_yaml(str(tmp_path / "weights.bin"))
+
+
 def test_messages_are_short_whatever_the_settings() -> None:
     values = tiny_values("out") | {f"{'x' * 1000}{number}": "y" * 1_000_000 for number in range(50)}
     values["evaluation"] = {"prompts": [0] * 5000}
