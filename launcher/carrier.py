@@ -87,8 +87,8 @@ def _plain(name: str, value: Any) -> Any:
     text = str(value)
     if has_control_characters(text) or (name.startswith("-") and "\\" in text):
         raise ConfigError(
-            f"{name} must be one line of a script without backslashes, but is {redact(text)!r:.80}; rename that "
-            "folder, or set cluster.work_dir and cluster.python"
+            f"{name} must be one line of a script without backslashes, which sbatch drops, but is {redact(text)!r:.80}"
+            "; change that setting, or rename that folder"
         )
     return value
 
@@ -104,7 +104,7 @@ def parameters_of(config: Config, request: Request) -> dict[str, Any]:
         "chdir": str(Path.cwd()),
     }
     # submitit writes an option without a value for True, and False would become a value.
-    more |= {name.replace("_", "-"): value for name, value in cluster.sbatch_options.items()}
+    more |= {_spelt(name): value for name, value in cluster.sbatch_options.items()}
     more = {name: value for name, value in more.items() if value is not False}
     if request.piece:
         more["array"] = request.piece.array
@@ -119,7 +119,7 @@ def parameters_of(config: Config, request: Request) -> dict[str, Any]:
         "ntasks_per_node": 1,
         "cpus_per_task": nodes.cpus,
         "gpus_per_node": nodes.gpus or None,
-        "mem": f"{int(nodes.memory_gb * 1024)}MB" if nodes.memory_gb else None,
+        "mem": f"{max(1, int(nodes.memory_gb * 1024))}MB" if nodes.memory_gb else None,
         "time": nodes.time_minutes,
         "signal_delay_s": cluster.warning_seconds,
         "dependency": dependency(request),
@@ -129,6 +129,12 @@ def parameters_of(config: Config, request: Request) -> dict[str, Any]:
         "use_srun": False,
         "additional_parameters": more,
     }
+
+
+def _spelt(option: str) -> str:
+    """An option as submitit names it, so that the settings' value takes the place of ours, however it is spelt."""
+    dashed = option.replace("_", "-")
+    return dashed if dashed in ("open-mode", "kill-on-invalid-dep") else dashed.replace("-", "_")
 
 
 def dependency(request: Request) -> str | None:

@@ -175,12 +175,18 @@ def test_options_by_which_the_launcher_finds_jobs_are_its_own(name: str, tmp_pat
 
 
 def test_options_that_are_false_are_left_out_and_empty_texts_are_the_sites_default(tmp_path: Path) -> None:
-    values = tiny_values(
-        tmp_path / "run", cluster={"queue": "", "sbatch_options": {"requeue": False, "exclusive": True}}
-    )
+    values = tiny_values(tmp_path / "run", cluster={"queue": "", "sbatch_options": {"requeue": False}})
     lines = script(values, tmp_path).splitlines()
-    assert "#SBATCH --exclusive" in lines
     assert not any("requeue" in line or "partition" in line for line in lines)
+
+
+def test_options_take_the_place_of_the_launchers_however_they_are_spelt(tmp_path: Path) -> None:
+    options = {"exclusive": True, "cpus-per-task": 9, "kill_on_invalid_dep": "no", "open_mode": "truncate", "nodes": 3}
+    lines = script(tiny_values(tmp_path / "run", cluster={"sbatch_options": options}), tmp_path).splitlines()
+    names = [line.partition("=")[0] for line in lines if line.startswith("#SBATCH")]
+    assert len(set(names)) == len(names)
+    for line in ("exclusive", "cpus-per-task=9", "kill-on-invalid-dep=no", "open-mode=truncate", "nodes=3"):
+        assert f"#SBATCH --{line}" in lines
 
 
 def test_a_working_folder_with_a_line_break_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
