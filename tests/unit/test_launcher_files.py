@@ -84,6 +84,7 @@ def test_words_in_a_record_that_would_be_options_or_paths_are_refused(config: Co
         load_record(config)
 
 
+@pytest.mark.timeout(1800)  # with ten thousand inputs, on a busy machine
 def test_mutated_records_are_read_or_refused(config: Config) -> None:
     path, content = Path(record_url(config)), saved(config)
 
@@ -107,6 +108,7 @@ def test_a_lock_that_says_nothing_is_taken_over(config: Config, content: bytes) 
         assert b"token" in path.read_bytes()
 
 
+@pytest.mark.timeout(1800)  # with ten thousand inputs, on a busy machine
 def test_mutated_locks_are_judged(config: Config) -> None:
     path = Path(lock_url(config))
     path.parent.mkdir(parents=True)
@@ -119,6 +121,7 @@ def test_mutated_locks_are_judged(config: Config) -> None:
     allows_only((), mutated(good), read)
 
 
+@pytest.mark.timeout(1800)  # with ten thousand inputs, on a busy machine
 def test_mutated_events_are_read_or_passed_over(config: Config) -> None:
     append_event(config, "expert-0", "started", slurm_job="12_0", key="k", restarts=0, nodes="n", node_count=1, gpus=0,
                  step=0, last_step=3, last_time=None)  # fmt: skip
@@ -141,6 +144,7 @@ def test_mutated_events_are_read_or_passed_over(config: Config) -> None:
     allows_only((), [*mutation.texts([lines], HALF), *good], read)
 
 
+@pytest.mark.timeout(1800)
 def test_a_torn_or_odd_tail_of_metrics_counts_as_far_as_it_can(config: Config, tmp_path: Path) -> None:
     path = tmp_path / "run" / "metrics" / "backbone.jsonl"
     path.parent.mkdir(parents=True)

@@ -225,6 +225,7 @@ CHANGES = [
 ]  # fmt: skip
 
 
+@pytest.mark.timeout(1800)  # with ten thousand inputs, on a busy machine
 def test_mutated_settings_files_are_read_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
 
@@ -235,12 +236,14 @@ def test_mutated_settings_files_are_read_or_refused(tmp_path: Path) -> None:
     allows_only(ConfigError, mutation.texts(SEEDS), read)
 
 
+@pytest.mark.timeout(1800)  # with ten thousand inputs, on a busy machine
 def test_mutated_values_of_settings_are_accepted_or_refused() -> None:
     good = parse_yaml(SEEDS[1])
     good["cluster"] |= {"sbatch_options": {"a": "b"}, "setup": ["x"]}
     allows_only(ConfigError, mutation.values(good), lambda values: to_yaml(make_config(values, "x")).encode())
 
 
+@pytest.mark.timeout(1800)  # with ten thousand inputs, on a busy machine
 def test_mutated_changes_on_the_command_line_are_accepted_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     base = read_yaml(QUICKSTART)
     monkeypatch.setattr("modularforge.settings.read_yaml", lambda _: copy.deepcopy(base))
@@ -248,6 +251,7 @@ def test_mutated_changes_on_the_command_line_are_accepted_or_refused(monkeypatch
     allows_only(ConfigError, changes, lambda change: to_yaml(load_config(QUICKSTART, [change])).encode())
 
 
+@pytest.mark.timeout(1800)  # with ten thousand inputs, on a busy machine
 def test_mutated_study_files_are_read_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     seed = (ROOT / "configs" / "study-quick.yaml").read_bytes()
