@@ -21,6 +21,7 @@ TORCH_FREE_FOR_LAUNCHER = {
     "modularforge.exits",
     "modularforge.errors",
     "modularforge.log",
+    "modularforge.mistakes",
     "modularforge.provenance",
 }
 TORCH_FREE_MODEL = {

@@ -25,6 +25,7 @@ from checkpoints import (
     write_artifact,
 )
 from checkpoints.artifact import cache_folder
+from checkpoints.commands import shown_command
 from modularforge.errors import DataError, MismatchError, StoreError
 from modularforge.log import logger
 from modularforge.pretrained import hub
@@ -117,7 +118,7 @@ def _cached_folder(model: str, name: HubName, reason: ConnectionError) -> Path:
             state = f"is not whole in the cache ({error})"
     raise StoreError(
         f"{model} must be in Hugging Face's cache or be reachable on the Hub, but {state} and the Hub does not answer "
-        f"({reason}); run `modularforge fetch {model}` where there is a network, or name a folder"
+        f"({reason}); run `{shown_command('modularforge', 'fetch', model)}` where there is a network, or name a folder"
     ) from reason
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from checkpoints import find_artifact, paths
+from checkpoints.commands import shown_command
 from modularforge.errors import ConfigError, StoreError
 from modularforge.model.hub_config import CONFIG_NAME, model_config_of, parse_config
 from modularforge.pretrained import hub
@@ -57,5 +58,5 @@ def _from_hub(model: str) -> bytes:
     except ConnectionError as error:
         raise StoreError(
             f"model.pretrained {model} must be a folder, cached, or reachable on the Hub, but is neither of them "
-            f"({error}); run `modularforge fetch {model}` where there is a network"
+            f"({error}); run `{shown_command('modularforge', 'fetch', model)}` where there is a network"
         ) from error
