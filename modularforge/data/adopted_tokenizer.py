@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from checkpoints.parsing import parse_object
 from modularforge.data.tokenizer import load_tokenizer, vocabulary_size
-from modularforge.errors import DataError
+from modularforge.errors import DataError, one_line
 
 COPIED = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 SETTINGS_NAME = "tokenizer_config.json"
@@ -93,5 +93,5 @@ def _read(path: Path) -> dict[str, Any]:
         return parse_object(path.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path} must be a JSON object, but cannot be read ({error!s:.200}); fetch the model again"
+            f"{path} must be a JSON object, but cannot be read ({one_line(error)}); fetch the model again"
         ) from error

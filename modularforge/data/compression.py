@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from checkpoints.redact import redact
 from modularforge.data.content import describe
 from modularforge.data.patterns import file_part
-from modularforge.errors import DataError
+from modularforge.errors import DataError, one_line
 
 # Fed to a decompressor at once: repetitive text grows a thousandfold.
 COMPRESSED_BYTES = 1 << 13
@@ -69,8 +69,8 @@ def _members(chunks: Iterator[bytes], new_decompressor: Callable[[], _Decompress
 
 def _what_it_is(chunk: bytes, started: bool, error: Exception) -> str:
     if not started and (found := describe(chunk)):
-        return f"is {found[0]} ({error})"
-    return f"is damaged ({error})" if started else f"is damaged or not compressed ({error})"
+        return f"is {found[0]}"
+    return f"is damaged {'' if started else 'or not compressed '}({one_line(error)})"
 
 
 def _damaged(url: str, what: str) -> DataError:

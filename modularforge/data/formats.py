@@ -17,7 +17,7 @@ from modularforge.data.hub_rows import hub_rows
 from modularforge.data.parquet import parquet_rows
 from modularforge.data.patterns import file_part
 from modularforge.data.records import Labelled, fields, wanted_fields
-from modularforge.errors import DataError
+from modularforge.errors import DataError, one_line
 from modularforge.log import logger
 
 FORMAT_BY_ENDING = {
@@ -74,8 +74,8 @@ def _read_jsonl(url: str, source: SourceConfig) -> Iterator[Labelled]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{name}:{number} must be one JSON object, but is not ({error}); mend the line, or write one object a "
-                "line (jq -c)"
+                f"{name}:{number} must be one JSON object, but is not ({one_line(error)}); mend the line, or write one "
+                "object a line (jq -c)"
             ) from error
         yield fields(record, source, f"{name}:{number}")
 

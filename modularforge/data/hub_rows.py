@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from modularforge.config import SourceConfig
 from modularforge.data.records import Labelled, fields
-from modularforge.errors import DataError
+from modularforge.errors import DataError, one_line
 
 
 def hub_rows(split: str, source: SourceConfig) -> Iterator[Labelled]:
@@ -20,6 +20,6 @@ def hub_rows(split: str, source: SourceConfig) -> Iterator[Labelled]:
             yield fields(row, source, f"{origin}, row {number}")
     except (OSError, ValueError, LookupError) as error:
         raise DataError(
-            f"{origin} must be a data set of the Hugging Face Hub, but cannot be read ({error}); "
+            f"{origin} must be a data set of the Hugging Face Hub, but cannot be read ({one_line(error)}); "
             f"check hub, hub_config and split of source {source.name}, and the network"
         ) from error

@@ -12,7 +12,7 @@ from typing import Any
 from checkpoints import paths
 from checkpoints.redact import redact
 from modularforge.data.patterns import is_web
-from modularforge.errors import DataError
+from modularforge.errors import DataError, one_line
 
 
 @contextmanager
@@ -46,9 +46,9 @@ def explained(url: str) -> Iterator[None]:
             f"{name} must be a file, but is a folder; name its files, for example {name}/*.jsonl.gz"
         ) from error
     except _storage_errors() as error:
-        said = redact(str(error) or type(error).__name__)
+        said = one_line(redact(str(error) or type(error).__name__))
         raise DataError(
-            f"{name} must be readable, but the storage says: {said:.300}; mend the path or its permissions"
+            f"{name} must be readable, but the storage says: {said}; mend the path or its permissions"
         ) from error
 
 

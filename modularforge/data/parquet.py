@@ -9,7 +9,7 @@ from checkpoints.redact import redact
 from modularforge.data.content import describe
 from modularforge.data.opening import open_bytes
 from modularforge.data.records import require_columns
-from modularforge.errors import DataError
+from modularforge.errors import DataError, one_line
 
 BATCH_ROWS = 256
 
@@ -29,9 +29,9 @@ def parquet_rows(url: str, columns: list[str]) -> Iterator[dict[str, Any]]:
                 yield from _records(batch, first, name)
                 first += batch.num_rows
         except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
+            said = one_line(redact(str(error)))
             raise DataError(
-                f"{name} must be a Parquet file, but cannot be read after row {first - 1} ({redact(str(error)):.200}); "
-                "write it again"
+                f"{name} must be a Parquet file, but cannot be read after row {first - 1} ({said}); write it again"
             ) from error
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from checkpoints.names import has_control_characters
 from modularforge.config import SourceConfig
-from modularforge.errors import DataError
+from modularforge.errors import DataError, one_line
 
 Labelled = tuple[str, str | None]
 # Of somebody who names the column with the text, the first document would be a label.
@@ -29,9 +29,9 @@ def require_columns(wanted: list[str], existing: Iterable[Any], origin: str) -> 
     existing = list(existing)
     for name in wanted:
         if name not in existing:
-            found = ", ".join(map(str, existing)) or "none"
+            found = one_line(", ".join(map(str, existing)) or "none")
             raise DataError(
-                f"{origin} must have a column {name}, but has {found!s:.200}; "
+                f"{origin} must have a column {name}, but has {found}; "
                 "set text_field or label_field of this source to one of them"
             )
 

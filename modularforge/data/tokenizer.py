@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 from modularforge.data.background import still_at_it
 from modularforge.data.special_tokens import guard_special_tokens
-from modularforge.errors import DataError
+from modularforge.errors import DataError, one_line
 from modularforge.log import logger
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>")
@@ -65,7 +65,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         return parse_tokenizer(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{file} must be a tokenizer, but cannot be read ({error!s:.200}); run prepare-data again, or take "
+            f"{file} must be a tokenizer, but cannot be read ({one_line(error)}); run prepare-data again, or take "
             "the file of another copy of the model"
         ) from error
 
@@ -83,6 +83,7 @@ def parse_tokenizer(content: str) -> Tokenizer:
         if not 0 < vocabulary_size(tokenizer) <= MAX_VOCABULARY:
             raise ValueError(f"its ids must be from 0 to {MAX_VOCABULARY}, and it must have some")
         guard_special_tokens(tokenizer)
+        tokenizer.encode("Where its parts do not fit, it fails here.")
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises bare Exception, and panics are no Exception

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from checkpoints.parsing import parse_object
 from modularforge.config import ModelConfig, RopeScalingConfig
-from modularforge.errors import DataError
+from modularforge.errors import DataError, one_line
 from modularforge.model.hub_support import DENSE_TYPES, MOE_TYPES, check_supported
 from modularforge.model.names import family_of
 
@@ -163,7 +163,9 @@ def parse_config(content: bytes, origin: str) -> dict[str, Any]:
     try:
         values = parse_object(content)
     except ValueError as error:
-        raise DataError(f"{origin} must be a JSON object, but is not ({error!s:.200}); make the model again") from error
+        raise DataError(
+            f"{origin} must be a JSON object, but is not ({one_line(error)}); make the model again"
+        ) from error
     check_supported(values, origin)
     try:
         model_config_of(values)

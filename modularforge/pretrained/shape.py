@@ -10,6 +10,7 @@ from modularforge.errors import ConfigError, StoreError
 from modularforge.model.hub_config import CONFIG_NAME, model_config_of, parse_config
 from modularforge.pretrained import hub
 from modularforge.pretrained.fetch import cached_url
+from modularforge.pretrained.other_formats import require_no_other_format
 from modularforge.pretrained.sources import hub_name, is_folder
 
 
@@ -46,6 +47,7 @@ def read_pretrained_config(model: str) -> dict[str, Any]:
     try:
         return parse_config(paths.read_bytes(url), url)
     except FileNotFoundError as error:
+        require_no_other_format(paths.list_folder(model), model)
         raise ConfigError(
             f"model.pretrained must be a model folder, but {model} has no {CONFIG_NAME}; name the folder that holds it"
         ) from error
