@@ -33,7 +33,7 @@ __all__ = [
 Store = FolderStore | S3Store | ObjectStore
 S3_PROTOCOLS = ("s3", "s3a")
 # In their keys and addresses `::` is text; after other protocols it chains file systems (`zip://a.txt::b.zip`).
-UNCHAINED = (*S3_PROTOCOLS, "gs", "gcs", "az", "abfs", "abfss", "http", "https", "memory")
+UNCHAINED = (*S3_PROTOCOLS, "gs", "gcs", "az", "abfs", "abfss", "http", "https")
 COMMIT_NAME = "manifest.json"
 
 
@@ -56,11 +56,15 @@ def store_of(url: str) -> Store:
         ) from error
 
 
-def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL and the path within it, for streaming inputs; listings are never cached."""
+def filesystem(url: str, **options: Any) -> tuple[Any, str]:
+    """The fsspec file system of a URL and the path within it, for streaming inputs; listings are never cached.
+
+    `options` are those of the file system.
+    """
     if is_local(url):
         return fsspec.filesystem("file"), str(local_path(url))
-    options: dict[str, Any] = {} if url.startswith("memory://") else {"use_listings_cache": False}
+    if not url.startswith("memory://"):
+        options["use_listings_cache"] = False
     protocol = url.partition("://")[0]
     try:
         if "::" in url and protocol in UNCHAINED:

@@ -7,6 +7,7 @@ something else is refused with what it is and what makes text of it.
 from __future__ import annotations
 
 import re
+import zlib
 
 from modularforge.errors import DataError
 
@@ -15,8 +16,9 @@ HEAD_BYTES = 4096
 NUL_SHARE = 0.1
 WESTERN_SHARE = 0.3
 ARCHIVE = "unpack it and name its files"
+GZIP = "gzip data"
 MAGIC = [
-    (rb"\x1f\x8b", "gzip data", "give it a name that ends in .gz"),
+    (rb"\x1f\x8b", GZIP, "give it a name that ends in .gz"),
     (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "Zstandard data", "give it a name that ends in .zst"),
     (rb"\xfd7zXZ\0", "xz data", "give it a name that ends in .xz"),
     (rb"BZh[1-9](1AY&SY|\x17\x72\x45\x38\x50\x90)", "bzip2 data", "give it a name that ends in .bz2"),
@@ -61,12 +63,21 @@ def describe(head: bytes) -> tuple[str, str] | None:
     """What the first bytes of a file that is no UTF-8 text say it is, and what to do with it; None for text."""
     for pattern, name, advice in KINDS:
         if pattern.match(head):
-            return name, advice
+            inside = _within_gzip(head) if name == GZIP else None
+            return (f"{inside[0]} in gzip data", inside[1]) if inside else (name, advice)
     if encoding := _wide_encoding(head):
         return f"text in {encoding}", f"convert it (iconv -f {encoding} -t UTF-8)"
     if head.count(0) > len(head) * NUL_SHARE:
         return f"binary data ({head.count(0)} of its first {len(head)} bytes are NUL)", "save its text as UTF-8"
     return None
+
+
+def _within_gzip(head: bytes) -> tuple[str, str] | None:
+    """What lies compressed in it, where that is no text either, as in .tgz."""
+    try:
+        return describe(zlib.decompressobj(wbits=31).decompress(head, HEAD_BYTES))
+    except zlib.error:
+        return None
 
 
 def _wide_encoding(head: bytes) -> str | None:

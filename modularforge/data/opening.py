@@ -9,10 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import fsspec
+
 from checkpoints import paths
 from checkpoints.redact import redact
 from modularforge.data.patterns import is_web
 from modularforge.errors import DataError, one_line
+
+SILENCE_SECONDS = 120.0
 
 
 @contextmanager
@@ -26,7 +30,7 @@ def open_bytes(url: str, is_stream: bool = False) -> Iterator[Any]:
             with _open_regular(url) as file:
                 yield file
             return
-        filesystem, path = paths.filesystem(url)
+        filesystem, path = paths.filesystem(url, **_web_options(url))
         with filesystem.open(path, "rb", **({"block_size": 0} if is_stream and is_web(url) else {})) as file:
             yield file
 
@@ -38,6 +42,9 @@ def explained(url: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
+        refusal = error.__cause__  # fsspec takes every answer of a web server for a missing file
+        if getattr(refusal, "status", 404) != 404:
+            raise _unreadable(name, refusal) from error
         raise DataError(
             f"{name} must be a file of the corpus, but does not exist; mend the path in data.sources"
         ) from error
@@ -46,10 +53,23 @@ def explained(url: str) -> Iterator[None]:
             f"{name} must be a file, but is a folder; name its files, for example {name}/*.jsonl.gz"
         ) from error
     except _storage_errors() as error:
-        said = one_line(redact(str(error) or type(error).__name__))
-        raise DataError(
-            f"{name} must be readable, but the storage says: {said}; mend the path or its permissions"
-        ) from error
+        raise _unreadable(name, error) from error
+
+
+def _web_options(url: str) -> dict[str, Any]:
+    """Time for a web server to answer, but none for the whole file: a stream is read as slowly as it is tokenised."""
+    if not is_web(url):
+        return {}
+    import aiohttp
+
+    own = fsspec.config.conf.get(url.partition("://")[0], {}).get("client_kwargs", {})
+    patience = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
+    return {"client_kwargs": {"timeout": patience, **own}}
+
+
+def _unreadable(name: str, error: BaseException | None) -> DataError:
+    said = one_line(redact(str(error) or type(error).__name__))
+    return DataError(f"{name} must be readable, but the storage says: {said}; mend the path or its permissions")
 
 
 def _open_regular(url: str) -> Any:

@@ -7,6 +7,7 @@ them; lists and objects are refused.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ def wanted_fields(source: SourceConfig) -> list[str]:
 
 def require_columns(wanted: list[str], existing: Iterable[Any], origin: str) -> None:
     """Raise DataError when a column is not there; `origin` names file and place."""
-    existing = list(existing)
+    existing = existing if isinstance(existing, Mapping) else list(existing)
     for name in wanted:
         if name not in existing:
             found = one_line(", ".join(map(str, existing)) or "none")
@@ -61,13 +62,18 @@ def _label(value: Any, source: SourceConfig, origin: str) -> str | None:
         found = f"has {type(value).__name__}"
     else:
         label = str(value)
-        if len(label) <= LABEL_CHARACTERS and not has_control_characters(label):
+        if _is_label(label):
             return label
         found = f"has {label!r:.80}" + (f" of {len(label)} characters" if len(label) > LABEL_CHARACTERS else "")
     raise DataError(
         f"{origin} must have a label of one line in column {source.label_field}, of at most {LABEL_CHARACTERS} "
         f"characters, but {found}; mend the record or set label_field of source {source.name}"
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_label(text: str) -> bool:
+    return len(text) <= LABEL_CHARACTERS and not has_control_characters(text)
 
 
 def _is_unicode(text: str) -> bool:
