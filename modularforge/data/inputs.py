@@ -6,9 +6,11 @@ artifact, not part of its identity: the same text elsewhere is the same corpus.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic import BaseModel, ValidationError
 
 from checkpoints import paths
 from checkpoints.redact import redact
@@ -21,6 +23,11 @@ from modularforge.log import logger
 # Of a corpus of more files only these are recorded: a manifest is read whole by everybody.
 RECORDED_FILES = 1000
 SHOWN = 3
+
+
+class _Recorded(BaseModel):
+    count: int
+    files: dict[str, tuple[int | None, str | None]]
 
 
 @dataclass(frozen=True)
@@ -72,20 +79,23 @@ def record(matches: list[Match], states: Mapping[str, list[Any]]) -> dict[str, A
     return {"count": len(own), "files": {redact(url): states[url] for url in own[:RECORDED_FILES]}}
 
 
-def changes_since(recorded: Mapping[str, Any], config: Config) -> list[str]:
+def changes_since(recorded: Any, config: Config) -> list[str]:
     """What differs between the files of now and those that were recorded, in words."""
     matches = [match for match in list_matches(config) if not match.is_sample]
     now = {redact(url): url for url in dict.fromkeys(match.url for match in matches)}
-    before: Mapping[str, list[Any]] = recorded["files"]
-    changes = [f"{name} is gone" for name in before if name not in now]
+    try:
+        then = _Recorded.model_validate(recorded)
+    except ValidationError:
+        return ["what its manifest says of them cannot be read"]
+    changes = [f"{name} is gone" for name in then.files if name not in now]
     for name, url in list(now.items())[:RECORDED_FILES]:
-        changes += _difference(name, before[name], _state(url)) if name in before else [f"{name} is new"]
-    if len(now) != recorded["count"] and not changes:
-        changes.append(f"there were {recorded['count']} files, and now {len(now)}")
+        changes += _difference(name, then.files[name], _state(url)) if name in then.files else [f"{name} is new"]
+    if len(now) != then.count and not changes:
+        changes.append(f"there were {then.count} files, and now {len(now)}")
     return changes
 
 
-def _difference(name: str, old: list[Any], new: list[Any]) -> Iterator[str]:
+def _difference(name: str, old: Sequence[Any], new: Sequence[Any]) -> Iterator[str]:
     if old[0] != new[0]:
         yield f"{name} had {old[0]} bytes and now has {new[0]}"
     elif old[1] != new[1]:

@@ -76,6 +76,13 @@ def test_data_prepared_before_files_were_recorded_is_used_as_ever(config, caplog
     assert warnings(caplog, config) == []
 
 
+@pytest.mark.parametrize("recorded", [[], "x", {"files": {"a": 5}, "count": 1}, {"files": [], "count": None}])
+def test_a_record_that_nobody_wrote_is_told(config, caplog, recorded, monkeypatch):
+    monkeypatch.setattr(prepare, "record", lambda *_: recorded)
+    prepare.run(config)
+    assert all("cannot be read" in told for told in warnings(caplog, config))
+
+
 def test_what_is_recorded_holds_no_secret_and_no_file_of_the_package(config):
     matches = list_matches(config)
     recorded = record(matches, file_states(matches))
