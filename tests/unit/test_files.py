@@ -6,8 +6,11 @@ import io
 import json
 import lzma
 import os
+import shutil
 import subprocess
+import sys
 import tarfile
+import textwrap
 import threading
 import zipfile
 from functools import partial
@@ -26,6 +29,7 @@ from modularforge.data import files
 from modularforge.data.corpus import read_documents
 from modularforge.data.files import find_files
 from modularforge.errors import DataError
+from tests.conftest import ROOT
 
 TEXT = "The otter waits near the bend. Über den Fluß geht's 12 mal.\n" * 60
 RECORDS = "".join(json.dumps({"text": f"The otter {n} waits.", "lang": "en"}) + "\n" for n in range(50)).encode()
@@ -258,6 +262,20 @@ def test_a_pattern_below_a_folder_in_brackets(tmp_path):
     for name in ("b", "a"):
         put(tmp_path / "run [v2]" / f"std::{name}.txt", name.encode())
     assert texts(tmp_path / "run [v2]" / "*.txt") == ["a", "b"]
+
+
+def test_the_sample_is_found_where_the_package_lies_below_a_folder_in_brackets(tmp_path):
+    place = tmp_path / "a [b]" / "std::c*"
+    for package in ("modularforge", "checkpoints"):
+        shutil.copytree(ROOT / package, place / package, ignore=shutil.ignore_patterns("__pycache__"))
+    program = """
+        from modularforge.config import DataConfig, SourceConfig
+        from modularforge.data.corpus import read_documents
+        source = SourceConfig(name="law", train="sample:law/validation.jsonl.gz", validation="x", test="x")
+        print(len(list(read_documents(source, "train", DataConfig(sources=[source])))))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=place, capture_output=True, text=True)
+    assert int(done.stdout) > 10, done.stderr
 
 
 def test_odd_keys_of_an_object_store():
