@@ -25,6 +25,7 @@ def guard_special_tokens(tokenizer: Tokenizer) -> None:
     """
     tokenizer.encode_special_tokens = True
     special = _special_tokens(tokenizer)
+    _require_own_ids(tokenizer, special)
     if typed := [text for text, index in special.items() if _becomes(tokenizer, text, index)]:
         cut = pre_tokenizers.Split(Regex("|".join(_first_letter(text) for text in typed)), "isolated")
         own: Any = tokenizer.pre_tokenizer
@@ -40,6 +41,13 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     added = tokenizer.get_added_tokens_decoder()
     found = {token.content: index for index, token in added.items() if token.special and token.content}
     return {text: index for text, index in found.items() if text != unknown and "unk" not in text.lower()}
+
+
+def _require_own_ids(tokenizer: Tokenizer, special: dict[str, int]) -> None:
+    shared = {index: text for text, index in tokenizer.get_vocab().items() if special.get(text) != index}
+    for text, index in special.items():
+        if index in shared:
+            raise SpecialTokenError(f"its special token {text!r:.80} has the id {index} of {shared[index]!r:.80}")
 
 
 def _becomes(tokenizer: Tokenizer, text: str, index: int) -> bool:
