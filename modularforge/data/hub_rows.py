@@ -32,8 +32,7 @@ def require_hub(source: SourceConfig) -> None:
     """Raise DataError at once where the Hub does not answer; the libraries ask for half a minute before they say so."""
     if source.hub is None or Path(source.hub).exists():
         return
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return
