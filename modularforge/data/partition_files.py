@@ -12,6 +12,7 @@ from modularforge.config import Config
 from modularforge.data.clusters import cluster_documents
 from modularforge.data.metadata import check_metadata
 from modularforge.data.partition import (
+    CHUNK_TOKENS,
     Indices,
     add_overlap,
     curriculum_partitions,
@@ -37,7 +38,7 @@ def make_partitions(config: Config, corpus_folder: Path, output: Path) -> dict[s
     documents = open_token_file(corpus_folder, "train")
     metadata = check_metadata((corpus_folder / "metadata.json").read_bytes(), str(corpus_folder / "metadata.json"))
     names, vocab_size = metadata["labels"], metadata["vocab_size"]
-    _require_labels(documents, names)
+    _require_known(documents, names, vocab_size)
     require_documents(documents.num_documents, config.experts.count)
     partitions, top_words = _divide(config, documents, corpus_folder, names, vocab_size)
     partitions = add_overlap(partitions, config.partition.overlap_ratio, config.preparation_seed)
@@ -51,7 +52,14 @@ def make_partitions(config: Config, corpus_folder: Path, output: Path) -> dict[s
     return summary
 
 
-def _require_labels(documents: TokenFile, names: list[str]) -> None:
+def _require_known(documents: TokenFile, names: list[str], vocab_size: int) -> None:
+    """Labels and tokens must be those of metadata.json; a changed bit in a file shows here, not in a job on a GPU."""
+    for start in range(0, len(documents.tokens), CHUNK_TOKENS):
+        if (largest := int(documents.tokens[start : start + CHUNK_TOKENS].max())) >= vocab_size:
+            raise DataError(
+                f"tokens of the {documents.name} documents must be below {vocab_size}, but one is {largest}; run "
+                "prepare-data again"
+            )
     if documents.num_documents and int(documents.labels.max()) >= len(names):
         raise DataError(
             f"labels of the {documents.name} documents must be below the {len(names)} in metadata.json, but one is "
