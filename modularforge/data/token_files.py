@@ -101,7 +101,10 @@ def open_token_file(folder: Path, name: str) -> TokenFile:
             f"but has {size} bytes and {len(offsets) - 1} documents; it is truncated: run prepare-data again"
         )
     dtype = np.dtype("<u2" if size == 2 * count else "<u4")
-    tokens: Tokens = np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)
+    try:
+        tokens: Tokens = np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)
+    except OSError as error:
+        raise DataError(f"{path} must be readable, but {one_line(error)}; mend its permissions") from error
     return TokenFile(name, tokens, offsets, labels)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Encoding, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from modularforge.data.background import still_at_it
 from modularforge.data.special_tokens import guard_special_tokens
@@ -89,6 +89,19 @@ def parse_tokenizer(content: str) -> Tokenizer:
     except BaseException as error:  # the library raises bare Exception, and panics are no Exception
         raise ValueError(str(error)) from error
     return tokenizer
+
+
+def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[Encoding]:
+    """The ids of many texts; raises DataError for what a tokenizer of other people cannot encode."""
+    try:
+        found: list[Encoding] = tokenizer.encode_batch_fast(texts)
+        return found
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # as in parse_tokenizer
+        raise DataError(
+            f"the tokenizer must encode any text, but fails ({one_line(error)}); take another, or another model"
+        ) from error
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:

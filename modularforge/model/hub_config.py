@@ -155,7 +155,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise DataError(f"{folder} must be a model folder, but has no {CONFIG_NAME}; name the folder that holds it")
-    return parse_config(path.read_bytes(), str(path))
+    try:
+        return parse_config(path.read_bytes(), str(path))
+    except OSError as error:
+        raise DataError(f"{path} must be readable, but {one_line(error)}; mend its permissions") from error
 
 
 def parse_config(content: bytes, origin: str) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def _say_what_was_verified(artifact: Artifact, tensors: int) -> None:
 
 def cached_url(model: str) -> str:
     """Where a model is kept that was fetched without `--output`."""
-    readable = "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in model)[-60:]
+    readable = "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in redact(model))[-60:]
     return str(cache_folder() / "models" / f"{readable}-{hashlib.sha256(model.encode()).hexdigest()[:8]}")
 
 
@@ -103,10 +103,10 @@ def _whole_copy(url: str, model: str, verify: bool) -> Artifact | None:
         artifact = find_artifact(url)
         if artifact is None:
             return None
-        if artifact.manifest.settings.get("model") != model:
+        held = artifact.manifest.settings.get("model")
+        if held != redact(model):
             raise MismatchError(
-                f"{url} must be free or hold {model}, but holds {artifact.manifest.settings.get('model')}; choose "
-                "another --output"
+                f"{url} must be free or hold {redact(model)}, but holds {held!s:.200}; choose another --output"
             )
         artifact.local_folder(verify=False)
         if verify:
@@ -157,7 +157,7 @@ def _cached_folder(model: str, name: HubName, reason: ConnectionError) -> Path:
 
 def _from_hub(model: str, name: HubName, listing: hub.HubListing, url: str) -> Artifact:
     chosen = model_files(listing.files, model, lambda file: hub.download(name, listing, file).read_bytes())
-    with write_artifact(url, KIND, _fingerprint(model, listing.commit), {"model": model}) as writer:
+    with write_artifact(url, KIND, _fingerprint(model, listing.commit), {"model": redact(model)}) as writer:
         for number, file in enumerate(chosen, start=1):
             logger.info("%s: %s (%d of %d), %d bytes", model, file, number, len(chosen), listing.files[file].size)
             _link_or_copy(hub.download(name, listing, file), writer.folder / file)
@@ -171,7 +171,7 @@ def _copy_folder(source: str, url: str, model: str | None = None, commit: str | 
     names = list(artifact.manifest.files) if artifact else paths.list_folder(source)
     model = model or source
     chosen = model_files(names, model, artifact.read_bytes if artifact else lambda name: _read(source, name))
-    with write_artifact(url, KIND, _fingerprint(model, commit or source), {"model": model}) as writer:
+    with write_artifact(url, KIND, _fingerprint(model, commit or source), {"model": redact(model)}) as writer:
         for name in chosen:
             writer.write_chunks(name, artifact.stream(name) if artifact else _chunks(paths.join(source, name)))
         if paths.is_local(url):

@@ -14,6 +14,7 @@ from pathlib import Path
 from checkpoints import find_artifact, paths
 from checkpoints.names import checked_path
 from checkpoints.parsing import parse_object
+from checkpoints.redact import redact
 from modularforge.errors import DataError, one_line
 from modularforge.model.hub_config import CONFIG_NAME, GENERATION_NAME, INDEX_NAME, TOKENIZER_FILES, WEIGHTS_NAME
 from modularforge.pretrained.other_formats import require_no_file, require_no_other_format
@@ -63,7 +64,7 @@ def model_files(names: Iterable[str], model: str, read: Callable[[str], bytes] |
     Raises DataError when something is missing; `model` is only named in errors. `read` gives the bytes of the index,
     which names the weight files; without it they are known by their usual names.
     """
-    present = set(names)
+    present, model = set(names), redact(model)
     weights = _weight_names(present, model, read)
     if not weights:
         require_no_other_format(present, model)

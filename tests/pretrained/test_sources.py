@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from modularforge.errors import ConfigError, DataError
@@ -95,6 +96,21 @@ def test_an_index_names_no_file_elsewhere(odd_shards: Path, name: object) -> Non
 def test_without_its_bytes_an_index_stands_for_the_usual_names() -> None:
     names = ["config.json", "tokenizer.json", "model.safetensors.index.json", "model-00001-of-00001.safetensors"]
     assert model_files(names, "m") == names
+
+
+def test_a_password_in_a_models_url_is_written_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, store = models.llama(tmp_path / "source"), fsspec.filesystem("memory")
+    for path in source.iterdir():
+        store.pipe_file(f"/me:hunter22@host/llama/{path.name}", path.read_bytes())
+    monkeypatch.setenv("MODULARFORGE_CACHE", str(tmp_path / "cache"))
+    url = "memory://me:hunter22@host/llama"
+    for _ in range(2):
+        copy = fetch(url)
+    assert "hunter22" not in copy.url
+    assert all(b"hunter22" not in path.read_bytes() for path in (tmp_path / "cache").rglob("*.json"))
+    store.rm_file("/me:hunter22@host/llama/tokenizer.json")
+    with pytest.raises(DataError, match=r"memory://\*\*\*@host/llama must hold tokenizer\.json"):
+        fetch(url, str(tmp_path / "other"))
 
 
 def test_verify_says_what_it_compared_and_what_nobody_can_know(

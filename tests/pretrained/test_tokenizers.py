@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from modularforge.data.adopted_tokenizer import adopt_tokenizer, portable_settings
-from modularforge.data.tokenizer import load_tokenizer, token_byte_lengths, vocabulary_size
+from modularforge.data.tokenizer import encode_texts, load_tokenizer, token_byte_lengths, vocabulary_size
 from modularforge.errors import DataError
 
 
@@ -138,6 +138,12 @@ def test_a_tokenizer_that_makes_special_tokens_of_any_text_is_refused(tmp_path: 
     tokenizer.add_special_tokens(["!"])
     with pytest.raises(DataError, match="turns the text '!' into its special token 1"):
         load_tokenizer(save(tokenizer, tmp_path))
+
+
+def test_a_text_that_a_tokenizer_cannot_encode_is_one_sentence() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="<never>"))
+    with pytest.raises(DataError, match=r"must encode any text, but fails \(WordLevel error: Missing"):
+        encode_texts(tokenizer, ["a", "b"])
 
 
 def test_an_end_of_text_that_is_not_marked_as_special_is_marked(tmp_path: Path) -> None:
