@@ -7,7 +7,7 @@ from pathlib import Path
 
 from modularforge.config import SourceConfig
 from modularforge.data.records import Labelled, fields
-from modularforge.errors import DataError, one_line
+from modularforge.errors import DataError, UserError, one_line
 
 ANSWER_SECONDS = 5.0
 
@@ -21,7 +21,9 @@ def hub_rows(split: str, source: SourceConfig) -> Iterator[Labelled]:
         rows = load_dataset(source.hub, source.hub_config, split=split, streaming=True)
         for number, row in enumerate(rows, start=1):
             yield fields(row, source, f"{origin}, row {number}")
-    except (OSError, ValueError, LookupError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # data sets, Arrow and HTTP clients each have their own classes
         raise DataError(
             f"{origin} must be a data set of the Hugging Face Hub, but cannot be read ({one_line(error)}); "
             f"check hub, hub_config and split of source {source.name}, and the network"

@@ -119,6 +119,14 @@ def test_a_file_that_is_something_else_is_named(tmp_path, name, content, message
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "start", ["PAR1\n", "PARENT", "ORC\n", "GIF89a is", "MZ 4", "BZh9", "RIFFRAFF", "Obj", "7z", "PK"]
+)
+def test_words_that_begin_like_another_format_are_text(tmp_path, start):
+    text = f"{start} and so on. " + "x" * 300 + "ustar " + TEXT
+    assert texts(put(tmp_path / "a.txt", text.encode())) == [text]
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_the_conversion_that_is_advised_gives_the_text_back(tmp_path, name, encoding):
