@@ -17,6 +17,7 @@ from modularforge.errors import DataError, one_line
 COMPRESSED_BYTES = 1 << 13
 # `zstd --long=31` is the longest there is; the window is memory that such a file takes while it is read.
 ZSTD_WINDOW = 1 << 31
+COPY_AGAIN = "copy or download it again"
 
 
 class _Decompressor(Protocol):
@@ -60,18 +61,22 @@ def _members(chunks: Iterator[bytes], new_decompressor: Callable[[], _Decompress
             try:
                 yield decompressor.decompress(chunk)
             except Exception as error:  # each library has an error class of its own
-                raise _damaged(url, _what_it_is(chunk, started, error)) from error
+                raise _damaged(url, *_what_it_is(url, chunk, started, error)) from error
             started, chunk = not decompressor.eof, decompressor.unused_data if decompressor.eof else b""
             decompressor = decompressor if started else new_decompressor()
     if started:
         raise _damaged(url, "ends in the middle")
 
 
-def _what_it_is(chunk: bytes, started: bool, error: Exception) -> str:
-    if not started and (found := describe(chunk)):
-        return f"is {found[0]}"
-    return f"is damaged {'' if started else 'or not compressed '}({one_line(error)})"
+def _what_it_is(url: str, chunk: bytes, started: bool, error: Exception) -> tuple[str, str]:
+    """What the file is instead, and what to do."""
+    if started:
+        return f"is damaged ({one_line(error)})", COPY_AGAIN
+    if found := describe(chunk):
+        return f"is {found[0]}", found[1] or "leave it out of data.sources"
+    cure = f"{COPY_AGAIN}, or take {compression_of(url)} from its name if it is plain"
+    return f"is damaged or not compressed ({one_line(error)})", cure
 
 
-def _damaged(url: str, what: str) -> DataError:
-    return DataError(f"{redact(url)} must be a whole {compression_of(url)} file, but {what}; copy or download it again")
+def _damaged(url: str, what: str, cure: str = COPY_AGAIN) -> DataError:
+    return DataError(f"{redact(url)} must be a whole {compression_of(url)} file, but {what}; {cure}")

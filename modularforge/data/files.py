@@ -86,11 +86,10 @@ def read_lines(url: str) -> Iterator[str]:
 def _expand(location: str) -> list[str]:
     if location.startswith(SAMPLE_PREFIX):
         return [str(resources.files("modularforge.data") / "sample" / location.removeprefix(SAMPLE_PREFIX))]
-    is_local = paths.is_local(location)
-    if not is_pattern(location) or (is_local and paths.local_path(location).exists()):
+    if not is_pattern(location):
         return [location]
     with explained(location):
-        found = match_local(location) if is_local else match_remote(location)
+        found = match_local(location) if paths.is_local(location) else match_remote(location)
     if not found:
         raise DataError(
             f"{redact(location)} must match files of the corpus, but matches none (hidden ones only where the pattern "

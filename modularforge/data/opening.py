@@ -69,7 +69,9 @@ def _web_options(url: str) -> dict[str, Any]:
 
 def _unreadable(name: str, error: BaseException | None) -> DataError:
     said = one_line(redact(str(error) or type(error).__name__))
-    return DataError(f"{name} must be readable, but the storage says: {said}; mend the path or its permissions")
+    return DataError(
+        f"{name} must be readable, but the storage says: {said}; mend the path, its permissions or the network"
+    )
 
 
 def _open_regular(url: str) -> Any:

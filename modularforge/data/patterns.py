@@ -35,7 +35,9 @@ def file_part(url: str) -> str:
 
 def match_local(pattern: str) -> list[str]:
     """Files of this machine that a pattern matches, sorted; raises OSError where a folder cannot be read."""
-    first, *parts = Path(paths.local_path(pattern)).parts
+    if paths.local_path(pattern).exists():
+        return [pattern]
+    first, *parts = paths.local_path(pattern).parts
     folder, parts = (Path(first), parts) if os.path.isabs(first) else (Path(), [first, *parts])
     return sorted({str(path) for path in _below(folder, parts)})
 

@@ -107,8 +107,9 @@ OTHER_FILES = [
     ("a.parquet", RECORDS, "must be a Parquet file, but is text"),
     ("a.parquet", b"", "must be a Parquet file, but is empty"),
     ("a.parquet", gzip.compress(RECORDS), "must be a Parquet file, but is gzip data"),
-    ("a.txt.gz", PARQUET, r"must be a whole \.gz file, but is a Parquet file"),
-    ("a.txt.zst", gzip.compress(RECORDS), r"must be a whole \.zst file, but is gzip data"),
+    ("a.txt.gz", PARQUET, r"must be a whole \.gz file, but is a Parquet file; give it"),
+    ("a.txt.zst", gzip.compress(RECORDS), r"must be a whole \.zst file, but is gzip data; .*ends in \.gz"),
+    ("a.txt.gz", RECORDS, r"must be a whole \.gz file, but is damaged or not compressed .* take \.gz from its name"),
 ]
 
 
@@ -321,12 +322,27 @@ def test_pipes_and_folders_are_refused(tmp_path):
         texts(tmp_path)
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
-def test_files_that_must_not_be_read_are_told(tmp_path):
-    path = put(tmp_path / "a.txt", b"x")
-    path.chmod(0)
-    with pytest.raises(DataError, match=r"a\.txt must be readable, but the storage says: .*Permission denied"):
-        texts(path)
+@pytest.fixture
+def unprivileged():
+    """The rights of nobody, where the tests run as root."""
+    if os.getuid() == 0:
+        os.seteuid(65534)
+    yield
+    os.seteuid(os.getuid())
+
+
+@pytest.fixture
+def locked(tmp_path):
+    put(tmp_path / "locked" / "a.txt", b"x").chmod(0)
+    (tmp_path / "locked").chmod(0o600)
+    yield tmp_path / "locked"
+    (tmp_path / "locked").chmod(0o700)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "*.txt", "**/*.txt", "[a].txt"])
+def test_files_and_folders_that_must_not_be_read_are_told(locked, unprivileged, name):
+    with pytest.raises(DataError, match=r"must be readable, but the storage says: .*Permission denied"):
+        texts(locked / name)
 
 
 def test_a_file_that_vanishes_between_two_readings_is_told(tmp_path):
