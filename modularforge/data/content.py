@@ -55,7 +55,8 @@ def require_text(name: str, head: bytes, within: str = "") -> None:
     """
     if found := describe(head):
         inside = f"holds {found[0]} in its {within}" if within else f"is {found[0]}"
-        cure = f"{found[1]}, or " if found[1] else ""
+        advice = f"decompress it from {within}" if within and "a name that ends" in found[1] else found[1]
+        cure = f"{advice}, or " if advice else ""
         raise DataError(f"{name} must be UTF-8 text, but {inside}; {cure}leave it out of data.sources")
 
 

@@ -95,7 +95,7 @@ OTHER_FILES = [
     ("a.tar.gz", gzip.compress(TAR), r"holds a tar archive in its \.gz; unpack it"),
     ("a.tgz", gzip.compress(TAR), "is a tar archive in gzip data; unpack it"),
     ("a.txt.zst", zstandard.ZstdCompressor().compress(TAR), r"holds a tar archive in its \.zst; unpack it"),
-    ("a.txt.gz", gzip.compress(gzip.compress(RECORDS)), r"holds gzip data in its \.gz"),
+    ("a.txt.gz", gzip.compress(gzip.compress(RECORDS)), r"holds gzip data in its \.gz; decompress it from \.gz,"),
     ("a.txt", b"7z\xbc\xaf\x27\x1c\0\4" + bytes(99), "is a 7z archive; unpack it"),
     ("a.txt", b"Rar!\x1a\x07\x01\0" + bytes(99), "is a rar archive; unpack it"),
     ("a.txt", b"%PDF-1.7\n%\xe2\xe3\n", "is a PDF document; extract its text"),
