@@ -100,19 +100,21 @@ class SourceConfig(SafeSection):
     hub_config: Line | None = None
     """Configuration of the Hub data set (for example `wikitext-103-raw-v1`)."""
     train: Text | list[Text]
-    """Files of the training split: a path, URL or glob, or a list; `sample:law/train.jsonl.gz` is in the package.
-    `${NAME}` in a URL stands for an environment variable, so that no password is saved with the settings."""
+    """Files of the training split: a path, URL or pattern (`code/**/*.py`), or a list; each file is read once, hidden
+    ones only where a pattern names their dot. `sample:law/train.jsonl.gz` is in the package; `${NAME}` in a URL stands
+    for an environment variable, so that no password is saved with the settings."""
     validation: Line | list[Line] | None = None
     """Files of the validation split; without it `data.heldout_fraction` of the training documents is taken."""
     test: Line | list[Line] | None = None
     """Files of the test split; without it `data.heldout_fraction` of the training documents is taken."""
     format: Literal["auto", "text", "wikitext", "jsonl", "parquet"] = "auto"
-    """`auto` goes by the ending: .jsonl, .parquet, .tokens and .raw (WikiText), else text; all also .gz .zst .bz2.
+    """`auto` goes by the ending: .jsonl, .parquet, .tokens and .raw (WikiText), else text; all also .gz .zst .bz2 .xz.
     `wikitext` is one document an article (` = Title = ` lines); `text` one a file, cut where over 64 Ki characters."""
     text_field: Text = "text"
     """Column that holds the text, in JSONL, Parquet and Hub data sets."""
     label_field: Text | None = None
-    """Column whose value labels each document instead of `name`."""
+    """Column whose value labels each document instead of `name`: a text, a number or a date. Documents without a value
+    (null, NaN, empty) keep `name`."""
 
 
 class DataConfig(Section):
@@ -123,7 +125,8 @@ class DataConfig(Section):
     min_article_length: int = Field(100, ge=0)
     """Documents shorter than this many characters are dropped."""
     max_documents_per_source: int | None = Field(None, ge=1)
-    """Read at most this many training documents of each source (held-out splits: a tenth of it); null reads all."""
+    """Read at most this many training documents of each source; null reads all. Validation and test files that a source
+    names are read whole; where they are taken from its training documents, a tenth of this many is."""
     heldout_fraction: float = Field(0.01, gt=0, lt=0.5)
     """Share of the documents held out for validation, and again for test, where a source names no such split."""
     vocab_size: int = Field(16384, ge=260, le=1_000_000)
