@@ -13,10 +13,10 @@ from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, StrictUndefined, Template, pass_context
 from markupsafe import Markup
 
-from checkpoints.redact import redact
+from checkpoints.redact import redactor
 from checkpoints.screen import literal
 from modularforge import __version__
 from modularforge.observe.figures import Plot
@@ -45,6 +45,7 @@ def make_page(run: Run, plots: Iterable[Plot]) -> str:
     filled |= {"samples"} if samples else set()
     filled |= {"configuration"} if run.artifacts or run.config else set()
     page = _template().render(
+        redact=redactor(),
         title=_title(run),
         css=Markup(CSS),
         headline=headline(run),
@@ -74,9 +75,11 @@ def _template() -> Template:
     return engine.from_string(source.read_text(encoding="utf-8"))
 
 
-def _clean(value: Any) -> Any:
+@pass_context
+def _clean(context: Any, value: Any) -> Any:
     """What the template shows: text without secrets and control characters; numbers and ready markup as they are."""
-    return literal(redact(value)) if isinstance(value, str) and not isinstance(value, Markup) else value
+    is_text = isinstance(value, str) and not isinstance(value, Markup)
+    return literal(context["redact"](value)) if is_text else value
 
 
 def _title(run: Run) -> str:
