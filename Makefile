@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-tests quickstart test test-slow test-cluster test-transformers4 test-page check format clean
+.PHONY: help install install-tests quickstart test test-slow test-faults test-cluster test-transformers4 test-page check format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -38,8 +38,13 @@ quickstart: $(VENV)/installed  ## train, assemble and evaluate on the shipped sa
 test: $(VENV)/installed-tests  ## run the tests
 	$(BIN)/python -m pytest -m "not slow" -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-test-slow: $(VENV)/installed-tests  ## run the slow proofs too
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+test-slow: $(VENV)/installed-tests  ## run the slow proofs too, with ten thousand broken inputs for every reader
+	MODULARFORGE_FUZZ=10000 $(BIN)/python -m pytest -m "not faults" -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+test-faults: $(VENV)/installed-tests  ## the fault campaign: hundreds of kills, full disks, dead servers (half an hour; Slurm and faketime as root)
+	$(BIN)/python -m tests.cluster.packages
+	@ls /usr/lib/*/faketime/libfaketimeMT.so.1 >/dev/null 2>&1 || apt-get install -y -qq --no-install-recommends faketime
+	$(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)
 
 test-cluster: $(VENV)/installed-tests  ## install Slurm where it is missing (Debian, as root) and test on a real cluster
 	$(BIN)/python -m tests.cluster.packages

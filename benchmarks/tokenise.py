@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from modularforge.config import Config, DataConfig, SourceConfig
 from modularforge.data.corpus import read_documents
+from modularforge.data.files import find_files
 from modularforge.data.prepare import prepare_corpus
 from modularforge.data.tokenizer import load_tokenizer
 
@@ -35,14 +36,24 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=4, help="read every file this many times")
     parser.add_argument("--rounds", type=int, default=5, help="measure this often and take the best")
     arguments = parser.parse_args()
-    config = make_config(arguments.corpus or [f"sample:{name}/train.jsonl.gz" for name in DOMAINS], arguments.copies)
     logging.disable()
     with tempfile.TemporaryDirectory() as folder:
+        config = make_config(arguments.corpus or samples(), arguments.copies, Path(folder))
         measure(config, Path(folder), arguments.rounds)
 
 
-def make_config(files: list[str], copies: int) -> Config:
-    source = SourceConfig(name="corpus", train=files * copies, validation=files[:1], test=files[:1])
+def samples() -> list[str]:
+    return [find_files(f"sample:{name}/train.jsonl.gz")[0] for name in DOMAINS]
+
+
+def make_config(files: list[str], copies: int, folder: Path) -> Config:
+    """Copies, because a corpus reads each of its files once."""
+    train = [
+        str(folder / f"{copy}-{place}-{Path(file).name}") for copy in range(copies) for place, file in enumerate(files)
+    ]
+    for target, file in zip(train, files * copies, strict=True):
+        shutil.copyfile(file, target)
+    source = SourceConfig(name="corpus", train=train, validation=files[:1], test=files[:1])
     limits = {"vocab_size": 16384, "tokenizer_sample_bytes": 4_000_000}
     return Config(data=DataConfig(sources=[source], **limits))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from checkpoints.errors import StoreError
 from checkpoints.redact import redact
 
 DEFAULT_ATTEMPTS = 8  # with the delays in retry.py about half a minute of trouble is ridden out
@@ -13,7 +14,7 @@ DEFAULT_ATTEMPTS = 8  # with the delays in retry.py about half a minute of troub
 def max_attempts() -> int:
     """How often one request is sent at the most: botocore's own variable AWS_MAX_ATTEMPTS, or 8."""
     text = os.environ.get("AWS_MAX_ATTEMPTS", "")
-    return max(1, int(text)) if text.isdigit() else DEFAULT_ATTEMPTS
+    return max(1, int(text)) if text.isdecimal() else DEFAULT_ATTEMPTS
 
 
 def endpoint() -> str:
@@ -24,8 +25,21 @@ def endpoint() -> str:
 
 def cache_folder() -> Path:
     """Where files of object stores are kept for local reading: $MODULARFORGE_CACHE or the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "modularforge"
-    return Path(os.environ.get("MODULARFORGE_CACHE", default))
+    if chosen := os.environ.get("MODULARFORGE_CACHE"):
+        return Path(chosen)
+    above = os.environ.get("XDG_CACHE_HOME")
+    return (Path(above) if above else home_folder("MODULARFORGE_CACHE") / ".cache") / "modularforge"
+
+
+def home_folder(instead: str) -> Path:
+    """The user's home; asked for only when no variable answers, because containers' users may have none."""
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise StoreError(
+            f"the user's home folder must be known, but HOME is not set and user {os.getuid()} has no entry in the "
+            f"system's list; set HOME or {instead}"
+        ) from error
 
 
 def settings_hash() -> int:

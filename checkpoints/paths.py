@@ -43,6 +43,8 @@ __all__ = [
 
 Store = FolderStore | S3Store | ObjectStore
 S3_PROTOCOLS = ("s3", "s3a")
+# In their keys and addresses `::` is text; after other protocols it chains file systems (`zip://a.txt::b.zip`).
+UNCHAINED = (*S3_PROTOCOLS, "gs", "gcs", "az", "abfs", "abfss", "http", "https")
 
 
 def store_of(url: str) -> Store:
@@ -65,18 +67,24 @@ def store_of(url: str) -> Store:
         ) from error
 
 
-def filesystem(url: str) -> tuple[Any, str]:
+def filesystem(url: str, **options: Any) -> tuple[Any, str]:
     """The fsspec file system of a URL and the path within it, for streaming inputs; listings are never cached.
 
-    A local pipe, socket or device is refused, as opening it may wait for ever.
+    `options` are those of the file system. A local pipe, socket or device is refused, as opening it may wait for ever.
     """
     _require_secret(url)
     if is_local(url):
         with contextlib.suppress(OSError, ValueError):  # a pattern, or not there: for the reader to say
             check_regular(local_path(url))
-    options: dict[str, Any] = {} if is_local(url) or url.startswith("memory://") else {"use_listings_cache": False}
+        return fsspec.filesystem("file"), str(local_path(url))
+    if not url.startswith("memory://"):
+        options["use_listings_cache"] = False
+    protocol = url.partition("://")[0]
     try:
-        files, path = fsspec.core.url_to_fs(str(local_path(url)) if is_local(url) else url, **options)
+        if "::" in url and protocol in UNCHAINED:
+            kind = fsspec.get_filesystem_class(protocol)
+            return kind(**kind._get_kwargs_from_urls(url), **options), kind._strip_protocol(url)
+        files, path = fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
         raise StoreError(
             f"{url} must be a path or a URL with a protocol that fsspec knows, but: {error}; mend the URL"

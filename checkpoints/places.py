@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpoints.errors import StoreError
+
 MANIFEST_NAME = "manifest.json"
 JOURNAL_NAME = ".journal.json"  # finished files of an unfinished artifact
 OWNER_NAME = ".owner.json"  # who writes an unfinished artifact
@@ -39,7 +41,13 @@ def is_local(url: str) -> bool:
 
 def local_path(url: str) -> Path:
     """The folder behind a local URL."""
-    return Path(url.removeprefix("file://")).expanduser()
+    path = Path(url.removeprefix("file://"))
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise StoreError(
+            f"{path} must begin with a known home folder, but {path.parts[0]} is none; write it out"
+        ) from error
 
 
 def relative(url: str, root: str) -> str:

@@ -23,6 +23,8 @@ WORD = re.compile(r"[a-z]{1,15}|\d{1,11}")
 # `${NAME}` stands for an environment variable in locations of sources: it says where the secret is, not what it is.
 VARIABLE = r"\$\{[A-Za-z_]\w*\}"
 USER_INFO = re.compile(rf"(?<=://)(?![^/?#\s'\"<>:@]*:?{VARIABLE}@)[^/?#\s'\"<>]*@")
+# What stands before the @ alone, without a colon: a container or a user of these, but a token of a web server.
+CONTAINER = re.compile(r"(?i)(?<![a-z])(abfss?|wasbs?|hdfs|sftp|ssh|smb)://[^/?#\s'\"<>:@]*@")
 # Queries of signed URLs: S3 (X-Amz-…, AWSAccessKeyId), Azure (sig), Google (X-Goog-…), and what plain servers use.
 SECRET_QUERY = re.compile(
     r"(?i)([?&;](?:[\w.-]*(?:signature|credential|token(?!iz)|secret|passw(?:or)?d|api_?key|access_?key(?:_?id)?)[\w.-]*"
@@ -54,7 +56,7 @@ def redact_urls(text: str) -> str:
     """
     if "://" not in text and "=" not in text:
         return text
-    text = QUERY.sub(_without_signature, USER_INFO.sub(f"{MASK}@", text))
+    text = QUERY.sub(_without_signature, _without_user_info(text))
     return SECRET_QUERY.sub(rf"\g<1>{MASK}", text)
 
 
@@ -78,6 +80,11 @@ def has_secret(text: str) -> bool:
 def is_redacted(text: str) -> bool:
     """Whether a secret was taken out of a URL, so that nothing can be read from it."""
     return bool(MASKED.search(text))
+
+
+def _without_user_info(text: str) -> str:
+    kept = {match.end() for match in CONTAINER.finditer(text)}
+    return USER_INFO.sub(lambda match: match[0] if match.end() in kept else f"{MASK}@", text)
 
 
 def _without_signature(query: re.Match[str]) -> str:

@@ -63,9 +63,7 @@ def launch(
 def _launch_here(settings: Config, max_workers: int | None) -> None:
     from launcher.local import LocalLauncher
     from launcher.tasks import build_tasks
-    from launcher.unsaved import require_readable_settings
 
-    require_readable_settings(settings)
     if max_workers is not None:
         changed = settings.launcher.model_copy(update={"max_workers": max_workers})
         settings = settings.model_copy(update={"launcher": changed})
@@ -143,8 +141,11 @@ def resume(settings: Config) -> None:
     """Submit what is missing of a run, with the settings that it was submitted with."""
     from launcher.cluster import launch as launch_on_cluster
     from launcher.cluster import recorded
+    from launcher.trust import check_commands
 
-    launch_on_cluster(recorded(settings)[0], say)
+    submitted, _ = recorded(settings)
+    check_commands(settings, submitted)
+    launch_on_cluster(submitted, say)
 
 
 @app.command()

@@ -36,15 +36,24 @@ class Allocation:
                 "python -m launcher.node must run in a Slurm job, but SLURM_JOB_ID is not set; submit it with sbatch, "
                 "or run the stage itself with `python -m modularforge`"
             )
-        index = values.get("SLURM_ARRAY_TASK_ID")
         return Allocation(
-            job=values["SLURM_JOB_ID"],
+            job=str(_number("SLURM_JOB_ID")),
             array_job=values.get("SLURM_ARRAY_JOB_ID", values["SLURM_JOB_ID"]),
-            array_index=None if index is None else int(index),
-            restarts=int(values.get("SLURM_RESTART_COUNT", "0")),
-            nodes=int(values.get("SLURM_JOB_NUM_NODES", "1")),
+            array_index=_number("SLURM_ARRAY_TASK_ID") if "SLURM_ARRAY_TASK_ID" in values else None,
+            restarts=_number("SLURM_RESTART_COUNT"),
+            nodes=_number("SLURM_JOB_NUM_NODES", default=1),
             node_list=values.get("SLURM_JOB_NODELIST", ""),
-            cpus=int(values.get("SLURM_CPUS_PER_TASK") or values.get("SLURM_CPUS_ON_NODE") or 1),
-            gpus=int(values.get("SLURM_GPUS_ON_NODE", "0")),
+            cpus=_number("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", default=1),
+            gpus=_number("SLURM_GPUS_ON_NODE"),
             processes=processes,
         )
+
+
+def _number(*names: str, default: int = 0) -> int:
+    """The first of these variables that is set, as a number."""
+    for name in names:
+        if text := os.environ.get(name):
+            if text.isdecimal():
+                return int(text)
+            raise ConfigError(f"{name} must be a number from Slurm, but is {text!r:.40}; unset it, or use sbatch")
+    return default

@@ -1,25 +1,29 @@
-"""submitit carries the jobs: it writes the sbatch script, calls sbatch, reads the job id. Only this file knows it.
+"""The sbatch scripts, which submitit words, and their submission. Only this file knows submitit.
 
 Its defaults that sites or we cannot use are replaced: no wckey, no pickled function (the job runs our node program,
 which reads its inputs from the store), no srun around that program, whose signals submitit would swallow, and array
-indices that are ours.
+indices that are ours. It does not call sbatch either: it takes `%a` in the name of a folder for a pattern.
 """
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.environment import environment_of, job_environment
+from checkpoints.names import has_control_characters
+from checkpoints.redact import redact
+from launcher.environment import job_environment
 from launcher.frozen import CONFIG_NAME, ENTRY_NAME
 from launcher.pieces import Piece
-from launcher.places import log_pattern, work_folder
-from launcher.slurm import SlurmError
+from launcher.places import log_file, log_pattern, work_folder
+from launcher.slurm import SlurmError, run_slurm
 from launcher.tasks import nodes_of
 from modularforge.config import Config
+from modularforge.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -46,26 +50,24 @@ def comment_of(run_id: str, key: str) -> str:
 
 
 def script_of(config: Config, request: Request) -> str:
-    """The sbatch script."""
+    """The sbatch script; raises ConfigError where it would have lines that are not ours."""
     text: str = _executor(config, request)._make_submission_file_text(node_command(config, request), "")
     return text
 
 
 def submit(config: Config, request: Request) -> str:
     """Call sbatch; returns the job id, raises SlurmError with sbatch's complaint."""
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
-    executor = _executor(config, request)
-    executor.folder.mkdir(parents=True, exist_ok=True)
-    log_pattern(config, request.group).parent.mkdir(parents=True, exist_ok=True)
-    with environment_of(job_environment(config.cluster.pass_environment)):
-        try:
-            job = executor._submit_command(node_command(config, request))
-        except (FailedJobError, FailedSubmissionError) as error:
-            raise SlurmError(f"sbatch must accept {request.group}, but said: {str(error).strip()}") from error
-        except FileNotFoundError as error:
-            raise SlurmError("sbatch must be on the PATH, but is not; run this on a login node") from error
-    return str(job.job_id)
+    script = work_folder(config) / "scripts" / f"{request.key}.sh"
+    for folder in (script.parent, log_file(config, request.group).parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    script.write_text(script_of(config, request), encoding="utf-8")
+    try:
+        answer = run_slurm("sbatch", str(script), env=job_environment(config.cluster.pass_environment))
+    except SlurmError as error:
+        raise SlurmError(f"sbatch must accept {request.group}, but: {error}") from error
+    if match := re.search(r"job (\d+)", answer):
+        return match[1]
+    raise SlurmError(f"sbatch must name the job of {request.group}, but said: {answer.strip()!r:.200}; look at squeue")
 
 
 def node_command(config: Config, request: Request) -> str:
@@ -77,7 +79,18 @@ def node_command(config: Config, request: Request) -> str:
     ]  # fmt: skip
     if request.piece:
         words += ["--offset", str(request.piece.offset)]
-    return "exec " + shlex.join(words)
+    return f"exec {shlex.join([_plain('the command of the job', word) for word in words])}"
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Refuse what a script cannot hold, such as a line break in the name of the working folder."""
+    text = str(value)
+    if has_control_characters(text) or (name.startswith("-") and "\\" in text):
+        raise ConfigError(
+            f"{name} must be one line of a script without backslashes, which sbatch drops, but is {redact(text)!r:.80}"
+            "; change that setting, or rename that folder"
+        )
+    return value
 
 
 def parameters_of(config: Config, request: Request) -> dict[str, Any]:
@@ -85,26 +98,28 @@ def parameters_of(config: Config, request: Request) -> dict[str, Any]:
     cluster, nodes = config.cluster, nodes_of(config, request.group)
     offset = request.piece.offset if request.piece else 0
     more: dict[str, Any] = {
-        "output": str(log_pattern(config, request.group, offset, request.piece is not None)),
+        "output": log_pattern(config, request.group, offset, request.piece is not None),
         "requeue": True,
         "kill-on-invalid-dep": "yes",
         "chdir": str(Path.cwd()),
-        **cluster.sbatch_options,
     }
+    # submitit writes an option without a value for True, and False would become a value.
+    more |= {_spelt(name): value for name, value in cluster.sbatch_options.items()}
+    more = {name: value for name, value in more.items() if value is not False}
     if request.piece:
         more["array"] = request.piece.array
     return {
         "job_name": job_names(request.run_id, [request.group])[0],
         "comment": comment_of(request.run_id, request.key),
-        "partition": cluster.queue,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": cluster.constraint,
+        "partition": cluster.queue or None,
+        "account": cluster.account or None,
+        "qos": cluster.qos or None,
+        "constraint": cluster.constraint or None,
         "nodes": nodes.nodes,
         "ntasks_per_node": 1,
         "cpus_per_task": nodes.cpus,
         "gpus_per_node": nodes.gpus or None,
-        "mem": f"{int(nodes.memory_gb * 1024)}MB" if nodes.memory_gb else None,
+        "mem": f"{max(1, int(nodes.memory_gb * 1024))}MB" if nodes.memory_gb else None,
         "time": nodes.time_minutes,
         "signal_delay_s": cluster.warning_seconds,
         "dependency": dependency(request),
@@ -114,6 +129,12 @@ def parameters_of(config: Config, request: Request) -> dict[str, Any]:
         "use_srun": False,
         "additional_parameters": more,
     }
+
+
+def _spelt(option: str) -> str:
+    """An option as submitit names it, so that the settings' value takes the place of ours, however it is spelt."""
+    dashed = option.replace("_", "-")
+    return dashed if dashed in ("open-mode", "kill-on-invalid-dep") else dashed.replace("-", "_")
 
 
 def dependency(request: Request) -> str | None:
@@ -133,5 +154,9 @@ def _executor(config: Config, request: Request) -> Any:
             return 2
 
     executor = AnywhereExecutor(work_folder(config) / "scripts")
-    executor.update_parameters(**parameters_of(config, request))
+    parameters = parameters_of(config, request)
+    for name, value in {**parameters, **parameters["additional_parameters"]}.items():
+        if name != "setup":
+            _plain(f"--{name}", value)
+    executor.update_parameters(**parameters)
     return executor

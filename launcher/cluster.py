@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from checkpoints.commands import shown_command
 from launcher.carrier import comment_of, job_names
 from launcher.events import merge_events, read_all_events
 from launcher.finish import describe as describe_report
@@ -18,7 +19,7 @@ from launcher.slurm import SlurmError, queue, run_slurm
 from launcher.status import Row, describe, is_going_on, is_success, read_status
 from launcher.submit import Submitter
 from launcher.tasks import build_groups, build_tasks
-from launcher.unsaved import require_readable_settings
+from launcher.unsaved import require_open_places, require_readable_settings
 from modularforge.config import Config
 from modularforge.errors import ConfigError
 
@@ -32,6 +33,7 @@ LOG_SECONDS = 0.5
 
 def launch(config: Config, say: Say, new_run: bool = False, check: bool = True) -> Config:
     """Submit what is missing of the run, or attach to one that needs nothing; returns its settings."""
+    require_open_places(config)
     old = load_record(config)
     if old and new_run:
         config = beside(config, old)
@@ -53,10 +55,15 @@ def launch(config: Config, say: Say, new_run: bool = False, check: bool = True) 
 
 def _outcome(config: Config, record: Record, count: int) -> str:
     if count:
-        return f"{count} submission(s); nothing needs to stay here, `python -m launcher status` tells how it stands"
+        return f"{count} submission(s); nothing needs to stay here, `{_next(config, 'status')}` tells how it stands"
     if is_going_on(rows := read_status(config, record)):
         return "everything is submitted already\n" + describe(config, rows)
     return "finished; nothing to do"
+
+
+def _next(config: Config, command: str) -> str:
+    """What to type next about this run."""
+    return shown_command("python", "-m", "launcher", command, "--output-dir", config.output_dir)
 
 
 def recorded(config: Config) -> tuple[Config, Record]:
@@ -82,7 +89,7 @@ def cancel(config: Config, say: Say) -> None:
         save_record(config, record)
     for _ in polls(CANCEL_SECONDS):
         if not (jobs := _jobs_by_group(record)):
-            say("all jobs have ended; `python -m launcher resume` continues from what is committed")
+            say(f"all jobs have ended; `{_next(config, 'resume')}` continues from what is committed")
             return
     left = ", ".join(job for found in jobs.values() for job in found)
     raise SlurmError(f"the jobs must end within {CANCEL_SECONDS:.0f} s, but {left} did not; look at them with squeue")
@@ -171,7 +178,7 @@ def find_log(config: Config, what: str) -> Path:
     rows = {row.task: row for row in read_status(config, record)}
     if wanted not in rows or not rows[wanted].log:
         known = ", ".join(name for name, row in rows.items() if row.log)
-        raise ConfigError(f"logs must name a job that was submitted, but {what} is none; there are {known:.300}")
+        raise ConfigError(f"logs must name a job that was submitted, but {what!r:.80} is none; there are {known:.300}")
     return Path(rows[wanted].log)
 
 
@@ -187,7 +194,7 @@ def tail(config: Config, what: str, follow: bool) -> Iterator[str]:
                 yield file.read()
                 position = file.tell()
         elif ended:
-            raise ConfigError(f"{path} must exist, but the job has not started; see `python -m launcher status`")
+            raise ConfigError(f"{path} must exist, but the job has not started; see `{_next(config, 'status')}`")
         if ended:
             return
         time.sleep(LOG_SECONDS)

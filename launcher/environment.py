@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 ALWAYS = ("HOME", "LANG", "LC_*", "LOGNAME", "MODULEPATH", "MODULESHOME", "PATH", "SHELL", "SLURM_CONF", "TZ", "USER")
 # Variables of an outer job or of torchrun would make the inner one believe it is somebody else.
@@ -23,19 +22,6 @@ def without_torch_variables() -> dict[str, str]:
     """This job's environment without what an outer torchrun may have left in it; Slurm's own is needed by srun."""
     foreign = (*FOREIGN_NAMES, "TORCHELASTIC_*", "GROUP_*", "ROLE_*")
     return {name: value for name, value in os.environ.items() if not _matches(name, foreign)}
-
-
-@contextmanager
-def environment_of(values: dict[str, str]) -> Iterator[None]:
-    """Replace this process's environment while the block runs, for submitit, which passes it on to sbatch."""
-    before = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _is_foreign(name: str) -> bool:

@@ -10,17 +10,44 @@ import json
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter
+from typing_extensions import Required, TypedDict
 
 from checkpoints import paths
+from checkpoints.parsing import parse_object
 from checkpoints.redact import redact_values
 from launcher.places import all_events_url, events_url
 from modularforge.config import Config
 
 Event = dict[str, Any]
+Seconds = Annotated[float, Field(ge=0, lt=1e11)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+class Noted(TypedDict, total=False):
+    """An event as it is read: what other code counts with has the kind that it wants."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="allow")  # type: ignore[misc]
+    job: Required[str]
+    event: Required[str]
+    time: Required[Seconds]
+    slurm_job: str | None
+    key: str
+    reason: str
+    code: int
+    restarts: Count
+    nodes: str
+    node_count: Count
+    gpus: Count
+    step: Count
+    last_step: Count
+    last_time: Seconds | None
+
+
+NOTED = TypeAdapter(Noted)
 READS_AT_ONCE = 16
-MOST_SECONDS = 1e11
-NUMBERS = ("step", "last_step", "node_count", "gpus")
 
 
 def append_event(config: Config, job: str, event: str, **details: Any) -> Event:
@@ -66,20 +93,11 @@ def _read(url: str) -> bytes:
 
 
 def _parse(content: bytes) -> list[Event]:
-    """Lines that are whole; one that a killed node left torn is passed over."""
+    """Lines that are whole and hold what an event does; one that a killed node left torn is passed over."""
     events = []
-    for line in content.decode(errors="replace").splitlines():
+    for line in content.decode(errors="replace").split("\n"):
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
+            events.append(dict(NOTED.validate_python(parse_object(line))))
+        except ValueError:
             continue
-        if isinstance(value, dict) and _is_event(value):
-            events.append(value)
     return events
-
-
-def _is_event(value: dict[str, Any]) -> bool:
-    """Whether job and event are texts, and the time and the steps that it may tell are numbers."""
-    numbers = [value.get("time"), *(value[name] for name in NUMBERS if name in value)]
-    is_text = isinstance(value.get("job"), str) and isinstance(value.get("event"), str)
-    return is_text and all(type(number) in (int, float) and abs(number) < MOST_SECONDS for number in numbers)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from checkpoints import paths
 from launcher.events import Event, merge_events, read_all_events
 from launcher.places import FOLDER
+from launcher.progress import metrics_line, number_in
 from launcher.record import load_record
 from launcher.tasks import Group, build_groups, build_tasks
 from modularforge.config import Config
@@ -128,17 +128,10 @@ def useful_seconds(config: Config, job: str) -> float:
         content = paths.read_bytes(metrics_url(config, job)).decode(errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         return 0.0
-    total, tokens = 0.0, 0
-    for line in filter(None, (_values(text) for text in content.splitlines())):
-        if line.get("tokens_per_second"):
-            total += (line["tokens"] - tokens) / line["tokens_per_second"]
-            tokens = line["tokens"]
+    total, tokens = 0.0, 0.0
+    for line in map(metrics_line, content.splitlines()):
+        speed, count = number_in(line, "tokens_per_second"), number_in(line, "tokens")
+        if speed and count is not None:
+            total += (count - tokens) / speed
+            tokens = count
     return total
-
-
-def _values(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}

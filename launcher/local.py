@@ -19,9 +19,12 @@ from pathlib import Path
 from types import FrameType
 
 from checkpoints import paths
+from launcher.environment import without_torch_variables
 from launcher.events import append_event, merge_events
 from launcher.lock import submission_lock
+from launcher.places import folder_name
 from launcher.tasks import Task, finished_tasks, is_finished, remembering, unneeded_tasks
+from launcher.unsaved import require_readable_settings
 from modularforge.config import Config
 from modularforge.errors import Interrupted, UserError
 from modularforge.settings import to_yaml
@@ -61,12 +64,13 @@ class LocalLauncher:
 
     def run(self) -> None:
         """Run all tasks; raises TaskError when one failed, Interrupted after a stop, BusyError beside a rival."""
+        require_readable_settings(self.config)
         with submission_lock(self.config):
             self._run()
 
     def _run(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.settings.write_text(to_yaml(self.config))
+        self.settings.write_text(to_yaml(self.config), encoding="utf-8")
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         self._leave_out()
         try:
@@ -154,7 +158,7 @@ class LocalLauncher:
         workers = self.config.launcher.max_workers if task.is_worker else 1
         if task.name == "backbone":
             workers = self.config.launcher.backbone_processes
-        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, _cores() // workers))}
+        environment = {**without_torch_variables(), "OMP_NUM_THREADS": str(max(1, _cores() // workers))}
         gpus = _gpus()
         if task.is_worker and gpus:
             environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
@@ -207,7 +211,7 @@ def _work_folder(config: Config) -> Path:
     """Where logs and the frozen settings of the jobs lie: in the run, or beside it on this machine for a remote run."""
     if paths.is_local(config.output_dir):
         return paths.local_path(config.output_dir) / "logs"
-    return Path(tempfile.gettempdir()) / "modularforge-logs" / config.output_dir.replace("://", "-").replace("/", "-")
+    return Path(tempfile.gettempdir()) / f"modularforge-logs-{os.getuid()}" / folder_name(config.output_dir)
 
 
 def _cores() -> int:

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from checkpoints import paths
+from checkpoints.parsing import parse_object
 from launcher.places import lock_url
+from launcher.progress import number_in
 from modularforge.config import Config
 from modularforge.errors import UserError
 from modularforge.log import logger
@@ -63,10 +65,9 @@ def _beat(url: str, token: str, ended: threading.Event) -> None:
 def _holder(url: str) -> dict[str, object]:
     """What the lock says; nothing where there is none, or none that can be read."""
     try:
-        holder = json.loads(paths.read_bytes(url))
+        return dict(parse_object(paths.read_bytes(url)))
     except (FileNotFoundError, ValueError):
         return {}
-    return holder if isinstance(holder, dict) else {}
 
 
 def _take_over(url: str, token: str) -> None:
@@ -74,7 +75,8 @@ def _take_over(url: str, token: str) -> None:
     holder = _holder(url)
     if holder and _is_alive(holder):
         raise BusyError(
-            f"{url} must be free, but the launcher with process id {holder.get('pid')} on {holder.get('host')} is "
+            f"{url} must be free, but the launcher with process id {holder.get('pid')!r:.20} on "
+            f"{str(holder.get('host'))!r:.80} is "
             "submitting this run; wait for it, or delete that file when it is gone"
         )
     try:
@@ -91,5 +93,5 @@ def _take_over(url: str, token: str) -> None:
 def _is_alive(holder: dict[str, object]) -> bool:
     """On this machine the process is looked for; elsewhere a lock counts until its holder was silent for too long."""
     if holder.get("host") == socket.gethostname():
-        return os.path.exists(f"/proc/{holder.get('pid')}")
-    return time.time() - float(str(holder.get("time", 0))) < STALE_SECONDS
+        return isinstance(pid := holder.get("pid"), int) and os.path.exists(f"/proc/{pid}")
+    return time.time() - (number_in(holder, "time") or 0) < STALE_SECONDS

@@ -8,12 +8,12 @@ and is the only one to requeue the job. The scripts in slurm/ use it too.
 from __future__ import annotations
 
 import argparse
-import shlex
 import signal
 import subprocess
 import sys
 from types import FrameType
 
+from checkpoints.commands import shown_command
 from launcher.allocation import Allocation
 from launcher.attempts import Decision, Ended, count_requeues, decide
 from launcher.command import child_environment, processes_of, training_command
@@ -65,7 +65,7 @@ def run_task(config: Config, task: Task, allocation: Allocation, options: list[s
     history = [event for event in read_events(config, task.name) if event.get("slurm_job") == allocation.name]
     history += _note_start(config, task, allocation, history, key)
     command = training_command(config, task, allocation, options)
-    print(f"{task.name}: {shlex.join(command)}", flush=True)
+    print(f"{task.name}: {shown_command(*command)}", flush=True)
     environment = child_environment(config, processes_of(config, task, allocation), allocation)
     code = run_child(command, environment)
     if code == 0 and is_finished(config, task):

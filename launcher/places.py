@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from pathlib import Path
 
 from checkpoints import paths
+from checkpoints.redact import redact
 from modularforge.config import Config
 
 FOLDER = "cluster"
+OTHER = re.compile(r"[^A-Za-z0-9._]+")
+READABLE_CHARACTERS = 100  # names may have 255 bytes
 
 
 def record_url(config: Config) -> str:
@@ -30,24 +35,43 @@ def all_events_url(config: Config) -> str:
     return paths.join(config.output_dir, "jobs.jsonl")
 
 
-def work_folder(config: Config) -> Path:
-    """Logs, scripts and frozen code, on a disk that all nodes see; a folder of the run's own."""
+def folder_name(run: str) -> str:
+    """A folder's name for a run's URL: readable, and with a hash, because `a-b` and `a/b` read alike."""
+    readable = OTHER.sub("-", redact(run))[-READABLE_CHARACTERS:].strip("-.")
+    return f"{readable}-{hashlib.sha256(run.encode()).hexdigest()[:8]}"
+
+
+def old_folder_name(run: str) -> str:
+    """The name that older launchers gave, in which submissions of theirs still have their logs."""
+    return run.replace("://", "-").strip("/").replace("/", "-")
+
+
+def work_folder(config: Config, name: str = "") -> Path:
+    """Logs, scripts and frozen code, on a disk that all nodes see; a folder of the run's own, of this name if given."""
+    run = run_path(config)
+    if paths.is_local(run) and not config.cluster.work_dir:
+        return Path(run) / FOLDER
+    root = paths.local_path(config.cluster.work_dir or "modularforge-jobs").absolute()
+    return root / (name or folder_name(run))
+
+
+def run_path(config: Config) -> str:
+    """The run's URL, or its whole path on this machine."""
     run = config.output_dir
-    if paths.is_local(run):
-        run = str(paths.local_path(run).absolute())
-        if not config.cluster.work_dir:
-            return Path(run) / FOLDER
-    name = run.replace("://", "-").strip("/").replace("/", "-")
-    return Path(config.cluster.work_dir or "modularforge-jobs").absolute() / name
+    return str(paths.local_path(run).absolute()) if paths.is_local(run) else run
 
 
-def log_pattern(config: Config, group: str, offset: int = 0, is_array: bool = False) -> Path:
-    """Log file of a group's jobs as Slurm writes it: `%a` is the index within an array that starts at `offset`."""
-    start = f"{offset}+" if offset else ""
-    return work_folder(config) / "logs" / (f"{group}-{start}%a.log" if is_array else f"{group}.log")
+def log_pattern(config: Config, group: str, offset: int = 0, is_array: bool = False) -> str:
+    """Log file of a group's jobs as sbatch takes it: `%a` is the index within an array that starts at `offset`."""
+    folder = str(work_folder(config) / "logs").replace("%", "%%")
+    return f"{folder}/{_log_name(group, '%a' if is_array else None, offset)}"
 
 
-def log_file(config: Config, group: str, index: int | None = None, offset: int = 0) -> Path:
-    """Log file of one job."""
-    pattern = log_pattern(config, group, offset, index is not None)
-    return Path(str(pattern).replace("%a", str((index or 0) - offset)))
+def log_file(config: Config, group: str, index: int | None = None, offset: int = 0, work: str = "") -> Path:
+    """Log file of one job; `work` is the name of its work folder if it has another one than now."""
+    name = _log_name(group, None if index is None else str(index - offset), offset)
+    return work_folder(config, work) / "logs" / name
+
+
+def _log_name(group: str, index: str | None, offset: int) -> str:
+    return f"{group}.log" if index is None else f"{group}-{f'{offset}+' if offset else ''}{index}.log"

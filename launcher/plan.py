@@ -9,6 +9,7 @@ from launcher.frozen import frozen_folder
 from launcher.pieces import cut
 from launcher.record import run_id_of
 from launcher.tasks import Group, build_groups, build_tasks, nodes_of
+from launcher.unsaved import require_open_places
 from modularforge.config import Config
 
 # Slurm's default; the submission asks the site.
@@ -17,6 +18,7 @@ MAX_ARRAY_SIZE = 1001
 
 def describe_plan(config: Config) -> str:
     """What a launch of this run from nothing would submit."""
+    require_open_places(config)
     groups, run_id, frozen = build_groups(build_tasks(config)), run_id_of(config), frozen_folder(config)
     requests = [request for group in groups for request in _requests(config, group, run_id, frozen)]
     scripts = [f"===== {request.key}\n{script_of(config, request)}" for request in requests]

@@ -161,7 +161,7 @@ def _node_problems(config: Config, _run_id: str, notes: list[str]) -> Iterator[s
 
 def _python(config: Config) -> str:
     if config.cluster.container:
-        return f"{config.cluster.container} python3"
+        return shlex.join([*shlex.split(config.cluster.container), "python3"])
     return shlex.quote(config.cluster.python or sys.executable)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import json
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from checkpoints import find_artifact, paths
+from checkpoints.parsing import parse_object
 from modularforge.config import Config
 from modularforge.pipeline import checkpoint_url, metrics_url
 
@@ -32,8 +32,8 @@ def progress_of(config: Config, job: str) -> Progress:
     """What the store says of one job."""
     line = _last_line(metrics_url(config, job))
     step, committed = newest_checkpoint(config, job)
-    last = _number(line.get("step"))
-    return Progress(step, committed, int(last or 0), _number(line.get("loss")), _number(line.get("time")))
+    loss, seconds = (number_in(line, name) for name in ("loss", "time"))
+    return Progress(step, committed, int(number_in(line, "step") or 0), loss, seconds)
 
 
 def newest_checkpoint(config: Config, job: str) -> tuple[int, float | None]:
@@ -54,16 +54,20 @@ def _last_line(url: str) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     for text in reversed(content.decode(errors="replace").splitlines()):
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and "loss" in line:
+        if "loss" in (line := metrics_line(text)):
             return line
     return {}
 
 
-def _number(value: Any) -> float | None:
-    """A finite number; a line may be torn in odd places, and a diverged loss stands there as text."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST
-    return float(value) if is_number else None
+def metrics_line(text: str) -> dict[str, Any]:
+    """The values of a line of metrics; none of one that is torn."""
+    try:
+        return parse_object(text)
+    except ValueError:
+        return {}
+
+
+def number_in(line: dict[str, Any], name: str) -> float | None:
+    """A value of a line of metrics, if it is there and a number."""
+    value = line.get(name)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63 else None

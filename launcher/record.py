@@ -12,15 +12,28 @@ import json
 import os
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from checkpoints import paths
+from checkpoints.names import checked_part
+from checkpoints.parsing import parse_object
+from checkpoints.redact import redact
 from launcher.events import Event
 from launcher.places import record_url
 from modularforge.config import Config
-from modularforge.errors import MismatchError
+from modularforge.errors import DataError, MismatchError
+from modularforge.mistakes import config_error, shown
 from modularforge.pipeline import STAGES, stage_settings
 from modularforge.settings import make_config
+
+# A record may come from a bucket that others write, and its words go into paths, and to squeue and scancel.
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
+SlurmJob = Annotated[str, Field(pattern=r"^[0-9]+$", max_length=20)]
+Folder = Annotated[str, AfterValidator(lambda name: name and checked_part(name))]
+Index = Annotated[int, Field(ge=0, lt=1_000_000)]
+Time = Annotated[float, Field(ge=0, lt=1e11)]
 
 # Partitions may be added to a run, so their number is not part of what it is.
 GROWING = ("experts.count",)
@@ -28,16 +41,20 @@ GROWING = ("experts.count",)
 
 @dataclass
 class Submission:
-    """One call of sbatch: a job, or an array of the experts `indices`, of which index `offset` is array task 0."""
+    """One call of sbatch: a job, or an array of the experts `indices`, of which index `offset` is array task 0.
 
-    key: str
-    group: str
-    indices: list[int] = field(default_factory=list)
-    offset: int = 0
-    job: str | None = None
-    after: list[str] = field(default_factory=list)
-    submitted: float = field(default_factory=time.time)
+    `work` is the name of the work folder with its log; older launchers noted none.
+    """
+
+    key: Word
+    group: Word
+    indices: list[Index] = field(default_factory=list)
+    offset: Index = 0
+    job: SlurmJob | None = None
+    after: list[SlurmJob] = field(default_factory=list)
+    submitted: Time = field(default_factory=time.time)
     withdrawn: bool = False
+    work: Folder = ""
 
     @property
     def task_names(self) -> list[str]:
@@ -56,10 +73,10 @@ class Submission:
 class Record:
     """One run: its identity, its settings, and its submissions, oldest first."""
 
-    run_id: str
+    run_id: Word
     identity: dict[str, Any]
     config: dict[str, Any]
-    created: float = field(default_factory=time.time)
+    created: Time = field(default_factory=time.time)
     checked: str = ""
     submissions: list[Submission] = field(default_factory=list)
 
@@ -75,6 +92,9 @@ class Record:
     def events(self) -> list[Event]:
         """What was submitted, as events."""
         return [event for item in self.submissions if item.job for event in item.events()]
+
+
+RECORD = TypeAdapter(Record)
 
 
 def identity_of(config: Config) -> dict[str, Any]:
@@ -103,13 +123,24 @@ def new_key(group: str, number: int) -> str:
 
 
 def load_record(config: Config) -> Record | None:
-    """The record of the run at `output_dir`, or None."""
+    """The record of the run at `output_dir`, or None; raises DataError for a file that is no such record."""
+    url = record_url(config)
     try:
-        values = json.loads(paths.read_bytes(record_url(config)))
+        values = parse_object(paths.read_bytes(url))
+        return RECORD.validate_json(json.dumps(values), strict=True)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    values["submissions"] = [Submission(**item) for item in values["submissions"]]
-    return Record(**values)
+    except ValidationError as error:
+        raise _unreadable(url, str(config_error(error, "it"))) from error
+    except ValueError as error:
+        raise _unreadable(url, str(error)) from error
+
+
+def _unreadable(url: str, reason: str) -> DataError:
+    return DataError(
+        f"{url} must be the launcher's record of this run, but cannot be read: {reason}; restore it from a copy, or "
+        "cancel the run's jobs with scancel and delete it"
+    )
 
 
 def require_record(config: Config) -> Record:
@@ -117,8 +148,8 @@ def require_record(config: Config) -> Record:
     record = load_record(config)
     if record is None:
         raise MismatchError(
-            f"{config.output_dir} must hold a run that was submitted to a cluster, but has none; "
-            "start one with `python -m launcher --cluster`, or name its --output-dir"
+            f"{redact(config.output_dir)} must hold a run that was submitted to a cluster, but has none; start one "
+            "with `python -m launcher --cluster`, or name its --output-dir"
         )
     return record
 
@@ -133,14 +164,14 @@ def check_same_run(config: Config, record: Record) -> None:
     """Raise MismatchError with the difference when a run with other settings lies there."""
     here, there = identity_of(config), record.identity
     lines = [
-        f"  {name}: {there.get(name)!r} in the run, {here.get(name)!r} now"
+        f"  {name}: {shown(there.get(name))} in the run, {shown(here.get(name))} now"
         for name in sorted({*here, *there})
         if here.get(name) != there.get(name)
     ]
     if lines:
         raise MismatchError(
-            f"{config.output_dir} must be continued with its own settings, but {len(lines)} differ; restore them, or "
-            "start another run beside it with --new-run:\n" + "\n".join(lines)
+            f"{redact(config.output_dir)} must be continued with its own settings, but {len(lines)} differ; restore "
+            "them, or start another run beside it with --new-run:\n" + "\n".join(lines)
         )
 
 

@@ -21,7 +21,7 @@ def meeting_point(nodes: int, job: int, restarts: int) -> tuple[str, int]:
 
 def own_address() -> str:
     """An address of this node that the other nodes reach."""
-    node = os.environ["SLURMD_NODENAME"]
+    node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     known = fields(run_slurm("scontrol", "--oneliner", "show", "node", node))
     for name in (known.get("NodeAddr"), known.get("NodeHostName"), node):
         if name and (address := _resolved(name)):

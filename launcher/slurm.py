@@ -6,7 +6,6 @@ Only squeue, scontrol and scancel are used; accounting (sacct) is never needed.
 from __future__ import annotations
 
 import os
-import pwd
 import subprocess
 from dataclasses import dataclass
 
@@ -66,9 +65,8 @@ def run_slurm(*command: str, env: dict[str, str] | None = None) -> str:
 
 def queue(names: list[str]) -> list[QueuedJob]:
     """This user's jobs with one of these names, an array task per line, ended ones that Slurm still knows included."""
-    user = pwd.getpwuid(os.getuid()).pw_name
     listing = run_slurm(
-        "squeue", "--noheader", "--array", "--states=all", f"--user={user}", f"--name={','.join(names)}",
+        "squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", f"--name={','.join(names)}",
         f"--format={QUEUE_FORMAT}",
     )  # fmt: skip
     return [_parse(line) for line in listing.splitlines() if line.strip()]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from launcher.attempts import count_requeues
 from launcher.carrier import job_names
 from launcher.events import Event, read_all_events
-from launcher.places import log_file
+from launcher.places import log_file, old_folder_name, run_path
 from launcher.progress import Progress, progress_of
 from launcher.record import Record, Submission
 from launcher.slurm import QueuedJob, queue
@@ -113,12 +114,18 @@ def _row(
         state, reason = _ended_state(events, carrier, job)
     found = progress_of(config, task.name) if task.is_training and state != "pending" else Progress()
     name = "" if not carrier else str(carrier.job) if index is None else f"{carrier.job}_{index}"
-    log = log_file(config, task.group, task.index, carrier.offset) if carrier else ""
+    log = _log(config, task, carrier) if carrier else ""
     return Row(
         task.name, task.group, state, reason, name, job.nodes if job else "", requeues,
         max(found.step, found.checkpoint_step) or None, _steps(config, task), found.loss, found.checkpoint_step or None,
         None if found.checkpoint_time is None else round(time.time() - found.checkpoint_time, 1), str(log),
     )  # fmt: skip
+
+
+def _log(config: Config, task: Task, carrier: Submission) -> Path:
+    """The log lies in the work folder that there was at the submission."""
+    work = carrier.work or old_folder_name(run_path(config))
+    return log_file(config, task.group, task.index, carrier.offset, work)
 
 
 def _queue_state(job: QueuedJob, requeues: int) -> tuple[str, str]:

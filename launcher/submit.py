@@ -16,6 +16,7 @@ from launcher.carrier import Request, comment_of, job_names, submit
 from launcher.events import Event, read_all_events
 from launcher.frozen import freeze
 from launcher.pieces import Piece, cut
+from launcher.places import work_folder
 from launcher.record import Record, Submission, new_key, save_record
 from launcher.slurm import NEVER, QueuedJob, SlurmError, queue, run_slurm, site_settings
 from launcher.tasks import Group, build_groups, build_tasks, finished_tasks, remembering, unneeded_tasks
@@ -111,7 +112,8 @@ class Submitter:
         """One call of sbatch; returns the job id."""
         key = new_key(group, len(self.record.submissions))
         indices, offset = (list(piece.indices), piece.offset) if piece else ([], 0)
-        item = Submission(key, group, indices, offset, after=[*after_success, *after_end])
+        after, work = [*after_success, *after_end], work_folder(self.config).name
+        item = Submission(key, group, indices, offset, after=after, work=work)
         self.record.submissions.append(item)
         save_record(self.config, self.record)
         request = Request(group, key, self.record.run_id, self.frozen, piece, after_success, after_end)
@@ -159,7 +161,7 @@ def find_job(run_id: str, key: str, jobs: list[QueuedJob], events: dict[str, lis
         if job.comment == comment_of(run_id, key):
             return job.job
     for event in (event for lines in events.values() for event in lines):
-        if event.get("key") == key:
+        if event.get("key") == key and event.get("slurm_job"):
             return str(event["slurm_job"]).partition("_")[0]
     return None
 
@@ -173,7 +175,9 @@ def _has_ended(events: list[Event], job: str, index: int | None) -> bool:
 
 def _may_have_succeeded(error: SlurmError) -> bool:
     text = str(error).lower()
-    return any(word in text for word in ("timed out", "timeout", "communication", "connection", "contact"))
+    return any(
+        word in text for word in ("timed out", "timeout", "answer within", "communication", "connection", "contact")
+    )
 
 
 def _group_of(task_name: str) -> str:

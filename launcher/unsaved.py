@@ -10,8 +10,20 @@ from modularforge.config import Config, SourceConfig
 from modularforge.errors import ConfigError
 
 
+def require_open_places(config: Config) -> None:
+    """Raise ConfigError when the run or its data lies at a URL with a secret in it; touches no storage."""
+    for name, place in (("output_dir", config.output_dir), ("data_dir", config.data_dir)):
+        if place is not None and _is_lost(place):
+            raise ConfigError(
+                f"{name} must hold no password and no signed query where jobs are started, but is "
+                f"{redact_urls(place):.80}, which every job must open and none is told; give credentials in variables "
+                "(AWS_…, FSSPEC_…)"
+            )
+
+
 def require_readable_settings(config: Config) -> None:
     """Raise ConfigError when a job would need a password or a signature that stands in the settings themselves."""
+    require_open_places(config)
     for line in config.cluster.setup:
         if is_redacted(line):
             raise ConfigError(

@@ -17,6 +17,7 @@ from torch import Tensor
 from checkpoints import Artifact
 from modularforge.assembly.statistics import EXPERT_NAME, ROUTER_NAME
 from modularforge.data.loader import label_tokens
+from modularforge.data.metadata import PartitionRow, check_metadata, read_partitions
 from modularforge.data.token_files import TokenFile, Tokens, open_token_file
 from modularforge.data.tokenizer import EOS, load_tokenizer, token_byte_lengths
 from modularforge.facts import fact
@@ -53,8 +54,8 @@ class Corpus:
     @cached_property
     def metadata(self) -> dict[str, Any]:
         """metadata.json."""
-        values: dict[str, Any] = self.artifact.read_json("metadata.json")
-        return values
+        name = "metadata.json"
+        return check_metadata(self.artifact.read_bytes(name), self.artifact.file_url(name))
 
     @property
     def vocab_size(self) -> int:
@@ -90,6 +91,12 @@ def token_file(artifact: Artifact, name: str) -> TokenFile:
     if any(part.parent != folder for part in parts):
         folder = artifact.local_folder()
     return open_token_file(folder, name)
+
+
+def partition_rows(partitions: Artifact) -> list[PartitionRow]:
+    """What partitions.json says of each partition."""
+    name = "partitions.json"
+    return read_partitions(partitions.read_bytes(name), partitions.file_url(name))
 
 
 def even_streams(domains: dict[str, Tokens], max_tokens: int) -> Tokens:

@@ -6,22 +6,79 @@ command reports every mistake with its dotted path. This file imports no torch: 
 
 from __future__ import annotations
 
+import shlex
+import types
+import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from checkpoints.redact import redact_urls, redact_values
+from modularforge.yaml_text import plain_number
+
+ONE_LINE = r"^[^\p{Cc}\p{Zl}\p{Zp}]*$"
+NAME = r"^[A-Za-z0-9_.-]+$"
+OPTION = r"^[A-Za-z][A-Za-z0-9_-]*$"
+PATTERN_WISHES = {
+    ONE_LINE: "one line without control characters",
+    NAME: "letters, digits, dots, dashes and underscores only",
+    OPTION: "the name of an option of sbatch, such as mail-type",
+}
 
 PartitionMethod = Literal["random", "clustered", "curriculum", "domain"]
-Text = Annotated[str, Field(min_length=1)]
+# Texts end up in scripts, logs, paths and names, so they are one line each; only prompts may be more.
+Line = Annotated[str, Field(pattern=ONE_LINE)]
+Text = Annotated[str, Field(pattern=ONE_LINE, min_length=1)]
+Prose = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 RouterKind = Literal["evidence", "data_stats", "centred_means", "learned", "equalised", "kaiming", "uniform"]
+LARGEST_NUMBER = 2**63  # what files, tensors and Slurm can hold
 TRAINED_ROUTERS = ("learned", "equalised")  # their rows are trained with the experts
 
 
 class Section(BaseModel):
-    """A group of settings: unknown names are refused, values are checked and never changed afterwards."""
+    """A group of settings: unknown names are refused, values are checked and never changed afterwards.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    Values are of the kind that a setting wants: `true` is no number and 5 no text. Two things are taken for what they
+    say: a number in quotes, and `1e3` for a whole number.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_wanted(cls, value: Any, info: ValidationInfo) -> Any:
+        return _as_wanted(value, _kinds(cls.model_fields[str(info.field_name)].annotation))
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The kinds of value in an annotation such as `int | None`."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return {kind for part in typing.get_args(annotation) for kind in _kinds(part)}
+    return _kinds(typing.get_args(annotation)[0]) if typing.get_origin(annotation) is Annotated else {annotation}
+
+
+def _as_wanted(value: Any, kinds: set[Any]) -> Any:
+    if isinstance(value, str) and kinds & {int, float} and str not in kinds:
+        found = plain_number(value)
+        value = value if found is None else found
+    if isinstance(value, float) and int in kinds and float not in kinds and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+        raise PydanticCustomError("number_size", "Input should be a number of less than twenty digits")
+    return value
 
 
 class SafeSection(Section):
@@ -36,26 +93,28 @@ class SafeSection(Section):
 class SourceConfig(SafeSection):
     """One labelled part of the corpus: a Hub data set, or files at any URL that fsspec knows."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field(pattern=NAME)
     """Label of the documents; evaluation reports one row per label and `domain` partitions split by it."""
     hub: Text | None = None
     """Hub data set (for example `Salesforce/wikitext`); train, validation and test then name its splits."""
-    hub_config: str | None = None
+    hub_config: Line | None = None
     """Configuration of the Hub data set (for example `wikitext-103-raw-v1`)."""
     train: Text | list[Text]
-    """Files of the training split: a path, URL or glob, or a list; `sample:law/train.jsonl.gz` is in the package.
-    `${NAME}` in a URL stands for an environment variable, so that no password is saved with the settings."""
-    validation: str | list[str] | None = None
+    """Files of the training split: a path, URL or pattern (`code/**/*.py`), or a list; each file is read once, hidden
+    ones only where a pattern names their dot. `sample:law/train.jsonl.gz` is in the package; `${NAME}` in a URL stands
+    for an environment variable, so that no password is saved with the settings."""
+    validation: Line | list[Line] | None = None
     """Files of the validation split; without it `data.heldout_fraction` of the training documents is taken."""
-    test: str | list[str] | None = None
+    test: Line | list[Line] | None = None
     """Files of the test split; without it `data.heldout_fraction` of the training documents is taken."""
     format: Literal["auto", "text", "wikitext", "jsonl", "parquet"] = "auto"
-    """`auto` goes by the ending: .jsonl, .parquet, .tokens and .raw (WikiText), else text; all also .gz .zst .bz2.
+    """`auto` goes by the ending: .jsonl, .parquet, .tokens and .raw (WikiText), else text; all also .gz .zst .bz2 .xz.
     `wikitext` is one document an article (` = Title = ` lines); `text` one a file, cut where over 64 Ki characters."""
     text_field: Text = "text"
     """Column that holds the text, in JSONL, Parquet and Hub data sets."""
     label_field: Text | None = None
-    """Column whose value labels each document instead of `name`."""
+    """Column whose value labels each document instead of `name`: a text, a number or a date. Documents without a value
+    (null, NaN, empty) keep `name`."""
 
 
 class DataConfig(Section):
@@ -66,7 +125,8 @@ class DataConfig(Section):
     min_article_length: int = Field(100, ge=0)
     """Documents shorter than this many characters are dropped."""
     max_documents_per_source: int | None = Field(None, ge=1)
-    """Read at most this many training documents of each source (held-out splits: a tenth of it); null reads all."""
+    """Read at most this many training documents of each source; null reads all. Validation and test files that a source
+    names are read whole; where they are taken from its training documents, a tenth of this many is."""
     heldout_fraction: float = Field(0.01, gt=0, lt=0.5)
     """Share of the documents held out for validation, and again for test, where a source names no such split."""
     vocab_size: int = Field(16384, ge=260, le=1_000_000)
@@ -83,7 +143,7 @@ class PartitionConfig(Section):
     """`domain` by source label, `clustered` by content, `curriculum` by difficulty, `random` as the baseline."""
     overlap_ratio: float = Field(0.0, ge=0.0, le=0.5)
     """Every partition also gets documents of the others amounting to this share of its own."""
-    cluster_encoder: str = "tfidf"
+    cluster_encoder: Text = "tfidf"
     """`tfidf` (hashed, scikit-learn), or the name of a sentence-transformers model (extra `embeddings`)."""
     cluster_sample_documents: int = Field(20_000, ge=10)
     """k-means is fitted on this many documents drawn by the seed; the others are assigned to the centres."""
@@ -293,7 +353,7 @@ class EvaluationConfig(Section):
     baselines: list[Literal["dense", "soup", "joint", "btx"]] = ["dense", "soup"]
     """`dense`: the backbone trained on with all the experts' tokens; `soup`: the mean of the experts' weights;
     `joint`: a mixture trained on the same tokens; `btx`: whole models trained alone, FFNs stacked, the rest mean."""
-    prompts: list[str] = ["The", "In the beginning"]
+    prompts: list[Prose] = ["The", "In the beginning"]
     """Texts that each model continues in the report."""
     sample_tokens: int = Field(60, ge=1)
     """Length of the continuations."""
@@ -342,16 +402,35 @@ class NodesConfig(Section):
         return self.processes or max(1, self.gpus)
 
 
+# The launcher sets these itself, and finds jobs and logs by them.
+OWN_OPTIONS = ("array", "comment", "dependency", "job-name", "output")
+
+
+def _words(command: str) -> str:
+    """Refuse a command that a shell could not take apart."""
+    try:
+        shlex.split(command)
+    except ValueError as error:
+        raise PydanticCustomError("words", "Input should be words of a shell with paired quotes") from error
+    return command
+
+
+def _free_option(name: str) -> str:
+    if name.replace("_", "-") in OWN_OPTIONS:
+        raise PydanticCustomError("own_option", "Input should be an option that the launcher does not set itself")
+    return name
+
+
 class ClusterConfig(Section):
     """How `python -m launcher --cluster` asks Slurm for nodes; nothing here changes what is computed."""
 
-    queue: str | None = None
+    queue: Line | None = None
     """Slurm partition, or several with commas between them; null is the site's default."""
-    account: str | None = None
+    account: Line | None = None
     """Slurm account to charge."""
-    qos: str | None = None
+    qos: Line | None = None
     """Quality of service."""
-    constraint: str | None = None
+    constraint: Line | None = None
     """Features that nodes must have."""
     backbone: NodesConfig = NodesConfig()
     """Nodes of the backbone's DDP job, and of the dense baseline's."""
@@ -369,24 +448,24 @@ class ClusterConfig(Section):
     """Starts after the time limit. Preempted jobs always start again."""
     warning_seconds: int = Field(120, ge=10)
     """Slurm warns a job this long before its time limit; a step and a checkpoint must fit in."""
-    setup: list[str] = []
+    setup: list[Line] = []
     """Shell lines before the job's program, such as `module load cuda`."""
-    python: str | None = None
+    python: Line | None = None
     """The python of jobs, on storage that nodes share; null is the one that runs the launcher."""
-    container: str | None = None
+    container: Annotated[Line, AfterValidator(_words)] | None = None
     """Put before the `python3` that trains, such as `apptainer exec --nv /images/train.sif`."""
-    pass_environment: list[str] = ["AWS_*", "FSSPEC_*", "HF_*", "MODULARFORGE_*"]
+    pass_environment: list[Text] = ["AWS_*", "FSSPEC_*", "HF_*", "MODULARFORGE_*"]
     """Variables of your shell that jobs get; all others stay behind. Values go to Slurm, never into a file."""
-    sbatch_options: dict[str, str | int | bool] = {}
+    sbatch_options: dict[Annotated[str, Field(pattern=OPTION), AfterValidator(_free_option)], Line | int | bool] = {}
     """Further options of sbatch by name, such as `{reservation: spring}`."""
-    work_dir: str | None = None
+    work_dir: Line | None = None
     """Folder that nodes share, in which each run has one for logs, scripts and code; null: in the run's own folder."""
 
 
 class Config(SafeSection):
     """A whole run."""
 
-    name: str = "modularforge"
+    name: Line = "modularforge"
     """Title of reports and of the model card."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Every random choice follows from it."""

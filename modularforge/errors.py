@@ -6,7 +6,16 @@ The command line prints it without a traceback and exits with 2; a traceback app
 
 from checkpoints.errors import StoreError, UserError
 
-__all__ = ["ConfigError", "DataError", "Interrupted", "MismatchError", "StoreError", "TrainingError", "UserError"]
+__all__ = [
+    "ConfigError", "DataError", "Interrupted", "MismatchError", "StoreError", "TrainingError", "UserError", "one_line",
+]  # fmt: skip
+
+
+def one_line(value: object, limit: int = 200) -> str:
+    """What a library said, or what an input holds, as part of a message: one line, cut."""
+    text = " ".join(str(value).split())
+    printable = "".join(letter if letter.isprintable() else "?" for letter in text[: limit + 1])
+    return printable if len(printable) <= limit else f"{printable[:limit]}…"
 
 
 class ConfigError(UserError):

@@ -5,11 +5,13 @@ An error that a user can repair is printed as its sentence alone; ``--debug`` sh
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from typing import Any
 
 from checkpoints.errors import UserError
-from checkpoints.explain import explain
+from checkpoints.explain import explain, is_full
 from checkpoints.screen import bug, safe_streams, say
 from modularforge.errors import Interrupted
 
@@ -37,11 +39,9 @@ def _run(app: Any, debug: bool) -> None:
             raise
         _complain("interrupted; what was committed is kept, and the same command continues", INTERRUPTED)
     except OSError as error:
-        if debug or error.filename is None:
+        if debug or error.errno is None:
             bug()
-        _complain(
-            f"error: {error.filename} cannot be used: {error.strerror}; check the path and its rights", USER_ERROR
-        )
+        _complain(f"error: {refused_by_the_system(error)}", USER_ERROR)
     except Exception as error:
         sentence = _foreign_sentence(error)
         if debug or sentence is None:
@@ -49,11 +49,21 @@ def _run(app: Any, debug: bool) -> None:
         _complain(f"error: {sentence}", USER_ERROR)
 
 
+def refused_by_the_system(error: OSError) -> str:
+    """What the operating system refused, and what to do; a failed write names no file, a failed open does."""
+    what = error.filename if error.filename is not None else "a file that was being read or written"
+    if is_full(error):
+        return f"{what} cannot be used, because the disk or the quota is full; free some space and start again"
+    return f"{what} cannot be used: {error.strerror}; check the path and its rights"
+
+
 def _foreign_sentence(error: Exception) -> str | None:
     """What a user can do about an error that libraries raise in their own words; None for bugs."""
     if type(error).__module__.split(".")[0] in ("botocore", "aiobotocore"):
         return str(explain(error, "read", "object storage"))
     text = str(error)
+    if is_full(error) or os.strerror(errno.ENOSPC) in text:  # libraries in other languages pass on the text alone
+        return refused_by_the_system(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         first = text.splitlines()[0] if text else "out of memory"
         return (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import typing
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ import typer
 
 from modularforge.config import Config
 from modularforge.log import configure_logging
+from modularforge.ranks import is_quiet
 from modularforge.settings import load_config
 
 DEFAULT_CONFIG = "configs/default.yaml"
@@ -53,7 +53,7 @@ def _with_options(command: Callable[..., None], pass_on: Callable[[Callable[[], 
     @functools.wraps(command)
     def wrapper(**values: Any) -> None:
         given = {name: values.pop(name) for name in shared}
-        configure_logging(quiet=os.environ.get("RANK", "0") != "0")
+        configure_logging(quiet=is_quiet())
         load = functools.partial(
             load_config,
             given["config"],

@@ -12,12 +12,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from checkpoints import StoreError, paths
 from modularforge.config import Config
 from modularforge.errors import ConfigError
+from modularforge.mistakes import config_error, shown
+from modularforge.yaml_text import MAX_BYTES, parse_yaml, to_yaml_text
+
+MOST_PARTS = 8  # settings have three at the most
 
 SAMPLE_DOMAINS = ("c_code", "english_novels", "french_novels", "law", "standards")
 SMOKE_PHASE = {"batch_size": 4, "accumulation_steps": 1, "warmup_steps": 2, "peak_learning_rate": 1e-3}
@@ -34,18 +37,6 @@ SMOKE_TEST: dict[str, Any] = {
 """What ``--smoke-test`` changes: the same path at a size that ends within a minute."""
 
 
-PLAIN_WISHES = {
-    "too_short": "a list of at least {min_length} entries",
-    "string_too_short": "a text of at least {min_length} characters",
-    "string_pattern_mismatch": "letters, digits, dots, dashes and underscores only",
-    "model_type": "a section with settings of its own",
-    "list_type": "a list",
-    "string_type": "a text",
-    "finite_number": "a finite number",
-}
-"""What people read instead of the names of pydantic's error types."""
-
-
 def sample_sources() -> list[dict[str, str]]:
     """The corpus in the package, as `data.sources`."""
     splits = ("train", "validation", "test")
@@ -54,13 +45,16 @@ def sample_sources() -> list[dict[str, str]]:
 
 def load_config(
     path: str,
-    overrides: Iterable[str] = (),
+    overrides: Iterable[str | tuple[str, Any]] = (),
     *,
     smoke_test: bool = False,
     data_dir: str | None = None,
     output_dir: str | None = None,
 ) -> Config:
-    """Read, merge and validate; raises ConfigError with one line per mistake."""
+    """Read, merge and validate; raises ConfigError with one line per mistake.
+
+    An override is text (`key=value`, the value in YAML), or a name and a value.
+    """
     values = read_yaml(path)
     if smoke_test:
         values["model"] = _without_pretrained(values.get("model"))
@@ -69,7 +63,7 @@ def load_config(
         values["output_dir"] = f"{str(values.get('output_dir', 'runs/default')).rstrip('/')}-smoke-test"
         values["data_dir"] = None
     for override in overrides:
-        _merge(values, _parse_override(override))
+        _merge(values, _change(override))
     if data_dir is not None:
         values["data_dir"] = data_dir
     if output_dir is not None:
@@ -96,58 +90,62 @@ def _validate(values: Mapping[str, Any], origin: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = [line for problem in error.errors() for line in _describe(problem)]
-        listed = "\n".join(f"  {line}" for line in lines)
-        raise ConfigError(f"{origin} has {len(lines)} mistake(s):\n{listed}") from None
+        raise config_error(error, origin, _unknown_name) from None
 
 
 def read_yaml(path: str) -> dict[str, Any]:
     """A settings file as nested dictionaries."""
     try:
-        values = yaml.safe_load(paths.read_bytes(path))
+        values = parse_yaml(_read(path))
     except (FileNotFoundError, NotADirectoryError):
         near = ", ".join(sorted(str(found) for found in Path("configs").glob("*.yaml"))) or "no file in ./configs"
         raise ConfigError(f"{path} must be a YAML file, but does not exist; there is {near}") from None
     except StoreError as error:
         raise ConfigError(f"{path} must be a YAML file, but {error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())
-        raise ConfigError(f"{path} must be YAML, but is not: {problem}; mend that line") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} must be YAML, but is not: {error}; mend that") from error
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{path} must hold sections such as `data:`, but holds {values!r:.60}; see configs/default.yaml"
+            f"{path} must hold sections such as `data:`, but holds {shown(values)}; see configs/default.yaml"
         )
     return values
 
 
+def _read(path: str) -> bytes:
+    """The content, of which a little more than a settings file may have is enough."""
+    # A folder is refused when it is read, and an object store refuses a range of an empty object.
+    end = MAX_BYTES + 1 if paths.is_local(path) else min(paths.file_size(path), MAX_BYTES + 1)
+    return paths.read_bytes(path, 0, end)
+
+
 def to_yaml(config: Config) -> str:
     """The resolved settings as YAML; feeding it back gives the same run."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return to_yaml_text(config.model_dump(mode="json"))
 
 
-def _parse_override(text: str) -> dict[str, Any]:
+def _change(override: str | tuple[str, Any]) -> dict[str, Any]:
     """`a.b=1` as nested dictionaries; the value is YAML, so lists and null work."""
+    name, value = _parse_override(override) if isinstance(override, str) else override
+    parts = name.strip().split(".")
+    if len(parts) > MOST_PARTS:
+        raise ConfigError(
+            f"--set must name a setting such as backbone.steps, but names {shown(name)}; write NAME=VALUE"
+        )
+    for part in reversed(parts):
+        value = {part: value}
+    return dict(value)
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
-        raise ConfigError(f"--set must look like backbone.steps=200, but is {text!r}; write NAME=VALUE")
+        raise ConfigError(f"--set must look like backbone.steps=200, but is {shown(text)}; write NAME=VALUE")
     try:
-        parsed = _number(yaml.safe_load(value))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {name} must have a YAML value, but has {value!r}; quote it") from error
-    for part in reversed(name.strip().split(".")):
-        parsed = {part: parsed}
-    result: dict[str, Any] = parsed
-    return result
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text; people mean a number."""
-    if isinstance(value, str):
-        try:
-            return float(value) if "e" in value.lower() else value
-        except ValueError:
-            return value
-    return value
+        return name, parse_yaml(value)
+    except ValueError as error:
+        raise ConfigError(
+            f"--set {shown(name)[1:-1]} must have a YAML value, but has {shown(value)}: {error}; quote it"
+        ) from error
 
 
 def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
@@ -159,32 +157,20 @@ def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
             values[name] = dict(change) if isinstance(change, Mapping) else change
 
 
-def _describe(problem: Any) -> list[str]:
-    """Sentences for one of pydantic's errors: dotted name, what is expected, what it is."""
-    name = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return [_unknown_name(name, tuple(problem["loc"]))]
-    if problem["type"] == "missing":
-        return [f"{name} must be set, but is missing; add it"]
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"]).splitlines()
-    wish = PLAIN_WISHES.get(problem["type"], problem["msg"].removeprefix("Input should be "))
-    return [f"{name} must be {wish.format(**problem.get('ctx', {}))}, but is {problem['input']!r:.80}; change it"]
-
-
-def _unknown_name(name: str, location: tuple[Any, ...]) -> str:
-    section = _section_at(location[:-1])
+def _unknown_name(location: tuple[Any, ...]) -> str:
+    """What is wrong with a name that no setting has."""
+    section, last = _section_at(location[:-1]), str(location[-1])[:80]
     known = sorted(section.model_fields) if section else []
-    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(last, known, n=1, cutoff=0.5)
     here = ".".join(str(part) for part in location[:-1])
-    elsewhere = [path for path in setting_names() if path.rsplit(".", 1)[-1] == location[-1]]
+    elsewhere = [path for path in setting_names() if path.rsplit(".", 1)[-1] == last]
     if near:
         hint = f"did you mean {(here + '.') if here else ''}{near[0]}?"
     elif elsewhere:
         hint = f"did you mean {elsewhere[0]}?"
     else:
         hint = f"known here: {', '.join(known)}"
-    return f"{name} is not a setting; {hint}"
+    return f"is not a setting; {hint}"
 
 
 def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:

@@ -23,6 +23,7 @@ from modularforge.model.backbone import Decoder
 from modularforge.model.folder import load_model
 from modularforge.model.hub_config import CONFIG_NAME, is_moe, parse_config, read_config
 from modularforge.model.on_demand import load_on_demand
+from modularforge.pretrained.other_formats import require_no_file
 
 
 class MappedWeights:
@@ -81,7 +82,7 @@ def stored_model(url: str) -> StoredModel:
     """The model at a URL: an artifact of any store, or any model folder of this machine; raises DataError."""
     if not paths.is_local(url):
         return StoredModel(url, open_artifact(url))
+    require_no_file(url, "--model")
     if not paths.local_path(url).is_dir():
-        what = "is a file" if paths.local_path(url).is_file() else "does not exist"
-        raise DataError(f"--model must be a model folder, but {url} {what}; name the folder with config.json")
+        raise DataError(f"--model must be a model folder, but {url} does not exist; name the folder with config.json")
     return StoredModel(url, find_artifact(url))

@@ -34,7 +34,7 @@ read -r address port <<< "$meeting"
 # SLURM_NODEID is that of the node where srun starts the line, so it must not be replaced here.
 # shellcheck disable=SC2016
 srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
-    exec "$0" -u -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --node-rank="$SLURM_NODEID" \
+    exec "$0" -u -m modularforge.training.elastic --nnodes="$SLURM_JOB_NUM_NODES" --node-rank="$SLURM_NODEID" \
         --nproc-per-node="$1" --master-addr="$2" --master-port="$3" -m modularforge.sanity.node' \
     "$python" "$PROCESSES" "$address" "$port" || failed=1
 

@@ -21,10 +21,12 @@ TORCH_FREE_FOR_LAUNCHER = {
     "modularforge.exits",
     "modularforge.errors",
     "modularforge.log",
+    "modularforge.mistakes",
     "modularforge.provenance",
 }
 TORCH_FREE_MODEL = {
-    f"modularforge.model.{name}" for name in ("names", "hub_config", "hub_support", "sizes", "weight_files")
+    f"modularforge.model.{name}"
+    for name in ("names", "hub_config", "hub_support", "hub_fields", "sizes", "weight_files")
 }
 # What somebody else wrote is read through these; they touch no storage.
 READERS = {"checkpoints.names", "checkpoints.parsing", "checkpoints.safetensors"}

@@ -1,14 +1,21 @@
-"""Run an iterator in a thread, a few items ahead of its consumer, so that reading, tokenising and writing overlap."""
+"""Threads beside the work: an iterator a few items ahead of its consumer, so that reading, tokenising and writing
+overlap, and log lines of long silent calls.
+"""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from queue import Empty, Queue
 from typing import Any, TypeVar
 
+from modularforge.log import logger
+
 T = TypeVar("T")
 _END = object()
+SILENCE_SECONDS = 30.0
 
 
 class _Failure:
@@ -33,6 +40,24 @@ def in_background(items: Iterator[T], depth: int = 2) -> Iterator[T]:
     finally:
         stop.set()
         _drain(queue)  # makes room, so that a thread waiting to put its item sees the stop
+        thread.join()
+
+
+@contextmanager
+def still_at_it(what: str) -> Iterator[None]:
+    """Log every half minute that a call which says nothing itself still runs."""
+    started, done = time.monotonic(), threading.Event()
+
+    def say() -> None:
+        while not done.wait(SILENCE_SECONDS):
+            logger.info("still %s: %.0f s", what, time.monotonic() - started)
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
         thread.join()
 
 

@@ -2,11 +2,15 @@
 
 Texts come from decoding the token file, so the corpus is not read twice; of a long document the beginning stands for
 the whole. k-means is fitted on a sample and the other documents are assigned to its centres batch by batch.
+
+Text without blanks (Chinese, Japanese, Thai, DNA) has no words to count: each document would be a word of its own.
+Where the sample holds enough of it, such documents also count runs of 2 to 4 characters; others are not affected.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -29,8 +33,15 @@ Encoder = Callable[[list[str]], Features]
 DOCUMENT_TOKENS = 1024
 BATCH_DOCUMENTS = 512
 HASHED_WORDS = 1 << 16
+# Characters for each word between blanks: 6 in English, 8 in German or code, 30 and more without blanks.
+LONG_WORDS = 20
+# Of the sampled documents; fewer are the odd base64 or minified file, which may be clusters as they were.
+WORDLESS_SHARE = 0.05
+RUN_LENGTHS = (2, 3, 4)
 DIMENSIONS = 100
 TOP_WORDS = 12
+WORD = r"(?u)\b\w\w+\b"  # scikit-learn's own
+TOP_WORD = r"(?u)\b[^\W\d_]{3,}\b"
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,27 @@ def _fit_encoder(texts: list[str], name: str, seed: int) -> Encoder:
     return _fit_tfidf(texts, seed) if name == "tfidf" else _load_sentence_encoder(name)
 
 
+def _is_wordless(text: str) -> bool:
+    return len(text) > LONG_WORDS * len(text.split())
+
+
+def _analyzer(texts: list[str], pattern: str) -> dict[str, Any]:
+    """How vectorizers take documents apart: by words, or also by characters where the sample has too few words."""
+    if sum(map(_is_wordless, texts)) < WORDLESS_SHARE * len(texts):
+        return {"token_pattern": pattern}
+    find_words = re.compile(pattern).findall
+
+    def analyze(text: str) -> list[str]:
+        text = text.lower()
+        words: list[str] = find_words(text)
+        if _is_wordless(text):
+            words = [word for word in words if len(word) <= LONG_WORDS]
+            words += [text[i : i + length] for length in RUN_LENGTHS for i in range(len(text) - length + 1)]
+        return words
+
+    return {"analyzer": analyze}
+
+
 def _fit_tfidf(texts: list[str], seed: int) -> Encoder:
     """Hashed words, weighted by rarity, reduced to at most 100 dimensions (latent semantic analysis), unit length."""
     from sklearn.decomposition import TruncatedSVD
@@ -92,7 +124,9 @@ def _fit_tfidf(texts: list[str], seed: int) -> Encoder:
     from sklearn.preprocessing import Normalizer
 
     pipeline = make_pipeline(
-        HashingVectorizer(n_features=HASHED_WORDS, alternate_sign=False, norm=None, dtype=np.float32),
+        HashingVectorizer(
+            **_analyzer(texts, WORD), n_features=HASHED_WORDS, alternate_sign=False, norm=None, dtype=np.float32
+        ),
         TfidfTransformer(sublinear_tf=True),
         TruncatedSVD(min(DIMENSIONS, len(texts)), random_state=seed),
         Normalizer(),
@@ -160,7 +194,7 @@ def _top_words(texts: list[str], clusters: Indices, count: int) -> list[list[str
     """Words that more documents of a cluster have than of the whole sample, by the weighted log ratio of the shares."""
     from sklearn.feature_extraction.text import CountVectorizer
 
-    vectorizer = CountVectorizer(max_features=20_000, binary=True, token_pattern=r"(?u)\b[^\W\d_]{3,}\b")
+    vectorizer = CountVectorizer(**_analyzer(texts, TOP_WORD), max_features=20_000, binary=True)
     try:
         present = vectorizer.fit_transform(texts)
     except ValueError:  # not a single word

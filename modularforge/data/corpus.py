@@ -12,15 +12,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from checkpoints.redact import redact
 from modularforge.config import DataConfig, SourceConfig
 from modularforge.data.files import find_files
-from modularforge.data.formats import Labelled, read_file, read_hub
+from modularforge.data.formats import read_file, read_hub
+from modularforge.data.records import Labelled
 from modularforge.errors import DataError
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 HELD_OUT: tuple[Split, ...] = ("validation", "test")
-# Of a source capped at n training documents, held-out splits keep n / 10.
+# Of a source capped at n training documents, held-out splits taken from them keep n / 10.
 HELD_OUT_CAP_DIVISOR = 10
 
 
@@ -39,7 +41,7 @@ def read_documents(
 
     `dropped`, when given, counts the documents under `data.min_article_length` by label.
     """
-    count, limit = 0, _document_limit(split, data)
+    count, limit = 0, _document_limit(source, split, data)
     for text, label in _read_split(source, split):
         document = Document(text, label or source.name)
         if len(text) < data.min_article_length:
@@ -74,19 +76,20 @@ def _home_split(text: str, source: SourceConfig, split: Split, data: DataConfig)
     return "train"
 
 
-def _document_limit(split: Split, data: DataConfig) -> int | None:
+def _document_limit(source: SourceConfig, split: Split, data: DataConfig) -> int | None:
     limit = data.max_documents_per_source
     if limit is None or split == "train":
         return limit
+    if getattr(source, split):
+        return None  # somebody chose these files to be measured on
     return max(1, limit // HELD_OUT_CAP_DIVISOR)
 
 
 def _no_documents(source: SourceConfig, split: Split, data: DataConfig) -> DataError:
     wanted = f"source {source.name} must have {split} documents of at least {data.min_article_length} characters"
     if split == "train" or getattr(source, split):
-        return DataError(
-            f"{wanted}, but has none in {getattr(source, split)}; check data.sources and min_article_length"
-        )
+        files = redact(str(getattr(source, split)))
+        return DataError(f"{wanted}, but has none in {files:.300}; check data.sources and min_article_length")
     return DataError(
         f"{wanted}, but none of its training documents fell into the held-out share {data.heldout_fraction}; "
         f"name {split} files for it or raise data.heldout_fraction"

@@ -1,82 +1,49 @@
 """Find, open, decompress and decode the files of a corpus, as a stream.
 
-Reads any path, URL or glob that fsspec knows, and ``sample:`` paths inside this package. Only a chunk of a file is in
-memory at a time. Whatever is damaged becomes one sentence with the file's name, line and byte.
+Reads any path, URL or pattern that fsspec knows, and ``sample:`` paths inside this package. Only a chunk of a file is
+in memory at a time. Whatever is damaged, or something else than its name says, becomes one sentence with the file's
+name, line and byte. Names in messages carry no passwords or signatures.
 """
 
 from __future__ import annotations
 
-import bz2
 import codecs
-import lzma
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Iterator
 from importlib import resources
-from typing import Any, Protocol
 
 from checkpoints import paths
+from checkpoints.redact import redact
+from modularforge.data.compression import compression_of, decompress
+from modularforge.data.content import HEAD_BYTES, require_text
 from modularforge.data.locations import real_location
+from modularforge.data.opening import explained, open_bytes
+from modularforge.data.patterns import is_pattern, match_local, match_remote
 from modularforge.errors import DataError
 
 CHUNK_BYTES = 1 << 17
-# Fed to a decompressor at once: repetitive text grows a thousandfold.
-COMPRESSED_BYTES = 1 << 13
+# A record, or an article's line, of more characters is no line: the whole file would end up in memory.
+LINE_CHARACTERS = 1 << 28
 SAMPLE_PREFIX = "sample:"
 
 
-class _Decompressor(Protocol):
-    @property
-    def eof(self) -> bool: ...
-    @property
-    def unused_data(self) -> bytes: ...
-    def decompress(self, data: bytes, /) -> bytes: ...
-
-
-def _zstd() -> Any:
-    import zstandard
-
-    return zstandard.ZstdDecompressor().decompressobj()
-
-
-DECOMPRESSORS: dict[str, Callable[[], _Decompressor]] = {
-    ".gz": lambda: zlib.decompressobj(wbits=31),
-    ".bz2": bz2.BZ2Decompressor,
-    ".xz": lzma.LZMADecompressor,
-    ".zst": _zstd,
-}
-
-
 def find_files(locations: str | list[str]) -> list[str]:
-    """Paths, URLs and globs as a list of file URLs, those of a glob sorted; raises DataError where nothing matches."""
+    """Paths, URLs and patterns as a list of files, each once, those of a pattern sorted; DataError without a match."""
+    found: dict[str, str] = {}
+    for url in all_matches(locations):
+        found.setdefault(file_identity(url), url)
+    return list(found.values())
+
+
+def all_matches(locations: str | list[str]) -> list[str]:
+    """The same with files that are matched or named twice, by any of their names."""
     patterns = [locations] if isinstance(locations, str) else locations
     return [url for pattern in patterns for url in _expand(real_location(pattern))]
 
 
-def compression_of(url: str) -> str | None:
-    """The ending that names the compression of a file, or None for a plain file."""
-    return next((ending for ending in DECOMPRESSORS if url.lower().endswith(ending)), None)
-
-
-@contextmanager
-def open_bytes(url: str) -> Iterator[Any]:
-    """Open one file for binary reading; what the storage refuses, then or while reading, becomes a DataError."""
-    try:
-        filesystem, path = paths.filesystem(url)
-        with filesystem.open(path, "rb") as file:
-            yield file
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{url} must be a file of the corpus, but does not exist; mend the path in data.sources"
-        ) from error
-    except IsADirectoryError as error:
-        raise DataError(
-            f"{url} must be a file, but is a folder; name its files, for example {url}/*.jsonl.gz"
-        ) from error
-    except OSError as error:
-        raise DataError(
-            f"{url} must be readable, but the storage says: {error}; mend the path or its permissions"
-        ) from error
+def file_identity(url: str) -> str:
+    """What is the same for two names of one file: without links and detours on this machine, the URL elsewhere."""
+    return os.path.realpath(paths.local_path(url)) if paths.is_local(url) else url
 
 
 def read_text(url: str) -> Iterator[str]:
@@ -89,7 +56,7 @@ def read_text(url: str) -> Iterator[str]:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
             line += error.object[: error.start].count(b"\n")
-            raise _not_utf8(url, line, consumed_bytes - pending + error.start, error) from error
+            raise _not_utf8(redact(url), line, consumed_bytes - pending + error.start, error) from error
         text = text.removeprefix("\ufeff") if consumed_bytes == 0 else text
         consumed_bytes += len(chunk)
         line += text.count("\n")
@@ -99,50 +66,58 @@ def read_text(url: str) -> Iterator[str]:
 def read_lines(url: str) -> Iterator[str]:
     """The lines of a text file without their line ends."""
     pieces: list[str] = []
+    characters = 0
     for text in read_text(url):
         head, *rest = text.split("\n")
         pieces.append(head)
+        characters += len(head)
+        if characters > LINE_CHARACTERS:
+            raise DataError(
+                f"{redact(url)} must have lines of at most {LINE_CHARACTERS:,} characters, but has a longer one; "
+                "write one record a line, or set format: text for this source"
+            )
         if rest:
             yield "".join(pieces)
             yield from rest[:-1]
-            pieces = [rest[-1]]
+            pieces, characters = [rest[-1]], len(rest[-1])
     if last := "".join(pieces):
         yield last
 
 
-def _expand(pattern: str) -> list[str]:
-    if pattern.startswith(SAMPLE_PREFIX):
-        pattern = str(resources.files("modularforge.data") / "sample" / pattern.removeprefix(SAMPLE_PREFIX))
-    if not any(character in pattern for character in "*?["):
-        return [pattern]
-    filesystem, path = paths.filesystem(pattern)
-    found = sorted(match for match in filesystem.glob(path) if filesystem.isfile(match))
+def _expand(location: str) -> list[str]:
+    if location.startswith(SAMPLE_PREFIX):
+        return [str(resources.files("modularforge.data") / "sample" / location.removeprefix(SAMPLE_PREFIX))]
+    if not is_pattern(location):
+        return [location]
+    with explained(location):
+        found = match_local(location) if paths.is_local(location) else match_remote(location)
     if not found:
-        raise DataError(f"{pattern} must match files of the corpus, but matches none; mend the pattern in data.sources")
-    return found if paths.is_local(pattern) else [filesystem.unstrip_protocol(match) for match in found]
+        raise DataError(
+            f"{redact(location)} must match files of the corpus, but matches none (hidden ones only where the pattern "
+            "names their dot); mend the pattern in data.sources"
+        )
+    return found
 
 
 def _decompressed(url: str) -> Iterator[bytes]:
+    """The bytes of the text in a file, which was found to begin as text."""
     ending = compression_of(url)
-    with open_bytes(url) as file:
-        size = CHUNK_BYTES if ending is None else COMPRESSED_BYTES
-        chunks = iter(lambda: file.read(size), b"")
-        yield from chunks if ending is None else _members(chunks, DECOMPRESSORS[ending], url)
+    with open_bytes(url, is_stream=True) as file:
+        if ending is None:
+            yield from _checked(iter(lambda: file.read(CHUNK_BYTES), b""), url)
+            return
+        yield from _checked(decompress(file, ending, url), url, ending)
 
 
-def _members(chunks: Iterator[bytes], new_decompressor: Callable[[], _Decompressor], url: str) -> Iterator[bytes]:
-    """Decompress a file of one or more members (gzip) or frames (zstd), which may be padded with zeros."""
-    decompressor, started = new_decompressor(), False
+def _checked(chunks: Iterator[bytes], url: str, ending: str = "") -> Iterator[bytes]:
+    head = b""
     for chunk in chunks:
-        while chunk := chunk if started else chunk.lstrip(b"\0"):
-            try:
-                yield decompressor.decompress(chunk)
-            except Exception as error:  # each library has an error class of its own
-                raise _damaged(url, f"is damaged ({error})") from error
-            started, chunk = not decompressor.eof, decompressor.unused_data if decompressor.eof else b""
-            decompressor = decompressor if started else new_decompressor()
-    if started:
-        raise _damaged(url, "ends in the middle")
+        head += chunk
+        if len(head) >= HEAD_BYTES:
+            break
+    require_text(redact(url), head[:HEAD_BYTES], ending)
+    yield head
+    yield from chunks
 
 
 def _with_end(chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -150,13 +125,9 @@ def _with_end(chunks: Iterator[bytes]) -> Iterator[bytes]:
     yield b""
 
 
-def _damaged(url: str, what: str) -> DataError:
-    return DataError(f"{url} must be a whole {compression_of(url)} file, but {what}; copy or download it again")
-
-
-def _not_utf8(url: str, line: int, offset: int, error: UnicodeDecodeError) -> DataError:
+def _not_utf8(name: str, line: int, offset: int, error: UnicodeDecodeError) -> DataError:
     found = error.object[error.start : error.start + 1].hex()
     return DataError(
-        f"{url} must be UTF-8 text, but byte {offset} (line {line}) is 0x{found}; "
-        "convert the file (iconv -f LATIN1 -t UTF-8) or leave it out of data.sources"
+        f"{name} must be UTF-8 text, but byte {offset} (line {line}) is 0x{found}; find out the encoding of the file "
+        "and convert it (iconv -f ENCODING -t UTF-8), or leave it out of data.sources"
     )

@@ -6,15 +6,19 @@ Every reader is a generator of (text, label or None) that holds one document, or
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
+from checkpoints.redact import redact
 from modularforge.config import SourceConfig
+from modularforge.data.compression import compression_of
 from modularforge.data.cutting import split_articles, split_pieces
-from modularforge.data.files import compression_of, open_bytes, read_lines, read_text
-from modularforge.errors import DataError
-
-Labelled = tuple[str, str | None]
+from modularforge.data.files import read_lines, read_text
+from modularforge.data.hub_rows import hub_rows
+from modularforge.data.parquet import parquet_rows
+from modularforge.data.patterns import file_part
+from modularforge.data.records import Labelled, fields, wanted_fields
+from modularforge.errors import DataError, one_line
+from modularforge.log import logger
 
 FORMAT_BY_ENDING = {
     ".jsonl": "jsonl",
@@ -29,12 +33,17 @@ FORMAT_BY_ENDING = {
 
 def read_file(url: str, source: SourceConfig) -> Iterator[Labelled]:
     """The documents of one file; raises DataError naming file and line of what is not as its format says."""
-    return _READERS[_format_of(url, source)](url, source)
+    is_said = False
+    for number, (text, label) in enumerate(_READERS[_format_of(url, source)](url, source), start=1):
+        if not is_said and "\0" in text:
+            logger.warning("%s has NULs in its text, first in document %d; they are kept", redact(url), number)
+            is_said = True
+        yield text, label
 
 
 def read_hub(split: str, source: SourceConfig) -> Iterator[Labelled]:
     """The documents of one split of a Hub data set, streamed; WikiText rows are lines and become articles."""
-    rows = _hub_rows(split, source)
+    rows = hub_rows(split, source)
     if source.format == "wikitext" or (source.format == "auto" and "wikitext" in str(source.hub).lower()):
         lines = (line for text, _ in rows for line in text.removesuffix("\n").split("\n"))
         return ((article, None) for article in split_articles(lines, f"{source.hub} ({split})"))
@@ -44,7 +53,7 @@ def read_hub(split: str, source: SourceConfig) -> Iterator[Labelled]:
 def _format_of(url: str, source: SourceConfig) -> str:
     if source.format != "auto":
         return source.format
-    name = url.lower().removesuffix(compression_of(url) or "")
+    name = file_part(url).lower().removesuffix(compression_of(url) or "")
     return next((kind for ending, kind in FORMAT_BY_ENDING.items() if name.endswith(ending)), "text")
 
 
@@ -53,81 +62,28 @@ def _read_plain(url: str, source: SourceConfig) -> Iterator[Labelled]:
 
 
 def _read_wikitext(url: str, source: SourceConfig) -> Iterator[Labelled]:
-    return ((article, None) for article in split_articles(read_lines(url), url))
+    return ((article, None) for article in split_articles(read_lines(url), redact(url)))
 
 
 def _read_jsonl(url: str, source: SourceConfig) -> Iterator[Labelled]:
+    name = redact(url)
     for number, line in enumerate(read_lines(url), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{url}:{number} must be one JSON object, but is not ({error}); mend the line") from error
-        yield _fields(record, source, f"{url}:{number}")
+            raise DataError(
+                f"{name}:{number} must be one JSON object, but is not ({one_line(error)}); mend the line, or write one "
+                "object a line (jq -c)"
+            ) from error
+        yield fields(record, source, f"{name}:{number}")
 
 
 def _read_parquet(url: str, source: SourceConfig) -> Iterator[Labelled]:
-    import pyarrow
-    import pyarrow.parquet
-
-    wanted = [name for name in (source.text_field, source.label_field) if name]
-    with open_bytes(url) as file:
-        try:
-            table = pyarrow.parquet.ParquetFile(file)
-            _require_columns(wanted, table.schema_arrow.names, url)
-            for batch in table.iter_batches(batch_size=256, columns=wanted):
-                for record in batch.to_pylist():
-                    yield _fields(record, source, url)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{url} must be a Parquet file, but cannot be read ({error}); write it again") from error
-
-
-def _hub_rows(split: str, source: SourceConfig) -> Iterator[Labelled]:
-    from datasets import load_dataset
-
-    origin = f"{source.hub} ({split})"
-    try:
-        for row in load_dataset(source.hub, source.hub_config, split=split, streaming=True):
-            yield _fields(row, source, origin)
-    except (OSError, ValueError, LookupError) as error:
-        raise DataError(
-            f"{origin} must be a data set of the Hugging Face Hub, but cannot be read ({error}); "
-            f"check hub, hub_config and split of source {source.name}, and the network"
-        ) from error
-
-
-def _fields(record: Any, source: SourceConfig, origin: str) -> Labelled:
-    if not isinstance(record, Mapping):
-        raise DataError(f"{origin} must be a JSON object, but is a {type(record).__name__}; write one object a line")
-    wanted = [name for name in (source.text_field, source.label_field) if name]
-    _require_columns(wanted, list(record), origin)
-    text = record[source.text_field]
-    if not isinstance(text, str):
-        raise DataError(
-            f"{origin} must have text in column {source.text_field}, but has {type(text).__name__}; "
-            f"mend the record or set text_field of source {source.name}"
-        )
-    if not _is_unicode(text):
-        raise DataError(f"{origin} must hold Unicode text, but has half of a surrogate pair; mend the record")
-    return text, None if source.label_field is None else str(record[source.label_field])
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether the text can be written as UTF-8: JSON escapes such as \\ud800 alone cannot."""
-    try:
-        return text.isascii() or bool(text.encode())
-    except UnicodeEncodeError:
-        return False
-
-
-def _require_columns(wanted: list[str], existing: list[str], origin: str) -> None:
-    for name in wanted:
-        if name not in existing:
-            raise DataError(
-                f"{origin} must have a column {name}, but has {', '.join(map(str, existing)) or 'none'}; "
-                "set text_field or label_field of this source to one of them"
-            )
+    name, wanted = redact(url), wanted_fields(source)
+    for number, record in enumerate(parquet_rows(url, wanted), start=1):
+        yield fields(record, source, f"{name}, row {number}")
 
 
 _READERS: dict[str, Callable[[str, SourceConfig], Iterator[Labelled]]] = {

@@ -10,7 +10,9 @@ import numpy as np
 
 from modularforge.config import Config
 from modularforge.data.clusters import cluster_documents
+from modularforge.data.metadata import check_metadata
 from modularforge.data.partition import (
+    CHUNK_TOKENS,
     Indices,
     add_overlap,
     curriculum_partitions,
@@ -20,6 +22,7 @@ from modularforge.data.partition import (
 )
 from modularforge.data.token_files import TokenFile, TokenFileWriter, open_token_file
 from modularforge.data.tokenizer import load_tokenizer
+from modularforge.errors import DataError
 from modularforge.log import logger
 
 # Documents copied in one piece.
@@ -33,8 +36,9 @@ def make_partitions(config: Config, corpus_folder: Path, output: Path) -> dict[s
     and returns what the last one says. Raises ConfigError or DataError when a partition would be empty.
     """
     documents = open_token_file(corpus_folder, "train")
-    metadata = json.loads((corpus_folder / "metadata.json").read_text(encoding="utf-8"))
+    metadata = check_metadata((corpus_folder / "metadata.json").read_bytes(), str(corpus_folder / "metadata.json"))
     names, vocab_size = metadata["labels"], metadata["vocab_size"]
+    _require_known(documents, names, vocab_size)
     require_documents(documents.num_documents, config.experts.count)
     partitions, top_words = _divide(config, documents, corpus_folder, names, vocab_size)
     partitions = add_overlap(partitions, config.partition.overlap_ratio, config.preparation_seed)
@@ -46,6 +50,21 @@ def make_partitions(config: Config, corpus_folder: Path, output: Path) -> dict[s
     summary = {"seed": config.preparation_seed, **config.partition.model_dump(), "partitions": rows}
     (output / "partitions.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return summary
+
+
+def _require_known(documents: TokenFile, names: list[str], vocab_size: int) -> None:
+    """Labels and tokens must be those of metadata.json; a changed bit in a file shows here, not in a job on a GPU."""
+    for start in range(0, len(documents.tokens), CHUNK_TOKENS):
+        if (largest := int(documents.tokens[start : start + CHUNK_TOKENS].max())) >= vocab_size:
+            raise DataError(
+                f"tokens of the {documents.name} documents must be below {vocab_size}, but one is {largest}; run "
+                "prepare-data again"
+            )
+    if documents.num_documents and int(documents.labels.max()) >= len(names):
+        raise DataError(
+            f"labels of the {documents.name} documents must be below the {len(names)} in metadata.json, but one is "
+            f"{int(documents.labels.max())}; run prepare-data again"
+        )
 
 
 def _divide(

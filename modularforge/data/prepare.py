@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ import tokenizers
 from tokenizers import Tokenizer
 
 from checkpoints import paths
-from modularforge.config import Config, SourceConfig
+from checkpoints.redact import redact_values
+from modularforge.config import Config
 from modularforge.data.adopted_tokenizer import adopt_tokenizer
 from modularforge.data.corpus import SPLITS, Document, Split, read_documents
-from modularforge.data.files import find_files
+from modularforge.data.inputs import file_states, list_matches
 from modularforge.data.shards import Shard, tokenise
 from modularforge.data.token_files import LABEL_LIMIT, TokenFileWriter
 from modularforge.data.tokenizer import (
@@ -42,13 +43,19 @@ from modularforge.log import logger, progress
 FORMAT = 1
 
 
-def prepare_corpus(config: Config, scratch: Path, output: Path, pretrained: Path | None = None) -> dict[str, Any]:
+def prepare_corpus(
+    config: Config,
+    scratch: Path,
+    output: Path,
+    pretrained: Path | None = None,
+    states: Mapping[str, list[Any]] | None = None,
+) -> dict[str, Any]:
     """Write tokenizer, token files `train`, `validation`, `test` and `metadata.json` into `output`; return the last.
 
-    The tokenizer is learned, or taken from the model folder `pretrained`.
+    The tokenizer is learned, or taken from the model folder `pretrained`. `states` are those of the files, if known.
     `scratch` must be the same folder when a killed run is repeated; the caller deletes it once `output` is committed.
     """
-    work = _own_scratch(scratch, describe_corpus(config, pretrained))
+    work = _own_scratch(scratch, describe_corpus(config, pretrained, states))
     if pretrained is not None:
         tokenizer, end_token = adopt_tokenizer(pretrained, output)
     else:
@@ -65,7 +72,7 @@ def prepare_corpus(config: Config, scratch: Path, output: Path, pretrained: Path
         "labels": labels,
         "splits": splits,
         "dropped_documents": dict(sorted(dropped.items())),
-        "sources": [source.model_dump() for source in config.data.sources],
+        "sources": redact_values([source.model_dump() for source in config.data.sources]),
     }
     (output / "metadata.json").write_text(json.dumps(metadata, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return metadata
@@ -80,10 +87,13 @@ class _Encoder:
     work: Path
 
 
-def describe_corpus(config: Config, pretrained: Path | None = None) -> str:
+def describe_corpus(
+    config: Config, pretrained: Path | None = None, states: Mapping[str, list[Any]] | None = None
+) -> str:
     """A hash of the data settings, of the names, sizes and times of the files they name, and of a given tokenizer."""
-    files = {url: _file_key(url) for source in config.data.sources for url in _files_of(source)}
-    facts = {"format": FORMAT, "data": config.data.model_dump(), "files": files, "tokenizers": tokenizers.__version__}
+    files = file_states(list_matches(config)) if states is None else states
+    facts: dict[str, Any] = {"format": FORMAT, "data": config.data.model_dump(), "files": files}
+    facts["tokenizers"] = tokenizers.__version__
     if pretrained is not None:
         facts["tokenizer"] = hashlib.sha256((pretrained / "tokenizer.json").read_bytes()).hexdigest()
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
@@ -167,19 +177,3 @@ def _count(shard: Shard, totals: dict[str, Counter[str]]) -> None:
             tokens=int(shard.lengths[chosen].sum()),
             bytes=int(shard.text_bytes[chosen].sum()),
         )
-
-
-def _files_of(source: SourceConfig) -> list[str]:
-    if source.hub is not None:
-        return []
-    return [url for split in SPLITS for url in find_files(getattr(source, split) or [])]
-
-
-def _file_key(url: str) -> str:
-    try:
-        filesystem, path = paths.filesystem(url)
-        return str(filesystem.ukey(path))
-    except OSError as error:
-        raise DataError(
-            f"{url} must be a file of the corpus, but cannot be found ({error}); mend the path in data.sources"
-        ) from error

@@ -22,7 +22,7 @@ from checkpoints.paths import write_atomically
 from modularforge.data.background import in_background
 from modularforge.data.corpus import Document
 from modularforge.data.token_files import token_dtype
-from modularforge.data.tokenizer import EOS, vocabulary_size
+from modularforge.data.tokenizer import EOS, encode_texts, vocabulary_size
 
 SHARD_BYTES = 8 << 20
 # An Encoding takes over 100 bytes a token, so a shard goes through the tokenizer in smaller batches.
@@ -124,7 +124,7 @@ def _encode(groups: Iterator[_Group], tokenizer: Tokenizer) -> Iterator[tuple[_G
         for index, size in enumerate(group.text_bytes):
             filled += size
             if filled >= BATCH_BYTES or index == last:
-                yield group, tokenizer.encode_batch_fast(group.texts[start : index + 1]), index == last
+                yield group, encode_texts(tokenizer, group.texts[start : index + 1]), index == last
                 start, filled = index + 1, 0
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modularforge.errors import DataError
+from modularforge.errors import DataError, one_line
 
 Tokens = npt.NDArray[Any]
 LABEL_LIMIT = 1 << 16
@@ -86,8 +86,12 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 def open_token_file(folder: Path, name: str) -> TokenFile:
     """Memory-map the token file `name` of a folder; raises DataError when it is missing, truncated or inconsistent."""
-    offsets = _load_array(folder / f"{name}.offsets.npy")
-    labels = _load_array(folder / f"{name}.labels.npy")
+    offsets = _load_array(folder / f"{name}.offsets.npy", "<i8")
+    labels = _load_array(folder / f"{name}.labels.npy", "<u2")
+    if len(offsets) and (offsets[0] != 0 or (np.diff(offsets) < 0).any()):
+        raise DataError(
+            f"{folder / name}.offsets.npy must begin at 0 and never go back, but does not; run prepare-data again"
+        )
     path = folder / f"{name}.tokens.bin"
     size = path.stat().st_size if path.exists() else -1
     count = int(offsets[-1]) if len(offsets) else -1
@@ -97,15 +101,20 @@ def open_token_file(folder: Path, name: str) -> TokenFile:
             f"but has {size} bytes and {len(offsets) - 1} documents; it is truncated: run prepare-data again"
         )
     dtype = np.dtype("<u2" if size == 2 * count else "<u4")
-    tokens: Tokens = np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)
+    try:
+        tokens: Tokens = np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)
+    except OSError as error:
+        raise DataError(f"{path} must be readable, but {one_line(error)}; mend its permissions") from error
     return TokenFile(name, tokens, offsets, labels)
 
 
-def _load_array(path: Path) -> npt.NDArray[Any]:
+def _load_array(path: Path, dtype: str) -> npt.NDArray[Any]:
     try:
         content: npt.NDArray[Any] = np.load(path)
+        if not isinstance(content, np.ndarray) or content.ndim != 1 or content.dtype != np.dtype(dtype):
+            raise ValueError(f"it must be a list of type {dtype}")
         return content
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy evaluates the header, which may fail in many ways
         raise DataError(
-            f"{path} must be part of a token file, but cannot be read ({error}); run prepare-data again"
+            f"{path} must be part of a token file, but cannot be read ({one_line(error)}); run prepare-data again"
         ) from error

@@ -14,13 +14,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Encoding, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from modularforge.errors import DataError
+from modularforge.data.background import still_at_it
+from modularforge.data.special_tokens import guard_special_tokens
+from modularforge.errors import DataError, one_line
 from modularforge.log import logger
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>")
 PAD, UNK, BOS, EOS = range(4)
+LONGEST_WORD = 1024  # bytes; only while a vocabulary is learned
+MAX_VOCABULARY = 1_000_000  # as data.vocab_size
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -31,13 +35,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A $B:1", special_tokens=[("<bos>", BOS)]
     )
+    whole_words = tokenizer.pre_tokenizer
+    # Merging within a word takes time by the square of its length, and some texts are one word.
+    cut = pre_tokenizers.Split(Regex(f".{{{LONGEST_WORD}}}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([whole_words, cut])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    with still_at_it("learning the tokenizer"):
+        tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = whole_words
     tokenizer.encode_special_tokens = True
     if tokenizer.get_vocab_size() < vocab_size:
         logger.warning(
@@ -52,20 +62,51 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     """Read ``tokenizer.json`` (or the folder that holds it); raises DataError."""
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     try:
-        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as error:  # tokenizers raises bare Exception on malformed files
-        raise DataError(f"{file} must be a tokenizer, but cannot be read ({error}); run prepare-data again") from error
-    # Not part of the file, so every reader must set it: text never becomes a special token.
-    tokenizer.encode_special_tokens = True
-    # Files of pretrained models may carry both; documents are neither cut nor padded here.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+        return parse_tokenizer(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{file} must be a tokenizer, but cannot be read ({one_line(error)}); run prepare-data again, or take "
+            "the file of another copy of the model"
+        ) from error
+
+
+def parse_tokenizer(content: str) -> Tokenizer:
+    """A tokenizer from the text of its file, for whole documents as plain text; raises ValueError.
+
+    What the file does not say every reader must set: text never becomes a special token.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(content)
+        # Files of pretrained models may carry both; documents are neither cut nor padded here.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if not 0 < vocabulary_size(tokenizer) <= MAX_VOCABULARY:
+            raise ValueError(f"its ids must be from 0 to {MAX_VOCABULARY}, and it must have some")
+        guard_special_tokens(tokenizer)
+        tokenizer.encode("Where its parts do not fit, it fails here.")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and panics are no Exception
+        raise ValueError(str(error)) from error
     return tokenizer
+
+
+def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[Encoding]:
+    """The ids of many texts; raises DataError for what a tokenizer of other people cannot encode."""
+    try:
+        found: list[Encoding] = tokenizer.encode_batch_fast(texts)
+        return found
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # as in parse_tokenizer
+        raise DataError(
+            f"the tokenizer must encode any text, but fails ({one_line(error)}); take another, or another model"
+        ) from error
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """One more than the largest id: pretrained vocabularies may have gaps."""
-    return max(tokenizer.get_vocab().values()) + 1
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def token_byte_lengths(tokenizer: Tokenizer) -> npt.NDArray[np.int32]:

@@ -11,8 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from checkpoints.parsing import parse_object
 from modularforge.config import ModelConfig, RopeScalingConfig
-from modularforge.errors import DataError
+from modularforge.errors import DataError, one_line
 from modularforge.model.hub_support import DENSE_TYPES, MOE_TYPES, check_supported
 from modularforge.model.names import family_of
 
@@ -113,7 +116,7 @@ def generation_config(values: Mapping[str, Any] = FRESH) -> dict[str, Any]:
 def end_tokens(values: Mapping[str, Any]) -> tuple[int, ...]:
     """The ids that end a text, from a config.json or generation_config.json: one, several or none."""
     found = values.get("eos_token_id")
-    return () if found is None else (found,) if isinstance(found, int) else tuple(found)
+    return () if found is None else tuple(found) if isinstance(found, list) else (found,)
 
 
 def model_config_of(values: Mapping[str, Any]) -> ModelConfig:
@@ -152,16 +155,30 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise DataError(f"{folder} must be a model folder, but has no {CONFIG_NAME}; name the folder that holds it")
-    return parse_config(path.read_bytes(), str(path))
+    try:
+        return parse_config(path.read_bytes(), str(path))
+    except OSError as error:
+        raise DataError(f"{path} must be readable, but {one_line(error)}; mend its permissions") from error
 
 
 def parse_config(content: bytes, origin: str) -> dict[str, Any]:
     """The same from the bytes of a config.json; `origin` names them in errors."""
     try:
-        values: dict[str, Any] = json.loads(content)
+        values = parse_object(content)
     except ValueError as error:
-        raise DataError(f"{origin} must be JSON, but is not ({error}); make the model again") from error
+        raise DataError(
+            f"{origin} must be a JSON object, but is not ({one_line(error)}); make the model again"
+        ) from error
     check_supported(values, origin)
+    try:
+        model_config_of(values)
+    except ValidationError as error:
+        found = error.errors()[0]
+        name = ".".join(str(part) for part in found["loc"])
+        raise DataError(
+            f"{origin} must describe a model, but its {name} is {found['input']!r:.60} ({found['msg']}); mend it, or "
+            "choose another model"
+        ) from error
     return values
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from modularforge.config import RopeScalingConfig
 from modularforge.errors import DataError
+from modularforge.model.hub_fields import is_number, wrong_fields, wrong_shapes
 
 DENSE_TYPES = ("llama", "mistral", "qwen3")
 MOE_TYPES = ("mixtral", "qwen3_moe")
@@ -21,23 +22,20 @@ WHY_NO_BIAS = "attention and feed-forward blocks without biases, since the assem
 
 def check_supported(values: Mapping[str, Any], origin: str) -> None:
     """Raise DataError unless these values of a config.json describe a model that we compute as transformers does."""
-    if values.get("model_type") not in (*DENSE_TYPES, *MOE_TYPES):
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in (*DENSE_TYPES, *MOE_TYPES):
         raise DataError(
             f"{origin} must have model_type {', '.join(DENSE_TYPES)}, {' or '.join(MOE_TYPES)}, but has "
-            f"{values.get('model_type')!r}; choose a model of the Llama family or Qwen3"
+            f"{kind!r:.60}; choose a model of the Llama family or Qwen3"
         )
-    for name in _needed_numbers(values):
-        if not isinstance(values.get(name), int) or values[name] < 1:
-            raise DataError(f"{origin} must have a positive number {name}, but has {values.get(name)!r}; mend it")
-    for wish, found in _obstacles(values):
-        raise DataError(f"{origin} must have {wish}, but has {found}; choose another model")
-
-
-def _needed_numbers(values: Mapping[str, Any]) -> Iterator[str]:
-    yield from ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    yield "max_position_embeddings"
-    if values["model_type"] in MOE_TYPES:
-        yield from ("num_local_experts" if "num_local_experts" in values else "num_experts", "num_experts_per_tok")
+    is_mixture = kind in MOE_TYPES
+    for wrong in (
+        wrong_fields(values, is_mixture, has_own_width=kind == "qwen3_moe"),
+        wrong_shapes(values, is_mixture),
+        _obstacles(values),
+    ):
+        for wish, found in wrong:
+            raise DataError(f"{origin} must have {wish}, but has {found:.200}; mend it, or choose another model")
 
 
 def _obstacles(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -46,7 +44,7 @@ def _obstacles(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if values.get(name):
             yield WHY_NO_BIAS, f"{name} true"
     if values.get("hidden_act", "silu") != "silu":
-        yield "hidden_act silu", repr(values["hidden_act"])
+        yield "hidden_act silu", f"{values['hidden_act']!r:.60}"
     if values.get("quantization_config"):
         yield "plain weights in bf16, fp16 or fp32", "quantization_config"
     if has_sliding_window(values):
@@ -72,13 +70,20 @@ def _rotary_obstacles(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     found = values.get("rope_scaling") or values.get("rope_parameters") or {}
     kind = found.get("rope_type", found.get("type", "default"))
     if kind not in ROPE_TYPES:
-        yield f"a rope_type of {', '.join(ROPE_TYPES)}, whose angles do not depend on the text's length", repr(kind)
+        yield (
+            f"a rope_type of {', '.join(ROPE_TYPES)}, whose angles do not depend on the text's length",
+            f"{kind!r:.60}",
+        )
         return
     for name in ("factor", "low_freq_factor", "high_freq_factor") if kind == "llama3" else ("factor",):
-        if kind != "default" and not isinstance(found.get(name), (int, float)):
-            yield f"a number {name} for its rope_type {kind}", repr(found.get(name))
+        if kind != "default" and not is_number(found.get(name)):
+            yield f"a number {name} for its rope_type {kind}", f"{found.get(name)!r:.60}"
     unknown = sorted(name for name, value in found.items() if name not in ROPE_KEYS and value is not None)
     if unknown:
-        yield f"rope settings that are known ({', '.join(sorted(ROPE_KEYS))})", ", ".join(unknown)
+        yield f"rope settings that are known ({', '.join(sorted(ROPE_KEYS))})", ", ".join(map(_shown, unknown))
     if found.get("partial_rotary_factor", values.get("partial_rotary_factor")) not in (None, 1, 1.0):
         yield "rotary positions on whole heads (partial_rotary_factor 1)", "others"
+
+
+def _shown(name: str) -> str:
+    return name if name.isprintable() else repr(name)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from checkpoints.names import checked_part
 from checkpoints.parsing import parse_object
-from modularforge.errors import DataError
+from modularforge.errors import DataError, one_line
 from modularforge.model.hub_config import INDEX_NAME, WEIGHTS_NAME
 
 
@@ -23,11 +23,18 @@ def _names(folder: Path) -> list[str]:
     index = folder / INDEX_NAME
     if (folder / WEIGHTS_NAME).is_file() or not index.is_file():
         return [WEIGHTS_NAME]
+    return shard_names(index.read_bytes(), str(index))
+
+
+def shard_names(content: bytes, origin: str) -> list[str]:
+    """The weight files that an index names, sorted; raises DataError. `origin` names the index."""
     try:
-        places = parse_object(index.read_bytes()).get("weight_map")
+        places = parse_object(content).get("weight_map")
         if not isinstance(places, dict) or not places:
-            raise ValueError(f"weight_map is {places!r:.60}")
+            raise ValueError(f"weight_map must name files by tensor, but is {places!r:.60}")
         # Hugging Face's indices name files beside them, never files in folders.
         return sorted({checked_part(name) for name in places.values()})
     except (ValueError, TypeError) as error:  # a list cannot be part of a set
-        raise DataError(f"{index} must be an index of weight files, but is not ({error}); fetch it again") from error
+        raise DataError(
+            f"{origin} must be an index of weight files, but is not ({one_line(error)}); fetch the model again"
+        ) from error

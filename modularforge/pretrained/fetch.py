@@ -25,13 +25,17 @@ from checkpoints import (
     write_artifact,
 )
 from checkpoints.artifact import cache_folder
+from checkpoints.commands import shown_command
+from checkpoints.redact import redact
 from modularforge.errors import DataError, MismatchError, StoreError
 from modularforge.log import logger
 from modularforge.pretrained import hub
-from modularforge.pretrained.sources import HubName, hub_name, is_folder, model_files
+from modularforge.pretrained.other_formats import require_no_file
+from modularforge.pretrained.sources import HubName, folder_files, hub_name, is_folder, model_files
 from modularforge.pretrained.weights import check_weights
 
 KIND = "pretrained"
+CACHE_FACT = "from_cache"  # copied without a network, so that the Hub's hashes were not asked for
 PART_BYTES = 16 << 20
 
 
@@ -49,13 +53,44 @@ def fetch(model: str, output: str | None = None, verify: bool = False) -> Artifa
         artifact = _fetch(model, url)
         if verify:
             artifact.verify()
-    check_weights(artifact.local_folder(verify=False))
+    tensors = check_weights(artifact.local_folder(verify=False))
+    if verify:
+        _say_what_was_verified(artifact, len(tensors))
     return artifact
+
+
+def _say_what_was_verified(artifact: Artifact, tensors: int) -> None:
+    """What was compared with what, and what nobody here can know."""
+    manifest = artifact.manifest
+    size = sum(entry.size for entry in manifest.files.values())
+    logger.info(
+        "verified %d files, %d bytes: every byte has the sha256 that %s/manifest.json says, and the weight files have "
+        "the %d tensors that config.json asks for",
+        len(manifest.files),
+        size,
+        artifact.url,
+        tensors,
+    )
+    origin, commit = manifest.settings.get("model"), manifest.facts.get("commit")
+    if commit is None or manifest.facts.get(CACHE_FACT):
+        place = f"Hugging Face's cache (commit {commit})" if commit else redact(str(origin))
+        logger.info(
+            "these hashes were taken when it was copied from %s; whether that was what its maker published cannot be "
+            "verified from here",
+            place,
+        )
+    else:
+        logger.info(
+            "these hashes were taken when %s came from the Hub at commit %s, where each file was compared with the "
+            "size and the hash that the Hub gives",
+            origin,
+            commit,
+        )
 
 
 def cached_url(model: str) -> str:
     """Where a model is kept that was fetched without `--output`."""
-    readable = "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in model)[-60:]
+    readable = "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in redact(model))[-60:]
     return str(cache_folder() / "models" / f"{readable}-{hashlib.sha256(model.encode()).hexdigest()[:8]}")
 
 
@@ -69,10 +104,10 @@ def _whole_copy(url: str, model: str, verify: bool) -> Artifact | None:
         artifact = find_artifact(url)
         if artifact is None:
             return None
-        if artifact.manifest.settings.get("model") != model:
+        held = artifact.manifest.settings.get("model")
+        if held != redact(model):
             raise MismatchError(
-                f"{url} must be free or hold {model}, but holds {artifact.manifest.settings.get('model')}; choose "
-                "another --output"
+                f"{url} must be free or hold {redact(model)}, but holds {held!s:.200}; choose another --output"
             )
         artifact.local_folder(verify=False)
         if verify:
@@ -110,20 +145,20 @@ def _cached_folder(model: str, name: HubName, reason: ConnectionError) -> Path:
     state = "is not cached"
     if folder is not None:
         try:
-            model_files((path.name for path in folder.iterdir()), model)
+            folder_files(folder, model)
             check_weights(folder)
             return folder
         except DataError as error:
             state = f"is not whole in the cache ({error})"
     raise StoreError(
         f"{model} must be in Hugging Face's cache or be reachable on the Hub, but {state} and the Hub does not answer "
-        f"({reason}); run `modularforge fetch {model}` where there is a network, or name a folder"
+        f"({reason}); run `{shown_command('modularforge', 'fetch', model)}` where there is a network, or name a folder"
     ) from reason
 
 
 def _from_hub(model: str, name: HubName, listing: hub.HubListing, url: str) -> Artifact:
-    chosen = model_files(listing.files, model)
-    with write_artifact(url, KIND, _fingerprint(model, listing.commit), {"model": model}) as writer:
+    chosen = model_files(listing.files, model, lambda file: hub.download(name, listing, file).read_bytes())
+    with write_artifact(url, KIND, _fingerprint(model, listing.commit), {"model": redact(model)}) as writer:
         for number, file in enumerate(chosen, start=1):
             logger.info("%s: %s (%d of %d), %d bytes", model, file, number, len(chosen), listing.files[file].size)
             _link_or_copy(hub.download(name, listing, file), writer.folder / file)
@@ -135,13 +170,18 @@ def _copy_folder(source: str, url: str, model: str | None = None, commit: str | 
     """Copy a model folder of any store, checked against its manifest where it has one."""
     artifact = find_artifact(source)
     names = list(artifact.manifest.files) if artifact else paths.list_folder(source)
-    chosen, model = model_files(names, model or source), model or source
-    with write_artifact(url, KIND, _fingerprint(model, commit or source), {"model": model}) as writer:
+    model = model or source
+    chosen = model_files(names, model, artifact.read_bytes if artifact else lambda name: _read(source, name))
+    with write_artifact(url, KIND, _fingerprint(model, commit or source), {"model": redact(model)}) as writer:
         for name in chosen:
             writer.write_chunks(name, artifact.stream(name) if artifact else _chunks(paths.join(source, name)))
         if paths.is_local(url):
             check_weights(writer.folder)
-        return _commit(writer, url, {"commit": commit} if commit else {})
+        return _commit(writer, url, {"commit": commit, CACHE_FACT: True} if commit else {})
+
+
+def _read(folder: str, name: str) -> bytes:
+    return paths.read_bytes(paths.join(folder, name))
 
 
 def _chunks(url: str) -> Iterator[bytes]:
@@ -176,8 +216,7 @@ def local_model(model: str) -> Path:
         return open_artifact(model).local_folder()
     if paths.is_local(model) and is_folder(model):
         folder = paths.local_path(model)
-        model_files((path.name for path in folder.iterdir()), model)
+        folder_files(folder, model)
         return folder
-    if paths.is_local(model) and paths.local_path(model).is_file():
-        raise DataError(f"model.pretrained must be a model folder, but {model} is a file; name the folder it lies in")
+    require_no_file(model, "model.pretrained")
     return fetch(model).local_folder(verify=False)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from modularforge.errors import DataError, StoreError
+from modularforge.errors import DataError, StoreError, one_line
 from modularforge.log import logger
 from modularforge.model.hub_config import CONFIG_NAME
 from modularforge.pretrained.sources import HubName
@@ -142,10 +142,6 @@ def _explained(name: HubName) -> Iterator[None]:
             raise StoreError(
                 f"Hugging Face's cache must be writable and have room, but: {error}; free some, or set HF_HOME"
             ) from error
-        raise ConnectionError(_one_line(error)) from error
+        raise ConnectionError(one_line(str(error) or type(error).__name__)) from error
     except Exception as error:  # its HTTP client has changed from version to version, and each has its own classes
-        raise ConnectionError(_one_line(error)) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConnectionError(one_line(str(error) or type(error).__name__)) from error

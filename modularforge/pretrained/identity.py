@@ -15,7 +15,7 @@ from checkpoints import find_artifact, paths
 from checkpoints.artifact import cache_folder
 from modularforge.model.hub_config import read_config
 from modularforge.pretrained.fetch import local_model
-from modularforge.pretrained.sources import model_files
+from modularforge.pretrained.sources import folder_files
 
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 CHUNK_BYTES = 1 << 20
@@ -24,7 +24,7 @@ CHUNK_BYTES = 1 << 20
 def model_identity(model: str) -> str:
     """Identity of all files of a model that we read, 32 hexadecimal digits."""
     folder = local_model(model)
-    return _digest(_hashes(folder, model_files((path.name for path in folder.iterdir()), model)))
+    return _digest(_hashes(folder, folder_files(folder, model)))
 
 
 def tokenizer_identity(model: str) -> str:

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from checkpoints import find_artifact, paths
+from checkpoints.commands import shown_command
+from checkpoints.redact import redact
 from modularforge.errors import ConfigError, StoreError
 from modularforge.model.hub_config import CONFIG_NAME, model_config_of, parse_config
 from modularforge.pretrained import hub
 from modularforge.pretrained.fetch import cached_url
+from modularforge.pretrained.other_formats import require_no_other_format
 from modularforge.pretrained.sources import hub_name, is_folder
 
 
@@ -27,7 +30,7 @@ def with_pretrained_shape(values: Mapping[str, Any], model: str) -> dict[str, An
     if wrong:
         listed = ", ".join(f"model.{name} ({shape[name]!r:.80}, but is {given[name]!r:.80})" for name in wrong)
         raise ConfigError(
-            f"settings must be those of the pretrained model {model} or be left out: {listed}; delete them"
+            f"settings must be those of the pretrained model {redact(model)} or be left out: {listed}; delete them"
         )
     data = {**values["data"], "vocab_size": found["vocab_size"]}
     return {**values, "data": data, "model": {**shape, **own}}
@@ -44,10 +47,12 @@ def read_pretrained_config(model: str) -> dict[str, Any]:
     artifact = find_artifact(model)
     url = artifact.file_url(CONFIG_NAME) if artifact else paths.join(model, CONFIG_NAME)
     try:
-        return parse_config(paths.read_bytes(url), url)
+        return parse_config(paths.read_bytes(url), redact(url))
     except FileNotFoundError as error:
+        require_no_other_format(paths.list_folder(model), redact(model))
         raise ConfigError(
-            f"model.pretrained must be a model folder, but {model} has no {CONFIG_NAME}; name the folder that holds it"
+            f"model.pretrained must be a model folder, but {redact(model)} has no {CONFIG_NAME}; name the folder that "
+            "holds it"
         ) from error
 
 
@@ -57,5 +62,5 @@ def _from_hub(model: str) -> bytes:
     except ConnectionError as error:
         raise StoreError(
             f"model.pretrained {model} must be a folder, cached, or reachable on the Hub, but is neither of them "
-            f"({error}); run `modularforge fetch {model}` where there is a network"
+            f"({error}); run `{shown_command('modularforge', 'fetch', model)}` where there is a network"
         ) from error

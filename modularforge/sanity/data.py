@@ -36,8 +36,7 @@ def check_data(config: Config, quick: bool) -> Iterator[str]:
     if artifact is not None:
         yield from _check_prepared(Corpus(artifact), config.model.context_length)
         return
-    if quick:
-        require_hub(config)
+    require_hub(config)
     texts = []
     for source in config.data.sources:
         for split in SPLITS:

@@ -9,6 +9,7 @@ import time
 from functools import partial
 
 from checkpoints import Artifact, MissingArtifactError, find_artifact, paths
+from checkpoints.commands import shown_command
 from modularforge.artifacts import Backbone, Corpus
 from modularforge.config import Config
 from modularforge.errors import MismatchError
@@ -82,7 +83,8 @@ def where(config: Config) -> str:
     lines = [f"report:  {paths.join(stage_url(config, 'evaluation'), REPORT_NAME)}"]
     best = models.get("calibrated") or models.get("assembled")
     if best:
-        lines += [f"model:   {best.url}", f'try it:  modularforge generate --model {best.url} --prompt "The"']
+        command = shown_command("modularforge", "generate", "--model", best.url, "--prompt", "The")
+        lines += [f"model:   {best.url}", f"try it:  {command}"]
     return "\n".join(lines)
 
 

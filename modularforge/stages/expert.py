@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from checkpoints import Artifact
-from modularforge.artifacts import Backbone, Corpus, even_streams, token_file
+from modularforge.artifacts import Backbone, Corpus, even_streams, partition_rows, token_file
 from modularforge.config import Config
 from modularforge.errors import ConfigError
 from modularforge.log import logger
@@ -47,5 +47,6 @@ def run(config: Config, index: int) -> None:
 
 def _domains_of(partitions: Artifact, index: int) -> list[str]:
     """Labels that make up more than a trace of a partition's tokens: what its expert is validated on."""
-    tokens: dict[str, int] = partitions.read_json("partitions.json")["partitions"][index]["tokens_by_label"]
+    rows = partition_rows(partitions)
+    tokens = rows[index].tokens_by_label if index < len(rows) else {}
     return [label for label, count in tokens.items() if count >= SMALL_SHARE * sum(tokens.values())]

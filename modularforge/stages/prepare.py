@@ -9,12 +9,16 @@ from pathlib import Path
 
 from checkpoints import Artifact, paths
 from modularforge.config import Config
+from modularforge.data.inputs import SHOWN, changes_since, file_states, list_matches, record, warn_of_repeats
 from modularforge.data.partition_files import make_partitions
 from modularforge.data.prepare import prepare_corpus
+from modularforge.errors import DataError, StoreError
 from modularforge.log import logger
 from modularforge.pipeline import finished, plan_stage, require
 from modularforge.pretrained.fetch import local_model
 from modularforge.provenance import commit, making
+
+SOURCES_FACT = "sources"  # in the manifest of prepared data: the files that were read
 
 
 def run(config: Config) -> Artifact:
@@ -26,17 +30,40 @@ def run(config: Config) -> Artifact:
 
 def _prepare_corpus(config: Config) -> None:
     plan = plan_stage(config, "corpus")
-    if finished(plan):
+    if artifact := finished(plan):
         logger.info("data is finished: %s", plan.url)
+        _warn_of_changes(config, artifact)
         return
+    matches = list_matches(config)
+    warn_of_repeats(matches)
+    states = file_states(matches)
     scratch = _scratch_folder(plan.url, plan.fingerprint)
     with making(plan) as writer:
         start = time.perf_counter()
         pretrained = local_model(config.model.pretrained) if config.model.pretrained else None
-        metadata = prepare_corpus(config, scratch, writer.folder, pretrained)
+        metadata = prepare_corpus(config, scratch, writer.folder, pretrained, states)
         seconds = round(time.perf_counter() - start, 3)
-        commit(writer, plan, config, {"seconds": seconds, "labels": metadata["labels"], "splits": metadata["splits"]})
+        facts = {"seconds": seconds, "labels": metadata["labels"], "splits": metadata["splits"]}
+        commit(writer, plan, config, {**facts, SOURCES_FACT: record(matches, states)})
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _warn_of_changes(config: Config, artifact: Artifact) -> None:
+    """Say so when the files are not those that were read; the prepared data stays what it is."""
+    recorded = artifact.manifest.facts.get(SOURCES_FACT)
+    try:
+        changes = changes_since(recorded, config) if recorded else []
+    except (DataError, StoreError) as error:
+        changes = [str(error)]
+    if changes:
+        more = f" (and {len(changes) - SHOWN} more)" if len(changes) > SHOWN else ""
+        logger.warning(
+            "the sources are not what they were when %s was prepared: %s%s; it is used as it is: delete it, or name "
+            "another --data-dir, to read them again",
+            artifact.url,
+            "; ".join(changes[:SHOWN]),
+            more,
+        )
 
 
 def _make_partitions(config: Config) -> None:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from checkpoints import paths
+from checkpoints.commands import shown_command
 from modularforge.config import Config
 from modularforge.errors import TrainingError
 from modularforge.log import logger
@@ -39,9 +40,10 @@ def train_on_cluster(runs: Runs, variants: Sequence[Variant], seeds: Sequence[in
         launched = [_launch(run, _baselines(variants, run)) for run in wave]
         failed = [url for url in launched if not _launcher("wait", url)]
         if failed:
+            command = shown_command("python", "-m", "launcher", "status", "--config", failed[0])
             raise TrainingError(
-                f"all runs of the study must end well, but these did not: {', '.join(failed)}; see "
-                f"`python -m launcher status --config {failed[0]}`, and repeat the command"
+                f"all runs of the study must end well, but these did not: {', '.join(failed)}; see `{command}`, and "
+                "repeat the command"
             )
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import Artifact
+from modularforge.artifacts import partition_rows
 from modularforge.calibration.calibrator import split_documents
 from modularforge.config import Config
 from modularforge.data.loader import IGNORED_TARGET, evaluation_batches
@@ -185,10 +186,9 @@ class Bench:
         return {"changes": changes, "others": max(others, key=abs), "others_mean": sum(others) / len(others)}
 
     def _own_domains(self) -> list[set[str]]:
-        partitions = self.run.obtain("partitions").read_json("partitions.json")["partitions"]
         return [
-            {label for label, count in item["tokens_by_label"].items() if count >= OWN_SHARE * item["tokens"]}
-            for item in partitions
+            {label for label, count in row.tokens_by_label.items() if count >= OWN_SHARE * row.tokens}
+            for row in partition_rows(self.run.obtain("partitions"))
         ]
 
 

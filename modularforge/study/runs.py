@@ -5,7 +5,6 @@ Data and partitions lie beside the runs, one folder for each way of dividing the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,11 +53,10 @@ class Runs:
         if takes_all:
             chosen["assembly.experts_per_token"] = 1
         chosen |= {"seed": seed, "data_seed": self.study.seeds[0]}
-        texts = [f"{name}={json.dumps(value)}" for name, value in chosen.items()]
         try:
             config = load_config(
                 self.study.base,
-                [*texts, *self.changes],
+                [*chosen.items(), *self.changes],
                 smoke_test=self.smoke_test,
                 output_dir=paths.join(self.root, f"seed-{seed}", recipe),
             )

@@ -6,6 +6,7 @@ It is YAML, strict like the settings. A list among a variant's settings stands f
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from modularforge.config import Section, Text
-from modularforge.errors import ConfigError
+from modularforge.mistakes import config_error
 from modularforge.settings import read_yaml
 
 Kind = Literal[
@@ -30,7 +31,9 @@ Kind = Literal[
 ]
 ROUTED = ("assembled", "btx")
 OPEN_SECTIONS = ("assembly.", "calibration.")
-NAME = re.compile(r"^[A-Za-z0-9_.-]+$")
+MOST_IN_GRID = 1000
+NAME = re.compile(r"[A-Za-z0-9_.-]+")
+OTHER = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
 class VariantEntry(Section):
@@ -105,9 +108,7 @@ def load_study(path: str, output_dir: str | None = None) -> StudyFile:
     try:
         return StudyFile.model_validate(values)
     except ValidationError as error:
-        lines = [line for problem in error.errors() for line in _describe(problem)]
-        listed = "\n".join(f"  {line}" for line in lines)
-        raise ConfigError(f"{path} has {len(lines)} mistake(s):\n{listed}") from None
+        raise config_error(error, path, lambda _: "is no part of a study file; see docs/study.md") from None
 
 
 def variants_of(study: StudyFile) -> list[Variant]:
@@ -138,7 +139,7 @@ def _grid(settings: dict[str, Any]) -> Iterator[tuple[list[str], dict[str, Any]]
     lists = {name: value for name, value in settings.items() if isinstance(value, list)}
     for values in itertools.product(*lists.values()):
         chosen = dict(zip(lists, values, strict=True))
-        words = [f"{name.rsplit('.', 1)[-1]}_{value}".lower() for name, value in chosen.items()]
+        words = [OTHER.sub("_", f"{name.rsplit('.', 1)[-1]}_{value}").lower() for name, value in chosen.items()]
         yield words, {**settings, **chosen}
 
 
@@ -146,8 +147,8 @@ def _problems(study: StudyFile) -> Iterator[str]:
     """One sentence per mistake that the types alone do not show."""
     known = ", ".join(study.recipes)
     for name in (*study.recipes, *study.variants):
-        if not NAME.match(name):
-            yield f"{name!r} must be letters, digits, dots, dashes and underscores, as it names a folder; rename it"
+        if not NAME.fullmatch(name) or not name.strip("."):
+            yield f"{name!r:.80} must be letters, digits, dots, dashes and underscores, as it names a folder; rename it"
     if study.reference is not None and study.reference not in study.recipes:
         yield f"reference must be one of the recipes ({known}), but is {study.reference}; choose one of these"
     for name, entry in study.variants.items():
@@ -156,6 +157,8 @@ def _problems(study: StudyFile) -> Iterator[str]:
                 yield f"variants.{name}.recipe must be one of the recipes ({known}), but is {recipe}; choose one"
         if unknown := sorted(set(entry.seeds or ()) - set(study.seeds)):
             yield f"variants.{name}.seeds must be among the study's ({study.seeds}), but has {unknown[0]}; add it there"
+        if (count := math.prod(len(value) for value in entry.set.values() if isinstance(value, list))) > MOST_IN_GRID:
+            yield f"variants.{name}.set must stand for at most {MOST_IN_GRID} variants, but does for {count}; divide it"
         if entry.set and entry.kind not in ROUTED:
             yield f"variants.{name}.set must be empty for kind {entry.kind}; put its settings into a recipe"
         for setting in entry.set:
@@ -168,15 +171,3 @@ def _problems(study: StudyFile) -> Iterator[str]:
             yield f"variants.{name}.calibrate must be false for kind {entry.kind}, which has no router; remove it"
         if entry.removal and entry.kind not in (*ROUTED, "joint"):
             yield f"variants.{name}.removal must be false for kind {entry.kind}, which has no router; remove it"
-
-
-def _describe(problem: Any) -> list[str]:
-    name = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"]).splitlines()
-    if problem["type"] == "extra_forbidden":
-        return [f"{name} is no part of a study file; see docs/study.md"]
-    if problem["type"] == "missing":
-        return [f"{name} must be set, but is missing; add it"]
-    wish = problem["msg"].removeprefix("Input should be ")
-    return [f"{name} must be {wish}, but is {problem['input']!r:.80}; change it"]

@@ -1,13 +1,11 @@
 """The world: which process this is, how many there are, and the few collectives that training needs.
 
-torchrun describes the world in the environment; without it the world is one process. Environment variables of the
-launch are read here and nowhere else.
+torchrun describes the world in the environment (`modularforge/ranks.py` reads it); without it the world is one process.
 """
 
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from modularforge.ranks import own_rank
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 
@@ -51,8 +51,7 @@ class World:
 @contextmanager
 def joined_world(device: torch.device | None = None) -> Iterator[World]:
     """Join the processes that torchrun started (gloo on CPU, nccl on GPU), and leave at the end."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    rank, local_rank, size = own_rank()
     device = device or default_device(local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)

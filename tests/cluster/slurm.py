@@ -174,6 +174,10 @@ class Cluster:
                 found[pid] = found[ancestor]
         return found
 
+    def pids_of(self, daemon: str) -> list[int]:
+        """Processes of one of the daemons, such as `slurmctld`."""
+        return [pid for pid in self.processes() if _command(pid).split(" ")[0].rpartition("/")[2] == daemon]
+
     def _launch(self, name: str, command: list[str]) -> None:
         folder = self.folder / name
         folder.mkdir(exist_ok=True)

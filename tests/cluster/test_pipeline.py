@@ -87,7 +87,7 @@ def test_status_shows_all_committed_with_step_loss_and_checkpoint(finished: Laun
 
 def test_logs_prints_the_log_of_a_job(finished: Launched) -> None:
     assert "finished: " in finished.launcher("logs", "expert/1")
-    assert "expert/9 is none; there are prepare-data" in finished.launcher("logs", "expert/9", code=2)
+    assert "'expert/9' is none; there are prepare-data" in finished.launcher("logs", "expert/9", code=2)
 
 
 def test_code_and_settings_are_frozen_and_recorded(finished: Launched) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import open_artifact
+from checkpoints.commands import shown_command
 from launcher.lock import submission_lock
 from tests.cluster.conftest import Launched
 from tests.cluster.slurm import wait_for
@@ -468,3 +469,17 @@ def test_two_hundred_experts_with_a_throttle(stub_run: Make, tmp_path: Path) -> 
     wait_for(all_done, "200 experts", 280)
     assert most <= 8
     assert started(tmp_path) == list(range(200))
+
+
+def test_logs_of_a_run_in_a_folder_with_percent_signs_and_quotes_are_where_status_says(
+    stub_run: Make, tmp_path: Path
+) -> None:
+    run = stub_run("finish", name="100 %j%a it's, a=run")
+    run.submit()
+    wait_for_experts(run, range(3))
+    for index in range(3):
+        assert "the stand-in of expert" in Path(run.rows()[f"expert-{index}"]["log"]).read_text()
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {run.folder.name, "stub"}
+    assert shown_command("python", "-m", "launcher", "resume", "--output-dir", str(run.folder)) in run.launcher(
+        "cancel"
+    )

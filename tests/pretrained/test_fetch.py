@@ -58,6 +58,9 @@ def same_files(folder: Path, source: Path) -> bool:
 def test_a_model_is_fetched_whole_with_its_tokenizer_and_verified(fetch: Fetch, source: Path, tmp_path: Path) -> None:
     done = fetch(NAME, "--output", str(tmp_path / "out"), "--verify")
     assert str(tmp_path / "out") in done.stdout
+    assert (
+        f"came from the Hub at commit {COMMIT}, where each file was compared with the size and the hash" in done.stderr
+    )
     assert same_files(tmp_path / "out", source)
     assert not (tmp_path / "out" / "pytorch_model.bin").exists()
     manifest = open_artifact(str(tmp_path / "out")).manifest
@@ -82,6 +85,7 @@ def test_without_output_the_cache_is_used_and_works_offline(fetch: Fetch, source
 def test_offline_the_cache_of_hugging_face_is_enough(fetch: Fetch, source: Path, tmp_path: Path) -> None:
     fetch(NAME)
     done = fetch(NAME, "--output", str(tmp_path / "out"), "--verify", HF_ENDPOINT="http://127.0.0.1:9")
+    assert f"copied from Hugging Face's cache (commit {COMMIT}); whether" in done.stderr
     assert "taken from the cache" in done.stdout + done.stderr or "looked for in the cache" in done.stdout + done.stderr
     assert same_files(tmp_path / "out", source)
 

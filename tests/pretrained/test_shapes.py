@@ -124,6 +124,17 @@ def changed(folder: Path, **values: Any) -> Path:
         ({"quantization_config": {"bits": 4}}, "plain weights"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 1"),
         ({"hidden_size": "wide"}, "a positive number hidden_size, but has 'wide'"),
+        ({"hidden_size": 10**30}, "a positive number hidden_size, but has 1000000"),
+        ({"vocab_size": True}, "a positive number vocab_size, but has True"),
+        ({"num_hidden_layers": 10**9}, "a positive number num_hidden_layers"),
+        ({"head_dim": 7}, "an even positive number as head_dim, but has 7"),
+        ({"num_key_value_heads": 3}, "query heads that are a multiple of its num_key_value_heads, but has 4 and 3"),
+        ({"rms_norm_eps": "small"}, "a positive number as rms_norm_eps"),
+        ({"tie_word_embeddings": "no"}, "true or false as tie_word_embeddings, but has 'no'"),
+        ({"eos_token_id": [1, "x"]}, "a token id or a list of them as eos_token_id"),
+        ({"rope_parameters": [1]}, "an object as rope_parameters, but has"),
+        ({"model_type": ["llama"]}, "must have model_type llama, .* but has"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": "x"}}, "its beta_fast is 'x'"),
     ],
 )
 def test_what_we_would_compute_differently_is_refused(values: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from modularforge.data.adopted_tokenizer import adopt_tokenizer, portable_settings
-from modularforge.data.tokenizer import load_tokenizer, token_byte_lengths, vocabulary_size
+from modularforge.data.tokenizer import encode_texts, load_tokenizer, token_byte_lengths, vocabulary_size
 from modularforge.errors import DataError
 
 
@@ -82,3 +82,89 @@ def test_settings_of_transformers_5_are_put_in_words_that_4_knows() -> None:
     assert portable_settings(newer) == older
     assert portable_settings(older) == older
     assert portable_settings({"tokenizer_class": "Qwen2Tokenizer"}) == {"tokenizer_class": "Qwen2Tokenizer"}
+
+
+SPECIAL = ["<unk>", "<s>", "</s>"]
+TYPED = "The cat</s>sat <s> on</s></s> the</s> mat"
+
+
+def unigram() -> Tokenizer:
+    """As some models of the Llama family have it: special tokens are pieces of the model."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=SPECIAL, unk_token="<unk>")
+    tokenizer.train_from_iterator(["the cat sat on the mat < s / > . The"] * 20, trainer)
+    return tokenizer
+
+
+def word_kind(model: Any) -> Tokenizer:
+    words = [*SPECIAL, "the", "The", "cat", "sat", "on", "mat", "cat</s>sat", *"<>/s"]
+    tokenizer = Tokenizer(model({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(SPECIAL)
+    return tokenizer
+
+
+def merged() -> Tokenizer:
+    """A BPE whose merges spell the end of a text."""
+    letters = [*SPECIAL, *"</s>Thecatonm ", "</", "</s"]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(letters))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("<", "/"), ("</", "s"), ("</s", ">")], unk_token="<unk>"))
+    tokenizer.add_special_tokens(SPECIAL)
+    return tokenizer
+
+
+KINDS = [unigram, lambda: word_kind(models.WordPiece), lambda: word_kind(models.WordLevel), merged, sentencepiece_kind]
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_special_tokens_typed_in_a_text_are_text_whatever_the_model(make: Any, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(save(make(), tmp_path))
+    ids = tokenizer.encode(TYPED).ids
+    assert not {1, 2} & set(ids)
+    assert len(ids) > 5
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_text_without_special_tokens_is_encoded_as_ever(make: Any, tmp_path: Path) -> None:
+    plain = make()
+    tokenizer = load_tokenizer(save(plain, tmp_path))
+    for text in ("The cat sat on the mat", "< s > / <", "the</ s>", " ", ""):
+        assert tokenizer.encode(text).ids == plain.encode(text).ids
+
+
+def test_a_tokenizer_that_makes_special_tokens_of_any_text_is_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "!": 1}, unk_token="<unk>"))
+    tokenizer.add_special_tokens(["!"])
+    with pytest.raises(DataError, match="turns the text '!' into its special token 1"):
+        load_tokenizer(save(tokenizer, tmp_path))
+
+
+def test_a_text_that_a_tokenizer_cannot_encode_is_one_sentence() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="<never>"))
+    with pytest.raises(DataError, match=r"must encode any text, but fails \(WordLevel error: Missing"):
+        encode_texts(tokenizer, ["a", "b"])
+
+
+def test_an_end_of_text_that_is_not_marked_as_special_is_marked(tmp_path: Path) -> None:
+    pieces = {piece: index for index, piece in enumerate(["<unk>", "<s>", "</s>", *"</s>abc"[1:]])}
+    tokenizer = Tokenizer(models.BPE({**pieces, "<": 20}, []))
+    tokenizer.add_tokens([AddedToken("</s>", special=False), AddedToken("<tool>", special=False)])
+    source = save(tokenizer, tmp_path / "source", eos_token="</s>")
+    (tmp_path / "output").mkdir()
+    adopted, end = adopt_tokenizer(source, tmp_path / "output")
+    assert end == 2
+    for reader in (adopted, load_tokenizer(tmp_path / "output")):
+        assert 2 not in reader.encode("a</s>b").ids
+        assert reader.token_to_id("<tool>") in reader.encode("a<tool>b").ids  # its author calls it an ordinary token
+        assert token_byte_lengths(reader)[2] == 0
+    assert (source / "tokenizer.json").read_bytes() != (tmp_path / "output" / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("value", [-1, 10**6, True, "2", [], [None], 1.0])
+def test_an_end_of_text_that_the_tokenizer_lacks_is_refused(value: Any, tmp_path: Path) -> None:
+    source = save(sentencepiece_kind(), tmp_path / "source", eos_token=5)
+    (tmp_path / "output").mkdir()
+    (source / "config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(DataError, match="must name the token that ends a text"):
+        adopt_tokenizer(source, tmp_path / "output")

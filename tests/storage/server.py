@@ -46,9 +46,9 @@ class Server:
         self.process.wait(20)
 
 
-def start_server(folder: Path) -> Server:
+def start_server(folder: Path, port: int = 0) -> Server:
     """Start ministack and wait until it answers."""
-    port = free_port()
+    port = port or free_port()
     settings = {
         "BIND_HOST": "127.0.0.1",
         "GATEWAY_PORT": str(port),

@@ -189,11 +189,17 @@ def test_short_documents_are_dropped_and_counted(tmp_path):
     assert dropped == {"web": 1}
 
 
-def test_the_cap_applies_to_training_documents_and_a_tenth_of_it_to_others(tmp_path):
+def test_the_cap_applies_to_training_documents_and_a_tenth_of_it_to_what_is_held_out_of_them(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"document {n}"} for n in range(100)])
+    cap = {"max_documents_per_source": 30, "heldout_fraction": 0.2}
+    assert len(texts(path, data=cap)) == 30
+    assert len(texts(path, "test", data=cap, **HELD_OUT)) == 3
+
+
+def test_held_out_files_that_the_source_names_are_read_whole(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"document {n}"} for n in range(100)])
     cap = {"max_documents_per_source": 30}
-    assert len(texts(path, data=cap)) == 30
-    assert len(texts(path, "test", data=cap)) == 3
+    assert len(texts(path, "validation", data=cap, test=None)) == len(texts(path, "test", data=cap)) == 100
 
 
 def test_held_out_documents_are_in_no_other_split_whatever_their_order(tmp_path):

@@ -20,7 +20,7 @@ from checkpoints import paths
 from launcher import slurm
 from launcher.attempts import Ended, decide
 from launcher.carrier import Request, dependency, script_of
-from launcher.environment import environment_of, job_environment
+from launcher.environment import job_environment
 from launcher.finish import lost_steps, sessions
 from launcher.lock import BusyError, submission_lock
 from launcher.pieces import cut, ranges
@@ -147,9 +147,6 @@ def test_a_jobs_environment_has_what_is_named_and_nothing_else(monkeypatch: pyte
     found = job_environment(["AWS_*", "SLURM_*"])
     assert {"AWS_PROFILE", "SLURM_CONF", "PATH"} <= set(found)
     assert not {"GITHUB_TOKEN", "SLURM_JOB_ID", "RANK", "MASTER_ADDR", "PMI_RANK"} & set(found)
-    with environment_of(found):
-        assert dict(os.environ) == found
-    assert os.environ["GITHUB_TOKEN"] == "x"
 
 
 def test_a_script_asks_for_what_the_settings_say(tmp_path: Path) -> None:
@@ -319,7 +316,7 @@ def test_a_lock_of_another_machine_counts_while_its_holder_renews_it(
         assert json.loads(lock.read_text())["time"] > begun
     elsewhere = {"host": "elsewhere", "pid": 1, "token": "theirs"}
     lock.write_text(json.dumps(elsewhere | {"time": time.time()}))
-    with pytest.raises(BusyError, match="on elsewhere"), submission_lock(config):
+    with pytest.raises(BusyError, match="on 'elsewhere'"), submission_lock(config):
         pass
     lock.write_text(json.dumps(elsewhere | {"time": time.time() - 601}))
     with submission_lock(config):

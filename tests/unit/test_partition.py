@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.feature_extraction.text import HashingVectorizer
 
 from modularforge.config import PartitionConfig
-from modularforge.data.clusters import cluster_documents
+from modularforge.data.clusters import WORD, _analyzer, cluster_documents
 from modularforge.data.partition import (
     add_overlap,
     curriculum_partitions,
@@ -132,6 +133,32 @@ def test_clusters_find_the_topics_whether_fitted_on_all_or_on_a_sample(sample):
     assert sorted(part.tolist() for part in clusters.partitions) == [list(range(k, 90, 3)) for k in range(3)]
     for part, words in zip(clusters.partitions, clusters.top_words, strict=True):
         assert set(words) <= set(list(TOPICS.values())[part[0] % 3].split())
+
+
+BLANKLESS = {
+    "sea": ["船海", "浪港", "水手", "風暴", "島嶼", "帆桅"],
+    "law": ["法院", "判決", "條款", "章節", "被告", "律師"],
+    "genes": ["ACGTAC", "GGATCC", "TTGACA"],
+}
+
+
+def test_clusters_find_the_topics_of_text_without_blanks():
+    generator = np.random.default_rng(0)
+    texts = ["".join(generator.choice(words, 80)) for _ in range(30) for words in BLANKLESS.values()]
+    tokenizer = train_tokenizer(texts, 500)
+    documents = token_file([[*encoding.ids, EOS] for encoding in tokenizer.encode_batch(texts)])
+    for sample in (10_000, 30):
+        clusters = cluster_documents(documents, tokenizer, 3, PartitionConfig(cluster_sample_documents=sample), seed=0)
+        assert sorted(part.tolist() for part in clusters.partitions) == [list(range(k, 90, 3)) for k in range(3)]
+    assert all(len(word) <= 4 for words in clusters.top_words for word in words)
+
+
+def test_a_few_documents_without_blanks_leave_the_words_of_the_others_as_they_are():
+    ordinary = [" ".join(["the ship sailed over waves"] * 5)] * 97
+    assert _analyzer([*ordinary, *["x" * 500] * 3], WORD) == {"token_pattern": WORD}
+    analyze = _analyzer([*ordinary, *["x" * 500] * 30], WORD)["analyzer"]
+    vectorizer = HashingVectorizer(token_pattern=WORD)
+    assert analyze(ordinary[0]) == vectorizer.build_analyzer()(ordinary[0])
 
 
 def test_clusters_are_the_same_for_the_same_seed():

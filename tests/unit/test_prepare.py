@@ -215,6 +215,23 @@ def test_partitions_hold_the_documents_they_list(config, tmp_path, method):
     assert all(("top_words" in row) == (method == "clustered") for row in summary["partitions"])
 
 
+@pytest.mark.parametrize("part", ["tokens.bin", "labels.npy"])
+def test_prepared_data_with_ids_that_nobody_knows_is_refused(config, tmp_path, part):
+    _, corpus = prepare(config, tmp_path)
+    path = corpus / f"train.{part}"
+    path.write_bytes(path.read_bytes()[:-2] + b"\xff\xff")
+    (tmp_path / "parts").mkdir()
+    with pytest.raises(DataError, match=r"of the train documents must be below .*, but one is 65535; run"):
+        make_partitions(config, corpus, tmp_path / "parts")
+
+
+def test_a_source_with_a_password_leaves_none_in_what_is_written(config, tmp_path):
+    source = config.data.sources[0].model_copy(update={"hub_config": "http://me:hunter22@host/?token=hunter22"})
+    data = config.data.model_copy(update={"sources": [source, config.data.sources[1]]})
+    _, folder = prepare(config.model_copy(update={"data": data}), tmp_path)
+    assert all(b"hunter22" not in content for content in files_of(folder).values())
+
+
 def test_partitions_are_the_same_bytes_again_and_other_bytes_with_another_seed(config, tmp_path):
     _, corpus = prepare(config, tmp_path)
     folders = []

@@ -1,12 +1,16 @@
 """The byte-level tokenizer: nothing is unknown, nothing is lost, text never becomes a special token."""
 
 import logging
+import random
+import threading
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modularforge.data import background, tokenizer
 from modularforge.data.tokenizer import (
     BOS,
     EOS,
@@ -85,3 +89,49 @@ def test_a_broken_tokenizer_file_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match=r"tokenizer.json must be a tokenizer, but cannot be read"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"{}" * 3, b"[" * 5000])
+def test_whatever_stands_in_a_tokenizer_file_is_one_sentence(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"tokenizer.json must be a tokenizer, but cannot be read .*; run") as caught:
+        load_tokenizer(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_tokenizer_without_entries_or_with_ids_beyond_all_reason_is_refused(tmp_path):
+    for vocabulary in ("{}", '{"a": 4294967295}'):
+        model = f'{{"model": {{"type": "BPE", "vocab": {vocabulary}, "merges": []}}}}'
+        (tmp_path / "tokenizer.json").write_text(model)
+        with pytest.raises(DataError, match="its ids must be from 0 to 1000000"):
+            load_tokenizer(tmp_path)
+
+
+def seconds_to_learn(letters):
+    generator = random.Random(0)
+    word = "".join(generator.choice("ACGT") for _ in range(letters))
+    started = time.process_time()
+    train_tokenizer([word, *TEXTS], 400)
+    return time.process_time() - started
+
+
+def test_learning_from_one_long_word_takes_time_by_its_length():
+    seconds_to_learn(10_000)
+    assert seconds_to_learn(200_000) < 2  # 11 s when the word was one piece, and four times that at twice the length
+
+
+@pytest.mark.parametrize("text", ["a" * 1024, "é" * 500, "the cat " * 500, "x" * 1000 + " " * 1000])
+def test_words_of_up_to_a_kilobyte_are_learned_whole(text, monkeypatch):
+    cut = train_tokenizer([text, *TEXTS], 300).to_str()
+    monkeypatch.setattr(tokenizer, "LONGEST_WORD", 1 << 15)
+    assert train_tokenizer([text, *TEXTS], 300).to_str() == cut
+
+
+def test_a_long_silent_call_is_told_while_it_runs(caplog, monkeypatch):
+    monkeypatch.setattr(background, "SILENCE_SECONDS", 0.01)
+    said = threading.Event()
+    monkeypatch.setattr(background.logger, "info", lambda *_: said.set())
+    before = threading.active_count()
+    with background.still_at_it("learning"):
+        assert said.wait(10)
+    assert threading.active_count() == before

@@ -1,0 +1,114 @@
+"""The files that the sources name: listed before they are read, recorded beside what was made of them, compared later.
+
+Names, sizes and times (or an object store's ETag) tell whether files are those that were read. They are facts of the
+artifact, not part of its identity: the same text elsewhere is the same corpus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from checkpoints import paths
+from checkpoints.redact import redact
+from modularforge.config import Config
+from modularforge.data.corpus import SPLITS
+from modularforge.data.files import SAMPLE_PREFIX, all_matches, file_identity
+from modularforge.data.opening import explained
+from modularforge.log import logger
+
+# Of a corpus of more files only these are recorded: a manifest is read whole by everybody.
+RECORDED_FILES = 1000
+SHOWN = 3
+
+
+class _Recorded(BaseModel):
+    count: int
+    files: dict[str, tuple[int | None, str | None]]
+
+
+@dataclass(frozen=True)
+class Match:
+    """A file as a split of a source names it."""
+
+    source: str
+    split: str
+    url: str
+    is_sample: bool
+
+
+def list_matches(config: Config) -> list[Match]:
+    """Every file of every split, as often as it is named; raises DataError where nothing matches."""
+    return [
+        Match(source.name, split, url, location.startswith(SAMPLE_PREFIX))
+        for source in config.data.sources
+        if source.hub is None
+        for split in SPLITS
+        for location in _as_list(getattr(source, split))
+        for url in all_matches(location)
+    ]
+
+
+def warn_of_repeats(matches: list[Match]) -> None:
+    """Say which files are named twice: within one split they are read once, elsewhere in each of their places."""
+    places: dict[str, list[Match]] = {}
+    for match in matches:
+        places.setdefault(file_identity(match.url), []).append(match)
+    repeated = [found for found in places.values() if len(found) > 1]
+    for found in repeated[:SHOWN]:
+        name, named = redact(found[0].url), dict.fromkeys(f"{match.split} of {match.source}" for match in found)
+        if len(named) < len(found):
+            logger.warning("%s is named %d times in %s; a split reads it once", name, len(found), ", ".join(named))
+        if len(named) > 1:
+            logger.warning("%s is in %s: what is measured there was trained on or counts twice", name, ", ".join(named))
+    if len(repeated) > SHOWN:
+        logger.warning("%d more files are named twice in data.sources", len(repeated) - SHOWN)
+
+
+def file_states(matches: list[Match]) -> dict[str, list[Any]]:
+    """Size and time (or ETag) by URL; raises DataError for a file that is not there."""
+    return {url: _state(url) for url in dict.fromkeys(match.url for match in matches)}
+
+
+def record(matches: list[Match], states: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """What a manifest says of the files that were read; those of the package are the package's."""
+    own = list(dict.fromkeys(match.url for match in matches if not match.is_sample))
+    return {"count": len(own), "files": {redact(url): states[url] for url in own[:RECORDED_FILES]}}
+
+
+def changes_since(recorded: Any, config: Config) -> list[str]:
+    """What differs between the files of now and those that were recorded, in words."""
+    matches = [match for match in list_matches(config) if not match.is_sample]
+    now = {redact(url): url for url in dict.fromkeys(match.url for match in matches)}
+    try:
+        then = _Recorded.model_validate(recorded)
+    except ValidationError:
+        return ["what its manifest says of them cannot be read"]
+    changes = [f"{name} is gone" for name in then.files if name not in now]
+    for name, url in list(now.items())[:RECORDED_FILES]:
+        changes += _difference(name, then.files[name], _state(url)) if name in then.files else [f"{name} is new"]
+    if len(now) != then.count and not changes:
+        changes.append(f"there were {then.count} files, and now {len(now)}")
+    return changes
+
+
+def _difference(name: str, old: Sequence[Any], new: Sequence[Any]) -> Iterator[str]:
+    if old[0] != new[0]:
+        yield f"{name} had {old[0]} bytes and now has {new[0]}"
+    elif old[1] != new[1]:
+        yield f"{name} was written again"
+
+
+def _state(url: str) -> list[Any]:
+    with explained(url):
+        filesystem, path = paths.filesystem(url)
+        info = filesystem.info(path)
+    times = (info.get(name) for name in ("ETag", "etag", "mtime", "LastModified", "last_modified", "created"))
+    return [info.get("size"), next((str(time) for time in times if time), None)]
+
+
+def _as_list(locations: str | list[str] | None) -> list[str]:
+    return [locations] if isinstance(locations, str) else locations or []
