@@ -82,7 +82,7 @@ def _how_to_load(facts: Mapping[str, Any]) -> str:
 
 
 def _parts(backbone: Artifact, experts: Sequence[Artifact]) -> Iterator[list[str]]:
-    named = [("backbone", backbone), *((f"expert {fact(item, 'index', '?')}", item) for item in experts)]
+    named = [("backbone", backbone), *((f"expert {item.manifest.facts.get('index', '?')}", item) for item in experts)]
     for name, artifact in named:
         facts = artifact.manifest.facts
         tokens = fact(artifact, "training_tokens", None)
