@@ -21,6 +21,7 @@ MAX_WEIGHT = 4 * 1024 * 1024
 MAX_DEPTH = 64  # ours are 6 deep at most; the limit is the same in every Python, whose own comes as a RecursionError
 MAX_DIGITS = 300  # of a whole number: more than any floating-point number has before its point
 
+LINE_ENDS = re.compile("[\\r\\x85\\u2028\\u2029]")
 SURROGATE = re.compile("[\ud800-\udfff]")
 TAG = "tag:yaml.org,2002:"
 # YAML 1.2.2, section 10.3.2, without its octal and hexadecimal numbers; whole numbers have no leading zeros.
@@ -92,6 +93,10 @@ class Loader(yaml.SafeLoader):
 
 class Dumper(yaml.SafeDumper):
     """Quotes text that any reader, of YAML 1.1 or 1.2, would take for something else."""
+
+    def represent_str(self, text: str) -> ScalarNode:
+        """Line ends other than a line feed would be read as one, unless they are escaped, as in double quotes."""
+        return self.represent_scalar(f"{TAG}str", text, '"' if LINE_ENDS.search(text) else None)
 
 
 def parse_yaml(content: bytes | str) -> Any:
@@ -165,6 +170,7 @@ def _refuse(_loader: Loader, node: Node) -> Any:
     raise ValueError(f"line {node.start_mark.line + 1} has the tag {node.tag.replace(TAG, '!!'):.60}, which has no use")
 
 
+Dumper.add_representer(str, Dumper.represent_str)
 Loader.yaml_implicit_resolvers = {}  # without those of YAML 1.1
 for _name, (_pattern, _first) in PLAIN.items():
     _whole = re.compile(rf"(?:{_pattern.pattern})\Z")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from modularforge.config import Config, Prose
@@ -162,6 +162,7 @@ def test_messages_hold_no_secrets() -> None:
     assert "hunter22" not in complaint("seed='https://h/x?X-Amz-Signature=hunter22'")
 
 
+@example("a\x85\u2028b\r\n c ")
 @given(
     st.recursive(
         st.text() | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False) | st.booleans() | st.none(),
@@ -169,6 +170,7 @@ def test_messages_hold_no_secrets() -> None:
         max_leaves=8,
     )
 )
+@settings(max_examples=300)
 def test_what_is_written_is_read_as_the_same(value: Any) -> None:
     assert parse_yaml(to_yaml_text({"x": value})) == {"x": value}
 
