@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints import find_artifact, paths
-from checkpoints.names import checked_path
+from checkpoints.names import checked_part
 from checkpoints.parsing import parse_object
 from checkpoints.redact import redact
 from modularforge.errors import DataError, one_line
@@ -94,7 +94,7 @@ def shard_names(content: bytes, origin: str) -> list[str]:
         named = parse_object(content)["weight_map"]
         if not isinstance(named, dict) or not named:
             raise ValueError("weight_map must name files by tensor")
-        return sorted({checked_path(name) for name in named.values()})
+        return sorted({checked_part(name) for name in named.values()})
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{origin} must be an index of weight files, but is not ({one_line(error)}); fetch the model again"

@@ -17,7 +17,6 @@ from checkpoints import find_artifact
 from modularforge.artifacts import Corpus
 from modularforge.config import Config
 from modularforge.data.corpus import SPLITS, read_documents
-from modularforge.data.hub_rows import require_hub
 from modularforge.data.loader import batches
 from modularforge.data.token_files import TokenFile, TokenFileWriter, Tokens, open_token_file
 from modularforge.data.tokenizer import BOS, EOS, train_tokenizer
@@ -38,7 +37,6 @@ def check_data(config: Config, quick: bool) -> Iterator[str]:
         return
     texts = []
     for source in config.data.sources:
-        require_hub(source)
         for split in SPLITS:
             count = (QUICK_DOCUMENTS if quick else DOCUMENTS) if split == "train" else 1
             found = [document.text for document in itertools.islice(read_documents(source, split, config.data), count)]
