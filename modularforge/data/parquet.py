@@ -31,7 +31,8 @@ def parquet_rows(url: str, columns: list[str]) -> Iterator[dict[str, Any]]:
         except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
             said = one_line(redact(str(error)))
             raise DataError(
-                f"{name} must be a Parquet file, but cannot be read after row {first - 1} ({said}); write it again"
+                f"{name} must be a Parquet file, but cannot be read after row {first - 1} ({said}); write it again, or "
+                "copy it to a folder if its server gives no ranges"
             ) from error
 
 

@@ -23,7 +23,8 @@ from modularforge.log import logger
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>")
 PAD, UNK, BOS, EOS = range(4)
-LONGEST_WORD = 1024  # bytes; only while a vocabulary is learned
+LONGEST_WORD = 1024  # characters; only while a vocabulary is learned
+WORD_LETTERS = (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]", r"\s")  # what words are of, for the byte-level pre-tokenizer
 MAX_VOCABULARY = 1_000_000  # as data.vocab_size
 
 
@@ -37,8 +38,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     whole_words = tokenizer.pre_tokenizer
     # Merging within a word takes time by the square of its length, and some texts are one word.
-    cut = pre_tokenizers.Split(Regex(f".{{{LONGEST_WORD}}}"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([whole_words, cut])
+    cut = pre_tokenizers.Split(Regex("|".join(f"{kind}{{{LONGEST_WORD}}}" for kind in WORD_LETTERS)), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, whole_words])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),

@@ -143,7 +143,7 @@ def test_weights_of_another_shape_are_refused_by_name() -> None:
     ("damage", "message"),
     [
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "must be JSON"),
+        (lambda folder: (folder / "config.json").write_text("{"), "must be a JSON object"),
         (
             lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'),
             "must have model_type llama, mistral, qwen3",

@@ -64,17 +64,6 @@ def test_missing_data_fails_m1_with_its_cause_and_m2_goes_on_with_the_sample(tmp
     assert "failed: M1" in shown
 
 
-def test_a_hub_corpus_without_network_fails_m1_at_once(tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    source = {"name": "hub", "hub": "nobody/nothing", "train": "train"}
-    config = tiny_config(tmp_path, data={"sources": [source]})
-    start = time.monotonic()
-    assert not run_checks(config, "m1", quick=True)
-    assert time.monotonic() - start < WITHIN_SECONDS  # the libraries alone ask for 24 s
-    assert "it does not answer" in capsys.readouterr().out
-
-
 def test_too_large_initial_weights_are_found() -> None:
     backbone = build_backbone(model.small_model(tiny_config("x").model, 48), 512)
     with torch.no_grad():
