@@ -33,6 +33,7 @@ from checkpoints.places import JOURNAL_NAME, OWN_NAMES, OWNER_NAME, UPLOAD_SCRAT
 from checkpoints.reading import PART_BYTES
 from checkpoints.redact import redact_values
 from checkpoints.retry import logger
+from checkpoints.sweep import sweep_beside
 
 Chunk = bytes | memoryview
 FILES_AT_ONCE = 3
@@ -139,6 +140,8 @@ class ArtifactWriter:
             self._rename_into_place(content)
         else:
             self._create_manifest(content)
+        if local:
+            sweep_beside(paths.local_path(self.url))
         return Artifact(self.url, manifest)
 
     def adopt(self, name: str, entry: FileEntry) -> None:
