@@ -1,4 +1,4 @@
-"""What the system refuses is one sentence and exit code 2, whichever library passes it on; bugs keep their traceback."""
+"""What the system refuses is one sentence and exit code 2, whichever library passes it on; bugs show a traceback."""
 
 from __future__ import annotations
 
