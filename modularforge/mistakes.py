@@ -88,7 +88,7 @@ def _name(location: tuple[Any, ...]) -> str:
 def _wish(problem: Any) -> str:
     context = problem.get("ctx", {})
     known = PATTERN_WISHES.get(context.get("pattern", "")) or WISHES.get(problem["type"])
-    return (known or problem["msg"].removeprefix("Input should be ")).format(**context)
+    return known.format(**context) if known else str(problem["msg"]).removeprefix("Input should be ")
 
 
 def _remedy(name: str, group: list[Any]) -> str:

@@ -403,6 +403,22 @@ def test_what_a_web_server_refuses_is_told_without_the_secret(web):
     with pytest.raises(DataError, match=r"must be readable, but the storage says: 403") as caught:
         texts(f"{web(Refusing)}/a.jsonl?X-Amz-Signature=verysecret")
     assert "verysecret" not in str(caught.value)
-    with pytest.raises(DataError, match="must be ") as caught:
-        texts("http://somebody:hunter22@127.0.0.1:9/a.jsonl")
+
+
+@pytest.mark.parametrize(("act", "name"), [(texts, "a.jsonl"), (find_files, "*.jsonl")])
+def test_a_server_that_does_not_answer_is_no_missing_file(act, name):
+    with pytest.raises(DataError, match=r"must be readable, but the storage says: Cannot connect") as caught:
+        act(f"http://somebody:hunter22@127.0.0.1:9/{name}")
     assert "hunter22" not in str(caught.value)
+
+
+def test_a_client_with_exceptions_of_its_own_gets_one_sentence(monkeypatch):
+    class ConnectError(Exception):
+        __module__ = "httpx"
+
+    def fail(self, path, **options):
+        raise ConnectError("no route to the server")
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "exists", fail)
+    with pytest.raises(DataError, match="must be readable, but the storage says: no route to the server"):
+        find_files(["memory://odd/*.jsonl"])

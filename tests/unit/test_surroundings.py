@@ -87,7 +87,8 @@ def test_the_local_launcher_passes_no_ranks_on(alone: pytest.MonkeyPatch, tmp_pa
 
 def without_home(**variables: str) -> subprocess.CompletedProcess[str]:
     """Ask for the cache folder as a user whom the system does not know, without HOME."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME", "USER")}
+    asked = ("HOME", "MODULARFORGE_CACHE", "USER", "XDG_CACHE_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in asked}
     program = f"from checkpoints.environment import cache_folder; import os; os.setuid({NOBODY}); print(cache_folder())"
     command = [sys.executable, "-c", program]
     return subprocess.run(command, env={**environment, **variables}, capture_output=True, text=True, cwd=ROOT)
