@@ -39,7 +39,8 @@ def match_local(pattern: str) -> list[str]:
         return [pattern]
     first, *parts = paths.local_path(pattern).parts
     folder, parts = (Path(first), parts) if os.path.isabs(first) else (Path(), [first, *parts])
-    return sorted({str(path) for path in _below(folder, parts)})
+    found = sorted({str(path) for path in _below(folder, parts)})
+    return [f"./{name}" if name.startswith("~") else name for name in found]
 
 
 def match_remote(pattern: str) -> list[str]:

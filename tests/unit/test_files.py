@@ -267,6 +267,15 @@ def test_a_path_that_exists_is_no_pattern_and_no_chain(tmp_path, name):
     assert texts(path) == texts(f"file://{path}") == [TEXT]
 
 
+@pytest.mark.parametrize("name", ["~a.txt", "~root", "~/a.txt", "${HOME}.txt"])
+def test_a_name_is_no_home_and_no_variable(tmp_path, monkeypatch, name):
+    """A pattern finds names that would mean something else if they were written by hand."""
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / name, TEXT.encode())
+    assert texts("**") == texts(f"./{name}") == texts(f"file://{tmp_path}/{name}") == [TEXT]
+    assert name.startswith("~/") or texts(name) == [TEXT]
+
+
 def test_a_pattern_below_a_folder_in_brackets(tmp_path):
     for name in ("b", "a"):
         put(tmp_path / "run [v2]" / f"std::{name}.txt", name.encode())
