@@ -121,6 +121,17 @@ def test_a_path_below_an_unknown_home_is_refused_with_a_sentence() -> None:
         paths.local_path("~nobody-of-this-name/run")
 
 
+def test_changes_that_are_no_text_in_utf8_are_told_by_git_all_the_same(tmp_path: Path) -> None:
+    from modularforge.provenance import _git
+
+    identity = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+    (tmp_path / "a.txt").write_text("a\n")
+    for arguments in (["init", "--quiet"], ["add", "a.txt"], [*identity, "commit", "--quiet", "--message=a"]):
+        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True)
+    (tmp_path / "a.txt").write_bytes("café\n".encode("latin-1"))
+    assert "+caf\ufffd" in (_git(tmp_path, "diff", "HEAD") or "")
+
+
 def test_slurm_is_asked_for_jobs_without_the_users_name(monkeypatch: pytest.MonkeyPatch) -> None:
     from launcher import slurm
 
