@@ -141,6 +141,19 @@ def test_slurm_is_asked_for_jobs_without_the_users_name(monkeypatch: pytest.Monk
     assert f"--user={os.getuid()}" in asked
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_torchrun_itself_leaves_no_empty_folders(processes: int, tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from modularforge.training.distributed import joined_world\nwith joined_world() as world: world.barrier()"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*command, str(script)], check=True, env=environment, cwd=ROOT)
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
 def test_what_a_killed_torchrun_left_is_removed_at_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
