@@ -276,6 +276,16 @@ def test_a_name_is_no_home_and_no_variable(tmp_path, monkeypatch, name):
     assert name.startswith("~/") or texts(name) == [TEXT]
 
 
+def test_a_file_in_an_archive_is_judged_by_its_own_name(tmp_path):
+    archive = tmp_path / "corpus [v2].zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("in/a.jsonl", RECORDS)
+        file.writestr("in/b.txt", TEXT)
+    assert len(texts(f"zip://in/a.jsonl::{archive}")) == 50
+    assert len(texts(f"zip://in/*.jsonl::{archive}")) == 50
+    assert texts(f"zip://in/b.txt::{archive}") == [TEXT]
+
+
 def test_a_pattern_below_a_folder_in_brackets(tmp_path):
     for name in ("b", "a"):
         put(tmp_path / "run [v2]" / f"std::{name}.txt", name.encode())
