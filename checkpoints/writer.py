@@ -299,8 +299,13 @@ def write_artifact(
             raise
         finally:
             writer.discard()
-            if not resumes or not paths.is_local(url):
+            if not resumes or not paths.is_local(url) or _holds_nothing(folder):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _holds_nothing(folder: Path) -> bool:
+    """Whether a scratch folder, where it is still there, has no file that another writer could take over."""
+    return folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
 
 
 def _place(url: str, resume: str, stack: ExitStack) -> tuple[str, Path, bool]:
