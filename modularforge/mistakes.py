@@ -17,6 +17,7 @@ from modularforge.config import PATTERN_WISHES
 from modularforge.errors import ConfigError
 
 LISTED_MISTAKES = 20
+LONGEST_SENTENCE = 600
 SHOWN_CHARACTERS, READ_CHARACTERS = 80, 400
 WISHES = {
     "too_short": "a list of at least {min_length} entries",
@@ -49,15 +50,21 @@ def config_error(
     for problem in error.errors(include_url=False):
         groups.setdefault(_place(problem["loc"]), []).append(problem)
     listed = [line for group in list(groups.values())[:LISTED_MISTAKES] for line in _sentences(group, unknown)]
-    rest = [f"and {len(groups) - LISTED_MISTAKES} more"] if len(groups) > LISTED_MISTAKES else []
-    text = "\n".join(f"  {line}" for line in [*listed, *rest])
-    return ConfigError(f"{origin} has {max(len(listed), len(groups))} mistake(s):\n{text}")
+    count = max(len(listed), len(groups))
+    rest = [f"and {count - LISTED_MISTAKES} more"] if count > LISTED_MISTAKES else []
+    text = "\n".join(f"  {line}" for line in [*map(_cut, listed[:LISTED_MISTAKES]), *rest])
+    return ConfigError(f"{origin} has {count} mistake(s):\n{text}")
 
 
 def shown(value: Any) -> str:
     """A value as messages show it: cut, in one line, without secrets."""
     text = repr(value[:READ_CHARACTERS] if isinstance(value, str) else value)[:READ_CHARACTERS]
     return redact(text)[:SHOWN_CHARACTERS]
+
+
+def _cut(sentence: str) -> str:
+    """A sentence that names what somebody wrote without end: its beginning, and what to do."""
+    return sentence if len(sentence) <= LONGEST_SENTENCE else f"{sentence[:400]} … {sentence[-190:]}"
 
 
 def _sentences(group: list[Any], unknown: Callable[[tuple[Any, ...]], str]) -> Iterator[str]:

@@ -193,7 +193,7 @@ def test_shipped_settings_mean_the_same_as_ever_and_survive_a_round_trip(name: s
     assert load_config(str(_file(tmp_path, to_yaml(config)))) == config
 
 
-@pytest.mark.parametrize("name", ["..", ".", "a/b", "a\n"])
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "a\n", "é" * 70_000])
 def test_names_in_a_study_file_stay_within_its_folder(name: str, tmp_path: Path) -> None:
     text = to_yaml_text(
         {"name": "x", "base": "b", "output_dir": "o", "recipes": {name: {}}, "variants": {"v": {"kind": "soup"}}}
