@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from urllib.parse import quote
 
@@ -12,6 +13,7 @@ import pytest
 from checkpoints import explain, paths
 from checkpoints.errors import StoreError
 from checkpoints.redact import has_secret, is_redacted, redact, redact_urls, redact_values
+from modularforge.errors import one_line
 from modularforge.observe.discover import short_names
 
 SIGNED = "https://bucket.s3.amazonaws.com/a.jsonl?X-Amz-Date={date}&X-Amz-Expires=60&X-Amz-Signature={sign}&part=2"
@@ -92,7 +94,13 @@ def test_passwords_of_an_endpoint_and_of_fsspec_are_taken_out(monkeypatch: pytes
 def test_nested_values_and_every_error_for_users_are_redacted() -> None:
     values = {"http://a:b@c": ["http://a:b@c", 1, None, ("x", 0.5)]}
     assert redact_values(values) == {"http://***@c": ["http://***@c", 1, None, ["x", 0.5]]}
-    assert str(StoreError("cannot read http://a:b@c")) == "cannot read http://***@c"
+    error = StoreError("cannot read http://a:b@c")
+    assert str(error) == str(pickle.loads(pickle.dumps(error))) == "cannot read http://***@c"
+    assert repr(error) == "StoreError('cannot read http://***@c')"
+
+
+def test_a_secret_that_is_cut_is_taken_out_before() -> None:
+    assert one_line(f"{'x' * 180} http://user:{'Pl4nted' * 5}@host/a") == f"{'x' * 180} http://***@host/a"
 
 
 def test_errors_that_take_a_url_apart_show_no_part_of_its_secret() -> None:
