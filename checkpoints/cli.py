@@ -40,7 +40,7 @@ def main() -> None:
         except OSError as error:  # of a path that is no folder, say
             if error.filename is None:
                 bug()
-            _complain(f"{error.filename} cannot be used: {error.strerror}; check the path and its rights")
+            _complain(f"{error.filename!s:.300} cannot be used: {error.strerror}; check the path and its rights")
         except Exception:
             bug()
 

@@ -6,8 +6,8 @@ from checkpoints.redact import redact
 class UserError(Exception):
     """Somebody can act on this: the message is one sentence that says what is wrong and what to do, without secrets."""
 
-    def __str__(self) -> str:
-        return redact(super().__str__())
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redact(message))
 
 
 class StoreError(UserError):

@@ -13,7 +13,7 @@ from typing import Any
 
 from checkpoints.hashing import FileEntry
 from checkpoints.names import checked_path, has_control_characters
-from checkpoints.places import ATTEMPT, OWN_NAMES
+from checkpoints.places import ATTEMPT, HIDDEN, OWN_NAMES
 
 HASH = re.compile(r"[0-9a-f]{64}")
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00")
@@ -48,7 +48,8 @@ def file_entries(value: Any) -> dict[str, FileEntry]:
 def check_names(names: Iterable[str]) -> None:
     """Check that names are safe and not the store's own, and that none is at the same time the folder of another."""
     known = {checked_path(name): name.split("/") for name in names}
-    if own := [name for name, parts in known.items() if parts[0] in OWN_NAMES]:
+    # Hidden folders of unfinished work are swept, wherever they lie.
+    if own := [name for name, parts in known.items() if parts[0] in OWN_NAMES or any(map(HIDDEN.fullmatch, parts))]:
         raise ValueError(f"{own[0]!r:.80} is not a file name within an artifact")
     for name, parts in known.items():
         if folder := next((path for end in range(1, len(parts)) if (path := "/".join(parts[:end])) in known), None):

@@ -37,7 +37,7 @@ def copy_loose_file(root: str, url: str, target: str) -> str | None:
         return None
     try:
         paths.replace_bytes(target, content)
-    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+    except (FileExistsError, NotADirectoryError) as error:
         raise CorruptArtifactError(
             f"{target} must be free for {url}, but {error.filename} is in its way; move it away"
         ) from error

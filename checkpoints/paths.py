@@ -51,7 +51,7 @@ def store_of(url: str) -> Store:
     """The store behind a URL; raises StoreError for a protocol that fsspec does not know."""
     if is_local(url):
         return FolderStore()
-    _require_secret(url)
+    _require_usable(url)
     protocol = url.split("://", 1)[0]
     root = "" if protocol in (*S3_PROTOCOLS, "memory") else url.split("/", 3)[2]
     settings = json.dumps(fsspec.config.conf.get(protocol, {}), default=str, sort_keys=True)
@@ -72,7 +72,7 @@ def filesystem(url: str, **options: Any) -> tuple[Any, str]:
 
     `options` are those of the file system. A local pipe, socket or device is refused, as opening it may wait for ever.
     """
-    _require_secret(url)
+    _require_usable(url)
     if is_local(url):
         with contextlib.suppress(OSError, ValueError):  # a pattern, or not there: for the reader to say
             check_regular(local_path(url))
@@ -92,11 +92,17 @@ def filesystem(url: str, **options: Any) -> tuple[Any, str]:
     return files, path
 
 
-def _require_secret(url: str) -> None:
+def _require_usable(url: str) -> None:
     if not is_local(url) and is_redacted(url):
         raise StoreError(
             f"{url} must be a whole URL, but its secret was not saved with the settings; give the URL again (--set, "
             "--output-dir, --data-dir), or put the secret into fsspec's configuration"
+        )
+    protocol, _, rest = url.partition("://")
+    if protocol in S3_PROTOCOLS and "@" in rest.partition("/")[0]:  # the library would quote it as a wrong name
+        raise StoreError(
+            f"{url} must begin with the name of a bucket, but has a user or a password before it; put them into "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
 
 

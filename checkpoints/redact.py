@@ -25,9 +25,10 @@ VARIABLE = r"\$\{[A-Za-z_]\w*\}"
 USER_INFO = re.compile(rf"(?<=://)(?![^/?#\s'\"<>:@]*:?{VARIABLE}@)[^/?#\s'\"<>]*@")
 # What stands before the @ alone, without a colon: a container or a user of these, but a token of a web server.
 CONTAINER = re.compile(r"(?i)(?<![a-z])(abfss?|wasbs?|hdfs|sftp|ssh|smb)://[^/?#\s'\"<>:@]*@")
-# Queries of signed URLs: S3 (X-Amz-…, AWSAccessKeyId), Azure (sig), Google (X-Goog-…), and what plain servers use.
+# Queries of signed URLs: S3 (X-Amz-…, AWSAccessKeyId), Azure (sig), Google (X-Goog-…), and what plain servers use;
+# Azure's connection strings (AccountKey) are written alike.
 SECRET_QUERY = re.compile(
-    r"(?i)([?&;](?:[\w.-]*(?:signature|credential|token(?!iz)|secret|passw(?:or)?d|api_?key|access_?key(?:_?id)?)[\w.-]*"
+    r"(?i)([?&;](?:[\w.-]*(?:signature|credential|token(?!iz)|secret|passw(?:or)?d|(?:api|account|shared)_?key|access_?key(?:_?id)?)[\w.-]*"
     rf"|sig|key)=)(?!{VARIABLE}(?:[&#\s'\"<>]|$))[^&#\s'\"<>]+"
 )
 # What is signed anew with each URL and is no secret: dates, lengths of life, versions of the protocol.
@@ -37,7 +38,8 @@ SIGNED_QUERY = re.compile(
 )
 QUERY = re.compile(r"(?<=\?)[^#\s'\"<>]+")
 SECRET_NAME = re.compile(
-    r"(?i)(secret|token(?!iz)|jwt|passw(or)?d|passphrase|credential|(?<!pass_)(api|access|account|private)_?key)"
+    r"(?i)(secret|token(?!iz)|jwt|passw(or)?d|passphrase|credential|authorization|cookie|connection_?string"
+    r"|(?<!pass_)(api|access|account|storage|private)_?key)"
 )
 # Names that look like secrets and hold none; an access key's id tells who asks, not how to ask.
 HARMLESS = re.compile(r"(?i)(_file|_path|_dir|_ur[li]|key_id)$")

@@ -65,7 +65,7 @@ def transfer(chosen: Selection, target: str, report: Report) -> Outcome:
     """Copy what was chosen; only trouble that concerns all of it is raised. `report` is told the bytes done."""
     outcome = Outcome(problems=[*chosen.problems])
     for artifact in chosen.artifacts:
-        _copy_artifact(artifact, paths.join(target, paths.relative(artifact.url, chosen.source)), outcome, report)
+        _copy_artifact(artifact, chosen.source, target, outcome, report)
     _copy_loose(chosen.source, chosen.loose, target, outcome)
     if paths.is_local(chosen.source):
         links = paths.linked_folders(paths.local_path(chosen.source))
@@ -73,7 +73,8 @@ def transfer(chosen: Selection, target: str, report: Report) -> Outcome:
     return outcome
 
 
-def _copy_artifact(artifact: Artifact, place: str, outcome: Outcome, report: Report) -> None:
+def _copy_artifact(artifact: Artifact, source: str, target: str, outcome: Outcome, report: Report) -> None:
+    place = paths.join(target, paths.relative(artifact.url, source))
     try:
         outcome.copied += [place] if copy_artifact(artifact, place, report) else []
     except FATAL:
@@ -83,6 +84,12 @@ def _copy_artifact(artifact: Artifact, place: str, outcome: Outcome, report: Rep
             outcome.deleted.append(artifact.url)
         else:
             outcome.problems.append(str(error))
+    except (FileExistsError, NotADirectoryError):
+        if paths.local_path(target).is_file():  # as said, of everything
+            raise
+        outcome.problems.append(
+            f"{place} must be free for {artifact.url}, but a file stands where its folder would be; move it away"
+        )
 
 
 def _copy_loose(source: str, urls: Iterable[str], target: str, outcome: Outcome) -> None:
@@ -90,7 +97,9 @@ def _copy_loose(source: str, urls: Iterable[str], target: str, outcome: Outcome)
         try:
             place = copy_loose_file(source, url, target)
             outcome.copied_files += [place] if place else []
-        except CorruptArtifactError as error:
+        except FATAL:
+            raise
+        except StoreError as error:
             outcome.passed_over.append(str(error))
         except FileNotFoundError:
             outcome.passed_over.append(f"{url} is gone since it was listed")

@@ -5,6 +5,7 @@ The command line prints it without a traceback and exits with 2; a traceback app
 """
 
 from checkpoints.errors import StoreError, UserError
+from checkpoints.redact import redact
 
 __all__ = [
     "ConfigError", "DataError", "Interrupted", "MismatchError", "StoreError", "TrainingError", "UserError", "one_line",
@@ -12,8 +13,8 @@ __all__ = [
 
 
 def one_line(value: object, limit: int = 200) -> str:
-    """What a library said, or what an input holds, as part of a message: one line, cut."""
-    text = " ".join(str(value).split())
+    """What a library said, or what an input holds, as part of a message: one line, without secrets, cut."""
+    text = " ".join(redact(str(value)).split())  # half of a secret would not be known for one
     printable = "".join(letter if letter.isprintable() else "?" for letter in text[: limit + 1])
     return printable if len(printable) <= limit else f"{printable[:limit]}…"
 

@@ -56,7 +56,7 @@ def refused_by_the_system(error: OSError) -> str:
     what = error.filename if error.filename is not None else "a file that was being read or written"
     if is_full(error):
         return f"{what} cannot be used, because the disk or the quota is full; free some space and start again"
-    return f"{what} cannot be used: {error.strerror}; check the path and its rights"
+    return f"{what!s:.300} cannot be used: {error.strerror}; check the path and its rights"
 
 
 def _foreign_sentence(error: Exception) -> str | None:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from checkpoints import paths
 from modularforge.data.background import still_at_it
 from modularforge.data.special_tokens import guard_special_tokens
 from modularforge.errors import DataError, one_line
@@ -63,7 +64,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     """Read ``tokenizer.json`` (or the folder that holds it); raises DataError."""
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     try:
-        return parse_tokenizer(file.read_text(encoding="utf-8"))
+        return parse_tokenizer(paths.read_bytes(str(file)).decode())
     except (OSError, ValueError) as error:
         raise DataError(
             f"{file} must be a tokenizer, but cannot be read ({one_line(error)}); run prepare-data again, or take "
@@ -77,6 +78,7 @@ def parse_tokenizer(content: str) -> Tokenizer:
     What the file does not say every reader must set: text never becomes a special token.
     """
     try:
+        _check_prefix(json.loads(content))
         tokenizer = Tokenizer.from_str(content)
         # Files of pretrained models may carry both; documents are neither cut nor padded here.
         tokenizer.no_truncation()
@@ -90,6 +92,17 @@ def parse_tokenizer(content: str) -> Tokenizer:
     except BaseException as error:  # the library raises bare Exception, and panics are no Exception
         raise ValueError(str(error)) from error
     return tokenizer
+
+
+def _check_prefix(values: Any) -> None:
+    """Refuse merges without the prefix of their model: the library cuts it off unseen, which can end the process."""
+    model = values.get("model") if isinstance(values, dict) else None
+    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not prefix:
+        return
+    ends = [merge.split(" ")[-1] if isinstance(merge, str) else merge[-1] for merge in model.get("merges") or ()]
+    if not prefix.isascii() or not all(end.startswith(prefix) for end in ends):
+        raise ValueError(f"its merges must go on with the prefix {prefix!r:.40}, which must be plain characters")
 
 
 def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[Encoding]:

@@ -76,7 +76,7 @@ def read_run(url: str) -> Run:
     data_dir = config.get("data_dir")
     if data_dir and "corpus" not in artifacts:
         artifacts |= _find_all({"corpus": data_dir, "partitions": paths.join(data_dir, "partitions")}, problems)
-    jobs = _read_jobs(url)
+    jobs = _read_jobs(url, problems)
     if not artifacts and not jobs:
         raise DataError(
             f"{url} must be a run, but holds neither metrics nor a committed stage; name its --output-dir, or look "
@@ -87,7 +87,7 @@ def read_run(url: str) -> Run:
     ]
     evaluation = _read_evaluation(artifacts, problems)
     problems += _outdated(artifacts)
-    return Run(url, artifacts, jobs, config, evaluation, _read_records(url), problems)
+    return Run(url, artifacts, jobs, config, evaluation, _read_records(url, problems), problems)
 
 
 def is_run(url: str) -> bool:
@@ -98,13 +98,15 @@ def is_run(url: str) -> bool:
     return any(name in names and paths.exists(paths.join(url, name, "manifest.json")) for name in ("data", "backbone"))
 
 
-def json_lines(url: str) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; none when it is missing, and torn lines are skipped."""
+def _read(url: str, problems: list[str]) -> bytes:
+    """A file that may be missing; what else is wrong with it is told."""
     try:
-        lines = paths.read_bytes(url).splitlines()
+        return paths.read_bytes(url)
     except (FileNotFoundError, NotADirectoryError):
-        return []
-    return [value for line in lines if isinstance(value := parse_line(line), dict)]
+        return b""
+    except StoreError as error:  # it is a pipe or a folder, say
+        problems.append(str(error))
+        return b""
 
 
 def made_with(artifact: Artifact) -> dict[str, Any]:
@@ -158,10 +160,11 @@ def _newest_config(url: str, artifacts: dict[str, Artifact], problems: list[str]
         return {}
 
 
-def _read_jobs(url: str) -> dict[str, JobMetrics]:
+def _read_jobs(url: str, problems: list[str]) -> dict[str, JobMetrics]:
     folder = _metrics_folder(url)
     names = [name.removesuffix(".jsonl") for name in paths.list_folder(folder) if name.endswith(".jsonl")]
-    contents = in_order(lambda name: paths.read_bytes(paths.join(folder, f"{name}.jsonl")), names, READS_AT_ONCE)
+    files = [paths.join(folder, f"{name}.jsonl") for name in names]
+    contents = in_order(lambda file: _read(file, problems), files, READS_AT_ONCE)
     jobs = {name: parse_metrics(name, content) for name, content in zip(names, contents, strict=True)}
     return {name: jobs[name] for name in sorted(jobs, key=job_order)}
 
@@ -194,14 +197,17 @@ def _outdated(artifacts: dict[str, Artifact]) -> list[str]:
     return ["the evaluation is of an assembled model that has been replaced; run `modularforge evaluate` again"]
 
 
-def _read_records(url: str) -> list[dict[str, Any]]:
+def _read_records(url: str, problems: list[str]) -> list[dict[str, Any]]:
     """What the launcher noted: {job, event: submitted|started|requeued|ended, time}.
 
     Each job also keeps a file of its own, which is newer than the merged one while the run is going on.
     """
     folder = paths.join(url, EVENTS_FOLDER)
     files = [paths.join(url, RECORDS_NAME), *(paths.join(folder, name) for name in paths.list_folder(folder))]
-    found = [value for lines in in_order(json_lines, files, READS_AT_ONCE) for value in lines]
+    contents = in_order(lambda file: _read(file, problems), files, READS_AT_ONCE)
+    found = [
+        value for content in contents for line in content.splitlines() if isinstance(value := parse_line(line), dict)
+    ]
     texts = [v for v in found if isinstance(v.get("job"), str) and isinstance(v.get("event"), str)]
     kept = [{**v, "time": time} for v in texts if (time := moment(v.get("time"))) is not None]
     return list({(v["job"], v["event"], v["time"]): v for v in kept}.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ OTHER_FORMATS = (
 
 def require_no_file(model: str, setting: str = "a pretrained model") -> None:
     """Raise DataError if a model's name is a file of this machine, with what it is and what is wanted instead."""
-    if not paths.is_local(model) or not paths.local_path(model).is_file():
+    if not paths.is_local(model) or not os.path.isfile(paths.local_path(model)):
         return
     kind = next((kind for kind in OTHER_FORMATS if kind.fits(model)), None)
     what, cure = (kind.what, kind.cure) if kind else ("a file", f"name the folder that holds it and {CONFIG_NAME}")

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class HubName:
 
 def is_folder(model: str) -> bool:
     """Whether a model's name is a folder of this machine that exists, or a URL."""
-    return not paths.is_local(model) or paths.local_path(model).is_dir()
+    return not paths.is_local(model) or os.path.isdir(paths.local_path(model))  # False also for what no name can be
 
 
 def hub_name(model: str) -> HubName:
@@ -84,7 +85,9 @@ def model_files(names: Iterable[str], model: str, read: Callable[[str], bytes] |
 
 def folder_files(folder: Path, model: str) -> list[str]:
     """The same of a folder of this machine."""
-    return model_files([path.name for path in folder.iterdir()], model, lambda name: (folder / name).read_bytes())
+    return model_files(
+        [path.name for path in folder.iterdir()], model, lambda name: paths.read_bytes(str(folder / name))
+    )
 
 
 def _weight_names(present: set[str], model: str, read: Callable[[str], bytes] | None) -> list[str]:

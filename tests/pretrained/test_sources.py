@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import fsspec
 import pytest
 
+from checkpoints import StoreError
 from modularforge.errors import ConfigError, DataError
 from modularforge.pretrained.fetch import fetch, local_model
 from modularforge.pretrained.identity import model_identity
@@ -51,6 +53,24 @@ def test_a_folder_of_other_weights_is_told_what_it_holds(name: str, message: str
 def test_a_folder_of_nothing_is_told_what_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         read_pretrained_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\x00b"])
+def test_a_name_that_no_file_can_have_is_told(name: str) -> None:
+    for use in (fetch, local_model, read_pretrained_config):
+        with pytest.raises(DataError, match="must be a model folder, a URL or a name on the Hub") as told:
+            use(f"models/{name}/x")
+        assert len(str(told.value)) < 500
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_for_an_index_is_not_opened(tmp_path: Path) -> None:
+    models.llama(tmp_path / "model", shard_size="60KB")
+    (tmp_path / "model" / "model.safetensors.index.json").unlink()
+    os.mkfifo(tmp_path / "model" / "model.safetensors.index.json")
+    for use in (local_model, fetch):
+        with pytest.raises(StoreError, match="is a named pipe"):
+            use(str(tmp_path / "model"))
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from tests.storage.test_training_checkpoints import at
 HOSTILE_NAMES = [
     "", ".", "..", "/", "/etc/passwd", "../x", "a/../../x", "a/./x", "a//x", "a/", "a\n/../../../escaped", "a\nb",
     "a\x00b", "a\\..\\x", "C:\\x", "C:x", "\ud83d", "x\u2028y", "x\x1b[31m", "nul", "com1.txt", "x.", "x ", "a" * 300,
-    "manifest.json", "manifest.json/x", ".journal.json", ".owner.json",
+    "manifest.json", "manifest.json/x", ".journal.json", ".owner.json", "a/.x.attempt-0123456789ab/y",
 ]  # fmt: skip
 
 
@@ -284,6 +284,28 @@ def test_loose_links_and_pipes_are_said_to_be_passed_over(tmp_path: Path, capsys
     assert all(name in said for name in ("x.log", "y.log", "z.log", "pipe.log", "folder"))
     assert "1 copied" in said
     assert [info.url for info in paths.walk(target) if info.url.endswith(".log")] == [f"{target}/a.log"]
+
+
+def test_what_is_in_the_way_of_a_copy_does_not_stop_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a bucket `a` and `a/b` are two keys; a folder holds one of them."""
+    root = f"memory://{tmp_path.name}/run"
+    for name in ("experts/expert-0", "a.log/inner", "last"):
+        make(f"{root}/{name}")
+    for name in ("a.log", "b.log"):
+        paths.replace_bytes(f"{root}/{name}", b"x")
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "experts").write_bytes(b"mine")
+    with pytest.raises(typer.Exit) as ended:
+        pull(root, str(target))
+    assert ended.value.exit_code == 1
+    said = capsys.readouterr().out
+    assert f"{target}/experts/expert-0 must be free for {root}/experts/expert-0, but a file stands" in said
+    assert f"passed over: cannot write {target}/a.log" in said
+    assert {"last", "a.log", "b.log", "experts"} == {path.name for path in target.iterdir()}
+    assert (target / "experts").read_bytes() == b"mine"
 
 
 @pytest.mark.timeout(60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +228,14 @@ def test_a_run_with_a_torn_line_of_foreign_bytes_is_reported(tmp_path: Path) -> 
     assert run.jobs["backbone"].unreadable_lines == 1
     assert run.num_experts == 0, "a name with a huge index is no expert"
     assert "backbone" in Path(page).read_text()
+
+
+def test_a_run_with_pipes_for_metrics_and_events_is_reported(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / "cluster" / "events").mkdir(parents=True)
+    pipes = [tmp_path / "run" / name for name in ("metrics/odd.jsonl", "cluster/events/odd.jsonl")]
+    for pipe in pipes:
+        os.mkfifo(pipe)
+    run = read_run(str(tmp_path / "run"))
+    assert "backbone" in run.jobs
+    assert all(any(f"{pipe} must be a file, but is a named pipe" in text for text in run.problems) for pipe in pipes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from urllib.parse import quote
 
@@ -12,6 +13,7 @@ import pytest
 from checkpoints import explain, paths
 from checkpoints.errors import StoreError
 from checkpoints.redact import has_secret, is_redacted, redact, redact_urls, redact_values
+from modularforge.errors import one_line
 from modularforge.observe.discover import short_names
 
 SIGNED = "https://bucket.s3.amazonaws.com/a.jsonl?X-Amz-Date={date}&X-Amz-Expires=60&X-Amz-Signature={sign}&part=2"
@@ -27,6 +29,7 @@ SIGNED = "https://bucket.s3.amazonaws.com/a.jsonl?X-Amz-Date={date}&X-Amz-Expire
         ("https://h/a?AWSAccessKeyId=AK&Signature=s%3D&Expires=17", "https://h/a?AWSAccessKeyId=***&Signature=***&Expires=***"),
         ("url='https://h/a?access_token=t' failed", "url='https://h/a?access_token=***' failed"),
         ("/a?api_key=abc#top", "/a?api_key=***#top"),
+        ("Protocol=https;AccountName=x;AccountKey=ab+c==;", "Protocol=https;AccountName=x;AccountKey=***"),
         ("http://a${B}:pw@host/x, http://u:${A}b@c", "http://***@host/x, http://***@c"),
         ("s3::http://me:pw@host/x", "s3::http://***@host/x"),
     ],
@@ -82,12 +85,22 @@ def test_passwords_of_an_endpoint_and_of_fsspec_are_taken_out(monkeypatch: pytes
         fsspec.config.conf, "s3", {"secret": "s3cretOfS3", "client_kwargs": {"aws_session_token": "t0kenOfS3"}}
     )
     assert redact("Pl4nted s3cretOfS3 t0kenOfS3") == "*** *** ***"
+    monkeypatch.setitem(fsspec.config.conf, "https", {"client_kwargs": {"headers": {"Authorization": "Bearer b3arer"}}})
+    monkeypatch.setenv("AZURE_STORAGE_KEY", "k3yOfAzure")
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "AccountName=x;AccessSecret oth3rKey")
+    assert redact("b3arer k3yOfAzure oth3rKey") == "*** *** ***"
 
 
 def test_nested_values_and_every_error_for_users_are_redacted() -> None:
     values = {"http://a:b@c": ["http://a:b@c", 1, None, ("x", 0.5)]}
     assert redact_values(values) == {"http://***@c": ["http://***@c", 1, None, ["x", 0.5]]}
-    assert str(StoreError("cannot read http://a:b@c")) == "cannot read http://***@c"
+    error = StoreError("cannot read http://a:b@c")
+    assert str(error) == str(pickle.loads(pickle.dumps(error))) == "cannot read http://***@c"
+    assert repr(error) == "StoreError('cannot read http://***@c')"
+
+
+def test_a_secret_that_is_cut_is_taken_out_before() -> None:
+    assert one_line(f"{'x' * 180} http://user:{'Pl4nted' * 5}@host/a") == f"{'x' * 180} http://***@host/a"
 
 
 def test_errors_that_take_a_url_apart_show_no_part_of_its_secret() -> None:
@@ -98,6 +111,14 @@ def test_errors_that_take_a_url_apart_show_no_part_of_its_secret() -> None:
     assert short_names([url, "sftp://user:Pl4nted@other/run"]) == {
         url: "***@host/run", "sftp://user:Pl4nted@other/run": "***@other/run",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("act", [paths.exists, paths.list_folder, paths.filesystem])
+def test_keys_before_a_bucket_are_refused_and_not_quoted(act: Callable[[str], object]) -> None:
+    with pytest.raises(
+        StoreError, match=r"^s3://\*\*\*@bucket/run must begin with the name of a bucket, but has a user"
+    ):
+        act("s3://user:Pl4nted@bucket/run")
 
 
 @pytest.mark.parametrize("act", [paths.exists, paths.list_folder, paths.filesystem])

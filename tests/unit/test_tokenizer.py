@@ -1,6 +1,8 @@
 """The byte-level tokenizer: nothing is unknown, nothing is lost, text never becomes a special token."""
 
+import json
 import logging
+import os
 import random
 import threading
 import time
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoints import StoreError
 from modularforge.data import background, tokenizer
 from modularforge.data.tokenizer import (
     BOS,
@@ -99,6 +102,13 @@ def test_whatever_stands_in_a_tokenizer_file_is_one_sentence(tmp_path, content):
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.timeout(20)
+def test_a_pipe_for_a_tokenizer_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(StoreError, match="is a named pipe"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_tokenizer_without_entries_or_with_ids_beyond_all_reason_is_refused(tmp_path):
     for vocabulary in ("{}", '{"a": 4294967295}'):
         model = f'{{"model": {{"type": "BPE", "vocab": {vocabulary}, "merges": []}}}}'
@@ -113,6 +123,20 @@ def seconds_to_learn(letters):
     started = time.process_time()
     train_tokenizer([word, *TEXTS], 400)
     return time.process_time() - started
+
+
+@pytest.mark.parametrize(
+    ("prefix", "first", "second"), [(" ", "a", "\u0120"), ("\u0120", "a", "\u0120b"), ("##", "a", "b")]
+)
+def test_merges_that_lack_their_prefix_are_refused_before_the_library_ends_the_process(tmp_path, prefix, first, second):
+    model = {"type": "BPE", "continuing_subword_prefix": prefix, "merges": [[first, second]]}
+    model["vocab"] = {text: index for index, text in enumerate((first, second, first + second))}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    with pytest.raises(DataError, match="its merges must go on with the prefix"):
+        load_tokenizer(tmp_path)
+    model |= {"continuing_subword_prefix": "##", "merges": ["a ##b"], "vocab": {"a": 0, "##b": 1, "ab": 2}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    assert load_tokenizer(tmp_path).encode("ab").ids == [2]
 
 
 def test_learning_from_one_long_word_takes_time_by_its_length():
