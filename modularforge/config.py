@@ -465,7 +465,7 @@ class ClusterConfig(Section):
 class Config(SafeSection):
     """A whole run."""
 
-    name: Line = "modularforge"
+    name: Annotated[Line, Field(max_length=200)] = "modularforge"
     """Title of reports and of the model card."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Every random choice follows from it."""

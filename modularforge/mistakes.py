@@ -22,6 +22,7 @@ SHOWN_CHARACTERS, READ_CHARACTERS = 80, 400
 WISHES = {
     "too_short": "a list of at least {min_length} entries",
     "string_too_short": "a text of at least {min_length} characters",
+    "string_too_long": "a text of at most {max_length} characters",
     "model_type": "a section with settings of its own",
     "dict_type": "a section",
     "list_type": "a list",

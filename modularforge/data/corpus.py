@@ -41,7 +41,7 @@ def read_documents(
 
     `dropped`, when given, counts the documents under `data.min_article_length` by label.
     """
-    count, limit = 0, _document_limit(source, split, data)
+    count, elsewhere, limit = 0, 0, _document_limit(source, split, data)
     for text, label in _read_split(source, split):
         document = Document(text, label or source.name)
         if len(text) < data.min_article_length:
@@ -52,8 +52,10 @@ def read_documents(
             count += 1
             if count == limit:
                 return
+        else:
+            elsewhere += 1
     if not count:
-        raise _no_documents(source, split, data)
+        raise _no_documents(source, split, data, elsewhere)
 
 
 def _read_split(source: SourceConfig, split: Split) -> Iterator[Labelled]:
@@ -85,8 +87,13 @@ def _document_limit(source: SourceConfig, split: Split, data: DataConfig) -> int
     return max(1, limit // HELD_OUT_CAP_DIVISOR)
 
 
-def _no_documents(source: SourceConfig, split: Split, data: DataConfig) -> DataError:
+def _no_documents(source: SourceConfig, split: Split, data: DataConfig, elsewhere: int) -> DataError:
     wanted = f"source {source.name} must have {split} documents of at least {data.min_article_length} characters"
+    if split == "train" and elsewhere:
+        return DataError(
+            f"{wanted}, but all {elsewhere} of them fell into the held-out shares; name validation and test files for "
+            "it, or add documents"
+        )
     if split == "train" or getattr(source, split):
         files = redact(str(getattr(source, split)))
         return DataError(f"{wanted}, but has none in {files:.300}; check data.sources and min_article_length")

@@ -49,6 +49,12 @@ def remove(model_url: str, name: int | str, output: str | None = None) -> Artifa
     kept = [member for member in members if member is not gone]
     if not kept:
         raise MismatchError(f"{model.url} must keep an expert, but {name} is its last; add another one first")
+    visited, left = int(fact(model, "experts_per_token")), len(kept) + int(fact(model, "public_expert"))
+    if left < visited:
+        raise MismatchError(
+            f"{model.url} must keep {visited} experts, as many as each token visits, but without {name} it has {left}; "
+            "add another one first"
+        )
     return _assemble_again(model, [_open(model, member) for member in kept], output)
 
 

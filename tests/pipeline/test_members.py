@@ -143,6 +143,16 @@ def test_linked_experts_are_the_experts_files(finished_run: Config) -> None:
         assert assembled.manifest.files[linked.name] == expert.manifest.files[EXPERT_NAME]
 
 
+def test_a_model_keeps_as_many_experts_as_each_token_visits(finished_run: Config, tmp_path: Path) -> None:
+    run = copy_of_run(finished_run, tmp_path / "run", experts_per_token=3)
+    assemble_stage.run(run)
+    url = stage_url(run, "assembled")
+    members.remove(url, 1)
+    with pytest.raises(MismatchError, match="must keep 3 experts, .*, but without 2 it has 2; add another one first"):
+        members.remove(url, 2)
+    assert [member.index for member in members.members_of(open_artifact(url))] == [0, 2]
+
+
 def test_a_plain_experts_file_is_linked_too(tmp_path: Path, finished_run: Config) -> None:
     from tests.conftest import run_every_stage, tiny_config
 

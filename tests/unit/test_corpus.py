@@ -1,6 +1,7 @@
 """Readers of the corpus: every format and compression, articles, held-out documents, and damaged input."""
 
 import bz2
+import contextlib
 import gzip
 import json
 import lzma
@@ -316,3 +317,17 @@ def test_memory_stays_small_whatever_the_file(tmp_path, name):
     characters, kilobytes = map(int, output.split())
     assert characters > 90_000_000
     assert kilobytes < 40_000
+
+
+def test_a_source_whose_documents_are_all_held_out_is_told_so(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the only document"}])
+    share = {"heldout_fraction": 0.49}
+    assert any(_finds(path, split, share) for split in ("validation", "test")), "a text that is held out"
+    with pytest.raises(DataError, match="all 1 of them fell into the held-out shares; name validation and test files"):
+        read(path, data=share, **HELD_OUT)
+
+
+def _finds(path, split, share):
+    with contextlib.suppress(DataError):
+        return bool(texts(path, split, data=share, **HELD_OUT))
+    return False
