@@ -148,7 +148,7 @@ def test_a_model_keeps_as_many_experts_as_each_token_visits(finished_run: Config
     assemble_stage.run(run)
     url = stage_url(run, "assembled")
     members.remove(url, 1)
-    with pytest.raises(MismatchError, match="must keep 3 experts, .*, but without 2 it has 2; add another one first"):
+    with pytest.raises(MismatchError, match=r"must keep 3 experts, .*, but without 2 it has 2; add another one first"):
         members.remove(url, 2)
     assert [member.index for member in members.members_of(open_artifact(url))] == [0, 2]
 
