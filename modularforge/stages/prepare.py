@@ -30,14 +30,15 @@ def run(config: Config) -> Artifact:
 
 def _prepare_corpus(config: Config) -> None:
     plan = plan_stage(config, "corpus")
+    scratch = _scratch_folder(plan.url, plan.fingerprint)
     if artifact := finished(plan):
         logger.info("data is finished: %s", plan.url)
+        shutil.rmtree(scratch, ignore_errors=True)  # of a preparation that was killed right after its commit
         _warn_of_changes(config, artifact)
         return
     matches = list_matches(config)
     warn_of_repeats(matches)
     states = file_states(matches)
-    scratch = _scratch_folder(plan.url, plan.fingerprint)
     with making(plan) as writer:
         start = time.perf_counter()
         pretrained = local_model(config.model.pretrained) if config.model.pretrained else None

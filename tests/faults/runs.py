@@ -218,8 +218,13 @@ def kill_until_finished(run: Run, start: Callable[[], Any], luck: random.Random,
 
 
 def leftovers(place: Path) -> list[str]:
-    """Unfinished work that nobody owns any more."""
-    return [str(path.relative_to(place)) for path in place.rglob("*") if ".attempt-" in path.name]
+    """Unfinished folders that nobody owns any more; small hidden files have no owner and stay for an hour."""
+    names = (".attempt-", ".partial")
+    return [
+        str(path.relative_to(place))
+        for path in place.rglob("*")
+        if path.is_dir() and any(name in path.name for name in names)
+    ]
 
 
 def copy_before(stage: str, reference: Run, run: Run) -> None:

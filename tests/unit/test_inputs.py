@@ -115,3 +115,11 @@ def test_files_in_two_places_are_told_once_each(config, tmp_path, caplog):
     assert "sea-validation.jsonl is in validation of sea, test of sea" in told
     assert "b.jsonl is in train of sea, train of web" in told
     assert len(find_files(first["train"])) == 2
+
+
+def test_what_a_preparation_left_that_was_killed_right_after_its_commit_is_removed(config, tmp_path):
+    prepare.run(config)
+    left = tmp_path / "run" / "data.partial" / "prepare-0"
+    left.mkdir(parents=True)
+    prepare.run(config)
+    assert not left.parent.exists()
