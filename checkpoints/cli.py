@@ -19,7 +19,7 @@ from checkpoints.catalog import examine, find_artifacts
 from checkpoints.errors import StoreError, UserError
 from checkpoints.garbage import delete_garbage, find_garbage
 from checkpoints.parallel import in_order
-from checkpoints.screen import bug, console, safe_streams, say, table, transfer_bar
+from checkpoints.screen import bug, safe_streams, say, show, table, transfer_bar
 from checkpoints.transfer import Outcome, Selection, select, transfer
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -59,7 +59,7 @@ def list_command(url: Url, as_json: Json = False) -> None:
         ]
         for row in rows
     ]  # fmt: skip
-    console().print(table(["artifact", "kind", "step", "size", "age", "files"], cells))
+    show(table(["artifact", "kind", "step", "size", "age", "files"], cells))
 
 
 @app.command()

@@ -40,8 +40,11 @@ def is_local(url: str) -> bool:
 
 
 def local_path(url: str) -> Path:
-    """The folder behind a local URL."""
-    path = Path(url.removeprefix("file://"))
+    """The folder behind a local URL; `~x` that exists, or is written `./~x`, is a name and nobody's home."""
+    name = url.removeprefix("file://")
+    path = Path(name)
+    if str(path).startswith("~") and (not name.startswith("~") or (path.parts[0] != "~" and os.path.lexists(path))):
+        return path.absolute()
     try:
         return path.expanduser()
     except RuntimeError as error:

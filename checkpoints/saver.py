@@ -34,6 +34,7 @@ class CheckpointSaver:
         self._thread: threading.Thread | None = None
         self._preparation: threading.Thread | None = None
         self._error: Exception | None = None
+        self._has_told_of_waits = False
         self.stall_seconds = 0.0
         _SAVERS.add(self)
 
@@ -55,8 +56,12 @@ class CheckpointSaver:
     def save(self, checkpoint: Checkpoint) -> None:
         """Copy the state and return; tensors and `state` may change right after. Waits for an earlier save first."""
         start = time.monotonic()
-        if self._thread and self._thread.is_alive():
-            logger.warning("the save before step %d is not done yet; training waits for it", checkpoint.step)
+        if self._thread and self._thread.is_alive() and not self._has_told_of_waits:
+            self._has_told_of_waits = True  # once: a fast job would fill its log with it
+            logger.warning(
+                "the save before step %d is not done yet; training waits for it, and for later ones without a word",
+                checkpoint.step,
+            )
         self.wait()
         copied = self._copy(checkpoint)
         self._thread = threading.Thread(target=self._write, args=(copied,), name=f"save-{checkpoint.step}")

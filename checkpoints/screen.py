@@ -7,6 +7,7 @@ this is the only file that makes rich's tables, bars and consoles, and every pro
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import traceback
 import unicodedata
@@ -26,6 +27,9 @@ TURNS = frozenset(
     "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 )  # the direction of writing
 
+UNDERSCORE = re.compile("(?<=[^_])_(?=[^_])")
+WIDEST = 10_000  # columns; rich measures tables within some width
+
 
 def literal(text: str, keep: str = "\n\t") -> str:
     """The text with control characters, but for those in `keep`, shown as Python writes them (`\\x1b`)."""
@@ -33,6 +37,16 @@ def literal(text: str, keep: str = "\n\t") -> str:
         return text
     return "".join(character if character in keep or not _is_hidden(character) else _escaped(character)
                    for character in text)  # fmt: skip
+
+
+def breakable(name: str, gap: str) -> str:
+    """A name with `gap` for underscores between two of its parts."""
+    return gap.join(UNDERSCORE.split(name))
+
+
+def short(text: str, characters: int) -> str:
+    """Text for a place that holds so many characters."""
+    return text if len(text) <= characters else f"{text[: characters - 1]}…"
 
 
 def say(text: str = "", *, end: str = "\n", error: bool = False) -> None:
@@ -73,6 +87,13 @@ def table(
     for place, row in enumerate(rows):
         made.add_row(*(Text(_cell(text)) for text in row), style="bold green" if place == marked else None)
     return made
+
+
+def show(made: Table) -> None:
+    """Print a table; one that is wider than the screen, or than a pipe's 80 columns, is never cut."""
+    screen = console()
+    wanted = screen.measure(made, options=screen.options.update(width=WIDEST)).maximum
+    (screen if wanted <= screen.width else console(width=wanted)).print(made)
 
 
 @contextmanager

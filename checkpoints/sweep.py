@@ -7,6 +7,7 @@ on with stays until it is old or its artifact is finished. Object stores know no
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
@@ -37,6 +38,13 @@ def sweep(root: str) -> list[str]:
     for place in taken:
         logger.info("removed %s, which a killed process had left", place)
     return taken
+
+
+def sweep_beside(folder: Path) -> None:
+    """The same for what earlier writers of one artifact left beside it, wherever it lies."""
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
+        if HIDDEN.fullmatch(path.name) and f".{DAMAGED}." not in path.name and _take_away(path):
+            logger.info("removed %s, which a killed process had left", path)
 
 
 def _sweep_folder(root: Path) -> list[str]:

@@ -20,11 +20,11 @@ from typing import Any
 
 from checkpoints import explain, paths
 from checkpoints.artifact import Artifact
-from checkpoints.durable import DurableFile
+from checkpoints.chunks import Chunk, continue_local, in_parts, passed_to, read_chunks, steady_pieces, write_local
 from checkpoints.errors import ArtifactExistsError, StoreError, StoreFullError
 from checkpoints.exchange import exchange
 from checkpoints.forms import check_names
-from checkpoints.hashing import CHUNK_BYTES, FileEntry, FileHasher, describe_file
+from checkpoints.hashing import FileEntry, FileHasher, describe_file
 from checkpoints.journal import Journal, attempt_of
 from checkpoints.manifest import MANIFEST_NAME, Manifest
 from checkpoints.owners import locked
@@ -33,8 +33,8 @@ from checkpoints.places import JOURNAL_NAME, OWN_NAMES, OWNER_NAME, UPLOAD_SCRAT
 from checkpoints.reading import PART_BYTES
 from checkpoints.redact import redact_values
 from checkpoints.retry import logger
+from checkpoints.sweep import sweep_beside
 
-Chunk = bytes | memoryview
 FILES_AT_ONCE = 3
 SMALL_PART_BYTES = 6 << 20  # where memory is bounded; S3 wants at least 5 MiB
 MAX_PARTS = 9_000  # S3 allows 10,000
@@ -70,10 +70,10 @@ class ArtifactWriter:
         """
         hasher = FileHasher(name)
         if paths.is_local(self.url):
-            _write_local(self._path(name), chunks, hasher)
+            write_local(self._path(name), chunks, hasher)
         else:
             with hasher.in_background() as update:
-                self._upload(name, _passed_to(update, _steady_pieces(chunks)), size)
+                self._upload(name, passed_to(update, steady_pieces(chunks)), size)
         self.written[name] = hasher.entry()
         return self.written[name]
 
@@ -84,7 +84,7 @@ class ArtifactWriter:
         instead of written.
         """
         if paths.is_local(self.url):
-            _continue_local(self._path(name), chunks, size)
+            continue_local(self._path(name), chunks, size)
         else:
             self._upload(name, chunks, size, SMALL_PART_BYTES)
         self.adopt(name, finish())
@@ -139,6 +139,8 @@ class ArtifactWriter:
             self._rename_into_place(content)
         else:
             self._create_manifest(content)
+        if local:
+            sweep_beside(paths.local_path(self.url))
         return Artifact(self.url, manifest)
 
     def adopt(self, name: str, entry: FileEntry) -> None:
@@ -157,7 +159,7 @@ class ArtifactWriter:
 
     def _upload(self, name: str, chunks: Iterable[Chunk], size: int, least: int = PART_BYTES) -> None:
         part_bytes = max(least, -(-size // MAX_PARTS))
-        paths.upload(self._upload_url(name), in_parts(_steady_pieces(chunks), part_bytes))
+        paths.upload(self._upload_url(name), in_parts(steady_pieces(chunks), part_bytes))
 
     def _upload_url(self, name: str) -> str:
         return paths.join(self.url, self.attempt, self._checked(name))
@@ -192,7 +194,7 @@ class ArtifactWriter:
 
     def _upload_file(self, name: str) -> FileEntry:
         path = self.folder / name
-        return self.write_chunks(name, _read_chunks(path), path.stat().st_size)
+        return self.write_chunks(name, read_chunks(path), path.stat().st_size)
 
     def _take_place_of(self, old: Artifact, manifest: bytes) -> None:
         """Replace an artifact: on a folder by an exchange, on an object store by the manifest, which names files."""
@@ -297,8 +299,13 @@ def write_artifact(
             raise
         finally:
             writer.discard()
-            if not resumes or not paths.is_local(url):
+            if not resumes or not paths.is_local(url) or _holds_nothing(folder):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _holds_nothing(folder: Path) -> bool:
+    """Whether a scratch folder, where it is still there, has no file that another writer could take over."""
+    return folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())
 
 
 def _place(url: str, resume: str, stack: ExitStack) -> tuple[str, Path, bool]:
@@ -313,22 +320,6 @@ def _place(url: str, resume: str, stack: ExitStack) -> tuple[str, Path, bool]:
     folder = _scratch_folder(url, attempt)
     stack.enter_context(locked(folder))  # so that `gc` sees that this writer lives
     return attempt, folder, False
-
-
-def in_parts(chunks: Iterable[Chunk], part_bytes: int) -> Iterator[bytes]:
-    """The same bytes in parts of one size, the last one shorter; chunks must stay as they are until the next part."""
-    pieces: list[memoryview] = []
-    missing = part_bytes
-    for chunk in chunks:
-        rest = memoryview(chunk)
-        while len(rest) >= missing:
-            yield b"".join([*pieces, rest[:missing]])
-            rest, pieces, missing = rest[missing:], [], part_bytes
-        if len(rest):
-            pieces.append(rest)
-            missing -= len(rest)
-    if pieces:
-        yield b"".join(pieces)
 
 
 def _scratch_folder(url: str, attempt: str) -> Path:
@@ -357,53 +348,3 @@ def _give_rights_of(folder: Path, path: Path) -> None:
     if status.st_nlink == 1 and status.st_mode & 0o777 != rights:
         with suppress(OSError):  # file systems without such rights
             path.chmod(rights)
-
-
-def _write_local(path: Path, chunks: Iterable[Chunk], hasher: FileHasher) -> None:
-    """Write and flush in this thread while others hash, so that hashing costs no time where there are cores for it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file, hasher.in_background() as hash_later, DurableFile(file) as target:
-        for piece in _steady_pieces(chunks):
-            hash_later(piece)
-            target.write(piece)
-
-
-def _continue_local(path: Path, chunks: Iterable[Chunk], size: int) -> None:
-    """Write a file, or the rest of it: bytes that an interrupted writer left are read and compared instead."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if (
-        path.exists() and paths.check_regular(path).st_nlink > 1
-    ):  # a link to another artifact's file, which must stay as it is
-        path.unlink()
-    with open(path, "r+b" if path.exists() else "w+b", buffering=0) as file, DurableFile(file) as target:
-        left = os.fstat(file.fileno()).st_size
-        for chunk in chunks:
-            if left:
-                found = file.read(len(chunk))
-                if found == chunk:
-                    left -= len(found)
-                    continue
-                left = 0
-                file.seek(-len(found), os.SEEK_CUR)
-            target.write(chunk)
-        file.truncate(size)
-
-
-def _passed_to(update: Callable[[Chunk], None], pieces: Iterable[Chunk]) -> Iterator[Chunk]:
-    for piece in pieces:
-        update(piece)
-        yield piece
-
-
-def _steady_pieces(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-    """The same bytes in pieces of at most 1 MiB that stay as they are when the caller fills its buffer again."""
-    for chunk in chunks:
-        for start in range(0, len(chunk), CHUNK_BYTES):
-            piece = memoryview(chunk)[start : start + CHUNK_BYTES]
-            yield piece if piece.readonly else bytes(piece)
-
-
-def _read_chunks(path: Path) -> Iterator[bytes]:
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(CHUNK_BYTES):
-            yield chunk

@@ -144,7 +144,12 @@ def _node_problems(config: Config, _run_id: str, notes: list[str]) -> Iterator[s
     ]  # fmt: skip
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=300, env=job_environment(cluster.pass_environment)
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=300,
+            env=job_environment(cluster.pass_environment),
         )
     except subprocess.TimeoutExpired:
         yield "python on a node must start within 5 minutes, but did not; try it with srun"

@@ -46,7 +46,13 @@ def run_slurm(*command: str, env: dict[str, str] | None = None) -> str:
     """The output of a Slurm command; raises SlurmError with its complaint."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, stdin=subprocess.DEVNULL, env=env
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TIMEOUT_SECONDS,
+            stdin=subprocess.DEVNULL,
+            env=env,
         )
     except FileNotFoundError as error:
         raise SlurmError(
@@ -95,9 +101,15 @@ def partitions() -> dict[str, dict[str, str]]:
 
 
 def fields(line: str) -> dict[str, str]:
-    """`Name=value` pairs of one line of scontrol; values hold no blanks, or only their first word counts."""
-    pairs = (word.partition("=") for word in line.split() if "=" in word)
-    return {name: value for name, _, value in pairs}
+    """`Name=value` pairs of one line of scontrol; of a value with blanks only the first word counts.
+
+    The first of a name counts: later ones stand in values, such as the comment of a node or the path of a log.
+    """
+    found: dict[str, str] = {}
+    for name, sign, value in (word.partition("=") for word in line.split()):
+        if sign:
+            found.setdefault(name, value)
+    return found
 
 
 def job_fields(job: str) -> dict[str, str]:
@@ -105,7 +117,8 @@ def job_fields(job: str) -> dict[str, str]:
 
     The id of an array's last task is that of the whole array: asked for by that, Slurm answers with every task.
     """
-    return fields(run_slurm("scontrol", "--oneliner", "show", "job", job))
+    line = run_slurm("scontrol", "--oneliner", "show", "job", job)
+    return fields(line.partition(" Command=")[0])  # behind it are paths, in which folders may be called `Restarts=9`
 
 
 def minutes(text: str) -> float:

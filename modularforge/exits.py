@@ -5,8 +5,8 @@ An error that a user can repair is printed as its sentence alone; ``--debug`` sh
 
 from __future__ import annotations
 
-import errno
 import os
+import re
 import sys
 from typing import Any
 
@@ -17,6 +17,8 @@ from modularforge.errors import Interrupted
 
 USER_ERROR = 2
 INTERRUPTED = 130
+# How libraries in Rust (safetensors, tokenizers) and C++ (Arrow) tell what the system refused, in errors of their own.
+SYSTEM_ERROR = re.compile(r"(?:os error |errno:? )(\d{1,3})\b", re.IGNORECASE)
 
 
 def run_app(app: Any) -> None:
@@ -62,8 +64,8 @@ def _foreign_sentence(error: Exception) -> str | None:
     if type(error).__module__.split(".")[0] in ("botocore", "aiobotocore"):
         return str(explain(error, "read", "object storage"))
     text = str(error)
-    if is_full(error) or os.strerror(errno.ENOSPC) in text:  # libraries in other languages pass on the text alone
-        return refused_by_the_system(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    if match := SYSTEM_ERROR.search(text):
+        return refused_by_the_system(OSError(int(match[1]), os.strerror(int(match[1]))))
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         first = text.splitlines()[0] if text else "out of memory"
         return (

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from checkpoints import StoreError, paths
 from checkpoints.redact import redact_values
+from checkpoints.retry import logger as store_logger
 from checkpoints.screen import LogFormatter, step_bar
 from modularforge.tensorboard import events_beside
 
@@ -26,11 +27,12 @@ logger = logging.getLogger("modularforge")
 
 
 def configure_logging(*, quiet: bool = False) -> None:
-    """Send log lines to standard error, once per process; `quiet` keeps warnings only (ranks other than 0)."""
+    """Send log lines, the store's too, to standard error, once a process; `quiet` (ranks but 0) keeps warnings only."""
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(LogFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         logger.addHandler(handler)
+        store_logger.addHandler(handler)
         logger.propagate = False
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
 

@@ -95,13 +95,13 @@ def _name(location: tuple[Any, ...]) -> str:
 def _wish(problem: Any) -> str:
     context = problem.get("ctx", {})
     known = PATTERN_WISHES.get(context.get("pattern", "")) or WISHES.get(problem["type"])
-    return (known or problem["msg"].removeprefix("Input should be ")).format(**context)
+    return known.format(**context) if known else str(problem["msg"]).removeprefix("Input should be ")
 
 
 def _remedy(name: str, group: list[Any]) -> str:
     """What to write instead, where that can be told."""
     kinds, value = {problem["type"] for problem in group}, group[0]["input"]
-    if "string_type" in kinds and isinstance(value, int | float):
+    if "string_type" in kinds and (value is None or isinstance(value, int | float)):
         return "put it in quotes"
     written = str(value)[:READ_CHARACTERS].strip().lower()
     if "bool_type" in kinds and written in (*YES, *NO):

@@ -7,11 +7,13 @@ for others that never come.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 from modularforge.errors import ConfigError
 
 STARTED_BY_TORCHRUN = "TORCHELASTIC_RUN_ID"
+ERROR_FILE, SCRATCH = "TORCHELASTIC_ERROR_FILE", "torchelastic_"
 VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -35,6 +37,20 @@ def own_rank() -> Ranks:
         f"WORLD_SIZE must be set by torchrun alone, but is {os.environ['WORLD_SIZE']!r:.20} in a process that torchrun "
         f"did not start; unset {' '.join(found)}, or start it with torchrun"
     )
+
+
+def remove_empty_scratch() -> None:
+    """Remove the empty folders that torchrun makes in the temporary folder for each process, and leaves there."""
+    folders = Path(os.environ.get(ERROR_FILE, "")).parents
+    if not any(folder.name.startswith(SCRATCH) for folder in folders):
+        return  # of a torchrun with a --log-dir of its own
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:  # another process of the training is still in there
+            return
+        if folder.name.startswith(SCRATCH):
+            return
 
 
 def is_quiet() -> bool:

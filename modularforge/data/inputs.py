@@ -18,6 +18,7 @@ from modularforge.config import Config
 from modularforge.data.corpus import SPLITS
 from modularforge.data.files import SAMPLE_PREFIX, all_matches, file_identity
 from modularforge.data.opening import explained
+from modularforge.errors import DataError
 from modularforge.log import logger
 
 # Of a corpus of more files only these are recorded: a manifest is read whole by everybody.
@@ -89,13 +90,18 @@ def changes_since(recorded: Any, config: Config) -> list[str]:
         return ["what its manifest says of them cannot be read"]
     changes = [f"{name} is gone" for name in then.files if name not in now]
     for name, url in list(now.items())[:RECORDED_FILES]:
-        changes += _difference(name, then.files[name], _state(url)) if name in then.files else [f"{name} is new"]
+        changes += _difference(name, then.files[name], url) if name in then.files else [f"{name} is new"]
     if len(now) != then.count and not changes:
         changes.append(f"there were {then.count} files, and now {len(now)}")
     return changes
 
 
-def _difference(name: str, old: Sequence[Any], new: Sequence[Any]) -> Iterator[str]:
+def _difference(name: str, old: Sequence[Any], url: str) -> Iterator[str]:
+    try:
+        new = _state(url)
+    except DataError as error:
+        yield f"{name} is gone" if isinstance(error.__cause__, FileNotFoundError) else str(error)
+        return
     if old[0] != new[0]:
         yield f"{name} had {old[0]} bytes and now has {new[0]}"
     elif old[1] != new[1]:

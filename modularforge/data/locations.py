@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 
+from checkpoints import paths
 from checkpoints.redact import is_redacted
 from modularforge.errors import DataError
 
@@ -16,7 +17,12 @@ VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 def real_location(location: str) -> str:
-    """The location with the values of the variables it names; raises DataError where it cannot be opened as it is."""
+    """The location with the values of the variables it names; raises DataError where it cannot be opened as it is.
+
+    A path that exists as it is written names no variables.
+    """
+    if VARIABLE.search(location) and paths.is_local(location) and paths.local_path(location).exists():
+        return location
     if is_redacted(location):
         raise DataError(
             f"data.sources must say how to open {location}, but its secret is not saved with the settings; give the "

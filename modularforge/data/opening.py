@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import stat
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,8 @@ from modularforge.data.patterns import is_web
 from modularforge.errors import DataError, one_line
 
 SILENCE_SECONDS = 120.0
+# Libraries through which file systems of fsspec ask servers; each raises exceptions of its own.
+CLIENTS = ("aiohttp", "azure", "ftplib", "google", "httpx", "httpx2", "paramiko", "requests", "urllib3")
 
 
 @contextmanager
@@ -42,8 +43,8 @@ def explained(url: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        refusal = error.__cause__  # fsspec takes every answer of a web server for a missing file
-        if getattr(refusal, "status", 404) != 404:
+        refusal = error.__cause__  # fsspec takes every answer of a web server, and none, for a missing file
+        if _is_clients(refusal) and getattr(refusal, "status", None) != 404:
             raise _unreadable(name, refusal) from error
         raise DataError(
             f"{name} must be a file of the corpus, but does not exist; mend the path in data.sources"
@@ -52,7 +53,11 @@ def explained(url: str) -> Iterator[None]:
         raise DataError(
             f"{name} must be a file, but is a folder; name its files, for example {name}/*.jsonl.gz"
         ) from error
-    except _storage_errors() as error:
+    except (OSError, asyncio.TimeoutError) as error:
+        raise _unreadable(name, error) from error
+    except Exception as error:
+        if not _is_clients(error):
+            raise
         raise _unreadable(name, error) from error
 
 
@@ -84,7 +89,5 @@ def _open_regular(url: str) -> Any:
     return open(path, "rb")
 
 
-def _storage_errors() -> tuple[type[Exception], ...]:
-    """OSError, and what the client of web addresses raises, which is loaded when one was opened."""
-    client = sys.modules.get("aiohttp")
-    return (OSError, asyncio.TimeoutError, *([client.ClientError] if client else []))
+def _is_clients(error: BaseException | None) -> bool:
+    return type(error).__module__.partition(".")[0] in CLIENTS

@@ -29,8 +29,8 @@ def is_web(url: str) -> bool:
 
 
 def file_part(url: str) -> str:
-    """A URL without what does not belong to the file's name: query and fragment of a web address."""
-    return re.split("[?#]", url, maxsplit=1)[0] if is_web(url) else url
+    """A URL without what does not belong to the file's name: a web address's query, the archive a file lies in."""
+    return re.split("[?#]", url, maxsplit=1)[0] if is_web(url) else url.removesuffix(_archive(url))
 
 
 def match_local(pattern: str) -> list[str]:
@@ -39,7 +39,8 @@ def match_local(pattern: str) -> list[str]:
         return [pattern]
     first, *parts = paths.local_path(pattern).parts
     folder, parts = (Path(first), parts) if os.path.isabs(first) else (Path(), [first, *parts])
-    return sorted({str(path) for path in _below(folder, parts)})
+    found = sorted({str(path) for path in _below(folder, parts)})
+    return [f"./{name}" if name.startswith("~") else name for name in found]
 
 
 def match_remote(pattern: str) -> list[str]:
@@ -50,7 +51,13 @@ def match_remote(pattern: str) -> list[str]:
     parts = _literal_brackets(filesystem, path.split("/"))
     found = filesystem.glob("/".join(parts), detail=True)
     names = sorted(name for name, entry in found.items() if entry["type"] == "file" and _fits(name.split("/"), parts))
-    return [filesystem.unstrip_protocol(name) for name in names]
+    return [filesystem.unstrip_protocol(name) + _archive(pattern) for name in names]
+
+
+def _archive(url: str) -> str:
+    """`::b.zip` of `zip://a.txt::b.zip`; empty for paths and for keys in which `::` is text."""
+    sign, rest = url.partition("::")[1:]
+    return sign + rest if "://" in url and url.partition("://")[0] not in ("file", *paths.UNCHAINED) else ""
 
 
 def _below(folder: Path, parts: list[str]) -> Iterator[Path]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from checkpoints.markdown import plain
 from checkpoints.markdown import table as markdown_table
-from checkpoints.screen import console, literal, say, table
+from checkpoints.screen import breakable, literal, say, show, table
 
 Results = dict[str, Any]
 TOTAL, TRAINING_TOKENS = 1, 3  # places of columns
@@ -115,7 +115,7 @@ def print_table(results: Results) -> None:
         (place for place, row in enumerate(rows) if row[0] != "oracle"), key=lambda place: float(rows[place][-3])
     )
     made = table(
-        [literal(header[index], keep="").replace("_", "\n") for index in shown],
+        [breakable(literal(header[index], keep=""), "\n") for index in shown],
         [[row[index] for index in shown] for row in rows],
         title=f"{results['name']}: test perplexity, lower is better",
         numbers_from=1,
@@ -123,9 +123,7 @@ def print_table(results: Results) -> None:
         pad_edge=False,
         box=None,
     )
-    screen = console()
-    # A pipe has no width of its own: nothing must be cut there.
-    (screen if screen.is_terminal else console(width=max(80, 14 * len(shown)))).print(made)
+    show(made)
     say(_verdict(results))
 
 

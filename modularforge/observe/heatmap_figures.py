@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
+from checkpoints.screen import breakable, short
 from modularforge.observe.canvas import new_figure, plain
 from modularforge.observe.metrics import Floats
 from modularforge.observe.run import Run
@@ -16,6 +17,9 @@ from modularforge.observe.style import INK, PAPER, WIDTH_INCHES, colour_of
 WRITTEN_COLUMNS = 16
 COLUMNS_SIDE_BY_SIDE = 9
 SHOWN_EXPERTS = 12
+# Longer names would lie upon each other; the table has them whole. Of a row's name, and of all columns' together, which
+# are smaller where there are many of them.
+LABEL_CHARACTERS, HEADER_CHARACTERS, SMALL_HEADER_CHARACTERS, LARGE_HEADERS = 15, 72, 96, 7
 
 
 def routing_figures(run: Run) -> dict[str, Figure]:
@@ -62,7 +66,7 @@ def _draw_shares(axes: Any, shares: Floats, top: float, names: list[str], expert
     for tick, index in zip(axes.get_xticklabels(), shown, strict=True):
         tick.set_color(colour_of(experts[index], count))
         tick.set_fontweight("bold")
-    axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axes.set_yticks(range(len(names)), [short(breakable(name, " "), LABEL_CHARACTERS) for name in names])
     if written:
         for (row, column), share in np.ndenumerate(shares):
             colour = PAPER if share > 0.55 * top else INK
@@ -89,8 +93,7 @@ def evaluation_figure(run: Run) -> Figure | None:
         colour, weight = PAPER if abs(percent) > 0.6 * reach else INK, "bold" if column == len(domains) else "normal"
         value = plain(float(perplexities[row, column]))
         axes.text(column, row, value, ha="center", va="center", color=colour, fontweight=weight)
-    axes.set_xticks(range(len(domains) + 1), [*(label.replace("_", "\n") for label in domains), "all domains\nalike"])
-    axes.xaxis.tick_top()
+    _name_columns(axes, domains)
     axes.set_yticks(range(len(names)), names)
     for tick, name in zip(axes.get_yticklabels(), names, strict=True):
         tick.set_color(colour_of(name, run.num_experts) if name.startswith("expert-") else INK)
@@ -102,6 +105,20 @@ def evaluation_figure(run: Run) -> Figure | None:
         f"Test perplexity, lower is better. Purple: better than the backbone, orange: worse; up to {reach:.0f} %.",
     )
     return figure
+
+
+def _name_columns(axes: Any, domains: list[str]) -> None:
+    count = len(domains) + 1
+    is_large = count <= LARGE_HEADERS
+    characters = max(4, (HEADER_CHARACTERS if is_large else SMALL_HEADER_CHARACTERS) // count)
+    labels = [*(_two_lines(label, characters) for label in domains), "all domains\nalike"]
+    axes.set_xticks(range(count), labels, fontsize=None if is_large else 9.5)
+    axes.xaxis.tick_top()
+
+
+def _two_lines(label: str, characters: int) -> str:
+    first, *rest = breakable(label, "\n").split("\n")
+    return "\n".join(short(line, characters) for line in (first, " ".join(rest)) if line)
 
 
 def _number(label: str, place: int) -> int:

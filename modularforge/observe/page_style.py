@@ -25,7 +25,7 @@ img { display: block; width: 100%; height: auto; }
 .scroll { overflow-x: auto; margin: 0 0 24px; }
 table { border-collapse: collapse; font-size: 14px; }
 th { text-align: left; vertical-align: bottom; color: var(--grey); font-weight: 500; max-width: 9em; }
-th { border-bottom: 1px solid var(--ink); }
+th { border-bottom: 1px solid var(--ink); overflow-wrap: break-word; }
 th, td { padding: 4px 16px 4px 0; }
 td { border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap; }
 details td { white-space: normal; overflow-wrap: anywhere; }

@@ -162,7 +162,7 @@ def _from_hub(model: str, name: HubName, listing: hub.HubListing, url: str) -> A
         for number, file in enumerate(chosen, start=1):
             logger.info("%s: %s (%d of %d), %d bytes", model, file, number, len(chosen), listing.files[file].size)
             _link_or_copy(hub.download(name, listing, file), writer.folder / file)
-        check_weights(writer.folder)
+        _check_copy(writer.folder, model)
         return _commit(writer, url, {"commit": listing.commit})
 
 
@@ -176,8 +176,16 @@ def _copy_folder(source: str, url: str, model: str | None = None, commit: str | 
         for name in chosen:
             writer.write_chunks(name, artifact.stream(name) if artifact else _chunks(paths.join(source, name)))
         if paths.is_local(url):
-            check_weights(writer.folder)
+            _check_copy(writer.folder, model)
         return _commit(writer, url, {"commit": commit, CACHE_FACT: True} if commit else {})
+
+
+def _check_copy(folder: Path, model: str) -> None:
+    """Raise DataError for weights that do not fit, with the model's name: the hidden folder of a copy says nothing."""
+    try:
+        check_weights(folder)
+    except DataError as error:
+        raise DataError(str(error).replace(str(folder), redact(model))) from error
 
 
 def _read(folder: str, name: str) -> bytes:

@@ -58,8 +58,8 @@ def _warn_of_changes(config: Config, artifact: Artifact) -> None:
     if changes:
         more = f" (and {len(changes) - SHOWN} more)" if len(changes) > SHOWN else ""
         logger.warning(
-            "the sources are not what they were when %s was prepared: %s%s; it is used as it is: delete it, or name "
-            "another --data-dir, to read them again",
+            "the sources are not what they were when %s was prepared: %s%s; that data is used as it is: delete "
+            "it, or name another --data-dir, to read them again",
             artifact.url,
             "; ".join(changes[:SHOWN]),
             more,

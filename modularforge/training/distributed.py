@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from modularforge.ranks import own_rank
+from modularforge.ranks import own_rank, remove_empty_scratch
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 
@@ -57,6 +57,7 @@ def joined_world(device: torch.device | None = None) -> Iterator[World]:
         torch.cuda.set_device(device)
     if size == 1:
         yield World(0, 1, device)
+        remove_empty_scratch()
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
     control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
@@ -64,6 +65,7 @@ def joined_world(device: torch.device | None = None) -> Iterator[World]:
         yield World(rank, size, device, control)
     finally:
         dist.destroy_process_group()
+        remove_empty_scratch()
 
 
 def default_device(local_rank: int = 0) -> torch.device:

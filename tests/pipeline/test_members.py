@@ -341,6 +341,7 @@ def test_the_command_lists_and_changes_members_and_says_what_is_wrong(finished_r
     assert "must be an expert, but is of kind backbone" in wrong.stderr
     twice = run_command("modularforge", "experts", "add", url, stage_url(run, "expert", 0), check=False)
     assert "each slot must hold another expert" in twice.stderr
+    assert not list((tmp_path / "run").glob(".*")), "what was refused leaves nothing behind"
 
 
 def test_a_chosen_membership_is_kept_when_the_pipeline_runs_again(finished_run: Config, tmp_path: Path) -> None:

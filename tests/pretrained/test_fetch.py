@@ -199,6 +199,19 @@ def test_a_folder_is_a_source_too(fetch: Fetch, source: Path, tmp_path: Path) ->
     assert same_files(tmp_path / "copy", source)
 
 
+def test_a_source_that_does_not_fit_its_config_is_named_and_not_the_hidden_folder_of_its_copy(
+    fetch: Fetch, source: Path, tmp_path: Path
+) -> None:
+    odd = tmp_path / "odd"
+    fetch(str(source), "--output", str(odd))
+    (odd / "manifest.json").unlink()
+    values = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps({**values, "intermediate_size": 8}))
+    done = fetch(str(odd), "--output", str(tmp_path / "out"), check=False)
+    assert f" in {odd} must have shape" in done.stderr
+    assert "attempt" not in done.stderr
+
+
 def test_a_truncated_source_is_refused(fetch: Fetch, source: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     fetch(str(source), "--output", str(broken))

@@ -87,6 +87,20 @@ def test_a_killed_writers_folder_is_removed_and_a_living_writers_stays(tmp_path:
     open_artifact(str(run / "backbone")).verify()
 
 
+def test_what_killed_writers_of_one_artifact_left_is_removed_wherever_it_lies(tmp_path: Path) -> None:
+    """Of a corpus outside of the run, a fetched model, a study's result: no stage sweeps there."""
+    url = str(tmp_path / "data [v2]")
+    leave(str(tmp_path / "data"))
+    left = tmp_path / ".data [v2].attempt-0123456789ab"
+    left.mkdir()
+    with writer_process(url) as living:
+        make(url)
+        assert not left.exists()
+        assert len(hidden(tmp_path)) == 2
+        living.kill()
+    open_artifact(url).verify()
+
+
 def test_a_writer_that_is_stopped_for_a_while_is_not_taken_for_dead(tmp_path: Path) -> None:
     with writer_process(str(tmp_path / "run" / "expert")) as living:
         os.kill(living.pid, signal.SIGSTOP)
@@ -136,7 +150,7 @@ def test_what_a_later_writer_goes_on_with_stays_until_its_artifact_is_finished(t
     assert owner_of(left) == Owner(this_machine(), resumes=True)
     assert sweep.sweep(str(tmp_path / "run")) == []
     make(url)
-    assert sweep.sweep(str(tmp_path / "run")) == [str(left)]
+    assert not left.exists()
 
 
 def test_a_finished_artifact_holds_no_note(tmp_path: Path) -> None:

@@ -233,6 +233,18 @@ def test_c7_at_most_one_save_is_under_way(place: str, monkeypatch: pytest.Monkey
     assert same(load_newest_checkpoint(place, "f"), at(2))
 
 
+def test_c7_waiting_is_told_once_however_often_saves_are_too_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    background = CheckpointSaver(str(tmp_path / "job"), "f", keep_last=3)
+    for step in (1, 2, 3, 4):
+        gate = Gate(monkeypatch)
+        threading.Timer(0.05, gate.open.set).start()
+        background.save(at(step))
+    background.wait()
+    assert caplog.text.count("training waits for it") == 1
+
+
 @pytest.mark.parametrize("surface", ["check", "save", "wait", "with"])
 def test_c7_an_error_surfaces_once_at_the_next_step(tmp_path: Path, surface: str) -> None:
     (tmp_path / "file").write_text("in the way")

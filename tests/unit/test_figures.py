@@ -22,7 +22,7 @@ from modularforge.observe.run import job_order, read_run
 from modularforge.observe.style import colour_of, house_style
 from modularforge.observe.timeline import timeline
 from modularforge.observe.timeline_figure import timeline_figure
-from tests.synthetic_runs import falling, training_line, write_metrics, write_run, write_stage
+from tests.synthetic_runs import evaluation, falling, training_line, write_metrics, write_run, write_stage
 
 BASELINES = ["dense", "soup", "joint", "btx"]
 
@@ -90,6 +90,23 @@ def test_no_text_covers_another_or_leaves_the_figure(num_experts: int, trained: 
         for name, figure in curves.items():
             width = figure.bbox.width
             assert [text for text, box in boxes(figure) if box.x0 < 0 or box.x1 > width] == [], name
+
+
+@pytest.mark.parametrize("count", [2, 5, 10])
+def test_domains_with_long_names_cover_nothing(count: int, tmp_path: Path) -> None:
+    url = str(tmp_path / "run")
+    config = write_run(url, 5)
+    domains = [
+        f"{letter}xample of a label which_may have_two hundred_characters" * 3 for letter in "abcdefghij"[:count]
+    ]
+    results = evaluation(5, domains=domains)
+    write_stage(f"{url}-long", "evaluation", "evaluation", config, {"results.json": results})
+    run = read_run(f"{url}-long")
+    with house_style():
+        for figure in (evaluation_figure(run), *routing_figures(run).values()):
+            assert figure is not None
+            covered = {text for pair in collisions(figure) for text in pair}
+            assert covered == set()
 
 
 def test_overlapping_labels_are_found_out() -> None:

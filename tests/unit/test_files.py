@@ -267,6 +267,25 @@ def test_a_path_that_exists_is_no_pattern_and_no_chain(tmp_path, name):
     assert texts(path) == texts(f"file://{path}") == [TEXT]
 
 
+@pytest.mark.parametrize("name", ["~a.txt", "~root", "~/a.txt", "${HOME}.txt"])
+def test_a_name_is_no_home_and_no_variable(tmp_path, monkeypatch, name):
+    """A pattern finds names that would mean something else if they were written by hand."""
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / name, TEXT.encode())
+    assert texts("**") == texts(f"./{name}") == texts(f"file://{tmp_path}/{name}") == [TEXT]
+    assert name.startswith("~/") or texts(name) == [TEXT]
+
+
+def test_a_file_in_an_archive_is_judged_by_its_own_name(tmp_path):
+    archive = tmp_path / "corpus [v2].zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("in/a.jsonl", RECORDS)
+        file.writestr("in/b.txt", TEXT)
+    assert len(texts(f"zip://in/a.jsonl::{archive}")) == 50
+    assert len(texts(f"zip://in/*.jsonl::{archive}")) == 50
+    assert texts(f"zip://in/b.txt::{archive}") == [TEXT]
+
+
 def test_a_pattern_below_a_folder_in_brackets(tmp_path):
     for name in ("b", "a"):
         put(tmp_path / "run [v2]" / f"std::{name}.txt", name.encode())
@@ -403,6 +422,22 @@ def test_what_a_web_server_refuses_is_told_without_the_secret(web):
     with pytest.raises(DataError, match=r"must be readable, but the storage says: 403") as caught:
         texts(f"{web(Refusing)}/a.jsonl?X-Amz-Signature=verysecret")
     assert "verysecret" not in str(caught.value)
-    with pytest.raises(DataError, match="must be ") as caught:
-        texts("http://somebody:hunter22@127.0.0.1:9/a.jsonl")
+
+
+@pytest.mark.parametrize(("act", "name"), [(texts, "a.jsonl"), (find_files, "*.jsonl")])
+def test_a_server_that_does_not_answer_is_no_missing_file(act, name):
+    with pytest.raises(DataError, match=r"must be readable, but the storage says: Cannot connect") as caught:
+        act(f"http://somebody:hunter22@127.0.0.1:9/{name}")
     assert "hunter22" not in str(caught.value)
+
+
+def test_a_client_with_exceptions_of_its_own_gets_one_sentence(monkeypatch):
+    class ConnectError(Exception):
+        __module__ = "httpx"
+
+    def fail(self, path, **options):
+        raise ConnectError("no route to the server")
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "exists", fail)
+    with pytest.raises(DataError, match="must be readable, but the storage says: no route to the server"):
+        find_files(["memory://odd/*.jsonl"])

@@ -13,6 +13,7 @@ import pytest
 
 from checkpoints.commands import shown_command
 from checkpoints.screen import say
+from launcher import slurm
 from launcher.allocation import Allocation
 from launcher.carrier import Request, script_of
 from launcher.cluster import launch
@@ -290,6 +291,18 @@ def test_the_launcher_prints_and_errors_show_no_secrets(
     assert "secret" not in shown.out + shown.err
     assert "hunter22" not in shown.out + shown.err
     assert "change it" in shown.err
+
+
+def test_folders_that_read_like_fields_of_slurm_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = (
+        "JobId=7 JobName=backbone-1 JobState=RUNNING Restarts=0 RunTime=00:01:00 TimeLimit=01:00:00 "
+        "Command=/runs/a JobState=FAILED Restarts=9 PreemptTime=2030-01-01T00:00:00/x.sh WorkDir=/runs/a RunTime=x"
+    )
+    monkeypatch.setattr(slurm, "run_slurm", lambda *command: told)
+    found = slurm.job_fields("7")
+    assert (found["JobState"], found["Restarts"], found["RunTime"]) == ("RUNNING", "0", "00:01:00")
+    assert "PreemptTime" not in found
+    assert slurm.fields("NodeName=n NodeAddr=10.0.0.1 Comment=was NodeAddr=6.6.6.6")["NodeAddr"] == "10.0.0.1"
 
 
 def test_numbers_of_slurm_that_are_none_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

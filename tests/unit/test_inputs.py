@@ -61,6 +61,15 @@ def test_a_file_written_again_with_the_same_size_is_told(config, tmp_path, caplo
     assert "sea-test.jsonl was written again" in told
 
 
+def test_a_file_that_is_gone_does_not_hide_what_else_changed(config, tmp_path, caplog):
+    prepare.run(config)
+    (tmp_path / "sea-test.jsonl").unlink()
+    (tmp_path / "train" / "b.jsonl").unlink()
+    (told,) = warnings(caplog, config)
+    assert "sea-test.jsonl is gone" in told
+    assert "b.jsonl is gone" in told
+
+
 def test_sources_that_are_gone_altogether_are_told_and_the_data_is_used(config, tmp_path, caplog):
     prepare.run(config)
     for name in "ab":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -94,6 +95,23 @@ def test_the_table_of_an_evaluation_shows_every_domain_and_name(name: str, capsy
     assert "\x1b" not in shown
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("english_novels", "english\nnovels"), ("_hidden", "_hidden"), ("__x__", "__x__"), ("a_b_c", "a\nb\nc")],
+)
+def test_a_name_is_broken_between_its_words_and_loses_none_of_its_signs(name: str, shown: str) -> None:
+    assert screen.breakable(name, "\n") == shown
+    assert screen.breakable(name, "_") == name
+
+
+def test_no_table_is_cut_because_a_pipe_or_a_screen_is_narrow(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"{letter * 40}/step-00000010" for letter in "abcd"]
+    screen.show(screen.table(["artifact", *names], [[*names, "1"]]))
+    screen.show(screen.table(names, [["1"] * 4], numbers_from=0))
+    shown = capsys.readouterr().out
+    assert [shown.count(name) for name in names] == [3] * 4
+
+
 def test_a_listing_shows_the_folders_as_they_are(tmp_path: Path) -> None:
     for name in ("run[/x]", "[v2]", ":smile:"):
         with write_artifact(str(tmp_path / name), "test", "f" * 32) as writer:
@@ -121,6 +139,13 @@ def test_log_lines_have_neither_secrets_nor_terminal_escapes(monkeypatch: pytest
     line = screen.LogFormatter("%(message)s").format(record)
     assert line.startswith("*** at http://***@c\nTraceback")
     assert line.endswith("ValueError: ***\\x1b[2J")
+
+
+def test_the_store_speaks_as_the_rest_of_a_program_does() -> None:
+    lines = "import logging; logging.getLogger('checkpoints').warning('a\\x1b %s', 'http://me:pw@host')"
+    program = f"from modularforge.log import configure_logging; configure_logging(); {lines}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d a\\x1b http://\*\*\*@host\n", done.stderr), done.stderr
 
 
 def test_nothing_reaches_the_streams_with_a_secret(

@@ -87,7 +87,8 @@ def test_the_local_launcher_passes_no_ranks_on(alone: pytest.MonkeyPatch, tmp_pa
 
 def without_home(**variables: str) -> subprocess.CompletedProcess[str]:
     """Ask for the cache folder as a user whom the system does not know, without HOME."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME", "USER")}
+    asked = ("HOME", "MODULARFORGE_CACHE", "USER", "XDG_CACHE_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in asked}
     program = f"from checkpoints.environment import cache_folder; import os; os.setuid({NOBODY}); print(cache_folder())"
     command = [sys.executable, "-c", program]
     return subprocess.run(command, env={**environment, **variables}, capture_output=True, text=True, cwd=ROOT)
@@ -120,6 +121,17 @@ def test_a_path_below_an_unknown_home_is_refused_with_a_sentence() -> None:
         paths.local_path("~nobody-of-this-name/run")
 
 
+def test_changes_that_are_no_text_in_utf8_are_told_by_git_all_the_same(tmp_path: Path) -> None:
+    from modularforge.provenance import _git
+
+    identity = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+    (tmp_path / "a.txt").write_text("a\n")
+    for arguments in (["init", "--quiet"], ["add", "a.txt"], [*identity, "commit", "--quiet", "--message=a"]):
+        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True)
+    (tmp_path / "a.txt").write_bytes("café\n".encode("latin-1"))
+    assert "+caf\ufffd" in (_git(tmp_path, "diff", "HEAD") or "")
+
+
 def test_slurm_is_asked_for_jobs_without_the_users_name(monkeypatch: pytest.MonkeyPatch) -> None:
     from launcher import slurm
 
@@ -127,6 +139,19 @@ def test_slurm_is_asked_for_jobs_without_the_users_name(monkeypatch: pytest.Monk
     monkeypatch.setattr(slurm, "run_slurm", lambda *command: asked.extend(command) or "")
     assert slurm.queue(["x"]) == []
     assert f"--user={os.getuid()}" in asked
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_torchrun_itself_leaves_no_empty_folders(processes: int, tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from modularforge.training.distributed import joined_world\nwith joined_world() as world: world.barrier()"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*command, str(script)], check=True, env=environment, cwd=ROOT)
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_what_a_killed_torchrun_left_is_removed_at_the_next_start(

@@ -90,6 +90,7 @@ def test_numbers_are_those_of_yaml_1_2(text: str, value: object) -> None:
         ("name=1e5", "name must be a text, but is 100000.0; put it in quotes"),
         ("name=2024", "put it in quotes"),
         ("output_dir=true", "put it in quotes"),
+        ("output_dir=null", "output_dir must be a text, but is None; put it in quotes"),
         ("data.sources=[{name: a, train: 7}]", "train must be a text or a list, but is 7; put it in quotes"),
         ("cluster.sbatch_options={mem: 1.5}", "but is 1.5; put it in quotes"),
         ("seed=1.5", "seed must be a whole number, but is 1.5; change it"),
