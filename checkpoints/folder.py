@@ -9,6 +9,7 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from checkpoints.durable import DurableFile
 from checkpoints.errors import CorruptArtifactError
@@ -115,6 +116,14 @@ def check_regular(path: Path) -> os.stat_result:
     if kind := SPECIAL.get(stat.S_IFMT(status.st_mode)):
         raise CorruptArtifactError(f"{path} must be a file, but is {kind}; put the file itself there")
     return status
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """Open a file for what comes behind its end, in a folder that is made; a pipe or a device is refused."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        check_regular(path)
+    return open(path, "ab")
 
 
 def leads_out(path: Path, root: Path) -> bool:

@@ -25,6 +25,7 @@ from checkpoints.folder import (
     check_within,
     leads_out,
     linked_folders,
+    open_to_append,
     sync_file,
     sync_folder,
     write_atomically,
@@ -37,8 +38,8 @@ from checkpoints.s3_client import open_client
 
 __all__ = [
     "FileInfo", "check_regular", "check_within", "copy_inside", "create_bytes", "exists", "file_size", "filesystem",
-    "is_local", "join", "leads_out", "linked_folders", "list_folder", "local_path", "read_bytes", "relative", "remove",
-    "replace_bytes", "store_of", "sync_file", "sync_folder", "upload", "walk", "write_atomically",
+    "is_local", "join", "leads_out", "linked_folders", "list_folder", "local_path", "open_to_append", "read_bytes",
+    "relative", "remove", "replace_bytes", "store_of", "sync_file", "sync_folder", "upload", "walk", "write_atomically",
 ]  # fmt: skip
 
 Store = FolderStore | S3Store | ObjectStore

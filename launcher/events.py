@@ -55,10 +55,8 @@ def append_event(config: Config, job: str, event: str, **details: Any) -> Event:
     line = {"job": job, "event": event, "time": round(time.time(), 3), **redact_values(details)}
     url, content = events_url(config, job), json.dumps(line) + "\n"
     if paths.is_local(url):
-        path = paths.local_path(url)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(content)
+        with paths.open_to_append(paths.local_path(url)) as file:
+            file.write(content.encode())
     else:
         paths.replace_bytes(url, _read(url) + content.encode())
     return line

@@ -133,7 +133,7 @@ class LocalLauncher:
     def _start(self, task: Task, slot: int) -> None:
         log = self.folder / f"{task.name}.log"
         command = [*self._python(task), "-m", "modularforge", *task.arguments, "--config", str(self.settings)]
-        with open(log, "ab") as file:
+        with paths.open_to_append(log) as file:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,

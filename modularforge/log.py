@@ -77,10 +77,8 @@ class MetricsLog:
         """Append one line."""
         line = json.dumps(json_safe(redact_values(values)), allow_nan=False)
         if paths.is_local(self.url):
-            path = paths.local_path(self.url)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            with paths.open_to_append(paths.local_path(self.url)) as file:
+                file.write(f"{line}\n".encode())
         else:
             self._lines.append(line)
         if self._events:

@@ -59,9 +59,8 @@ class EventFile:
         if not self.url:
             self.restart(())
         if paths.is_local(self.url):
-            path = paths.local_path(self.url)
-            path.parent.mkdir(parents=True, exist_ok=True)  # a rival job may have begun the folder again
-            with open(path, "ab") as file:
+            # The folder may be missing: a rival job has begun it again.
+            with paths.open_to_append(paths.local_path(self.url)) as file:
                 file.write(_record(values))
         else:
             self._records.append(_record(values))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from checkpoints import paths
+from checkpoints import StoreError, paths
 from checkpoints.manifest import Manifest
 from launcher.events import append_event, merge_events, read_all_events
 from launcher.progress import progress_of
@@ -230,8 +230,20 @@ def test_a_run_with_a_torn_line_of_foreign_bytes_is_reported(tmp_path: Path) -> 
     assert "backbone" in Path(page).read_text()
 
 
+@pytest.mark.timeout(20)
+def test_lines_are_not_written_into_a_pipe(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    for pipe in (tmp_path / "metrics" / "x.jsonl", tmp_path / "cluster" / "events" / "x.jsonl"):
+        pipe.parent.mkdir(parents=True)
+        os.mkfifo(pipe)
+    with pytest.raises(StoreError, match="is a named pipe"):
+        MetricsLog(str(tmp_path / "metrics" / "x.jsonl")).write(step=1)
+    with pytest.raises(StoreError, match="is a named pipe"):
+        append_event(config, "x", "started")
+
+
 def test_a_run_with_pipes_for_metrics_and_events_is_reported(tmp_path: Path) -> None:
-    write_run(tmp_path / "run")
+    write_run(str(tmp_path / "run"))
     (tmp_path / "run" / "cluster" / "events").mkdir(parents=True)
     pipes = [tmp_path / "run" / name for name in ("metrics/odd.jsonl", "cluster/events/odd.jsonl")]
     for pipe in pipes:
