@@ -16,6 +16,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.faults.runs import KILLS, Run, assert_undisturbed
+from tests.faults.test_launcher_kills import on_one_core
 
 LIBRARIES = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
 DAY = 86_400
@@ -40,8 +41,9 @@ def start(program: str, run: Run, clock: Path) -> subprocess.Popen[bytes]:
         words, environment["LD_PRELOAD"] = ["-m", "modularforge", "run-all"], str(LIBRARIES[0])
     with open(run.log, "ab") as log:
         return subprocess.Popen(
-            [sys.executable, *words, "--config", run.settings], cwd=ROOT, env=environment, stdout=log, stderr=log
-        )
+            [sys.executable, *words, "--config", run.settings], cwd=ROOT, env=environment, stdout=log, stderr=log,
+            preexec_fn=on_one_core,
+        )  # fmt: skip
 
 
 @pytest.mark.skipif(not LIBRARIES, reason="libfaketime is not installed: apt-get install faketime")
