@@ -42,7 +42,7 @@ def descendants(pid: int) -> list[int]:
     return [inner for child in map(int, children) for inner in (child, *descendants(child))]
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(6))
 def test_a_launcher_and_its_jobs_are_killed_again_and_again(
     seed: int, new_run: Callable[..., Run], reference: Run
 ) -> None:
