@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from checkpoints import paths
+from checkpoints.parallel import in_order
 from checkpoints.redact import redact
 from modularforge.config import Config
 from modularforge.data.corpus import SPLITS
@@ -24,6 +26,7 @@ from modularforge.log import logger
 # Of a corpus of more files only these are recorded: a manifest is read whole by everybody.
 RECORDED_FILES = 1000
 SHOWN = 3
+LOOKS_AT_ONCE = 16  # an object store answers each in tens of milliseconds
 
 
 class _Recorded(BaseModel):
@@ -71,7 +74,8 @@ def warn_of_repeats(matches: list[Match]) -> None:
 
 def file_states(matches: list[Match]) -> dict[str, list[Any]]:
     """Size and time (or ETag) by URL; raises DataError for a file that is not there."""
-    return {url: _state(url) for url in dict.fromkeys(match.url for match in matches)}
+    urls = list(dict.fromkeys(match.url for match in matches))
+    return dict(zip(urls, in_order(_state, urls, LOOKS_AT_ONCE), strict=True))
 
 
 def record(matches: list[Match], states: Mapping[str, list[Any]]) -> dict[str, Any]:
@@ -89,8 +93,10 @@ def changes_since(recorded: Any, config: Config) -> list[str]:
     except ValidationError:
         return ["what its manifest says of them cannot be read"]
     changes = [f"{name} is gone" for name in then.files if name not in now]
-    for name, url in list(now.items())[:RECORDED_FILES]:
-        changes += _difference(name, then.files[name], url) if name in then.files else [f"{name} is new"]
+    kept = list(now.items())[:RECORDED_FILES]
+    changes += [f"{name} is new" for name, _ in kept if name not in then.files]
+    known = [(name, then.files[name], url) for name, url in kept if name in then.files]
+    changes += chain.from_iterable(in_order(lambda item: list(_difference(*item)), known, LOOKS_AT_ONCE))
     if len(now) != then.count and not changes:
         changes.append(f"there were {then.count} files, and now {len(now)}")
     return changes

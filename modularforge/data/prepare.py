@@ -12,6 +12,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from modularforge.log import logger, progress
 
 # Raise it when the same settings and files give other tokens.
 FORMAT = 1
+SCRATCH_PATTERN = "prepare-*"
 
 
 def prepare_corpus(
@@ -99,9 +101,17 @@ def describe_corpus(
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
+def remove_scratch(scratch: Path) -> None:
+    """Remove what preparations left; a folder of that name may be somebody's, so nothing else in it is touched."""
+    for work in scratch.glob(SCRATCH_PATTERN):
+        shutil.rmtree(work, ignore_errors=True)
+    with suppress(OSError):  # it is not there, or holds something else
+        scratch.rmdir()
+
+
 def _own_scratch(scratch: Path, key: str) -> Path:
     """The scratch folder of these settings; those of others are deleted."""
-    for other in scratch.glob("prepare-*"):
+    for other in scratch.glob(SCRATCH_PATTERN):
         if other.name != f"prepare-{key}":
             shutil.rmtree(other)
     work = scratch / f"prepare-{key}"

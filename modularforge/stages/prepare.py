@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from checkpoints import Artifact, paths
 from modularforge.config import Config
 from modularforge.data.inputs import SHOWN, changes_since, file_states, list_matches, record, warn_of_repeats
 from modularforge.data.partition_files import make_partitions
-from modularforge.data.prepare import prepare_corpus
+from modularforge.data.prepare import prepare_corpus, remove_scratch
 from modularforge.errors import DataError, StoreError
 from modularforge.log import logger
 from modularforge.pipeline import finished, plan_stage, require
@@ -33,7 +32,7 @@ def _prepare_corpus(config: Config) -> None:
     scratch = _scratch_folder(plan.url, plan.fingerprint)
     if artifact := finished(plan):
         logger.info("data is finished: %s", plan.url)
-        shutil.rmtree(scratch, ignore_errors=True)  # of a preparation that was killed right after its commit
+        remove_scratch(scratch)  # of a preparation that was killed right after its commit
         _warn_of_changes(config, artifact)
         return
     matches = list_matches(config)
@@ -46,7 +45,7 @@ def _prepare_corpus(config: Config) -> None:
         seconds = round(time.perf_counter() - start, 3)
         facts = {"seconds": seconds, "labels": metadata["labels"], "splits": metadata["splits"]}
         commit(writer, plan, config, {**facts, SOURCES_FACT: record(matches, states)})
-    shutil.rmtree(scratch, ignore_errors=True)
+    remove_scratch(scratch)
 
 
 def _warn_of_changes(config: Config, artifact: Artifact) -> None:

@@ -150,6 +150,7 @@ def test_a_file_that_is_deleted_meanwhile(stage: str, seconds: float, new_run: M
     KILLS["local", stage, "file deleted"] += 1
     file.with_name("gone").rename(file)
     assert run.finish(*COMMANDS[stage]) == 0, run.said()
+    assert_same_stage(stage, run, reference)
 
 
 @pytest.fixture

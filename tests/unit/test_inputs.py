@@ -123,3 +123,13 @@ def test_what_a_preparation_left_that_was_killed_right_after_its_commit_is_remov
     left.mkdir(parents=True)
     prepare.run(config)
     assert not left.parent.exists()
+
+
+def test_a_folder_of_somebody_else_beside_the_data_is_not_touched(config, tmp_path):
+    own = tmp_path / "run" / "data.partial" / "thesis.txt"
+    own.parent.mkdir(parents=True)
+    own.write_text("ten years of work")
+    for _ in range(2):  # once after the commit, once when the data is there already
+        prepare.run(config)
+        assert own.read_text() == "ten years of work"
+        assert list(own.parent.iterdir()) == [own]
