@@ -18,7 +18,7 @@ from checkpoints.redact import redact
 from checkpoints.sweep import sweep
 from modularforge.config import Config
 from modularforge.log import json_safe, logger
-from modularforge.pipeline import Plan, contents, fingerprint
+from modularforge.pipeline import STAGES, Plan, checkpoint_url, contents, fingerprint
 from modularforge.settings import to_yaml
 
 FROZEN_NAME = "frozen.json"
@@ -55,9 +55,21 @@ def commit(
         logger.info("another process finished the same artifact first: %s", plan.url)
         return artifact
     save_settings(config)
-    sweep(config.output_dir)
+    _sweep(config, plan)
     logger.info("finished: %s", plan.url)
     return artifact
+
+
+def _sweep(config: Config, plan: Plan) -> None:
+    """Remove what killed processes left: in the whole run by stages that there are once, else in the job's own folder.
+
+    Were it the whole run for each of a thousand experts, all of them would list it a thousand times.
+    """
+    stage = STAGES.get(plan.stage)  # none for the results of a study, of which there are many too
+    if stage is not None and "{index}" not in stage.folder:
+        sweep(config.output_dir)
+    elif stage is not None:
+        sweep(checkpoint_url(config, plan.url.rstrip("/").rpartition("/")[2]))
 
 
 def save_settings(config: Config) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -80,12 +79,8 @@ def _unreadable(name: str, error: BaseException | None) -> DataError:
 
 
 def _open_regular(url: str) -> Any:
-    """A file of this machine; pipes and devices, which can be read once or never end, are refused."""
     path = paths.local_path(url)
-    if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
-        raise DataError(
-            f"{url} must be a file, but is a pipe or a device, which cannot be read twice; save what comes out of it"
-        )
+    paths.check_regular(path)
     return open(path, "rb")
 
 

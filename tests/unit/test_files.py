@@ -28,7 +28,7 @@ from modularforge.config import DataConfig, SourceConfig
 from modularforge.data import files
 from modularforge.data.corpus import read_documents
 from modularforge.data.files import find_files
-from modularforge.errors import DataError
+from modularforge.errors import DataError, StoreError
 from tests.conftest import ROOT
 
 TEXT = "The otter waits near the bend. Über den Fluß geht's 12 mal.\n" * 60
@@ -334,7 +334,7 @@ def test_a_file_that_several_patterns_match_is_read_once(tmp_path):
 
 def test_pipes_and_folders_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
-    with pytest.raises(DataError, match=r"must be a file, but is a pipe or a device, which cannot be read twice"):
+    with pytest.raises(StoreError, match=r"must be a file, but is a named pipe; put the file itself there"):
         texts(tmp_path / "pipe.txt")
     assert find_files(str(put(tmp_path / "a.txt", b"x").parent / "*.txt")) == [str(tmp_path / "a.txt")]
     with pytest.raises(DataError, match=r"must be a file, but is a folder; name its files"):
