@@ -47,3 +47,8 @@ def build_btx(config: Config, backbone: Backbone, branches: Sequence[Artifact]) 
     with torch.device("meta"):
         decoder = build_moe(model, int(backbone.values["vocab_size"]), experts, config.assembly.experts_per_token)
     return fill(decoder, tensors)
+
+
+def solved_router(config: Config) -> Config:
+    """The settings with a router that can be solved for branches, which train no rows, whatever the run's own is."""
+    return config.model_copy(update={"assembly": config.assembly.model_copy(update={"router": "data_stats"})})

@@ -73,6 +73,12 @@ def is_dense_ffn(name: str) -> bool:
     return _DENSE.match(name) is not None
 
 
+def dense_part(name: str) -> str:
+    """w1, w2 or w3 for a matrix of the backbone's feed-forward block, empty for other names."""
+    match = _DENSE.match(name)
+    return PART_OF_DENSE[match[2]] if match else ""
+
+
 def is_gate(name: str) -> bool:
     """Whether the name is a router matrix."""
     return _GATE.match(name) is not None

@@ -130,7 +130,7 @@ def test_a_baseline_is_as_long_in_the_report_as_it_trains(
     config = tiny_config(
         tmp_path, experts=experts, joint={"batch_size": batch_size}, evaluation={"baselines": [baseline]}
     )
-    steps = config.joint_phase.steps
+    steps = config.baseline_phase(baseline).steps
     (tmp_path / "config.yaml").write_text(json.dumps(config.model_dump(mode="json")))
     write_metrics(str(tmp_path), baseline, dict.fromkeys(range(5, steps // 2 + 1, 5), 5.0))
     run = read_run(str(tmp_path))
