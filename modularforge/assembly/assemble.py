@@ -134,7 +134,7 @@ def _write_small_files(
     written = moe_config(model, vocab_size, count, active, carried)
     write_json(folder / CONFIG_NAME, written)
     copy_text_files(backbone, folder)
-    sizes = model_sizes(model, vocab_size, count, active)
+    sizes = model_sizes(model, vocab_size, count, active, model_config_of(backbone.read_json(CONFIG_NAME)))
     facts = {
         "architecture": written["architectures"][0],
         "experts": count,
@@ -148,6 +148,7 @@ def _write_small_files(
         "router": config.assembly.router,
         "parameters": sizes.parameters,
         "active_parameters": sizes.active_parameters,
+        "routing_parameters": sizes.routing_parameters,
     }
     (folder / CARD_NAME).write_text(model_card(config, backbone, experts, facts), encoding="utf-8")
     return facts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -20,7 +21,7 @@ from checkpoints import find_artifact, open_artifact, paths
 from modularforge.artifacts import Backbone, Corpus
 from modularforge.data.loader import IGNORED_TARGET, evaluation_batches
 from modularforge.errors import ConfigError
-from modularforge.evaluation.btx import build_btx
+from modularforge.evaluation.btx import build_btx, solved_router
 from modularforge.evaluation.losses import measure
 from modularforge.model import names
 from modularforge.model.folder import load_model, read_tensors
@@ -28,12 +29,15 @@ from modularforge.model.moe import observe_routing
 from modularforge.pipeline import require
 from modularforge.settings import to_yaml
 from modularforge.stages import assemble, calibrate, evaluate
+from modularforge.stages.btx import choose_trained
 from modularforge.study.measure import position_ranges
 from modularforge.study.runs import Runs
 from modularforge.study.study import collect, run_study
 from modularforge.study.study_file import load_study, variants_of
+from modularforge.training.distributed import World
 from modularforge.training.joint import build_joint
 from modularforge.training.losses import load_balance_loss
+from modularforge.training.mixture import mixed_partitions
 from tests.conftest import ROOT, run_command, tiny_config
 
 RIDGE = {"assembly.router": "data_stats"}
@@ -48,16 +52,19 @@ STUDY: dict[str, Any] = {
         "frozen": {"experts.anchored": False, "joint.freeze_shared": True},
         "random": {"experts.anchored": False, "partition.method": "random"},
         "longer": {"experts.anchored": False, "experts.steps": 12},
+        "fewer": {"experts.anchored": False, "experts.steps": 8, "btx.steps": 2, "btx.batch_size": 12},
     },
     "variants": {
         "backbone": {"kind": "backbone"},
         "dense": {"kind": "dense"},
+        "wide": {"kind": "dense_wide"},
         "soup": {"kind": "soup"},
         "experts": {"kind": "experts", "recipe": ["plain", "anchored"]},
         "uniform": {"kind": "ensemble_uniform"},
         "posterior": {"kind": "ensemble_posterior"},
         "joint": {"kind": "joint", "recipe": ["plain", "frozen"]},
         "btx": {"kind": "btx", "set": RIDGE},
+        "btx_trained": {"kind": "btx_trained", "recipe": "fewer", "seeds": [0]},
         "ridge": {
             "kind": "assembled",
             "recipe": ["plain", "anchored"],
@@ -103,9 +110,9 @@ def result_of(runs: Runs, variant: str, seed: int = 0, split: str = "validation"
 def test_the_table_has_every_variant_with_the_mean_of_its_seeds(finished_study: Runs) -> None:
     table = table_of(finished_study)
     assert list(table["rows"]) == [
-        "backbone", "dense", "soup", "plain-experts: best expert", "plain-experts: oracle",
+        "backbone", "dense", "wide", "soup", "plain-experts: best expert", "plain-experts: oracle",
         "anchored-experts: best expert", "anchored-experts: oracle", "uniform", "posterior", "plain-joint",
-        "frozen-joint", "btx", "plain-ridge-experts_per_token_1", "plain-ridge-experts_per_token_all",
+        "frozen-joint", "btx", "btx_trained", "plain-ridge-experts_per_token_1", "plain-ridge-experts_per_token_all",
         "anchored-ridge-experts_per_token_1", "anchored-ridge-experts_per_token_all", "evidence", "calibrated",
         "random", "longer",
     ]  # fmt: skip
@@ -144,11 +151,18 @@ def test_gains_compare_rows_of_one_seed_and_of_the_same_tokens(finished_study: R
 def test_shared_work_is_done_once(finished_study: Runs) -> None:
     root = Path(finished_study.root)
     trained = {path.relative_to(root).as_posix() for path in root.glob("seed-*/*/metrics/*.jsonl")}
-    plain = {"backbone", "dense", "joint", *(f"{kind}-{k}" for kind in ("expert", "branch") for k in range(3))}
+    plain = {
+        "backbone",
+        "dense",
+        "dense_wide",
+        "joint",
+        *(f"{kind}-{k}" for kind in ("expert", "branch") for k in range(3)),
+    }
     expected = {f"seed-{seed}/plain/metrics/{job}.jsonl" for seed in (0, 1) for job in plain}
     expected |= {f"seed-{seed}/anchored/metrics/expert-{k}.jsonl" for seed in (0, 1) for k in range(3)}
     expected |= {f"seed-{seed}/frozen/metrics/joint.jsonl" for seed in (0, 1)}
     expected |= {f"seed-0/{recipe}/metrics/expert-{k}.jsonl" for recipe in ("random", "longer") for k in range(3)}
+    expected |= {"seed-0/fewer/metrics/btx.jsonl", *(f"seed-0/fewer/metrics/branch-{k}.jsonl" for k in range(3))}
     assert trained == expected
     corpora = [find_artifact(str(folder)) for folder in (root / "data").iterdir()]
     assert len(corpora) == 2, "one data folder for each way of dividing the documents"
@@ -294,6 +308,19 @@ def test_the_joint_model_starts_as_the_backbone_and_its_balance_loss_is_one_when
         assert float(load_balance_loss(uneven)) > 1.05
 
 
+def test_only_the_channels_make_the_widened_model_larger_than_a_wide_dense_one(finished_study: Runs) -> None:
+    evidence, wide, joint = (
+        result_of(finished_study, name)["rows"][""] for name in ("evidence", "wide", "plain-joint")
+    )
+    assert evidence["active_parameters"] - evidence["routing_parameters"] == wide["active_parameters"]
+    assert joint["active_parameters"] - joint["routing_parameters"] == wide["active_parameters"]
+    assert evidence["routing_parameters"] > joint["routing_parameters"] > wide["routing_parameters"] == 0
+    page = paths.read_bytes(f"{finished_study.root}/table-validation.md").decode()
+    assert re.search(
+        r"Of the active parameters, these carry nothing but routing: .*\bplain-joint \d.*\bevidence \d", page
+    )
+
+
 def test_btx_of_equal_branches_is_that_branch_and_shared_tensors_are_the_mean(finished_study: Runs) -> None:
     config = finished_study.config(0, "plain", RIDGE)
     backbone = Backbone(open_artifact(f"{config.output_dir}/backbone"))
@@ -308,6 +335,45 @@ def test_btx_of_equal_branches_is_that_branch_and_shared_tensors_are_the_mean(fi
         torch.testing.assert_close(merged.get_parameter(name).data, torch.stack([t[name] for t in each]).mean(0))
     down = merged.get_parameter(names.expert_ffn(1, 2, "w2")).data
     assert torch.equal(down, each[2][names.dense_ffn(1, "w2")])
+
+
+def test_the_trained_btx_merge_starts_from_the_merge_and_keeps_the_ffns(finished_study: Runs) -> None:
+    config = finished_study.config(0, "fewer")
+    backbone = Backbone(open_artifact(f"{config.output_dir}/backbone"))
+    branches = [open_artifact(f"{config.output_dir}/baselines/branches/branch-{k}") for k in range(3)]
+    merged = build_btx(solved_router(config), backbone, branches)
+    trained = load_model(Path(config.output_dir) / "baselines" / "btx")
+    moved = {name for name, weight in merged.named_parameters() if not torch.equal(weight, trained.get_parameter(name))}
+    experts = {name for name, _ in merged.named_parameters() if names.expert_position(name)}
+    assert moved == {name for name, _ in merged.named_parameters()} - experts, "all but the FFNs, as btx.trains says"
+    for trains, left in (("router", {name for name in moved if names.is_gate(name)}), ("all", moved | experts)):
+        choose_trained(merged, trains)
+        assert {name for name, weight in merged.named_parameters() if weight.requires_grad} == left
+
+
+def test_the_trained_btx_merge_has_the_tokens_of_the_others_and_is_compared_with_them(finished_study: Runs) -> None:
+    trained, plain = (result_of(finished_study, name) for name in ("btx_trained", "btx"))
+    assert trained["tokens"] == plain["tokens"]
+    assert trained["rows"][""]["training_tokens"] == plain["rows"][""]["training_tokens"]
+    rows = table_of(finished_study)["rows"]
+    dense = result_of(finished_study, "dense")["rows"][""]["mean_loss"]
+    assert rows["btx_trained"]["minus_dense"] == pytest.approx(rows["btx_trained"]["mean_loss"] - dense)
+
+
+def test_its_second_phase_reads_on_where_the_branches_stopped(finished_study: Runs) -> None:
+    """Branches of 8 steps of 4 windows, and 8 windows more of each partition: what jobs of 10 steps see."""
+    config = finished_study.config(0, "fewer")
+    partitions, world = require(config, "partitions"), World()
+    rest = mixed_partitions(config, partitions, "btx", config.btx_phase, world, 32)
+    longer = config.model_copy(update={"experts": config.experts.model_copy(update={"steps": 10})})
+    whole = mixed_partitions(longer, partitions, "joint", longer.baseline_phase("joint"), world)
+    branch = mixed_partitions(config, partitions, "joint", config.baseline_phase("joint"), world)
+
+    def windows(batches_from: Any) -> list[tuple[int, ...]]:
+        return sorted(tuple(row.tolist()) for inputs_BT, _, _ in batches_from(0) for row in inputs_BT)
+
+    assert len(windows(rest)) == 24
+    assert sorted(windows(branch) + windows(rest)) == windows(whole)
 
 
 def test_collected_results_follow_the_file(finished_study: Runs) -> None:
