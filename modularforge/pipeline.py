@@ -118,7 +118,7 @@ STAGES = {
         Stage(
             "btx",
             "baselines/btx",
-            (*MIXED, "btx.steps", "btx.trains", "joint.balance_loss", *SOLVED),
+            (*MIXED, "btx.steps", "btx.trains", "joint.balance_loss", "experts.z_loss", *SOLVED),
             ("corpus", "partitions", "backbone", "branches"),
             "train --only btx",
         ),
