@@ -170,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m launcher.node", description=__doc__)
     parser.add_argument(
         "group",
-        help="prepare-data, backbone, expert, dense, dense_wide, joint, joint_evidence, branch, assemble or evaluate",
+        help="a name of the task list, such as backbone, expert, dense or evaluate",
     )
     parser.add_argument("--config", default="configs/default.yaml", help="settings file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; repeatable")
