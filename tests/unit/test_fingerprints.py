@@ -14,7 +14,7 @@ from modularforge.settings import load_config, setting_names
 from tests.conftest import ROOT, tiny_config
 
 # Of the settings alone (no inputs), for every stage that there was, taken at commit 7c36fa4: of the shipped files, and
-# of recipes of the study in docs/method.md. Where a shipped file gets other settings on purpose, its line is to be taken
+# of recipes of the study in docs/method.md. Where a shipped file gets other settings on purpose, take its line
 # anew; a new setting or another default must change none of them.
 RECORDED: list[dict[str, Any]] = json.loads((ROOT / "tests/unit/fingerprints.json").read_text())
 
