@@ -292,6 +292,11 @@ class ExpertsConfig(PhaseConfig):
     """Weight of the router z-loss, mean of logsumexp(router logits) squared."""
     statistics_tokens: int = Field(262_144, ge=1)
     """Tokens of its partition from which a finished expert gathers router statistics."""
+    counted_tokens: int = Field(20_000_000, ge=1)
+    """Tokens of its partition, and of all text for the backbone, that are counted for the evidence router."""
+    counted_pairs: int = Field(1_000_000, ge=0, le=2**27)
+    """Pairs of tokens of them whose counts are kept, the commonest; 0 counts none. They tell which words follow which
+    (docs/method.md)."""
 
 
 class BaselineConfig(Section):
@@ -340,7 +345,15 @@ class AssemblyConfig(Section):
     experts_per_token: int = Field(2, ge=1)
     """Experts that each token visits."""
     public_expert: bool | None = None
-    """Keep the public FFN as expert 0; null keeps it when the experts were anchored to it."""
+    """Keep the public FFN as expert 0; null keeps it for the evidence router, which chooses it where nobody has
+    evidence, and when the experts were anchored to it."""
+    token_pairs: int = Field(262_144, ge=0, le=2**27)
+    """Pairs of tokens that the evidence router knows in ModularForge (`text_router.tables`, 8 bytes and 2 per expert
+    each); 0 writes no tables, so that the model routes by the tokens in its own rows, as it does in other programs."""
+    width_multiple: int = Field(1, ge=1, le=1024)
+    """The evidence router makes the width a multiple of this, such as 64 or 128 for quantised kernels of servers."""
+    head_multiple: int = Field(1, ge=1, le=1024)
+    """And the number of key-value heads a multiple of this, such as the processes of tensor parallelism."""
     ridge_penalty: float = Field(1e-2, gt=0)
     """Ridge penalty of `data_stats`, as a share of the mean diagonal of the second moments."""
     router_temperature: float = Field(0.2, gt=0)
@@ -537,7 +550,13 @@ class Config(SafeSection):
     def has_public_expert(self) -> bool:
         """Whether the assembled model keeps the public FFN as expert 0."""
         kept = self.assembly.public_expert
-        return self.experts.anchored if kept is None else kept
+        return self.experts.anchored or self.assembly.router == "evidence" if kept is None else kept
+
+    @property
+    def joint_experts(self) -> int:
+        """Experts per layer of the joint mixtures: as many as are trained alone, and the public one if asked for."""
+        kept = self.assembly.public_expert
+        return self.experts.count + int(self.experts.anchored if kept is None else kept)
 
     def baseline_phase(self, name: TrainedOnAll) -> PhaseConfig:
         """How a baseline trains that sees all partitions at once: on the very windows of all experts.

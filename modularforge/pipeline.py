@@ -44,7 +44,8 @@ SCHEDULE = (
 )
 SHAPE = tuple(f"model.{name}" for name in ModelConfig.model_fields if name != "pretrained")
 """The model, wherever its files lie: a pretrained one is an input, known by its bytes."""
-EXPERT = (*SCHEDULE, "experts.anchored", "experts.init", "experts.z_loss", "experts.statistics_tokens")
+COUNTED = ("experts.counted_tokens", "experts.counted_pairs")
+EXPERT = (*SCHEDULE, "experts.anchored", "experts.init", "experts.z_loss", "experts.statistics_tokens", *COUNTED)
 JOINT = (
     *SCHEDULE,
     "experts.count",
@@ -73,7 +74,7 @@ STANDS_FOR = {
 }
 """By stage, its settings that outrank general ones. A stage's settings have the value that counts, under the general
 name: whoever says it, the artifact is the same."""
-CAME_LATER: dict[str, Any] = {}
+CAME_LATER: dict[str, Any] = {"experts.counted_tokens": 20_000_000, "experts.counted_pairs": 1_000_000}
 """Settings that stages learned after artifacts had been made without them, by dotted name, each with the value under
 which a stage does what it did before. With that value they are no part of a stage's settings, so that the artifact that
 was made without them keeps its fingerprint. Their default may be another value."""
@@ -84,7 +85,11 @@ STAGES = {
         Stage("corpus", "{data}", ("data", "seed"), ("tokenizer",), "prepare-data"),
         Stage("partitions", "{data}/partitions", ("partition", "experts.count", "seed"), ("corpus",), "prepare-data"),
         Stage(
-            "backbone", "backbone", (*SHAPE, "backbone", *ARITHMETIC), ("corpus", "pretrained"), "train --only backbone"
+            "backbone",
+            "backbone",
+            (*SHAPE, "backbone", *COUNTED, *ARITHMETIC),
+            ("corpus", "pretrained"),
+            "train --only backbone",
         ),
         Stage(
             "expert",

@@ -48,6 +48,21 @@ def gate(layer: int, family: Family = "llama") -> str:
     return f"model.layers.{layer}.{MOE_BLOCK[family]}.gate.weight"
 
 
+def query_projection(layer: int) -> str:
+    """Name of a layer's query projection."""
+    return f"model.layers.{layer}.self_attn.q_proj.weight"
+
+
+def key_projection(layer: int) -> str:
+    """Name of a layer's key projection."""
+    return f"model.layers.{layer}.self_attn.k_proj.weight"
+
+
+def head_norm(layer: int, part: str) -> str:
+    """Name of the norm over each head's queries (q_norm) or keys (k_norm), which Qwen3 has."""
+    return f"model.layers.{layer}.self_attn.{part}.weight"
+
+
 def value_projection(layer: int) -> str:
     """Name of a layer's value projection."""
     return f"model.layers.{layer}.self_attn.v_proj.weight"

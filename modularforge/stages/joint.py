@@ -19,7 +19,7 @@ def run(config: Config) -> None:
 
     def start(backbone: Backbone, _partitions: Artifact) -> Start:
         torch.manual_seed(derived_seed(config.seed, "joint weights"))
-        experts, active = config.assembled_experts, config.assembly.experts_per_token
+        experts, active = config.joint_experts, config.assembly.experts_per_token
         model = build_joint(backbone.tensors, backbone.values, experts, active, config.joint.freeze_shared)
         loss_of = JointLoss(model, config.experts.z_loss, config.joint.balance_loss)
         return Start(model, loss_of, partial(save_mixture, model, backbone))

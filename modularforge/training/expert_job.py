@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from modularforge.artifacts import Backbone, derived_seed
+from modularforge.assembly.small_files import special_tokens
 from modularforge.assembly.statistics import EXPERT_NAME, ROUTER_NAME, STATISTICS_NAME, load_statistics, save_statistics
+from modularforge.assembly.text_counts import COUNTS_NAME, counts_of, save_counts
 from modularforge.config import Config
 from modularforge.data.loader import batches
 from modularforge.data.token_files import Tokens
@@ -63,6 +65,7 @@ def save_expert(
         save_tensors(rows, folder / ROUTER_NAME)
     statistics = gather_statistics(model, partition_sample(config, tokens, index), world.device)
     save_statistics(folder / STATISTICS_NAME, statistics)
+    save_counts(folder / COUNTS_NAME, counts_of(config, tokens, model.vocab_size, special_tokens(backbone.artifact)))
     hashes = backbone.artifact.entry("model.safetensors").tensors
     return {
         "index": index,
