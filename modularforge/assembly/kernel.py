@@ -74,12 +74,10 @@ def angles_of(model: ModelConfig) -> Values:
     if scaling is None:
         return plain.astype(np.float32)
     original = scaling.original_max_position_embeddings or model.positions
-    return (plain / _stretch(plain, scaling, original, model.rope_theta)).astype(np.float32)
+    return (plain / _stretch(plain, scaling, original)).astype(np.float32)
 
 
-def _stretch(
-    plain: NDArray[np.float64], scaling: RopeScalingConfig, original: int, theta: float
-) -> NDArray[np.float64]:
+def _stretch(plain: NDArray[np.float64], scaling: RopeScalingConfig, original: int) -> NDArray[np.float64]:
     """By how much each pair's wave is longer than in the unscaled model."""
     factor = np.full_like(plain, scaling.factor)
     if scaling.rope_type == "linear":

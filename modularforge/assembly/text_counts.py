@@ -133,7 +133,7 @@ def load_counts(path: Path) -> TextCounts:
 
 def _check(tokens: NDArray[Any], keys: NDArray[Any], pairs: NDArray[Any]) -> None:
     """Raise ValueError unless shapes, types and order are those of counts."""
-    if (tokens.dtype, keys.dtype, pairs.dtype) != (np.float32, np.int64, np.float32):
+    if [str(item.dtype) for item in (tokens, keys, pairs)] != ["float32", "int64", "float32"]:
         raise ValueError("its tensors have other types")
     if tokens.ndim != 1 or keys.ndim != 1 or keys.shape != pairs.shape:
         raise ValueError("its tensors have other shapes")

@@ -109,7 +109,7 @@ def _smoothed(item: TextCounts, background_V: Array) -> Array:
 def _followers(item: TextCounts) -> Array:
     """How many counted pairs begin with each token, [V]."""
     size = len(item.tokens_V)
-    found_V: Array = np.bincount(item.keys_P // size, weights=item.pairs_P, minlength=size)
+    found_V: Array = np.bincount(item.keys_P // size, weights=item.pairs_P, minlength=size).astype(np.float64)
     return found_V
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -133,7 +134,8 @@ class Block(nn.Module):
     def route_by(self, logits_BTE: Tensor | None) -> None:
         """Where the block has experts, let it route by these logits; None gives it its own rows back."""
         if hasattr(self.ffn, "given_NE"):
-            self.ffn.given_NE = None if logits_BTE is None else logits_BTE.flatten(0, 1).float()
+            given: Any = None if logits_BTE is None else logits_BTE.flatten(0, 1).float()
+            self.ffn.given_NE = given
 
     def forward(self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor, cache: KeyValueCache | None) -> Tensor:
         """Residual stream in, residual stream out."""
@@ -180,7 +182,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Logits [B, T, V] of the next token at every position; with a cache, T new tokens after those it holds.
 
-        Layers with experts route by `routing_BTE`, else by what the text router makes of the tokens, else by their rows.
+        Layers with experts route by `routing_BTE`, else by what the text router makes of the ids, else by their rows.
         """
         if routing_BTE is None and self.text_router is not None:
             routing_BTE, text = self.text_router(tokens_BT, cache.text if cache is not None else None)

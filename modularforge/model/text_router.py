@@ -1,8 +1,8 @@
 """A router that reads tokens alone: which partition the text so far is from, as a Bayesian filter.
 
-Each expert, and the public one, is a hypothesis about the text. A token's evidence moves their posterior; between tokens
-the text may switch (the fixed share of Herbster and Warmuth, Machine Learning 32, 1998), so that a posterior never grows
-too sure to leave a domain. All layers route by the posterior's logarithm. The tables are solved from counts
+Each expert, and the public one, is a hypothesis about the text. A token's evidence moves their posterior; between two
+tokens the text may switch (the fixed share of Herbster and Warmuth, Machine Learning 32, 1998), so that no posterior
+grows too sure to leave a domain. All layers route by the posterior's logarithm. The tables are solved from counts
 (assembly/text_evidence.py) and lie beside a model's weights; without them the model routes by its own rows.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +33,9 @@ class FilterSettings:
     """How evidence becomes a posterior.
 
     `strength` is the weight of a token's evidence, below 1 because neighbouring tokens say the same thing twice;
-    `switch` the chance that the text turns to another domain at a token, and `switch_at_end` behind a token that ends a
-    document. `sharpness` is what the log-posterior is multiplied by for the routers: two experts are better than the one
-    that a posterior soon is sure of.
+    `switch` the chance that the text turns to another domain at a token, and `switch_at_end` behind one that ends a
+    document. `sharpness` is what the log-posterior is multiplied by for the routers: two experts are better than the
+    one that a posterior soon is sure of.
     """
 
     strength: float
@@ -45,31 +46,29 @@ class FilterSettings:
 
 @dataclass(frozen=True)
 class TextState:
-    """What is known of a text after some tokens: the log-posterior [B, R], and the last token [B] (-1 for none)."""
+    """What is known of a text after some tokens: the posterior [B, R] in float64, and the last token [B] (-1: none)."""
 
-    posterior_BR: Tensor
+    probability_BR: Tensor
     previous_B: Tensor
 
 
 class TextRouter(nn.Module):
     """Router logits of all layers from the ids alone; holds buffers only, which are no part of a state dict."""
 
-    def __init__(
-        self,
-        token_VE: Tensor,
-        context_VE: Tensor,
-        keys_P: Tensor,
-        pair_PE: Tensor,
-        prior_R: Tensor,
-        ends: Tensor,
-        settings: FilterSettings,
-    ) -> None:
+    def __init__(self, tables: Mapping[str, Tensor], settings: FilterSettings) -> None:
         super().__init__()
         self.settings = settings
         # A last row of zeros: the pair of those that have none.
-        pair_PE = torch.cat([pair_PE.float(), torch.zeros(1, token_VE.shape[1])])
-        tables = {"token_VE": token_VE.float(), "context_VE": context_VE.float(), "pair_PE": pair_PE}
-        for name, table in {**tables, "keys_P": keys_P, "prior_R": prior_R.float(), "ends": ends}.items():
+        none_1E = torch.zeros(1, tables["token"].shape[1])
+        buffers = {
+            "token_VE": tables["token"].float(),
+            "context_VE": tables["context"].float(),
+            "pair_PE": torch.cat([tables["pair"].float(), none_1E]),
+            "keys_P": tables["keys"],
+            "prior_R": tables["prior"].float(),
+            "ends": tables["ends"],
+        }
+        for name, table in buffers.items():
             self.register_buffer(name, table, persistent=False)
 
     @property
@@ -86,7 +85,8 @@ class TextRouter(nn.Module):
         """What is known before the first token."""
         prior_R = self.get_buffer("prior_R")
         return TextState(
-            prior_R.expand(batch, -1), torch.full((batch,), NO_TOKEN, dtype=torch.long, device=prior_R.device)
+            prior_R.double().exp().expand(batch, -1),
+            torch.full((batch,), NO_TOKEN, dtype=torch.long, device=prior_R.device),
         )
 
     @torch.no_grad()
@@ -94,19 +94,22 @@ class TextRouter(nn.Module):
         """Logits [B, T, R] after each token, and the state behind the last one."""
         state = state or self.start(len(tokens_BT))
         before_BT = torch.cat([state.previous_B[:, None], tokens_BT[:, :-1]], dim=1)
-        evidence_BTR = self._evidence(before_BT, tokens_BT) * self.settings.strength
+        evidence_BTR = self._evidence(before_BT, tokens_BT).double() * self.settings.strength
+        # At most one: what matters is the ratio, and the share of the prior keeps the sum above zero.
+        likelihood_TBR = (evidence_BTR - evidence_BTR.amax(dim=-1, keepdim=True)).exp().transpose(0, 1)
         is_behind_end_BT = torch.isin(before_BT, self.get_buffer("ends"))
-        posterior_BR, found = state.posterior_BR, []
-        shares_BT = torch.where(is_behind_end_BT, self.settings.switch_at_end, self.settings.switch)
-        stay_BT1, switch_BTR = (
-            torch.log1p(-shares_BT)[..., None],
-            shares_BT.log()[..., None] + self.get_buffer("prior_R"),
+        share_TB1 = (
+            torch.where(is_behind_end_BT, self.settings.switch_at_end, self.settings.switch).double().T[..., None]
         )
-        for place in range(tokens_BT.shape[1]):
-            posterior_BR = torch.logaddexp(posterior_BR + stay_BT1[:, place], switch_BTR[:, place])
-            posterior_BR = (posterior_BR + evidence_BTR[:, place]).log_softmax(dim=-1)
-            found.append(posterior_BR)
-        return torch.stack(found, dim=1) * self.settings.sharpness, TextState(posterior_BR, tokens_BT[:, -1])
+        turned_TBR = share_TB1 * self.get_buffer("prior_R").double().exp()
+        probability_BR, found = state.probability_BR, []
+        # One small step a token: few operations each, since on short texts they cost more than what they compute.
+        for stays_B1, turned_BR, likelihood_BR in zip(1.0 - share_TB1, turned_TBR, likelihood_TBR, strict=True):
+            weight_BR = torch.addcmul(turned_BR, probability_BR, stays_B1) * likelihood_BR
+            probability_BR = weight_BR / weight_BR.sum(dim=-1, keepdim=True)
+            found.append(probability_BR)
+        logits_BTR = torch.stack(found, dim=1).log().float() * self.settings.sharpness
+        return logits_BTR, TextState(probability_BR, tokens_BT[:, -1])
 
     @torch.no_grad()
     def over_windows(self, tokens_BT: Tensor, state: TextState | None = None) -> tuple[Tensor, TextState]:
@@ -150,7 +153,7 @@ def load_text_router(path: Path) -> TextRouter:
             f"{path} must be the tables of a text router, but is not: {error}; assemble the model again, or delete it "
             "to route by the model's own rows"
         ) from error
-    return TextRouter(*(tables[name] for name in TABLES), settings)
+    return TextRouter(tables, settings)
 
 
 def _check(tables: dict[str, Tensor], settings: FilterSettings) -> None:
