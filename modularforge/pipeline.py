@@ -57,7 +57,7 @@ JOINT = (
 )
 CHOSEN_FACT = "chosen_by_hand"  # in the manifest of an assembled model whose experts somebody chose
 PREPARED = ("corpus", "partitions")
-CAME_LATER: dict[str, Any] = {}
+CAME_LATER: dict[str, Any] = {"evaluation.general": None, "evaluation.chat": None}
 """Settings that stages learned after artifacts had been made without them, by dotted name, each with the value under
 which a stage does what it did before. With that value they are no part of a stage's settings, so that the artifact that
 was made without them keeps its fingerprint. Their default may be another value."""

@@ -78,6 +78,17 @@ def position_rows(results: Results, probe: str = "text") -> Rows:
     return ["model", *names], rows
 
 
+def chat_rows(results: Results) -> Rows:
+    """Each prompt with its known answer and what the models reply."""
+    chat = results.get("chat") or {"questions": [], "replies": {}}
+    replies = chat["replies"]
+    rows = [
+        [item["prompt"], item["answer"], *(texts[index] for texts in replies.values())]
+        for index, item in enumerate(chat["questions"])
+    ]
+    return ["prompt", "known answer", *replies], rows
+
+
 def doubts(results: Results) -> list[str]:
     """Sentences that must stand beside a good mean: where the chosen model is worse, and what is not certain."""
     differences, found = results.get("differences", {}), list[str]()
