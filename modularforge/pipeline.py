@@ -74,7 +74,12 @@ STANDS_FOR = {
 }
 """By stage, its settings that outrank general ones. A stage's settings have the value that counts, under the general
 name: whoever says it, the artifact is the same."""
-CAME_LATER: dict[str, Any] = {"experts.counted_tokens": 20_000_000, "experts.counted_pairs": 1_000_000}
+CAME_LATER: dict[str, Any] = {
+    "experts.counted_tokens": 20_000_000,
+    "experts.counted_pairs": 1_000_000,
+    "evaluation.general": None,
+    "evaluation.chat": None,
+}
 """Settings that stages learned after artifacts had been made without them, by dotted name, each with the value under
 which a stage does what it did before. With that value they are no part of a stage's settings, so that the artifact that
 was made without them keeps its fingerprint. Their default may be another value."""
