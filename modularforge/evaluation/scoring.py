@@ -18,7 +18,7 @@ from torch import Tensor
 from modularforge.data.loader import IGNORED_TARGET
 from modularforge.evaluation.losses import RoutingCount, count_routing
 from modularforge.evaluation.paired import document_sums
-from modularforge.evaluation.probes import TEXT, UNCOUNTED, Probe, position_ranges
+from modularforge.evaluation.probes import MIXED, SWITCH, TEXT, UNCOUNTED, Probe, position_ranges
 from modularforge.model.backbone import Decoder
 from modularforge.model.moe import moe_layers, observe_routing
 
@@ -116,7 +116,7 @@ def oracle(rows: Mapping[str, Row]) -> Row:
         label: min(rows.values(), key=lambda row: float(row["domains"][label]["loss"])) for label in first["domains"]
     }
     chosen = means({label: row["domains"][label] for label, row in best.items()})
-    known = {name: probe for name, probe in first["probes"].items() if probe["domains"].keys() <= best.keys()}
+    known = {name: first["probes"][name] for name in (SWITCH, MIXED) if name in first["probes"]}
     probes = {
         name: means({label: best[label]["probes"][name]["domains"][label] for label in probe["domains"]})
         for name, probe in known.items()
@@ -127,6 +127,6 @@ def oracle(rows: Mapping[str, Row]) -> Row:
             "losses": {label: best[label]["documents"][name]["losses"][label] for label in item["losses"]},
         }
         for name, item in first.get("documents", {}).items()
-        if item["losses"].keys() <= best.keys()
+        if name in (TEXT, *known)
     }
     return {**chosen, "probes": probes, "documents": documents}

@@ -26,7 +26,7 @@ from modularforge.errors import ConfigError
 from modularforge.evaluation.ensemble import posterior_ensemble, uniform_ensemble
 from modularforge.evaluation.general import Texts, token_streams
 from modularforge.evaluation.paired import document_sums
-from modularforge.evaluation.probes import GENERAL, TEXT, Probe, domain_probes, text_probe
+from modularforge.evaluation.probes import GENERAL, SPREAD, TEXT, Probe, domain_probes, text_probe
 from modularforge.evaluation.scoring import Row, full_row, means, oracle, score, summarise
 from modularforge.evaluation.suite import sizes_of
 from modularforge.model.backbone import Decoder
@@ -64,7 +64,7 @@ class Bench:
         """The token stream of each domain that is measured on."""
         corpus = self.run.corpus
         if self.split == "test":
-            return corpus.domains("test", self.limit)
+            return corpus.domains("test", self.limit * SPREAD)
         _, decide = split_documents(corpus.tokens("validation"), corpus.labels)
         return {label: tokens for label, tokens in decide.items() if len(tokens) > 1}
 
@@ -72,8 +72,7 @@ class Bench:
     def probes(self) -> dict[str, Probe]:
         """What is to be predicted, by name: text of the domains, behind a switch, in mixed documents, of no domain."""
         corpus, context = self.run.corpus, self.window[0]
-        streams = {label: tokens[: self.limit + 1] for label, tokens in self.domains.items()}
-        found = domain_probes(streams, context, corpus.end_token, self.limit, self.limit // PROBE_SHARE)
+        found = domain_probes(self.domains, context, corpus.end_token, self.limit, self.limit // PROBE_SHARE)
         if self.texts:
             general = token_streams(self.texts, corpus, self.limit)
             found[GENERAL] = text_probe(GENERAL, general, context, corpus.end_token, self.limit)
