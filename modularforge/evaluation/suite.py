@@ -17,7 +17,7 @@ from modularforge.evaluation.generation import Sampling, generate
 from modularforge.evaluation.losses import RoutingCount, routing_summary
 from modularforge.evaluation.paired import differences
 from modularforge.evaluation.probes import CHAT, GENERAL, SPREAD, TEXT, Probe, domain_probes, text_probe
-from modularforge.evaluation.scoring import full_row, oracle, score
+from modularforge.evaluation.scoring import full_row, oracle, score, summarise
 from modularforge.log import logger
 from modularforge.model.backbone import Decoder, perplexity
 from modularforge.model.channels import shape_without_channels
@@ -110,7 +110,11 @@ class _Bench:
         scores = {
             name: score(model, probe, batch_size, routing if name == TEXT else None) for name, probe in probes.items()
         }
-        return with_perplexity(full_row(probes, scores, self.corpus.byte_lengths))
+        row = with_perplexity(full_row(probes, scores, self.corpus.byte_lengths))
+        if model.text_router is not None:
+            carried_RT = score(model, probes[TEXT], batch_size, carries=True)
+            row["carried_loss"] = summarise(probes[TEXT], carried_RT, self.corpus.byte_lengths)["mean_loss"]
+        return row
 
     def _probes(self, context_length: int) -> dict[str, Probe]:
         if context_length not in self.cut:

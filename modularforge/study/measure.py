@@ -44,6 +44,7 @@ OWN_SHARE = 0.05
 # Of the tokens of a domain, as many targets behind a switch, and as many in mixed documents.
 PROBE_SHARE = 4
 WITHOUT = "without own expert"
+CARRIED = "carried over windows"
 
 
 @dataclass
@@ -96,6 +97,10 @@ class Bench:
         tokens = training_tokens(config, variant.kind) + _calibration_tokens(config, variant)
         row = self.summarise(self.score(model)) | sizes_of(model) | {"training_tokens": tokens}
         result: dict[str, Any] = {"rows": {"": row}, "calibration": calibration}
+        if variant.carry:
+            carried = {**self.score(model), TEXT: score(model, self.probes[TEXT], self.window[1], carries=True)}
+            about = {name: row[name] for name in ("parameters", "active_parameters", "flops_per_token")}
+            result["rows"][CARRIED] = self.summarise(carried) | about | {"training_tokens": tokens}
         if variant.without:
             about = {name: row[name] for name in ("parameters", "active_parameters", "flops_per_token")}
             without = self._without(variant, config, parts) | about

@@ -17,6 +17,8 @@ from modularforge.assembly.text_evidence import BACKOFF_TOKENS, SMOOTHING_TOKENS
 from modularforge.assembly.text_tables import FILTER, Texts, slot_priors, write_tables
 from modularforge.config import ModelConfig, RopeScalingConfig
 from modularforge.errors import DataError
+from modularforge.evaluation.probes import text_probe
+from modularforge.evaluation.scoring import carried_routing
 from modularforge.model.rotary import rotary_frequencies
 from modularforge.model.text_router import TextRouter, load_text_router
 
@@ -250,3 +252,19 @@ def test_without_a_background_it_is_the_mean_of_the_partitions() -> None:
     assert evidence_VE[0, 0] > 0 > evidence_VE[0, 1]
     assert evidence_VE[1, 1] > 0 > evidence_VE[1, 0]
     assert np.abs(evidence_VE[2]).max() < 1e-2  # as likely in both
+
+
+def test_a_probes_windows_of_one_document_are_read_as_one_text(tmp_path: Path) -> None:
+    router = router_of(tmp_path)
+    streams = {"a": np.append(STREAMS[0][:79], [END, *STREAMS[0][200:220]]), "b": STREAMS[1][:50]}
+    probe = text_probe("text", streams, 16, END, 1000)
+    found_RTR = carried_routing(router, probe)
+    lengths = [len(stream) - 1 for stream in streams.values()]
+    first_RTR = found_RTR[: -(-lengths[0] // 16)].reshape(-1, router.slots)
+    ids = torch.from_numpy(streams["a"][:-1].astype(np.int64))[None]
+    # The first document ends with the fifth window, so that the sixth starts anew.
+    assert torch.allclose(first_RTR[:80], router(ids[:, :80])[0][0], atol=1e-6)
+    assert torch.allclose(first_RTR[80 : lengths[0]], router(ids[:, 80:])[0][0], atol=1e-6)
+    other = torch.from_numpy(streams["b"][:-1].astype(np.int64))[None]
+    rest_RTR = found_RTR[-(-lengths[0] // 16) :].reshape(-1, router.slots)
+    assert torch.allclose(rest_RTR[: lengths[1]], router(other)[0][0], atol=1e-6)
