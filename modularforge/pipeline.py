@@ -76,10 +76,19 @@ STANDS_FOR = {
 }
 """By stage, its settings that outrank general ones. A stage's settings have the value that counts, under the general
 name: whoever says it, the artifact is the same."""
-CAME_LATER: dict[str, Any] = {"experts.counted_tokens": 20_000_000, "experts.counted_pairs": 1_000_000}
+CAME_LATER: dict[str, Any] = {
+    "experts.counted_tokens": 20_000_000,
+    "experts.counted_pairs": 1_000_000,
+    "evaluation.general": None,
+    "evaluation.chat": None,
+}
 """Settings that stages learned after artifacts had been made without them, by dotted name, each with the value under
 which a stage does what it did before. With that value they are no part of a stage's settings, so that the artifact that
 was made without them keeps its fingerprint. Their default may be another value."""
+
+OF_EVIDENCE = ("assembly.token_pairs", "assembly.width_multiple", "assembly.head_multiple")
+"""Settings that came with the evidence router's second form. A model of its first form was another model, so for that
+router they count with any value; for the other routers nothing has changed."""
 
 STAGES = {
     stage.name: stage
@@ -176,6 +185,8 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
         value = _value(values, own)
         found.pop(own, None)
         found[general] = _value(values, general) if value is None else value
+    if name == "assembled" and config.assembly.router != "evidence":
+        found = {name: value for name, value in found.items() if name not in OF_EVIDENCE}
     return {name: value for name, value in found.items() if name not in CAME_LATER or CAME_LATER[name] != value}
 
 

@@ -27,7 +27,7 @@ COUNTS_NAME = "text.counts"  # a safetensors file; no `.safetensors`, since serv
 FORMAT = 1
 TOKENS_AT_ONCE = 1 << 20
 # A pair that occurs once or twice tells little of a domain, and may tell a name that somebody wrote once.
-FEWEST = 3
+FEWEST = 1
 
 
 @dataclass(frozen=True)

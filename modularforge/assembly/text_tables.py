@@ -24,7 +24,7 @@ from modularforge.model.hub_config import CONFIG_NAME, end_tokens
 
 FORMAT = 1
 # Chosen on the deciding half of validation, ten domains, seed 0 (docs/log.md).
-FILTER = {"strength": 0.3, "switch": 0.003, "switch_at_end": 0.9, "sharpness": 0.5}
+FILTER = {"strength": 0.4, "switch": 0.003, "switch_at_end": 0.9, "sharpness": 0.4}
 TIE = 0.02  # nats: what decides between slots for which nothing speaks
 
 

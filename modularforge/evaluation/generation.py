@@ -14,6 +14,7 @@ from torch import Tensor
 from modularforge.data.tokenizer import EOS
 from modularforge.errors import DataError
 from modularforge.model.backbone import Decoder, KeyValueCache
+from modularforge.model.text_router import TextState
 
 # Below this, float32 cannot divide by the temperature, and the likeliest token is certain anyway.
 COLDEST = 1e-5
@@ -46,13 +47,19 @@ def generate(
         raise DataError("a prompt must have at least one token, but is empty; type a word")
     if ids[-1] in end_tokens:
         raise DataError("a prompt must not end with the end of a text, since nothing follows that; shorten the prompt")
+    text: str = tokenizer.decode(continue_tokens(model, ids, new_tokens, sampling, end_tokens))
+    return text
+
+
+def continue_tokens(
+    model: Decoder, ids: list[int], new_tokens: int, sampling: Sampling, end_tokens: Collection[int] = (EOS,)
+) -> list[int]:
+    """The tokens that follow `ids`, at most `new_tokens`, ending early before one of `end_tokens`."""
     device = model.lm_head.weight.device
     generator = torch.Generator().manual_seed(sampling.seed)
     model.eval()
     with torch.inference_mode():
-        new = _continue(model, ids, new_tokens, sampling, end_tokens, generator, device)
-    text: str = tokenizer.decode(new)
-    return text
+        return _continue(model, ids, new_tokens, sampling, end_tokens, generator, device)
 
 
 def _continue(
@@ -65,12 +72,12 @@ def _continue(
     device: torch.device,
 ) -> list[int]:
     limit = model.config.context_length
-    ids = ids[-(limit - 1) :]
-    cache, pending, new = KeyValueCache(), list(ids), list[int]()
+    cache, pending, new = KeyValueCache(_read(model, ids[: 1 - limit])), ids[1 - limit :], list[int]()
     for _ in range(new_tokens):
         if cache.length + len(pending) > limit:
             # Rotary angles end at the context length: start again from the second half of what was said.
-            pending, cache = (ids + new)[-limit // 2 :], KeyValueCache()
+            said, kept = ids + new, (limit + 1) // 2
+            pending, cache = said[-kept:], KeyValueCache(_read(model, said[:-kept]))
         logits_V = model(torch.tensor([pending], device=device), cache)[0, -1]
         token = choose_token(logits_V.float().cpu(), sampling, generator)
         if token in end_tokens:
@@ -78,6 +85,14 @@ def _continue(
         new.append(token)
         pending = [token]
     return new
+
+
+def _read(model: Decoder, ids: list[int]) -> TextState | None:
+    """What a text router knows of a text whose beginning no longer fits the context."""
+    if model.text_router is None or not ids:
+        return None
+    state: TextState = model.text_router(torch.tensor([ids], device=model.lm_head.weight.device))[1]
+    return state
 
 
 def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

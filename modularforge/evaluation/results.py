@@ -24,6 +24,16 @@ class _Domain(_Part):
     bits_per_byte: Number
 
 
+class _Loss(_Part):
+    loss: Number
+
+
+class _Probe(_Part):
+    mean_loss: Number
+    positions: dict[str, Number] = {}
+    domains: dict[str, _Loss] = {}
+
+
 class _Model(_Part):
     mean_loss: Number
     perplexity: Number
@@ -32,6 +42,15 @@ class _Model(_Part):
     active_parameters: Count | None
     training_tokens: Count | None
     domains: dict[str, _Domain]
+    positions: dict[str, Number] = {}
+    probes: dict[str, _Probe] = {}
+
+
+class _Difference(_Part):
+    difference: Number
+    standard_error: Number | None
+    is_clear: bool
+    domains: dict[str, _Difference] = {}
 
 
 class _Routing(_Part):
@@ -55,12 +74,30 @@ class _Sample(_Part):
     sampled: str
 
 
+class _Question(_Part):
+    prompt: str
+    answer: str
+
+
+class _Chat(_Part):
+    questions: list[_Question]
+    replies: dict[str, list[str]]
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> _Chat:
+        if any(len(texts) != len(self.questions) for texts in self.replies.values()):
+            raise ValueError("must have one reply to each question by every model")
+        return self
+
+
 class _Results(_Part):
     name: str
     domains: list[str] = Field(min_length=1)
     models: dict[str, _Model] = Field(min_length=1)
     routing: dict[str, _Routing] = {}
     samples: dict[str, list[_Sample]] = {}
+    chat: _Chat | None = None
+    differences: dict[str, dict[str, _Difference]] = {}
     chosen: str | None
     seconds: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     peak_memory_bytes: Number = 0.0

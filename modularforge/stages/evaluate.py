@@ -5,6 +5,7 @@ The evaluation is the one artifact that is replaced: it is cheap, and models may
 
 from __future__ import annotations
 
+import json
 import time
 from functools import partial
 
@@ -17,7 +18,7 @@ from modularforge.evaluation.btx import build_btx, solved_router
 from modularforge.evaluation.report import markdown
 from modularforge.evaluation.results import parse_results
 from modularforge.evaluation.soup import build_soup
-from modularforge.evaluation.suite import Loader, Results, add_oracle, measure_models
+from modularforge.evaluation.suite import Extras, Loader, Results, add_oracle, compare, measure_models, read_extras
 from modularforge.log import json_safe, logger
 from modularforge.pipeline import contents, finished, plan_stage, require, stage_url
 from modularforge.provenance import commit, making
@@ -25,6 +26,9 @@ from modularforge.stored_models import StoredModel, stored_model
 
 RESULTS_NAME = "results.json"
 REPORT_NAME = "report.md"
+DOCUMENTS_NAME = "documents.json"
+# Raised when results say more or other things than before, so that `evaluate` measures again.
+RESULTS_FORMAT = "2"
 
 
 def run(config: Config) -> Results:
@@ -32,18 +36,22 @@ def run(config: Config) -> Results:
     start = time.perf_counter()
     corpus, artifacts = Corpus(require(config, "corpus")), find_models(config)
     inputs = {name: artifact.manifest.fingerprint for name, artifact in artifacts.items()}
-    plan = plan_stage(config, "evaluation", inputs={**inputs, "corpus": contents(corpus.artifact)})
+    extras = read_extras(config)
+    inputs |= {"corpus": contents(corpus.artifact), "format": RESULTS_FORMAT, **extras.identities}
+    plan = plan_stage(config, "evaluation", inputs=inputs)
     old = find_artifact(plan.url)
     if old and old.manifest.fingerprint == plan.fingerprint:
         logger.info("evaluation is finished: %s", plan.url)
         return parse_results(old.read_bytes(RESULTS_NAME), paths.join(old.url, RESULTS_NAME))
-    results: Results = _measure(config, corpus, artifacts)
+    results: Results = _measure(config, corpus, artifacts, extras)
+    documents = compare(results)
     results["seconds"] = round(time.perf_counter() - start, 3)
     results = json_safe(results)
     if old:
         logger.info("the evaluation at %s was of other models or settings; it is replaced", plan.url)
     with making(plan) as writer:
         writer.write_json(RESULTS_NAME, results)
+        (writer.folder / DOCUMENTS_NAME).write_text(json.dumps(json_safe(documents)) + "\n", encoding="utf-8")
         (writer.folder / REPORT_NAME).write_text(markdown(results), encoding="utf-8")
         commit(writer, plan, config, {"chosen": results["chosen"]}, old)
     return results
@@ -98,16 +106,17 @@ def measure_folder(config: Config, url: str) -> Results:
             f"{url} must use the tokenizer of {corpus.artifact.url}, but has another; name its --data-dir"
         )
     name = url.rstrip("/").rsplit("/", 1)[-1]
-    results = measure_models(config, corpus, {name: stored.load}, {}, {name})
+    results = measure_models(config, corpus, {name: stored.load}, {}, {name}, read_extras(config))
+    results["models"][name].pop("documents")
     measured: Results = json_safe({**results, "chosen": name, "seconds": round(time.perf_counter() - start, 3)})
     return measured
 
 
-def _measure(config: Config, corpus: Corpus, artifacts: dict[str, Artifact]) -> Results:
+def _measure(config: Config, corpus: Corpus, artifacts: dict[str, Artifact], extras: Extras) -> Results:
     chosen = next((name for name in ("calibrated", "assembled") if name in artifacts), None)
     shown = {name for name in ("backbone", "assembled", "calibrated") if name in artifacts}
     tokens = {name: _training_tokens(config, name) for name in [*artifacts, "soup", "btx"]}
-    results = measure_models(config, corpus, _loaders(config, artifacts), tokens, shown)
+    results = measure_models(config, corpus, _loaders(config, artifacts), tokens, shown, extras)
     for routing in results["routing"].values():
         public = ["public"] if config.has_public_expert else []
         members = artifacts["assembled"].manifest.inputs

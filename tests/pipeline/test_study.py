@@ -9,6 +9,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ import pytest
 import torch
 import yaml
 
-from checkpoints import find_artifact, open_artifact, paths
+from checkpoints import find_artifact, open_artifact, paths, plain_folder
 from modularforge.artifacts import Backbone, Corpus
+from modularforge.assembly.assemble import assemble as put_together
+from modularforge.calibration.calibrator import split_documents
 from modularforge.data.loader import IGNORED_TARGET, evaluation_batches
 from modularforge.errors import ConfigError
 from modularforge.evaluation.btx import build_btx, solved_router
 from modularforge.evaluation.losses import measure
+from modularforge.evaluation.probes import position_ranges
 from modularforge.model import names
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.moe import observe_routing
@@ -30,10 +34,10 @@ from modularforge.pipeline import require
 from modularforge.settings import to_yaml
 from modularforge.stages import assemble, calibrate, evaluate
 from modularforge.stages.btx import choose_trained
-from modularforge.study.measure import position_ranges
 from modularforge.study.runs import Runs
 from modularforge.study.study import collect, run_study
 from modularforge.study.study_file import load_study, variants_of
+from modularforge.study.table import make_table
 from modularforge.training.distributed import World
 from modularforge.training.joint import build_joint
 from modularforge.training.losses import load_balance_loss
@@ -71,7 +75,7 @@ STUDY: dict[str, Any] = {
             "removal": True,
             "set": {**RIDGE, "assembly.experts_per_token": [1, "all"]},
         },
-        "evidence": {"kind": "assembled", "set": {"assembly.router": "evidence"}},
+        "evidence": {"kind": "assembled", "without": True, "set": {"assembly.router": "evidence"}},
         "calibrated": {"kind": "assembled", "calibrate": True, "set": RIDGE, "final": False},
         "random": {"kind": "assembled", "recipe": "random", "set": RIDGE, "seeds": [0]},
         "longer": {"kind": "assembled", "recipe": "longer", "set": RIDGE, "seeds": [0]},
@@ -83,8 +87,12 @@ def write_study(folder: Path, **changes: Any) -> Path:
     base = folder / "base.yaml"
     base.write_text(to_yaml(tiny_config(folder / "unused", assembly={"router": "data_stats"})))
     path = folder / "study.yaml"
+    (folder / "readme.txt").write_text("A text of no domain, such as how to build it: make install. " * 20)
+    texts = {"validation": [str(folder / "readme.txt")]}
     path.write_text(
-        yaml.safe_dump({**STUDY, "base": str(base), "output_dir": str(folder / "out"), **changes}, sort_keys=False)
+        yaml.safe_dump(
+            {**STUDY, "texts": texts, "base": str(base), "output_dir": str(folder / "out"), **changes}, sort_keys=False
+        )
     )
     return path
 
@@ -113,8 +121,8 @@ def test_the_table_has_every_variant_with_the_mean_of_its_seeds(finished_study: 
         "backbone", "dense", "wide", "soup", "plain-experts: best expert", "plain-experts: oracle",
         "anchored-experts: best expert", "anchored-experts: oracle", "uniform", "posterior", "plain-joint",
         "frozen-joint", "btx", "btx_trained", "plain-ridge-experts_per_token_1", "plain-ridge-experts_per_token_all",
-        "anchored-ridge-experts_per_token_1", "anchored-ridge-experts_per_token_all", "evidence", "calibrated",
-        "random", "longer",
+        "anchored-ridge-experts_per_token_1", "anchored-ridge-experts_per_token_all", "evidence",
+        "evidence: without own expert", "calibrated", "random", "longer",
     ]  # fmt: skip
     row, found = table["rows"]["uniform"], [result_of(finished_study, "uniform", seed) for seed in (0, 1)]
     losses = [item["rows"][""]["mean_loss"] for item in found]
@@ -249,6 +257,53 @@ def test_losses_by_position_add_up_to_the_loss(finished_study: Runs) -> None:
         assert total / sum(counts.values()) == pytest.approx(item["loss"], abs=1e-9)
     kept_shares = table_of(finished_study)["rows"]["plain-experts: oracle"]["kept_by_position"]
     assert list(kept_shares.values()) == pytest.approx([1.0] * len(kept_shares))
+
+
+def test_a_domain_without_its_expert_is_measured_by_the_model_of_the_others(finished_study: Runs) -> None:
+    config = finished_study.config(0, "plain", {"assembly.router": "evidence"})
+    experts = [require(config, "expert", index) for index in range(3)]
+    corpus = Corpus(require(config, "corpus"))
+    _, decide = split_documents(corpus.tokens("validation"), corpus.labels)
+    found = result_of(finished_study, "evidence")["rows"]
+    row, whole = found["without own expert"], found[""]
+    for index, label in enumerate(table_of(finished_study)["domains"]):
+        others = [expert for place, expert in enumerate(experts) if place != index]
+        with tempfile.TemporaryDirectory() as folder:
+            put_together(config, require(config, "backbone"), others, plain_folder(Path(folder)))
+            model = load_model(Path(folder))
+        limits = config.evaluation.batch_size, finished_study.study.validation_tokens_per_domain
+        alone = measure(model, {label: decide[label]}, corpus.byte_lengths, *limits, torch.device("cpu"))
+        assert row["domains"][label]["loss"] == pytest.approx(alone.mean_loss, abs=1e-6)
+        assert row["domains"][label]["loss"] != pytest.approx(whole["domains"][label]["loss"], abs=1e-6)
+    held = table_of(finished_study)["rows"]["evidence: without own expert"]["differences"]["backbone"]["text"]
+    backbones = [result_of(finished_study, "backbone", seed)["rows"][""] for seed in (0, 1)]
+    mine = [result_of(finished_study, "evidence", seed)["rows"]["without own expert"] for seed in (0, 1)]
+    changes = [a["mean_loss"] - b["mean_loss"] for a, b in zip(mine, backbones, strict=True)]
+    assert held["difference"] == pytest.approx(statistics.fmean(changes), abs=1e-6)
+    assert held["seed_error"] == pytest.approx(statistics.stdev(changes) / 2**0.5, abs=1e-6)
+
+
+def test_rows_are_held_against_others_on_every_probe(finished_study: Runs) -> None:
+    rows = table_of(finished_study)["rows"]
+    held = rows["evidence"]["differences"]
+    assert list(held) == ["backbone", "dense", "joint"]
+    assert list(held["dense"]) == ["text", "switch", "mixed", "general"]
+    for probe in ("switch", "mixed", "general"):
+        mine, other = (
+            statistics.fmean(
+                result_of(finished_study, name, seed)["rows"][""]["probes"][probe]["mean_loss"] for seed in (0, 1)
+            )
+            for name in ("evidence", "dense")
+        )
+        assert rows["evidence"]["probes"][probe]["mean_loss"] == pytest.approx(mine, abs=1e-9)
+        assert held["dense"][probe]["difference"] == pytest.approx(mine - other, abs=1e-5)
+    assert "backbone" not in rows["backbone"]["differences"]
+    assert list(rows["evidence"]["probes"]["general"]["domains"]) == ["readme"]
+    page = paths.read_bytes(f"{finished_study.root}/table-validation.md").decode()
+    assert "| variant | text | behind a switch | mixed passages | no domain |" in page
+    chosen = make_table("t", "validation", collect(finished_study, "validation"), "plain", ["posterior"])
+    assert list(chosen["rows"]["evidence"]["differences"]) == ["posterior"]
+    assert chosen["rows"]["posterior"]["differences"] == {}
 
 
 def test_removal_reports_the_domains_of_the_other_experts(finished_study: Runs) -> None:
@@ -390,6 +445,10 @@ def test_collected_results_follow_the_file(finished_study: Runs) -> None:
         (
             {"variants": {"a": {"kind": "dense", "calibrate": True}}},
             "a.calibrate must be false for kind dense",
+        ),
+        (
+            {"variants": {"a": {"kind": "assembled", "calibrate": True, "without": True}}},
+            "a.without must be false but for kind assembled without calibrate",
         ),
         ({"variants": {"a": {"kind": "dense", "seeds": [7]}}}, "variants.a.seeds must be among the study's ([0, 1])"),
         ({"variants": {"a": {"kind": "sparse"}}}, "variants.a.kind must be 'backbone', 'dense'"),
