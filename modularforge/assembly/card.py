@@ -55,7 +55,7 @@ def _front_matter(backbone: Artifact) -> str:
 def _summary(backbone: Artifact, experts: Sequence[Artifact], facts: Mapping[str, Any]) -> str:
     public = "the backbone's own feed-forward block and " if facts["public_expert"] else ""
     only = facts.get("routing_parameters")
-    routing = f" (of which {only:,} carry nothing but evidence for the routers)" if only else ""
+    routing = f" (of which {only:,} only choose experts)" if only else ""
     return (
         f"A mixture-of-experts language model of {facts['parameters']:,} parameters, {facts['active_parameters']:,} of "
         f"them active per token{routing}: {public}{len(experts)} experts per layer, of which each token visits "

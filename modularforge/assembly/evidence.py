@@ -48,17 +48,6 @@ Values = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What the tables of a model say: `token_VE` in nats against the background, and `prior_E`, best first at 0.
-
-    `prior_E` says which experts are the most general, for text that nothing speaks about; all are at most zero.
-    """
-
-    token_VE: Array
-    prior_E: Array
-
-
-@dataclass(frozen=True)
 class Widening:
     """How much a model grows: `channels` of the residual stream and `groups` of attention heads (one kv head each).
 

@@ -48,7 +48,13 @@ def kernel_head(model: ModelConfig, norms: HeadNorms) -> tuple[Values, Values]:
     free = [pair for pair in reversed(range(width // 2)) if pair not in sizes]
     if not sizes or len(free) < 2:
         return np.zeros(width, np.float32), np.zeros(width, np.float32)
-    return _under_norm(sizes, norms.query_H, free[0]), _under_norm(sizes, norms.key_H, free[1])
+    first = next(iter(sizes))
+    for share in (1.0, 0.7, 0.5, 0.3):  # a norm bounds their length: the slower pairs give way first
+        tried = {pair: size if pair == first else size * share for pair, size in sizes.items()}
+        heads = [_under_norm(tried, *about) for about in ((norms.query_H, free[0]), (norms.key_H, free[1]))]
+        if all(fits for _, fits in heads):
+            break
+    return heads[0][0], heads[1][0]
 
 
 def bell(angles: Values, positions: int) -> dict[int, float]:
@@ -92,8 +98,10 @@ def _stretch(plain: NDArray[np.float64], scaling: RopeScalingConfig, original: i
     return 1.0 / (kept + (1.0 - kept) / factor)
 
 
-def _under_norm(sizes: dict[int, float], gains_H: Values, ballast: int) -> Values:
+def _under_norm(sizes: dict[int, float], gains_H: Values, ballast: int) -> tuple[Values, bool]:
     """A vector of mean square one that has these sizes behind the gains, or less where the gains are too small.
+
+    Also returns whether they fit.
 
     What is left of its length lies on `ballast`, where the other vector has nothing.
     """
@@ -103,7 +111,6 @@ def _under_norm(sizes: dict[int, float], gains_H: Values, ballast: int) -> Value
         head_H[pair] = size / gain if abs(gain) > 1e-3 else 0.0
     length = float(np.square(head_H).sum())
     if length > len(head_H):
-        head_H *= math.sqrt(len(head_H) / length)
-    else:
-        head_H[ballast] = math.sqrt(len(head_H) - length)
-    return head_H
+        return head_H * np.float32(math.sqrt(len(head_H) / length)), False
+    head_H[ballast] = math.sqrt(len(head_H) - length)
+    return head_H, True

@@ -38,4 +38,5 @@ def special_ids(values: Mapping[str, Any], tokenizer: bytes) -> tuple[int, ...]:
         raise DataError(
             f"tokenizer.json must list its added tokens with ids, but does not ({error}); make its artifact again"
         ) from error
-    return tuple(sorted(found))
+    # Old settings say -1 for none, and a tokenizer may know tokens that the model has not.
+    return tuple(sorted(token for token in found if 0 <= token < int(values["vocab_size"])))

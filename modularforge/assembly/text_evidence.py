@@ -23,7 +23,6 @@ from modularforge.assembly.text_counts import TextCounts
 
 SMOOTHING_TOKENS = 1000.0  # each partition's counts are mixed with so many tokens of the background
 BACKOFF_TOKENS = 20.0  # and what follows a token with so many tokens of the partition's own
-ROWS_AT_ONCE = 1 << 16
 
 Floats = NDArray[np.float32]
 
@@ -59,9 +58,10 @@ def token_evidence(
 def background_of(counts: Sequence[TextCounts], background: TextCounts | None) -> Array:
     """Share of each token [V] in the background, or in all partitions alike; none is zero."""
     texts = [background] if background is not None and background.tokens_V.sum() > 0 else counts
-    share_V = np.mean([item.tokens_V / max(1.0, item.tokens_V.sum()) for item in texts], axis=0)
-    # As if each token of the vocabulary had occurred once in a million.
-    share_V = share_V + 1e-6
+    sizes = [max(1.0, float(item.tokens_V.sum())) for item in texts]
+    share_V = np.mean([item.tokens_V / size for item, size in zip(texts, sizes, strict=True)], axis=0)
+    # As if each token of the vocabulary had occurred a tenth of a time: less than any that was seen, whatever was read.
+    share_V = share_V + 0.1 / min(sizes)
     found_V: Array = share_V / share_V.sum()
     return found_V
 
@@ -76,32 +76,38 @@ def pair_evidence(
     background_V = background_of(counts, background)
     texts = [background] if background is not None and background.has_pairs else counts
     token_VE = token_evidence(counts, background, neutral)
-    keys_P = np.unique(np.concatenate([item.keys_P for item in (*counts, *texts)]))
+    keys_P = np.empty(0, np.int64)
+    for item in (*counts, *texts):
+        keys_P = np.union1d(keys_P, item.keys_P)
     keys_P = keys_P[~np.isin(keys_P // len(background_V), list(neutral))]
-    # What follows a token in the background: the mean of the texts, as shares, so that all weigh alike.
-    weights = [1e6 / max(1.0, item.tokens_V.sum()) / len(texts) for item in texts]
+    # What follows a token in the background: the mean of the texts, as shares, and as much of it as an expert has read,
+    # so that both are backed off alike.
+    size = float(np.mean([max(1.0, item.tokens_V.sum()) for item in counts]))
+    weights = [size / max(1.0, item.tokens_V.sum()) / len(texts) for item in texts]
     after_V = sum(_followers(item) * weight for item, weight in zip(texts, weights, strict=True))
     pair_P = sum(_at(item, keys_P) * weight for item, weight in zip(texts, weights, strict=True))
     context_V = _context(np.asarray(after_V))
     context_VE = np.stack([_context(_followers(item)) for item in counts], axis=1) - context_V[:, None]
     context_VE[list(neutral)] = 0.0
     background_P = _gain(np.asarray(pair_P), background_V, keys_P)
-    rows_PE = np.empty((len(keys_P), len(counts)), np.float16)
+    # Which pairs are kept is known only when all experts were seen; their rows are made after that, one column at a
+    # time: a row for every pair that somebody counted would be too much.
     telling_P = np.zeros(len(keys_P))
-    shares = [_smoothed(item, background_V) for item in counts]
-    for column, (item, share_V) in enumerate(zip(counts, shares, strict=True)):
+    for item in counts:
         often_P = _at(item, keys_P)
-        gain_P = _gain(often_P, share_V, keys_P) - background_P
-        rows_PE[:, column] = gain_P
+        gain_P = _gain(often_P, _smoothed(item, background_V), keys_P) - background_P
         telling_P += often_P / max(1.0, item.tokens_V.sum()) * np.abs(gain_P)
     chosen = np.sort(np.argsort(-telling_P, kind="stable")[:most_pairs])
-    return TextEvidence(
-        token_VE.astype(np.float32), context_VE.astype(np.float32), keys_P[chosen], rows_PE[chosen]
-    )  # fmt: skip
+    keys_P, background_P = keys_P[chosen], background_P[chosen]
+    rows_PE = np.empty((len(keys_P), len(counts)), np.float16)
+    for column, item in enumerate(counts):
+        rows_PE[:, column] = _gain(_at(item, keys_P), _smoothed(item, background_V), keys_P) - background_P
+    return TextEvidence(token_VE.astype(np.float32), context_VE.astype(np.float32), keys_P, rows_PE)
 
 
 def _smoothed(item: TextCounts, background_V: Array) -> Array:
-    counts_V = item.tokens_V + SMOOTHING_TOKENS * background_V
+    # A token that nobody has seen has the background's least share here too, or it would speak against everyone.
+    counts_V = item.tokens_V + SMOOTHING_TOKENS * background_V + item.tokens_V.sum() * background_V.min()
     found_V: Array = counts_V / counts_V.sum()
     return found_V
 

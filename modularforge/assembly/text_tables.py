@@ -51,6 +51,7 @@ class Texts:
     def prior_E(self) -> Array:
         """Which experts are the most general, from -1 to 0: those whose tokens are most like the background's."""
         likeness_E = background_of(self.counts, self.background) @ self.token_VE
+        likeness_E -= likeness_E.max()
         found_E: Array = likeness_E / max(1e-12, float(np.abs(likeness_E).max()))
         return found_E
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from modularforge.config import CalibrationConfig, Config
 from modularforge.data.loader import batches
 from modularforge.data.token_files import TokenFile, Tokens
+from modularforge.errors import ConfigError
 from modularforge.evaluation.losses import Measurement, measure
 from modularforge.model import names
 from modularforge.model.backbone import Decoder
@@ -93,8 +94,19 @@ def calibrate(
 
 def choose_parameters(model: Decoder, settings: CalibrationConfig) -> None:
     """Let only norm gains and router rows learn, as the settings say."""
+    rows = settings.router and model.text_router is None  # which routes in their place
     for name, weight in model.named_parameters():
-        weight.requires_grad_((settings.norms and names.is_norm(name)) or (settings.router and names.is_gate(name)))
+        weight.requires_grad_((settings.norms and names.is_norm(name)) or (rows and names.is_gate(name)))
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise ConfigError(
+            "calibration must train norms or a router's rows, but calibration.norms is false and the model routes by "
+            "tables; set calibration.norms to true, assembly.token_pairs to 0, or leave calibration out"
+        )
+    final = model.model.norm.weight
+    if final.requires_grad:
+        # Zero gains hide the router's channels from the head, and stay so.
+        is_seen_D = final.detach() != 0
+        final.register_hook(lambda gradient_D: gradient_D * is_seen_D)  # type: ignore[no-untyped-call]
 
 
 def even_mixture(streams: Mapping[str, Tokens]) -> Tokens:

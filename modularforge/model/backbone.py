@@ -196,6 +196,8 @@ class Decoder(nn.Module):
         x_BTD = self.model.embed_tokens(tokens_BT)
         for block in self.blocks:
             x_BTD = block(x_BTD, cos_TH, sin_TH, cache)
+        for block in self.blocks:
+            block.route_by(None)  # of these tokens only
         logits_BTV: Tensor = self.lm_head(self.model.norm(x_BTD))
         return logits_BTV
 

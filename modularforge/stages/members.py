@@ -108,7 +108,11 @@ def _assemble_again(model: Artifact, experts: Sequence[Artifact], output: str | 
 def _config_of(model: Artifact, count: int) -> Config:
     """The settings that the model was made with, for `count` experts."""
     config = make_config(fact(model, "provenance").get("config", {}), f"the manifest of {model.url}")
-    return config.model_copy(update={"experts": config.experts.model_copy(update={"count": count})})
+    has_public, assembly = bool(fact(model, "public_expert")), config.assembly
+    if has_public != config.has_public_expert:  # what null means was another thing in earlier versions
+        assembly = assembly.model_copy(update={"public_expert": has_public})
+    experts = config.experts.model_copy(update={"count": count})
+    return config.model_copy(update={"experts": experts, "assembly": assembly})
 
 
 def _member(model: Artifact, members: Sequence[Member], name: int | str) -> Member:

@@ -78,4 +78,13 @@ def parallelise(model: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return model
     device_ids = [world.device.index] if world.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    # A router that reads the text sends all layers the same way, so that an expert may get no token of a rank's batch
+    # in any of them; and its tables are the same everywhere.
+    reads_text = getattr(model, "text_router", None) is not None
+    return nn.parallel.DistributedDataParallel(
+        model,
+        device_ids=device_ids,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=reads_text,
+        broadcast_buffers=not reads_text,
+    )

