@@ -289,6 +289,9 @@ class ExpertsConfig(PhaseConfig):
     """Weight of the router z-loss, mean of logsumexp(router logits) squared."""
     statistics_tokens: int = Field(262_144, ge=1)
     """Tokens of its partition from which a finished expert gathers router statistics."""
+    counted_tokens: int | None = Field(None, ge=1)
+    """Tokens of its partition that it counts for the `evidence` router, which runs no model and so costs nothing; null
+    counts those of `statistics_tokens`, for which the model runs."""
 
 
 class JointConfig(Section):

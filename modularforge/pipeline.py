@@ -44,7 +44,8 @@ SCHEDULE = (
 )
 SHAPE = tuple(f"model.{name}" for name in ModelConfig.model_fields if name != "pretrained")
 """The model, wherever its files lie: a pretrained one is an input, known by its bytes."""
-EXPERT = (*SCHEDULE, "experts.anchored", "experts.init", "experts.z_loss", "experts.statistics_tokens")
+STATISTICS = ("experts.statistics_tokens", "experts.counted_tokens")
+EXPERT = (*SCHEDULE, "experts.anchored", "experts.init", "experts.z_loss", *STATISTICS)
 JOINT = (
     *SCHEDULE,
     "experts.count",
@@ -55,6 +56,8 @@ JOINT = (
     "assembly.public_expert",
     *ARITHMETIC,
 )
+LATER = ("experts.counted_tokens",)
+"""Settings that came later: null leaves an artifact the identity that it had before there were any."""
 CHOSEN_FACT = "chosen_by_hand"  # in the manifest of an assembled model whose experts somebody chose
 PREPARED = ("corpus", "partitions")
 
@@ -84,7 +87,7 @@ STAGES = {
         Stage(
             "branch",
             "baselines/branches/branch-{index}",
-            (*SCHEDULE, "experts.statistics_tokens", *ARITHMETIC),
+            (*SCHEDULE, *STATISTICS, *ARITHMETIC),
             ("backbone", "partition"),
             "train --only branch --index {index}",
         ),
@@ -127,7 +130,7 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
         for part in setting.split("."):
             value = value[part]
         found.update(_flatten(setting, value))
-    return found
+    return {name: value for name, value in found.items() if name not in LATER or value is not None}
 
 
 def fingerprint(name: str, settings: dict[str, Any], inputs: dict[str, str]) -> str:
