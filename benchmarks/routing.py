@@ -25,7 +25,7 @@ from modularforge.artifacts import derived_seed, token_file
 from modularforge.assembly.routers import router_rows
 from modularforge.calibration.calibrator import calibrate, even_mixture, split_documents
 from modularforge.config import Config
-from modularforge.evaluation.ensemble import posterior_ensemble, target_log_probabilities
+from modularforge.evaluation.ensemble import posterior_ensemble
 from modularforge.model.backbone import Decoder
 from modularforge.model.moe import moe_layers
 from modularforge.study.measure import Bench
@@ -84,9 +84,8 @@ class Trial:
 
     def by_posterior(self, **settings: Any) -> dict[str, Tensor]:
         """Scores when every layer routes by the posterior that the experts' own likelihoods of the text so far give."""
-        found = {}
-        for label, tokens in self.bench.domains.items():
-            scores_KRT = self.scores[label]
+        found: dict[str, Tensor] = {}
+        for name, scores_KRT in self.scores.items():
             posterior_RTE = (scores_KRT.cumsum(2) - scores_KRT).log_softmax(0).permute(1, 2, 0)
             place = [0] * self.run.config.model.layers
 
@@ -97,8 +96,7 @@ class Trial:
                 place[layer] += len(logits)
                 return rows[start : start + len(logits)]
 
-            model = self.changed(self.model(**settings), route)
-            found[label] = target_log_probabilities(model, tokens, *self.bench.window, self.bench.limit)
+            found |= self.bench.score(self.changed(self.model(**settings), route), [name])
         return found
 
     def calibrated_on_training_text(self, **settings: Any) -> Decoder:
@@ -150,7 +148,7 @@ def plain_trials(trial: Trial) -> None:
 
     trial.show(
         "all experts' outputs by posterior (ensemble)",
-        {label: posterior_ensemble(scores) for label, scores in trial.scores.items()},
+        {name: posterior_ensemble(scores) for name, scores in trial.scores.items()},
     )
     every = {"assembly.experts_per_token": len(trial.experts)}
     trial.show("FFNs by posterior, all visited", trial.by_posterior(**every))

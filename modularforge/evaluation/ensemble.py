@@ -5,18 +5,18 @@ and token is enough. Weights are equal, or the posterior over experts given the 
 c-BTM, arXiv 2303.14177): the running product of their likelihoods within the window, all that the models read too.
 """
 
-# K experts  R rows (windows)  T tokens of a window  V vocabulary
+# K experts  R rows (windows)  T tokens of a window
 
 from __future__ import annotations
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from modularforge.data.loader import IGNORED_TARGET, evaluation_batches
+from modularforge.data.loader import evaluation_batches
 from modularforge.data.token_files import Tokens
+from modularforge.evaluation.scoring import score_batch
 from modularforge.model.backbone import Decoder
 
 
@@ -24,14 +24,10 @@ def target_log_probabilities(
     model: Decoder, tokens: Tokens, context_length: int, batch_size: int, max_tokens: int
 ) -> Tensor:
     """Log-probability of every target [R, T] in float32 on the CPU; zero where a window is padded."""
-    device, found = model.lm_head.weight.device, []
     model.eval()
     with torch.inference_mode():
-        for inputs_BT, targets_BT in evaluation_batches(tokens, context_length, batch_size, max_tokens):
-            logits_BVT = model(inputs_BT.to(device)).float().transpose(1, 2)
-            loss = F.cross_entropy(logits_BVT, targets_BT.to(device), ignore_index=IGNORED_TARGET, reduction="none")
-            found.append(-loss.cpu())
-    return torch.cat(found)
+        batches = evaluation_batches(tokens, context_length, batch_size, max_tokens)
+        return torch.cat([score_batch(model, *batch) for batch in batches])
 
 
 def uniform_ensemble(scores_KRT: Tensor) -> Tensor:

@@ -45,6 +45,9 @@ class RoutingCount:
     visits_LE: np.ndarray[tuple[int, int], np.dtype[np.float64]]
     weights_LE: np.ndarray[tuple[int, int], np.dtype[np.float64]]
 
+    def __add__(self, other: RoutingCount) -> RoutingCount:
+        return RoutingCount(self.visits_LE + other.visits_LE, self.weights_LE + other.weights_LE)
+
 
 @dataclass
 class Measurement:
@@ -111,12 +114,12 @@ def _measure_domain(
         tokens += int(kept.sum())
         size += int(byte_lengths[targets[kept]].sum())
         if moe_layers(model):
-            counts.append(_count_routing(model, kept))
+            counts.append(count_routing(model, kept))
     total = RoutingCount(sum(c.visits_LE for c in counts), sum(c.weights_LE for c in counts)) if counts else None  # type: ignore[arg-type]
     return DomainLoss(loss / tokens, tokens, size), total
 
 
-def _count_routing(model: Decoder, kept_N: Tensor) -> RoutingCount:
+def count_routing(model: Decoder, kept_N: Tensor) -> RoutingCount:
     """Visits and summed weights [layers, E] of the tokens that count, from the logits of the last forward pass."""
     visits, weights = [], []
     for layer in moe_layers(model):

@@ -8,6 +8,7 @@ from typing import Any
 from checkpoints.markdown import plain
 from checkpoints.markdown import table as markdown_table
 from checkpoints.screen import breakable, literal, say, show, table
+from modularforge.evaluation.findings import doubts, fixed, sections
 
 Results = dict[str, Any]
 TOTAL, TRAINING_TOKENS = 1, 3  # places of columns
@@ -21,7 +22,7 @@ def table_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     for name, model in results["models"].items():
         cells = [_number(model["domains"][label]["perplexity"]) for label in labels]
         size = [_count(model["parameters"]), _count(model["active_parameters"]), _count(model["training_tokens"])]
-        means = [_fixed(model["mean_loss"], 4), _number(model["perplexity"]), _fixed(model["bits_per_byte"], 4)]
+        means = [fixed(model["mean_loss"], 4), _number(model["perplexity"]), fixed(model["bits_per_byte"], 4)]
         rows.append([name, *size, *cells, *means])
     return header, rows
 
@@ -42,12 +43,14 @@ def markdown(results: Results) -> str:
         "",
         *_markdown_table(*_byte_rows(results)),
     ]
+    for title, words, rows in sections(results):
+        lines += ["", f"## {plain(title)}", "", plain(words), "", *_markdown_table(*rows)]
     for name, routing in results["routing"].items():
         lines += ["", f"## Where {plain(name)} routes", "", "Share of expert visits by domain (mean over layers).", ""]
         lines += _markdown_table(*_routing_rows(routing))
         lines += ["", "Share by layer (mean over domains).", ""]
         lines += _markdown_table(*_layer_rows(routing))
-        balance = ", ".join(_fixed(value, 3) for value in routing["balance_per_layer"])
+        balance = ", ".join(fixed(value, 3) for value in routing["balance_per_layer"])
         lines += ["", f"Balance per layer (1 is even, 0 is one expert only): {balance}."]
     lines += ["", "## Samples", ""]
     for name, samples in results["samples"].items():
@@ -67,10 +70,11 @@ def _verdict(results: Results) -> str:
     found = f"the {chosen} model has a mean test loss of {loss:.4f}"
     words = {"dense": "a dense model trained on the same tokens has", "backbone": "the backbone has"}
     others = [_beside(loss, words[name], float(models[name]["mean_loss"])) for name in words if name in models]
+    but = [f"But {'; '.join(sentences)}."] if (sentences := doubts(results)) else []
     if "dense" not in models:
-        return "; ".join([found[0].upper() + found[1:], *others]) + "."
+        return " ".join(["; ".join([found[0].upper() + found[1:], *others]) + ".", *but])
     start = "Worth it" if loss < float(models["dense"]["mean_loss"]) else "Not worth it here"
-    return f"{start}: " + "; ".join([found, *others]) + "."
+    return " ".join([f"{start}: " + "; ".join([found, *others]) + ".", *but])
 
 
 def _beside(loss: float, words: str, other: float) -> str:
@@ -85,20 +89,20 @@ def _routing_rows(routing: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     shares = routing["share_per_domain_and_expert"]
     experts = len(next(iter(shares.values())))
     names = routing.get("experts") or [str(index) for index in range(experts)]
-    return ["domain", *names], [[label, *(_fixed(value, 2) for value in row)] for label, row in shares.items()]
+    return ["domain", *names], [[label, *(fixed(value, 2) for value in row)] for label, row in shares.items()]
 
 
 def _layer_rows(routing: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     shares = routing["share_per_layer_and_expert"]
     names = routing.get("experts") or [str(index) for index in range(len(shares[0]))]
-    return ["layer", *names], [[str(layer), *(_fixed(value, 2) for value in row)] for layer, row in enumerate(shares)]
+    return ["layer", *names], [[str(layer), *(fixed(value, 2) for value in row)] for layer, row in enumerate(shares)]
 
 
 def _byte_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     labels, rows = results["domains"], []
     for name, model in results["models"].items():
-        cells = [_fixed(model["domains"][label]["bits_per_byte"], 3) for label in labels]
-        rows.append([name, *cells, _fixed(model["bits_per_byte"], 4)])
+        cells = [fixed(model["domains"][label]["bits_per_byte"], 3) for label in labels]
+        rows.append([name, *cells, fixed(model["bits_per_byte"], 4)])
     return ["model", *labels, "mean"], rows
 
 
@@ -125,11 +129,6 @@ def print_table(results: Results) -> None:
     )
     show(made)
     say(_verdict(results))
-
-
-def _fixed(value: Any, digits: int) -> str:
-    """A number with so many decimals; JSON holds one that is not finite as text."""
-    return f"{float(value):.{digits}f}"
 
 
 def _number(value: Any) -> str:

@@ -24,6 +24,16 @@ class _Domain(_Part):
     bits_per_byte: Number
 
 
+class _Loss(_Part):
+    loss: Number
+
+
+class _Probe(_Part):
+    mean_loss: Number
+    positions: dict[str, Number] = {}
+    domains: dict[str, _Loss] = {}
+
+
 class _Model(_Part):
     mean_loss: Number
     perplexity: Number
@@ -32,6 +42,15 @@ class _Model(_Part):
     active_parameters: Count | None
     training_tokens: Count | None
     domains: dict[str, _Domain]
+    positions: dict[str, Number] = {}
+    probes: dict[str, _Probe] = {}
+
+
+class _Difference(_Part):
+    difference: Number
+    standard_error: Number | None
+    is_clear: bool
+    domains: dict[str, _Difference] = {}
 
 
 class _Routing(_Part):
@@ -61,6 +80,7 @@ class _Results(_Part):
     models: dict[str, _Model] = Field(min_length=1)
     routing: dict[str, _Routing] = {}
     samples: dict[str, list[_Sample]] = {}
+    differences: dict[str, dict[str, _Difference]] = {}
     chosen: str | None
     seconds: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     peak_memory_bytes: Number = 0.0

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from modularforge.artifacts import Corpus
 from modularforge.config import Config
+from modularforge.data.token_files import Tokens
+from modularforge.evaluation.general import Texts, token_streams
 from modularforge.evaluation.generation import Sampling, generate
-from modularforge.evaluation.losses import Measurement, measure, routing_summary
+from modularforge.evaluation.losses import RoutingCount, routing_summary
+from modularforge.evaluation.paired import differences
+from modularforge.evaluation.probes import GENERAL, TEXT, Probe, domain_probes, text_probe
+from modularforge.evaluation.scoring import full_row, oracle, score
 from modularforge.log import logger
 from modularforge.model.backbone import Decoder, perplexity
 from modularforge.model.moe import moe_layers
@@ -18,6 +24,9 @@ from modularforge.training.meter import peak_memory_bytes
 
 Loader = Callable[[], Decoder]
 Results = dict[str, Any]
+# Of the tokens of a domain as many are predicted behind a switch, and as many in mixed documents: the former read as
+# many before it, so that the evaluation takes 3/8 longer.
+PROBE_SHARE = 8
 
 
 def measure_models(
@@ -26,30 +35,64 @@ def measure_models(
     loaders: Mapping[str, Loader],
     training_tokens: Mapping[str, int | None],
     with_samples: Collection[str],
+    extras: Extras | None = None,
 ) -> Results:
     """Results by model name, in the order of `loaders`; texts are sampled from the models in `with_samples`.
 
-    Schema of the result: docs/artifacts.md. Losses are means over test tokens, domains weigh alike.
+    Schema of the result: docs/observing.md. Losses are means over test tokens, domains weigh alike.
     """
     device, limit = default_device(), config.evaluation.tokens_per_domain
-    domains = corpus.domains("test", limit)
-    results: Results = {"name": config.name, "domains": list(domains), "models": {}, "routing": {}, "samples": {}}
+    bench = _Bench(config, corpus, corpus.domains("test", limit), extras or Extras())
+    results: Results = {"name": config.name, "domains": list(bench.domains), "models": {}, "routing": {}, "samples": {}}
     for name, load in loaders.items():
         model = load().to(device)
-        context, batch_size = config.model.context_length, config.evaluation.batch_size
-        found = measure(model, domains, corpus.byte_lengths, batch_size, limit, device, context)
-        results["models"][name] = {
-            **_losses(found),
-            **sizes_of(model),
-            "training_tokens": training_tokens.get(name),
-        }
-        logger.info("%s: mean test loss %.4f", name, found.mean_loss)
-        if found.routing and name in with_samples:
-            results["routing"][name] = routing_summary(found.routing)
+        routing: dict[str, RoutingCount] = {}
+        found = bench.measure(model, routing if name in with_samples else None)
+        results["models"][name] = {**found, **sizes_of(model), "training_tokens": training_tokens.get(name)}
+        logger.info("%s: mean test loss %.4f", name, found["mean_loss"])
+        if routing:
+            results["routing"][name] = routing_summary(routing)
         if name in with_samples:
             results["samples"][name] = sample_texts(config, corpus, model)
     results["peak_memory_bytes"] = peak_memory_bytes(device)
     return results
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What is measured besides the domains: text of no domain, by name."""
+
+    texts: Texts = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """The text of one evaluation, cut into windows once for each window length."""
+
+    config: Config
+    corpus: Corpus
+    domains: dict[str, Tokens]
+    extras: Extras
+    cut: dict[int, dict[str, Probe]] = field(default_factory=dict)
+
+    def measure(self, model: Decoder, routing: dict[str, RoutingCount] | None) -> Results:
+        """Losses of one model on every probe; `routing` gets its visits by domain."""
+        probes = self._probes(min(self.config.model.context_length, model.config.positions))
+        batch_size = self.config.evaluation.batch_size
+        scores = {
+            name: score(model, probe, batch_size, routing if name == TEXT else None) for name, probe in probes.items()
+        }
+        return with_perplexity(full_row(probes, scores, self.corpus.byte_lengths))
+
+    def _probes(self, context_length: int) -> dict[str, Probe]:
+        if context_length not in self.cut:
+            limit, end = self.config.evaluation.tokens_per_domain, self.corpus.end_token
+            found = domain_probes(self.domains, context_length, end, limit, limit // PROBE_SHARE)
+            if self.extras.texts:
+                general = token_streams(self.extras.texts, self.corpus, limit)
+                found[GENERAL] = text_probe(GENERAL, general, context_length, end, limit)
+            self.cut[context_length] = found
+        return self.cut[context_length]
 
 
 def sample_texts(config: Config, corpus: Corpus, model: Decoder) -> list[dict[str, str]]:
@@ -72,16 +115,8 @@ def add_oracle(results: Results) -> None:
     experts = {name: model for name, model in results["models"].items() if name.startswith("expert-")}
     if not experts:
         return
-    domains = {
-        label: min((model["domains"][label] for model in experts.values()), key=lambda item: float(item["loss"]))
-        for label in results["domains"]
-    }
-    mean = sum(item["loss"] for item in domains.values()) / len(domains)
-    oracle = {
-        "mean_loss": mean,
-        "perplexity": perplexity(mean),
-        "bits_per_byte": sum(item["bits_per_byte"] for item in domains.values()) / len(domains),
-        "domains": domains,
+    bound = {
+        **with_perplexity(oracle(experts)),
         "parameters": None,
         "active_parameters": next(iter(experts.values()))["active_parameters"],
         "flops_per_token": next(iter(experts.values()))["flops_per_token"],
@@ -89,26 +124,29 @@ def add_oracle(results: Results) -> None:
     }
     items = list(results["models"].items())
     place = 1 + max(index for index, (name, _) in enumerate(items) if name in experts)
-    results["models"] = dict([*items[:place], ("oracle", oracle), *items[place:]])
+    results["models"] = dict([*items[:place], ("oracle", bound), *items[place:]])
 
 
-def _losses(found: Measurement) -> Results:
-    domains = {
-        label: {
-            "loss": item.loss,
-            "perplexity": item.perplexity,
-            "bits_per_byte": item.bits_per_byte,
-            "tokens": item.tokens,
-            "bytes": item.bytes,
-        }
-        for label, item in found.domains.items()
-    }
-    return {
-        "mean_loss": found.mean_loss,
-        "perplexity": found.perplexity,
-        "bits_per_byte": found.mean_bits_per_byte,
-        "domains": domains,
-    }
+def with_perplexity(row: Results) -> Results:
+    """The row with exp of its losses too."""
+    domains = {label: {**item, "perplexity": perplexity(item["loss"])} for label, item in row["domains"].items()}
+    return {**row, "perplexity": perplexity(row["mean_loss"]), "domains": domains}
+
+
+def compare(results: Results) -> Results:
+    """The chosen model beside each other one, document by document: `differences` on every probe, with errors.
+
+    Takes the sums over documents out of the models and returns them, by model.
+    """
+    documents = {name: model.pop("documents") for name, model in results["models"].items()}
+    mine = documents.get(results["chosen"] or "")
+    others = {name: sums for name, sums in documents.items() if name != results["chosen"] and not _is_expert(name)}
+    results["differences"] = {name: differences(mine, sums) for name, sums in others.items()} if mine else {}
+    return documents
+
+
+def _is_expert(name: str) -> bool:
+    return name.startswith("expert-")
 
 
 def sizes_of(model: Decoder) -> Results:

@@ -5,6 +5,7 @@ The evaluation is the one artifact that is replaced: it is cheap, and models may
 
 from __future__ import annotations
 
+import json
 import time
 from functools import partial
 
@@ -17,7 +18,7 @@ from modularforge.evaluation.btx import build_btx
 from modularforge.evaluation.report import markdown
 from modularforge.evaluation.results import parse_results
 from modularforge.evaluation.soup import build_soup
-from modularforge.evaluation.suite import Loader, Results, add_oracle, measure_models
+from modularforge.evaluation.suite import Loader, Results, add_oracle, compare, measure_models
 from modularforge.log import json_safe, logger
 from modularforge.pipeline import contents, finished, plan_stage, require, stage_url
 from modularforge.provenance import commit, making
@@ -25,6 +26,9 @@ from modularforge.stored_models import StoredModel, stored_model
 
 RESULTS_NAME = "results.json"
 REPORT_NAME = "report.md"
+DOCUMENTS_NAME = "documents.json"
+# Raised when results say more or other things than before, so that `evaluate` measures again.
+RESULTS_FORMAT = "2"
 
 
 def run(config: Config) -> Results:
@@ -32,18 +36,22 @@ def run(config: Config) -> Results:
     start = time.perf_counter()
     corpus, artifacts = Corpus(require(config, "corpus")), find_models(config)
     inputs = {name: artifact.manifest.fingerprint for name, artifact in artifacts.items()}
-    plan = plan_stage(config, "evaluation", inputs={**inputs, "corpus": contents(corpus.artifact)})
+    plan = plan_stage(
+        config, "evaluation", inputs={**inputs, "corpus": contents(corpus.artifact), "format": RESULTS_FORMAT}
+    )
     old = find_artifact(plan.url)
     if old and old.manifest.fingerprint == plan.fingerprint:
         logger.info("evaluation is finished: %s", plan.url)
         return parse_results(old.read_bytes(RESULTS_NAME), paths.join(old.url, RESULTS_NAME))
     results: Results = _measure(config, corpus, artifacts)
+    documents = compare(results)
     results["seconds"] = round(time.perf_counter() - start, 3)
     results = json_safe(results)
     if old:
         logger.info("the evaluation at %s was of other models or settings; it is replaced", plan.url)
     with making(plan) as writer:
         writer.write_json(RESULTS_NAME, results)
+        (writer.folder / DOCUMENTS_NAME).write_text(json.dumps(json_safe(documents)) + "\n", encoding="utf-8")
         (writer.folder / REPORT_NAME).write_text(markdown(results), encoding="utf-8")
         commit(writer, plan, config, {"chosen": results["chosen"]}, old)
     return results
@@ -99,6 +107,7 @@ def measure_folder(config: Config, url: str) -> Results:
         )
     name = url.rstrip("/").rsplit("/", 1)[-1]
     results = measure_models(config, corpus, {name: stored.load}, {}, {name})
+    results["models"][name].pop("documents")
     measured: Results = json_safe({**results, "chosen": name, "seconds": round(time.perf_counter() - start, 3)})
     return measured
 

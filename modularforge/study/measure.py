@@ -1,4 +1,4 @@
-"""Measure one variant of one run on one split: loss per domain and by position, sizes, and what removals change.
+"""Measure one variant of one run on one split: losses by domain, position, switch and passage, sizes, and removals.
 
 Everything follows from one number per target, its log-probability, so that single models, oracle and ensembles are
 measured alike. On validation only the deciding half of the documents is used, because the other half is what
@@ -9,7 +9,7 @@ calibration fits: no variant is judged by text that any other learned from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -21,10 +21,13 @@ from checkpoints import Artifact
 from modularforge.artifacts import partition_rows
 from modularforge.calibration.calibrator import split_documents
 from modularforge.config import Config
-from modularforge.data.loader import IGNORED_TARGET, evaluation_batches
 from modularforge.data.token_files import Tokens
-from modularforge.evaluation.ensemble import posterior_ensemble, target_log_probabilities, uniform_ensemble
-from modularforge.evaluation.losses import DomainLoss
+from modularforge.errors import ConfigError
+from modularforge.evaluation.ensemble import posterior_ensemble, uniform_ensemble
+from modularforge.evaluation.general import Texts, token_streams
+from modularforge.evaluation.paired import document_sums
+from modularforge.evaluation.probes import GENERAL, TEXT, Probe, domain_probes, text_probe
+from modularforge.evaluation.scoring import Row, full_row, means, oracle, score, summarise
 from modularforge.evaluation.suite import sizes_of
 from modularforge.model.backbone import Decoder
 from modularforge.model.moe import moe_layers, restrict_routing
@@ -34,21 +37,27 @@ from modularforge.study.study_file import Variant
 from modularforge.training.distributed import default_device
 
 Split = Literal["validation", "test"]
-Row = dict[str, Any]
+Scores = dict[str, Tensor]
 ENSEMBLES = {"ensemble_uniform": uniform_ensemble, "ensemble_posterior": posterior_ensemble}
 # Domains that are no more than a trace of a partition are not its expert's own.
 OWN_SHARE = 0.05
-FIRST_POSITIONS = 16
+# Of the tokens of a domain, as many targets behind a switch, and as many in mixed documents.
+PROBE_SHARE = 4
+WITHOUT = "without own expert"
 
 
 @dataclass
 class Bench:
-    """One run and one split; scores of the experts are kept, because oracle and ensembles follow from them."""
+    """One run and one split; scores of the experts are kept, because oracle and ensembles follow from them.
+
+    `texts` are of no domain, and measured besides.
+    """
 
     run: Run
     split: Split
     limit: int
-    scores: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    texts: Texts = field(default_factory=dict)
+    scores: dict[str, Scores] = field(default_factory=dict)
 
     @cached_property
     def domains(self) -> dict[str, Tokens]:
@@ -60,12 +69,15 @@ class Bench:
         return {label: tokens for label, tokens in decide.items() if len(tokens) > 1}
 
     @cached_property
-    def targets(self) -> dict[str, Tensor]:
-        """What is to be predicted, [R, T] by domain."""
-        return {
-            label: torch.cat([targets for _, targets in evaluation_batches(tokens, *self.window, self.limit)])
-            for label, tokens in self.domains.items()
-        }
+    def probes(self) -> dict[str, Probe]:
+        """What is to be predicted, by name: text of the domains, behind a switch, in mixed documents, of no domain."""
+        corpus, context = self.run.corpus, self.window[0]
+        streams = {label: tokens[: self.limit + 1] for label, tokens in self.domains.items()}
+        found = domain_probes(streams, context, corpus.end_token, self.limit, self.limit // PROBE_SHARE)
+        if self.texts:
+            general = token_streams(self.texts, corpus, self.limit)
+            found[GENERAL] = text_probe(GENERAL, general, context, corpus.end_token, self.limit)
+        return found
 
     def measure(self, variant: Variant, config: Config, parts: Mapping[str, Artifact]) -> dict[str, Any]:
         """Rows by name (the empty name where there is but one), and what else is known of the variant.
@@ -85,6 +97,10 @@ class Bench:
         tokens = training_tokens(config, variant.kind) + _calibration_tokens(config, variant)
         row = self.summarise(self.score(model)) | sizes_of(model) | {"training_tokens": tokens}
         result: dict[str, Any] = {"rows": {"": row}, "calibration": calibration}
+        if variant.without:
+            about = {name: row[name] for name in ("parameters", "active_parameters", "flops_per_token")}
+            without = self._without(variant, config, parts) | about
+            result["rows"][WITHOUT] = without | {"training_tokens": tokens}
         if variant.removal:
             result["removal"] = self._removal(config, model, row)
         return result
@@ -95,70 +111,67 @@ class Bench:
         config = self.run.config
         return config.model.context_length, config.evaluation.batch_size
 
-    def score(self, model: Decoder) -> dict[str, Tensor]:
-        """What a model gives every target, [R, T] by domain."""
+    def score(self, model: Decoder, only: Collection[str] = ()) -> Scores:
+        """What a model gives every target of the probes, [R, T] by name; of those named where some are."""
         model.to(default_device())
-        return {
-            label: target_log_probabilities(model, tokens, *self.window, self.limit)
-            for label, tokens in self.domains.items()
-        }
+        wanted = {name: probe for name, probe in self.probes.items() if not only or name in only}
+        return {name: score(model, probe, self.window[1]) for name, probe in wanted.items()}
 
     def summarise(self, scores: Mapping[str, Tensor]) -> Row:
         """Losses from the log-probabilities of the targets."""
-        return _means({label: self._domain(label, scores_RT) for label, scores_RT in scores.items()})
-
-    def _domain(self, label: str, scores_RT: Tensor) -> Row:
-        targets_RT = self.targets[label]
-        kept_RT = targets_RT != IGNORED_TARGET
-        size = int(self.run.corpus.byte_lengths[targets_RT[kept_RT]].sum())
-        item = DomainLoss(-float(scores_RT[kept_RT].double().mean()), int(kept_RT.sum()), size)
-        positions = {
-            f"{first}-{end - 1}": -float(scores_RT[:, first:end][kept_RT[:, first:end]].double().mean())
-            for first, end in position_ranges(scores_RT.shape[1])
-            if kept_RT[:, first:end].any()
-        }
-        return {
-            "loss": item.loss,
-            "bits_per_byte": item.bits_per_byte,
-            "tokens": item.tokens,
-            "positions": positions,
-        }
+        return full_row(self.probes, scores, self.run.corpus.byte_lengths)
 
     def measure_experts(self, config: Config, experts: Mapping[str, Artifact]) -> dict[str, Any]:
         """Each expert alone, the best of them on the whole, and the oracle, which takes the best for each domain."""
         scores, sizes = self.score_experts(experts), self._expert_sizes(experts)
         tokens = training_tokens(config, "expert")
         rows = {
-            name: self.summarise({label: scores_KRT[index] for label, scores_KRT in scores.items()})
+            name: self.summarise({probe: scores_KRT[index] for probe, scores_KRT in scores.items()})
             | sizes
             | {"training_tokens": tokens}
             for index, name in enumerate(experts)
         }
         best = min(rows.values(), key=lambda row: float(row["mean_loss"]))
-        chosen = {
-            label: min((row["domains"][label] for row in rows.values()), key=lambda item: float(item["loss"]))
-            for label in scores
-        }
         every = training_tokens(config, "experts")
-        oracle = _means(chosen) | sizes | {"parameters": None, "training_tokens": every}
-        return {"rows": {"best expert": best, "oracle": oracle}, "experts": rows}
+        bound = oracle(rows) | sizes | {"parameters": None, "training_tokens": every}
+        alone = {name: {key: value for key, value in row.items() if key != "documents"} for name, row in rows.items()}
+        return {"rows": {"best expert": best, "oracle": bound}, "experts": alone}
 
     def _measure_ensemble(self, variant: Variant, config: Config, experts: Mapping[str, Artifact]) -> dict[str, Any]:
         mixed = ENSEMBLES[variant.kind]
-        row = self.summarise({label: mixed(scores_KRT) for label, scores_KRT in self.score_experts(experts).items()})
+        row = self.summarise({name: mixed(scores_KRT) for name, scores_KRT in self.score_experts(experts).items()})
         sizes = {name: value * len(experts) for name, value in self._expert_sizes(experts).items()}
         return {"rows": {"": row | sizes | {"training_tokens": training_tokens(config, variant.kind)}}}
 
-    def score_experts(self, experts: Mapping[str, Artifact]) -> dict[str, Tensor]:
-        """What each expert gives every target, [K, R, T] by domain."""
+    def score_experts(self, experts: Mapping[str, Artifact]) -> Scores:
+        """What each expert gives every target of the probes, [K, R, T] by name."""
         key = ",".join(artifact.manifest.fingerprint for artifact in experts.values())
         if key not in self.scores:
             each = [self.score(self.run.backbone.expert(artifact)) for artifact in experts.values()]
-            self.scores = {key: {label: torch.stack([item[label] for item in each]) for label in self.domains}}
+            self.scores = {key: {name: torch.stack([item[name] for item in each]) for name in self.probes}}
         return self.scores[key]
 
     def _expert_sizes(self, experts: Mapping[str, Artifact]) -> dict[str, int]:
         return sizes_of(self.run.backbone.expert(next(iter(experts.values()))))
+
+    def _without(self, variant: Variant, config: Config, parts: Mapping[str, Artifact]) -> Row:
+        """Each domain by a model that was assembled from the other experts, so that its router knows nothing of it."""
+        probe, lengths, own = self.probes[TEXT], self.run.corpus.byte_lengths, self._own_domains()
+        domains: dict[str, Row] = {}
+        documents: Row = {"shares_documents": False, "tokens": {}, "losses": {}}
+        for label in probe.labels:
+            kept = [index for index, mine in enumerate(own) if label not in mine]
+            model = build_model(self.run, _with_experts(config, len(kept)), variant, {
+                name: part
+                for name, part in parts.items()
+                if not name.startswith("expert-") or int(name.removeprefix("expert-")) in kept
+            })  # fmt: skip
+            alone = probe.only(label)
+            scores_RT = score(model.to(default_device()), alone, self.window[1])
+            domains |= summarise(alone, scores_RT, lengths)["domains"]
+            for name, sums in document_sums(alone, scores_RT).items():
+                documents[name] = documents[name] | sums if isinstance(sums, dict) else sums
+        return means(domains) | {"probes": {}, "documents": {TEXT: documents}}
 
     def _removal(self, config: Config, model: Decoder, whole: Row) -> dict[str, Any]:
         """Relative change of the loss of each domain when one expert's slot is closed, by expert.
@@ -170,7 +183,7 @@ class Bench:
         changes: dict[str, dict[str, float]] = {}
         for index in range(config.experts.count):
             restrict_routing(model, [slot for slot in slots if slot != first + index])
-            found = self.summarise(self.score(model))["domains"]
+            found = self.summarise(self.score(model, [TEXT]))["domains"]
             changes[f"expert-{index}"] = {
                 label: item["loss"] / whole["domains"][label]["loss"] - 1 for label, item in found.items()
             }
@@ -192,14 +205,6 @@ class Bench:
         ]
 
 
-def position_ranges(context_length: int) -> list[tuple[int, int]]:
-    """Ranges [first, end) of positions in a window, each as long as all before it."""
-    ends = [FIRST_POSITIONS]
-    while ends[-1] < context_length:
-        ends.append(ends[-1] * 2)
-    return [(first, min(end, context_length)) for first, end in zip([0, *ends], ends, strict=False)]
-
-
 def training_tokens(config: Config, kind: str) -> int:
     """Tokens that went into a kind of model, those of its backbone included."""
     experts = {"backbone": 0, "expert": 1}.get(kind, config.experts.count)
@@ -213,13 +218,13 @@ def _calibration_tokens(config: Config, variant: Variant) -> int:
     return phase.steps * phase.batch_size * config.model.context_length if variant.calibrate else 0
 
 
-def _means(domains: Mapping[str, Row]) -> Row:
-    """Equal-weight means over the domains, also by position where all of them have such."""
-    items = list(domains.values())
-    positions = [name for name in items[0]["positions"] if all(name in item["positions"] for item in items)]
-    return {
-        "mean_loss": sum(item["loss"] for item in items) / len(items),
-        "bits_per_byte": sum(item["bits_per_byte"] for item in items) / len(items),
-        "positions": {name: sum(item["positions"][name] for item in items) / len(items) for name in positions},
-        "domains": dict(domains),
-    }
+def _with_experts(config: Config, count: int) -> Config:
+    """The settings of a model of fewer experts."""
+    if not count:
+        raise ConfigError(
+            "without needs experts that know nothing of a domain, but all do; use partition.method: domain"
+        )
+    active = min(config.assembly.experts_per_token, count + int(config.has_public_expert))
+    experts = config.experts.model_copy(update={"count": count})
+    assembly = config.assembly.model_copy(update={"experts_per_token": active})
+    return config.model_copy(update={"experts": experts, "assembly": assembly})

@@ -13,6 +13,7 @@ from typing import Any
 from checkpoints import Artifact, find_artifact, paths
 from modularforge.config import Config
 from modularforge.errors import ConfigError
+from modularforge.evaluation.general import read_texts, texts_identity
 from modularforge.log import json_safe, logger
 from modularforge.pipeline import Plan, contents, stage_settings
 from modularforge.provenance import making, provenance
@@ -24,18 +25,19 @@ from modularforge.study.table import write_table
 
 RESULT_NAME = "result.json"
 # Raised when results say more or other things than before, so that variants are measured again.
-RESULT_FORMAT = 2
+RESULT_FORMAT = 3
 
 
 def run_study(runs: Runs, split: Split, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> str:
     """Measure the chosen variants (all by default) with the chosen seeds; returns the URL of the table."""
     variants = choose_variants(runs, split, only)
+    texts = read_texts(runs.study.texts.get(split, []))
     for seed in choose_seeds(runs, seeds):
         benches: dict[str, Bench] = {}
         for variant in (variant for variant in variants if seed in variant.seeds):
             if variant.recipe not in benches:
                 run = runs.run(seed, variant.recipe)
-                benches[variant.recipe] = Bench(run, split, _limit(runs, run.config, split))
+                benches[variant.recipe] = Bench(run, split, _limit(runs, run.config, split), texts)
             result, is_new = measure_once(runs, benches[variant.recipe], variant, seed)
             loss = min(row["mean_loss"] for row in result["rows"].values())
             logger.info("seed %d, %s: mean %s loss %.4f", seed, variant.name, split, loss)
@@ -108,6 +110,7 @@ def result_plan(
         "batch_size": config.evaluation.batch_size,
         "calibrate": variant.calibrate,
         "removal": variant.removal,
+        "without": variant.without,
         "seed": seed,
     }
     if variant.kind in ROUTED:
@@ -116,6 +119,8 @@ def result_plan(
         settings |= {**stage_settings(config, "calibrated"), "decided_on": _limit(runs, config, "validation")}
     inputs = {name: artifact.manifest.fingerprint for name, artifact in parts.items()}
     inputs["corpus"] = contents(bench.run.corpus.artifact)
+    if bench.texts:
+        inputs["texts"] = texts_identity(bench.texts)
     return Plan("result", _result_url(runs, bench.split, variant, seed), settings, inputs)
 
 

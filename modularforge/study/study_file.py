@@ -49,6 +49,8 @@ class VariantEntry(Section):
     """Calibrate the model as `calibration` says and keep the result only if the deciding half improves."""
     removal: bool = False
     """Also measure what the removal of each expert changes."""
+    without: bool = False
+    """Also measure each domain with a model that is assembled from all experts but its own."""
     final: bool = True
     """Measured on the test split too."""
     seeds: list[int] | None = None
@@ -76,6 +78,10 @@ class StudyFile(Section):
     """What is measured, by name."""
     reference: Text | None = None
     """Recipe whose backbone, dense model and oracle those with the same tokens are compared with; null is the first."""
+    texts: dict[Literal["validation", "test"], list[Text]] = Field(default_factory=dict)
+    """Files of text of no domain that every variant is measured on besides, by split."""
+    compare: list[Text] | None = None
+    """Variants that each row is compared with, document by document; null is backbone, dense and joint."""
 
     @model_validator(mode="after")
     def _names(self) -> StudyFile:
@@ -96,6 +102,7 @@ class Variant:
     settings: dict[str, Any]
     calibrate: bool
     removal: bool
+    without: bool
     final: bool
     seeds: tuple[int, ...]
 
@@ -118,7 +125,7 @@ def variants_of(study: StudyFile) -> list[Variant]:
         recipes = _recipes(study, entry)
         for recipe, (ending, settings) in itertools.product(recipes, _grid(entry.set)):
             full = "-".join([*([recipe] if isinstance(entry.recipe, list) else []), name, *ending])
-            flags = (entry.calibrate, entry.removal, entry.final, tuple(entry.seeds or study.seeds))
+            flags = (entry.calibrate, entry.removal, entry.without, entry.final, tuple(entry.seeds or study.seeds))
             found.append(Variant(full, name, entry.kind, recipe, settings, *flags))
     return found
 
@@ -169,5 +176,7 @@ def _problems(study: StudyFile) -> Iterator[str]:
                 )
         if entry.calibrate and entry.kind not in (*ROUTED, "joint"):
             yield f"variants.{name}.calibrate must be false for kind {entry.kind}, which has no router; remove it"
+        if entry.without and (entry.kind != "assembled" or entry.calibrate):
+            yield f"variants.{name}.without must be false but for kind assembled without calibrate; remove it"
         if entry.removal and entry.kind not in (*ROUTED, "joint"):
             yield f"variants.{name}.removal must be false for kind {entry.kind}, which has no router; remove it"

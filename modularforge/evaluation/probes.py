@@ -1,0 +1,166 @@
+"""The windows that models are measured on, with the domain, the document and the place of every target.
+
+Plain text of one domain flatters a router that cannot leave a domain, so there are two more probes, made of the same
+text: behind a *switch* of domain, and in documents of *mixed* passages. A probe is the same for every model.
+"""
+
+# R rows (windows)  T tokens of a window
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modularforge.data.loader import IGNORED_TARGET, evaluation_batches
+from modularforge.data.token_files import Tokens
+
+TEXT, SWITCH, MIXED, GENERAL, CHAT = "text", "switch", "mixed", "general", "chat"
+FIRST_POSITIONS = 16
+SHORTEST_PASSAGE, LONGEST_PASSAGE = 16, 96
+UNCOUNTED = -1
+MIXED_SEED = 0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Windows to score; all tensors are [R, T] of int32.
+
+    `labels_RT` is the domain of a target by its place in `labels`, or UNCOUNTED where its loss does not count;
+    `documents_RT` the document it belongs to, `places_RT` its position: in the window, or since the switch or since the
+    beginning of the passage. With `shares_documents` one document has targets of several domains.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    inputs_RT: Tensor
+    targets_RT: Tensor
+    labels_RT: Tensor
+    documents_RT: Tensor
+    places_RT: Tensor
+    shares_documents: bool = False
+
+    def only(self, label: str) -> Probe:
+        """The windows in which targets of one domain count."""
+        rows_R = (self.labels_RT == self.labels.index(label)).any(dim=1)
+        names = ("inputs_RT", "targets_RT", "labels_RT", "documents_RT", "places_RT")
+        return replace(self, **{name: getattr(self, name)[rows_R] for name in names})
+
+
+def domain_probes(
+    streams: Mapping[str, Tokens], context_length: int, end_token: int, max_tokens: int, max_probe_tokens: int
+) -> dict[str, Probe]:
+    """The text itself, at most `max_tokens` a domain, and the other two with about `max_probe_tokens` targets a domain.
+
+    With a single domain there is nothing to switch to.
+    """
+    found = {TEXT: text_probe(TEXT, streams, context_length, end_token, max_tokens)}
+    long_enough = {label: tokens for label, tokens in streams.items() if len(tokens) > context_length}
+    if len(long_enough) > 1:
+        found[SWITCH] = switch_probe(long_enough, context_length, end_token, max_probe_tokens)
+        found[MIXED] = mixed_probe(long_enough, context_length, max_probe_tokens)
+    return found
+
+
+def text_probe(name: str, streams: Mapping[str, Tokens], context_length: int, end_token: int, max_tokens: int) -> Probe:
+    """Each stream in order, each token predicted once; a domain's last window is padded."""
+    rows = []
+    for index, tokens in enumerate(streams.values()):
+        count = min(len(tokens) - 1, max_tokens)
+        inputs_RT, targets_RT = next(evaluation_batches(tokens, context_length, -(-count // context_length), count))
+        documents_N = _document_numbers(tokens[:count], end_token)
+        documents_RT = np.pad(documents_N, (0, inputs_RT.numel() - count)).reshape(inputs_RT.shape)
+        labels_RT = np.where(targets_RT.numpy() == IGNORED_TARGET, UNCOUNTED, index)
+        places_RT = np.broadcast_to(np.arange(context_length), labels_RT.shape)
+        rows.append((inputs_RT.numpy(), targets_RT.numpy(), labels_RT, documents_RT, places_RT))
+    return _probe(name, tuple(streams), rows)
+
+
+def switch_probe(streams: Mapping[str, Tokens], context_length: int, end_token: int, max_tokens: int) -> Probe:
+    """Windows whose first half is another domain's text: what counts is the second half.
+
+    The first half cycles over the other domains. The first token behind the switch is read, not predicted, since no
+    model can know that it comes.
+    """
+    labels, half = list(streams), context_length // 2
+    rest = context_length - half
+    rows = []
+    for index, label in enumerate(labels):
+        others = [streams[other] for other in (*labels[index + 1 :], *labels[:index])]
+        documents_N = _document_numbers(streams[label][:-1], end_token)
+        for row in range(min((len(streams[label]) - 1) // rest, max(1, max_tokens // rest))):
+            before = others[row % len(others)]
+            place = (row // len(others) + index) % (len(before) // half)
+            first = row * rest
+            window = np.concatenate([before[place * half :][:half], streams[label][first : first + rest + 1]])
+            unseen = np.full(half, UNCOUNTED)
+            labels_T = np.concatenate([unseen, np.full(rest, index)])
+            documents_T = np.concatenate([unseen, documents_N[first : first + rest]])
+            rows.append((window[:-1], window[1:], labels_T, documents_T, np.arange(context_length) - half))
+    return _probe(SWITCH, tuple(labels), rows)
+
+
+def mixed_probe(streams: Mapping[str, Tokens], context_length: int, max_tokens: int) -> Probe:
+    """Documents of one window each: passages of different domains in turn, cut at whatever token.
+
+    Lengths, 16 to 96 tokens (at most half a window), and domains are drawn by a fixed seed. The first passage does not
+    count, and the first token of a passage is read, not predicted.
+    """
+    labels, random = list(streams), np.random.default_rng(MIXED_SEED)
+    longest = max(1, min(LONGEST_PASSAGE, context_length // 2))
+    read = [0] * len(labels)
+    rows = []
+    for document in range(max(1, max_tokens * len(labels) // context_length)):
+        pieces: list[Tokens] = []
+        owners: list[int] = []
+        places: list[int] = []
+        while len(places) <= context_length:
+            index = _other(random, len(labels), owners[-1] if owners else None)
+            length = int(random.integers(min(SHORTEST_PASSAGE, longest), longest + 1))
+            piece = _next(streams[labels[index]], read[index], length)
+            read[index] += length
+            is_first = not pieces
+            pieces.append(piece)
+            owners += [index] * len(piece)
+            places += [UNCOUNTED if is_first else place - 1 for place in range(len(piece))]
+        window, owner, place = (
+            np.asarray(item)[: context_length + 1] for item in (np.concatenate(pieces), owners, places)
+        )
+        labels_T = np.where(place[1:] < 0, UNCOUNTED, owner[1:])
+        rows.append((window[:-1], window[1:], labels_T, np.full(context_length, document), place[1:]))
+    return _probe(MIXED, tuple(labels), rows, shares_documents=True)
+
+
+def position_ranges(context_length: int) -> list[tuple[int, int]]:
+    """Ranges [first, end) of positions in a window, each as long as all before it."""
+    ends = [FIRST_POSITIONS]
+    while ends[-1] < context_length:
+        ends.append(ends[-1] * 2)
+    return [(first, min(end, context_length)) for first, end in zip([0, *ends], ends, strict=False)]
+
+
+def _document_numbers(ids: Tokens, end_token: int) -> Tokens:
+    """For each id the number of the document that its target is of: every document ends with `end_token`."""
+    return np.cumsum(np.asarray(ids) == end_token)
+
+
+def _other(random: np.random.Generator, count: int, last: int | None) -> int:
+    """A domain that is not the last one."""
+    drawn = int(random.integers(count if last is None else count - 1))
+    return drawn + int(last is not None and drawn >= last)
+
+
+def _next(tokens: Tokens, start: int, length: int) -> Tokens:
+    """The next passage of a stream, which begins anew where it ends."""
+    return np.take(tokens, np.arange(start, start + length), mode="wrap")
+
+
+def _probe(
+    name: str, labels: tuple[str, ...], rows: Sequence[tuple[Tokens, ...]], shares_documents: bool = False
+) -> Probe:
+    columns = (np.concatenate([np.atleast_2d(row[place]) for row in rows]).astype(np.int32) for place in range(5))
+    inputs_RT, targets_RT, labels_RT, documents_RT, places_RT = map(torch.from_numpy, columns)
+    return Probe(name, labels, inputs_RT, targets_RT, labels_RT, documents_RT, places_RT, shares_documents)
