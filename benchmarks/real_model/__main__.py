@@ -13,10 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.real_model import smollm2
+from benchmarks.real_model.measure import Measurements, assembled
 from benchmarks.real_model.settings import Scale, Trial, run_config
 from benchmarks.real_model.train import Trainings
+from modularforge.artifacts import Backbone
+from modularforge.config import Config
+from modularforge.model.folder import load_model
+from modularforge.pipeline import require
 from modularforge.stages import backbone, expert, prepare
 
+BASELINES = ("dense", "lora")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "assembled": {},
+    "assembled top-1": {"experts_per_token": 1},
+    "assembled public": {"public_expert": True},
+    "assembled public top-1": {"public_expert": True, "experts_per_token": 1},
+}
 TINY = Scale(2, 2, 1024, 512, 512, {kind: [Trial(3e-4)] for kind in ("experts", "dense", "lora")})
 
 
@@ -27,12 +39,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="where everything is written")
     parser.add_argument("--tiny", action="store_true", help="two steps of everything, to see that it runs")
     parser.add_argument("--precision", default="bf16", help="of training; bf16 is slow on CPUs without avx512_bf16")
-    parser.add_argument("--only", choices=["experts", "dense", "lora", "measure"], help="one part alone")
+    parser.add_argument("--only", nargs="*", default=["experts", *BASELINES, "measure"], help="some parts alone")
+    parser.add_argument("--split", choices=["validation", "test"], default="validation", help="what is measured on")
     options = parser.parse_args()
     scale = TINY if options.tiny else Scale()
-    settings: Any = partial(
-        run_config, smollm2.obtain(options.cache), options.texts, options.output, scale, options.precision
-    )
+    model = smollm2.obtain(options.cache)
+    settings: Any = partial(run_config, model, options.texts, options.output, scale, options.precision)
     prepare.run(settings())
     backbone.run(settings())
     trainings = Trainings(settings, scale, options.output)
@@ -40,9 +52,25 @@ def main() -> None:
     config = settings(rate=rate)
     for index in range(config.experts.count):
         expert.run(config, index)
-    for kind in ("dense", "lora"):
-        if options.only in (None, kind):
+    for kind in BASELINES:
+        if kind in options.only:
             trainings.baseline(kind)
+    if "measure" in options.only:
+        places = model, options.texts, options.output, options.split
+        measure(config, Measurements(config, trainings.corpus, *places, scale), options.output)
+
+
+def measure(config: Config, measurements: Measurements, output: Path) -> None:
+    """Measure backbone, baselines, experts and the assembled variants, those that are there."""
+    parts = require(config, "backbone"), [require(config, "expert", k) for k in range(config.experts.count)]
+    folders = {"backbone": parts[0].local_folder(), **{kind: output / kind for kind in BASELINES}}
+    for name, folder in folders.items():
+        if (folder / "config.json").is_file():
+            measurements.row(name, partial(load_model, folder))
+    for name, assembly in VARIANTS.items():
+        measurements.row(name, partial(assembled, config, *parts, assembly))
+    for index, artifact in enumerate(parts[1]):
+        measurements.row(f"expert-{index}", partial(Backbone(parts[0]).expert, artifact), ["text", "general"])
 
 
 if __name__ == "__main__":

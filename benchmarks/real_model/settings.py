@@ -10,7 +10,7 @@ from modularforge.config import Config
 from modularforge.settings import make_config
 
 DOMAINS = ("french_novels", "law", "c_code", "mathematics")
-GENERAL = ("english_novels", "dialogue", "encyclopedia", "python_code", "biomedical", "standards")
+GENERAL_TEXTS = ("english_novels", "dialogue", "encyclopedia", "python_code", "biomedical", "standards")
 """Domains that no expert is trained on."""
 TUNED_ON = (0, 2)  # partitions: one that the backbone hardly knows, one that it knows well
 CONTEXT = 512
@@ -39,7 +39,7 @@ class Scale:
     tuning_steps: int = 32
     statistics_tokens: int = 8192
     validation_tokens: int = 4096
-    measured_tokens: int = 8192
+    measured_tokens: int = 4096
     trials: dict[str, list[Trial]] = field(default_factory=lambda: TRIALS)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from modularforge.artifacts import Backbone, Corpus, derived_seed, even_streams,
 from modularforge.config import Config, PhaseConfig
 from modularforge.data.loader import mixed_batches
 from modularforge.model.backbone import Decoder
-from modularforge.model.folder import save_tensors
 from modularforge.pipeline import require
 from modularforge.training.backbone_job import save_trained_on
 from modularforge.training.distributed import World
@@ -91,7 +90,9 @@ class Trainings:
         """Settings at a trial's rate; steps are an expert's."""
         steps = self.scale.tuning_steps if short else self.scale.steps
         phase = {"steps": steps, "warmup_steps": min(4, steps)}
-        return self.config_at(rate=trial.rate, experts={**self.config.experts.model_dump(), **phase, "peak_learning_rate": trial.rate})
+        return self.config_at(
+            rate=trial.rate, experts={**self.config.experts.model_dump(), **phase, "peak_learning_rate": trial.rate}
+        )
 
     def baseline(self, kind: str) -> Path:
         """Train `dense` or `lora` at its best rate and batch, unless its folder is there."""
@@ -118,8 +119,8 @@ class Trainings:
         trained = with_adapters(model) if kind == "lora" else model
         held_out = even_streams(self.corpus.domains("validation"), len(DOMAINS) * self.scale.validation_tokens)
         job = Job(f"{kind} at {trial.rate:g}, batch {trial.batch}", phase, config.training)
-        places = lambda: mean_loss(trained, held_out, CONTEXT, config.evaluation.batch_size, WORLD)  # noqa: E731
-        losses = fit(trained, language_loss, job, self._windows(config, phase), places, WORLD)
+        validate = partial(mean_loss, trained, held_out, CONTEXT, config.evaluation.batch_size, WORLD)
+        losses = fit(trained, language_loss, job, self._windows(config, phase), validate, WORLD)
         return (merged(trained) if kind == "lora" else model), float(losses["validation_loss"] or 0.0)
 
     def _windows(self, config: Config, phase: PhaseConfig) -> Callable[[int], Iterator[Batch]]:
