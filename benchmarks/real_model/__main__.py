@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.real_model import smollm2
 from benchmarks.real_model.measure import Measurements, assembled
+from benchmarks.real_model.report import write_report
 from benchmarks.real_model.settings import Scale, Trial, run_config
 from benchmarks.real_model.train import Trainings
 from modularforge.artifacts import Backbone
@@ -57,7 +58,10 @@ def main() -> None:
             trainings.baseline(kind)
     if "measure" in options.only:
         places = model, options.texts, options.output, options.split
-        measure(config, Measurements(config, trainings.corpus, *places, scale), options.output)
+        measurements = Measurements(config, trainings.corpus, *places, scale)
+        measure(config, measurements, options.output)
+        report = write_report(measurements.rows(), trainings.notes(), options.split, options.output)
+        print(report.read_text())
 
 
 def measure(config: Config, measurements: Measurements, output: Path) -> None:
