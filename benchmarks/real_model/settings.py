@@ -35,7 +35,7 @@ TRIALS = {
 class Scale:
     """How much is trained and measured: windows of CONTEXT tokens for each expert, tokens of each domain."""
 
-    steps: int = 96
+    steps: int = 64
     tuning_steps: int = 32
     statistics_tokens: int = 8192
     validation_tokens: int = 4096

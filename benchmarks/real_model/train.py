@@ -86,9 +86,9 @@ class Trainings:
     def _validation(self, index: int) -> Any:
         return self.corpus.domains("validation", self.scale.validation_tokens)[DOMAINS[index]]
 
-    def _at(self, trial: Trial, short: bool) -> Config:
-        """Settings at a trial's rate; steps are an expert's."""
-        steps = self.scale.tuning_steps if short else self.scale.steps
+    def _at(self, trial: Trial, short: bool, share: float = 1.0) -> Config:
+        """Settings at a trial's rate; steps are an expert's, of a short training that share of them."""
+        steps = max(1, int(self.scale.tuning_steps * share)) if short else self.scale.steps
         phase = {"steps": steps, "warmup_steps": min(4, steps)}
         return self.config_at(
             rate=trial.rate, experts={**self.config.experts.model_dump(), **phase, "peak_learning_rate": trial.rate}
@@ -111,7 +111,7 @@ class Trainings:
 
     def _baseline(self, kind: str, trial: Trial, short: bool) -> tuple[Decoder, float]:
         """A baseline trained on all windows of (short) experts, and its validation loss over all domains."""
-        config = self._at(trial, short)
+        config = self._at(trial, short, len(TUNED_ON) / len(DOMAINS))  # as many windows as a trial of experts
         steps = config.experts.steps * len(DOMAINS) // trial.batch
         phase = config.experts.model_copy(update={"steps": steps, "batch_size": trial.batch})
         torch.manual_seed(derived_seed(config.seed, kind, "weights"))
