@@ -366,6 +366,11 @@ class EvaluationConfig(Section):
     """Sample among the k likeliest tokens; 0 takes all."""
     top_p: float = Field(0.95, gt=0, le=1)
     """Sample among the likeliest tokens that together hold this probability."""
+    general: list[Text] | None = None
+    """Files of text of no domain (paths, URLs or patterns, read like `data.sources`) to measure models on too."""
+    chat: Text | None = None
+    """File of prompts with known answers, a YAML list of `prompt` and `answer` or JSON lines; the answers' loss and all
+    replies are reported. It needs a pretrained model with a chat template."""
 
 
 class MetricsConfig(Section):
@@ -590,6 +595,11 @@ def _impossible_combinations(config: Config) -> Any:
         yield (
             f"assembly.router must not be {assembly.router} when experts.anchored is false, because plain experts "
             "train no router rows; use data_stats or centred_means"
+        )
+    if config.evaluation.chat and config.model.pretrained is None:
+        yield (
+            "evaluation.chat must be null without model.pretrained, since a new model has no chat template; unset it, "
+            "or name an instruct model"
         )
     if config.needed_experts > experts.count:
         yield (

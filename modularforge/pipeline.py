@@ -56,10 +56,12 @@ JOINT = (
     "assembly.public_expert",
     *ARITHMETIC,
 )
-LATER = ("experts.counted_tokens",)
-"""Settings that came later: null leaves an artifact the identity that it had before there were any."""
 CHOSEN_FACT = "chosen_by_hand"  # in the manifest of an assembled model whose experts somebody chose
 PREPARED = ("corpus", "partitions")
+CAME_LATER: dict[str, Any] = {"evaluation.general": None, "evaluation.chat": None, "experts.counted_tokens": None}
+"""Settings that stages learned after artifacts had been made without them, by dotted name, each with the value under
+which a stage does what it did before. With that value they are no part of a stage's settings, so that the artifact that
+was made without them keeps its fingerprint. Their default may be another value."""
 
 STAGES = {
     stage.name: stage
@@ -120,7 +122,7 @@ def checkpoint_url(config: Config, job: str) -> str:
 
 
 def stage_settings(config: Config, name: str) -> dict[str, Any]:
-    """The settings that a stage's output depends on, by dotted name."""
+    """The settings that a stage's output depends on, by dotted name; see `CAME_LATER` for what is left out."""
     values = config.model_dump(mode="json")
     if name in PREPARED:
         values["seed"] = config.preparation_seed
@@ -130,7 +132,7 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
         for part in setting.split("."):
             value = value[part]
         found.update(_flatten(setting, value))
-    return {name: value for name, value in found.items() if name not in LATER or value is not None}
+    return {name: value for name, value in found.items() if name not in CAME_LATER or CAME_LATER[name] != value}
 
 
 def fingerprint(name: str, settings: dict[str, Any], inputs: dict[str, str]) -> str:

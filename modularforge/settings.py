@@ -32,7 +32,7 @@ SMOKE_TEST: dict[str, Any] = {
     "experts": {"count": len(SAMPLE_DOMAINS), "steps": 10, "statistics_tokens": 4096, **SMOKE_PHASE},
     "joint": {"batch_size": None},
     "calibration": {"steps": 5, **SMOKE_PHASE},
-    "evaluation": {"tokens_per_domain": 2048, "sample_tokens": 8},
+    "evaluation": {"tokens_per_domain": 2048, "sample_tokens": 8, "chat": None},
 }
 """What ``--smoke-test`` changes: the same path at a size that ends within a minute."""
 

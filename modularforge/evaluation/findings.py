@@ -26,7 +26,7 @@ def probe_rows(results: Results) -> Rows:
     """Mean loss of each model on each probe; empty where only text was measured."""
     names = _probes(results)
     rows = []
-    for model, row in results["models"].items():
+    for model, row in _shown(results).items():
         probes = row.get("probes", {})
         cells = [fixed(probes[name]["mean_loss"]) if name in probes else "–" for name in names]
         rows.append([model, fixed(row["mean_loss"]), *cells])
@@ -37,9 +37,10 @@ def difference_rows(results: Results) -> Rows:
     """The chosen model less each other one on each probe, with standard errors."""
     names = ["text", *_probes(results)]
     rows = [
-        [other, *(_cell(found.get(name)) for name in names)] for other, found in results.get("differences", {}).items()
+        [other, *(_cell(found.get(name)) for name in names), str(found.get("text", {}).get("documents", "–"))]
+        for other, found in results.get("differences", {}).items()
     ]
-    return ["beside", "text", *(PROBES[name] for name in names[1:])], rows
+    return ["beside", "text", *(PROBES[name] for name in names[1:]), "documents"], rows
 
 
 def domain_rows(results: Results) -> Rows:
@@ -54,7 +55,7 @@ def domain_rows(results: Results) -> Rows:
 
 def text_rows(results: Results, probe: str) -> Rows:
     """Mean loss of each model on each part of a probe, such as the texts of no domain."""
-    found = {model: row.get("probes", {}).get(probe, {}).get("domains", {}) for model, row in results["models"].items()}
+    found = {model: row.get("probes", {}).get(probe, {}).get("domains", {}) for model, row in _shown(results).items()}
     labels = list(dict.fromkeys(label for domains in found.values() for label in domains))
     rows = [
         [model, *(fixed(domains[label]["loss"]) if label in domains else "–" for label in labels)]
@@ -66,7 +67,7 @@ def text_rows(results: Results, probe: str) -> Rows:
 
 def position_rows(results: Results, probe: str = "text") -> Rows:
     """Mean loss by position, and the share of the oracle's gain over the backbone that is kept there."""
-    places = {model: _positions(row, probe) for model, row in results["models"].items()}
+    places = {model: _positions(row, probe) for model, row in _shown(results).items()}
     names = list(dict.fromkeys(name for found in places.values() for name in found))
     first, best = places.get("backbone", {}), places.get("oracle", {})
     rows = [
@@ -75,6 +76,17 @@ def position_rows(results: Results, probe: str = "text") -> Rows:
         if found
     ]
     return ["model", *names], rows
+
+
+def chat_rows(results: Results) -> Rows:
+    """Each prompt with its known answer and what the models reply."""
+    chat = results.get("chat") or {"questions": [], "replies": {}}
+    replies = chat["replies"]
+    rows = [
+        [item["prompt"], item["answer"], *(texts[index] for texts in replies.values())]
+        for index, item in enumerate(chat["questions"])
+    ]
+    return ["prompt", "known answer", *replies], rows
 
 
 def doubts(results: Results) -> list[str]:
@@ -102,6 +114,11 @@ def _worse_domains(item: Mapping[str, Any]) -> Iterator[str]:
     for label, domain in item.get("domains", {}).items():
         if float(domain["difference"]) > 0:
             yield f"{label} (by {_size(domain)})"
+
+
+def _shown(results: Results) -> dict[str, Any]:
+    """All models but the single experts, whose oracle stands for them."""
+    return {name: row for name, row in results["models"].items() if not name.startswith("expert-")}
 
 
 def _probes(results: Results) -> list[str]:

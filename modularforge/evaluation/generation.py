@@ -46,13 +46,19 @@ def generate(
         raise DataError("a prompt must have at least one token, but is empty; type a word")
     if ids[-1] in end_tokens:
         raise DataError("a prompt must not end with the end of a text, since nothing follows that; shorten the prompt")
+    text: str = tokenizer.decode(continue_tokens(model, ids, new_tokens, sampling, end_tokens))
+    return text
+
+
+def continue_tokens(
+    model: Decoder, ids: list[int], new_tokens: int, sampling: Sampling, end_tokens: Collection[int] = (EOS,)
+) -> list[int]:
+    """The tokens that follow `ids`, at most `new_tokens`, ending early before one of `end_tokens`."""
     device = model.lm_head.weight.device
     generator = torch.Generator().manual_seed(sampling.seed)
     model.eval()
     with torch.inference_mode():
-        new = _continue(model, ids, new_tokens, sampling, end_tokens, generator, device)
-    text: str = tokenizer.decode(new)
-    return text
+        return _continue(model, ids, new_tokens, sampling, end_tokens, generator, device)
 
 
 def _continue(

@@ -76,7 +76,7 @@ def text_probe(name: str, streams: Mapping[str, Tokens], context_length: int, en
         labels_RT = np.where(targets_RT.numpy() == IGNORED_TARGET, UNCOUNTED, index)
         places_RT = np.broadcast_to(np.arange(context_length), labels_RT.shape)
         rows.append((inputs_RT.numpy(), targets_RT.numpy(), labels_RT, documents_RT, places_RT))
-    return _probe(name, tuple(streams), rows)
+    return make_probe(name, tuple(streams), rows)
 
 
 def switch_probe(streams: Mapping[str, Tokens], context_length: int, end_token: int, max_tokens: int) -> Probe:
@@ -100,7 +100,7 @@ def switch_probe(streams: Mapping[str, Tokens], context_length: int, end_token: 
             labels_T = np.concatenate([unseen, np.full(rest, index)])
             documents_T = np.concatenate([unseen, documents_N[first : first + rest]])
             rows.append((window[:-1], window[1:], labels_T, documents_T, np.arange(context_length) - half))
-    return _probe(SWITCH, tuple(labels), rows)
+    return make_probe(SWITCH, tuple(labels), rows)
 
 
 def mixed_probe(streams: Mapping[str, Tokens], context_length: int, max_tokens: int) -> Probe:
@@ -131,7 +131,7 @@ def mixed_probe(streams: Mapping[str, Tokens], context_length: int, max_tokens: 
         )
         labels_T = np.where(place[1:] < 0, UNCOUNTED, owner[1:])
         rows.append((window[:-1], window[1:], labels_T, np.full(context_length, document), place[1:]))
-    return _probe(MIXED, tuple(labels), rows, shares_documents=True)
+    return make_probe(MIXED, tuple(labels), rows, shares_documents=True)
 
 
 def position_ranges(context_length: int) -> list[tuple[int, int]]:
@@ -158,9 +158,10 @@ def _next(tokens: Tokens, start: int, length: int) -> Tokens:
     return np.take(tokens, np.arange(start, start + length), mode="wrap")
 
 
-def _probe(
+def make_probe(
     name: str, labels: tuple[str, ...], rows: Sequence[tuple[Tokens, ...]], shares_documents: bool = False
 ) -> Probe:
+    """A probe of rows (or blocks of rows) of inputs, targets, labels, documents and places, each [T] or [R, T]."""
     columns = (np.concatenate([np.atleast_2d(row[place]) for row in rows]).astype(np.int32) for place in range(5))
     inputs_RT, targets_RT, labels_RT, documents_RT, places_RT = map(torch.from_numpy, columns)
     return Probe(name, labels, inputs_RT, targets_RT, labels_RT, documents_RT, places_RT, shares_documents)

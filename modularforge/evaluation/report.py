@@ -8,7 +8,7 @@ from typing import Any
 from checkpoints.markdown import plain
 from checkpoints.markdown import table as markdown_table
 from checkpoints.screen import breakable, literal, say, show, table
-from modularforge.evaluation.findings import doubts, fixed, sections
+from modularforge.evaluation.findings import chat_rows, doubts, fixed, sections
 
 Results = dict[str, Any]
 TOTAL, TRAINING_TOKENS = 1, 3  # places of columns
@@ -45,6 +45,10 @@ def markdown(results: Results) -> str:
     ]
     for title, words, rows in sections(results):
         lines += ["", f"## {plain(title)}", "", plain(words), "", *_markdown_table(*rows)]
+    asked, replies = chat_rows(results)
+    if replies:
+        lines += ["", "## Replies to chat prompts", "", "The likeliest token each time.", ""]
+        lines += markdown_table(list(map(plain, asked)), [list(map(plain, row)) for row in replies])
     for name, routing in results["routing"].items():
         lines += ["", f"## Where {plain(name)} routes", "", "Share of expert visits by domain (mean over layers).", ""]
         lines += _markdown_table(*_routing_rows(routing))

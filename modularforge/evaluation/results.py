@@ -74,12 +74,29 @@ class _Sample(_Part):
     sampled: str
 
 
+class _Question(_Part):
+    prompt: str
+    answer: str
+
+
+class _Chat(_Part):
+    questions: list[_Question]
+    replies: dict[str, list[str]]
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> _Chat:
+        if any(len(texts) != len(self.questions) for texts in self.replies.values()):
+            raise ValueError("must have one reply to each question by every model")
+        return self
+
+
 class _Results(_Part):
     name: str
     domains: list[str] = Field(min_length=1)
     models: dict[str, _Model] = Field(min_length=1)
     routing: dict[str, _Routing] = {}
     samples: dict[str, list[_Sample]] = {}
+    chat: _Chat | None = None
     differences: dict[str, dict[str, _Difference]] = {}
     chosen: str | None
     seconds: Annotated[float, Field(ge=0, le=1e9)] = 0.0

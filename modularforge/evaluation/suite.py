@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from modularforge.artifacts import Corpus
 from modularforge.config import Config
 from modularforge.data.token_files import Tokens
-from modularforge.evaluation.general import Texts, token_streams
+from modularforge.errors import DataError
+from modularforge.evaluation.chat import Chat, Question, prepare_chat, read_questions
+from modularforge.evaluation.general import Texts, read_texts, texts_identity, token_streams
 from modularforge.evaluation.generation import Sampling, generate
 from modularforge.evaluation.losses import RoutingCount, routing_summary
 from modularforge.evaluation.paired import differences
-from modularforge.evaluation.probes import GENERAL, TEXT, Probe, domain_probes, text_probe
+from modularforge.evaluation.probes import CHAT, GENERAL, TEXT, Probe, domain_probes, text_probe
 from modularforge.evaluation.scoring import full_row, oracle, score
 from modularforge.log import logger
 from modularforge.model.backbone import Decoder, perplexity
@@ -44,6 +47,7 @@ def measure_models(
     device, limit = default_device(), config.evaluation.tokens_per_domain
     bench = _Bench(config, corpus, corpus.domains("test", limit), extras or Extras())
     results: Results = {"name": config.name, "domains": list(bench.domains), "models": {}, "routing": {}, "samples": {}}
+    replies: dict[str, list[str]] = {}
     for name, load in loaders.items():
         model = load().to(device)
         routing: dict[str, RoutingCount] = {}
@@ -54,15 +58,33 @@ def measure_models(
             results["routing"][name] = routing_summary(routing)
         if name in with_samples:
             results["samples"][name] = sample_texts(config, corpus, model)
+        if bench.chat and name in with_samples:
+            replies[name] = bench.chat.replies(model, config.evaluation.sample_tokens)
+    if bench.chat:
+        results["chat"] = {"questions": [item.model_dump() for item in bench.chat.questions], "replies": replies}
     results["peak_memory_bytes"] = peak_memory_bytes(device)
     return results
 
 
 @dataclass(frozen=True)
 class Extras:
-    """What is measured besides the domains: text of no domain, by name."""
+    """What is measured besides the domains: text of no domain, by name, and prompts with known answers."""
 
     texts: Texts = field(default_factory=dict)
+    questions: Sequence[Question] = ()
+
+    @property
+    def identities(self) -> dict[str, str]:
+        """What they are, for the fingerprint of an evaluation; nothing where there are none."""
+        found = {"general": texts_identity(self.texts)} if self.texts else {}
+        asked = {"chat": [text for question in self.questions for text in (question.prompt, question.answer)]}
+        return found | ({"chat": texts_identity(asked)} if self.questions else {})
+
+
+def read_extras(config: Config) -> Extras:
+    """What the settings name; raises DataError where it cannot be read."""
+    chat = config.evaluation.chat
+    return Extras(read_texts(config.evaluation.general or []), read_questions(chat) if chat else ())
 
 
 @dataclass(frozen=True)
@@ -74,6 +96,11 @@ class _Bench:
     domains: dict[str, Tokens]
     extras: Extras
     cut: dict[int, dict[str, Probe]] = field(default_factory=dict)
+
+    @cached_property
+    def chat(self) -> Chat | None:
+        """The questions as tokens."""
+        return prepare_chat(self.extras.questions, self.corpus) if self.extras.questions else None
 
     def measure(self, model: Decoder, routing: dict[str, RoutingCount] | None) -> Results:
         """Losses of one model on every probe; `routing` gets its visits by domain."""
@@ -91,8 +118,19 @@ class _Bench:
             if self.extras.texts:
                 general = token_streams(self.extras.texts, self.corpus, limit)
                 found[GENERAL] = text_probe(GENERAL, general, context_length, end, limit)
+            if self.chat:
+                found[CHAT] = self._chat_probe(self.chat, context_length)
             self.cut[context_length] = found
         return self.cut[context_length]
+
+    def _chat_probe(self, chat: Chat, positions: int) -> Probe:
+        probe = chat.probe()
+        if (tokens := probe.inputs_RT.shape[1]) > positions:
+            raise DataError(
+                f"prompts with their answers in evaluation.chat must have at most {positions} tokens, but one has "
+                f"{tokens}; shorten it"
+            )
+        return probe
 
 
 def sample_texts(config: Config, corpus: Corpus, model: Decoder) -> list[dict[str, str]]:

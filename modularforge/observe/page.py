@@ -23,7 +23,14 @@ from modularforge.observe.figures import Plot
 from modularforge.observe.page_style import CSS
 from modularforge.observe.progress import headline, is_finished, parts_of
 from modularforge.observe.run import Run
-from modularforge.observe.tables import evaluation_table, job_table, provenance_table, settings_table, versions_table
+from modularforge.observe.tables import (
+    evaluation_table,
+    finding_tables,
+    job_table,
+    provenance_table,
+    settings_table,
+    versions_table,
+)
 
 SECTIONS = {
     "progress": "Progress",
@@ -60,6 +67,7 @@ def make_page(run: Run, plots: Iterable[Plot]) -> str:
         share=_share(run),
         jobs=job_table(run),
         evaluation=evaluation_table(run.evaluation) if run.evaluation else None,
+        findings=finding_tables(run.evaluation) if run.evaluation else [],
         samples=samples,
         provenance=provenance_table(run) if run.artifacts else None,
         versions=versions_table(run),

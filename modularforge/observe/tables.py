@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from modularforge.evaluation.findings import chat_rows, sections
 from modularforge.evaluation.report import table_rows
 from modularforge.observe.canvas import plain
 from modularforge.observe.metrics import METRICS, Curve, Metric
@@ -53,6 +54,15 @@ def job_table(run: Run) -> Table:
 def evaluation_table(results: dict[str, Any]) -> Table:
     """The evaluation as in report.md."""
     return Table(*table_rows(results))
+
+
+def finding_tables(results: dict[str, Any]) -> list[tuple[str, str, Table]]:
+    """What else report.md holds the models against, with title and explanation."""
+    found = [(title, words, Table(*rows)) for title, words, rows in sections(results)]
+    header, replies = chat_rows(results)
+    if replies:
+        found.append(("Replies to chat prompts", "The likeliest token each time.", Table(header, replies, len(header))))
+    return found
 
 
 def settings_table(config: dict[str, Any]) -> Table:

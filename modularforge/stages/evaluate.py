@@ -18,7 +18,7 @@ from modularforge.evaluation.btx import build_btx
 from modularforge.evaluation.report import markdown
 from modularforge.evaluation.results import parse_results
 from modularforge.evaluation.soup import build_soup
-from modularforge.evaluation.suite import Loader, Results, add_oracle, compare, measure_models
+from modularforge.evaluation.suite import Extras, Loader, Results, add_oracle, compare, measure_models, read_extras
 from modularforge.log import json_safe, logger
 from modularforge.pipeline import contents, finished, plan_stage, require, stage_url
 from modularforge.provenance import commit, making
@@ -36,14 +36,14 @@ def run(config: Config) -> Results:
     start = time.perf_counter()
     corpus, artifacts = Corpus(require(config, "corpus")), find_models(config)
     inputs = {name: artifact.manifest.fingerprint for name, artifact in artifacts.items()}
-    plan = plan_stage(
-        config, "evaluation", inputs={**inputs, "corpus": contents(corpus.artifact), "format": RESULTS_FORMAT}
-    )
+    extras = read_extras(config)
+    inputs |= {"corpus": contents(corpus.artifact), "format": RESULTS_FORMAT, **extras.identities}
+    plan = plan_stage(config, "evaluation", inputs=inputs)
     old = find_artifact(plan.url)
     if old and old.manifest.fingerprint == plan.fingerprint:
         logger.info("evaluation is finished: %s", plan.url)
         return parse_results(old.read_bytes(RESULTS_NAME), paths.join(old.url, RESULTS_NAME))
-    results: Results = _measure(config, corpus, artifacts)
+    results: Results = _measure(config, corpus, artifacts, extras)
     documents = compare(results)
     results["seconds"] = round(time.perf_counter() - start, 3)
     results = json_safe(results)
@@ -106,17 +106,17 @@ def measure_folder(config: Config, url: str) -> Results:
             f"{url} must use the tokenizer of {corpus.artifact.url}, but has another; name its --data-dir"
         )
     name = url.rstrip("/").rsplit("/", 1)[-1]
-    results = measure_models(config, corpus, {name: stored.load}, {}, {name})
+    results = measure_models(config, corpus, {name: stored.load}, {}, {name}, read_extras(config))
     results["models"][name].pop("documents")
     measured: Results = json_safe({**results, "chosen": name, "seconds": round(time.perf_counter() - start, 3)})
     return measured
 
 
-def _measure(config: Config, corpus: Corpus, artifacts: dict[str, Artifact]) -> Results:
+def _measure(config: Config, corpus: Corpus, artifacts: dict[str, Artifact], extras: Extras) -> Results:
     chosen = next((name for name in ("calibrated", "assembled") if name in artifacts), None)
     shown = {name for name in ("backbone", "assembled", "calibrated") if name in artifacts}
     tokens = {name: _training_tokens(config, name) for name in [*artifacts, "soup", "btx"]}
-    results = measure_models(config, corpus, _loaders(config, artifacts), tokens, shown)
+    results = measure_models(config, corpus, _loaders(config, artifacts), tokens, shown, extras)
     for routing in results["routing"].values():
         public = ["public"] if config.has_public_expert else []
         members = artifacts["assembled"].manifest.inputs

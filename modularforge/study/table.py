@@ -15,6 +15,7 @@ from checkpoints import paths
 from checkpoints.markdown import plain
 from checkpoints.markdown import table as markdown_table
 from checkpoints.redact import redact_values
+from modularforge.study.compared import compared, probe_means, sections
 from modularforge.study.figure import draw_table
 from modularforge.study.runs import Runs
 from modularforge.study.study_file import reference_of
@@ -22,12 +23,13 @@ from modularforge.study.study_file import reference_of
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 Row = dict[str, Any]
 ORACLE = "oracle"
+RIVALS = ("backbone", "dense", "joint")
 COST = ("parameters", "active_parameters", "flops_per_token", "training_tokens")
 
 
 def write_table(runs: Runs, split: str, results: Results, with_plot: bool = False) -> str:
     """Write table-SPLIT.json and .md (and .png) at the study's root; returns the URL of the Markdown."""
-    table = make_table(runs.study.name, split, results, reference_of(runs.study))
+    table = make_table(runs.study.name, split, results, reference_of(runs.study), runs.study.compare)
     root = paths.join(runs.root, f"table-{split}")
     paths.replace_bytes(f"{root}.json", (json.dumps(redact_values(table), indent=1, allow_nan=False) + "\n").encode())
     paths.replace_bytes(f"{root}.md", markdown(table).encode())
@@ -36,10 +38,17 @@ def write_table(runs: Runs, split: str, results: Results, with_plot: bool = Fals
     return f"{root}.md"
 
 
-def make_table(name: str, split: str, results: Results, reference: str) -> dict[str, Any]:
-    """Rows by variant, each with its mean and spread over seeds; `reference` is the recipe whose oracle counts."""
+def make_table(
+    name: str, split: str, results: Results, reference: str, compare: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Rows by variant, each with its mean and spread over seeds; `reference` is the recipe whose oracle counts.
+
+    `compare` names the rows that all are held against; None is backbone, dense and joint of the same seed and tokens.
+    """
     by_seed = _rows_by_seed(results)
     rows = {label: _summary(found, results, reference) for label, found in by_seed.items()}
+    for label, found in by_seed.items():
+        rows[label]["differences"] = _differences(found, by_seed, results, reference, compare)
     domains = next((list(next(iter(found.values()))["domains"]) for found in by_seed.values()), [])
     return {
         "name": name,
@@ -110,8 +119,29 @@ def _summary(found: Mapping[int, Row], results: Results, reference: str) -> Row:
         "minus_dense": _mean(dense),
         "minus_dense_spread": _spread([value for value in dense if value is not None]),
         "worst_domain": max((item for item in worst if item), key=lambda item: float(item["change"]), default=None),
+        "probes": probe_means(list(found.values())),
         **{name: first[name] for name in COST},
     }
+
+
+def _differences(
+    found: Mapping[int, Row],
+    by_seed: Mapping[str, Mapping[int, Row]],
+    results: Results,
+    reference: str,
+    compare: Sequence[str] | None,
+) -> dict[str, Any]:
+    """The row less each that it is held against, of the same seeds."""
+
+    def rival(name: str, seed: int, row: Row) -> Row | None:
+        return _peer(results, name, "", row, reference) if compare is None else by_seed.get(name, {}).get(seed)
+
+    held = {}
+    for name in RIVALS if compare is None else compare:
+        pairs = [(row, other) for seed, row in found.items() if (other := rival(name, seed, row))]
+        if pairs and all(row["documents"] is not other["documents"] for row, other in pairs):
+            held[name] = compared(pairs)
+    return {name: item for name, item in held.items() if item}
 
 
 def _kept(row: Row, anchors: Mapping[str, Row | None], position: str | None = None) -> float | None:
@@ -184,6 +214,8 @@ def markdown(table: Mapping[str, Any]) -> str:
     ]
     lines += ["", "Share of the oracle's gain that is kept, by position in the window:", ""]
     lines += _lines(*_position_rows(table))
+    for words, header, rows in sections(table):
+        lines += ["", plain(words), "", *_lines(header, rows)]
     if table["removal"]:
         lines += ["", "What removing one expert changes in the domains of the others (relative loss):", ""]
         rows = [[name, f"{i['others']:+.2%}", f"{i['others_mean']:+.2%}"] for name, i in table["removal"].items()]

@@ -22,13 +22,13 @@ from modularforge.data.loader import IGNORED_TARGET, evaluation_batches
 from modularforge.errors import ConfigError
 from modularforge.evaluation.btx import build_btx
 from modularforge.evaluation.losses import measure
+from modularforge.evaluation.probes import position_ranges
 from modularforge.model import names
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.moe import observe_routing
 from modularforge.pipeline import require
 from modularforge.settings import to_yaml
 from modularforge.stages import assemble, calibrate, evaluate
-from modularforge.study.measure import position_ranges
 from modularforge.study.runs import Runs
 from modularforge.study.study import collect, run_study
 from modularforge.study.study_file import load_study, variants_of
