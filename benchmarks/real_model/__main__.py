@@ -57,7 +57,7 @@ def main() -> None:
         if kind in options.only:
             trainings.baseline(kind)
     if "measure" in options.only:
-        places = model, options.texts, options.output, options.split
+        places = options.texts, options.output, options.split
         measurements = Measurements(config, trainings.corpus, *places, scale)
         measure(config, measurements, options.output)
         report = write_report(measurements.rows(), trainings.notes(), options.split, options.output)

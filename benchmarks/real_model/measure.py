@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.real_model.chat import Chat, is_right, read_questions
+from benchmarks.real_model.chat import is_right, read_questions
 from benchmarks.real_model.settings import CONTEXT, DOMAINS, GENERAL_TEXTS, Scale
 from checkpoints import Artifact, plain_folder
 from modularforge.artifacts import Corpus
@@ -23,6 +23,7 @@ from modularforge.assembly.assemble import assemble
 from modularforge.config import Config
 from modularforge.data.token_files import Tokens
 from modularforge.data.tokenizer import encode_texts
+from modularforge.evaluation.chat import prepare_chat
 from modularforge.evaluation.general import read_texts
 from modularforge.evaluation.probes import CHAT, GENERAL, Probe, domain_probes, text_probe
 from modularforge.evaluation.scoring import full_row, oracle, score
@@ -33,6 +34,7 @@ from modularforge.model.folder import load_model
 FILES = {"validation": "valid", "test": "test"}
 PROBE_SHARE = 4  # of the tokens of a domain, as many behind a switch, and as many in mixed documents
 GENERAL_SHARE = 2
+MOST_TOKENS = 24  # of a model's own answer
 SHORTEST = 1000  # characters; shorter documents are not drawn
 
 Row = dict[str, Any]
@@ -41,11 +43,9 @@ Row = dict[str, Any]
 class Measurements:
     """One split; the probes are made once and are the same for every model."""
 
-    def __init__(
-        self, config: Config, corpus: Corpus, model: Path, texts: Path, output: Path, split: str, scale: Scale
-    ):
+    def __init__(self, config: Config, corpus: Corpus, texts: Path, output: Path, split: str, scale: Scale):
         self.config, self.corpus, self.texts, self.split, self.scale = config, corpus, texts, split, scale
-        self.chat, self.questions = Chat(model), read_questions(split)
+        self.chat = prepare_chat(read_questions(split), corpus)
         self.folder = output / f"measured-{split}"
 
     @cached_property
@@ -56,7 +56,7 @@ class Measurements:
         found = domain_probes(streams, CONTEXT, end, limit, limit // PROBE_SHARE)
         general = {name: self._excerpts(name, limit // GENERAL_SHARE) for name in GENERAL_TEXTS}
         found[GENERAL] = text_probe(GENERAL, general, CONTEXT, end, limit)
-        found[CHAT] = self.chat.probe(self.questions)
+        found[CHAT] = self.chat.probe()
         return found
 
     def _excerpts(self, domain: str, limit: int) -> Tokens:
@@ -86,10 +86,11 @@ class Measurements:
         return found
 
     def _answers(self, model: Decoder) -> list[Row]:
-        answers = [self.chat.answer(model, item.question) for item in self.questions]
+        prompts = [item.prompt for item in self.chat.questions]
+        replies = self.chat.replies(model, MOST_TOKENS)
         return [
-            {"question": item.question, "answer": answer, "is_right": is_right(item, answer)}
-            for item, answer in zip(self.questions, answers, strict=True)
+            {"question": prompt, "answer": reply, "is_right": is_right(prompt, reply)}
+            for prompt, reply in zip(prompts, replies, strict=True)
         ]
 
     def rows(self) -> dict[str, Row]:

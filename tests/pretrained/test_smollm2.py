@@ -9,17 +9,17 @@ import struct
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer
 
 from benchmarks.real_model import smollm2
-from benchmarks.real_model.chat import Chat, Question, is_right, read_questions
+from benchmarks.real_model.chat import is_right, read_questions
 from benchmarks.real_model.gguf import Gguf
 from modularforge.evaluation.generation import Sampling, generate
-from modularforge.evaluation.probes import UNCOUNTED
 from modularforge.model.backbone import Decoder, cross_entropy
 from modularforge.model.folder import load_model
 from modularforge.pretrained.weights import check_weights
@@ -92,43 +92,11 @@ def test_rows_of_queries_go_back_from_rotary_pairs_to_halves() -> None:
         np.testing.assert_array_equal(head[: width // 2] + 1, head[width // 2 :])
 
 
-def test_only_answer_and_end_count_in_a_chat(tmp_path: Path) -> None:
-    metadata = small_tokenizer()
-    smollm2.tokenizer_of(metadata).save(str(tmp_path / "tokenizer.json"))
-    settings = smollm2.tokenizer_settings(metadata)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    chat = Chat(tmp_path)
-    questions = [Question("a b?", "b", "b"), Question("a", "a a.", "a")]
-
-    probe = chat.probe(questions)
-
-    for row, item in enumerate(questions):
-        targets = probe.targets_RT[row][probe.labels_RT[row] != UNCOUNTED].tolist()
-        assert chat.tokenizer.decode(targets, skip_special_tokens=False) == item.answer + "</e>"
-        read = probe.inputs_RT[row].tolist()
-        assert read[0] == chat.tokenizer.token_to_id("<s>"), "the template's special token must be special"
-    assert [is_right(questions[0], answer) for answer in ("a b", "a")] == [True, False]
-
-
 def test_questions_of_validation_and_test_differ_and_their_answers_are_right() -> None:
     splits = {split: read_questions(split) for split in ("validation", "test")}
-    assert all(is_right(item, item.answer) for questions in splits.values() for item in questions)
-    assert len({item.question for questions in splits.values() for item in questions}) == 40
-
-
-def small_tokenizer() -> dict[str, Any]:
-    """The tokenizer's part of a GGUF file's metadata."""
-    letters = ["Ġ", "a", "b", "?", ".", "Ċ"]
-    return {
-        "tokenizer.ggml.tokens": ["<s>", "</e>", *letters],
-        "tokenizer.ggml.token_type": [3, 3, *[1] * len(letters)],
-        "tokenizer.ggml.merges": [],
-        "tokenizer.ggml.bos_token_id": 0,
-        "tokenizer.ggml.eos_token_id": 1,
-        "tokenizer.ggml.padding_token_id": 1,
-        "llama.context_length": 64,
-        "tokenizer.chat_template": "{% for m in messages %}<s>{{ m.content }}</e>{% endfor %}{{ '<s>' }}",
-    }
+    assert all(is_right(item.prompt, item.answer) for questions in splits.values() for item in questions)
+    assert len({item.prompt for questions in splits.values() for item in questions}) == 40
+    assert not is_right("What is the capital of France?", "La femme, la femme, la femme,")
 
 
 @pytest.fixture(scope="module")
@@ -145,19 +113,32 @@ def model(folder: Path) -> Decoder:
     return load_model(folder)
 
 
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    """As it is: the spelling of a special token is that token."""
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def prompt_of(folder: Path, question: str) -> str:
+    """A question as transformers writes it through the chat template."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": question}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
 @pytest.mark.slow
-def test_converted_it_knows_the_capital_of_france(folder: Path, model: Decoder) -> None:
-    chat = Chat(folder)
+def test_converted_it_knows_the_capital_of_france(folder: Path, model: Decoder, tokenizer: Tokenizer) -> None:
     greedy = Sampling(temperature=0)
-    assert generate(model, chat.tokenizer, "The capital of France is", 2, greedy, ()) == " Paris."
-    assert chat.answer(model, "What is the capital of France?") == "The capital of France is Paris."
+    assert generate(model, tokenizer, "The capital of France is", 2, greedy, ()) == " Paris."
+    prompt = prompt_of(folder, "What is the capital of France?")
+    assert generate(model, tokenizer, prompt, 24, greedy, (2,)) == "The capital of France is Paris."
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not TEXTS.is_dir(), reason="the ten domains are not in texts/")
 @pytest.mark.parametrize("domain", PERPLEXITIES)
-def test_converted_it_reads_as_well_as_was_measured_before(folder: Path, model: Decoder, domain: str) -> None:
-    tokenizer, ids = Chat(folder).tokenizer, list[int]()
+def test_converted_it_reads_as_well_as_was_measured_before(model: Decoder, tokenizer: Tokenizer, domain: str) -> None:
+    ids = list[int]()
     with gzip.open(TEXTS / domain / "test.jsonl.gz", "rt", encoding="utf-8") as lines:
         while len(ids) <= 1024:
             ids += tokenizer.encode(json.loads(next(lines))["text"]).ids
@@ -168,14 +149,10 @@ def test_converted_it_reads_as_well_as_was_measured_before(folder: Path, model: 
 
 
 @pytest.mark.slow
-def test_transformers_reads_the_folder_as_we_do(folder: Path, model: Decoder) -> None:
-    transformers = pytest.importorskip("transformers")
+def test_transformers_reads_the_folder_as_we_do(folder: Path, model: Decoder, tokenizer: Tokenizer) -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert prompt == Chat(folder).prompt(messages[0]["content"])
-    ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
-    assert ids[0].tolist() == Chat(folder).tokenizer.encode(prompt).ids
+    prompt = prompt_of(folder, "What is the capital of France?")
+    ids = torch.tensor([transformers.AutoTokenizer.from_pretrained(folder)(prompt)["input_ids"]])
+    assert ids[0].tolist() == tokenizer.encode(prompt).ids
     with torch.inference_mode():
         torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-4, rtol=0)
