@@ -30,7 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "assembled public": {"public_expert": True},
     "assembled public top-1": {"public_expert": True, "experts_per_token": 1},
 }
-TINY = Scale(2, 2, 1024, 512, 512, {kind: [Trial(3e-4)] for kind in ("experts", "dense", "lora")})
+TINY = Scale(2, 2, 1024, 512, 1024, {kind: [Trial(3e-4)] for kind in ("experts", "dense", "lora")})
 
 
 def main() -> None:
