@@ -168,7 +168,10 @@ def _is_replaced(config: Config, key: str, allocation: Allocation) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m launcher.node", description=__doc__)
-    parser.add_argument("group", help="prepare-data, backbone, expert, dense, joint, branch, assemble or evaluate")
+    parser.add_argument(
+        "group",
+        help="a name of the task list, such as backbone, expert, dense or evaluate",
+    )
     parser.add_argument("--config", default="configs/default.yaml", help="settings file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; repeatable")
     parser.add_argument("--smoke-test", action="store_true", help="tiny sizes")

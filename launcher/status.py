@@ -17,7 +17,7 @@ from launcher.record import Record, Submission
 from launcher.slurm import QueuedJob, queue
 from launcher.submit import live_tasks
 from launcher.tasks import Task, build_groups, build_tasks, finished_tasks, remembering, unneeded_tasks
-from modularforge.config import Config
+from modularforge.config import TRAINED_ON_ALL, Config
 
 GOING_ON = ("pending", "requeued", "running", "ending")
 # Of a large array only the tasks that something can be said about are listed.
@@ -150,8 +150,9 @@ def _ended_state(events: list[Event], carrier: Submission | None, job: QueuedJob
 
 
 def _steps(config: Config, task: Task) -> int | None:
-    if task.group in ("dense", "joint"):
-        return config.joint_phase.steps
+    baseline = next((name for name in TRAINED_ON_ALL if name == task.group), None)
+    if baseline:
+        return config.baseline_phase(baseline).steps
     steps = {"backbone": config.backbone.steps, "expert": config.experts.steps, "branch": config.experts.steps}
     return steps.get(task.group)
 

@@ -9,11 +9,16 @@ import functools
 from dataclasses import dataclass
 
 from checkpoints import Artifact, MissingArtifactError, find_artifact
-from modularforge.config import Config, NodesConfig
+from modularforge.config import TRAINED_ON_ALL, Config, NodesConfig
 from modularforge.pipeline import Finder, finished, plan_stage, stage_settings, stage_url
 
-TRAINING = ("backbone", "expert", "dense", "joint", "branch")
-NODES_OF = {"backbone": "backbone", "dense": "backbone", "joint": "backbone", "expert": "expert", "branch": "expert"}
+TRAINING = ("backbone", "expert", *TRAINED_ON_ALL, "branch")
+NODES_OF: dict[str, str] = {
+    "backbone": "backbone",
+    **dict.fromkeys(TRAINED_ON_ALL, "backbone"),
+    "expert": "expert",
+    "branch": "expert",
+}
 """Which section of `cluster` says what a group asks for; `other` for those that are not here."""
 
 
@@ -58,7 +63,7 @@ def build_tasks(config: Config) -> list[Task]:
     experts = _workers(config, "expert")
     baselines = [
         Task(name, ("train", "--only", name), ("backbone",), (name,), is_worker=True)
-        for name in ("dense", "joint")
+        for name in TRAINED_ON_ALL
         if name in config.evaluation.baselines
     ]
     if "btx" in config.evaluation.baselines:
@@ -138,7 +143,7 @@ def _is_evaluated(config: Config, find: Finder) -> bool:
     if old is None or old.manifest.settings != stage_settings(config, "evaluation"):
         return False
     models = [("assembled", _kept(config, "assembled", find)), ("calibrated", _kept(config, "calibrated", find))]
-    models += [(name, _kept(config, name, find)) for name in ("dense", "joint") if name in config.evaluation.baselines]
+    models += [(name, _kept(config, name, find)) for name in TRAINED_ON_ALL if name in config.evaluation.baselines]
     if "btx" in config.evaluation.baselines:
         models += [(f"branch-{k}", _kept(config, "branch", find, k)) for k in range(config.experts.count)]
     if models[0][1] is None:

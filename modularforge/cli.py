@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from checkpoints.screen import say
-from modularforge.config import Config
+from modularforge.config import TRAINED_ON_ALL, Config
 from modularforge.errors import ConfigError, UserError
 from modularforge.experts_cli import app as experts_app
 from modularforge.options import with_lazy_settings, with_settings
@@ -58,10 +58,9 @@ def train(
     As separate jobs: --only backbone (with DDP: torchrun --nproc-per-node 2 -m modularforge train --only backbone),
     then --only expert --index K on as many machines as there are experts.
     """
-    if only not in (None, "backbone", "expert", "dense", "joint", "branch"):
-        raise ConfigError(
-            f"--only must be backbone, expert, dense, joint or branch, but is {only!r}; choose one of these"
-        )
+    known = ("backbone", "expert", *TRAINED_ON_ALL, "branch", "btx")
+    if only not in (None, *known):
+        raise ConfigError(f"--only must be one of {', '.join(known)}, but is {only!r}; choose one of these")
     if (only in ("expert", "branch")) != (index is not None):
         raise ConfigError(
             "--only expert and --index K go together, as do --only branch and --index K; "
@@ -69,7 +68,7 @@ def train(
         )
     if only == "backbone" and skip_backbone:
         raise ConfigError("--only backbone and --skip-backbone exclude each other; give one of them")
-    if only in ("dense", "joint", "branch"):
+    if only in (*TRAINED_ON_ALL, "branch", "btx"):
         _train_baseline(settings, only, index)
     if only in (None, "backbone") and not skip_backbone:
         _train_backbone(settings)
@@ -92,7 +91,7 @@ def _train_experts(settings: Config, indices: range | list[int]) -> None:
 
 def _train_baselines(settings: Config) -> None:
     """Train what the evaluation compares with and nobody else trains."""
-    for name in ("dense", "joint"):
+    for name in TRAINED_ON_ALL:
         if name in settings.evaluation.baselines:
             _train_baseline(settings, name)
     if "btx" in settings.evaluation.baselines:
@@ -101,12 +100,9 @@ def _train_baselines(settings: Config) -> None:
 
 
 def _train_baseline(settings: Config, name: str, index: int | None = None) -> None:
-    from modularforge.stages import branch, dense, joint
+    from modularforge.runners import RUNNERS
 
-    if name == "branch":
-        branch.run(settings, index or 0)
-    else:
-        {"dense": dense, "joint": joint}[name].run(settings)
+    RUNNERS[name](settings, *([] if index is None else [index]))
 
 
 @app.command()

@@ -44,6 +44,9 @@ Prose = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 RouterKind = Literal["evidence", "data_stats", "centred_means", "learned", "equalised", "kaiming", "uniform"]
 LARGEST_NUMBER = 2**63  # what files, tensors and Slurm can hold
 TRAINED_ROUTERS = ("learned", "equalised")  # their rows are trained with the experts
+TrainedOnAll = Literal["dense", "dense_wide", "joint", "joint_evidence"]
+TRAINED_ON_ALL: tuple[TrainedOnAll, ...] = typing.get_args(TrainedOnAll)
+"""Baselines that one job trains on the windows of all experts together."""
 
 
 class Section(BaseModel):
@@ -289,24 +292,47 @@ class ExpertsConfig(PhaseConfig):
     """Weight of the router z-loss, mean of logsumexp(router logits) squared."""
     statistics_tokens: int = Field(262_144, ge=1)
     """Tokens of its partition from which a finished expert gathers router statistics."""
-    counted_tokens: int | None = Field(None, ge=1)
-    """Tokens of its partition that it counts for the `evidence` router, which runs no model and so costs nothing; null
-    counts those of `statistics_tokens`, for which the model runs."""
+    counted_tokens: int = Field(20_000_000, ge=1)
+    """Tokens of its partition, and of all text for the backbone, that are counted for the evidence router."""
+    counted_pairs: int = Field(1_000_000, ge=0, le=2**27)
+    """Pairs of tokens of them whose counts are kept, the commonest; 0 counts none. They tell which words follow which
+    (docs/method.md)."""
 
 
-class JointConfig(Section):
-    """The baselines that train on all partitions at once: the dense model and a mixture of the assembled model's shape.
-
-    Both take the experts' schedule, stretched; the mixture starts from copies of the backbone's FFN (sparse upcycling).
-    """
+class BaselineConfig(Section):
+    """Batch and rate of a baseline that trains on the windows of all experts together; all else is the experts'."""
 
     batch_size: int | None = Field(None, ge=1)
-    """Sequences in one step of either, at the most: the largest multiple of `experts.batch_size` that leaves none over.
-    Null is one such batch, often too small for them: an expert alone wants far smaller ones (docs/method.md)."""
+    """Sequences in one step, at the most: the largest multiple of `experts.batch_size` that leaves none over. Null is
+    `joint.batch_size`."""
+    peak_learning_rate: float | None = Field(None, gt=0)
+    """AdamW learning rate after warm-up; null is the experts', which was chosen for their small batches."""
+
+
+class JointConfig(BaselineConfig):
+    """The baseline mixture of the assembled model's shape, from copies of the backbone's FFN (sparse upcycling)."""
+
+    batch_size: int | None = Field(None, ge=1)
+    """Sequences in one step, at the most: the largest multiple of `experts.batch_size` that leaves none over. Null is
+    one such batch, often too small: an expert alone wants far smaller ones (docs/method.md)."""
     freeze_shared: bool = False
     """Train feed-forward blocks and routers only, as the experts' jobs do; false trains everything."""
     balance_loss: float = Field(0.01, ge=0)
-    """Weight of the load-balance loss (Switch Transformer)."""
+    """Weight of the load-balance loss (Switch Transformer), here and in `btx`."""
+
+
+class BtxConfig(BaselineConfig):
+    """The BTX baseline's second phase (arXiv 2403.07816): the merged branches trained on, on all partitions mixed.
+
+    It takes the windows that come after those of the branches.
+    """
+
+    steps: int = Field(100, ge=1)
+    """Optimizer steps, on top of the branches'; lower `experts.steps` where all baselines shall get as many tokens."""
+    batch_size: int | None = Field(None, ge=1)
+    """Sequences in one step; null is `joint.batch_size`, or else `experts.batch_size`."""
+    trains: Literal["router", "shared", "all"] = "shared"
+    """`router`: router rows alone; `shared`: all but the experts' FFNs, which is enough by the paper; `all`."""
 
 
 class AssemblyConfig(Section):
@@ -319,7 +345,15 @@ class AssemblyConfig(Section):
     experts_per_token: int = Field(2, ge=1)
     """Experts that each token visits."""
     public_expert: bool | None = None
-    """Keep the public FFN as expert 0; null keeps it when the experts were anchored to it."""
+    """Keep the public FFN as expert 0; null keeps it for the evidence router, which chooses it where nobody has
+    evidence, and when the experts were anchored to it."""
+    token_pairs: int = Field(262_144, ge=0, le=2**27)
+    """Pairs of tokens that the evidence router knows in ModularForge (`text_router.tables`, 8 bytes and 2 per expert
+    each); 0 writes no tables, so that the model routes by the tokens in its own rows, as it does in other programs."""
+    width_multiple: int = Field(1, ge=1, le=1024)
+    """The evidence router makes the width a multiple of this, such as 64 or 128 for quantised kernels of servers."""
+    head_multiple: int = Field(1, ge=1, le=1024)
+    """And the number of key-value heads a multiple of this, such as the processes of tensor parallelism."""
     ridge_penalty: float = Field(1e-2, gt=0)
     """Ridge penalty of `data_stats`, as a share of the mean diagonal of the second moments."""
     router_temperature: float = Field(0.2, gt=0)
@@ -353,9 +387,10 @@ class EvaluationConfig(Section):
     """Sequences per batch, the same for every model."""
     tokens_per_domain: int = Field(200_000, ge=1)
     """Test tokens of each domain at the most."""
-    baselines: list[Literal["dense", "soup", "joint", "btx"]] = ["dense", "soup"]
-    """`dense`: the backbone trained on with all the experts' tokens; `soup`: the mean of the experts' weights;
-    `joint`: a mixture trained on the same tokens; `btx`: whole models trained alone, FFNs stacked, the rest mean."""
+    baselines: list[Literal["dense", "dense_wide", "soup", "joint", "joint_evidence", "btx"]] = ["dense", "soup"]
+    """`dense`: the backbone trained on with all the experts' tokens; `dense_wide`: the same with as wide an FFN as a
+    token visits; `soup`: the mean of the experts' weights; `joint`: a mixture trained on the same tokens;
+    `joint_evidence`: the same, routed by evidence; `btx`: whole models trained alone, FFNs stacked, the rest mean."""
     prompts: list[Prose] = ["The", "In the beginning"]
     """Texts that each model continues in the report."""
     sample_tokens: int = Field(60, ge=1)
@@ -489,7 +524,11 @@ class Config(SafeSection):
     training: TrainingConfig = TrainingConfig()
     backbone: BackboneConfig = BackboneConfig()
     experts: ExpertsConfig = ExpertsConfig()
+    dense: BaselineConfig = BaselineConfig()
+    dense_wide: BaselineConfig = BaselineConfig()
     joint: JointConfig = JointConfig()
+    joint_evidence: BaselineConfig = BaselineConfig()
+    btx: BtxConfig = BtxConfig()
     assembly: AssemblyConfig = AssemblyConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -516,17 +555,32 @@ class Config(SafeSection):
     def has_public_expert(self) -> bool:
         """Whether the assembled model keeps the public FFN as expert 0."""
         kept = self.assembly.public_expert
-        return self.experts.anchored if kept is None else kept
+        return self.experts.anchored or self.assembly.router == "evidence" if kept is None else kept
 
     @property
-    def joint_phase(self) -> PhaseConfig:
-        """How the baselines train that see all partitions at once: on the very windows of all experts.
+    def joint_experts(self) -> int:
+        """Experts per layer of the joint mixtures: as many as are trained alone, and the public one if asked for."""
+        kept = self.assembly.public_expert
+        return self.experts.count + int(self.experts.anchored if kept is None else kept)
 
-        So many experts' batches make one of theirs as `joint.batch_size` holds, and as leave none over.
+    def baseline_phase(self, name: TrainedOnAll) -> PhaseConfig:
+        """How a baseline trains that sees all partitions at once: on the very windows of all experts.
+
+        So many experts' batches make one of its own as its `batch_size` holds, and as leave none over.
         """
-        experts = self.experts
-        steps, batch_size = joined_batches(experts.count, experts.steps, experts.batch_size, self.joint.batch_size)
-        return experts.model_copy(update={"steps": steps, "batch_size": batch_size})
+        experts, own = self.experts, getattr(self, name)
+        wanted = own.batch_size or self.joint.batch_size
+        steps, batch_size = joined_batches(experts.count, experts.steps, experts.batch_size, wanted)
+        rate = own.peak_learning_rate or experts.peak_learning_rate
+        return experts.model_copy(update={"steps": steps, "batch_size": batch_size, "peak_learning_rate": rate})
+
+    @property
+    def btx_phase(self) -> PhaseConfig:
+        """How the merged branches are trained on."""
+        experts, own = self.experts, self.btx
+        batch_size = own.batch_size or self.joint.batch_size or experts.batch_size
+        rate = own.peak_learning_rate or experts.peak_learning_rate
+        return experts.model_copy(update={"steps": own.steps, "batch_size": batch_size, "peak_learning_rate": rate})
 
     @property
     def assembled_experts(self) -> int:
@@ -586,6 +640,11 @@ def _impossible_combinations(config: Config) -> Any:
                 f"{name}.batch_size must be a multiple of {name}.accumulation_steps ({phase.accumulation_steps}), "
                 f"but is {phase.batch_size}; change one of them"
             )
+    if config.btx_phase.batch_size % experts.accumulation_steps:
+        yield (
+            f"btx.batch_size must be a multiple of experts.accumulation_steps ({experts.accumulation_steps}), "
+            f"but is {config.btx_phase.batch_size}; change one of them"
+        )
     if assembly.experts_per_token > config.assembled_experts:
         yield (
             f"assembly.experts_per_token must be at most the number of experts ({config.assembled_experts}), "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from modularforge.assembly.evidence import Widening
+from modularforge.assembly.routers import widening_of
 from modularforge.config import Config, PhaseConfig
 from modularforge.model.sizes import Sizes, model_sizes
 
@@ -11,8 +11,8 @@ def describe(config: Config) -> str:
     """Exact counts as lines of text. The vocabulary is the wished one; a small corpus may fill less."""
     model, vocab_size = config.model, config.data.vocab_size
     active = config.assembled_experts if config.assembly.router == "uniform" else config.assembly.experts_per_token
-    shape = Widening(model, config.experts.count).widened if config.assembly.router == "evidence" else model
-    assembled = model_sizes(shape, vocab_size, config.assembled_experts, active)
+    shape = widening_of(config, model, config.experts.count).widened if config.assembly.router == "evidence" else model
+    assembled = model_sizes(shape, vocab_size, config.assembled_experts, active, model)
     public = ", the public one included" if config.has_public_expert else ""
     lines = [
         f"model:      width {model.width}, {model.layers} layers, {model.heads} heads, FFN {model.ffn_width}, "
@@ -26,8 +26,9 @@ def describe(config: Config) -> str:
 
 
 def _sizes(sizes: Sizes) -> str:
+    routing = f" (of which {sizes.routing_parameters:,} only route)" if sizes.routing_parameters else ""
     return (
-        f"{sizes.parameters:,} parameters, {sizes.active_parameters:,} active per token, "
+        f"{sizes.parameters:,} parameters, {sizes.active_parameters:,} active per token{routing}, "
         f"{sizes.flops_per_token:,} FLOPs per token forward, {sizes.training_flops_per_token:,} to train"
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from checkpoints import Artifact, find_artifact, paths
 from checkpoints.errors import MissingArtifactError
-from modularforge.config import Config, ModelConfig
+from modularforge.config import TRAINED_ON_ALL, Config, ModelConfig
 from modularforge.errors import MismatchError
 
 Finder = Callable[[str], Artifact | None]
@@ -44,8 +44,8 @@ SCHEDULE = (
 )
 SHAPE = tuple(f"model.{name}" for name in ModelConfig.model_fields if name != "pretrained")
 """The model, wherever its files lie: a pretrained one is an input, known by its bytes."""
-STATISTICS = ("experts.statistics_tokens", "experts.counted_tokens")
-EXPERT = (*SCHEDULE, "experts.anchored", "experts.init", "experts.z_loss", *STATISTICS)
+COUNTED = ("experts.counted_tokens", "experts.counted_pairs")
+EXPERT = (*SCHEDULE, "experts.anchored", "experts.init", "experts.z_loss", "experts.statistics_tokens", *COUNTED)
 JOINT = (
     *SCHEDULE,
     "experts.count",
@@ -56,12 +56,37 @@ JOINT = (
     "assembly.public_expert",
     *ARITHMETIC,
 )
+SOLVED = (
+    "assembly.experts_per_token",
+    "assembly.public_expert",
+    "assembly.ridge_penalty",
+    "assembly.router_temperature",
+    "experts.anchored",
+)
+"""What a mixture depends on whose rows are solved by `data_stats`, whatever the run's own router is."""
+MIXED = (*SCHEDULE, "experts.count", "joint.batch_size", *ARITHMETIC)
+"""What every job depends on that trains on all partitions at once."""
 CHOSEN_FACT = "chosen_by_hand"  # in the manifest of an assembled model whose experts somebody chose
 PREPARED = ("corpus", "partitions")
-CAME_LATER: dict[str, Any] = {"evaluation.general": None, "evaluation.chat": None, "experts.counted_tokens": None}
+STANDS_FOR = {
+    name: {f"{name}.peak_learning_rate": "experts.peak_learning_rate", f"{name}.batch_size": "joint.batch_size"}
+    for name in (*TRAINED_ON_ALL, "btx")
+}
+"""By stage, its settings that outrank general ones. A stage's settings have the value that counts, under the general
+name: whoever says it, the artifact is the same."""
+CAME_LATER: dict[str, Any] = {
+    "experts.counted_tokens": 20_000_000,
+    "experts.counted_pairs": 1_000_000,
+    "evaluation.general": None,
+    "evaluation.chat": None,
+}
 """Settings that stages learned after artifacts had been made without them, by dotted name, each with the value under
 which a stage does what it did before. With that value they are no part of a stage's settings, so that the artifact that
 was made without them keeps its fingerprint. Their default may be another value."""
+
+OF_EVIDENCE = ("assembly.token_pairs", "assembly.width_multiple", "assembly.head_multiple")
+"""Settings that came with the evidence router's second form. A model of its first form was another model, so for that
+router they count with any value; for the other routers nothing has changed."""
 
 STAGES = {
     stage.name: stage
@@ -69,7 +94,11 @@ STAGES = {
         Stage("corpus", "{data}", ("data", "seed"), ("tokenizer",), "prepare-data"),
         Stage("partitions", "{data}/partitions", ("partition", "experts.count", "seed"), ("corpus",), "prepare-data"),
         Stage(
-            "backbone", "backbone", (*SHAPE, "backbone", *ARITHMETIC), ("corpus", "pretrained"), "train --only backbone"
+            "backbone",
+            "backbone",
+            (*SHAPE, "backbone", *COUNTED, *ARITHMETIC),
+            ("corpus", "pretrained"),
+            "train --only backbone",
         ),
         Stage(
             "expert",
@@ -81,17 +110,31 @@ STAGES = {
         Stage(
             "dense",
             "baselines/dense",
-            (*SCHEDULE, "experts.count", "joint.batch_size", *ARITHMETIC),
+            MIXED,
             ("corpus", "partitions", "backbone"),
-            "evaluate",
+            "train --only dense",
+        ),
+        Stage(
+            "dense_wide",
+            "baselines/dense_wide",
+            (*MIXED, "assembly.experts_per_token"),
+            ("corpus", "partitions", "backbone"),
+            "train --only dense_wide",
         ),
         Stage("joint", "baselines/joint", JOINT, ("corpus", "partitions", "backbone"), "train --only joint"),
         Stage(
             "branch",
             "baselines/branches/branch-{index}",
-            (*SCHEDULE, *STATISTICS, *ARITHMETIC),
+            (*SCHEDULE, "experts.statistics_tokens", *ARITHMETIC),
             ("backbone", "partition"),
             "train --only branch --index {index}",
+        ),
+        Stage(
+            "btx",
+            "baselines/btx",
+            (*MIXED, "btx.steps", "btx.trains", "joint.balance_loss", "experts.z_loss", *SOLVED),
+            ("corpus", "partitions", "backbone", "branches"),
+            "train --only btx",
         ),
         Stage("assembled", "assembled", ("assembly", "experts.anchored", "seed"), ("backbone", "experts"), "assemble"),
         Stage("calibrated", "calibrated", ("calibration", *ARITHMETIC), ("corpus", "assembled"), "assemble"),
@@ -128,10 +171,13 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
         values["seed"] = config.preparation_seed
     found: dict[str, Any] = {}
     for setting in STAGES[name].settings:
-        value: Any = values
-        for part in setting.split("."):
-            value = value[part]
-        found.update(_flatten(setting, value))
+        found.update(_flatten(setting, _value(values, setting)))
+    for own, general in STANDS_FOR.get(name, {}).items():
+        value = _value(values, own)
+        found.pop(own, None)
+        found[general] = _value(values, general) if value is None else value
+    if name == "assembled" and config.assembly.router != "evidence":
+        found = {name: value for name, value in found.items() if name not in OF_EVIDENCE}
     return {name: value for name, value in found.items() if name not in CAME_LATER or CAME_LATER[name] != value}
 
 
@@ -261,6 +307,9 @@ def input_fingerprints(
         elif needed == "experts":
             for expert, artifact in chosen_experts(config, find).items():
                 found[f"expert-{expert}"] = artifact.manifest.fingerprint
+        elif needed == "branches":
+            for branch in range(config.experts.count):
+                found[f"branch-{branch}"] = require(config, "branch", branch, find).manifest.fingerprint
         elif needed in ("tokenizer", "pretrained"):
             found.update(_pretrained_input(config, needed))
         elif needed == "corpus":
@@ -296,6 +345,13 @@ def _difference(plan: Plan, artifact: Artifact) -> str:
     ]
     more = f" (and {len(changed) - 4} more)" if len(changed) > 4 else ""
     return "; ".join(changed[:4]) + more
+
+
+def _value(values: dict[str, Any], setting: str) -> Any:
+    value: Any = values
+    for part in setting.split("."):
+        value = value[part]
+    return value
 
 
 def _flatten(prefix: str, value: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from checkpoints import StoreError, paths
-from modularforge.config import Config
+from modularforge.config import TRAINED_ON_ALL, Config
 from modularforge.errors import ConfigError
 from modularforge.mistakes import config_error, shown
 from modularforge.yaml_text import MAX_BYTES, parse_yaml, to_yaml_text
@@ -30,7 +30,8 @@ SMOKE_TEST: dict[str, Any] = {
     "training": {"log_every": 5, "validate_every": 20, "validation_tokens": 2048, "checkpoint_every": 10},
     "backbone": {"steps": 20, **SMOKE_PHASE},
     "experts": {"count": len(SAMPLE_DOMAINS), "steps": 10, "statistics_tokens": 4096, **SMOKE_PHASE},
-    "joint": {"batch_size": None},
+    **{name: {"batch_size": None} for name in TRAINED_ON_ALL},
+    "btx": {"batch_size": None, "steps": 5},
     "calibration": {"steps": 5, **SMOKE_PHASE},
     "evaluation": {"tokens_per_domain": 2048, "sample_tokens": 8, "chat": None},
 }

@@ -20,8 +20,8 @@ from checkpoints import Artifact, find_artifact, open_artifact, paths
 from checkpoints.errors import CorruptArtifactError
 from modularforge.errors import DataError
 from modularforge.model.backbone import Decoder
-from modularforge.model.folder import load_model
-from modularforge.model.hub_config import CONFIG_NAME, is_moe, parse_config, read_config
+from modularforge.model.folder import load_model, with_text_router
+from modularforge.model.hub_config import CONFIG_NAME, TABLES_NAME, is_moe, parse_config, read_config
 from modularforge.model.on_demand import load_on_demand
 from modularforge.pretrained.other_formats import require_no_file
 
@@ -75,7 +75,9 @@ class StoredModel:
         if not is_moe(self.values):
             return load_model(self.artifact.local_folder())
         weights = MappedWeights(self.artifact)
-        return load_on_demand(self.values, weights.file_of, weights)
+        decoder = load_on_demand(self.values, weights.file_of, weights)
+        has_tables = TABLES_NAME in self.artifact.manifest.files
+        return with_text_router(decoder, self.artifact.local_file(TABLES_NAME)) if has_tables else decoder
 
 
 def stored_model(url: str) -> StoredModel:

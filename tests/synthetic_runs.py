@@ -105,6 +105,11 @@ def evaluation(
     experts = [f"expert-{index}" for index in range(num_experts)]
     names = ["backbone", "dense", *experts, "assembled", "calibrated"]
     models = {name: model_result(3.0 - place / len(names), domains) for place, name in enumerate(names)}
+    for place, model in enumerate(models.values()):
+        model["positions"] = {"0-15": 3.5, "16-31": 3.0 - place / 9}
+        model["probes"] = {
+            name: probe_result(3.2 + place / 9, domains) for name in ("switch", "mixed", "general", "chat")
+        }
     shares = np.random.default_rng(0).dirichlet(np.ones(num_experts + 1), layers + len(domains))
     routing = {
         "share_per_layer_and_expert": shares[:layers].tolist(),
@@ -120,11 +125,29 @@ def evaluation(
         "models": models,
         "routing": {"assembled": routing, "calibrated": routing},
         "samples": {"calibrated": [sample]},
+        "differences": {
+            other: {probe: difference_result(domains) for probe in ("text", "switch", "mixed")}
+            for other in ("backbone", "dense")
+        },
+        "chat": {
+            "questions": [{"prompt": "What is <b>two</b> and two?", "answer": "Four."}],
+            "replies": {"backbone": ["4"], "calibrated": ["Fo|ur"]},
+        },
         "chosen": "calibrated",
         "calibration": {"kept": True, "loss_before": 3.1, "loss_after": 3.0},
         "seconds": 12.5,
         "peak_memory_bytes": 2**30,
     }
+
+
+def probe_result(loss: float, domains: list[str]) -> dict[str, Any]:
+    each = {label: {"loss": loss, "tokens": 50} for label in domains}
+    return {"mean_loss": loss, "positions": {"0-15": loss, "16-31": loss - 0.1}, "domains": each}
+
+
+def difference_result(domains: list[str]) -> dict[str, Any]:
+    one = {"difference": 0.2, "standard_error": 0.05, "documents": 9, "is_clear": True}
+    return {**one, "domains": {label: {**one, "standard_error": None, "is_clear": False} for label in domains}}
 
 
 def model_result(loss: float, domains: list[str]) -> dict[str, Any]:

@@ -77,7 +77,6 @@ def run_config(
             "peak_learning_rate": rate,
             "warmup_steps": 4,
             "statistics_tokens": scale.statistics_tokens,
-            "counted_tokens": 1_000_000,
         },
         "evaluation": {"batch_size": 4, "tokens_per_domain": scale.measured_tokens},
     }

@@ -26,15 +26,18 @@ from modularforge.assembly.plan import (
     plan_parts,
     read_header,
 )
-from modularforge.assembly.routers import all_statistics, router_rows
+from modularforge.assembly.routers import all_statistics, router_rows, widening_of
 from modularforge.assembly.small_files import copy_text_files
 from modularforge.assembly.statistics import EXPERT_NAME
 from modularforge.assembly.stream import execute
+from modularforge.assembly.text_tables import texts_of, write_tables
 from modularforge.config import Config, ModelConfig
 from modularforge.facts import fact
+from modularforge.log import logger
 from modularforge.model.hub_config import (
     CONFIG_NAME,
     INDEX_NAME,
+    TABLES_NAME,
     WEIGHTS_NAME,
     model_config_of,
     moe_config,
@@ -68,7 +71,8 @@ def assemble(
         write_json(writer.folder / INDEX_NAME, plan.index)
     kind = next(tensor.dtype for tensor in tensors.values())
     if config.assembly.router == "evidence":
-        model = evidence.Widening(model, len(experts)).widened
+        model = widening_of(config, model, len(experts)).widened
+        facts["token_pairs"] = _write_tables(config, backbone, experts, writer.folder)
     carried = {**values, "dtype": HUB_NAME.get(kind, values.get("dtype"))}
     return {**facts, **_write_small_files(config, backbone, experts, model, carried, writer.folder)}
 
@@ -91,14 +95,26 @@ def _tensors(
         model.family,
     )
     kept = output_tensors(spans, SAFETENSORS_NAME[config.assembly.dtype])
-    if config.assembly.router == "evidence":
-        widening = evidence.Widening(model, len(experts))
-        kept = evidence.widen(kept, widening, all_statistics(experts), scratch)
+    texts = texts_of(backbone, experts) if config.assembly.router == "evidence" else None
+    if texts:
+        widening = widening_of(config, model, len(experts))
+        kept = evidence.widen(kept, widening, all_statistics(experts), texts.token_VE, scratch)
     router_file = scratch / "router.safetensors"
-    save_file(router_rows(config, experts, model), router_file)
+    save_file(router_rows(config, experts, model, texts), router_file)
     routers = read_header(str(router_file), describe_file(router_file).tensors)
     kind = next(iter(kept.values())).dtype
     return {**kept, **output_tensors(routers, kind)}
+
+
+def _write_tables(config: Config, backbone: Artifact, experts: list[Artifact], folder: Path) -> int:
+    """Write what ModularForge routes by, where pairs are known and wanted; returns how many are known."""
+    texts, most = texts_of(backbone, experts), config.assembly.token_pairs
+    if not most:
+        return 0
+    if not texts.has_pairs:
+        logger.info("the experts' jobs counted no pairs of tokens, so routing is by tokens alone")
+        return 0
+    return write_tables(folder / TABLES_NAME, texts, config.has_public_expert, most)
 
 
 def _spans(artifact: Artifact, name: str) -> dict[str, TensorSpan]:
@@ -134,7 +150,7 @@ def _write_small_files(
     written = moe_config(model, vocab_size, count, active, carried)
     write_json(folder / CONFIG_NAME, written)
     copy_text_files(backbone, folder)
-    sizes = model_sizes(model, vocab_size, count, active)
+    sizes = model_sizes(model, vocab_size, count, active, model_config_of(backbone.read_json(CONFIG_NAME)))
     facts = {
         "architecture": written["architectures"][0],
         "experts": count,
@@ -148,6 +164,7 @@ def _write_small_files(
         "router": config.assembly.router,
         "parameters": sizes.parameters,
         "active_parameters": sizes.active_parameters,
+        "routing_parameters": sizes.routing_parameters,
     }
     (folder / CARD_NAME).write_text(model_card(config, backbone, experts, facts), encoding="utf-8")
     return facts

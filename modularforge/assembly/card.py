@@ -54,9 +54,11 @@ def _front_matter(backbone: Artifact) -> str:
 
 def _summary(backbone: Artifact, experts: Sequence[Artifact], facts: Mapping[str, Any]) -> str:
     public = "the backbone's own feed-forward block and " if facts["public_expert"] else ""
+    only = facts.get("routing_parameters")
+    routing = f" (of which {only:,} carry nothing but evidence for the routers)" if only else ""
     return (
         f"A mixture-of-experts language model of {facts['parameters']:,} parameters, {facts['active_parameters']:,} of "
-        f"them active per token: {public}{len(experts)} experts per layer, of which each token visits "
+        f"them active per token{routing}: {public}{len(experts)} experts per layer, of which each token visits "
         f"{facts['experts_per_token']}. Every expert was trained alone on its own part of the data, on top of "
         f"{_origin(backbone)}, and merged with ModularForge."
     )

@@ -1,15 +1,17 @@
 """The evidence router: which partition the text so far comes from, carried inside an ordinary mixture-of-experts model.
 
-The evidence of a token for an expert is log p(token | its partition) less the mean over the experts, from token counts
-alone (naive Bayes over unigrams). A router that sees one token's evidence is poor; one that sees the mean over the
-whole text so far is the best we know (docs/method.md). The model needs no new code for it:
+The evidence of a token for an expert is log p(token | its partition) less the same of the background, from token counts
+alone (naive Bayes over unigrams; text_evidence.py). A router that sees one token's evidence is poor; one that sees a
+mean over the text so far follows the text, if recent tokens weigh more (docs/method.md). The model needs no new code:
 
-- the residual stream gets a few more channels, one per expert, which every matrix of the backbone and of the experts
-  leaves alone (zeros);
-- the embedding puts each token's evidence into them, at a scale so small that no norm notices;
-- the first layer gets one more group of attention heads with zero queries and keys. Its weights are uniform, so its
-  output is the mean of the evidence over the text so far, and it is written into the same channels, much larger;
-- the rows of every layer's router read those channels.
+- the residual stream gets a few more channels, one per expert and two constant ones, which every matrix of the backbone
+  and of the experts leaves alone (zeros);
+- the embedding puts each token's evidence, and a constant, into them, so small that no norm notices;
+- the first layer gets more attention heads, whose values are the evidence. One has zero queries: its weights are
+  uniform, so it gives the mean over the whole text. One has constant queries and keys on rotary pairs, so that a token
+  D back weighs exp(A cos(angle D)): the mean over the last few dozen. Both are written into the channels, much larger;
+- the rows of every layer's router read those channels. The public expert's reads a constant: it is chosen where nobody
+  has evidence.
 
 Widening changes the norms' mean square by the factor D / (D + C); gains and epsilon make up for it.
 """
@@ -19,7 +21,7 @@ Widening changes the norms' mean square by the factor D / (D + C); gains and eps
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from checkpoints.hashing import describe_file
+from modularforge.assembly.kernel import HeadNorms, kernel_head
 from modularforge.assembly.plan import OutputTensor, TensorSpan, read_header
 from modularforge.assembly.routing import Array, RouterStatistics
 from modularforge.assembly.tensor_values import rms_of_rows, values_of
@@ -35,29 +38,66 @@ from modularforge.config import ModelConfig
 from modularforge.model import names
 
 CHANNEL_STEP = 16  # channels come in such groups, so that an expert can join without widening the others
-SMOOTHING_TOKENS = 1000.0  # each partition's counts are mixed with so many tokens of the mean of all
 AMPLITUDE = 2.0**-7  # of the averaged evidence, relative to the root mean square of the residual stream
 TOKEN_SHARE = 2.0**-6  # of that, what a single token's evidence has
+CONSTANT = 2.0**-10  # of the embedding's rms: what queries and keys of the recent mean are made from
+LONG_SHARE = 0.25  # of the mean over the whole text in what routers read; the rest is the mean over recent tokens
+TIE = 0.02  # nats: what decides between experts for whom nothing speaks, far less than any text's evidence
 
 Values = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What the tables of a model say: `token_VE` in nats against the background, and `prior_E`, best first at 0.
+
+    `prior_E` says which experts are the most general, for text that nothing speaks about; all are at most zero.
+    """
+
+    token_VE: Array
+    prior_E: Array
+
+
+@dataclass(frozen=True)
 class Widening:
-    """How much a model grows: `channels` of the residual stream and `groups` of attention heads (one kv head each)."""
+    """How much a model grows: `channels` of the residual stream and `groups` of attention heads (one kv head each).
+
+    Width and number of key-value heads become multiples of `width_multiple` and `head_multiple`, as servers want them.
+    """
 
     model: ModelConfig
     experts: int
+    width_multiple: int = 1
+    head_multiple: int = 1
 
     @property
     def channels(self) -> int:
-        """Channels C, a multiple of CHANNEL_STEP."""
-        return -(-self.experts // CHANNEL_STEP) * CHANNEL_STEP
+        """Channels C: one per expert and two constant ones, in steps of CHANNEL_STEP, or more for the width."""
+        least = -(-(self.experts + 2) // CHANNEL_STEP) * CHANNEL_STEP
+        return least + -(self.model.width + least) % self.width_multiple
+
+    @property
+    def per_group(self) -> int:
+        """Query heads of each key-value head."""
+        return self.model.heads // self.model.kv_heads
+
+    @property
+    def carriers(self) -> int:
+        """Key-value heads that one mean over all values takes: each carries as many as a head is wide."""
+        return -(-(self.experts + 1) // self.model.width_per_head)
 
     @property
     def groups(self) -> int:
-        """Further key-value heads: each carries as many experts as a head is wide."""
-        return -(-self.experts // self.model.width_per_head)
+        """Further key-value heads; where a group has one query head, the two means cannot share it."""
+        least = self.carriers * (2 if self.per_group == 1 else 1)
+        return least + -(self.model.kv_heads + least) % self.head_multiple
+
+    def head(self, value: int, is_long: bool) -> tuple[int, int]:
+        """Where a value is: the query head, counted from the first new one, whose mean it is, and its place there."""
+        carrier, place = divmod(value, self.model.width_per_head)
+        if self.per_group == 1:
+            return carrier + self.carriers * int(is_long), place
+        return carrier * self.per_group + int(is_long), place
 
     @property
     def scale(self) -> float:
@@ -67,11 +107,10 @@ class Widening:
     @property
     def widened(self) -> ModelConfig:
         """Shape of the model that results."""
-        per_group = self.model.heads // self.model.kv_heads
         return self.model.model_copy(
             update={
                 "width": self.model.width + self.channels,
-                "heads": self.model.heads + self.groups * per_group,
+                "heads": self.model.heads + self.groups * self.per_group,
                 "kv_heads": self.model.kv_heads + self.groups,
                 "head_width": self.model.width_per_head,
                 "norm_epsilon": self.model.norm_epsilon * self.scale**2,
@@ -79,32 +118,26 @@ class Widening:
         )
 
 
-def token_evidence(counts: Iterable[Array]) -> Array:
-    """Evidence [V, E] from how often each token occurs in each partition: log p(token | partition) less the mean."""
-    counts_EV = np.stack(list(counts))
-    mixture_V = counts_EV.sum(axis=0) + 1.0
-    mixture_V /= mixture_V.sum()
-    counts_EV += SMOOTHING_TOKENS * mixture_V
-    counts_EV /= counts_EV.sum(axis=1, keepdims=True)
-    evidence_EV: Array = np.log(counts_EV, out=counts_EV)
-    evidence_EV -= evidence_EV.mean(axis=0)
-    evidence_VE: Array = evidence_EV.T
-    return evidence_VE
-
-
 def amplitude(statistics: Sequence[RouterStatistics]) -> float:
     """Size of a unit of averaged evidence in the residual stream: AMPLITUDE of its rms where that is smallest."""
     return AMPLITUDE / float(_inverse_rms(statistics).max())
 
 
-def router_rows(widening: Widening, statistics: Sequence[RouterStatistics], temperature: float, public: bool) -> Array:
-    """Rows [L, R, D + C] that read the evidence and divide it by the temperature; the public expert's row is zero."""
-    inverse_L, width = _inverse_rms(statistics), widening.model.width
-    rows_LRW = np.zeros((len(inverse_L), widening.experts + int(public), width + widening.channels))
+def router_rows(
+    widening: Widening, statistics: Sequence[RouterStatistics], prior_E: Array, temperature: float, public: bool
+) -> Array:
+    """Rows [L, R, D + C] that read the evidence and divide it by the temperature; the public expert's reads a constant.
+
+    Where nothing speaks for anyone, the public expert comes first and then the experts by their prior.
+    """
+    inverse_L, width, experts = _inverse_rms(statistics), widening.model.width, widening.experts
+    rows_LRW = np.zeros((len(inverse_L), experts + int(public), width + widening.channels))
     for layer, inverse in enumerate(inverse_L):
-        for expert in range(widening.experts):
-            unit = amplitude(statistics) * inverse  # of evidence, behind the norm before the router
+        unit = amplitude(statistics) * inverse  # of evidence, behind the norm before the router
+        for expert in range(experts):
             rows_LRW[layer, expert + int(public), width + expert] = 1.0 / (temperature * unit)
+        ties_R = np.concatenate([[1.0] if public else [], prior_E])
+        rows_LRW[layer, :, width + experts + 1] = TIE * ties_R / (temperature * unit)
     return rows_LRW
 
 
@@ -112,15 +145,19 @@ def widen(
     tensors: Mapping[str, OutputTensor],
     widening: Widening,
     statistics: Sequence[RouterStatistics],
+    token_VE: Array,
     scratch: Path,
 ) -> dict[str, OutputTensor]:
     """The model's tensors (all but the routers) widened; the few new values are written to a file in `scratch`."""
-    model, channels, unit = widening.model, widening.channels, amplitude(statistics)
-    evidence_VE = token_evidence(item.tokens_V for item in statistics)
+    model, unit = widening.model, amplitude(statistics)
+    norms = HeadNorms(*(_head_gains(tensors, part) for part in ("q_norm", "k_norm")))
+    query_H, key_H = kernel_head(model, norms)
     new = {
-        names.EMBEDDING: _embedding_columns(tensors[names.EMBEDDING].span, evidence_VE, channels, model, unit),
+        names.EMBEDDING: _embedding_columns(tensors[names.EMBEDDING].span, token_VE, widening, unit),
+        names.query_projection(0): _constant_rows(widening, query_H, is_query=True),
+        names.key_projection(0): _constant_rows(widening, key_H, is_query=False),
         names.value_projection(0): _value_rows(widening),
-        names.output_projection(0): _output_rows(widening),
+        names.output_projection(0): _output_rows(widening, unit),
     }
     for name, tensor in tensors.items():
         if names.is_stream_norm(name):
@@ -129,6 +166,12 @@ def widen(
     save_file({name: np.ascontiguousarray(values, dtype=np.float32) for name, values in new.items()}, path)
     spans = read_header(str(path), describe_file(path).tensors)
     return {name: _grown(name, tensor, widening, spans) for name, tensor in tensors.items()}
+
+
+def _head_gains(tensors: Mapping[str, OutputTensor], part: str) -> Values | None:
+    """Gains of the norm over a head's queries or keys in the first layer, where the model has such norms."""
+    name = names.head_norm(0, part)
+    return values_of(tensors[name].span) if name in tensors else None
 
 
 def _grown(name: str, tensor: OutputTensor, widening: Widening, spans: Mapping[str, TensorSpan]) -> OutputTensor:
@@ -154,38 +197,58 @@ def _grown(name: str, tensor: OutputTensor, widening: Widening, spans: Mapping[s
     return tensor  # norms of queries and keys
 
 
-def _embedding_columns(span: TensorSpan, evidence_VE: Array, channels: int, model: ModelConfig, unit: float) -> Values:
+def _embedding_columns(span: TensorSpan, token_VE: Array, widening: Widening, unit: float) -> Values:
     """Columns [V, C] that the first norm turns into each token's evidence, whatever the length of its embedding.
 
     A vocabulary may be padded with entries that no token has; they get no evidence.
     """
-    columns_VC = np.zeros((span.shape[0], channels), np.float32)
-    rms_V = rms_of_rows(span, model.norm_epsilon)
-    tokens, experts = evidence_VE.shape
-    columns_VC[:tokens, :experts] = unit * TOKEN_SHARE * evidence_VE * rms_V[:tokens, None]
+    columns_VC = np.zeros((span.shape[0], widening.channels), np.float32)
+    rms_V = rms_of_rows(span, widening.model.norm_epsilon)
+    tokens, experts = min(len(token_VE), span.shape[0]), widening.experts
+    columns_VC[:tokens, :experts] = unit * TOKEN_SHARE * token_VE[:tokens] * rms_V[:tokens, None]
+    columns_VC[:, experts] = CONSTANT * rms_V
     return columns_VC
 
 
-def _value_rows(widening: Widening) -> Values:
-    """Rows [groups * H, D + C] of the first layer's value projection: expert e's evidence is value e."""
+def _constant_rows(widening: Widening, head_H: Values, is_query: bool) -> Values:
+    """Rows [heads * H, D + C] of the first layer's queries or keys: `head_H` wherever the text is; zero for long means.
+
+    Where a group has one query head, those of the long means are further heads, whose keys do not matter.
+    """
     model = widening.model
-    rows = np.zeros((widening.groups * model.width_per_head, model.width + widening.channels), np.float32)
-    for expert in range(widening.experts):
-        rows[expert, model.width + expert] = 1.0
+    heads = widening.groups * (widening.per_group if is_query else 1)
+    rows = np.zeros((heads * model.width_per_head, model.width + widening.channels), np.float32)
+    for value in range(0, widening.experts + 1, model.width_per_head):
+        head = widening.head(value, is_long=False)[0]
+        start = (head if is_query else head // widening.per_group) * model.width_per_head
+        rows[start : start + model.width_per_head, model.width + widening.experts] = head_H / CONSTANT
     return rows
 
 
-def _output_rows(widening: Widening) -> Values:
+def _value_rows(widening: Widening) -> Values:
+    """Rows [groups * H, D + C] of the first layer's values: expert e's evidence is value e, a constant last."""
+    model, width = widening.model, widening.model.width_per_head
+    rows = np.zeros((widening.groups * width, model.width + widening.channels), np.float32)
+    for value in range(widening.experts + 1):
+        for is_long in (False, True):
+            head, place = widening.head(value, is_long)
+            rows[head // widening.per_group * width + place, model.width + value] = 1.0
+    return rows
+
+
+def _output_rows(widening: Widening, unit: float) -> Values:
     """Rows [C, heads * H] of the first layer's output projection: the averaged evidence, much larger, to its channel.
 
-    A group has several query heads with the same output; the first one is read.
+    The average of the constant goes to a channel of its own, since the embedding's differs from token to token.
     """
-    model, after = widening.model, widening.widened
-    per_group, width = model.heads // model.kv_heads, model.width_per_head
+    model, after, width = widening.model, widening.widened, widening.model.width_per_head
     rows = np.zeros((widening.channels, after.heads * width), np.float32)
-    for expert in range(widening.experts):
-        group, place = divmod(expert, width)
-        rows[expert, (model.heads + group * per_group) * width + place] = 1.0 / TOKEN_SHARE
+    for value in range(widening.experts + 1):
+        is_constant = value == widening.experts
+        for is_long, share in ((False, 1.0 - LONG_SHARE), (True, LONG_SHARE)):
+            head, place = widening.head(value, is_long)
+            scale = unit / CONSTANT if is_constant else 1.0 / TOKEN_SHARE
+            rows[value + int(is_constant), (model.heads + head) * width + place] = share * scale
     return rows
 
 

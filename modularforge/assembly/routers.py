@@ -19,6 +19,7 @@ from modularforge.assembly.routing import (
     with_public,
 )
 from modularforge.assembly.statistics import ROUTER_NAME, STATISTICS_NAME, load_statistics
+from modularforge.assembly.text_tables import Texts
 from modularforge.config import TRAINED_ROUTERS, Config, ModelConfig
 from modularforge.model import names
 
@@ -30,15 +31,23 @@ def all_statistics(experts: list[Artifact]) -> list[RouterStatistics]:
     return [load_statistics(expert.local_file(STATISTICS_NAME)) for expert in experts]
 
 
-def router_rows(config: Config, experts: list[Artifact], model: ModelConfig) -> dict[str, Rows]:
+def widening_of(config: Config, model: ModelConfig, experts: int) -> evidence.Widening:
+    """How much the evidence router widens a backbone of this shape."""
+    return evidence.Widening(model, experts, config.assembly.width_multiple, config.assembly.head_multiple)
+
+
+def router_rows(
+    config: Config, experts: list[Artifact], model: ModelConfig, texts: Texts | None = None
+) -> dict[str, Rows]:
     """The router matrix of every layer, by name, float32 [R, D]; [R, D + C] for the evidence router.
 
-    `model` is the backbone's shape.
+    `model` is the backbone's shape; `texts` is needed for the evidence router.
     """
     settings, public = config.assembly, config.has_public_expert
     if settings.router == "evidence":
-        widening = evidence.Widening(model, len(experts))
-        solved = evidence.router_rows(widening, all_statistics(experts), settings.router_temperature, public)
+        assert texts is not None
+        widening, statistics = widening_of(config, model, len(experts)), all_statistics(experts)
+        solved = evidence.router_rows(widening, statistics, texts.prior_E, settings.router_temperature, public)
         rows = list(solved)
     else:
         is_solved = settings.router in ("data_stats", "centred_means")

@@ -60,20 +60,20 @@ def mixed_batches(
     start_position: int = 0,
     rank: int = 0,
     world: int = 1,
+    first_window: int = 0,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
     """Inputs [B/world, T], targets and position like `batches`, of the very windows that jobs on the streams take.
 
-    Job k takes the first `windows_each` windows of `batches(streams[k], …, seeds[k])`; here all of them come once, in
-    one order drawn from `seed`, and then the iterator ends.
+    Job k takes `windows_each` windows of `batches(streams[k], …, seeds[k])`, from the position `first_window` on; here
+    all of them come once, in one order drawn from `seed`, and then the iterator ends.
     """
     pairs = [_windows(tokens, context_length) for tokens in streams]
     taken_S2: list[npt.NDArray[np.int64]] = []
+    end = first_window + windows_each
     for k, (inputs_WT, _) in enumerate(pairs):
         _require_batch(len(inputs_WT), len(streams[k]), context_length, batch_size, world, f"partition {k}")
         order = _Order(len(inputs_WT), seeds[k])
-        chosen = [
-            order.windows(first, min(first + batch_size, windows_each)) for first in range(0, windows_each, batch_size)
-        ]
+        chosen = [order.windows(first, min(first + batch_size, end)) for first in range(first_window, end, batch_size)]
         windows = np.concatenate(chosen)
         taken_S2.append(np.stack([np.full_like(windows, k), windows], axis=1))
     mixed_S2 = np.random.default_rng([seed]).permutation(np.concatenate(taken_S2))

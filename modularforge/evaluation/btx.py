@@ -29,7 +29,7 @@ def build_btx(config: Config, backbone: Backbone, branches: Sequence[Artifact]) 
             f"assembly.router must be one that is solved from sums for a BTX merge, but is {config.assembly.router}; "
             "use data_stats or centred_means"
         )
-    model, kept = model_config_of(backbone.values), config.has_public_expert
+    model, kept = model_config_of(backbone.values), config.joint_experts > config.experts.count
     tensors: dict[str, Tensor] = {}
     if kept:
         dense = {name: tensor for name, tensor in backbone.tensors.items() if names.is_dense_ffn(name)}
@@ -47,3 +47,8 @@ def build_btx(config: Config, backbone: Backbone, branches: Sequence[Artifact]) 
     with torch.device("meta"):
         decoder = build_moe(model, int(backbone.values["vocab_size"]), experts, config.assembly.experts_per_token)
     return fill(decoder, tensors)
+
+
+def solved_router(config: Config) -> Config:
+    """The settings with a router that can be solved for branches, which train no rows, whatever the run's own is."""
+    return config.model_copy(update={"assembly": config.assembly.model_copy(update={"router": "data_stats"})})

@@ -14,6 +14,7 @@ from torch import Tensor
 from modularforge.data.tokenizer import EOS
 from modularforge.errors import DataError
 from modularforge.model.backbone import Decoder, KeyValueCache
+from modularforge.model.text_router import TextState
 
 # Below this, float32 cannot divide by the temperature, and the likeliest token is certain anyway.
 COLDEST = 1e-5
@@ -71,12 +72,12 @@ def _continue(
     device: torch.device,
 ) -> list[int]:
     limit = model.config.context_length
-    ids = ids[-(limit - 1) :]
-    cache, pending, new = KeyValueCache(), list(ids), list[int]()
+    cache, pending, new = KeyValueCache(_read(model, ids[: 1 - limit])), ids[1 - limit :], list[int]()
     for _ in range(new_tokens):
         if cache.length + len(pending) > limit:
             # Rotary angles end at the context length: start again from the second half of what was said.
-            pending, cache = (ids + new)[-limit // 2 :], KeyValueCache()
+            said, kept = ids + new, (limit + 1) // 2
+            pending, cache = said[-kept:], KeyValueCache(_read(model, said[:-kept]))
         logits_V = model(torch.tensor([pending], device=device), cache)[0, -1]
         token = choose_token(logits_V.float().cpu(), sampling, generator)
         if token in end_tokens:
@@ -84,6 +85,14 @@ def _continue(
         new.append(token)
         pending = [token]
     return new
+
+
+def _read(model: Decoder, ids: list[int]) -> TextState | None:
+    """What a text router knows of a text whose beginning no longer fits the context."""
+    if model.text_router is None or not ids:
+        return None
+    state: TextState = model.text_router(torch.tensor([ids], device=model.lm_head.weight.device))[1]
+    return state
 
 
 def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -38,6 +38,7 @@ def markdown(results: Results) -> str:
         "`oracle` takes the best expert of each domain, chosen on the test split itself: a bound, no model.",
         "",
         *_markdown_table(*table_rows(results)),
+        *_routing_lines(results),
         "",
         "Bits per byte of text, which compare across tokenizers:",
         "",
@@ -100,6 +101,16 @@ def _layer_rows(routing: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     shares = routing["share_per_layer_and_expert"]
     names = routing.get("experts") or [str(index) for index in range(len(shares[0]))]
     return ["layer", *names], [[str(layer), *(fixed(value, 2) for value in row)] for layer, row in enumerate(shares)]
+
+
+def _routing_lines(results: Results) -> list[str]:
+    """What of the active parameters carries nothing but routing: rows, and channels of the evidence router."""
+    found = [
+        f"{plain(name)} {_count(model['routing_parameters'])}"
+        for name, model in results["models"].items()
+        if model.get("routing_parameters")
+    ]
+    return ["", f"Of the active parameters, these carry nothing but routing: {', '.join(found)}."] if found else []
 
 
 def _byte_rows(results: Results) -> tuple[list[str], list[list[str]]]:

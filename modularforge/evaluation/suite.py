@@ -20,6 +20,7 @@ from modularforge.evaluation.probes import CHAT, GENERAL, TEXT, Probe, domain_pr
 from modularforge.evaluation.scoring import full_row, oracle, score
 from modularforge.log import logger
 from modularforge.model.backbone import Decoder, perplexity
+from modularforge.model.channels import shape_without_channels
 from modularforge.model.moe import moe_layers
 from modularforge.model.sizes import model_sizes
 from modularforge.training.distributed import default_device
@@ -191,9 +192,10 @@ def sizes_of(model: Decoder) -> Results:
     """Sizes as the model runs: an anchored expert's own model is a mixture of two."""
     layers = moe_layers(model)
     experts, active = (len(layers[0].experts), layers[0].experts_per_token) if layers else (1, 1)
-    sizes = model_sizes(model.config, model.vocab_size, experts, active)
+    sizes = model_sizes(model.config, model.vocab_size, experts, active, shape_without_channels(model))
     return {
         "parameters": sizes.parameters,
         "active_parameters": sizes.active_parameters,
+        "routing_parameters": sizes.routing_parameters,
         "flops_per_token": sizes.flops_per_token,
     }

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from modularforge.config import ModelConfig
 from modularforge.model.rotary import rotary_angles, rotary_frequencies
+from modularforge.model.text_router import TextRouter, TextState
 
 INITIAL_STD = 0.02
 
@@ -39,8 +41,9 @@ class RMSNorm(nn.Module):
 class KeyValueCache:
     """Keys and values of the tokens already read, for generation; grows by concatenation, one entry per layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, text: TextState | None = None) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.text = text  # what a text router knows of the tokens before, those that left the context included
 
     @property
     def length(self) -> int:
@@ -128,6 +131,12 @@ class Block(nn.Module):
         """The feed-forward block, whatever its name."""
         return self.get_submodule(self.ffn_name)
 
+    def route_by(self, logits_BTE: Tensor | None) -> None:
+        """Where the block has experts, let it route by these logits; None gives it its own rows back."""
+        if hasattr(self.ffn, "given_NE"):
+            given: Any = None if logits_BTE is None else logits_BTE.flatten(0, 1).float()
+            self.ffn.given_NE = given
+
     def forward(self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor, cache: KeyValueCache | None) -> Tensor:
         """Residual stream in, residual stream out."""
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_TH, sin_TH, cache)
@@ -155,6 +164,7 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.width, vocab_size, bias=False)
         if config.tied_head:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self.text_router: TextRouter | None = None
         self.restore_positions()
 
     def restore_positions(self) -> None:
@@ -167,8 +177,19 @@ class Decoder(nn.Module):
         """The layers, in order."""
         return [layer for layer in self.model.layers if isinstance(layer, Block)]
 
-    def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Logits [B, T, V] of the next token at every position; with a cache, T new tokens after those it holds."""
+    def forward(
+        self, tokens_BT: Tensor, cache: KeyValueCache | None = None, routing_BTE: Tensor | None = None
+    ) -> Tensor:
+        """Logits [B, T, V] of the next token at every position; with a cache, T new tokens after those it holds.
+
+        Layers with experts route by `routing_BTE`, else by what the text router makes of the ids, else by their rows.
+        """
+        if routing_BTE is None and self.text_router is not None:
+            routing_BTE, text = self.text_router(tokens_BT, cache.text if cache is not None else None)
+            if cache is not None:
+                cache.text = text
+        for block in self.blocks:
+            block.route_by(routing_BTE)
         start = cache.length if cache is not None else 0
         positions = range(start, start + tokens_BT.shape[1])
         cos_TH, sin_TH = rotary_angles(self.get_buffer("frequencies"), positions, self.angle_scale)

@@ -16,8 +16,9 @@ from torch import Tensor
 from modularforge.errors import DataError, MismatchError
 from modularforge.model import names
 from modularforge.model.backbone import Decoder, build_backbone
-from modularforge.model.hub_config import experts_of, is_moe, model_config_of, read_config
-from modularforge.model.moe import build_anchored_pair, build_moe
+from modularforge.model.hub_config import TABLES_NAME, experts_of, is_moe, model_config_of, read_config
+from modularforge.model.moe import build_anchored_pair, build_moe, moe_layers
+from modularforge.model.text_router import load_text_router
 from modularforge.model.weight_files import weight_files
 
 
@@ -55,7 +56,22 @@ def load_model(folder: Path) -> Decoder:
             decoder = build_moe(model, vocab_size, experts_of(values), values["num_experts_per_tok"])
         else:
             decoder = build_backbone(model, vocab_size)
-    return fill(decoder, read_tensors(folder))
+    return with_text_router(fill(decoder, read_tensors(folder)), folder / TABLES_NAME)
+
+
+def with_text_router(decoder: Decoder, path: Path) -> Decoder:
+    """The decoder, routed by the tables at `path` where it has experts and there are such; raises MismatchError."""
+    layers = moe_layers(decoder)
+    if not layers or not path.is_file():
+        return decoder
+    router, slots = load_text_router(path), len(layers[0].experts)
+    if router.slots != slots:
+        raise MismatchError(
+            f"{path} must be the tables of a model with {slots} experts, but has {router.slots}; assemble the model "
+            "again, or delete it to route by the model's own rows"
+        )
+    decoder.text_router = router
+    return decoder
 
 
 def load_pretrained(folder: Path) -> Decoder:

@@ -23,6 +23,8 @@ CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+TABLES_NAME = "text_router.tables"
+"""What ModularForge routes by: safetensors by another name, since servers take every `.safetensors` for weights."""
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip

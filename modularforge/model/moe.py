@@ -70,11 +70,12 @@ class SparseMoE(nn.Module):
         self.allowed: Sequence[int] | None = None
         self.observed_logits: Tensor | None = None
         self.observes = False
+        self.given_NE: Tensor | None = None  # logits from a text router, which outrank the rows
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Weighted sum of the visited experts; routing is done in float32, as Mixtral does."""
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-        logits_NE = self.gate(x_ND).float()
+        logits_NE = self.gate(x_ND).float() if self.given_NE is None else self.given_NE
         if self.observes:
             self.observed_logits = logits_NE
         experts = len(self.experts)

@@ -48,6 +48,21 @@ def gate(layer: int, family: Family = "llama") -> str:
     return f"model.layers.{layer}.{MOE_BLOCK[family]}.gate.weight"
 
 
+def query_projection(layer: int) -> str:
+    """Name of a layer's query projection."""
+    return f"model.layers.{layer}.self_attn.q_proj.weight"
+
+
+def key_projection(layer: int) -> str:
+    """Name of a layer's key projection."""
+    return f"model.layers.{layer}.self_attn.k_proj.weight"
+
+
+def head_norm(layer: int, part: str) -> str:
+    """Name of the norm over each head's queries (q_norm) or keys (k_norm), which Qwen3 has."""
+    return f"model.layers.{layer}.self_attn.{part}.weight"
+
+
 def value_projection(layer: int) -> str:
     """Name of a layer's value projection."""
     return f"model.layers.{layer}.self_attn.v_proj.weight"
@@ -71,6 +86,12 @@ def second_moment(layer: int) -> str:
 def is_dense_ffn(name: str) -> bool:
     """Whether the name is a matrix of the backbone's feed-forward block (the public FFN)."""
     return _DENSE.match(name) is not None
+
+
+def dense_part(name: str) -> str:
+    """w1, w2 or w3 for a matrix of the backbone's feed-forward block, empty for other names."""
+    match = _DENSE.match(name)
+    return PART_OF_DENSE[match[2]] if match else ""
 
 
 def is_gate(name: str) -> bool:

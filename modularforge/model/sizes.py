@@ -10,10 +10,15 @@ from modularforge.model import names
 
 @dataclass(frozen=True)
 class Sizes:
-    """Counts of one model; FLOPs are of a forward pass per token at full context, a multiply and an add each."""
+    """Counts of one model; FLOPs are of a forward pass per token at full context, a multiply and an add each.
+
+    Of the active parameters, the `routing_parameters` do nothing but choose experts: the routers' rows, and all that
+    channels which carry evidence to them add to other matrices.
+    """
 
     parameters: int
     active_parameters: int
+    routing_parameters: int
     flops_per_token: int
     training_flops_per_token: int
 
@@ -33,9 +38,12 @@ def ffn_parameters(model: ModelConfig) -> int:
     return 3 * model.width * model.ffn_width
 
 
-def model_sizes(model: ModelConfig, vocab_size: int, experts: int = 1, experts_per_token: int = 1) -> Sizes:
+def model_sizes(
+    model: ModelConfig, vocab_size: int, experts: int = 1, experts_per_token: int = 1, plain: ModelConfig | None = None
+) -> Sizes:
     """Sizes of the dense backbone (`experts` = 1) or of the assembled model.
 
+    `plain` is the shape without the channels and heads that carry evidence to the routers; without it there are none.
     The embedding look-up costs no multiplications; the head does. Attention scores count the mean causal length T/2.
     Training costs three forward passes (PaLM, arXiv 2204.02311, appendix B).
     """
@@ -48,7 +56,11 @@ def model_sizes(model: ModelConfig, vocab_size: int, experts: int = 1, experts_p
     scores = model.layers * 2 * 2 * model.heads * model.width_per_head * (model.context_length // 2)
     matrices = model.layers * (attention_parameters(model) + router + experts_per_token * ffn_parameters(model))
     flops = 2 * (matrices + vocab_size * model.width) + scores
-    return Sizes(parameters, active, flops, 3 * flops)
+    bare = plain or model
+    # A dense model with as wide an FFN as a token visits.
+    wide = bare.model_copy(update={"ffn_width": experts_per_token * bare.ffn_width})
+    routing = active - model_sizes(wide, vocab_size).active_parameters if routed else 0
+    return Sizes(parameters, active, routing, flops, 3 * flops)
 
 
 def dense_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from modularforge.config import TRAINED_ON_ALL
 from modularforge.observe.canvas import label_ends, new_figure, plain, shape_axis, shape_steps
 from modularforge.observe.metrics import METRICS, Curve, Floats, Metric
 from modularforge.observe.progress import parts_of
@@ -14,7 +15,7 @@ from modularforge.observe.run import STAGE_OF_JOB, WORKER_NAME, Run
 from modularforge.observe.style import EXPERT_COLOURS, GREY, PALE, WIDTH_INCHES, colour_of, shades
 
 PANELS = ("backbone", "experts", "branches", "baselines", "calibration")
-PANEL_OF_JOB = {"expert": "experts", "branch": "branches", "dense": "baselines", "joint": "baselines"}
+PANEL_OF_JOB = {"expert": "experts", "branch": "branches", **dict.fromkeys((*TRAINED_ON_ALL, "btx"), "baselines")}
 PANEL_WEIGHTS = {"backbone": 1.4, "experts": 1.6, "branches": 1.6, "baselines": 1.0, "calibration": 0.75}
 PANELS_OF_A_ROW, ROW_INCHES = 4, 3.6
 NOISY_POINTS = 60

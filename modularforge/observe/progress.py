@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from modularforge.config import joined_batches
+from modularforge.config import TRAINED_ON_ALL, joined_batches
 from modularforge.observe.metrics import JobMetrics
 from modularforge.observe.run import MOST_EXPERTS, STAGE_OF_JOB, WORKER_NAME, Run
 
 State = Literal["finished", "running", "silent", "waiting"]
 # A job that has written no line for this long has probably stopped: longer than a validation and a checkpoint take.
 SILENT_AFTER_SECONDS = 900.0
-TRAINING_SECTIONS = {"backbone": "backbone", "dense": "experts", "joint": "experts", "calibrated": "calibration"}
-# Baselines that train on the tokens of all experts together.
-TRAINED_ON_ALL = ("dense", "joint")
+TRAINING_SECTIONS: dict[str, str] = {
+    "backbone": "backbone",
+    **dict.fromkeys(TRAINED_ON_ALL, "experts"),
+    "calibrated": "calibration",
+}
 MOST_STEPS, MOST_JOINED = 10**12, 10**6  # so that no recorded number keeps us counting
 LONGEST_SECONDS = 1e9
 
@@ -82,9 +84,16 @@ def _length(run: Run, name: str) -> tuple[int | None, int]:
     section = "experts" if WORKER_NAME.fullmatch(name) else TRAINING_SECTIONS.get(name, name)
     steps, batch_size = run.setting(f"{section}.steps", 0), run.setting(f"{section}.batch_size", 1)
     if name in TRAINED_ON_ALL and steps and batch_size:
-        count, wanted = min(MOST_EXPERTS, run.setting("experts.count", 1)), run.setting("joint.batch_size", 0)
+        count = min(MOST_EXPERTS, run.setting("experts.count", 1))
+        wanted = run.setting(f"{name}.batch_size", 0) or run.setting("joint.batch_size", 0)
         steps, batch_size = joined_batches(
             count, min(steps, MOST_STEPS), batch_size, min(wanted, MOST_JOINED * batch_size)
+        )
+    if name == "btx":
+        batch_size = (
+            run.setting("btx.batch_size", 0)
+            or run.setting("joint.batch_size", 0)
+            or run.setting("experts.batch_size", 1)
         )
     return steps or None, batch_size * run.setting("model.context_length", 1) if steps else 0
 

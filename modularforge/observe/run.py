@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from checkpoints import Artifact, StoreError, find_artifact, paths
 from checkpoints.parallel import in_order
+from modularforge.config import TRAINED_ON_ALL
 from modularforge.errors import ConfigError, DataError
 from modularforge.evaluation.results import parse_results
 from modularforge.observe.metrics import JobMetrics, moment, parse_line, parse_metrics
@@ -29,7 +30,9 @@ EVENTS_FOLDER = "cluster/events"
 WORKER_FOLDERS = {"expert": "experts", "branch": "baselines/branches"}
 WORKER_NAME = re.compile(r"(expert|branch)-(\d{1,5})", re.ASCII)
 MOST_EXPERTS, MOST_COUNT = 10_000, 2**53
-JOB_ORDER = {"backbone": 0, "expert": 1, "dense": 2, "joint": 3, "branch": 4, "calibration": 5}
+JOB_ORDER = {
+    name: order for order, name in enumerate(("backbone", "expert", *TRAINED_ON_ALL, "branch", "btx", "calibration"))
+}
 # The job that trains a stage bears the stage's name, but for this one.
 STAGE_OF_JOB = {"calibration": "calibrated"}
 

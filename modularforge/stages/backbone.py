@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from modularforge.artifacts import Corpus, derived_seed, even_streams
+from modularforge.assembly.small_files import TOKENIZER_NAME, special_ids
+from modularforge.assembly.text_counts import COUNTS_NAME, counts_of, save_counts
 from modularforge.config import Config
 from modularforge.data.loader import batches
 from modularforge.log import logger
 from modularforge.model.backbone import Decoder
+from modularforge.model.hub_config import read_config
 from modularforge.pipeline import finished, plan_stage, require
 from modularforge.pretrained.fetch import local_model
 from modularforge.pretrained.sources import published_name
@@ -52,6 +55,8 @@ def run(config: Config) -> None:
             sample = sample_windows(stream, windows, config.evaluation.batch_size)
             with making(plan) as writer:
                 facts = save_backbone(config, model, writer.folder, corpus.tokenizer, sample, world, pretrained)
+                special = special_ids(read_config(writer.folder), (writer.folder / TOKENIZER_NAME).read_bytes())
+                save_counts(writer.folder / COUNTS_NAME, counts_of(config, tokens, model.vocab_size, special))
                 data = {name: corpus.artifact.manifest.facts.get(name) for name in ("labels", "splits")}
                 if config.model.pretrained:
                     hub = published_name(config.model.pretrained)

@@ -13,10 +13,11 @@ from modularforge.pipeline import finished, job_name, plan_stage, require
 from modularforge.provenance import commit, making
 from modularforge.training.backbone_job import save_trained_on
 from modularforge.training.distributed import joined_world
-from modularforge.training.expert_job import partition_statistics
+from modularforge.training.expert_job import partition_sample
 from modularforge.training.job import Job
 from modularforge.training.loop import Batch, fit
 from modularforge.training.losses import language_loss, mean_loss
+from modularforge.training.statistics import gather_statistics
 
 
 def run(config: Config, index: int) -> None:
@@ -44,7 +45,7 @@ def run(config: Config, index: int) -> None:
         if world.is_main:
             with making(plan) as writer:
                 save_trained_on(model, backbone, writer.folder)
-                statistics = partition_statistics(config, model, tokens, index, world.device)
+                statistics = gather_statistics(model, partition_sample(config, tokens, index), world.device)
                 save_statistics(writer.folder / STATISTICS_NAME, statistics)
                 commit(writer, plan, config, {**losses, "training_tokens": phase.steps * phase.batch_size * context})
         world.barrier()

@@ -1,41 +1,45 @@
-"""The honest baseline: the backbone trained on, as a dense model, with the very tokens that the experts get."""
+"""The honest baselines: the backbone trained on, as a dense model, with the very tokens that the experts get.
+
+`dense` has the backbone's shape. `dense_wide` has as many active feed-forward weights as the assembled model: its FFN
+is widened, without a change of what it computes, to the width that a token visits there.
+"""
 
 from __future__ import annotations
 
-from modularforge.artifacts import Backbone, Corpus, even_streams
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from checkpoints import Artifact
+from modularforge.artifacts import Backbone, derived_seed
 from modularforge.config import Config
-from modularforge.log import logger
-from modularforge.pipeline import finished, plan_stage, require
-from modularforge.provenance import commit, making
 from modularforge.training.backbone_job import save_trained_on
-from modularforge.training.distributed import joined_world
-from modularforge.training.job import Job
-from modularforge.training.loop import fit
-from modularforge.training.losses import language_loss, mean_loss
-from modularforge.training.mixture import mixed_partitions
+from modularforge.training.losses import language_loss
+from modularforge.training.mixed_job import Start, run_mixed
+from modularforge.training.wide import build_wide
 
 
 def run(config: Config) -> None:
     """Train and commit unless it is done (called on every rank; rank 0 writes)."""
-    plan = plan_stage(config, "dense")
-    if finished(plan):
-        logger.info("dense baseline is finished: %s", plan.url)
-        return
-    corpus, backbone = Corpus(require(config, "corpus")), Backbone(require(config, "backbone"))
-    partitions, phase, context = require(config, "partitions"), config.joint_phase, config.model.context_length
-    held_out = even_streams(corpus.domains("validation"), config.training.validation_tokens)
-    job = Job.of_run(config, "dense", phase, plan.fingerprint)
-    model = backbone.model().float()
-    with joined_world() as world:
-        batches_from = mixed_partitions(config, partitions, "dense", world)
 
-        def validate() -> float:
-            return mean_loss(model, held_out, context, config.evaluation.batch_size, world)
+    def start(backbone: Backbone, _partitions: Artifact) -> Start:
+        model = backbone.model().float()
+        return Start(model, language_loss, partial(save_trained_on, model, backbone))
 
-        losses = fit(model, language_loss, job, batches_from, validate, world)
-        if world.is_main:
-            with making(plan) as writer:
-                save_trained_on(model, backbone, writer.folder)
-                facts = {"training_tokens": phase.steps * phase.batch_size * context}
-                commit(writer, plan, config, {**losses, **facts})
-        world.barrier()
+    run_mixed(config, "dense", config.baseline_phase("dense"), start)
+
+
+def run_wide(config: Config) -> None:
+    """The same for the wide one."""
+
+    def start(backbone: Backbone, _partitions: Artifact) -> Start:
+        torch.manual_seed(derived_seed(config.seed, "dense_wide weights"))
+        model = build_wide(backbone.tensors, backbone.values, config.assembly.experts_per_token)
+
+        def save(folder: Path) -> None:
+            save_trained_on(model, backbone, folder)
+
+        return Start(model, language_loss, save)
+
+    run_mixed(config, "dense_wide", config.baseline_phase("dense_wide"), start)

@@ -12,9 +12,9 @@ from functools import partial
 from checkpoints import Artifact, MissingArtifactError, find_artifact, paths
 from checkpoints.commands import shown_command
 from modularforge.artifacts import Backbone, Corpus
-from modularforge.config import Config
+from modularforge.config import TRAINED_ON_ALL, Config
 from modularforge.errors import MismatchError
-from modularforge.evaluation.btx import build_btx
+from modularforge.evaluation.btx import build_btx, solved_router
 from modularforge.evaluation.report import markdown
 from modularforge.evaluation.results import parse_results
 from modularforge.evaluation.soup import build_soup
@@ -64,7 +64,7 @@ def find_models(config: Config) -> dict[str, Artifact]:
     """
     found = {"backbone": require(config, "backbone")}
     wanted: list[tuple[str, str, int | None]] = []
-    wanted += [(name, name, None) for name in ("dense", "joint") if name in config.evaluation.baselines]
+    wanted += [(name, name, None) for name in TRAINED_ON_ALL if name in config.evaluation.baselines]
     wanted += [(f"expert-{index}", "expert", index) for index in range(config.experts.count)]
     if "btx" in config.evaluation.baselines:
         wanted += [(f"branch-{index}", "branch", index) for index in range(config.experts.count)]
@@ -136,15 +136,15 @@ def _loaders(config: Config, artifacts: dict[str, Artifact]) -> dict[str, Loader
     def folder(name: str) -> dict[str, Loader]:
         return {name: StoredModel(artifacts[name].url, artifacts[name]).load} if name in artifacts else {}
 
-    loaders = folder("backbone") | folder("dense") | folder("joint")
+    loaders = folder("backbone")
+    for name in TRAINED_ON_ALL:
+        loaders |= folder(name)
     loaders |= {name: partial(backbone.expert, artifact) for name, artifact in experts.items()}
     if "soup" in config.evaluation.baselines and len(experts) == config.experts.count:
         loaders["soup"] = partial(build_soup, backbone, list(experts.values()))
     branches = [artifact for name, artifact in artifacts.items() if name.startswith("branch-")]
     if len(branches) == config.experts.count:
-        # Branches train no rows, so that their router is solved from sums, whatever the run's own is.
-        solved = config.assembly.model_copy(update={"router": "data_stats"})
-        loaders["btx"] = partial(build_btx, config.model_copy(update={"assembly": solved}), backbone, branches)
+        loaders["btx"] = partial(build_btx, solved_router(config), backbone, branches)
     return loaders | folder("assembled") | folder("calibrated")
 
 

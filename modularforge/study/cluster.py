@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from checkpoints import paths
 from checkpoints.commands import shown_command
-from modularforge.config import Config
+from modularforge.config import TRAINED_ON_ALL, Config
 from modularforge.errors import TrainingError
 from modularforge.log import logger
 from modularforge.pipeline import fingerprint, stage_settings
@@ -23,7 +23,8 @@ from modularforge.study.runs import Run, Runs
 from modularforge.study.study_file import Variant
 
 SETTINGS_NAME = "launch.yaml"
-BASELINE_OF = {"dense": "dense", "joint": "joint", "branch": "btx"}
+# The router of a BTX merge is trained here, from branches that the cluster trained.
+BASELINE_OF: dict[str, str] = {**{name: name for name in TRAINED_ON_ALL}, "branch": "btx", "btx": "btx"}
 
 
 def train_on_cluster(runs: Runs, variants: Sequence[Variant], seeds: Sequence[int]) -> None:
@@ -65,7 +66,7 @@ def _baselines(variants: Sequence[Variant], run: Run) -> list[str]:
     """The baselines that the variants of a run need, as `evaluation.baselines` names them."""
     recipe = run.config.output_dir.rstrip("/").rsplit("/", 1)[-1]
     stages = {NEEDS[variant.kind] for variant in variants if variant.recipe == recipe}
-    return [name for stage, name in BASELINE_OF.items() if stage in stages]
+    return list(dict.fromkeys(name for stage, name in BASELINE_OF.items() if stage in stages))
 
 
 def _launcher(command: str, settings_url: str) -> bool:

@@ -12,11 +12,11 @@ LINE_INCHES, MARGINS_INCHES = 0.3, 1.3
 LANDMARKS = ("backbone", "dense", "joint")
 COLOURS = {
     "assembled": EXPERT_COLOURS[0],
-    "btx": EXPERT_COLOURS[3],
-    "joint": EXPERT_COLOURS[4],
+    **dict.fromkeys(("btx", "btx_trained"), EXPERT_COLOURS[3]),
+    **dict.fromkeys(("joint", "joint_evidence"), EXPERT_COLOURS[4]),
     "experts": EXPERT_COLOURS[2],
 }
-MARKERS = {"assembled": "o", "btx": "^", "joint": "D", "experts": "v"}
+MARKERS = {"assembled": "o", "btx": "^", "btx_trained": "^", "joint": "D", "joint_evidence": "d", "experts": "v"}
 
 
 def draw_table(table: Mapping[str, Any]) -> bytes:

@@ -206,10 +206,12 @@ class Bench:
 
 
 def training_tokens(config: Config, kind: str) -> int:
-    """Tokens that went into a kind of model, those of its backbone included."""
+    """Tokens that went into a kind of model, those of its backbone included; `experts` stands for all of them."""
     experts = {"backbone": 0, "expert": 1}.get(kind, config.experts.count)
     windows = config.backbone.steps * config.backbone.batch_size
     windows += experts * config.experts.steps * config.experts.batch_size
+    if kind == "btx_trained":
+        windows += config.btx_phase.steps * config.btx_phase.batch_size
     return windows * config.model.context_length
 
 

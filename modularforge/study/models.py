@@ -9,7 +9,7 @@ from checkpoints import Artifact, plain_folder
 from modularforge.artifacts import derived_seed
 from modularforge.assembly.assemble import assemble
 from modularforge.calibration.calibrator import calibrate, even_mixture, split_documents
-from modularforge.config import Config
+from modularforge.config import TRAINED_ON_ALL, Config
 from modularforge.errors import DataError
 from modularforge.evaluation.btx import build_btx
 from modularforge.evaluation.soup import build_soup
@@ -22,9 +22,9 @@ from modularforge.training.job import Job
 
 NEEDS: dict[str, str | None] = {
     "backbone": None,
-    "dense": "dense",
-    "joint": "joint",
+    **{name: name for name in TRAINED_ON_ALL},
     "btx": "branch",
+    "btx_trained": "btx",
     "soup": "expert",
     "experts": "expert",
     "ensemble_uniform": "expert",
@@ -53,7 +53,7 @@ def build_model(run: Run, config: Config, variant: Variant, parts: dict[str, Art
         return build_btx(config, run.backbone, members)
     if variant.kind == "soup":
         return build_soup(run.backbone, members)
-    return load_model(parts[variant.kind].local_folder())
+    return load_model(parts[NEEDS[variant.kind] or "backbone"].local_folder())
 
 
 def _assembled(config: Config, backbone: Artifact, experts: list[Artifact]) -> Decoder:

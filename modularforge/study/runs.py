@@ -5,7 +5,8 @@ Data and partitions lie beside the runs, one folder for each way of dividing the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,24 +14,14 @@ from typing import Any
 from checkpoints import Artifact, MissingArtifactError, find_artifact, paths
 from checkpoints.copying import copy_artifact
 from modularforge.artifacts import Backbone, Corpus
-from modularforge.config import Config
+from modularforge.config import TRAINED_ON_ALL, Config
 from modularforge.errors import ConfigError
 from modularforge.log import logger
 from modularforge.pipeline import Plan, fingerprint, finished, job_name, plan_stage, stage_settings, stage_url
 from modularforge.provenance import save_settings
+from modularforge.runners import RUNNERS
 from modularforge.settings import load_config
-from modularforge.stages import backbone, branch, dense, expert, joint, prepare
 from modularforge.study.study_file import StudyFile
-
-RUNNERS: dict[str, Callable[..., Any]] = {
-    "corpus": prepare.run,
-    "partitions": prepare.run,
-    "backbone": backbone.run,
-    "dense": dense.run,
-    "joint": joint.run,
-    "expert": expert.run,
-    "branch": branch.run,
-}
 
 
 @dataclass(frozen=True)
@@ -90,8 +81,10 @@ class Run:
         """The artifact of a stage: found here, copied from another run, or made now."""
         if stage != "corpus":
             self.obtain("corpus" if stage == "partitions" else "partitions")
-        if stage in ("dense", "joint", "expert", "branch"):
+        if stage not in ("corpus", "partitions", "backbone"):
             self.obtain("backbone")
+        if stage == "btx":
+            self.obtain_each("branch")
         plan = plan_stage(self.config, stage, index)
         artifact = finished(plan) or self._copied(plan, stage, index)
         if artifact is None:
@@ -107,11 +100,13 @@ class Run:
         """Copy everything that another run has and this one would make alike; nothing is trained."""
         self._take("backbone")
         if find_artifact(stage_url(self.config, "backbone")):
-            for stage in ("dense", "joint"):
+            for stage in TRAINED_ON_ALL:
                 self._take(stage)
             for index in range(self.config.experts.count):
                 self._take("expert", index)
                 self._take("branch", index)
+            with contextlib.suppress(MissingArtifactError):
+                self._take("btx")
 
     def obtain_each(self, stage: str) -> list[Artifact]:
         """The artifacts of all experts, or of all branches."""

@@ -87,7 +87,8 @@ def measure_once(runs: Runs, bench: Bench, variant: Variant, seed: int) -> tuple
     limited = config.evaluation.model_copy(update={"tokens_per_domain": limit})
     measured = bench.measure(variant, config.model_copy(update={"evaluation": limited}), parts)
     about = {"variant": variant.name, "kind": variant.kind, "recipe": variant.recipe, "seed": seed}
-    tokens = [training_tokens(config, "backbone"), training_tokens(config, "experts")]
+    whole = "btx_trained" if variant.kind == "btx_trained" else "experts"  # it alone trains on after its members
+    tokens = [training_tokens(config, "backbone"), training_tokens(config, whole)]
     seconds = round(time.perf_counter() - start, 3)
     result: dict[str, Any] = json_safe({**about, "tokens": tokens, **measured, "seconds": seconds})
     if old:

@@ -21,12 +21,15 @@ from modularforge.settings import read_yaml
 Kind = Literal[
     "backbone",
     "dense",
+    "dense_wide",
     "soup",
     "experts",
     "ensemble_uniform",
     "ensemble_posterior",
     "joint",
+    "joint_evidence",
     "btx",
+    "btx_trained",
     "assembled",
 ]
 ROUTED = ("assembled", "btx")

@@ -121,6 +121,7 @@ def _summary(found: Mapping[int, Row], results: Results, reference: str) -> Row:
         "worst_domain": max((item for item in worst if item), key=lambda item: float(item["change"]), default=None),
         "probes": probe_means(list(found.values())),
         **{name: first[name] for name in COST},
+        "routing_parameters": first.get("routing_parameters"),
     }
 
 
@@ -207,6 +208,7 @@ def markdown(table: Mapping[str, Any]) -> str:
         "worst against the backbone, in any seed.",
         "",
         *_lines(*_main_rows(table)),
+        *_routing_lines(table),
         "",
         "Loss by domain, mean over seeds:",
         "",
@@ -259,6 +261,16 @@ def _main_rows(table: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             *(_count(row[column]) for column in COST),
         ])  # fmt: skip
     return header, rows
+
+
+def _routing_lines(table: Mapping[str, Any]) -> list[str]:
+    """What of the active parameters carries nothing but routing: rows, and channels of the evidence router."""
+    found = [
+        f"{plain(name)} {_count(row['routing_parameters'])}"
+        for name, row in table["rows"].items()
+        if row.get("routing_parameters")
+    ]
+    return ["", f"Of the active parameters, these carry nothing but routing: {', '.join(found)}."] if found else []
 
 
 def _domain_rows(table: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

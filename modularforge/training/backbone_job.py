@@ -28,6 +28,7 @@ from modularforge.model.hub_config import (
     WEIGHTS_NAME,
     backbone_config,
     generation_config,
+    model_config_of,
     read_config,
     write_json,
 )
@@ -93,10 +94,13 @@ def save_backbone(
 
 
 def save_trained_on(model: Decoder, backbone: Backbone, folder: Path) -> None:
-    """Write a backbone that was trained on: in the type of its weights, with its tokenizer and settings."""
+    """Write a backbone that was trained on, or a wider one made of it: in its types, with its tokenizer."""
     types = {name: tensor.dtype for name, tensor in backbone.tensors.items()}
     save_tensors(cast_like(backbone_tensors(model), types), folder / WEIGHTS_NAME)
-    (folder / CONFIG_NAME).write_bytes(backbone.artifact.read_bytes(CONFIG_NAME))
+    if model.config.ffn_width == model_config_of(backbone.values).ffn_width:
+        (folder / CONFIG_NAME).write_bytes(backbone.artifact.read_bytes(CONFIG_NAME))
+    else:
+        write_json(folder / CONFIG_NAME, backbone_config(model.config, model.vocab_size, backbone.values))
     copy_text_files(backbone.artifact, folder)
 
 

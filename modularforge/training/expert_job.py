@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from modularforge.artifacts import Backbone, derived_seed
-from modularforge.assembly.routing import RouterStatistics
+from modularforge.assembly.small_files import special_tokens
 from modularforge.assembly.statistics import EXPERT_NAME, ROUTER_NAME, STATISTICS_NAME, load_statistics, save_statistics
+from modularforge.assembly.text_counts import COUNTS_NAME, counts_of, save_counts
 from modularforge.config import Config
 from modularforge.data.loader import batches
 from modularforge.data.token_files import Tokens
@@ -24,7 +24,7 @@ from modularforge.training.expert import build_expert, expert_tensors, router_di
 from modularforge.training.job import Job
 from modularforge.training.loop import LossFunction, fit
 from modularforge.training.losses import AnchoredLoss, language_loss, mean_loss
-from modularforge.training.statistics import count_tokens, gather_statistics
+from modularforge.training.statistics import gather_statistics
 
 
 def train_expert(
@@ -63,7 +63,9 @@ def save_expert(
     save_tensors(ffn, folder / EXPERT_NAME)
     if rows:
         save_tensors(rows, folder / ROUTER_NAME)
-    save_statistics(folder / STATISTICS_NAME, partition_statistics(config, model, tokens, index, world.device))
+    statistics = gather_statistics(model, partition_sample(config, tokens, index), world.device)
+    save_statistics(folder / STATISTICS_NAME, statistics)
+    save_counts(folder / COUNTS_NAME, counts_of(config, tokens, model.vocab_size, special_tokens(backbone.artifact)))
     hashes = backbone.artifact.entry("model.safetensors").tensors
     return {
         "index": index,
@@ -81,20 +83,8 @@ def _directions(config: Config, backbone: Backbone, tokens: Tokens, index: int, 
     return router_directions(own.layers, general.layers)
 
 
-def partition_statistics(
-    config: Config, model: Decoder, tokens: Tokens, index: int, device: torch.device
-) -> RouterStatistics:
-    """What a model's routers see of its partition; token counts are of `experts.counted_tokens` where that is set."""
-    statistics = gather_statistics(model, partition_sample(config, tokens, index), device)
-    wanted = config.experts.counted_tokens
-    if wanted is None:
-        return statistics
-    sample = partition_sample(config, tokens, index, min(wanted, len(tokens)))
-    return replace(statistics, tokens_V=count_tokens(sample, model.vocab_size))
-
-
-def partition_sample(config: Config, tokens: Tokens, index: int, wanted: int | None = None) -> Iterator[Tensor]:
-    """Shuffled text of a partition: `wanted` tokens of it, or `experts.statistics_tokens`."""
+def partition_sample(config: Config, tokens: Tokens, index: int) -> Iterator[Tensor]:
+    """Shuffled text of a partition, `experts.statistics_tokens` of it."""
     context = config.model.context_length
     stream = batches(tokens, context, 1, derived_seed(config.seed, "expert statistics", index))
-    return sample_windows(stream, (wanted or config.experts.statistics_tokens) // context, config.evaluation.batch_size)
+    return sample_windows(stream, config.experts.statistics_tokens // context, config.evaluation.batch_size)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from modularforge.artifacts import Backbone
+from modularforge.assembly.small_files import copy_text_files
 from modularforge.model import names
 from modularforge.model.backbone import INITIAL_STD, Decoder
-from modularforge.model.folder import fill
-from modularforge.model.hub_config import model_config_of
+from modularforge.model.folder import backbone_tensors, fill, save_tensors
+from modularforge.model.hub_config import CONFIG_NAME, WEIGHTS_NAME, model_config_of, moe_config, write_json
 from modularforge.model.moe import build_moe, moe_layers
 
 
@@ -39,3 +42,13 @@ def build_joint(
         for mixture in moe_layers(decoder):
             mixture.requires_grad_(True)
     return decoder
+
+
+def save_mixture(model: Decoder, backbone: Backbone, folder: Path) -> None:
+    """Write a mixture with the backbone's tokenizer: weights in the type of the backbone's, router rows in float32."""
+    dtype, layer = backbone.tensors[names.EMBEDDING].dtype, moe_layers(model)[0]
+    tensors = {name: t if names.is_gate(name) else t.to(dtype) for name, t in backbone_tensors(model).items()}
+    save_tensors(tensors, folder / WEIGHTS_NAME)
+    shape = model.config, model.vocab_size, len(layer.experts), layer.experts_per_token
+    write_json(folder / CONFIG_NAME, moe_config(*shape, backbone.values))
+    copy_text_files(backbone.artifact, folder)

@@ -29,14 +29,6 @@ def gather_statistics(model: Decoder, batches: Iterable[Tensor], device: torch.d
     return RouterStatistics([layer.finish() for layer in layers], tokens_V, inverse_rms_L)
 
 
-def count_tokens(batches: Iterable[Tensor], vocab_size: int) -> Any:
-    """How often each token [V] occurs in batches of ids [B, T]."""
-    counts_V = np.zeros(vocab_size)
-    for tokens_BT in batches:
-        counts_V += np.bincount(tokens_BT.flatten().numpy(), minlength=vocab_size)
-    return counts_V
-
-
 class _LayerSums:
     """Adds up what passes one block's router while the model runs."""
 

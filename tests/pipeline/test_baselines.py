@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -11,8 +12,13 @@ import yaml
 
 from checkpoints import paths
 from modularforge.config import Config
-from modularforge.model.folder import load_model
-from modularforge.settings import to_yaml
+from modularforge.model import names
+from modularforge.model.folder import load_model, read_tensors
+from modularforge.model.hub_config import read_config
+from modularforge.pipeline import stage_settings
+from modularforge.settings import make_config, to_yaml
+from modularforge.training.losses import language_loss
+from modularforge.training.wide import build_wide
 from tests.conftest import run_command
 
 
@@ -25,7 +31,7 @@ def evaluated(finished_run: Config, tmp_path_factory: pytest.TempPathFactory) ->
         (folder / name).symlink_to(paths.local_path(finished_run.output_dir) / name)
     values = yaml.safe_load(to_yaml(finished_run))
     values |= {"output_dir": str(folder), "data_dir": finished_run.data_url}
-    values["evaluation"]["baselines"] = ["dense", "soup", "joint", "btx"]
+    values["evaluation"]["baselines"] = ["dense", "dense_wide", "soup", "joint", "btx"]
     values["joint"]["batch_size"] = 2 * finished_run.experts.batch_size
     config = folder.with_suffix(".yaml")
     config.write_text(yaml.safe_dump(values))
@@ -36,7 +42,7 @@ def evaluated(finished_run: Config, tmp_path_factory: pytest.TempPathFactory) ->
 def test_all_baselines_are_in_the_table(evaluated: Path) -> None:
     results = json.loads((evaluated / "evaluation" / "results.json").read_text())
     models = results["models"]
-    assert {"dense", "joint", "soup", "btx"} <= models.keys()
+    assert {"dense", "dense_wide", "joint", "soup", "btx"} <= models.keys()
     assert models["btx"]["mean_loss"] < models["backbone"]["mean_loss"]
     assert models["joint"]["training_tokens"] == models["dense"]["training_tokens"]
     assert models["joint"]["parameters"] == models["assembled"]["parameters"]
@@ -50,3 +56,58 @@ def test_a_joint_model_gives_the_logits_of_transformers(evaluated: Path) -> None
     with torch.no_grad():
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)(tokens_BT).logits
         torch.testing.assert_close(load_model(folder)(tokens_BT), theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_a_wide_backbone_computes_the_same_and_its_copies_differ(evaluated: Path) -> None:
+    values, tensors = read_config(evaluated / "backbone"), read_tensors(evaluated / "backbone")
+    torch.manual_seed(0)
+    plain, wide = load_model(evaluated / "backbone"), build_wide(tensors, values, 3)
+    tokens_BT = torch.arange(2 * 9).view(2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(wide(tokens_BT), plain(tokens_BT), atol=1e-5, rtol=1e-5)
+    up_FD = wide.get_parameter(names.dense_ffn(1, "w3")).detach().chunk(3)
+    assert min(float((a - b).abs().max()) for a, b in itertools.combinations(up_FD, 2)) > 1e-3
+    gate_FD = wide.get_parameter(names.dense_ffn(1, "w1"))
+    language_loss(wide, tokens_BT, tokens_BT).backward()
+    assert gate_FD.grad is not None
+    steps_FD = gate_FD.grad.sign().chunk(3)  # of AdamW's first step
+    assert not torch.equal(steps_FD[0], steps_FD[1]), "equal steps would leave the copies equal for good"
+    assert torch.equal(
+        tensors[names.dense_ffn(1, "w3")], read_tensors(evaluated / "backbone")[names.dense_ffn(1, "w3")]
+    )
+
+
+def test_the_wide_dense_model_has_the_active_parameters_of_the_assembled_one(evaluated: Path) -> None:
+    models = json.loads((evaluated / "evaluation" / "results.json").read_text())["models"]
+    wide, assembled = models["dense_wide"], models["assembled"]
+    assert wide["active_parameters"] == assembled["active_parameters"] - assembled["routing_parameters"]
+    assert wide["routing_parameters"] == models["dense"]["routing_parameters"] == 0
+    assert wide["training_tokens"] == models["dense"]["training_tokens"]
+    assert wide["mean_loss"] < models["backbone"]["mean_loss"]
+
+
+def test_a_wide_dense_model_gives_the_logits_of_transformers(evaluated: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = evaluated / "baselines" / "dense_wide"
+    tokens_BT = torch.arange(2 * 9).view(2, 9)
+    with torch.no_grad():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)(tokens_BT).logits
+        torch.testing.assert_close(load_model(folder)(tokens_BT), theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_a_rate_of_its_own_trains_another_model_and_the_general_one_the_same(evaluated: Path, tmp_path: Path) -> None:
+    """The very artifact, whether the rate is said for all trainings or for the baseline alone."""
+    values = yaml.safe_load((evaluated / "config.yaml").read_text())
+    values["output_dir"] = str(tmp_path / "run")
+    ours = make_config({**values, "dense": {"peak_learning_rate": 7e-3, "batch_size": 12}}, "here")
+    general = make_config(
+        {**values, "experts": values["experts"] | {"peak_learning_rate": 7e-3}, "joint": {"batch_size": 12}}, "here"
+    )
+    plain = make_config(values, "here")
+    assert stage_settings(ours, "dense") == stage_settings(general, "dense") != stage_settings(plain, "dense")
+    assert stage_settings(ours, "joint") == stage_settings(plain, "joint")
+    assert stage_settings(ours, "dense_wide") == stage_settings(plain, "dense_wide")
+    assert ours.baseline_phase("dense") == general.baseline_phase("dense")
+    assert ours.baseline_phase("dense").peak_learning_rate == 7e-3
+    assert ours.baseline_phase("dense").batch_size == 12
+    assert ours.baseline_phase("joint") == plain.baseline_phase("joint")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,13 @@ import pytest
 import torch
 import yaml
 
-from checkpoints import find_artifact, open_artifact, paths
+from checkpoints import find_artifact, open_artifact, paths, plain_folder
 from modularforge.artifacts import Backbone, Corpus
+from modularforge.assembly.assemble import assemble as put_together
+from modularforge.calibration.calibrator import split_documents
 from modularforge.data.loader import IGNORED_TARGET, evaluation_batches
 from modularforge.errors import ConfigError
-from modularforge.evaluation.btx import build_btx
+from modularforge.evaluation.btx import build_btx, solved_router
 from modularforge.evaluation.losses import measure
 from modularforge.evaluation.probes import position_ranges
 from modularforge.model import names
@@ -29,11 +33,15 @@ from modularforge.model.moe import observe_routing
 from modularforge.pipeline import require
 from modularforge.settings import to_yaml
 from modularforge.stages import assemble, calibrate, evaluate
+from modularforge.stages.btx import choose_trained
 from modularforge.study.runs import Runs
 from modularforge.study.study import collect, run_study
 from modularforge.study.study_file import load_study, variants_of
+from modularforge.study.table import make_table
+from modularforge.training.distributed import World
 from modularforge.training.joint import build_joint
 from modularforge.training.losses import load_balance_loss
+from modularforge.training.mixture import mixed_partitions
 from tests.conftest import ROOT, run_command, tiny_config
 
 RIDGE = {"assembly.router": "data_stats"}
@@ -48,23 +56,26 @@ STUDY: dict[str, Any] = {
         "frozen": {"experts.anchored": False, "joint.freeze_shared": True},
         "random": {"experts.anchored": False, "partition.method": "random"},
         "longer": {"experts.anchored": False, "experts.steps": 12},
+        "fewer": {"experts.anchored": False, "experts.steps": 8, "btx.steps": 2, "btx.batch_size": 12},
     },
     "variants": {
         "backbone": {"kind": "backbone"},
         "dense": {"kind": "dense"},
+        "wide": {"kind": "dense_wide"},
         "soup": {"kind": "soup"},
         "experts": {"kind": "experts", "recipe": ["plain", "anchored"]},
         "uniform": {"kind": "ensemble_uniform"},
         "posterior": {"kind": "ensemble_posterior"},
         "joint": {"kind": "joint", "recipe": ["plain", "frozen"]},
         "btx": {"kind": "btx", "set": RIDGE},
+        "btx_trained": {"kind": "btx_trained", "recipe": "fewer", "seeds": [0]},
         "ridge": {
             "kind": "assembled",
             "recipe": ["plain", "anchored"],
             "removal": True,
             "set": {**RIDGE, "assembly.experts_per_token": [1, "all"]},
         },
-        "evidence": {"kind": "assembled", "set": {"assembly.router": "evidence"}},
+        "evidence": {"kind": "assembled", "without": True, "set": {"assembly.router": "evidence"}},
         "calibrated": {"kind": "assembled", "calibrate": True, "set": RIDGE, "final": False},
         "random": {"kind": "assembled", "recipe": "random", "set": RIDGE, "seeds": [0]},
         "longer": {"kind": "assembled", "recipe": "longer", "set": RIDGE, "seeds": [0]},
@@ -76,8 +87,12 @@ def write_study(folder: Path, **changes: Any) -> Path:
     base = folder / "base.yaml"
     base.write_text(to_yaml(tiny_config(folder / "unused", assembly={"router": "data_stats"})))
     path = folder / "study.yaml"
+    (folder / "readme.txt").write_text("A text of no domain, such as how to build it: make install. " * 20)
+    texts = {"validation": [str(folder / "readme.txt")]}
     path.write_text(
-        yaml.safe_dump({**STUDY, "base": str(base), "output_dir": str(folder / "out"), **changes}, sort_keys=False)
+        yaml.safe_dump(
+            {**STUDY, "texts": texts, "base": str(base), "output_dir": str(folder / "out"), **changes}, sort_keys=False
+        )
     )
     return path
 
@@ -103,11 +118,11 @@ def result_of(runs: Runs, variant: str, seed: int = 0, split: str = "validation"
 def test_the_table_has_every_variant_with_the_mean_of_its_seeds(finished_study: Runs) -> None:
     table = table_of(finished_study)
     assert list(table["rows"]) == [
-        "backbone", "dense", "soup", "plain-experts: best expert", "plain-experts: oracle",
+        "backbone", "dense", "wide", "soup", "plain-experts: best expert", "plain-experts: oracle",
         "anchored-experts: best expert", "anchored-experts: oracle", "uniform", "posterior", "plain-joint",
-        "frozen-joint", "btx", "plain-ridge-experts_per_token_1", "plain-ridge-experts_per_token_all",
-        "anchored-ridge-experts_per_token_1", "anchored-ridge-experts_per_token_all", "evidence", "calibrated",
-        "random", "longer",
+        "frozen-joint", "btx", "btx_trained", "plain-ridge-experts_per_token_1", "plain-ridge-experts_per_token_all",
+        "anchored-ridge-experts_per_token_1", "anchored-ridge-experts_per_token_all", "evidence",
+        "evidence: without own expert", "calibrated", "random", "longer",
     ]  # fmt: skip
     row, found = table["rows"]["uniform"], [result_of(finished_study, "uniform", seed) for seed in (0, 1)]
     losses = [item["rows"][""]["mean_loss"] for item in found]
@@ -144,11 +159,18 @@ def test_gains_compare_rows_of_one_seed_and_of_the_same_tokens(finished_study: R
 def test_shared_work_is_done_once(finished_study: Runs) -> None:
     root = Path(finished_study.root)
     trained = {path.relative_to(root).as_posix() for path in root.glob("seed-*/*/metrics/*.jsonl")}
-    plain = {"backbone", "dense", "joint", *(f"{kind}-{k}" for kind in ("expert", "branch") for k in range(3))}
+    plain = {
+        "backbone",
+        "dense",
+        "dense_wide",
+        "joint",
+        *(f"{kind}-{k}" for kind in ("expert", "branch") for k in range(3)),
+    }
     expected = {f"seed-{seed}/plain/metrics/{job}.jsonl" for seed in (0, 1) for job in plain}
     expected |= {f"seed-{seed}/anchored/metrics/expert-{k}.jsonl" for seed in (0, 1) for k in range(3)}
     expected |= {f"seed-{seed}/frozen/metrics/joint.jsonl" for seed in (0, 1)}
     expected |= {f"seed-0/{recipe}/metrics/expert-{k}.jsonl" for recipe in ("random", "longer") for k in range(3)}
+    expected |= {"seed-0/fewer/metrics/btx.jsonl", *(f"seed-0/fewer/metrics/branch-{k}.jsonl" for k in range(3))}
     assert trained == expected
     corpora = [find_artifact(str(folder)) for folder in (root / "data").iterdir()]
     assert len(corpora) == 2, "one data folder for each way of dividing the documents"
@@ -237,6 +259,53 @@ def test_losses_by_position_add_up_to_the_loss(finished_study: Runs) -> None:
     assert list(kept_shares.values()) == pytest.approx([1.0] * len(kept_shares))
 
 
+def test_a_domain_without_its_expert_is_measured_by_the_model_of_the_others(finished_study: Runs) -> None:
+    config = finished_study.config(0, "plain", {"assembly.router": "evidence"})
+    experts = [require(config, "expert", index) for index in range(3)]
+    corpus = Corpus(require(config, "corpus"))
+    _, decide = split_documents(corpus.tokens("validation"), corpus.labels)
+    found = result_of(finished_study, "evidence")["rows"]
+    row, whole = found["without own expert"], found[""]
+    for index, label in enumerate(table_of(finished_study)["domains"]):
+        others = [expert for place, expert in enumerate(experts) if place != index]
+        with tempfile.TemporaryDirectory() as folder:
+            put_together(config, require(config, "backbone"), others, plain_folder(Path(folder)))
+            model = load_model(Path(folder))
+        limits = config.evaluation.batch_size, finished_study.study.validation_tokens_per_domain
+        alone = measure(model, {label: decide[label]}, corpus.byte_lengths, *limits, torch.device("cpu"))
+        assert row["domains"][label]["loss"] == pytest.approx(alone.mean_loss, abs=1e-6)
+        assert row["domains"][label]["loss"] != pytest.approx(whole["domains"][label]["loss"], abs=1e-6)
+    held = table_of(finished_study)["rows"]["evidence: without own expert"]["differences"]["backbone"]["text"]
+    backbones = [result_of(finished_study, "backbone", seed)["rows"][""] for seed in (0, 1)]
+    mine = [result_of(finished_study, "evidence", seed)["rows"]["without own expert"] for seed in (0, 1)]
+    changes = [a["mean_loss"] - b["mean_loss"] for a, b in zip(mine, backbones, strict=True)]
+    assert held["difference"] == pytest.approx(statistics.fmean(changes), abs=1e-6)
+    assert held["seed_error"] == pytest.approx(statistics.stdev(changes) / 2**0.5, abs=1e-6)
+
+
+def test_rows_are_held_against_others_on_every_probe(finished_study: Runs) -> None:
+    rows = table_of(finished_study)["rows"]
+    held = rows["evidence"]["differences"]
+    assert list(held) == ["backbone", "dense", "joint"]
+    assert list(held["dense"]) == ["text", "switch", "mixed", "general"]
+    for probe in ("switch", "mixed", "general"):
+        mine, other = (
+            statistics.fmean(
+                result_of(finished_study, name, seed)["rows"][""]["probes"][probe]["mean_loss"] for seed in (0, 1)
+            )
+            for name in ("evidence", "dense")
+        )
+        assert rows["evidence"]["probes"][probe]["mean_loss"] == pytest.approx(mine, abs=1e-9)
+        assert held["dense"][probe]["difference"] == pytest.approx(mine - other, abs=1e-5)
+    assert "backbone" not in rows["backbone"]["differences"]
+    assert list(rows["evidence"]["probes"]["general"]["domains"]) == ["readme"]
+    page = paths.read_bytes(f"{finished_study.root}/table-validation.md").decode()
+    assert "| variant | text | behind a switch | mixed passages | no domain |" in page
+    chosen = make_table("t", "validation", collect(finished_study, "validation"), "plain", ["posterior"])
+    assert list(chosen["rows"]["evidence"]["differences"]) == ["posterior"]
+    assert chosen["rows"]["posterior"]["differences"] == {}
+
+
 def test_removal_reports_the_domains_of_the_other_experts(finished_study: Runs) -> None:
     removal = result_of(finished_study, "plain-ridge-experts_per_token_all")["removal"]
     labels = table_of(finished_study)["domains"]
@@ -294,6 +363,19 @@ def test_the_joint_model_starts_as_the_backbone_and_its_balance_loss_is_one_when
         assert float(load_balance_loss(uneven)) > 1.05
 
 
+def test_only_the_channels_make_the_widened_model_larger_than_a_wide_dense_one(finished_study: Runs) -> None:
+    evidence, wide, joint = (
+        result_of(finished_study, name)["rows"][""] for name in ("evidence", "wide", "plain-joint")
+    )
+    assert evidence["active_parameters"] - evidence["routing_parameters"] == wide["active_parameters"]
+    assert joint["active_parameters"] - joint["routing_parameters"] == wide["active_parameters"]
+    assert evidence["routing_parameters"] > joint["routing_parameters"] > wide["routing_parameters"] == 0
+    page = paths.read_bytes(f"{finished_study.root}/table-validation.md").decode()
+    assert re.search(
+        r"Of the active parameters, these carry nothing but routing: .*\bplain-joint \d.*\bevidence \d", page
+    )
+
+
 def test_btx_of_equal_branches_is_that_branch_and_shared_tensors_are_the_mean(finished_study: Runs) -> None:
     config = finished_study.config(0, "plain", RIDGE)
     backbone = Backbone(open_artifact(f"{config.output_dir}/backbone"))
@@ -310,6 +392,45 @@ def test_btx_of_equal_branches_is_that_branch_and_shared_tensors_are_the_mean(fi
     assert torch.equal(down, each[2][names.dense_ffn(1, "w2")])
 
 
+def test_the_trained_btx_merge_starts_from_the_merge_and_keeps_the_ffns(finished_study: Runs) -> None:
+    config = finished_study.config(0, "fewer")
+    backbone = Backbone(open_artifact(f"{config.output_dir}/backbone"))
+    branches = [open_artifact(f"{config.output_dir}/baselines/branches/branch-{k}") for k in range(3)]
+    merged = build_btx(solved_router(config), backbone, branches)
+    trained = load_model(Path(config.output_dir) / "baselines" / "btx")
+    moved = {name for name, weight in merged.named_parameters() if not torch.equal(weight, trained.get_parameter(name))}
+    experts = {name for name, _ in merged.named_parameters() if names.expert_position(name)}
+    assert moved == {name for name, _ in merged.named_parameters()} - experts, "all but the FFNs, as btx.trains says"
+    for trains, left in (("router", {name for name in moved if names.is_gate(name)}), ("all", moved | experts)):
+        choose_trained(merged, trains)
+        assert {name for name, weight in merged.named_parameters() if weight.requires_grad} == left
+
+
+def test_the_trained_btx_merge_has_the_tokens_of_the_others_and_is_compared_with_them(finished_study: Runs) -> None:
+    trained, plain = (result_of(finished_study, name) for name in ("btx_trained", "btx"))
+    assert trained["tokens"] == plain["tokens"]
+    assert trained["rows"][""]["training_tokens"] == plain["rows"][""]["training_tokens"]
+    rows = table_of(finished_study)["rows"]
+    dense = result_of(finished_study, "dense")["rows"][""]["mean_loss"]
+    assert rows["btx_trained"]["minus_dense"] == pytest.approx(rows["btx_trained"]["mean_loss"] - dense)
+
+
+def test_its_second_phase_reads_on_where_the_branches_stopped(finished_study: Runs) -> None:
+    """Branches of 8 steps of 4 windows, and 8 windows more of each partition: what jobs of 10 steps see."""
+    config = finished_study.config(0, "fewer")
+    partitions, world = require(config, "partitions"), World()
+    rest = mixed_partitions(config, partitions, "btx", config.btx_phase, world, 32)
+    longer = config.model_copy(update={"experts": config.experts.model_copy(update={"steps": 10})})
+    whole = mixed_partitions(longer, partitions, "joint", longer.baseline_phase("joint"), world)
+    branch = mixed_partitions(config, partitions, "joint", config.baseline_phase("joint"), world)
+
+    def windows(batches_from: Any) -> list[tuple[int, ...]]:
+        return sorted(tuple(row.tolist()) for inputs_BT, _, _ in batches_from(0) for row in inputs_BT)
+
+    assert len(windows(rest)) == 24
+    assert sorted(windows(branch) + windows(rest)) == windows(whole)
+
+
 def test_collected_results_follow_the_file(finished_study: Runs) -> None:
     assert list(collect(finished_study, "validation")) == [
         variant.name for variant in variants_of(finished_study.study)
@@ -324,6 +445,10 @@ def test_collected_results_follow_the_file(finished_study: Runs) -> None:
         (
             {"variants": {"a": {"kind": "dense", "calibrate": True}}},
             "a.calibrate must be false for kind dense",
+        ),
+        (
+            {"variants": {"a": {"kind": "assembled", "calibrate": True, "without": True}}},
+            "a.without must be false but for kind assembled without calibrate",
         ),
         ({"variants": {"a": {"kind": "dense", "seeds": [7]}}}, "variants.a.seeds must be among the study's ([0, 1])"),
         ({"variants": {"a": {"kind": "sparse"}}}, "variants.a.kind must be 'backbone', 'dense'"),

@@ -52,14 +52,15 @@ def test_groups_wait_for_each_other_in_the_order_of_the_pipeline(tmp_path: Path)
 
 
 def test_baselines_are_jobs_of_their_own(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, evaluation={"baselines": ["dense", "joint", "btx"]})
+    config = tiny_config(tmp_path, evaluation={"baselines": ["btx", "dense", "dense_wide", "joint", "joint_evidence"]})
     groups = {group.name: group for group in build_groups(build_tasks(config))}
-    assert list(groups) == ["prepare-data", "backbone", "expert", "dense", "joint", "branch", "assemble", "evaluate"]
+    mixed = ["dense", "dense_wide", "joint", "joint_evidence"]
+    assert list(groups) == ["prepare-data", "backbone", "expert", *mixed, "branch", "assemble", "evaluate"]
     assert [task.index for task in groups["branch"].tasks] == [0, 1, 2]
     assert groups["branch"].tasks[2].arguments == ("train", "--only", "branch", "--index", "2")
-    assert groups["evaluate"].after == ("assemble", "dense", "joint", "branch")
+    assert groups["evaluate"].after == ("assemble", *mixed, "branch")
     assert nodes_of(config, "branch") == config.cluster.expert
-    assert nodes_of(config, "joint") == config.cluster.backbone
+    assert all(nodes_of(config, name) == config.cluster.backbone for name in mixed)
 
 
 @given(

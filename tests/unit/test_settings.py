@@ -61,7 +61,7 @@ def test_baselines_on_all_partitions_have_batches_of_their_own_and_leave_no_wind
     wished: int | None, size: int
 ) -> None:
     config = make_config(tiny_values("out", joint={"batch_size": wished}), "here.yaml")
-    experts, joint = config.experts, config.joint_phase
+    experts, joint = config.experts, config.baseline_phase("joint")
     assert (experts.count, experts.steps, experts.batch_size) == (3, 10, 4)
     assert joint.batch_size == size
     assert joint.steps * size == 3 * 10 * 4

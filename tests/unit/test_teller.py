@@ -122,7 +122,7 @@ def test_the_note_stays_behind_the_bar_on_a_terminal(log: io.StringIO, monkeypat
 
 
 @pytest.mark.parametrize("batch_size", [None, 4, 8, 24, 100])
-@pytest.mark.parametrize("baseline", ["dense", "joint"])
+@pytest.mark.parametrize("baseline", ["dense", "dense_wide", "joint"])
 def test_a_baseline_is_as_long_in_the_report_as_it_trains(
     tmp_path: Path, baseline: str, batch_size: int | None
 ) -> None:
@@ -130,7 +130,7 @@ def test_a_baseline_is_as_long_in_the_report_as_it_trains(
     config = tiny_config(
         tmp_path, experts=experts, joint={"batch_size": batch_size}, evaluation={"baselines": [baseline]}
     )
-    steps = config.joint_phase.steps
+    steps = config.baseline_phase(baseline).steps
     (tmp_path / "config.yaml").write_text(json.dumps(config.model_dump(mode="json")))
     write_metrics(str(tmp_path), baseline, dict.fromkeys(range(5, steps // 2 + 1, 5), 5.0))
     run = read_run(str(tmp_path))
@@ -140,6 +140,23 @@ def test_a_baseline_is_as_long_in_the_report_as_it_trains(
     assert part.share == pytest.approx(0.5, abs=0.05)
     task = next(task for task in build_tasks(config) if task.name == baseline)
     assert _steps(config, task) == steps
+
+
+def test_a_batch_of_its_own_and_the_second_phase_of_btx_are_as_long_in_the_report(tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path,
+        experts={"count": 4, "steps": 250, "batch_size": 4},
+        dense={"batch_size": 40},
+        joint={"batch_size": 16},
+        btx={"steps": 70, "batch_size": None},
+    )
+    (tmp_path / "config.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    for name in ("dense", "btx"):
+        write_metrics(str(tmp_path), name, {5: 5.0})
+    parts = {part.name: part for part in parts_of(read_run(str(tmp_path)))}
+    context = config.model.context_length
+    assert (parts["dense"].steps, parts["dense"].tokens) == (100, 100 * 40 * context)
+    assert (parts["btx"].steps, parts["btx"].tokens) == (70, 70 * 16 * context)
 
 
 def test_the_axis_of_a_joined_baseline_ends_with_its_training(tmp_path: Path) -> None:

@@ -1,0 +1,50 @@
+"""A backbone with a wider feed-forward block that computes the same, from which a wide dense baseline starts."""
+
+# D width  F FFN width
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modularforge.model import names
+from modularforge.model.backbone import Decoder, build_backbone
+from modularforge.model.folder import fill
+from modularforge.model.hub_config import model_config_of
+
+# Of the noise, relative to the rms of the matrix that it is added to.
+NOISE = 0.1
+
+
+def build_wide(backbone: dict[str, Tensor], values: dict[str, Any], times: int) -> Decoder:
+    """The backbone, in float32, with each SwiGLU unit `times` times, which computes what the backbone does.
+
+    As in Net2WiderNet (Chen et al., arXiv 1511.05641, section 3.2), copies share a unit's outgoing weight, here in
+    equal parts, and noise tells them apart. Unequal parts would not: AdamW's step does not depend on the size of a
+    gradient. The noise is in the up projection alone and sums to zero over the copies of a unit: a SwiGLU unit is
+    linear in it, so that the copies together stay the unit, to rounding. It is drawn from torch's global generator.
+    `backbone` and `values` are the tensors and config.json of the backbone.
+    """
+    model, vocab_size = model_config_of(values), int(values["vocab_size"])
+    tensors = {name: _widened(name, tensor, times) for name, tensor in backbone.items()}
+    wide = model.model_copy(update={"ffn_width": times * model.ffn_width})
+    with torch.device("meta"):
+        decoder = build_backbone(wide, vocab_size)
+    return fill(decoder, tensors)
+
+
+def _widened(name: str, tensor: Tensor, times: int) -> Tensor:
+    """A tensor of the wide model, in float32 and in memory of its own."""
+    part = names.dense_part(name)
+    if not part:
+        return tensor.float().clone()
+    if part == "w2":
+        return tensor.float().repeat(1, times) / times
+    copies_CFD = tensor.float().repeat(times, 1).view(times, *tensor.shape)
+    if part == "w3" and times > 1:
+        noise_CFD = torch.randn_like(copies_CFD)
+        noise_CFD -= noise_CFD.mean(dim=0)
+        copies_CFD = copies_CFD + NOISE * float(tensor.float().square().mean().sqrt()) * noise_CFD
+    return copies_CFD.reshape(-1, tensor.shape[1])
