@@ -64,6 +64,8 @@ SOLVED = (
     "experts.anchored",
 )
 """What a mixture depends on whose rows are solved by `data_stats`, whatever the run's own router is."""
+EVIDENCE = ("assembly.experts_per_token", "assembly.public_expert", "assembly.token_pairs")
+"""What a mixture depends on that routes by evidence, whatever the run's own router is."""
 MIXED = (*SCHEDULE, "experts.count", "joint.batch_size", *ARITHMETIC)
 """What every job depends on that trains on all partitions at once."""
 CHOSEN_FACT = "chosen_by_hand"  # in the manifest of an assembled model whose experts somebody chose
@@ -122,6 +124,13 @@ STAGES = {
             "train --only dense_wide",
         ),
         Stage("joint", "baselines/joint", JOINT, ("corpus", "partitions", "backbone"), "train --only joint"),
+        Stage(
+            "joint_evidence",
+            "baselines/joint_evidence",
+            (*MIXED, "joint.freeze_shared", "experts.anchored", *COUNTED, *EVIDENCE),
+            ("corpus", "partitions", "backbone"),
+            "train --only joint_evidence",
+        ),
         Stage(
             "branch",
             "baselines/branches/branch-{index}",

@@ -14,6 +14,7 @@ RUNNERS: dict[str, Callable[..., Any]] = {
     "dense": dense.run,
     "dense_wide": dense.run_wide,
     "joint": joint.run,
+    "joint_evidence": joint.run_evidence,
     "expert": expert.run,
     "branch": branch.run,
     "btx": btx.run,

@@ -24,7 +24,7 @@ CURVATURE = 0.002
 USUAL_ANGLE = 0.01  # a turn of 628 tokens
 ANGLES = (0.003, 0.05)  # outside, the bell would need scores that bf16 cannot hold, or return at once
 SLOWER = 4.0  # each further pair's angle is smaller by so much, and holds the bell down from one turn to the next
-STRENGTH = 20.0  # of those: exp(-20) behind half a turn
+STRENGTH = 10.0  # of those: exp(-20) behind half a turn
 
 
 @dataclass(frozen=True)

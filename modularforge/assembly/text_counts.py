@@ -20,8 +20,9 @@ from safetensors.numpy import load_file, save_file
 
 from modularforge.assembly.routing import Array
 from modularforge.config import Config
-from modularforge.data.token_files import Tokens
 from modularforge.errors import DataError
+
+Tokens = NDArray[Any]
 
 COUNTS_NAME = "text.counts"  # a safetensors file; no `.safetensors`, since servers load every such file as weights
 FORMAT = 1

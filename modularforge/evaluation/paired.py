@@ -1,6 +1,7 @@
 """Differences between two models on the same text, with standard errors over documents.
 
-Tokens of one document are alike, so documents are what is drawn: each contributes its summed loss and its tokens. The
+Tokens of one document are alike, so documents are what is drawn: each contributes its summed loss and its tokens. A
+long one counts as several, its parts: a domain may have but a few, and then the error says nothing of other ones. The
 mean of a domain is a ratio of sums, whose error is that of its linearisation (Cochran, Sampling Techniques, section
 6.3; the delta method); domains weigh alike, as in every mean here.
 """
@@ -24,6 +25,7 @@ Sums = dict[str, Any]
 Array = NDArray[np.float64]
 # Neighbouring documents are taken together where a domain has more: results stay small, errors at most get larger.
 MOST_DOCUMENTS = 1000
+PART_TOKENS = 2048
 CLEAR_ERRORS = 2.0
 
 
@@ -46,7 +48,7 @@ class Difference:
 
 
 def document_sums(probe: Probe, scores_RT: Tensor, most: int = MOST_DOCUMENTS) -> Sums:
-    """Summed loss and tokens of each document by domain, at most `most` (neighbours together); JSON-safe.
+    """Summed loss and tokens of each document, or of its parts of PART_TOKENS, by domain, at most `most`; JSON-safe.
 
     Where documents are shared between domains, all domains list all of them, in one order.
     """
@@ -57,8 +59,7 @@ def document_sums(probe: Probe, scores_RT: Tensor, most: int = MOST_DOCUMENTS) -
     for index, label in enumerate(probe.labels):
         mine = labels == index
         if mine.any():
-            _, groups = np.unique(documents[mine], return_inverse=True)
-            groups = documents[mine] if every else groups
+            groups = documents[mine] if every else _parts(documents[mine])
             count = every or int(groups.max()) + 1
             groups = groups // -(-count // most)
             size = (count - 1) // -(-count // most) + 1
@@ -66,6 +67,18 @@ def document_sums(probe: Probe, scores_RT: Tensor, most: int = MOST_DOCUMENTS) -
             sums_C = np.bincount(groups, losses[mine], minlength=size)
             found["losses"][label] = sums_C.round(4).tolist()
     return found
+
+
+def _parts(documents_N: NDArray[Any]) -> NDArray[Any]:
+    """The number of the part that each target is of; the targets of a document come in order."""
+    _, numbers_N = np.unique(documents_N, return_inverse=True)
+    counts = np.bincount(numbers_N)
+    order_N = np.argsort(numbers_N, kind="stable")
+    places_N = np.empty_like(order_N)
+    places_N[order_N] = np.concatenate([np.arange(count) // PART_TOKENS for count in counts])
+    first = np.concatenate([[0], np.cumsum(-(-counts // PART_TOKENS))[:-1]])
+    parts_N: NDArray[Any] = first[numbers_N] + places_N
+    return parts_N
 
 
 def mean_sums(sums: Sequence[Sums]) -> Sums:

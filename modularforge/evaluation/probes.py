@@ -8,6 +8,7 @@ text: behind a *switch* of domain, and in documents of *mixed* passages. A probe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,10 @@ FIRST_POSITIONS = 16
 SHORTEST_PASSAGE, LONGEST_PASSAGE = 16, 96
 UNCOUNTED = -1
 MIXED_SEED = 0
+# Of a domain's text as many times what is measured may lie before what a switch and mixed documents are taken from: a
+# few long documents at its beginning would say little of others.
+SPREAD = 10
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ def domain_probes(
 ) -> dict[str, Probe]:
     """The text itself, at most `max_tokens` a domain, and the other two with about `max_probe_tokens` targets a domain.
 
+    The text is the beginning of each stream, the others are spread over all of it, so that many documents take part.
     With a single domain there is nothing to switch to.
     """
     found = {TEXT: text_probe(TEXT, streams, context_length, end_token, max_tokens)}
@@ -82,8 +88,8 @@ def text_probe(name: str, streams: Mapping[str, Tokens], context_length: int, en
 def switch_probe(streams: Mapping[str, Tokens], context_length: int, end_token: int, max_tokens: int) -> Probe:
     """Windows whose first half is another domain's text: what counts is the second half.
 
-    The first half cycles over the other domains. The first token behind the switch is read, not predicted, since no
-    model can know that it comes.
+    The first half cycles over the other domains; both halves are spread evenly over their streams. The first token
+    behind the switch is read, not predicted, since no model can know that it comes.
     """
     labels, half = list(streams), context_length // 2
     rest = context_length - half
@@ -91,11 +97,11 @@ def switch_probe(streams: Mapping[str, Tokens], context_length: int, end_token: 
     for index, label in enumerate(labels):
         others = [streams[other] for other in (*labels[index + 1 :], *labels[:index])]
         documents_N = _document_numbers(streams[label][:-1], end_token)
-        for row in range(min((len(streams[label]) - 1) // rest, max(1, max_tokens // rest))):
-            before = others[row % len(others)]
-            place = (row // len(others) + index) % (len(before) // half)
-            first = row * rest
-            window = np.concatenate([before[place * half :][:half], streams[label][first : first + rest + 1]])
+        count = min((len(streams[label]) - 1) // rest, max(1, max_tokens // rest))
+        for row in range(count):
+            before = _passage(others[row % len(others)], row, half)
+            first = row * (len(streams[label]) - 1) // count
+            window = np.concatenate([before, streams[label][first : first + rest + 1]])
             unseen = np.full(half, UNCOUNTED)
             labels_T = np.concatenate([unseen, np.full(rest, index)])
             documents_T = np.concatenate([unseen, documents_N[first : first + rest]])
@@ -106,12 +112,12 @@ def switch_probe(streams: Mapping[str, Tokens], context_length: int, end_token: 
 def mixed_probe(streams: Mapping[str, Tokens], context_length: int, max_tokens: int) -> Probe:
     """Documents of one window each: passages of different domains in turn, cut at whatever token.
 
-    Lengths, 16 to 96 tokens (at most half a window), and domains are drawn by a fixed seed. The first passage does not
-    count, and the first token of a passage is read, not predicted.
+    Lengths, 16 to 96 tokens (at most half a window), and domains are drawn by a fixed seed; passages are spread evenly
+    over their streams. The first passage does not count, and the first token of a passage is read, not predicted.
     """
     labels, random = list(streams), np.random.default_rng(MIXED_SEED)
     longest = max(1, min(LONGEST_PASSAGE, context_length // 2))
-    read = [0] * len(labels)
+    taken = [0] * len(labels)
     rows = []
     for document in range(max(1, max_tokens * len(labels) // context_length)):
         pieces: list[Tokens] = []
@@ -120,8 +126,8 @@ def mixed_probe(streams: Mapping[str, Tokens], context_length: int, max_tokens: 
         while len(places) <= context_length:
             index = _other(random, len(labels), owners[-1] if owners else None)
             length = int(random.integers(min(SHORTEST_PASSAGE, longest), longest + 1))
-            piece = _next(streams[labels[index]], read[index], length)
-            read[index] += length
+            piece = _passage(streams[labels[index]], taken[index], length)
+            taken[index] += 1
             is_first = not pieces
             pieces.append(piece)
             owners += [index] * len(piece)
@@ -153,9 +159,10 @@ def _other(random: np.random.Generator, count: int, last: int | None) -> int:
     return drawn + int(last is not None and drawn >= last)
 
 
-def _next(tokens: Tokens, start: int, length: int) -> Tokens:
-    """The next passage of a stream, which begins anew where it ends."""
-    return np.take(tokens, np.arange(start, start + length), mode="wrap")
+def _passage(tokens: Tokens, number: int, length: int) -> Tokens:
+    """Passage number so and so of a stream: however many are taken, they lie evenly in it (golden ratio)."""
+    start = int((number + 1) * GOLDEN % 1 * max(1, len(tokens) - length))
+    return np.asarray(tokens[start : start + length])
 
 
 def make_probe(

@@ -39,6 +39,7 @@ def markdown(results: Results) -> str:
         "",
         *_markdown_table(*table_rows(results)),
         *_routing_lines(results),
+        *_carried_lines(results),
         "",
         "Bits per byte of text, which compare across tokenizers:",
         "",
@@ -101,6 +102,19 @@ def _layer_rows(routing: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     shares = routing["share_per_layer_and_expert"]
     names = routing.get("experts") or [str(index) for index in range(len(shares[0]))]
     return ["layer", *names], [[str(layer), *(fixed(value, 2) for value in row)] for layer, row in enumerate(shares)]
+
+
+def _carried_lines(results: Results) -> list[str]:
+    """What models lose that read a document's windows one after another, where they carry something over."""
+    found = [
+        f"{plain(name)} {fixed(model['carried_loss'], 4)}"
+        for name, model in results["models"].items()
+        if model.get("carried_loss") is not None
+    ]
+    lead = (
+        "Every window above is read as if nothing came before it. Mean loss where routing goes on over the windows of a"
+    )
+    return ["", f"{lead} document, as it does in generation: {', '.join(found)}."] if found else []
 
 
 def _routing_lines(results: Results) -> list[str]:

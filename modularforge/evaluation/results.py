@@ -44,6 +44,7 @@ class _Model(_Part):
     domains: dict[str, _Domain]
     positions: dict[str, Number] = {}
     probes: dict[str, _Probe] = {}
+    carried_loss: Number | None = None
 
 
 class _Difference(_Part):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,37 +19,59 @@ from torch import Tensor
 from modularforge.data.loader import IGNORED_TARGET
 from modularforge.evaluation.losses import RoutingCount, count_routing
 from modularforge.evaluation.paired import document_sums
-from modularforge.evaluation.probes import TEXT, UNCOUNTED, Probe, position_ranges
+from modularforge.evaluation.probes import MIXED, SWITCH, TEXT, UNCOUNTED, Probe, position_ranges
 from modularforge.model.backbone import Decoder
 from modularforge.model.moe import moe_layers, observe_routing
+from modularforge.model.text_router import TextRouter
 
 Row = dict[str, Any]
 
 
-def score_batch(model: Decoder, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+def score_batch(model: Decoder, inputs_BT: Tensor, targets_BT: Tensor, routing_BTE: Tensor | None = None) -> Tensor:
     """Log-probability of every target [B, T] in float32 on the CPU; zero where it is to be ignored.
 
-    Everything that is measured comes through here, batch after batch in the order of the text.
+    Everything that is measured comes through here, batch after batch in the order of the text. `routing_BTE` outranks
+    what the model routes by.
     """
     device = model.lm_head.weight.device
-    logits_BVT = model(inputs_BT.long().to(device)).float().transpose(1, 2)
+    logits_BVT = model(inputs_BT.long().to(device), routing_BTE=routing_BTE).float().transpose(1, 2)
     targets_BT = targets_BT.long().to(device)
     return -F.cross_entropy(logits_BVT, targets_BT, ignore_index=IGNORED_TARGET, reduction="none").cpu()
 
 
-def score(model: Decoder, probe: Probe, batch_size: int, routing: dict[str, RoutingCount] | None = None) -> Tensor:
-    """Log-probability of every target of a probe, [R, T]; `routing` gets the visits by domain where it is given."""
+def score(
+    model: Decoder,
+    probe: Probe,
+    batch_size: int,
+    routing: dict[str, RoutingCount] | None = None,
+    carries: bool = False,
+) -> Tensor:
+    """Log-probability of every target of a probe, [R, T]; `routing` gets the visits by domain where it is given.
+
+    With `carries`, a text router goes on from window to window of a document, as it does when it generates.
+    """
     found, counts = [], routing if routing is not None and moe_layers(model) else None
     model.eval()
     observe_routing(model, counts is not None)
     with torch.inference_mode():
+        routing_RTE = carried_routing(model.text_router, probe) if carries and model.text_router else None
         for first in range(0, len(probe.inputs_RT), batch_size):
             rows = slice(first, first + batch_size)
-            found.append(score_batch(model, probe.inputs_RT[rows], probe.targets_RT[rows]))
+            routing_BTE = None if routing_RTE is None else routing_RTE[rows]
+            found.append(score_batch(model, probe.inputs_RT[rows], probe.targets_RT[rows], routing_BTE))
             if counts is not None:
                 _add_visits(model, probe, probe.labels_RT[rows].flatten(), counts)
     observe_routing(model, False)
     return torch.cat(found)
+
+
+def carried_routing(router: TextRouter, probe: Probe) -> Tensor:
+    """Routing logits [R, T, E] when a row goes on where the row before it ended, as long as that is one document."""
+    label_R = probe.labels_RT.amax(dim=1)
+    goes_on = (probe.documents_RT[1:, 0] == probe.documents_RT[:-1, -1]) & (label_R[1:] == label_R[:-1])
+    starts = [0, *((~goes_on).nonzero().flatten() + 1).tolist(), len(label_R)]
+    inputs_RT = probe.inputs_RT.long().to(router.get_buffer("prior_R").device)
+    return torch.cat([router.over_windows(inputs_RT[first:end])[0] for first, end in pairwise(starts)])
 
 
 def _add_visits(model: Decoder, probe: Probe, labels_N: Tensor, counts: dict[str, RoutingCount]) -> None:
@@ -116,7 +139,7 @@ def oracle(rows: Mapping[str, Row]) -> Row:
         label: min(rows.values(), key=lambda row: float(row["domains"][label]["loss"])) for label in first["domains"]
     }
     chosen = means({label: row["domains"][label] for label, row in best.items()})
-    known = {name: probe for name, probe in first["probes"].items() if probe["domains"].keys() <= best.keys()}
+    known = {name: first["probes"][name] for name in (SWITCH, MIXED) if name in first["probes"]}
     probes = {
         name: means({label: best[label]["probes"][name]["domains"][label] for label in probe["domains"]})
         for name, probe in known.items()
@@ -127,6 +150,6 @@ def oracle(rows: Mapping[str, Row]) -> Row:
             "losses": {label: best[label]["documents"][name]["losses"][label] for label in item["losses"]},
         }
         for name, item in first.get("documents", {}).items()
-        if item["losses"].keys() <= best.keys()
+        if name in (TEXT, *known)
     }
     return {**chosen, "probes": probes, "documents": documents}

@@ -16,8 +16,8 @@ from modularforge.evaluation.general import Texts, read_texts, texts_identity, t
 from modularforge.evaluation.generation import Sampling, generate
 from modularforge.evaluation.losses import RoutingCount, routing_summary
 from modularforge.evaluation.paired import differences
-from modularforge.evaluation.probes import CHAT, GENERAL, TEXT, Probe, domain_probes, text_probe
-from modularforge.evaluation.scoring import full_row, oracle, score
+from modularforge.evaluation.probes import CHAT, GENERAL, SPREAD, TEXT, Probe, domain_probes, text_probe
+from modularforge.evaluation.scoring import full_row, oracle, score, summarise
 from modularforge.log import logger
 from modularforge.model.backbone import Decoder, perplexity
 from modularforge.model.channels import shape_without_channels
@@ -29,7 +29,7 @@ from modularforge.training.meter import peak_memory_bytes
 Loader = Callable[[], Decoder]
 Results = dict[str, Any]
 # Of the tokens of a domain as many are predicted behind a switch, and as many in mixed documents: the former read as
-# many before it, so that the evaluation takes 3/8 longer.
+# many before it, so that 3/8 more tokens are read.
 PROBE_SHARE = 8
 
 
@@ -46,7 +46,7 @@ def measure_models(
     Schema of the result: docs/observing.md. Losses are means over test tokens, domains weigh alike.
     """
     device, limit = default_device(), config.evaluation.tokens_per_domain
-    bench = _Bench(config, corpus, corpus.domains("test", limit), extras or Extras())
+    bench = _Bench(config, corpus, corpus.domains("test", limit * SPREAD), extras or Extras())
     results: Results = {"name": config.name, "domains": list(bench.domains), "models": {}, "routing": {}, "samples": {}}
     replies: dict[str, list[str]] = {}
     for name, load in loaders.items():
@@ -110,7 +110,11 @@ class _Bench:
         scores = {
             name: score(model, probe, batch_size, routing if name == TEXT else None) for name, probe in probes.items()
         }
-        return with_perplexity(full_row(probes, scores, self.corpus.byte_lengths))
+        row = with_perplexity(full_row(probes, scores, self.corpus.byte_lengths))
+        if model.text_router is not None:
+            carried_RT = score(model, probes[TEXT], batch_size, carries=True)
+            row["carried_loss"] = summarise(probes[TEXT], carried_RT, self.corpus.byte_lengths)["mean_loss"]
+        return row
 
     def _probes(self, context_length: int) -> dict[str, Probe]:
         if context_length not in self.cut:

@@ -123,8 +123,11 @@ class TextRouter(nn.Module):
         # Ids of a padded vocabulary that no text has are as neutral as special tokens.
         known_BT = tokens_BT.clamp(max=len(token_VE) - 1)
         evidence_BTE = token_VE[known_BT] * (tokens_BT < len(token_VE))[..., None]
+        neutral_BT1 = (evidence_BTE == 0).all(dim=-1, keepdim=True)
         # Behind nothing, and behind a token that ends a document, the token speaks for itself.
-        follows_BT = (before_BT != NO_TOKEN) & ~torch.isin(before_BT, self.get_buffer("ends"))
+        follows_BT = (
+            (before_BT != NO_TOKEN) & (before_BT < len(token_VE)) & ~torch.isin(before_BT, self.get_buffer("ends"))
+        )
         if len(keys_P):
             pair_BT = before_BT * len(token_VE) + tokens_BT
             place_BT = torch.searchsorted(keys_P, pair_BT).clamp(max=len(keys_P) - 1)
@@ -133,7 +136,6 @@ class TextRouter(nn.Module):
                 self.get_buffer("context_VE")[before_BT.clamp(0, len(token_VE) - 1)]
                 + self.get_buffer("pair_PE")[place_BT]
             )
-            neutral_BT1 = (token_VE[known_BT] == 0).all(dim=-1, keepdim=True)
             evidence_BTE = evidence_BTE + pair_BTE * (follows_BT[..., None] & ~neutral_BT1)
         return nn.functional.pad(evidence_BTE, (int(self.has_public), 0))
 

@@ -26,7 +26,7 @@ from modularforge.errors import ConfigError
 from modularforge.evaluation.ensemble import posterior_ensemble, uniform_ensemble
 from modularforge.evaluation.general import Texts, token_streams
 from modularforge.evaluation.paired import document_sums
-from modularforge.evaluation.probes import GENERAL, TEXT, Probe, domain_probes, text_probe
+from modularforge.evaluation.probes import GENERAL, SPREAD, TEXT, Probe, domain_probes, text_probe
 from modularforge.evaluation.scoring import Row, full_row, means, oracle, score, summarise
 from modularforge.evaluation.suite import sizes_of
 from modularforge.model.backbone import Decoder
@@ -44,6 +44,7 @@ OWN_SHARE = 0.05
 # Of the tokens of a domain, as many targets behind a switch, and as many in mixed documents.
 PROBE_SHARE = 4
 WITHOUT = "without own expert"
+CARRIED = "carried over windows"
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Bench:
         """The token stream of each domain that is measured on."""
         corpus = self.run.corpus
         if self.split == "test":
-            return corpus.domains("test", self.limit)
+            return corpus.domains("test", self.limit * SPREAD)
         _, decide = split_documents(corpus.tokens("validation"), corpus.labels)
         return {label: tokens for label, tokens in decide.items() if len(tokens) > 1}
 
@@ -72,8 +73,7 @@ class Bench:
     def probes(self) -> dict[str, Probe]:
         """What is to be predicted, by name: text of the domains, behind a switch, in mixed documents, of no domain."""
         corpus, context = self.run.corpus, self.window[0]
-        streams = {label: tokens[: self.limit + 1] for label, tokens in self.domains.items()}
-        found = domain_probes(streams, context, corpus.end_token, self.limit, self.limit // PROBE_SHARE)
+        found = domain_probes(self.domains, context, corpus.end_token, self.limit, self.limit // PROBE_SHARE)
         if self.texts:
             general = token_streams(self.texts, corpus, self.limit)
             found[GENERAL] = text_probe(GENERAL, general, context, corpus.end_token, self.limit)
@@ -97,6 +97,10 @@ class Bench:
         tokens = training_tokens(config, variant.kind) + _calibration_tokens(config, variant)
         row = self.summarise(self.score(model)) | sizes_of(model) | {"training_tokens": tokens}
         result: dict[str, Any] = {"rows": {"": row}, "calibration": calibration}
+        if variant.carry:
+            carried = {**self.score(model), TEXT: score(model, self.probes[TEXT], self.window[1], carries=True)}
+            about = {name: row[name] for name in ("parameters", "active_parameters", "flops_per_token")}
+            result["rows"][CARRIED] = self.summarise(carried) | about | {"training_tokens": tokens}
         if variant.without:
             about = {name: row[name] for name in ("parameters", "active_parameters", "flops_per_token")}
             without = self._without(variant, config, parts) | about

@@ -112,6 +112,7 @@ def result_plan(
         "calibrate": variant.calibrate,
         "removal": variant.removal,
         "without": variant.without,
+        **({"carry": True} if variant.carry else {}),
         "seed": seed,
     }
     if variant.kind in ROUTED:

@@ -54,6 +54,8 @@ class VariantEntry(Section):
     """Also measure what the removal of each expert changes."""
     without: bool = False
     """Also measure each domain with a model that is assembled from all experts but its own."""
+    carry: bool = False
+    """Also measure the text with a text router that goes on from window to window of a document."""
     final: bool = True
     """Measured on the test split too."""
     seeds: list[int] | None = None
@@ -106,6 +108,7 @@ class Variant:
     calibrate: bool
     removal: bool
     without: bool
+    carry: bool
     final: bool
     seeds: tuple[int, ...]
 
@@ -128,8 +131,9 @@ def variants_of(study: StudyFile) -> list[Variant]:
         recipes = _recipes(study, entry)
         for recipe, (ending, settings) in itertools.product(recipes, _grid(entry.set)):
             full = "-".join([*([recipe] if isinstance(entry.recipe, list) else []), name, *ending])
-            flags = (entry.calibrate, entry.removal, entry.without, entry.final, tuple(entry.seeds or study.seeds))
-            found.append(Variant(full, name, entry.kind, recipe, settings, *flags))
+            flags = (entry.calibrate, entry.removal, entry.without, entry.carry, entry.final)
+            seeds = tuple(entry.seeds or study.seeds)
+            found.append(Variant(full, name, entry.kind, recipe, settings, *flags, seeds))
     return found
 
 
@@ -181,5 +185,7 @@ def _problems(study: StudyFile) -> Iterator[str]:
             yield f"variants.{name}.calibrate must be false for kind {entry.kind}, which has no router; remove it"
         if entry.without and (entry.kind != "assembled" or entry.calibrate):
             yield f"variants.{name}.without must be false but for kind assembled without calibrate; remove it"
+        if entry.carry and entry.kind not in ("assembled", "joint_evidence"):
+            yield f"variants.{name}.carry must be false for kind {entry.kind}, which reads no text to route; remove it"
         if entry.removal and entry.kind not in (*ROUTED, "joint"):
             yield f"variants.{name}.removal must be false for kind {entry.kind}, which has no router; remove it"

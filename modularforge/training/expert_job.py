@@ -71,7 +71,7 @@ def save_expert(
         "index": index,
         "slot": slot,
         "anchored": config.experts.anchored,
-        "training_tokens": config.experts.steps * config.experts.batch_size * model.config.context_length,
+        "training_tokens": config.experts.steps * config.experts.batch_size * config.model.context_length,
         "shared_tensors": {name: digest for name, digest in hashes.items() if names.is_shared(name)},
     }
 

@@ -44,6 +44,15 @@ def build_joint(
     return decoder
 
 
+def without_rows(model: Decoder) -> Decoder:
+    """The mixture with rows of zeros that are not trained: something else routes."""
+    for layer in moe_layers(model):
+        for row in layer.gate.parameters():
+            row.data.zero_()
+            row.requires_grad_(False)
+    return model
+
+
 def save_mixture(model: Decoder, backbone: Backbone, folder: Path) -> None:
     """Write a mixture with the backbone's tokenizer: weights in the type of the backbone's, router rows in float32."""
     dtype, layer = backbone.tensors[names.EMBEDDING].dtype, moe_layers(model)[0]

@@ -14,8 +14,9 @@ from modularforge.model.backbone import Decoder, build_backbone
 from modularforge.model.folder import fill
 from modularforge.model.hub_config import model_config_of
 
-# Of the noise, relative to the rms of the matrix that it is added to.
-NOISE = 0.1
+# Of the noise, relative to the rms of the matrix that it is added to. On the quickstart (validation, seed 0, rate 2e-3)
+# shares of 0, 0.1, 0.5, 1 and 2 train to 3.4787, 3.4783, 3.4712, 3.4606 and 3.4522; dense to 3.4799.
+NOISE = 2.0
 
 
 def build_wide(backbone: dict[str, Tensor], values: dict[str, Any], times: int) -> Decoder:

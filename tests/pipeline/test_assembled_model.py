@@ -18,6 +18,7 @@ from modularforge.assembly.assemble import assemble
 from modularforge.assembly.plan import output_tensors, plan_merge, read_header
 from modularforge.assembly.routers import router_rows
 from modularforge.assembly.stream import execute
+from modularforge.assembly.text_tables import texts_of
 from modularforge.config import Config, RouterKind
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.moe import restrict_routing
@@ -137,7 +138,8 @@ def test_the_solved_router_is_what_the_assembled_file_holds(router: str, finishe
     experts = [require(finished_run, "expert", index) for index in range(3)]
     assemble(config, require(finished_run, "backbone"), experts, plain_folder(tmp_path))
     written = read_tensors(tmp_path)
-    for name, rows in router_rows(config, experts, finished_run.model).items():
+    texts = texts_of(require(finished_run, "backbone"), experts)
+    for name, rows in router_rows(config, experts, finished_run.model, texts).items():
         np.testing.assert_array_equal(written[name].numpy(), rows)
 
 

@@ -15,6 +15,7 @@ from modularforge.config import Config
 from modularforge.model import names
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.hub_config import read_config
+from modularforge.model.moe import moe_layers, observe_routing
 from modularforge.pipeline import stage_settings
 from modularforge.settings import make_config, to_yaml
 from modularforge.training.losses import language_loss
@@ -31,7 +32,7 @@ def evaluated(finished_run: Config, tmp_path_factory: pytest.TempPathFactory) ->
         (folder / name).symlink_to(paths.local_path(finished_run.output_dir) / name)
     values = yaml.safe_load(to_yaml(finished_run))
     values |= {"output_dir": str(folder), "data_dir": finished_run.data_url}
-    values["evaluation"]["baselines"] = ["dense", "dense_wide", "soup", "joint", "btx"]
+    values["evaluation"]["baselines"] = ["dense", "dense_wide", "soup", "joint", "joint_evidence", "btx"]
     values["joint"]["batch_size"] = 2 * finished_run.experts.batch_size
     config = folder.with_suffix(".yaml")
     config.write_text(yaml.safe_dump(values))
@@ -42,7 +43,7 @@ def evaluated(finished_run: Config, tmp_path_factory: pytest.TempPathFactory) ->
 def test_all_baselines_are_in_the_table(evaluated: Path) -> None:
     results = json.loads((evaluated / "evaluation" / "results.json").read_text())
     models = results["models"]
-    assert {"dense", "dense_wide", "joint", "soup", "btx"} <= models.keys()
+    assert {"dense", "dense_wide", "joint", "joint_evidence", "soup", "btx"} <= models.keys()
     assert models["btx"]["mean_loss"] < models["backbone"]["mean_loss"]
     assert models["joint"]["training_tokens"] == models["dense"]["training_tokens"]
     assert models["joint"]["parameters"] == models["assembled"]["parameters"]
@@ -111,3 +112,25 @@ def test_a_rate_of_its_own_trains_another_model_and_the_general_one_the_same(eva
     assert ours.baseline_phase("dense").peak_learning_rate == 7e-3
     assert ours.baseline_phase("dense").batch_size == 12
     assert ours.baseline_phase("joint") == plain.baseline_phase("joint")
+
+
+def test_a_mixture_that_is_routed_by_evidence_trains_experts_and_no_router(evaluated: Path) -> None:
+    folder = evaluated / "baselines" / "joint_evidence"
+    model, backbone = load_model(folder), read_tensors(evaluated / "backbone")
+    assert model.text_router is not None
+    observe_routing(model)
+    tokens_BT = torch.arange(2 * 9).view(2, 9)
+    with torch.no_grad():
+        model(tokens_BT)
+        logits_BTE, _ = model.text_router(tokens_BT)
+    for layer in moe_layers(model):
+        assert layer.observed_logits is not None
+        torch.testing.assert_close(layer.observed_logits, logits_BTE.flatten(0, 1))
+    trained = read_tensors(folder)
+    assert not any(tensor.any() for name, tensor in trained.items() if names.is_gate(name))
+    downs = [trained[names.expert_ffn(1, slot, "w2")] for slot in range(len(moe_layers(model)[0].experts))]
+    assert all(not torch.equal(down, backbone[names.dense_ffn(1, "w2")]) for down in downs)
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(downs, 2))
+    models = json.loads((evaluated / "evaluation" / "results.json").read_text())["models"]
+    assert models["joint_evidence"]["mean_loss"] < models["backbone"]["mean_loss"]
+    assert models["joint_evidence"]["training_tokens"] == models["joint"]["training_tokens"]

@@ -135,7 +135,10 @@ def test_an_artifact_of_another_config_is_refused_and_kept(copied_run: tuple[Con
         (["run-all", "--config", "nowhere.yaml"], "error: nowhere.yaml must be a YAML file, but does not exist"),
         (["run-all", "--config", "configs"], "error: configs must be a YAML file, but cannot read configs"),
         (["study", "nowhere.yaml"], "error: nowhere.yaml must be a YAML file, but does not exist"),
-        (["train", "--only", "experts"], "--only must be backbone, expert, dense, joint or branch, but is 'experts'"),
+        (
+            ["train", "--only", "experts"],
+            "--only must be one of backbone, expert, dense, dense_wide, joint, joint_evidence, branch, btx, but is",
+        ),
         (["train", "--only", "expert"], "--only expert and --index K go together"),
         (["train", "--index", "1"], "--only expert and --index K go together"),
         (["train", "--only", "backbone", "--skip-backbone"], "exclude each other"),
@@ -264,5 +267,5 @@ def test_an_output_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path)
 def test_info_counts_what_the_default_config_builds() -> None:
     shown = run_command("modularforge", "info").stdout
     assert "20,992,512 parameters" in shown
-    assert "56,870,352 parameters, 30,867,408 active" in shown
+    assert "66,080,784 parameters, 31,410,192 active" in shown
     assert str(ROOT) not in shown

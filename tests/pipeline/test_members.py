@@ -26,10 +26,13 @@ from checkpoints.manifest import MANIFEST_NAME
 from modularforge.artifacts import Backbone
 from modularforge.assembly import evidence
 from modularforge.assembly.assemble import assemble
-from modularforge.assembly.statistics import EXPERT_NAME, STATISTICS_NAME, load_statistics
+from modularforge.assembly.kernel import angles_of, bell
+from modularforge.assembly.statistics import EXPERT_NAME, ROUTER_NAME, STATISTICS_NAME, load_statistics
+from modularforge.assembly.text_tables import texts_of
 from modularforge.config import Config
-from modularforge.errors import MismatchError
+from modularforge.errors import DataError, MismatchError
 from modularforge.model.folder import load_model, read_tensors
+from modularforge.model.hub_config import TABLES_NAME, model_config_of
 from modularforge.model.moe import moe_layers, observe_routing, restrict_routing
 from modularforge.observe.report import write_report
 from modularforge.observe.run import read_run
@@ -190,13 +193,14 @@ def test_a_hard_link_is_never_written_through(finished_run: Config, tmp_path: Pa
     assert expert.read_bytes(EXPERT_NAME) == before
 
 
-def test_the_evidence_router_is_the_mean_evidence_of_the_text_so_far(finished_run: Config, tmp_path: Path) -> None:
-    run = with_assembly(finished_run, router="evidence", router_temperature=0.5)
+def test_the_rows_of_the_evidence_router_read_a_mean_over_the_text_in_which_recent_tokens_weigh_more(
+    finished_run: Config, tmp_path: Path
+) -> None:
+    run = with_assembly(finished_run, router="evidence", router_temperature=0.5, token_pairs=0)
     backbone, experts = parts_of(run)
     assemble(run, backbone, experts, plain_folder(tmp_path))
-    model = load_model(tmp_path)
-    statistics = [load_statistics(expert.local_file(STATISTICS_NAME)) for expert in experts]
-    evidence_VE = torch.from_numpy(evidence.token_evidence(item.tokens_V for item in statistics)).float()
+    model, shape = load_model(tmp_path), model_config_of(backbone.read_json("config.json"))
+    assert model.text_router is None
     tokens_BT = torch.randint(4, 500, (2, 33), generator=torch.Generator().manual_seed(1))
     observe_routing(model)
     streams: list[torch.Tensor] = []
@@ -204,19 +208,74 @@ def test_the_evidence_router_is_the_mean_evidence_of_the_text_so_far(finished_ru
     norm.register_forward_pre_hook(lambda _m, arguments: streams.append(arguments[0]))
     with torch.no_grad():
         model(tokens_BT)
-    count = torch.arange(1, 34)[None, :, None]
-    mean_BTE = evidence_VE[tokens_BT].cumsum(dim=1) / count
-    width = backbone.read_json("config.json")["hidden_size"]
-    rms_BT1 = streams[0][..., :width].square().mean(dim=-1, keepdim=True).sqrt()
-    typical = np.mean([item.inverse_rms_L[1] for item in statistics])
-    expected = mean_BTE / 0.5 / rms_BT1 / typical
+    back_TT = (torch.arange(33)[:, None] - torch.arange(33)).clamp(min=0)
+    pairs, angles = bell(angles_of(shape), shape.positions), angles_of(shape)
+    assert pairs
+    recent_TT = torch.stack([a * ((float(angles[pair]) * back_TT).cos() - 1) for pair, a in pairs.items()]).sum(0).exp()
+    means_TT = [weight.tril() / weight.tril().sum(dim=1, keepdim=True) for weight in (recent_TT, torch.ones(33, 33))]
+    weight_TT = (1 - evidence.LONG_SHARE) * means_TT[0] + evidence.LONG_SHARE * means_TT[1]
+    evidence_VE = torch.from_numpy(texts_of(backbone, experts).token_VE).float()
+    mean_BTE = weight_TT @ evidence_VE[tokens_BT]
+    rms_BT1 = streams[0][..., : shape.width].square().mean(dim=-1, keepdim=True).sqrt()
+    typical = np.mean([load_statistics(item.local_file(STATISTICS_NAME)).inverse_rms_L[1] for item in experts])
     logits = moe_layers(model)[1].observed_logits
     assert logits is not None
-    found = logits.view(2, 33, 4)
-    assert torch.equal(found[..., 0], torch.zeros(2, 33))  # the public expert
-    # A single token's evidence has 1/64 of the weight of the mean, over the stream's rms.
-    assert (found[..., 1:] - expected).abs().max() < 0.1 * expected.abs().max()
-    assert torch.corrcoef(torch.stack([found[..., 1:].flatten(), expected.flatten()]))[0, 1] > 0.995
+    found = logits.view(2, 33, 4) * 0.5 * rms_BT1 * typical
+    assert (found[..., :1] - evidence.TIE).abs().max() < 0.1 * evidence.TIE  # the public expert, before all ties
+    # A single token's evidence has 1/64 of the weight of the mean, over the stream's rms; ties are less than that.
+    assert (found[..., 1:] - mean_BTE).abs().max() < 0.1 * mean_BTE.abs().max()
+    assert torch.corrcoef(torch.stack([found[..., 1:].flatten(), mean_BTE.flatten()]))[0, 1] > 0.995
+
+
+def test_the_tables_outrank_the_rows_here_and_are_no_weights_elsewhere(finished_run: Config, tmp_path: Path) -> None:
+    run = with_assembly(finished_run, router="evidence")
+    backbone, experts = parts_of(run)
+    facts = assemble(run, backbone, experts, plain_folder(tmp_path))
+    model, tokens_BT = load_model(tmp_path), torch.randint(4, 500, (2, 33))
+    assert model.text_router is not None
+    assert facts["token_pairs"] == len(model.text_router.get_buffer("keys_P")) > 1000
+    assert not [name for name in model.state_dict() if "text_router" in name]
+    observe_routing(model)
+    with torch.no_grad():
+        model(tokens_BT)
+    routed = model.text_router(tokens_BT)[0].flatten(0, 1)
+    assert all(torch.equal(layer.observed_logits, routed) for layer in moe_layers(model))
+    model.text_router = None
+    with torch.no_grad():
+        model(tokens_BT)
+    assert not any(torch.equal(layer.observed_logits, routed) for layer in moe_layers(model))
+    (tmp_path / TABLES_NAME).write_bytes(b"")
+    with pytest.raises(DataError, match="delete it to route by the model's own rows"):
+        load_model(tmp_path)
+
+
+def test_experts_of_older_versions_without_pairs_are_routed_by_tokens(finished_run: Config, tmp_path: Path) -> None:
+    run = with_assembly(finished_run, router="evidence")
+    backbone, experts = parts_of(run)
+    older = []
+    for number, expert in enumerate(experts):
+        with write_artifact(str(tmp_path / str(number)), "expert", expert.manifest.fingerprint) as writer:
+            for name in (EXPERT_NAME, ROUTER_NAME, STATISTICS_NAME):
+                shutil.copyfile(expert.local_file(name), writer.folder / name)
+            older.append(writer.commit(expert.manifest.facts))
+    (tmp_path / "model").mkdir()
+    assert assemble(run, backbone, older, plain_folder(tmp_path / "model"))["token_pairs"] == 0
+    assert load_model(tmp_path / "model").text_router is None
+
+
+def test_widths_and_heads_are_what_servers_want(finished_run: Config, tmp_path: Path) -> None:
+    run = with_assembly(finished_run, router="evidence", width_multiple=64, head_multiple=4, token_pairs=0)
+    backbone, experts = parts_of(run)
+    assemble(run, backbone, experts, plain_folder(tmp_path))
+    model, old = load_model(tmp_path), model_config_of(backbone.read_json("config.json"))
+    assert model.config.width % 64 == 0
+    assert model.config.kv_heads % 4 == 0
+    assert model.config.heads // model.config.kv_heads == old.heads // old.kv_heads
+    tokens_BT = torch.randint(4, 500, (2, 17))
+    own = Backbone(backbone).model()
+    restrict_routing(model, (0,))
+    with torch.no_grad():
+        assert (model(tokens_BT) - own(tokens_BT)).abs().max() < 2e-4  # the public expert alone is the backbone
 
 
 def test_a_widened_model_forced_to_an_expert_is_that_expert(finished_run: Config, tmp_path: Path) -> None:
@@ -243,6 +302,7 @@ def test_transformers_computes_the_same_with_a_widened_model(dtype: str, finishe
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert theirs.dtype == next(iter(kinds))
     ours, theirs = load_model(tmp_path).float(), theirs.float().eval()
+    ours.text_router = None  # transformers routes by the rows
     tokens_BT = torch.randint(4, 500, (2, 33), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert (theirs(tokens_BT).logits - ours(tokens_BT)).abs().max() < 1e-4

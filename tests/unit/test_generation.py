@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from checkpoints import plain_folder
+from modularforge.artifacts import Corpus
+from modularforge.assembly.assemble import assemble
 from modularforge.config import Config, ModelConfig
 from modularforge.data.tokenizer import EOS
 from modularforge.errors import DataError
 from modularforge.evaluation.generation import Sampling, choose_token, generate, keep_likely
+from modularforge.evaluation.generation import _continue as continue_ids
 from modularforge.model.backbone import build_backbone
 from modularforge.model.folder import load_model
 from modularforge.pipeline import require
@@ -44,8 +50,6 @@ def test_greedy_takes_the_likeliest_and_sampling_follows_the_probabilities() -> 
 
 
 def test_the_same_seed_gives_the_same_text_and_greedy_equals_temperature_zero(finished_run: Config) -> None:
-    from modularforge.artifacts import Corpus
-
     model = load_model(require(finished_run, "assembled").local_folder())
     tokenizer = Corpus(require(finished_run, "corpus")).tokenizer
     texts = [generate(model, tokenizer, "The law", 12, Sampling(1.0, seed=3)) for _ in range(2)]
@@ -56,8 +60,6 @@ def test_the_same_seed_gives_the_same_text_and_greedy_equals_temperature_zero(fi
 
 
 def test_a_text_longer_than_the_context_goes_on(finished_run: Config) -> None:
-    from modularforge.artifacts import Corpus
-
     model = load_model(require(finished_run, "backbone").local_folder())
     tokenizer = Corpus(require(finished_run, "corpus")).tokenizer
     length = 3 * finished_run.model.context_length
@@ -65,8 +67,6 @@ def test_a_text_longer_than_the_context_goes_on(finished_run: Config) -> None:
 
 
 def test_an_empty_prompt_starts_a_text_and_one_that_ends_with_eos_is_refused(finished_run: Config) -> None:
-    from modularforge.artifacts import Corpus
-
     model = load_model(require(finished_run, "backbone").local_folder())
     tokenizer = Corpus(require(finished_run, "corpus")).tokenizer
     assert isinstance(generate(model, tokenizer, "", 3, Sampling()), str)
@@ -102,3 +102,24 @@ def test_a_cached_continuation_equals_one_that_reads_everything_again() -> None:
             break
         slow.append(token)
     assert fast == " ".join(map(str, slow))
+
+
+def test_what_left_the_context_still_counts_for_the_text_router(finished_run: Config, tmp_path: Path) -> None:
+    settings = finished_run.assembly.model_copy(update={"router": "evidence"})
+    run = finished_run.model_copy(update={"assembly": settings})
+    experts = [require(run, "expert", index) for index in range(run.experts.count)]
+    assemble(run, require(run, "backbone"), experts, plain_folder(tmp_path))
+    model, tokenizer = load_model(tmp_path), Corpus(require(run, "corpus")).tokenizer
+    assert model.text_router is not None
+    prompt = "The law of the land is what the court says that it is. " * 8
+    ids = tokenizer.encode(prompt).ids
+    assert len(ids) > model.config.context_length
+    routed: list[torch.Tensor] = []
+    model.blocks[0].ffn.register_forward_pre_hook(lambda layer, _arguments: routed.append(layer.given_NE[-1]))
+    new = 2 * model.config.context_length
+    with torch.inference_mode():
+        said = continue_ids(model, ids, new, Sampling(0.0), (), torch.Generator(), torch.device("cpu"))
+    every = [*ids, *said]
+    whole_TR = model.text_router(torch.tensor([every]))[0][0]
+    found_TR = torch.stack(routed)
+    assert torch.allclose(found_TR, whole_TR[len(ids) - 1 : len(ids) - 1 + len(found_TR)], atol=1e-5)
