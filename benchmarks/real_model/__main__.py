@@ -27,8 +27,8 @@ BASELINES = ("dense", "lora")
 VARIANTS: dict[str, dict[str, Any]] = {
     "assembled": {},
     "assembled top-1": {"experts_per_token": 1},
-    "assembled public": {"public_expert": True},
-    "assembled public top-1": {"public_expert": True, "experts_per_token": 1},
+    "assembled without public": {"public_expert": False},
+    "assembled for other programs": {"token_pairs": 0},
 }
 TINY = Scale(2, 2, 1024, 512, 1024, {kind: [Trial(3e-4)] for kind in ("experts", "dense", "lora")})
 
