@@ -67,6 +67,7 @@ STUDY: dict[str, Any] = {
         "uniform": {"kind": "ensemble_uniform"},
         "posterior": {"kind": "ensemble_posterior"},
         "joint": {"kind": "joint", "recipe": ["plain", "frozen"]},
+        "together": {"kind": "joint_evidence", "seeds": [0]},
         "btx": {"kind": "btx", "set": RIDGE},
         "btx_trained": {"kind": "btx_trained", "recipe": "fewer", "seeds": [0]},
         "ridge": {
@@ -120,7 +121,8 @@ def test_the_table_has_every_variant_with_the_mean_of_its_seeds(finished_study: 
     assert list(table["rows"]) == [
         "backbone", "dense", "wide", "soup", "plain-experts: best expert", "plain-experts: oracle",
         "anchored-experts: best expert", "anchored-experts: oracle", "uniform", "posterior", "plain-joint",
-        "frozen-joint", "btx", "btx_trained", "plain-ridge-experts_per_token_1", "plain-ridge-experts_per_token_all",
+        "frozen-joint", "together", "btx", "btx_trained", "plain-ridge-experts_per_token_1",
+        "plain-ridge-experts_per_token_all",
         "anchored-ridge-experts_per_token_1", "anchored-ridge-experts_per_token_all", "evidence",
         "evidence: without own expert", "calibrated", "random", "longer",
     ]  # fmt: skip
@@ -170,6 +172,7 @@ def test_shared_work_is_done_once(finished_study: Runs) -> None:
     expected |= {f"seed-{seed}/anchored/metrics/expert-{k}.jsonl" for seed in (0, 1) for k in range(3)}
     expected |= {f"seed-{seed}/frozen/metrics/joint.jsonl" for seed in (0, 1)}
     expected |= {f"seed-0/{recipe}/metrics/expert-{k}.jsonl" for recipe in ("random", "longer") for k in range(3)}
+    expected.add("seed-0/plain/metrics/joint_evidence.jsonl")
     expected |= {"seed-0/fewer/metrics/btx.jsonl", *(f"seed-0/fewer/metrics/branch-{k}.jsonl" for k in range(3))}
     assert trained == expected
     corpora = [find_artifact(str(folder)) for folder in (root / "data").iterdir()]
