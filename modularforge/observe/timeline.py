@@ -14,7 +14,7 @@ import numpy as np
 
 from checkpoints import Artifact
 from modularforge.observe.metrics import JobMetrics, moment
-from modularforge.observe.run import STAGE_OF_JOB, Run, job_order
+from modularforge.observe.run import JOB_ORDER, STAGE_OF_JOB, Run, job_order
 
 Kind = Literal["queued", "running", "interrupted"]
 # The launcher's names of jobs that make several stages, by the row that shows them.
@@ -140,6 +140,7 @@ def _by_row(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def _place(name: str) -> tuple[float, int, str]:
     """Order of the rows."""
-    fixed = {"corpus": -2, "partitions": -1, "assembled": 4.3, "calibrated": 4.6, "evaluation": 4.9}
+    end = JOB_ORDER["calibration"]
+    fixed = {"corpus": -2, "partitions": -1, "assembled": end - 0.7, "calibrated": end - 0.4, "evaluation": end - 0.1}
     first, second, third = job_order(name)
     return fixed.get(name, first), second, third
