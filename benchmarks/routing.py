@@ -35,7 +35,8 @@ from modularforge.study.study_file import load_study, variants_of
 from modularforge.training.job import Job
 
 Change = Callable[[Tensor, Tensor, int], Tensor]  # logits [R, T, E], router inputs [R, T, D], layer -> logits
-ROUTER = {"assembly.router": "evidence"}
+# The rows, which alone can be changed by a hook, and a slot for each expert.
+ROUTER = {"assembly.router": "evidence", "assembly.token_pairs": 0, "assembly.public_expert": False}
 
 
 class Trial:

@@ -339,9 +339,9 @@ class AssemblyConfig(Section):
     """How backbone and experts become one model."""
 
     router: RouterKind = "evidence"
-    """`evidence`: which partition the text so far resembles, from token counts; `data_stats`: ridge regression from
-    sums; `centred_means`; `learned`: rows trained with the experts; `equalised`: the same at one length; `kaiming`:
-    random; `uniform`: all experts alike."""
+    """`evidence`: which partition the text so far resembles, from counts of tokens and their pairs; `data_stats`: ridge
+    regression from sums; `centred_means`; `learned`: rows trained with the experts; `equalised`: the same at one
+    length; `kaiming`: random; `uniform`: all experts alike."""
     experts_per_token: int = Field(2, ge=1)
     """Experts that each token visits."""
     public_expert: bool | None = None
@@ -377,7 +377,7 @@ class CalibrationConfig(PhaseConfig):
     norms: bool = True
     """Train the gains of the RMSNorms."""
     router: bool = True
-    """Train the router rows."""
+    """Train the router rows, where they route: not beside the tables of the evidence router."""
 
 
 class EvaluationConfig(Section):

@@ -30,7 +30,7 @@ from modularforge.assembly.routers import all_statistics, router_rows, widening_
 from modularforge.assembly.small_files import copy_text_files
 from modularforge.assembly.statistics import EXPERT_NAME
 from modularforge.assembly.stream import execute
-from modularforge.assembly.text_tables import texts_of, write_tables
+from modularforge.assembly.text_tables import Texts, texts_of, write_tables
 from modularforge.config import Config, ModelConfig
 from modularforge.facts import fact
 from modularforge.log import logger
@@ -61,8 +61,9 @@ def assemble(
     values = backbone.read_json(CONFIG_NAME)
     model = model_config_of(values)
     spans = [_spans(expert, EXPERT_NAME) for expert in experts]
+    texts = texts_of(backbone, experts) if config.assembly.router == "evidence" else None
     with tempfile.TemporaryDirectory() as scratch:
-        tensors = _tensors(config, backbone, experts, spans, model, Path(scratch))
+        tensors = _tensors(config, backbone, experts, spans, model, texts, Path(scratch))
         sources = parts.parts_of(old) if old else {}
         for expert, own in zip(experts, spans, strict=True):
             sources |= parts.whole_file(expert, EXPERT_NAME, own)
@@ -70,9 +71,9 @@ def assemble(
     if plan.index:
         write_json(writer.folder / INDEX_NAME, plan.index)
     kind = next(tensor.dtype for tensor in tensors.values())
-    if config.assembly.router == "evidence":
+    if texts:
         model = widening_of(config, model, len(experts)).widened
-        facts["token_pairs"] = _write_tables(config, backbone, experts, writer.folder)
+        facts["token_pairs"] = _write_tables(config, texts, writer.folder)
     carried = {**values, "dtype": HUB_NAME.get(kind, values.get("dtype"))}
     return {**facts, **_write_small_files(config, backbone, experts, model, carried, writer.folder)}
 
@@ -83,6 +84,7 @@ def _tensors(
     experts: list[Artifact],
     expert_spans: list[dict[str, TensorSpan]],
     model: ModelConfig,
+    texts: Texts | None,
     scratch: Path,
 ) -> dict[str, OutputTensor]:
     """All tensors of the assembled model; new values are written to files in `scratch`."""
@@ -95,7 +97,6 @@ def _tensors(
         model.family,
     )
     kept = output_tensors(spans, SAFETENSORS_NAME[config.assembly.dtype])
-    texts = texts_of(backbone, experts) if config.assembly.router == "evidence" else None
     if texts:
         widening = widening_of(config, model, len(experts))
         kept = evidence.widen(kept, widening, all_statistics(experts), texts.token_VE, scratch)
@@ -106,9 +107,9 @@ def _tensors(
     return {**kept, **output_tensors(routers, kind)}
 
 
-def _write_tables(config: Config, backbone: Artifact, experts: list[Artifact], folder: Path) -> int:
+def _write_tables(config: Config, texts: Texts, folder: Path) -> int:
     """Write what ModularForge routes by, where pairs are known and wanted; returns how many are known."""
-    texts, most = texts_of(backbone, experts), config.assembly.token_pairs
+    most = config.assembly.token_pairs
     if not most:
         return 0
     if not texts.has_pairs:

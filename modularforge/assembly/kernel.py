@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +27,8 @@ USUAL_ANGLE = 0.01  # a turn of 628 tokens
 ANGLES = (0.003, 0.05)  # outside, the bell would need scores that bf16 cannot hold, or return at once
 SLOWER = 4.0  # each further pair's angle is smaller by so much, and holds the bell down from one turn to the next
 STRENGTH = 10.0  # of those: exp(-20) behind half a turn
+RECENT, MOST_POSITIONS = 100, 65_536
+SHARES = (1.0, 0.8, 0.6, 0.45, 0.3)  # of the sizes, that are tried where a norm bounds them
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,49 @@ def kernel_head(model: ModelConfig, norms: HeadNorms) -> tuple[Values, Values]:
     free = [pair for pair in reversed(range(width // 2)) if pair not in sizes]
     if not sizes or len(free) < 2:
         return np.zeros(width, np.float32), np.zeros(width, np.float32)
-    first = next(iter(sizes))
-    for share in (1.0, 0.7, 0.5, 0.3):  # a norm bounds their length: the slower pairs give way first
-        tried = {pair: size if pair == first else size * share for pair, size in sizes.items()}
-        heads = [_under_norm(tried, *about) for about in ((norms.query_H, free[0]), (norms.key_H, free[1]))]
-        if all(fits for _, fits in heads):
-            break
-    return heads[0][0], heads[1][0]
+    # A norm bounds their length: then the bell is as narrow as what fits can make it.
+    heads = [_Heads(model, _smaller(sizes, *shares), norms, (free[0], free[1])) for shares in product(SHARES, SHARES)]
+    best = max(heads, key=lambda item: item.recent_share)
+    return best.query_H, best.key_H
+
+
+def _smaller(sizes: dict[int, float], share: float, slower_share: float) -> dict[int, float]:
+    """The sizes with the first pair's, and those of the slower pairs, at a share of what they should be."""
+    return {pair: size * (slower_share if place else share) for place, (pair, size) in enumerate(sizes.items())}
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Query and key of these sizes, under norms; what is left of their lengths lies where the other has nothing."""
+
+    model: ModelConfig
+    sizes: dict[int, float]
+    norms: HeadNorms
+    ballast: tuple[int, int]
+
+    @cached_property
+    def query_H(self) -> Values:
+        """The query before its norm."""
+        return _under_norm(self.sizes, self.norms.query_H, self.ballast[0])
+
+    @cached_property
+    def key_H(self) -> Values:
+        """The key before its norm."""
+        return _under_norm(self.sizes, self.norms.key_H, self.ballast[1])
+
+    @property
+    def recent_share(self) -> float:
+        """Of a full context's weight, the part that lies within RECENT tokens."""
+        query_H, key_H = (
+            head_H / np.sqrt(np.square(head_H).mean()) * gains_H
+            for head_H, gains_H in ((self.query_H, self.norms.query_H), (self.key_H, self.norms.key_H))
+        )
+        angles, back = angles_of(self.model), np.arange(min(self.model.positions, MOST_POSITIONS))
+        score = np.zeros(len(back))
+        for pair in self.sizes:
+            score += query_H[pair] * key_H[pair] / math.sqrt(len(query_H)) * (np.cos(float(angles[pair]) * back) - 1.0)
+        weight = np.exp(score)
+        return float(weight[:RECENT].sum() / weight.sum())
 
 
 def bell(angles: Values, positions: int) -> dict[int, float]:
@@ -98,19 +138,19 @@ def _stretch(plain: NDArray[np.float64], scaling: RopeScalingConfig, original: i
     return 1.0 / (kept + (1.0 - kept) / factor)
 
 
-def _under_norm(sizes: dict[int, float], gains_H: Values, ballast: int) -> tuple[Values, bool]:
+def _under_norm(sizes: dict[int, float], gains_H: Values | None, ballast: int) -> Values:
     """A vector of mean square one that has these sizes behind the gains, or less where the gains are too small.
 
-    Also returns whether they fit.
-
-    What is left of its length lies on `ballast`, where the other vector has nothing.
+    What is left of its length lies on `ballast`.
     """
+    assert gains_H is not None
     head_H = np.zeros(len(gains_H), np.float32)
     for pair, size in sizes.items():
         gain = float(gains_H[pair])
         head_H[pair] = size / gain if abs(gain) > 1e-3 else 0.0
     length = float(np.square(head_H).sum())
     if length > len(head_H):
-        return head_H * np.float32(math.sqrt(len(head_H) / length)), False
+        head_H *= math.sqrt(len(head_H) / length)
+        return head_H
     head_H[ballast] = math.sqrt(len(head_H) - length)
-    return head_H, True
+    return head_H

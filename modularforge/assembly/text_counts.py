@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
+from checkpoints.parsing import parse_object
 from modularforge.assembly.routing import Array
 from modularforge.config import Config
 from modularforge.errors import DataError
@@ -121,8 +123,11 @@ def save_counts(path: Path, counts: TextCounts) -> None:
 def load_counts(path: Path) -> TextCounts:
     """The counts that `save_counts` wrote; raises DataError."""
     try:
-        found = load_file(path)
-        tokens, keys, pairs = (found[name] for name in ("tokens", "keys", "pairs"))
+        with safe_open(path, framework="np") as file:
+            values = parse_object((file.metadata() or {}).get("text_counts", ""))
+            if values.get("format") != FORMAT:
+                raise ValueError(f"its format is {values.get('format')!r:.20}, not {FORMAT}")
+            tokens, keys, pairs = (file.get_tensor(name) for name in ("tokens", "keys", "pairs"))
         _check(tokens, keys, pairs)
     except Exception as error:  # safetensors raises a class of its own
         raise DataError(

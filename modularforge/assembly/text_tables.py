@@ -15,17 +15,16 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from checkpoints import Artifact
+from modularforge.assembly.evidence import TIE
 from modularforge.assembly.routing import Array
 from modularforge.assembly.small_files import special_tokens
 from modularforge.assembly.statistics import STATISTICS_NAME, load_statistics
 from modularforge.assembly.text_counts import COUNTS_NAME, TextCounts, load_counts, only_tokens
 from modularforge.assembly.text_evidence import background_of, pair_evidence, token_evidence
-from modularforge.model.hub_config import CONFIG_NAME, end_tokens
+from modularforge.model.hub_config import CONFIG_NAME, TABLES_FORMAT, end_tokens
 
-FORMAT = 1
 # Chosen on the deciding half of validation, ten domains, seed 0 (docs/log.md).
 FILTER = {"strength": 0.4, "switch": 0.003, "switch_at_end": 0.9, "sharpness": 0.4}
-TIE = 0.02  # nats: what decides between slots for which nothing speaks
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,6 @@ def write_tables(path: Path, texts: Texts, public: bool, most_pairs: int) -> int
         "prior": slot_priors(texts.prior_E, public).astype(np.float32),
         "ends": np.asarray(texts.ends, np.int64),
     }
-    metadata = {"text_router": json.dumps({"format": FORMAT, **FILTER})}
+    metadata = {"text_router": json.dumps({"format": TABLES_FORMAT, **FILTER})}
     save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path, metadata=metadata)
     return len(found.keys_P)

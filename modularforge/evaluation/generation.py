@@ -72,12 +72,16 @@ def _continue(
     device: torch.device,
 ) -> list[int]:
     limit = model.config.context_length
-    cache, pending, new = KeyValueCache(_read(model, ids[: 1 - limit])), ids[1 - limit :], list[int]()
+    said, begins = list(ids), max(0, len(ids) - max(1, limit - 1))  # what is in the context begins there
+    before = _read(model, said[:begins], None)
+    cache, pending, new = KeyValueCache(before), said[begins:], list[int]()
     for _ in range(new_tokens):
         if cache.length + len(pending) > limit:
             # Rotary angles end at the context length: start again from the second half of what was said.
-            said, kept = ids + new, (limit + 1) // 2
-            pending, cache = said[-kept:], KeyValueCache(_read(model, said[:-kept]))
+            said, gone = ids + new, begins
+            begins = len(said) - (limit + 1) // 2
+            before = _read(model, said[gone:begins], before)
+            pending, cache = said[begins:], KeyValueCache(before)
         logits_V = model(torch.tensor([pending], device=device), cache)[0, -1]
         token = choose_token(logits_V.float().cpu(), sampling, generator)
         if token in end_tokens:
@@ -87,11 +91,11 @@ def _continue(
     return new
 
 
-def _read(model: Decoder, ids: list[int]) -> TextState | None:
-    """What a text router knows of a text whose beginning no longer fits the context."""
+def _read(model: Decoder, ids: list[int], before: TextState | None) -> TextState | None:
+    """What a text router knows behind tokens that leave the context; `before` is what it knew in front of them."""
     if model.text_router is None or not ids:
-        return None
-    state: TextState = model.text_router(torch.tensor([ids], device=model.lm_head.weight.device))[1]
+        return before
+    state: TextState = model.text_router(torch.tensor([ids], device=model.lm_head.weight.device), before)[1]
     return state
 
 

@@ -25,6 +25,7 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 TABLES_NAME = "text_router.tables"
 """What ModularForge routes by: safetensors by another name, since servers take every `.safetensors` for weights."""
+TABLES_FORMAT = 1
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip

@@ -10,8 +10,6 @@ grows too sure to leave a domain. All layers route by the posterior's logarithm.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +18,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from checkpoints.parsing import parse_object
 from modularforge.errors import DataError
+from modularforge.model.hub_config import TABLES_FORMAT
 
-FORMAT = 1
 NO_TOKEN = -1
+MOST_EVIDENCE = 100.0
 SETTINGS = ("strength", "switch", "switch_at_end", "sharpness")
 TABLES = ("token", "context", "keys", "pair", "prior", "ends")
 
@@ -145,9 +145,9 @@ def load_text_router(path: Path) -> TextRouter:
     """The router of a `text_router.tables`; raises DataError."""
     try:
         with safe_open(path, framework="pt") as file:
-            values = json.loads((file.metadata() or {})["text_router"])
-            if values["format"] != FORMAT:
-                raise ValueError(f"its format is {values['format']!r:.20}, not {FORMAT}")
+            values = parse_object((file.metadata() or {}).get("text_router", ""))
+            if values.get("format") != TABLES_FORMAT:
+                raise ValueError(f"its format is {values.get('format')!r:.20}, not {TABLES_FORMAT}")
             tables = {name: file.get_tensor(name) for name in TABLES}
         settings = FilterSettings(*(float(values[name]) for name in SETTINGS))
         _check(tables, settings)
@@ -167,12 +167,13 @@ def _check(tables: dict[str, Tensor], settings: FilterSettings) -> None:
         raise ValueError("its tables have other shapes")
     if keys.dtype != torch.int64 or tables["ends"].dtype != torch.int64 or slots not in (experts, experts + 1):
         raise ValueError("its keys or slots are none of a router's")
-    if not bool((keys.diff() > 0).all()) or not all(
-        bool(tables[name].isfinite().all()) for name in ("token", "context", "pair", "prior")
-    ):
-        raise ValueError("its keys are out of order, or its values are not finite")
+    if not bool((keys.diff() > 0).all()):
+        raise ValueError("its keys are out of order")
+    # Logarithms of ratios of counts stay far below; larger ones would leave some slot a probability of zero.
+    if not all(bool((tables[name].abs() <= MOST_EVIDENCE).all()) for name in ("token", "context", "pair", "prior")):
+        raise ValueError(f"its evidence is not within {MOST_EVIDENCE:g} nats")
+    if not abs(float(tables["prior"].double().logsumexp(0))) < 1e-3:
+        raise ValueError("its priors are no distribution")
     shares_are_shares = all(0 < share < 1 for share in (settings.switch, settings.switch_at_end))
-    if not shares_are_shares or not all(
-        math.isfinite(item) and item > 0 for item in (settings.strength, settings.sharpness)
-    ):
+    if not shares_are_shares or not all(0 < item <= 10 for item in (settings.strength, settings.sharpness)):
         raise ValueError("its settings are out of range")

@@ -95,10 +95,11 @@ class Bench:
             fresh = build_model(self.run, config, variant, dict(parts))
             model, calibration = calibrate_model(self.run, config, model, fresh)
         tokens = training_tokens(config, variant.kind) + _calibration_tokens(config, variant)
-        row = self.summarise(self.score(model)) | sizes_of(model) | {"training_tokens": tokens}
+        scores = self.score(model)
+        row = self.summarise(scores) | sizes_of(model) | {"training_tokens": tokens}
         result: dict[str, Any] = {"rows": {"": row}, "calibration": calibration}
         if variant.carry:
-            carried = {**self.score(model), TEXT: score(model, self.probes[TEXT], self.window[1], carries=True)}
+            carried = {**scores, TEXT: score(model, self.probes[TEXT], self.window[1], carries=True)}
             about = {name: row[name] for name in ("parameters", "active_parameters", "flops_per_token")}
             result["rows"][CARRIED] = self.summarise(carried) | about | {"training_tokens": tokens}
         if variant.without:

@@ -229,17 +229,21 @@ def test_the_bell_is_half_at_some_twenty_tokens_and_does_not_come_back(name: str
     assert weight[150:].sum() < 0.02 * weight.sum()
 
 
-def test_norms_of_queries_and_keys_leave_the_bell_what_it_is() -> None:
-    model = SHAPES["long"].model_copy(update={"family": "qwen3"})
+@pytest.mark.parametrize(("gain", "half", "share"), [(3.0, 32, 0.99), (1.5, 45, 0.95)])
+def test_norms_of_queries_and_keys_bound_the_bell_but_leave_it_one(gain: float, half: int, share: float) -> None:
+    model = SHAPES["plain"].model_copy(update={"family": "qwen3", "head_width": 64, "context_length": 2048})
     width, random = model.width_per_head, np.random.default_rng(1)
-    gains = [random.uniform(2.2, 3.0, width).astype(np.float32) for _ in range(2)]
+    gains = [random.uniform(gain, 1.2 * gain, width).astype(np.float32) for _ in range(2)]
     heads = kernel_head(model, HeadNorms(*gains))
     query, key = (head / np.sqrt(np.square(head).mean()) * gain for head, gain in zip(heads, gains, strict=True))
-    for pair, strength in bell(angles_of(model), model.positions).items():
-        found = query[pair] * key[pair] / math.sqrt(width)
-        assert found == pytest.approx(strength, rel=0.01 if pair == min(bell(angles_of(model), 1)) else 0.8)
-    both = np.flatnonzero(query * key)
-    assert set(both) == set(bell(angles_of(model), model.positions))
+    assert all(np.square(head).mean() == pytest.approx(1.0, rel=1e-3) for head in heads)
+    angles, back = angles_of(model), np.arange(model.positions)
+    used = np.flatnonzero(query * key)
+    assert set(used) == set(bell(angles, model.positions))
+    score = sum(query[p] * key[p] / math.sqrt(width) * (np.cos(float(angles[p]) * back) - 1) for p in used)
+    weight = np.exp(score)
+    assert 14 <= np.argmax(weight < 0.5) <= half
+    assert weight[:100].sum() > share * weight.sum()
 
 
 def test_a_model_without_a_fitting_angle_takes_the_plain_mean() -> None:

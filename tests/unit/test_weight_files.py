@@ -25,8 +25,12 @@ from modularforge.assembly.plan import read_header as read_spans
 from modularforge.assembly.routing import LayerStatistics, RouterStatistics
 from modularforge.assembly.statistics import STATISTICS_NAME, load_statistics, save_statistics
 from modularforge.assembly.stream import execute
+from modularforge.assembly.text_counts import TextCounts, load_counts, only_tokens, save_counts
+from modularforge.assembly.text_tables import Texts, write_tables
 from modularforge.errors import DataError
 from modularforge.model.folder import read_tensors
+from modularforge.model.text_router import load_text_router
+from tests.fuzzing import time_limit
 from tests.mutation import FUZZ_INPUTS, texts, values
 
 # What the library takes and we do not.
@@ -225,6 +229,37 @@ def test_hostile_statistics_end_in_a_sentence(tmp_path: Path) -> None:
             assert [layer.outer_DD.shape[0] for layer in found.layers] == [len(layer.sum_D) for layer in found.layers]
         except DataError:
             continue
+
+
+@pytest.mark.parametrize("name", ["counts", "tables"])
+def test_hostile_counts_and_tables_of_a_text_router_end_in_a_sentence(name: str, tmp_path: Path) -> None:
+    path, counts = tmp_path / name, only_tokens(np.arange(9.0))
+    pairs = TextCounts(counts.tokens_V, np.array([10, 20, 30]), np.ones(3, np.float32))
+    if name == "counts":
+        save_counts(path, pairs)
+    else:
+        write_tables(path, Texts([pairs, pairs], None, (0,), (0,)), public=True, most_pairs=9)
+    whole = path.read_bytes()
+    (length,) = struct.unpack_from("<Q", whole)
+    header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    ((key, text),) = header["__metadata__"].items()
+    contents = [*texts([whole]), *(file_of(value, data) for value in values(header))]
+    for value in values(json.loads(text)):
+        contents.append(file_of({**header, "__metadata__": {key: json.dumps(value)}}, data))
+    read = 0
+    for content in contents:
+        path.write_bytes(content)
+        with time_limit(content):
+            try:
+                if name == "counts":
+                    assert load_counts(path).tokens_V.shape == (9,)
+                else:
+                    logits_BTR, _ = load_text_router(path)(torch.tensor([[1, 2, 3, 0, 4]]))
+                    assert bool(logits_BTR.isfinite().all())
+                read += 1
+            except DataError:
+                continue
+    assert 0 < read < len(contents)
 
 
 @pytest.mark.parametrize(
