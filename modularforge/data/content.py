@@ -57,7 +57,7 @@ def require_text(name: str, head: bytes, within: str = "") -> None:
         inside = f"holds {found[0]} in its {within}" if within else f"is {found[0]}"
         advice = f"decompress it from {within}" if within and "a name that ends" in found[1] else found[1]
         cure = f"{advice}, or " if advice else ""
-        raise DataError(f"{name} must be UTF-8 text, but {inside}; {cure}leave it out of data.sources")
+        raise DataError(f"{name} must be UTF-8 text, but {inside}; {cure}leave it out of the settings")
 
 
 def describe(head: bytes) -> tuple[str, str] | None:

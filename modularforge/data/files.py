@@ -94,7 +94,7 @@ def _expand(location: str) -> list[str]:
     if not found:
         raise DataError(
             f"{redact(location)} must match files of the corpus, but matches none (hidden ones only where the pattern "
-            "names their dot); mend the pattern in data.sources"
+            "names their dot); mend the pattern in the settings"
         )
     return found
 
@@ -129,5 +129,5 @@ def _not_utf8(name: str, line: int, offset: int, error: UnicodeDecodeError) -> D
     found = error.object[error.start : error.start + 1].hex()
     return DataError(
         f"{name} must be UTF-8 text, but byte {offset} (line {line}) is 0x{found}; find out the encoding of the file "
-        "and convert it (iconv -f ENCODING -t UTF-8), or leave it out of data.sources"
+        "and convert it (iconv -f ENCODING -t UTF-8), or leave it out of the settings"
     )

@@ -45,9 +45,7 @@ def explained(url: str) -> Iterator[None]:
         refusal = error.__cause__  # fsspec takes every answer of a web server, and none, for a missing file
         if _is_clients(refusal) and getattr(refusal, "status", None) != 404:
             raise _unreadable(name, refusal) from error
-        raise DataError(
-            f"{name} must be a file of the corpus, but does not exist; mend the path in data.sources"
-        ) from error
+        raise DataError(f"{name} must be a file, but does not exist; mend its path in the settings") from error
     except IsADirectoryError as error:
         raise DataError(
             f"{name} must be a file, but is a folder; name its files, for example {name}/*.jsonl.gz"

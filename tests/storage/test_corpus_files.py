@@ -41,7 +41,7 @@ def test_what_lies_there_is_named_like_any_file(s3: str) -> None:
     paths.create_bytes(f"{s3}/a.jsonl", gzip.compress(LINES))
     with pytest.raises(DataError, match=r"a\.jsonl must be UTF-8 text, but is gzip data"):
         texts(f"{s3}/a.jsonl")
-    with pytest.raises(DataError, match=r"b\.jsonl must be a file of the corpus, but does not exist"):
+    with pytest.raises(DataError, match=r"b\.jsonl must be a file, but does not exist"):
         texts(f"{s3}/b.jsonl")
 
 

@@ -280,7 +280,7 @@ def test_a_missing_parquet_column_and_a_broken_parquet_file_are_named(tmp_path):
 
 
 def test_missing_and_empty_corpora_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere.txt must be a file of the corpus, but does not exist"):
+    with pytest.raises(DataError, match=r"nowhere.txt must be a file, but does not exist"):
         texts(tmp_path / "nowhere.txt")
     with pytest.raises(DataError, match=r"must be a file, but is a folder"):
         texts(tmp_path)

@@ -370,7 +370,7 @@ def test_a_file_that_vanishes_between_two_readings_is_told(tmp_path):
     documents = read_documents(source, "train", DataConfig(sources=[source], min_article_length=0))
     next(documents)
     last.unlink()
-    with pytest.raises(DataError, match=r"b\.txt must be a file of the corpus, but does not exist"):
+    with pytest.raises(DataError, match=r"b\.txt must be a file, but does not exist"):
         next(documents)
 
 

@@ -172,7 +172,7 @@ def test_an_error_of_the_reader_reaches_the_caller(config, tmp_path):
 
 def test_a_missing_file_is_refused_before_any_work(config, tmp_path):
     os.unlink(config.data.sources[1].test)
-    with pytest.raises(DataError, match=r"law.test.jsonl must be a file of the corpus"):
+    with pytest.raises(DataError, match=r"law.test.jsonl must be a file"):
         prepare(config, tmp_path)
     assert not (tmp_path / "scratch").exists()
 
