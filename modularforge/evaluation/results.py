@@ -47,11 +47,14 @@ class _Model(_Part):
     carried_loss: Number | None = None
 
 
-class _Difference(_Part):
+class _OneDifference(_Part):
     difference: Number
     standard_error: Number | None
     is_clear: bool
-    domains: dict[str, _Difference] = {}
+
+
+class _Difference(_OneDifference):
+    domains: dict[str, _OneDifference] = {}
 
 
 class _Routing(_Part):

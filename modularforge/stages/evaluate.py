@@ -16,7 +16,7 @@ from modularforge.config import TRAINED_ON_ALL, Config
 from modularforge.errors import MismatchError
 from modularforge.evaluation.btx import build_btx, solved_router
 from modularforge.evaluation.report import markdown
-from modularforge.evaluation.results import parse_results
+from modularforge.evaluation.results import checked_results, parse_results
 from modularforge.evaluation.soup import build_soup
 from modularforge.evaluation.suite import Extras, Loader, Results, add_oracle, compare, measure_models, read_extras
 from modularforge.log import json_safe, logger
@@ -54,7 +54,7 @@ def run(config: Config) -> Results:
         (writer.folder / DOCUMENTS_NAME).write_text(json.dumps(json_safe(documents)) + "\n", encoding="utf-8")
         (writer.folder / REPORT_NAME).write_text(markdown(results), encoding="utf-8")
         commit(writer, plan, config, {"chosen": results["chosen"]}, old)
-    return results
+    return checked_results(results)  # as a second call reads them
 
 
 def find_models(config: Config) -> dict[str, Artifact]:
