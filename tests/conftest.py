@@ -73,14 +73,22 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def run_every_stage(config: Config) -> dict[str, Any]:
-    """Run the whole pipeline in this process and return the results of its evaluation."""
-    from modularforge.stages import assemble, backbone, calibrate, dense, evaluate, expert, prepare
+    """Run the whole pipeline in this process, with all baselines it names, and return the results of its evaluation."""
+    from modularforge.config import TRAINED_ON_ALL
+    from modularforge.runners import RUNNERS
+    from modularforge.stages import assemble, backbone, branch, calibrate, dense, evaluate, expert, prepare
 
     prepare.run(config)
     backbone.run(config)
     for index in range(config.experts.count):
         expert.run(config, index)
     dense.run(config)
+    for name in TRAINED_ON_ALL:
+        if name in config.evaluation.baselines and name != "dense":
+            RUNNERS[name](config)
+    if "btx" in config.evaluation.baselines:
+        for index in range(config.experts.count):
+            branch.run(config, index)
     assemble.run(config)
     calibrate.run(config)
     return evaluate.run(config)
