@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from modularforge.artifacts import Corpus, derived_seed, even_streams
+from checkpoints import Artifact
+from modularforge.artifacts import derived_seed, even_streams
 from modularforge.assembly.small_files import TOKENIZER_NAME, special_ids
 from modularforge.assembly.text_counts import COUNTS_NAME, counts_of, save_counts
-from modularforge.config import Config
 from modularforge.data.loader import batches
 from modularforge.log import logger
 from modularforge.model.backbone import Decoder
 from modularforge.model.hub_config import read_config
-from modularforge.pipeline import finished, plan_stage, require
 from modularforge.pretrained.fetch import local_model
 from modularforge.pretrained.sources import published_name
 from modularforge.provenance import commit, making, save_settings
+from modularforge.run import Run
 from modularforge.training.backbone_job import sample_windows, save_backbone, train_backbone
 from modularforge.training.distributed import joined_world
 from modularforge.training.job import Job
@@ -26,13 +26,13 @@ from modularforge.training.loop import Batch
 from modularforge.training.losses import mean_loss
 
 
-def run(config: Config) -> None:
+def run(run: Run) -> Artifact:
     """Train and commit unless it is done (called on every rank; rank 0 writes)."""
-    plan = plan_stage(config, "backbone")
-    if finished(plan):
+    plan, config = run.plan("backbone"), run.config
+    if found := run.finished(plan):
         logger.info("backbone is finished: %s", plan.url)
-        return
-    corpus = Corpus(require(config, "corpus"))
+        return found
+    corpus = run.corpus
     tokens, context = corpus.tokens("train").tokens, config.model.context_length
     held_out = even_streams(corpus.domains("validation"), config.training.validation_tokens)
     job = Job.of_run(config, "backbone", config.backbone, plan.fingerprint)
@@ -61,5 +61,6 @@ def run(config: Config) -> None:
                 if config.model.pretrained:
                     hub = published_name(config.model.pretrained)
                     facts["pretrained"] = {"hub": hub, "identity": plan.inputs["pretrained"]}
-                commit(writer, plan, config, {**losses, **facts, "data": data})
+                commit(writer, plan, run, {**losses, **facts, "data": data})
         world.barrier()
+    return run.made("backbone")
