@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from checkpoints import StoreError, paths
-from modularforge.config import TRAINED_ON_ALL, Config
+from modularforge.config import TRAINED_ON_ALL, Config, ModelConfig
 from modularforge.errors import ConfigError
 from modularforge.mistakes import config_error, shown
 from modularforge.yaml_text import MAX_BYTES, parse_yaml, to_yaml_text
@@ -51,10 +51,12 @@ def load_config(
     smoke_test: bool = False,
     data_dir: str | None = None,
     output_dir: str | None = None,
+    asks_for_shape: bool = True,
 ) -> Config:
-    """Read, merge and validate; raises ConfigError with one line per mistake.
+    """Read a user's YAML, merge and validate; raises ConfigError with one line per mistake.
 
-    An override is text (`key=value`, the value in YAML), or a name and a value.
+    An override is text (`key=value`, the value in YAML), or a name and a value. A pretrained model is asked for its
+    shape, unless `asks_for_shape` is false: for commands that only look for a run which has its settings recorded.
     """
     values = read_yaml(path)
     if smoke_test:
@@ -69,7 +71,7 @@ def load_config(
         values["data_dir"] = data_dir
     if output_dir is not None:
         values["output_dir"] = output_dir
-    return make_config(values, path)
+    return complete_config(values, path) if asks_for_shape else make_config(values, path)
 
 
 def _without_pretrained(model: Any) -> Any:
@@ -77,17 +79,22 @@ def _without_pretrained(model: Any) -> Any:
     return {} if isinstance(model, Mapping) and model.get("pretrained") else model
 
 
-def make_config(values: Mapping[str, Any], origin: str) -> Config:
-    """Validate plain values; `origin` names them in the error. A pretrained model is asked for its shape."""
-    config = _validate(values, origin)
-    if config.model.pretrained is None:
+def complete_config(values: Mapping[str, Any], origin: str) -> Config:
+    """Validate what a user wrote, with the shape of a pretrained model, which is looked up in its files or on the Hub.
+
+    Settings that were resolved before name the whole shape; there is nothing to look up, and nodes of a cluster that
+    read them need no network.
+    """
+    config = make_config(values, origin)
+    if config.model.pretrained is None or ModelConfig.model_fields.keys() <= dict(values["model"]).keys():
         return config
     from modularforge.pretrained.shape import with_pretrained_shape
 
-    return _validate(with_pretrained_shape(values, config.model.pretrained), origin)
+    return make_config(with_pretrained_shape(values, config.model.pretrained), origin)
 
 
-def _validate(values: Mapping[str, Any], origin: str) -> Config:
+def make_config(values: Mapping[str, Any], origin: str) -> Config:
+    """Validate resolved settings; `origin` names them in the error. Reads no file and asks no network."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:

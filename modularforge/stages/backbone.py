@@ -16,6 +16,7 @@ from modularforge.log import logger
 from modularforge.model.backbone import Decoder
 from modularforge.model.hub_config import read_config
 from modularforge.pretrained.fetch import local_model
+from modularforge.pretrained.shape import check_shape
 from modularforge.pretrained.sources import published_name
 from modularforge.provenance import commit, making, save_settings
 from modularforge.run import Run
@@ -48,6 +49,8 @@ def run(run: Run) -> Artifact:
             return mean_loss(model, held_out, context, config.evaluation.batch_size, world)
 
         pretrained = local_model(config.model.pretrained) if config.model.pretrained else None
+        if pretrained is not None:  # resolved settings are not compared with it where they are read
+            check_shape(config.model.model_dump(mode="json"), read_config(pretrained), str(config.model.pretrained))
         model, losses = train_backbone(config, corpus.vocab_size, job, batches_from, validate, world, pretrained)
         if world.is_main:
             stream = batches(tokens, context, 1, derived_seed(config.seed, "backbone statistics"))

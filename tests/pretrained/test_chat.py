@@ -15,7 +15,7 @@ from modularforge.evaluation.chat import prepare_chat, read_questions
 from modularforge.evaluation.scoring import score
 from modularforge.model.folder import load_model
 from modularforge.run import Run
-from modularforge.settings import make_config
+from modularforge.settings import complete_config
 from modularforge.stages import backbone, evaluate
 from tests.conftest import prepare_data, tiny_values
 from tests.pretrained import models
@@ -43,7 +43,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     values = tiny_values(root / "run", backbone={"steps": 0}, evaluation={"baselines": []})
     values["evaluation"]["chat"] = str(root / "questions.yaml")
     values["model"] = {"pretrained": str(source), "context_length": models.CONTEXT}
-    made = make_config(values, "tests")
+    made = complete_config(values, "tests")
     prepare_data(made)
     backbone.run(Run(made))
     return made
@@ -113,7 +113,7 @@ def test_a_model_without_a_template_and_a_prompt_that_is_too_long_are_refused(co
     values = tiny_values(tmp_path / "run", backbone={"steps": 0}, evaluation={"baselines": []})
     values["evaluation"]["chat"] = config.evaluation.chat
     values["model"] = {"pretrained": str(source), "context_length": models.CONTEXT}
-    other = make_config(values, "tests")
+    other = complete_config(values, "tests")
     prepare_data(other)
     backbone.run(Run(other))
     with pytest.raises(DataError, match="needs a model with a chat template"):

@@ -27,7 +27,7 @@ from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.moe import restrict_routing
 from modularforge.pipeline import stage_url
 from modularforge.run import Run
-from modularforge.settings import load_config, make_config, to_yaml
+from modularforge.settings import complete_config, load_config, to_yaml
 from modularforge.stages import assemble, backbone, expert
 from modularforge.stored_models import stored_model
 from tests.conftest import prepare_data, run_every_stage, tiny_values
@@ -64,7 +64,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         assert len(list(source.glob("model-*.safetensors"))) > 1
     else:
         source = models.qwen3(root / "model")
-    config = make_config(values_on(source, root / "run"), "tests")
+    config = complete_config(values_on(source, root / "run"), "tests")
     return Finished(source, config, run_every_stage(config))
 
 
@@ -228,7 +228,7 @@ def test_training_goes_on_from_the_pretrained_weights(folder: Path, tmp_path: Pa
     results = {}
     for steps in (0, 20):
         values = values_on(folder, tmp_path / f"run{steps}", backbone={"steps": steps})
-        config = make_config(values, "tests")
+        config = complete_config(values, "tests")
         prepare_data(config)
         backbone.run(Run(config))
         results[steps] = Run(config).require("backbone")
@@ -241,11 +241,11 @@ def test_training_goes_on_from_the_pretrained_weights(folder: Path, tmp_path: Pa
 
 
 def test_the_fingerprint_knows_the_model_by_its_bytes_and_not_by_its_place(folder: Path, tmp_path: Path) -> None:
-    config = make_config(values_on(folder, tmp_path / "run"), "tests")
+    config = complete_config(values_on(folder, tmp_path / "run"), "tests")
     prepare_data(config)
     before = [Run(config).plan(stage).fingerprint for stage in ("corpus", "backbone")]
     shutil.copytree(folder, tmp_path / "elsewhere")
-    moved = make_config(values_on(tmp_path / "elsewhere", tmp_path / "run"), "tests")
+    moved = complete_config(values_on(tmp_path / "elsewhere", tmp_path / "run"), "tests")
     assert [Run(moved).plan(stage).fingerprint for stage in ("corpus", "backbone")] == before
     weights = tmp_path / "elsewhere" / "model.safetensors"
     content = weights.read_bytes()
@@ -258,7 +258,7 @@ def test_the_fingerprint_knows_the_model_by_its_bytes_and_not_by_its_place(folde
 
 
 def test_another_tokenizer_is_another_corpus(folder: Path, tmp_path: Path) -> None:
-    config = make_config(values_on(folder, tmp_path / "run"), "tests")
+    config = complete_config(values_on(folder, tmp_path / "run"), "tests")
     prepare_data(config)
     path = folder / "tokenizer_config.json"
     path.write_text(path.read_text().replace("<|endoftext|>", "<think>"))
@@ -267,7 +267,7 @@ def test_another_tokenizer_is_another_corpus(folder: Path, tmp_path: Path) -> No
 
 
 def test_resolved_settings_give_the_same_run_again(folder: Path, tmp_path: Path) -> None:
-    config = make_config(values_on(folder, tmp_path / "run"), "tests")
+    config = complete_config(values_on(folder, tmp_path / "run"), "tests")
     (tmp_path / "resolved.yaml").write_text(to_yaml(config))
     assert load_config(str(tmp_path / "resolved.yaml")) == config
     assert (config.model.width, config.model.head_width, config.data.vocab_size) == (32, 16, models.VOCABULARY)
@@ -288,19 +288,19 @@ def test_settings_that_contradict_the_model_are_refused(
     values = values_on(folder, tmp_path / "run")
     values["model"] = {**values["model"], **changes}
     with pytest.raises(error, match=message):
-        make_config(values, "tests")
+        complete_config(values, "tests")
 
 
 def test_a_smoke_test_leaves_the_pretrained_model_out(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text(to_yaml(make_config(values_on(folder, tmp_path / "run"), "tests")))
+    path.write_text(to_yaml(complete_config(values_on(folder, tmp_path / "run"), "tests")))
     assert load_config(str(path), smoke_test=True).model.pretrained is None
 
 
 def test_plain_experts_on_a_pretrained_backbone_assemble_too(folder: Path, tmp_path: Path) -> None:
     values = values_on(folder, tmp_path / "run", assembly={"router": "data_stats"})
     values["experts"] = {**values["experts"], "anchored": False}
-    config = make_config(values, "tests")
+    config = complete_config(values, "tests")
     prepare_data(config)
     backbone.run(Run(config))
     for index in range(3):
