@@ -12,7 +12,7 @@ from modularforge.config import Config
 from modularforge.errors import ConfigError, UserError
 from modularforge.experts_cli import app as experts_app
 from modularforge.options import with_lazy_settings, with_settings
-from modularforge.pipeline import STAGES, wanted_stages
+from modularforge.pipeline import STAGES, Stage, wanted_stages
 from modularforge.run import Run
 
 app = typer.Typer(
@@ -32,17 +32,22 @@ app.add_typer(experts_app, name="experts")
 INDEX = typer.Option(help="Which one of the partitions' jobs, from 0.")
 
 
-def _make(run: Run, job: str, indices: Iterable[int | None] | None = None, only: Container[str] = STAGES) -> None:
+def _make(run: Run, job: str, indices: Iterable[int | None] | None = None, but: Container[str] = ()) -> None:
     """Make what a job makes, stage by stage."""
     for stage in STAGES.values():
-        if stage.job_name == job and stage.name in only:
+        if stage.job_name == job and stage.name not in but:
             for index in stage.indices(run.config) if indices is None else indices:
                 run.make(stage.name, index)
 
 
-def _add_job(job: str, is_indexed: bool) -> None:
-    """A command that runs one job of the table of stages, under torchrun too."""
+def add_jobs(jobs: typer.Typer, stages: Iterable[Stage]) -> None:
+    """A command for each job of the table of stages, under torchrun too; but for those with options of their own."""
+    for job, is_indexed in {stage.job_name: stage.is_indexed for stage in stages}.items():
+        if job not in ("assemble", "evaluate"):
+            _add_job(jobs, job, is_indexed)
 
+
+def _add_job(jobs: typer.Typer, job: str, is_indexed: bool) -> None:
     def one(settings: Config) -> None:
         _make(Run(settings), job)
 
@@ -51,7 +56,7 @@ def _add_job(job: str, is_indexed: bool) -> None:
 
     command = indexed if is_indexed else one
     command.__doc__ = HELP_OF_JOBS.get(job, f"Train the baseline `{job}`, as a job of its own.")
-    app.command(job, rich_help_panel="Jobs")(with_settings(command))
+    jobs.command(job, rich_help_panel="Jobs")(with_settings(command))
 
 
 HELP_OF_JOBS = {
@@ -109,7 +114,7 @@ def assemble(
     calibrate: Annotated[bool, typer.Option("--calibrate/--no-calibrate", help="Calibrate afterwards.")] = True,
 ) -> None:
     """Merge backbone and experts into one model folder, then calibrate it on validation data."""
-    _make(Run(settings), "assemble", only=STAGES if calibrate else ("assembled",))
+    _make(Run(settings), "assemble", but=() if calibrate else ("calibrated",))
 
 
 @app.command()
@@ -155,7 +160,7 @@ def run_all(
     run = Run(settings)
     skipped = {"prepare-data": skip_data, "backbone": skip_backbone, "expert": skip_experts, "assemble": skip_assembly}
     for job in [job for job, skip in skipped.items() if not skip]:
-        _make(run, job, only=[name for name in STAGES if name != "calibrated" or not skip_calibration])
+        _make(run, job, but=("calibrated",) if skip_calibration else ())
     if not skip_evaluation:
         _evaluate(run)
 
@@ -249,6 +254,21 @@ def fetch(
 
 
 @app.command()
+def settings(
+    pattern: Annotated[
+        str | None, typer.Argument(help="Only settings whose name or sentence has this text, such as `router`.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As docs/settings.md has them.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="A JSON schema of settings files, for editors.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
+) -> None:
+    """Print every setting with its type, its default and what it does."""
+    from modularforge import settings_page
+
+    say(settings_page.schema() if schema else settings_page.page(pattern, markdown))
+
+
+@app.command()
 @with_settings
 def info(
     settings: Config,
@@ -321,6 +341,4 @@ def sanity(
         raise typer.Exit(1)
 
 
-for _job, _indexed in {stage.job_name: stage.is_indexed for stage in STAGES.values()}.items():
-    if _job not in ("assemble", "evaluate"):  # which have options of their own
-        _add_job(_job, _indexed)
+add_jobs(app, STAGES.values())

@@ -185,7 +185,7 @@ def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> list[s
     """Dotted names of all settings."""
     names: list[str] = []
     for name, field in section.model_fields.items():
-        inner = _section_type(field.annotation)
+        inner = section_type(field.annotation)
         names += setting_names(inner, f"{prefix}{name}.") if inner else [prefix + name]
     return names
 
@@ -194,15 +194,15 @@ def _section_at(location: Iterable[Any]) -> type[BaseModel] | None:
     section: type[BaseModel] | None = Config
     for part in location:
         if isinstance(part, str) and section is not None and part in section.model_fields:
-            section = _section_type(section.model_fields[part].annotation)
+            section = section_type(section.model_fields[part].annotation)
     return section
 
 
-def _section_type(annotation: Any) -> type[BaseModel] | None:
+def section_type(annotation: Any) -> type[BaseModel] | None:
     """The section class in an annotation such as `X`, `list[X]` or `X | None`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if typing.get_origin(annotation) in (list, typing.Union, types.UnionType):
-        found = (_section_type(argument) for argument in typing.get_args(annotation))
+        found = (section_type(argument) for argument in typing.get_args(annotation))
         return next((section for section in found if section), None)
     return None

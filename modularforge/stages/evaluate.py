@@ -12,7 +12,7 @@ from functools import partial
 from checkpoints import Artifact, paths
 from checkpoints.commands import shown_command
 from modularforge.artifacts import Backbone
-from modularforge.config import TRAINED_ON_ALL, Config
+from modularforge.config import Config
 from modularforge.errors import MismatchError
 from modularforge.evaluation.btx import build_btx, solved_router
 from modularforge.evaluation.report import markdown
@@ -128,7 +128,8 @@ def _loaders(run: Run, artifacts: dict[str, Artifact]) -> dict[str, Loader]:
         return {job: StoredModel(artifacts[job].url, artifacts[job]).load for job in jobs}
 
     experts, branches = ([artifacts[job] for job in of_stage[name]] for name in ("expert", "branch"))
-    loaders = folders(["backbone", *(job for name in TRAINED_ON_ALL for job in of_stage[name])])
+    whole = [name for name, stage in STAGES.items() if stage.panel == "baselines"]
+    loaders = folders(["backbone", *(job for name in whole for job in of_stage[name])])
     loaders |= {job: partial(backbone.expert, artifacts[job]) for job in of_stage["expert"]}
     if "soup" in config.evaluation.baselines and len(experts) == config.experts.count:
         loaders["soup"] = partial(build_soup, backbone, experts)
