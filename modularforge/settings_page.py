@@ -109,6 +109,11 @@ def _markdown(found: list[Setting]) -> str:
 
 def schema() -> str:
     """The JSON schema of a settings file."""
-    return json.dumps(
-        {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}, indent=1
-    )
+    return json.dumps({"$schema": DRAFT, **_portable(Config.model_json_schema())}, indent=1)
+
+
+def _portable(value: Any) -> Any:
+    """Without the patterns of Unicode classes, which not every validator's regular expressions know."""
+    if isinstance(value, dict):
+        return {key: _portable(item) for key, item in value.items() if key != "pattern" or r"\p{" not in str(item)}
+    return [_portable(item) for item in value] if isinstance(value, list) else value
