@@ -224,8 +224,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same text.")] = 0,
 ) -> None:
     """Continue a text with a trained model."""
-    from modularforge.evaluation.generation import Sampling
-    from modularforge.evaluation.talk import continue_text, load_for_generation, show, talk
+    from modularforge.evaluation.generation import Sampling, continue_text, load_for_generation, show, talk
 
     if model is None:
         from modularforge.stages.evaluate import chosen_model

@@ -1,4 +1,4 @@
-"""What the code imports is declared in pyproject.toml: for the library as a dependency, or as an extra where one asks."""
+"""What the code imports is declared in pyproject.toml, by the library as a dependency or as an extra."""
 
 from __future__ import annotations
 

@@ -75,6 +75,7 @@ RULES = {
     ),
     "modularforge/training": lambda module: (
         not within(module, "modularforge.stages", "modularforge.evaluation", "modularforge.calibration", "launcher")
+        or within(module, "modularforge.evaluation.scoring")  # the one scorer, which knows models and windows alone
     ),
     "launcher": lambda module: one_of(module, TORCH_FREE_FOR_LAUNCHER) or within(module, "launcher", "checkpoints"),
 }

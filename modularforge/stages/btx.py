@@ -11,7 +11,7 @@ from functools import partial
 from checkpoints import Artifact
 from modularforge.artifacts import Backbone
 from modularforge.config import Config
-from modularforge.evaluation.btx import build_btx, solved_router
+from modularforge.evaluation.baselines import build_btx, solved_router
 from modularforge.model import names
 from modularforge.model.backbone import Decoder
 from modularforge.pipeline import require

@@ -18,7 +18,7 @@ from modularforge.errors import TrainingError
 from modularforge.log import logger
 from modularforge.pipeline import fingerprint, stage_settings
 from modularforge.settings import to_yaml
-from modularforge.study.models import NEEDS
+from modularforge.study.measure import NEEDS
 from modularforge.study.runs import Run, Runs
 from modularforge.study.study_file import Variant
 

@@ -13,12 +13,12 @@ from typing import Any
 from checkpoints import Artifact, find_artifact, paths
 from modularforge.config import Config
 from modularforge.errors import ConfigError
-from modularforge.evaluation.general import read_texts, texts_identity
+from modularforge.evaluation.bench import training_tokens
+from modularforge.evaluation.texts import read_texts, texts_identity
 from modularforge.log import json_safe, logger
 from modularforge.pipeline import Plan, contents, stage_settings
 from modularforge.provenance import making, provenance
-from modularforge.study.measure import Bench, Split, training_tokens
-from modularforge.study.models import needed_artifacts
+from modularforge.study.measure import RunBench, Split, needed_artifacts
 from modularforge.study.runs import Runs
 from modularforge.study.study_file import ROUTED, Variant, variants_of
 from modularforge.study.table import write_table
@@ -33,11 +33,11 @@ def run_study(runs: Runs, split: Split, only: Sequence[str] = (), seeds: Sequenc
     variants = choose_variants(runs, split, only)
     texts = read_texts(runs.study.texts.get(split, []))
     for seed in choose_seeds(runs, seeds):
-        benches: dict[str, Bench] = {}
+        benches: dict[str, RunBench] = {}
         for variant in (variant for variant in variants if seed in variant.seeds):
             if variant.recipe not in benches:
                 run = runs.run(seed, variant.recipe)
-                benches[variant.recipe] = Bench(run, split, _limit(runs, run.config, split), texts)
+                benches[variant.recipe] = RunBench(run, split, _limit(runs, run.config, split), texts)
             result, is_new = measure_once(runs, benches[variant.recipe], variant, seed)
             loss = min(row["mean_loss"] for row in result["rows"].values())
             logger.info("seed %d, %s: mean %s loss %.4f", seed, variant.name, split, loss)
@@ -74,7 +74,7 @@ def choose_seeds(runs: Runs, seeds: Sequence[int]) -> list[int]:
     return list(seeds) or runs.study.seeds
 
 
-def measure_once(runs: Runs, bench: Bench, variant: Variant, seed: int) -> tuple[dict[str, Any], bool]:
+def measure_once(runs: Runs, bench: RunBench, variant: Variant, seed: int) -> tuple[dict[str, Any], bool]:
     """The result of a variant, and whether it was measured and committed just now."""
     config = runs.config(seed, variant.recipe, variant.settings)
     parts = needed_artifacts(bench.run, variant)
@@ -100,7 +100,7 @@ def measure_once(runs: Runs, bench: Bench, variant: Variant, seed: int) -> tuple
 
 
 def result_plan(
-    runs: Runs, bench: Bench, variant: Variant, config: Config, parts: dict[str, Artifact], seed: int
+    runs: Runs, bench: RunBench, variant: Variant, config: Config, parts: dict[str, Artifact], seed: int
 ) -> Plan:
     """Where a result lies and all that it depends on."""
     settings: dict[str, Any] = {

@@ -1,24 +1,50 @@
-"""Text of no domain, which no expert was trained on: read like the files of a corpus, measured like its domains."""
+"""What models are measured on besides the domains: text of no domain, and prompts with known answers.
+
+Text of no domain, which no expert was trained on, is read like the files of a corpus and measured like its domains.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from checkpoints.redact import redact
 from modularforge.artifacts import Corpus
-from modularforge.config import SourceConfig
+from modularforge.config import Config, SourceConfig
 from modularforge.data.files import find_files
 from modularforge.data.formats import read_file
 from modularforge.data.patterns import file_part
 from modularforge.data.token_files import Tokens
 from modularforge.data.tokenizer import encode_texts
 from modularforge.errors import DataError
+from modularforge.evaluation.chat import Question, read_questions
 
 Texts = dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Extras:
+    """Text of no domain, by name, and prompts with known answers."""
+
+    texts: Texts = field(default_factory=dict)
+    questions: Sequence[Question] = ()
+
+    @property
+    def identities(self) -> dict[str, str]:
+        """What they are, for the fingerprint of an evaluation; nothing where there are none."""
+        found = {"general": texts_identity(self.texts)} if self.texts else {}
+        asked = {"chat": [text for question in self.questions for text in (question.prompt, question.answer)]}
+        return found | ({"chat": texts_identity(asked)} if self.questions else {})
+
+
+def read_extras(config: Config) -> Extras:
+    """What the settings name; raises DataError where it cannot be read."""
+    chat = config.evaluation.chat
+    return Extras(read_texts(config.evaluation.general or []), read_questions(chat) if chat else ())
 
 
 def read_texts(locations: Sequence[str]) -> Texts:
