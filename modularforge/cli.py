@@ -136,7 +136,7 @@ def evaluate(
 
 
 def _evaluate(settings: Config, model: str | None = None) -> None:
-    from modularforge.evaluation.report import print_table
+    from modularforge.observe.evaluation import print_table
     from modularforge.stages import evaluate as evaluate_stage
 
     if model is not None:
@@ -306,7 +306,7 @@ def compare(
 
     Prints the report and writes it as compare.txt and compare.json, with a plot per metric and an overview.
     """
-    from modularforge.comparison.compare import compare_runs
+    from modularforge.observe.compare import compare_runs
     from modularforge.observe.discover import resolve
 
     say(compare_runs([resolve(name, base_dir) for name in runs], output, band))

@@ -20,6 +20,7 @@ TORCH_FREE_FOR_LAUNCHER = {
     "modularforge.options",
     "modularforge.exits",
     "modularforge.errors",
+    "modularforge.json_lines",
     "modularforge.log",
     "modularforge.mistakes",
     "modularforge.provenance",
@@ -134,7 +135,7 @@ def test_there_are_no_import_cycles() -> None:
     ],
 )
 def test_importing_loads_neither_torch_nor_network_code(module: str) -> None:
-    heavy = "{'torch', 'transformers', 'sklearn', 'datasets', 's3fs', 'aiobotocore', 'matplotlib'}"
+    heavy = "{'torch', 'transformers', 'sklearn', 'datasets', 's3fs', 'aiobotocore', 'matplotlib', 'scipy'}"
     program = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"

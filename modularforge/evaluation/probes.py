@@ -19,7 +19,7 @@ from torch import Tensor
 from modularforge.data.loader import IGNORED_TARGET, evaluation_batches
 from modularforge.data.token_files import Tokens
 
-TEXT, SWITCH, MIXED, GENERAL, CHAT = "text", "switch", "mixed", "general", "chat"
+PROBES = TEXT, SWITCH, MIXED, GENERAL, CHAT = "text", "switch", "mixed", "general", "chat"
 FIRST_POSITIONS = 16
 SHORTEST_PASSAGE, LONGEST_PASSAGE = 16, 96
 UNCOUNTED = -1

@@ -16,12 +16,13 @@ from modularforge.errors import ConfigError
 from modularforge.evaluation.bench import training_tokens
 from modularforge.evaluation.texts import read_texts, texts_identity
 from modularforge.log import json_safe, logger
+from modularforge.observe.study import write_table
 from modularforge.pipeline import Plan, contents, stage_settings
 from modularforge.provenance import making, provenance
 from modularforge.study.measure import RunBench, Split, needed_artifacts
 from modularforge.study.runs import Runs
-from modularforge.study.study_file import ROUTED, Variant, variants_of
-from modularforge.study.table import write_table
+from modularforge.study.study_file import ROUTED, Variant, reference_of, variants_of
+from modularforge.study.table import make_table
 
 RESULT_NAME = "result.json"
 # Raised when results say more or other things than before, so that variants are measured again.
@@ -42,14 +43,16 @@ def run_study(runs: Runs, split: Split, only: Sequence[str] = (), seeds: Sequenc
             loss = min(row["mean_loss"] for row in result["rows"].values())
             logger.info("seed %d, %s: mean %s loss %.4f", seed, variant.name, split, loss)
             if is_new:
-                write_table(runs, split, collect(runs, split))
+                draw(runs, split, with_plot=False)
         draw(runs, split)
     return draw(runs, split)
 
 
-def draw(runs: Runs, split: Split) -> str:
-    """Write table and plot of what is measured; returns the URL of the table."""
-    return write_table(runs, split, collect(runs, split), with_plot=True)
+def draw(runs: Runs, split: Split, with_plot: bool = True) -> str:
+    """Write what is measured as table-SPLIT.json, .md and .png at the study's root; returns the URL of the table."""
+    study = runs.study
+    table = make_table(study.name, split, collect(runs, split), reference_of(study), study.compare)
+    return write_table(paths.join(runs.root, f"table-{split}"), table, with_plot)
 
 
 def choose_variants(runs: Runs, split: Split, only: Sequence[str]) -> list[Variant]:

@@ -49,7 +49,7 @@ class VariantEntry(Section):
     set: dict[str, Any] = Field(default_factory=dict)
     """Settings of `assembly` and `calibration` by dotted name; a list is a grid."""
     calibrate: bool = False
-    """Calibrate the model as `calibration` says and keep the result only if the deciding half improves."""
+    """Calibrate the model as `calibration` says and keep the result only if the selection half improves."""
     removal: bool = False
     """Also measure what the removal of each expert changes."""
     without: bool = False
@@ -74,7 +74,7 @@ class StudyFile(Section):
     seeds: list[int] = Field([0], min_length=1)
     """Seeds of the runs; they share data and tokenizer, which are prepared with the first."""
     validation_tokens_per_domain: int = Field(20_000, ge=1)
-    """Tokens of each domain's deciding half of validation at the most."""
+    """Tokens of each domain's selection half of validation at the most."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Settings of all recipes by dotted name."""
     recipes: dict[str, dict[str, Any]] = Field(min_length=1)
