@@ -12,7 +12,7 @@ from checkpoints.redact import redact, redact_values
 from checkpoints.screen import literal
 from modularforge.errors import ConfigError
 from modularforge.log import json_safe
-from modularforge.observe.anomalies import Anomaly, Convergence
+from modularforge.observe.anomalies import Anomaly, Convergence, Overfitting
 from modularforge.observe.comparison import (
     Comparison,
     JobComparison,
@@ -203,15 +203,15 @@ def _job(comparison: Comparison, job: JobComparison) -> list[str]:
 
 def _overfitting_table(comparison: Comparison, job: JobComparison) -> Table:
     reference = job.overfitting.get(comparison.reference)
+
+    def against(record: tuple[str, Overfitting]) -> float | None:
+        return None if reference is None or record[1] is reference else record[1].final_gap - reference.final_gap
+
     columns = [
         Column("run", lambda record: record[0], is_text=True),
         Column("first gap", lambda record: record[1].first_gap, number),
         Column("final gap", lambda record: record[1].final_gap, number),
-        Column(
-            "against reference",
-            lambda record: record[1].final_gap - reference.final_gap if reference not in (None, record[1]) else None,
-            number,
-        ),
+        Column("against reference", against, number),
         Column("best step", lambda record: record[1].best_step),
         Column("rise since", lambda record: record[1].rise, number),
         Column("overfits", lambda record: "yes" if record[1].is_overfitting else "no"),
