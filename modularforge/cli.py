@@ -198,9 +198,8 @@ def study(
     configure_logging()
     if split not in ("validation", "test"):
         raise ConfigError(f"--split must be validation or test, but is {split!r}; choose one of these")
-    from modularforge.study.cluster import train_on_cluster
     from modularforge.study.measure import Split
-    from modularforge.study.runs import Runs
+    from modularforge.study.runs import Runs, train_on_cluster
     from modularforge.study.study import choose_seeds, choose_variants, run_study
     from modularforge.study.study_file import load_study
 

@@ -18,7 +18,7 @@ from modularforge.artifacts import Corpus
 from modularforge.config import Config
 from modularforge.data.token_files import Tokens
 from modularforge.errors import DataError
-from modularforge.evaluation.chat import Chat, prepare_chat
+from modularforge.evaluation.extras import Chat, Extras, prepare_chat, token_streams
 from modularforge.evaluation.generation import Sampling, generate
 from modularforge.evaluation.paired import differences
 from modularforge.evaluation.probes import CHAT, GENERAL, SPREAD, TEXT, Probe, domain_probes, text_probe
@@ -31,7 +31,6 @@ from modularforge.evaluation.scoring import (
     score,
     summarise,
 )
-from modularforge.evaluation.texts import Extras, token_streams
 from modularforge.log import logger
 from modularforge.model.backbone import Decoder, perplexity
 from modularforge.model.channels import shape_without_channels

@@ -24,9 +24,9 @@ from modularforge.observe.comparison import (
 from modularforge.observe.completion import headline
 from modularforge.observe.curves import draw_comparison
 from modularforge.observe.discover import short_names
-from modularforge.observe.divergence import CAVEAT, Divergence, Pair
+from modularforge.observe.divergence import CAVEAT, Pair
 from modularforge.observe.run import read_run
-from modularforge.observe.table import Column, Table, listing, number
+from modularforge.observe.table import Column, Table, listing, name_column, number, of
 
 DEFAULT_FOLDER = "runs/comparisons"
 DETAILED_EXPERTS = 4
@@ -179,15 +179,15 @@ def _seeds(comparison: Comparison) -> list[str]:
     lines = ["", "Final validation loss over seeds"]
     lines += [f"  {group}: {', '.join(names)}" for group, names in groups.items()]
     columns = [
-        Column("job", lambda one: one.job, is_text=True),
-        Column("group", lambda one: one.group),
-        Column("seeds", lambda one: len(one.losses)),
-        Column("mean", lambda one: one.mean, number),
-        Column("deviation", lambda one: one.standard_deviation, number),
-        Column("difference", lambda one: one.difference, number),
-        Column("95 % interval (Welch)", lambda one: one.interval, _interval),
+        name_column("job"),
+        Column("group", of("group")),
+        Column("seeds", of("losses"), lambda losses: str(len(losses))),
+        Column("mean", of("mean"), number),
+        Column("deviation", of("standard_deviation"), number),
+        Column("difference", of("difference"), number),
+        Column("95 % interval (Welch)", of("interval"), _interval),
     ]
-    shown = [one for one in comparison.seeds.results if one.job in _detailed(comparison)]
+    shown = [(one.job, one) for one in comparison.seeds.results if one.job in _detailed(comparison)]
     return lines + Table(columns, shown).text()
 
 
@@ -208,19 +208,20 @@ def _overfitting_table(comparison: Comparison, job: JobComparison) -> Table:
         return None if reference is None or record[1] is reference else record[1].final_gap - reference.final_gap
 
     columns = [
-        Column("run", lambda record: record[0], is_text=True),
-        Column("first gap", lambda record: record[1].first_gap, number),
-        Column("final gap", lambda record: record[1].final_gap, number),
+        name_column("run"),
+        Column("first gap", of("first_gap"), number),
+        Column("final gap", of("final_gap"), number),
         Column("against reference", against, number),
-        Column("best step", lambda record: record[1].best_step),
-        Column("rise since", lambda record: record[1].rise, number),
-        Column("overfits", lambda record: "yes" if record[1].is_overfitting else "no"),
+        Column("best step", of("best_step")),
+        Column("rise since", of("rise"), number),
+        Column("overfits", of("is_overfitting"), lambda overfits: "yes" if overfits else "no"),
     ]
     return Table(columns, [*job.overfitting.items()])
 
 
 def _metric(comparison: Comparison, one: MetricComparison) -> list[str]:
-    lines = ["", one.metric.title + (f" ({_unit(one)})" if _unit(one) else ""), *_summary_table(one).text()]
+    unit = one.metric.unit if one.metric.logged is None else one.metric.logged  # values are shown as they are logged
+    lines = ["", one.metric.title + (f" ({unit})" if unit else ""), *_summary_table(one).text()]
     lines += [f"  {name}: not logged" for name in one.missing]
     if one.pairs:
         lines += _pair_table(comparison, one).text()
@@ -228,28 +229,20 @@ def _metric(comparison: Comparison, one: MetricComparison) -> list[str]:
     return lines
 
 
-def _unit(one: MetricComparison) -> str:
-    """The stored unit: the text shows values as they are logged."""
-    return {"learning_rate": "", "tokens_per_second": "tokens per second", "data_wait_share": "share of the time",
-            "peak_memory_bytes": "bytes"}.get(one.metric.column, one.metric.unit)  # fmt: skip
-
-
 def _summary_table(one: MetricComparison) -> Table:
     """What each run's curve did."""
     columns = [
-        Column("run", lambda record: record[0], is_text=True),
-        Column("points", lambda record: record[1].count),
-        Column("first", lambda record: record[1].first, number),
-        Column("final", lambda record: record[1].final, number),
-        Column("best", lambda record: record[1].best, number),
-        Column("at step", lambda record: record[1].best_step),
-        Column("mean", lambda record: record[1].mean, number),
-        Column("deviation", lambda record: record[1].standard_deviation, number),
-        Column("cv %", lambda record: record[1].coefficient_of_variation, _hundredths),
-        Column("improved %", lambda record: record[1].improvement, _hundredths),
-        Column(
-            "end", lambda record: one.convergence.get(record[0]), lambda end: f"{end.state} {100 * end.change:+.1f} %"
-        ),
+        name_column("run"),
+        Column("points", of("count")),
+        Column("first", of("first"), number),
+        Column("final", of("final"), number),
+        Column("best", of("best"), number),
+        Column("at step", of("best_step")),
+        Column("mean", of("mean"), number),
+        Column("deviation", of("standard_deviation"), number),
+        Column("cv %", of("coefficient_of_variation"), _hundredths),
+        Column("improved %", of("improvement"), _hundredths),
+        Column("end", lambda record: one.convergence.get(record[0]), _end),
     ]
     return Table(columns, [*one.summaries.items()])
 
@@ -265,29 +258,25 @@ def _hundredths(share: float) -> str:
 def _pair_table(comparison: Comparison, one: MetricComparison) -> Table:
     """Each run against the reference."""
 
-    def of(value: Callable[[Pair], Any]) -> Callable[[tuple[str, Pair]], Any]:
-        return lambda record: value(record[1])
-
-    def divergence(value: Callable[[Divergence], int | None]) -> Callable[[tuple[str, Pair]], Any]:
+    def divergence(name: str) -> Callable[[tuple[str, Pair]], Any]:
         def found(record: tuple[str, Pair]) -> Any:
-            one = record[1].divergence(comparison.band)
-            step = value(one) if one else None
+            step = getattr(record[1].divergence(comparison.band), name, None)
             return "no" if step is None else step
 
         return found
 
     columns = [
-        Column("against " + comparison.reference, lambda record: record[0], is_text=True),
-        Column("steps", of(lambda pair: pair.common_steps)),
-        Column("mean difference", of(lambda pair: pair.mean_difference), number),
-        Column("95 % interval", of(lambda pair: pair.interval), _interval),
-        Column("final ratio", of(lambda pair: pair.final_ratio), number),
-        Column(f"diverges (x{comparison.band:g})", divergence(lambda found: found.step)),
-        Column("for good", divergence(lambda found: found.for_good_from)),
-        Column("paired t", of(lambda pair: pair.paired_t_test and pair.paired_t_test.statistic), number),
-        Column("p", of(lambda pair: pair.paired_t_test and pair.paired_t_test.p), _p_value),
-        Column("Welch p", of(lambda pair: pair.welch_t_test and pair.welch_t_test.p), _p_value),
-        Column("Cohen d", of(lambda pair: pair.cohens_d), number),
+        name_column("against " + comparison.reference),
+        Column("steps", of("common_steps")),
+        Column("mean difference", of("mean_difference"), number),
+        Column("95 % interval", of("interval"), _interval),
+        Column("final ratio", of("final_ratio"), number),
+        Column(f"diverges (x{comparison.band:g})", divergence("step")),
+        Column("for good", divergence("for_good_from")),
+        Column("paired t", of("paired_t_test", "statistic"), number),
+        Column("p", of("paired_t_test", "p"), _p_value),
+        Column("Welch p", of("welch_t_test", "p"), _p_value),
+        Column("Cohen d", of("cohens_d"), number),
     ]
     return Table(columns, [*one.pairs.items()])
 

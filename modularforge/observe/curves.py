@@ -85,8 +85,9 @@ def _draw(run: Run, metric: Metric, panels: dict[str, dict[str, Curve]]) -> Figu
     places = _add_panels(figure, rows)
     planned = {part.name: part.steps or 0 for part in parts_of(run)}
     for axes, (name, curves) in zip(places, panels.items(), strict=True):
+        width, noise = (1.0, 0.08) if len(curves) > len(EXPERT_COLOURS) else (2.0, 0.3)
         for job, curve in curves.items():
-            _draw_curve(axes, metric, curve, colour_of(job, run.num_experts), len(curves) > len(EXPERT_COLOURS))
+            _draw_curve(axes, metric, curve, colour_of(job, run.num_experts), width, noise)
         axes.set_title(_title(name, list(curves)), fontweight="bold", y=1.0)  # fixed: the key stands beside it
         axes.set_xlabel("step")
         ends = [max(planned.get(STAGE_OF_JOB.get(job, job), 0), curve.steps[-1]) for job, curve in curves.items()]
@@ -130,14 +131,23 @@ def _title(panel: str, jobs: list[str]) -> str:
     return f"{len(jobs)} {panel}" if panel in ("experts", "branches") else panel
 
 
-def _draw_curve(axes: Any, metric: Metric, curve: Curve, colour: Any, crowded: bool) -> None:
-    """Points where there are few; where they are many and noisy, a pale line with a smoothed one over it."""
-    values, shown = curve.values * metric.factor, _shown(metric, curve)
-    if not np.array_equal(shown, values):
-        axes.plot(curve.steps, values, color=colour, linewidth=0.7, alpha=0.08 if crowded else 0.3)
+def _draw_curve(
+    axes: Any, metric: Metric, curve: Curve, colour: Any, width: float = 2.0, noise: float = 0.2, shared: float = np.inf
+) -> None:
+    """Points where there are few; where they are many and noisy, a pale line with a smoothed one over it.
+
+    What lies beyond the step up to which it is `shared` with other curves is pale too.
+    """
+    values, line = curve.values * metric.factor, _shown(metric, curve)
+    if not np.array_equal(values, line):
+        axes.plot(curve.steps, values, color=colour, linewidth=0.7, alpha=noise)
+    within = curve.steps <= shared
+    if not within.all():
+        after = slice(max(0, int(within.sum()) - 1), None)  # from the last shared point on, so that there is no gap
+        axes.plot(curve.steps[after], line[after], color=colour, linewidth=1.2, alpha=0.4)
     marker = "o" if len(curve) <= MARKED_POINTS else ""
-    line = {"color": colour, "linewidth": 1.0 if crowded else 2.0, "marker": marker, "markersize": 5}
-    axes.plot(curve.steps, shown, clip_on=not marker, **line)
+    style = {"color": colour, "linewidth": width, "marker": marker, "markersize": 5, "clip_on": not marker}
+    axes.plot(curve.steps[within], line[within], **style)
 
 
 def _shown(metric: Metric, curve: Curve) -> Floats:
@@ -271,7 +281,7 @@ def _draw_runs(axes: Any, comparison: Comparison, one: MetricComparison, *, mark
     curves = {name: one.curves[name].finite() for name in one.summaries}
     shared = min(curve.steps[-1] for curve in curves.values())
     for name, curve in curves.items():
-        _draw_shared(axes, one.metric, curve, colour_of_run(comparison, name), shared)
+        _draw_curve(axes, one.metric, curve, colour_of_run(comparison, name), shared=shared)
     axes.set_xlim(0, max(curve.steps[-1] for curve in curves.values()))
     axes.patch.set_visible(False)
     shape_steps(axes)
@@ -284,17 +294,6 @@ def _draw_runs(axes: Any, comparison: Comparison, one: MetricComparison, *, mark
         place, offset = (first.step, 1), (-5 if left else 5, -14)
         text = f"diverge at {first.step:,}"
         axes.annotate(text, place, offset, ("data", "axes fraction"), "offset points", **style)
-
-
-def _draw_shared(axes: Any, metric: Metric, curve: Curve, colour: str, shared: float) -> None:
-    values, line = curve.values * metric.factor, _shown(metric, curve)
-    if not np.array_equal(values, line):
-        axes.plot(curve.steps, values, color=colour, linewidth=0.6, alpha=0.2)
-    within = curve.steps <= shared
-    marker = "o" if len(curve) <= MARKED_POINTS else ""
-    after = np.arange(len(curve)) >= max(0, int(within.sum()) - 1)
-    axes.plot(curve.steps[after], line[after], color=colour, linewidth=1.2, alpha=0.4)
-    axes.plot(curve.steps[within], line[within], color=colour, marker=marker, markersize=5, clip_on=not marker)
 
 
 def _label_runs(panels: Any, comparison: Comparison, shown: Sequence[MetricComparison | None]) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 from checkpoints.markdown import plain
 from checkpoints.screen import say
-from modularforge.observe.findings import chat_table, doubts, finding_tables, name_column, routing_lines
+from modularforge.observe.findings import chat_table, doubts, finding_tables, routing_lines
 from modularforge.observe.metrics import DECISIVE, MEASURED
-from modularforge.observe.table import Column, Table, count, decimals, fixed, listing, named
+from modularforge.observe.table import Column, Table, count, decimals, fixed, listing, name_column, named
 
 Results = dict[str, Any]
 
@@ -26,7 +26,7 @@ def model_table(results: Results) -> Table:
         Column("active", named("active_parameters"), count),
         Column("training tokens", named("training_tokens"), count, on_screen=False),
         *(Column(label, _of_domain(label, "perplexity"), decimals(2)) for label in results["domains"]),
-        *(Column(one.title, named(one.column), decimals(one.digits), on_screen=one.on_screen) for one in MEASURED),
+        *(Column(one.title, named(one.column), decimals(one.digits), on_screen=one.in_table) for one in MEASURED),
     ]
     return Table(columns, [*results["models"].items()], f"{results['name']}: test perplexity, lower is better")
 

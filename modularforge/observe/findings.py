@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from checkpoints.markdown import plain
-from modularforge.observe.table import MISSING, Column, Table, count, fixed, listing, named, signed
+from modularforge.observe.table import MISSING, Column, Table, count, fixed, listing, name_column, named, signed
 
 Results = Mapping[str, Any]
 Rows = Mapping[str, Any]
@@ -34,11 +34,6 @@ SWITCH_WORDS = (
     "Behind a switch: the second half of windows whose first half is another domain's text. Mixed passages: documents "
     "of 16 to 96 tokens of one domain after another."
 )
-
-
-def name_column(title: str) -> Column:
-    """The first column of tables whose records are a name and a row."""
-    return Column(title, lambda record: record[0], is_text=True)
 
 
 def probe_table(rows: Rows, first: str, title: str, words: str) -> Table:

@@ -27,7 +27,8 @@ class Metric:
     """How a column is shown: its unit, the factor from the stored to the shown unit, axis, and which way is better.
 
     `learns` marks what tells how well a job learns; the rest tells how it runs. `decides` marks the one by which models
-    are ranked. In tables it has so many decimals, and a terminal shows it if there is room for it.
+    are ranked. Tables show it with so many decimals if they are told to; `logged` is the unit that is stored where that
+    is not the shown one.
     """
 
     column: str
@@ -39,7 +40,8 @@ class Metric:
     learns: bool = False
     digits: int = 4
     decides: bool = False
-    on_screen: bool = True
+    in_table: bool = True
+    logged: str | None = None
 
     @property
     def axis(self) -> str:
@@ -51,16 +53,19 @@ CURVES = (
     Metric("loss", "training loss", "nats per token", better="lower", learns=True),
     Metric("validation_loss", "validation loss", "nats per token", better="lower", learns=True),
     Metric("validation_perplexity", "validation perplexity", "", scale="log", better="lower", learns=True),
-    Metric("learning_rate", "learning rate", "thousandths", 1e3, "from_zero"),
-    Metric("gradient_norm", "gradient norm", "before clipping", scale="log"),
-    Metric("tokens_per_second", "speed", "1,000 tokens/s", 1e-3, "from_zero", "higher"),
-    Metric("data_wait_share", "waiting for data", "% of the time", 100.0, "from_zero", "lower"),
-    Metric("peak_memory_bytes", "peak memory", "GiB", 2.0**-30, "from_zero", "lower"),
+    Metric("learning_rate", "learning rate", "thousandths", 1e3, "from_zero", in_table=False, logged=""),
+    Metric("gradient_norm", "gradient norm", "before clipping", scale="log", in_table=False),
+    Metric("tokens_per_second", "speed", "1,000 tokens/s", 1e-3, "from_zero", "higher", logged="tokens per second"),
+    Metric(
+        "data_wait_share", "waiting for data", "% of the time", 100, "from_zero", "lower", logged="share of the time"
+    ),
+    Metric("peak_memory_bytes", "peak memory", "GiB", 2.0**-30, "from_zero", "lower", logged="bytes"),
 )
 MEASURED = (
     Metric("mean_loss", "mean loss", "nats per token", better="lower", learns=True, decides=True),
     Metric("perplexity", "perplexity", "", better="lower", learns=True, digits=2),
-    Metric("bits_per_byte", "bits/byte", "", better="lower", learns=True, on_screen=False),
+    # A terminal has no room for it; files and the page show it.
+    Metric("bits_per_byte", "bits/byte", "", better="lower", learns=True, in_table=False),
 )
 DECISIVE = next(metric for metric in MEASURED if metric.decides)
 CURVE_OF_COLUMN = {metric.column: metric for metric in CURVES}

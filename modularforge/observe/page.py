@@ -36,14 +36,6 @@ SECTIONS = {
     "samples": "Samples",
     "configuration": "Configuration and versions",
 }
-JOB_COLUMNS = (
-    "loss",
-    "validation_loss",
-    "validation_perplexity",
-    "tokens_per_second",
-    "data_wait_share",
-    "peak_memory_bytes",
-)
 
 
 @dataclass(frozen=True)
@@ -131,7 +123,7 @@ def job_table(run: Run) -> Table:
     """One record for each stage and job: state, steps, last values and the time it took."""
     jobs = {STAGE_OF_JOB.get(name, name): job for name, job in run.jobs.items()}
     spent = {row.name: sum(s.end - s.start for s in row.spans if s.kind == "running") for row in timeline(run)}
-    shown = [metric for metric in CURVES if metric.column in JOB_COLUMNS]
+    shown = [metric for metric in CURVES if metric.in_table]
     columns = [
         Column("part", lambda part: part.name, is_text=True),
         Column("state", _state, is_text=True),

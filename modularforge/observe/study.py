@@ -12,13 +12,12 @@ from checkpoints.redact import redact_values
 from modularforge.observe.findings import (
     PROBES,
     difference,
-    name_column,
     position_table,
     probe_table,
     probes_in,
     routing_lines,
 )
-from modularforge.observe.table import Column, Table, count, decimals, fixed, named, percent, signed
+from modularforge.observe.table import Column, Table, count, decimals, fixed, name_column, named, percent, signed
 
 StudyTable = Mapping[str, Any]
 

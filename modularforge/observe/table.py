@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from operator import itemgetter
 from typing import Any
 
@@ -97,8 +97,18 @@ def listing(
 
 
 def named(key: str) -> Callable[[tuple[str, Any]], Any]:
-    """The value by its key of a record that is a name and a row."""
-    return lambda record: record[1][key]
+    """The value by its key of a record that is a name and a row; a dash where older rows have none."""
+    return lambda record: record[1].get(key)
+
+
+def of(*names: str) -> Callable[[tuple[str, Any]], Any]:
+    """An attribute, or one of its own, of a record that is a name and an object; None where one on the way is None."""
+    return lambda record: reduce(lambda value, name: None if value is None else getattr(value, name), names, record[1])
+
+
+def name_column(title: str) -> Column:
+    """The first column of tables whose records are a name and a row."""
+    return Column(title, itemgetter(0), is_text=True)
 
 
 def fixed(value: Any, digits: int = 4) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from modularforge.sanity.findings import SanityError, perform
+from modularforge.sanity.checks import SanityError, perform
 from modularforge.training.distributed import World, joined_world
 
 SIZE = 512

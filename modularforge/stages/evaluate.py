@@ -16,8 +16,8 @@ from modularforge.config import TRAINED_ON_ALL, Config
 from modularforge.errors import MismatchError
 from modularforge.evaluation.baselines import build_btx, build_soup, solved_router
 from modularforge.evaluation.bench import Loader, Results, add_oracle, compare, measure_models
+from modularforge.evaluation.extras import Extras, read_extras
 from modularforge.evaluation.results import checked_results, parse_results
-from modularforge.evaluation.texts import Extras, read_extras
 from modularforge.log import json_safe, logger
 from modularforge.observe.evaluation import markdown
 from modularforge.pipeline import contents, finished, plan_stage, require, stage_url

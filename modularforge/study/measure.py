@@ -23,20 +23,20 @@ from checkpoints import Artifact, plain_folder
 from modularforge.artifacts import derived_seed, partition_rows
 from modularforge.assembly.assemble import assemble
 from modularforge.calibration.calibrator import calibrate, even_mixture, split_documents
-from modularforge.config import TRAINED_ON_ALL, Config
+from modularforge.config import Config
 from modularforge.data.token_files import Tokens
 from modularforge.errors import ConfigError, DataError
 from modularforge.evaluation.baselines import build_btx, build_soup
 from modularforge.evaluation.bench import Bench, Scores, is_expert, oracle_row, sizes_of, training_tokens
+from modularforge.evaluation.extras import Extras, Texts
 from modularforge.evaluation.paired import document_sums
 from modularforge.evaluation.probes import SPREAD, TEXT
 from modularforge.evaluation.scoring import Row, means, posterior_ensemble, score, summarise, uniform_ensemble
-from modularforge.evaluation.texts import Extras, Texts
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import load_model
 from modularforge.model.moe import moe_layers, restrict_routing
 from modularforge.study.runs import Run
-from modularforge.study.study_file import Variant
+from modularforge.study.study_file import NEEDS, Variant
 from modularforge.training.distributed import default_device
 from modularforge.training.job import Job
 
@@ -48,18 +48,6 @@ OWN_SHARE = 0.05
 PROBE_SHARE = 4
 WITHOUT = "without own expert"
 CARRIED = "carried over windows"
-# The stage whose artifacts a kind of variant is made of besides the backbone.
-NEEDS: dict[str, str | None] = {
-    "backbone": None,
-    **{name: name for name in TRAINED_ON_ALL},
-    "btx": "branch",
-    "btx_trained": "btx",
-    "soup": "expert",
-    "experts": "expert",
-    "ensemble_uniform": "expert",
-    "ensemble_posterior": "expert",
-    "assembled": "expert",
-}
 
 
 def needed_artifacts(run: Run, variant: Variant) -> dict[str, Artifact]:

@@ -14,7 +14,7 @@ from checkpoints import Artifact, find_artifact, paths
 from modularforge.config import Config
 from modularforge.errors import ConfigError
 from modularforge.evaluation.bench import training_tokens
-from modularforge.evaluation.texts import read_texts, texts_identity
+from modularforge.evaluation.extras import read_texts, texts_identity
 from modularforge.log import json_safe, logger
 from modularforge.observe.study import write_table
 from modularforge.pipeline import Plan, contents, stage_settings

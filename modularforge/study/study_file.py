@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from modularforge.config import Section, Text
+from modularforge.config import TRAINED_ON_ALL, Section, Text
 from modularforge.mistakes import config_error
 from modularforge.settings import read_yaml
 
@@ -32,6 +32,18 @@ Kind = Literal[
     "btx_trained",
     "assembled",
 ]
+# The stage whose artifacts a kind of variant is made of besides the backbone.
+NEEDS: dict[str, str | None] = {
+    "backbone": None,
+    **{name: name for name in TRAINED_ON_ALL},
+    "btx": "branch",
+    "btx_trained": "btx",
+    "soup": "expert",
+    "experts": "expert",
+    "ensemble_uniform": "expert",
+    "ensemble_posterior": "expert",
+    "assembled": "expert",
+}
 ROUTED = ("assembled", "btx")
 OPEN_SECTIONS = ("assembly.", "calibration.")
 MOST_IN_GRID = 1000
