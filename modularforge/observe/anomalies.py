@@ -18,19 +18,22 @@ from scipy.ndimage import median_filter
 from modularforge.observe.metrics import Curve, Floats
 
 Kind = Literal["non-finite", "spike", "jump", "plateau"]
+# Robust standard deviations. Noise passes four of them somewhere in a curve of ten thousand points; six, hardly ever.
 THRESHOLD = 6.0
 # Of fewer points, the usual spread is so uncertain that one quiet curve in ten would have a spike.
 FEWEST_POINTS = 16
+# Neighbours that say what is usual: more than twice as many as the longest spike, which is then no median of them.
 WINDOW = 11
-LONGEST_SPIKE = 5
+LONGEST_SPIKE = 5  # points; what stays away for longer is a jump
 # Deviations below this share of the usual value are no anomaly, however smooth the curve is.
 SMALLEST_SHARE = 2e-3
-MAD_TO_SIGMA = 1.4826
-PLATEAU_SHARE = 0.1
-PLATEAU_TOLERANCE = 5e-3
+MAD_TO_SIGMA = 1.4826  # of normal noise: standard deviation over median absolute deviation
+PLATEAU_SHARE = 0.1  # of the points, at least; shorter rests are noise
+PLATEAU_TOLERANCE = 5e-3  # of the range of the values, for curves without noise
+# Of a loss: less is within what another seed would change, and no reason to go on or to stop.
 SETTLED_SHARE = 0.01
 RISE_SHARE = 0.01
-FEWEST_TO_SETTLE = 5
+FEWEST_TO_SETTLE = 5  # points, so that the last two fifths have one each
 
 
 @dataclass(frozen=True)

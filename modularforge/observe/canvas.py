@@ -30,7 +30,7 @@ from modularforge.observe.table import rough
 INK, GREY, PALE, PAPER = "#1b1b1f", "#6b6f76", "#d9dbdf", "#ffffff"
 EXPERT_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#332288", "#882255")
 RUN_COLOURS = ("#1b1b1f", *EXPERT_COLOURS)
-GOOD, BAD = "#0072b2", "#d55e00"
+BAD = "#d55e00"
 JOB_COLOURS = {
     "backbone": INK,
     "public": INK,

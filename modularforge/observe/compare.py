@@ -29,6 +29,7 @@ from modularforge.observe.run import read_run
 from modularforge.observe.table import Column, Table, listing, name_column, number, of
 
 DEFAULT_FOLDER = "runs/comparisons"
+# What a page has room for; all of it is in compare.json.
 DETAILED_EXPERTS = 4
 SHOWN_ANOMALIES = 6
 SHOWN_SETTINGS = 30

@@ -19,7 +19,7 @@ TRAINING_SECTIONS: dict[str, str] = {
     "calibrated": "calibration",
 }
 MOST_STEPS, MOST_JOINED = 10**12, 10**6  # so that no recorded number keeps us counting
-LONGEST_SECONDS = 1e9
+LONGEST_SECONDS = 1e9  # 30 years: a speed of nearly nothing, and no number that a date cannot hold
 
 
 @dataclass(frozen=True)

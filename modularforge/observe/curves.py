@@ -38,10 +38,10 @@ PANELS = ("backbone", "experts", "branches", "baselines", "calibration")
 PANEL_OF_JOB = {"expert": "experts", "branch": "branches", **dict.fromkeys((*TRAINED_ON_ALL, "btx"), "baselines")}
 PANEL_WEIGHTS = {"backbone": 1.4, "experts": 1.6, "branches": 1.6, "baselines": 1.0, "calibration": 0.75}
 PANELS_OF_A_ROW, ROW_INCHES = 4, 3.6
-NOISY_POINTS = 60
-MARKED_POINTS = 15
-SMOOTH_SHARE = 0.04
-ALIKE = 0.02
+NOISY_POINTS = 60  # more than these hide each other: a smoothed line is drawn over them
+MARKED_POINTS = 15  # of so few, each is marked
+SMOOTH_SHARE = 0.04  # of the points: noise is gone, and a spike of a few steps still seen
+ALIKE = 0.02  # of the axis: less than the height of a label
 SMOOTH_ALREADY = ("learning_rate", "peak_memory_bytes")
 MOST_PANELS = 4  # of a comparison
 

@@ -18,7 +18,7 @@ from scipy import stats
 
 from modularforge.observe.metrics import Curve, Floats
 
-RESAMPLES = 2000
+RESAMPLES = 2000  # the ends of a 95 % interval then rest on 50 resamples each
 CONFIDENCE = 0.95
 CAVEAT = (
     "The points of one curve are not independent: t-test and Cohen's d take them as if they were and overstate the "

@@ -26,6 +26,7 @@ from modularforge.observe.metrics import Floats
 from modularforge.observe.run import Run
 from modularforge.observe.table import rough
 
+# As many as have room in a figure of our width: columns with numbers in them, of two maps beside each other, and rows.
 WRITTEN_COLUMNS = 16
 COLUMNS_SIDE_BY_SIDE = 9
 SHOWN_EXPERTS = 12

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from modularforge.json_lines import MOST, moment, number_of, objects_in
 
-MOST_STEPS = 2.0**53
+MOST_STEPS = 2.0**53  # beyond, a float holds not every whole number
 Floats = npt.NDArray[np.float64]
 Scale = Literal["linear", "log", "from_zero"]
 

@@ -22,7 +22,7 @@ from modularforge.observe.timeline import timeline_figure
 
 PAGE_NAME = "report.html"
 PLOTS_FOLDER = "plots"
-WRITES_AT_ONCE = 8
+WRITES_AT_ONCE = 8  # pictures on their way to an object store while the next is drawn
 
 
 def write_report(url: str, output: str | None = None) -> tuple[Run, str]:

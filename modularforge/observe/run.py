@@ -22,7 +22,7 @@ from modularforge.provenance import SETTINGS_NAME
 from modularforge.settings import make_config, read_yaml
 
 Value = TypeVar("Value")
-READS_AT_ONCE = 16
+READS_AT_ONCE = 16  # an object store answers in tens of milliseconds, and a run has a file for each expert
 METRICS_FOLDER = "metrics"
 RECORDS_NAME = "jobs.jsonl"
 RESULTS_NAME = "results.json"
@@ -30,7 +30,7 @@ EVENTS_FOLDER = "cluster/events"
 # Jobs of which there is one for each partition, and where their artifacts lie.
 WORKER_FOLDERS = {"expert": "experts", "branch": "baselines/branches"}
 WORKER_NAME = re.compile(r"(expert|branch)-(\d{1,5})", re.ASCII)
-MOST_EXPERTS, MOST_COUNT = 10_000, 2**53
+MOST_EXPERTS, MOST_COUNT = 10_000, 2**53  # what is read may be wrong, and is counted with
 JOB_ORDER = {
     name: order for order, name in enumerate(("backbone", "expert", *TRAINED_ON_ALL, "branch", "btx", "calibration"))
 }

@@ -26,9 +26,10 @@ from modularforge.observe.table import duration
 Kind = Literal["queued", "running", "interrupted"]
 # The launcher's names of jobs that make several stages, by the row that shows them.
 ROW_OF_RECORD = {"prepare-data": "corpus", "assemble": "assembled", "calibrate": "calibrated", "evaluate": "evaluation"}
+# A pause that is an interruption: longer than a validation or a checkpoint takes, and than its steps may have varied.
 PAUSE_SECONDS = 60.0
 PAUSE_RATIO = 4.0
-LONGEST_LINE_SECONDS = 1e7
+LONGEST_LINE_SECONDS = 1e7  # of one line of metrics; more is a wrong number
 LABELLED_ROWS, LABELLED_EVERY = 24, 8
 ROW_INCHES, CROWDED_HEIGHT = 0.34, 0.36
 UNITS = ((90.0, 1.0, "seconds"), (5400.0, 60.0, "minutes"), (172_800.0, 3600.0, "hours"), (np.inf, 86_400.0, "days"))

@@ -28,11 +28,12 @@ from modularforge.errors import DataError
 from modularforge.pipeline import stage_url
 from modularforge.sanity.checks import SanityError
 
+# Few and short, so that M1 takes seconds of one core.
 QUICK_DOCUMENTS, DOCUMENTS = 8, 60
 QUICK_VOCABULARY, VOCABULARY = 512, 2048
 DOCUMENT_CHARACTERS = 8_000
 CONTEXT, BATCH = 64, 4
-HUB_SECONDS = 4.0
+HUB_SECONDS = 4.0  # for one answer of any kind; whoever needs longer would time out in the middle of a corpus
 
 
 def check_data(config: Config, quick: bool) -> Iterator[str]:

@@ -17,9 +17,9 @@ from modularforge.sanity.checks import SanityError
 from modularforge.training.distributed import default_device
 
 BATCH, TOKENS = 2, 64
-LOSS_TOLERANCE = 0.4
-CPU_PARAMETERS = 100_000_000
-GPU_BYTES_PER_PARAMETER = 24
+LOSS_TOLERANCE = 0.4  # nats, of one small random batch, beyond what the weights' variance adds (`loss_tolerance`)
+CPU_PARAMETERS = 100_000_000  # more take minutes on a core
+GPU_BYTES_PER_PARAMETER = 24  # weight, gradient and what the passes keep, in float32, with room to spare
 SMALL_VOCABULARY = 512
 
 

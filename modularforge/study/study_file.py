@@ -46,7 +46,7 @@ NEEDS: dict[str, str | None] = {
 }
 ROUTED = ("assembled", "btx")
 OPEN_SECTIONS = ("assembly.", "calibration.")
-MOST_IN_GRID = 1000
+MOST_IN_GRID = 1000  # more is a slip in a list, and would be measured for days
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
 OTHER = re.compile(r"[^A-Za-z0-9_.-]+")
 
