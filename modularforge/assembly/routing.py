@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import solve  # type: ignore[import-untyped]
+from scipy.linalg import solve
 
 Array = NDArray[np.float64]
 ROWS_AT_ONCE = 256

@@ -16,7 +16,7 @@ from modularforge.config import CalibrationConfig, Config
 from modularforge.data.loader import batches
 from modularforge.data.token_files import TokenFile, Tokens
 from modularforge.errors import ConfigError
-from modularforge.evaluation.losses import Measurement, measure
+from modularforge.evaluation.scoring import even_loss
 from modularforge.model import names
 from modularforge.model.backbone import Decoder
 from modularforge.training.distributed import World
@@ -56,7 +56,6 @@ def calibrate(
     config: Config,
     fit_tokens: Tokens,
     decide: Mapping[str, Tokens],
-    byte_lengths: Tensor,
     job: Job,
     seed: int,
 ) -> Calibration:
@@ -66,22 +65,21 @@ def calibrate(
     """
     world = World(device=model.lm_head.weight.device)
 
-    def held_out() -> Measurement:
-        evaluation = config.evaluation
-        limits = evaluation.batch_size, evaluation.tokens_per_domain
-        return measure(model, decide, byte_lengths, *limits, world.device, context)
+    def held_out() -> float:
+        limits = config.evaluation.batch_size, config.evaluation.tokens_per_domain
+        return even_loss(model, decide, context, *limits)
 
     stored = {name: weight.dtype for name, weight in model.named_parameters()}
     model.float()
     choose_parameters(model, config.calibration)
     context = min(config.model.context_length, model.config.positions)
-    before, batch = held_out().mean_loss, config.calibration.batch_size
+    before, batch = held_out(), config.calibration.batch_size
     fit(
         model,
         language_loss,
         job,
         lambda position: batches(fit_tokens, context, batch, seed, position, name="the calibration half of validation"),
-        lambda: held_out().mean_loss,
+        held_out,
         world,
     )
     changed = {}
@@ -89,7 +87,7 @@ def calibrate(
         if weight.requires_grad:
             changed[name] = weight.detach().cpu().to(stored[name])
             weight.data.copy_(changed[name])  # judged as it will be stored
-    return Calibration(before, held_out().mean_loss, changed)
+    return Calibration(before, held_out(), changed)
 
 
 def choose_parameters(model: Decoder, settings: CalibrationConfig) -> None:

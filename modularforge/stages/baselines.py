@@ -28,7 +28,7 @@ from modularforge.assembly.text_counts import COUNTS_NAME, counts_of, load_count
 from modularforge.assembly.text_tables import Texts, write_tables
 from modularforge.config import Config
 from modularforge.data.loader import batches
-from modularforge.evaluation.btx import build_btx, solved_router
+from modularforge.evaluation.baselines import build_btx, solved_router
 from modularforge.log import logger
 from modularforge.model import names
 from modularforge.model.backbone import Decoder
