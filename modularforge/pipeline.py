@@ -297,10 +297,7 @@ def checkpoint_url(config: Config, job: JobName | str) -> str:
 
 
 def stage_settings(config: Config, name: str) -> dict[str, Any]:
-    """The settings that a stage's output depends on, by dotted name; see `CAME_LATER` for what is left out.
-
-    In the order in which a manifest has them: what follows from them is the same in the process that committed it.
-    """
+    """The settings that a stage's output depends on, by dotted name; see `CAME_LATER` for what is left out."""
     stage, values = STAGES[name], config.model_dump(mode="json")
     if "{data}" in stage.folder:
         values["seed"] = config.preparation_seed
@@ -314,8 +311,7 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
         found[general] = _value(values, general) if value is None else value
     if name == "assembled" and config.assembly.router != "evidence":
         found = {setting: value for setting, value in found.items() if setting not in OF_EVIDENCE}
-    kept = {name: value for name, value in found.items() if name not in CAME_LATER or CAME_LATER[name] != value}
-    return dict(sorted(kept.items()))
+    return {name: value for name, value in found.items() if name not in CAME_LATER or CAME_LATER[name] != value}
 
 
 def has_effect(setting: str, stage: str) -> bool:
