@@ -22,12 +22,12 @@ from torch import Tensor
 
 from checkpoints import Artifact
 from modularforge.artifacts import derived_seed, token_file
-from modularforge.assembly.routers import router_rows
 from modularforge.calibration.calibrator import calibrate, even_mixture, split_documents
 from modularforge.config import Config
 from modularforge.evaluation.ensemble import posterior_ensemble
 from modularforge.model.backbone import Decoder
 from modularforge.model.moe import moe_layers
+from modularforge.routing.choice import router_rows
 from modularforge.study.measure import Bench
 from modularforge.study.models import build_model
 from modularforge.study.runs import Runs

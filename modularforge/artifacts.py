@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoints import Artifact
-from modularforge.assembly.statistics import EXPERT_NAME, ROUTER_NAME
 from modularforge.data.loader import label_tokens
 from modularforge.data.metadata import PartitionRow, check_metadata, read_partitions
 from modularforge.data.token_files import TokenFile, Tokens, open_token_file
@@ -24,6 +23,7 @@ from modularforge.facts import fact
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import load_expert, load_model, read_tensors
 from modularforge.model.hub_config import read_config
+from modularforge.routing.statistics import EXPERT_NAME, ROUTER_NAME
 
 
 def derived_seed(seed: int, *names: object) -> int:

@@ -71,7 +71,12 @@ RULES = {
     "modularforge/model": lambda module: one_of(module, PLAIN) or within(module, "modularforge.model"),
     "modularforge/data": lambda module: one_of(module, PLAIN) or within(module, "modularforge.data", "checkpoints"),
     "modularforge/assembly": lambda module: (
-        one_of(module, PLAIN | TORCH_FREE_MODEL) or within(module, "modularforge.assembly", "checkpoints")
+        one_of(module, PLAIN | TORCH_FREE_MODEL)
+        or within(module, "modularforge.assembly", "modularforge.routing", "checkpoints")
+    ),
+    "modularforge/routing": lambda module: (
+        one_of(module, PLAIN)
+        or within(module, *(f"modularforge.{room}" for room in ("routing", "model", "assembly")), "checkpoints")
     ),
     "modularforge/training": lambda module: (
         not within(module, "modularforge.stages", "modularforge.evaluation", "modularforge.calibration", "launcher")

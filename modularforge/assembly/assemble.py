@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from checkpoints import Artifact, ArtifactWriter
 from checkpoints.hashing import describe_file
-from modularforge.assembly import evidence, parts
+from modularforge.assembly import parts
 from modularforge.assembly.card import CARD_NAME, model_card
 from modularforge.assembly.checks import check_parts
 from modularforge.assembly.plan import (
@@ -26,11 +26,8 @@ from modularforge.assembly.plan import (
     plan_parts,
     read_header,
 )
-from modularforge.assembly.routers import all_statistics, router_rows, widening_of
 from modularforge.assembly.small_files import copy_text_files
-from modularforge.assembly.statistics import EXPERT_NAME
 from modularforge.assembly.stream import execute
-from modularforge.assembly.text_tables import Texts, texts_of, write_tables
 from modularforge.config import Config, ModelConfig
 from modularforge.facts import fact
 from modularforge.log import logger
@@ -44,6 +41,10 @@ from modularforge.model.hub_config import (
     write_json,
 )
 from modularforge.model.sizes import model_sizes
+from modularforge.routing import evidence
+from modularforge.routing.choice import all_statistics, router_rows, widening_of
+from modularforge.routing.statistics import EXPERT_NAME
+from modularforge.routing.text_evidence import Texts, texts_of, write_tables
 
 SAFETENSORS_NAME = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "same": None}
 HUB_NAME = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from checkpoints import Artifact
 from modularforge.artifacts import Backbone
-from modularforge.assembly.routers import router_rows
 from modularforge.config import TRAINED_ROUTERS, Config
 from modularforge.errors import ConfigError
 from modularforge.model import names
@@ -17,6 +16,7 @@ from modularforge.model.backbone import Decoder
 from modularforge.model.folder import fill, read_tensors
 from modularforge.model.hub_config import model_config_of
 from modularforge.model.moe import build_moe
+from modularforge.routing.choice import router_rows
 
 
 def build_btx(config: Config, backbone: Backbone, branches: Sequence[Artifact]) -> Decoder:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 from modularforge.artifacts import Corpus, derived_seed, even_streams
 from modularforge.assembly.small_files import TOKENIZER_NAME, special_ids
-from modularforge.assembly.text_counts import COUNTS_NAME, counts_of, save_counts
 from modularforge.config import Config
 from modularforge.data.loader import batches
 from modularforge.log import logger
@@ -19,6 +18,7 @@ from modularforge.pipeline import finished, plan_stage, require
 from modularforge.pretrained.fetch import local_model
 from modularforge.pretrained.sources import published_name
 from modularforge.provenance import commit, making, save_settings
+from modularforge.routing.text_counts import COUNTS_NAME, counts_of, save_counts
 from modularforge.training.backbone_job import sample_windows, save_backbone, train_backbone
 from modularforge.training.distributed import joined_world
 from modularforge.training.job import Job

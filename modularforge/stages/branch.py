@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from modularforge.artifacts import Backbone, Corpus, derived_seed, even_streams, token_file
-from modularforge.assembly.statistics import STATISTICS_NAME, save_statistics
 from modularforge.config import Config
 from modularforge.data.loader import batches
 from modularforge.log import logger
 from modularforge.pipeline import finished, job_name, plan_stage, require
 from modularforge.provenance import commit, making
+from modularforge.routing.gathering import gather_statistics
+from modularforge.routing.statistics import STATISTICS_NAME, save_statistics
 from modularforge.training.backbone_job import save_trained_on
 from modularforge.training.distributed import joined_world
 from modularforge.training.expert_job import partition_sample
 from modularforge.training.job import Job
 from modularforge.training.loop import Batch, fit
 from modularforge.training.losses import language_loss, mean_loss
-from modularforge.training.statistics import gather_statistics
 
 
 def run(config: Config, index: int) -> None:

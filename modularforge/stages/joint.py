@@ -15,11 +15,11 @@ import torch
 from checkpoints import Artifact
 from modularforge.artifacts import Backbone, derived_seed, token_file
 from modularforge.assembly.small_files import special_tokens
-from modularforge.assembly.text_counts import COUNTS_NAME, counts_of, load_counts
-from modularforge.assembly.text_tables import Texts, write_tables
 from modularforge.config import Config
 from modularforge.model.folder import with_text_router
 from modularforge.model.hub_config import TABLES_NAME, end_tokens
+from modularforge.routing.text_counts import COUNTS_NAME, counts_of, load_counts
+from modularforge.routing.text_evidence import Texts, write_tables
 from modularforge.training.joint import build_joint, save_mixture, without_rows
 from modularforge.training.losses import JointLoss, language_loss
 from modularforge.training.mixed_job import Start, run_mixed

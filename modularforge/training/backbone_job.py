@@ -15,7 +15,6 @@ from torch import Tensor
 
 from modularforge.artifacts import Backbone, derived_seed
 from modularforge.assembly.small_files import copy_text_files
-from modularforge.assembly.statistics import STATISTICS_NAME, save_statistics
 from modularforge.config import Config
 from modularforge.data.adopted_tokenizer import adopt_tokenizer
 from modularforge.data.tokenizer import save_tokenizer
@@ -33,11 +32,12 @@ from modularforge.model.hub_config import (
     write_json,
 )
 from modularforge.model.sizes import model_sizes
+from modularforge.routing.gathering import gather_statistics
+from modularforge.routing.statistics import STATISTICS_NAME, save_statistics
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import Batch, fit
 from modularforge.training.losses import language_loss
-from modularforge.training.statistics import gather_statistics
 
 
 def train_backbone(

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modularforge.assembly.routing import LayerStatistics
 from modularforge.config import ExpertsConfig
 from modularforge.model import names
 from modularforge.model.backbone import Decoder, initialise
 from modularforge.model.folder import load_expert
+from modularforge.routing.statistics import LayerStatistics
 
 
 def build_expert(

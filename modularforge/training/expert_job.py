@@ -10,21 +10,21 @@ from torch import Tensor
 
 from modularforge.artifacts import Backbone, derived_seed
 from modularforge.assembly.small_files import special_tokens
-from modularforge.assembly.statistics import EXPERT_NAME, ROUTER_NAME, STATISTICS_NAME, load_statistics, save_statistics
-from modularforge.assembly.text_counts import COUNTS_NAME, counts_of, save_counts
 from modularforge.config import Config
 from modularforge.data.loader import batches
 from modularforge.data.token_files import Tokens
 from modularforge.model import names
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import save_tensors
+from modularforge.routing.gathering import gather_statistics
+from modularforge.routing.statistics import EXPERT_NAME, ROUTER_NAME, STATISTICS_NAME, load_statistics, save_statistics
+from modularforge.routing.text_counts import COUNTS_NAME, counts_of, save_counts
 from modularforge.training.backbone_job import sample_windows
 from modularforge.training.distributed import World
 from modularforge.training.expert import build_expert, expert_tensors, router_directions
 from modularforge.training.job import Job
 from modularforge.training.loop import LossFunction, fit
 from modularforge.training.losses import AnchoredLoss, language_loss, mean_loss
-from modularforge.training.statistics import gather_statistics
 
 
 def train_expert(

@@ -13,10 +13,10 @@ from checkpoints.copying import copy_artifact
 from checkpoints.s3 import S3Store
 from modularforge.assembly import stream
 from modularforge.assembly.assemble import assemble
-from modularforge.assembly.statistics import EXPERT_NAME
 from modularforge.config import Config, ModelConfig
 from modularforge.errors import MismatchError
 from modularforge.pipeline import require
+from modularforge.routing.statistics import EXPERT_NAME
 from modularforge.stages import assemble as assemble_stage
 from modularforge.stages import members
 from tests.synthetic_models import describe, write_parts

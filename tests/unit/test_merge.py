@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from checkpoints import ArtifactWriter, paths, plain_folder, write_artifact
 from checkpoints.durable import DurableFile
 from checkpoints.hashing import describe_file
-from modularforge.assembly.convert import converted
 from modularforge.assembly.parts import Source, group, part_key, write_parts
 from modularforge.assembly.plan import OutputTensor, merged_spans, output_tensors, plan_merge, plan_parts, read_header
 from modularforge.assembly.stream import execute
+from modularforge.assembly.values import converted
 from modularforge.errors import DataError, MismatchError
 from modularforge.model import names
 

@@ -1,19 +1,26 @@
-"""Read and write router statistics: the file an expert's job leaves so that routers can be solved without its data."""
+"""Router statistics and their file: what an expert's job leaves so that routers can be solved without its data.
+
+Statistics are sums over the tokens of a partition: how often each token occurs, and per layer the token count, the sum
+of the router inputs x and of their outer products.
+"""
+
+# D width  V vocabulary  L layers
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from checkpoints import safetensors
 from checkpoints.parsing import parse_object
-from modularforge.assembly.routing import Array, LayerStatistics, RouterStatistics
 from modularforge.errors import DataError
 from modularforge.model import names
 
@@ -22,6 +29,35 @@ ROUTER_NAME = "router.safetensors"
 STATISTICS_NAME = "statistics.safetensors"
 SCALARS = "scalars"
 LARGEST_SUM = 1e300
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Sums over the router inputs of one layer: `count` tokens, `sum_D` of x, `outer_DD` of x times x transposed."""
+
+    count: float
+    sum_D: Array
+    outer_DD: Array
+
+    @property
+    def mean_D(self) -> Array:
+        """Mean router input."""
+        return self.sum_D / self.count
+
+
+@dataclass(frozen=True)
+class RouterStatistics:
+    """What one job counted on its partition.
+
+    The layers' sums, how often each token of the vocabulary occurs, and for each layer the mean of one over the root
+    mean square of the residual stream that the router inputs were normalised from.
+    """
+
+    layers: Sequence[LayerStatistics]
+    tokens_V: Array
+    inverse_rms_L: Array
 
 
 def save_statistics(path: Path, statistics: RouterStatistics) -> None:

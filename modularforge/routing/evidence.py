@@ -30,19 +30,19 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from checkpoints.hashing import describe_file
-from modularforge.assembly.kernel import HeadNorms, kernel_head
 from modularforge.assembly.plan import OutputTensor, TensorSpan, read_header
-from modularforge.assembly.routing import Array, RouterStatistics
-from modularforge.assembly.tensor_values import rms_of_rows, values_of
+from modularforge.assembly.values import rms_of_rows, values_of
 from modularforge.config import ModelConfig
 from modularforge.model import names
+from modularforge.routing.kernel import HeadNorms, kernel_head
+from modularforge.routing.statistics import Array, RouterStatistics
+from modularforge.routing.text_evidence import TIE
 
 CHANNEL_STEP = 16  # channels come in such groups, so that an expert can join without widening the others
 AMPLITUDE = 2.0**-7  # of the averaged evidence, relative to the root mean square of the residual stream
 TOKEN_SHARE = 2.0**-6  # of that, what a single token's evidence has
 CONSTANT = 2.0**-10  # of the embedding's rms: what queries and keys of the recent mean are made from
 LONG_SHARE = 0.25  # of the mean over the whole text in what routers read; the rest is the mean over recent tokens
-TIE = 0.02  # nats: what decides between experts for whom nothing speaks, far less than any text's evidence
 
 Values = NDArray[np.float32]
 

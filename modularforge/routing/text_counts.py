@@ -20,9 +20,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from checkpoints.parsing import parse_object
-from modularforge.assembly.routing import Array
 from modularforge.config import Config
 from modularforge.errors import DataError
+from modularforge.routing.statistics import Array
 
 Tokens = NDArray[Any]
 

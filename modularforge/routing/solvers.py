@@ -1,50 +1,20 @@
 """Router rows of the assembled model, learned by the experts or solved from their statistics, with numpy alone.
 
-Statistics are sums over the tokens of a partition: how often each token occurs, and per layer the token count, the sum
-of the router inputs x and of their outer products. Sums add up, so routers of any set of experts can be solved at
-assembly without any data.
+Sums add up, so routers of any set of experts can be solved at assembly without any data.
 """
 
-# D width  V vocabulary  E experts (trained ones)  R router rows (E, and one for the public expert if it is kept)
+# D width  E experts (trained ones)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.linalg import solve  # type: ignore[import-untyped]
 
-Array = NDArray[np.float64]
+from modularforge.routing.statistics import Array, LayerStatistics
+
 ROWS_AT_ONCE = 256
-
-
-@dataclass(frozen=True)
-class LayerStatistics:
-    """Sums over the router inputs of one layer: `count` tokens, `sum_D` of x, `outer_DD` of x times x transposed."""
-
-    count: float
-    sum_D: Array
-    outer_DD: Array
-
-    @property
-    def mean_D(self) -> Array:
-        """Mean router input."""
-        return self.sum_D / self.count
-
-
-@dataclass(frozen=True)
-class RouterStatistics:
-    """What one job counted on its partition.
-
-    The layers' sums, how often each token of the vocabulary occurs, and for each layer the mean of one over the root
-    mean square of the residual stream that the router inputs were normalised from.
-    """
-
-    layers: Sequence[LayerStatistics]
-    tokens_V: Array
-    inverse_rms_L: Array
 
 
 def with_public(rows_ED: Array, public_expert: bool) -> Array:

@@ -7,21 +7,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from checkpoints import Artifact
-from modularforge.assembly import evidence
-from modularforge.assembly.routing import (
-    Array,
-    RouterStatistics,
-    centred_means,
-    equalised,
-    kaiming,
-    ridge,
-    uniform,
-    with_public,
-)
-from modularforge.assembly.statistics import ROUTER_NAME, STATISTICS_NAME, load_statistics
-from modularforge.assembly.text_tables import Texts
 from modularforge.config import TRAINED_ROUTERS, Config, ModelConfig
 from modularforge.model import names
+from modularforge.routing import evidence
+from modularforge.routing.solvers import centred_means, equalised, kaiming, ridge, uniform, with_public
+from modularforge.routing.statistics import ROUTER_NAME, STATISTICS_NAME, Array, RouterStatistics, load_statistics
+from modularforge.routing.text_evidence import Texts
 
 Rows = NDArray[np.float32]
 
