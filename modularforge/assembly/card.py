@@ -19,12 +19,15 @@ from modularforge.facts import fact
 CARD_NAME = "README.md"
 
 
-def model_card(config: Config, backbone: Artifact, experts: Sequence[Artifact], facts: Mapping[str, Any]) -> str:
-    """README.md of the model folder; `facts` are those of the assembled model's manifest."""
+def model_card(
+    config: Config, backbone: Artifact, experts: Sequence[Artifact], facts: Mapping[str, Any], summary: str
+) -> str:
+    """README.md of the model folder; `facts` are those of the assembled model's manifest, `summary` says what it is."""
     blocks = [
         _front_matter(backbone),
         f"# {plain(config.name)}",
-        _summary(backbone, experts, facts),
+        f"{summary} Every expert was trained alone on its own part of the data, on top of {_origin(backbone)}, and "
+        "merged with ModularForge.",
         _how_to_load(facts),
         "## What it was made from",
         _table(["part", "trained on", "training loss", "validation loss", "fingerprint"], _parts(backbone, experts)),
@@ -50,18 +53,6 @@ def _front_matter(backbone: Artifact) -> str:
     base = (fact(backbone, "pretrained", None) or {}).get("hub")
     named = yaml.safe_dump({"base_model": base}, width=math.inf, allow_unicode=True).splitlines() if base else []
     return "\n".join([*lines, *named, "---"])
-
-
-def _summary(backbone: Artifact, experts: Sequence[Artifact], facts: Mapping[str, Any]) -> str:
-    public = "the backbone's own feed-forward block and " if facts["public_expert"] else ""
-    only = facts.get("routing_parameters")
-    routing = f" (of which {only:,} only choose experts)" if only else ""
-    return (
-        f"A mixture-of-experts language model of {facts['parameters']:,} parameters, {facts['active_parameters']:,} of "
-        f"them active per token{routing}: {public}{len(experts)} experts per layer, of which each token visits "
-        f"{facts['experts_per_token']}. Every expert was trained alone on its own part of the data, on top of "
-        f"{_origin(backbone)}, and merged with ModularForge."
-    )
 
 
 def _origin(backbone: Artifact) -> str:

@@ -1,4 +1,4 @@
-"""Models as parts: a weight file for the backbone, one for each expert, one for the routers.
+"""Models as parts, each a weight file of its own: one for the backbone, one for each expert, …
 
 A part whose bytes exist in a committed artifact is taken over without moving them: a hard link on a folder, a copy made
 by the server on an object store. What a part holds is told by its key, a hash over the names, types and hashes of its
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from checkpoints import Artifact, ArtifactWriter, FileEntry
 from modularforge.assembly.plan import MergePlan, OutputFile, OutputTensor, TensorSpan, output_tensors, split
@@ -18,7 +20,6 @@ from modularforge.assembly.stream import write_file
 from modularforge.errors import MismatchError
 from modularforge.facts import fact
 from modularforge.log import progress
-from modularforge.model import names
 
 KEYS_FACT = "part_keys"
 
@@ -31,19 +32,30 @@ class Source:
     entry: FileEntry
 
 
-def part_name(name: str) -> str:
-    """The weight file that a tensor of an assembled model belongs to."""
-    position = names.expert_position(name)
-    if position:
-        return f"expert-{position[1]:03d}.safetensors"
-    return "router.safetensors" if names.is_gate(name) else "backbone.safetensors"
+@dataclass(frozen=True)
+class Merged:
+    """What a kind of expert makes of a backbone and experts, before a byte is moved.
+
+    `tensors` are all of the model's, `part_of` names the weight file that one belongs to when parts have files of
+    their own, and `sources` are committed files that are parts already, by their keys. `config` is config.json,
+    `summary` says in a sentence what the model is, and `facts` go to its manifest, with those of `write_files`, which
+    writes what lies beside the weights.
+    """
+
+    tensors: Mapping[str, OutputTensor]
+    part_of: Callable[[str], str]
+    sources: Mapping[str, Source]
+    config: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    summary: str
+    write_files: Callable[[Path], Mapping[str, Any]]
 
 
-def group(tensors: Mapping[str, OutputTensor]) -> dict[str, dict[str, OutputTensor]]:
+def group(tensors: Mapping[str, OutputTensor], part_of: Callable[[str], str]) -> dict[str, dict[str, OutputTensor]]:
     """Tensors by the part they belong to, parts in order of their names."""
     parts: dict[str, dict[str, OutputTensor]] = {}
-    for name in sorted(tensors, key=lambda name: (part_name(name), name)):
-        parts.setdefault(part_name(name), {})[name] = tensors[name]
+    for part, name in sorted((part_of(name), name) for name in tensors):
+        parts.setdefault(part, {})[name] = tensors[name]
     return parts
 
 

@@ -10,19 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
-from modularforge.config import CalibrationConfig, Config
-from modularforge.data.loader import batches
+from modularforge.config import Config
 from modularforge.data.token_files import TokenFile, Tokens
-from modularforge.errors import ConfigError
 from modularforge.evaluation.losses import Measurement, measure
-from modularforge.model import names
+from modularforge.experts.kind import kind_of
+from modularforge.experts.trainable import ParameterGroup, Trainable
 from modularforge.model.backbone import Decoder
+from modularforge.tasks.text import TEXT, TextExamples
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
-from modularforge.training.losses import language_loss
 
 
 @dataclass(frozen=True)
@@ -73,40 +72,30 @@ def calibrate(
 
     stored = {name: weight.dtype for name, weight in model.named_parameters()}
     model.float()
-    choose_parameters(model, config.calibration)
+    learns = choose_parameters(model, config)
     context = min(config.model.context_length, model.config.positions)
     before, batch = held_out().mean_loss, config.calibration.batch_size
     fit(
-        model,
-        language_loss,
+        Trainable(model, TEXT.loss, [ParameterGroup(learns)]),
+        TextExamples(fit_tokens, context, batch, seed, "the calibration half of validation"),
         job,
-        lambda position: batches(fit_tokens, context, batch, seed, position, name="the calibration half of validation"),
         lambda: held_out().mean_loss,
         world,
     )
     changed = {}
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            changed[name] = weight.detach().cpu().to(stored[name])
-            weight.data.copy_(changed[name])  # judged as it will be stored
+    for name, weight in learns.items():
+        changed[name] = weight.detach().cpu().to(stored[name])
+        weight.data.copy_(changed[name])  # judged as it will be stored
     return Calibration(before, held_out().mean_loss, changed)
 
 
-def choose_parameters(model: Decoder, settings: CalibrationConfig) -> None:
-    """Let only norm gains and router rows learn, as the settings say."""
-    rows = settings.router and model.text_router is None  # which routes in their place
-    for name, weight in model.named_parameters():
-        weight.requires_grad_((settings.norms and names.is_norm(name)) or (rows and names.is_gate(name)))
-    if not any(weight.requires_grad for weight in model.parameters()):
-        raise ConfigError(
-            "calibration must train norms or a router's rows, but calibration.norms is false and the model routes by "
-            "tables; set calibration.norms to true, assembly.token_pairs to 0, or leave calibration out"
-        )
-    final = model.model.norm.weight
-    if final.requires_grad:
-        # Zero gains hide the router's channels from the head, and stay so.
-        is_seen_D = final.detach() != 0
-        final.register_hook(lambda gradient_D: gradient_D * is_seen_D)  # type: ignore[no-untyped-call]
+def choose_parameters(model: Decoder, config: Config) -> Mapping[str, nn.Parameter]:
+    """Let only those parameters learn that the experts' kind lets a calibration touch; returns them by name."""
+    model.requires_grad_(False)
+    learns = kind_of(config).calibrates(model, config.calibration)
+    for weight in learns.values():
+        weight.requires_grad_(True)
+    return learns
 
 
 def even_mixture(streams: Mapping[str, Tokens]) -> Tokens:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from checkpoints import Artifact
 from modularforge.artifacts import Backbone
+from modularforge.experts.ffn import EXPERT_NAME
 from modularforge.model import names
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import fill
-from modularforge.routing.statistics import EXPERT_NAME
 
 
 def build_soup(backbone: Backbone, experts: Sequence[Artifact]) -> Decoder:

@@ -1,4 +1,4 @@
-"""Models as Hugging Face folders: read any model of ours, write backbones and experts.
+"""Models as Hugging Face folders: read any model of ours, write backbones.
 
 The assembled model's weights are not written here but streamed by the assembler, without torch.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +16,7 @@ from modularforge.errors import DataError, MismatchError
 from modularforge.model import names
 from modularforge.model.backbone import Decoder, build_backbone
 from modularforge.model.hub_config import TABLES_NAME, experts_of, is_moe, model_config_of, read_config
-from modularforge.model.moe import build_anchored_pair, build_moe, moe_layers
+from modularforge.model.moe import build_moe, moe_layers
 from modularforge.model.text_router import load_text_router
 from modularforge.model.weight_files import weight_files
 
@@ -87,33 +86,6 @@ def load_pretrained(folder: Path) -> Decoder:
 def cast_like(tensors: dict[str, Tensor], types: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """The tensors in the types that `types` names; what was trained in float32 is stored as it was before."""
     return {name: tensor.to(types[name]).contiguous() for name, tensor in tensors.items()}
-
-
-def load_expert(
-    backbone: dict[str, Tensor], values: dict[str, Any], expert: dict[str, Tensor], anchored: bool
-) -> Decoder:
-    """An expert's own model: the pair of public FFN and expert when anchored, else the backbone with its FFN.
-
-    `backbone` and `values` are the tensors and config.json of the backbone, `expert` the tensors the job wrote.
-    """
-    model, vocab_size = model_config_of(values), int(values["vocab_size"])
-    with torch.device("meta"):
-        decoder = build_anchored_pair(model, vocab_size) if anchored else build_backbone(model, vocab_size)
-    return fill(decoder, own_tensors(backbone, expert, anchored, model.family))
-
-
-def own_tensors(
-    backbone: dict[str, Tensor], expert: dict[str, Tensor], anchored: bool, family: names.Family
-) -> dict[str, Tensor]:
-    """Names and tensors of an expert's own model, from the backbone's and the expert's."""
-    if not anchored:
-        dense = {names.expert_to_dense(name): tensor for name, tensor in expert.items() if not names.is_gate(name)}
-        return {**backbone, **dense}
-    tensors = {names.dense_to_expert(name, 0, family): tensor for name, tensor in backbone.items()}
-    for name, tensor in expert.items():
-        position = names.expert_position(name)
-        tensors[names.expert_ffn(position[0], 1, position[2], family) if position else name] = tensor
-    return tensors
 
 
 def fill(decoder: Decoder, tensors: dict[str, Tensor]) -> Decoder:

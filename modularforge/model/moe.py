@@ -149,3 +149,18 @@ def router_z_loss(decoder: Decoder) -> Tensor:
     """Mean over layers and tokens of logsumexp(logits) squared (ST-MoE, arXiv 2202.08906, section 3.3)."""
     logits = [layer.observed_logits for layer in moe_layers(decoder) if layer.observed_logits is not None]
     return torch.stack([torch.logsumexp(item, dim=-1).square().mean() for item in logits]).mean()
+
+
+def load_balance_loss(decoder: Decoder) -> Tensor:
+    """Mean over layers of E times the sum of share of visits and mean probability (arXiv 2101.03961, section 2.2).
+
+    It is 1 when all experts are visited alike.
+    """
+    terms = []
+    for layer in moe_layers(decoder):
+        assert layer.observed_logits is not None
+        probability_E = layer.observed_logits.softmax(dim=-1).mean(dim=0)
+        _, visited_NA = layer.choose(layer.observed_logits)
+        share_E = torch.bincount(visited_NA.flatten(), minlength=len(probability_E)) / visited_NA.numel()
+        terms.append(len(probability_E) * (share_E * probability_E).sum())
+    return torch.stack(terms).mean()

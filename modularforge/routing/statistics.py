@@ -24,8 +24,8 @@ from checkpoints.parsing import parse_object
 from modularforge.errors import DataError
 from modularforge.model import names
 
-EXPERT_NAME = "expert.safetensors"
 ROUTER_NAME = "router.safetensors"
+"""Rows that an expert learned."""
 STATISTICS_NAME = "statistics.safetensors"
 SCALARS = "scalars"
 LARGEST_SUM = 1e300

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from modularforge.artifacts import Backbone, Corpus, derived_seed, even_streams, token_file
+from modularforge.artifacts import Backbone, Corpus, even_streams
 from modularforge.config import Config
-from modularforge.data.loader import batches
+from modularforge.experts.trainable import trainable
 from modularforge.log import logger
 from modularforge.pipeline import finished, job_name, plan_stage, require
 from modularforge.provenance import commit, making
-from modularforge.routing.gathering import gather_statistics
 from modularforge.routing.statistics import STATISTICS_NAME, save_statistics
+from modularforge.tasks.task import task_of
 from modularforge.training.backbone_job import save_trained_on
 from modularforge.training.distributed import joined_world
-from modularforge.training.expert_job import partition_sample
 from modularforge.training.job import Job
-from modularforge.training.loop import Batch, fit
-from modularforge.training.losses import language_loss, mean_loss
+from modularforge.training.loop import fit
+from modularforge.training.losses import mean_loss
 
 
 def run(config: Config, index: int) -> None:
@@ -27,25 +24,21 @@ def run(config: Config, index: int) -> None:
         logger.info("%s is finished: %s", name, plan.url)
         return
     corpus, backbone = Corpus(require(config, "corpus")), Backbone(require(config, "backbone"))
-    tokens = token_file(require(config, "partitions"), f"partition-{index}").tokens
+    task = task_of(config)
+    examples = task.part(config, require(config, "partitions"), index)
     phase, context = config.experts, config.model.context_length
     held_out = even_streams(corpus.domains("validation"), config.training.validation_tokens)
     job = Job.of_run(config, name, phase, plan.fingerprint)
     model = backbone.model().float()
     with joined_world() as world:
 
-        def batches_from(position: int) -> Iterator[Batch]:
-            seed = derived_seed(config.seed, "expert order", index)
-            return batches(tokens, context, phase.batch_size, seed, position, world.rank, world.size)
-
         def validate() -> float:
             return mean_loss(model, held_out, context, config.evaluation.batch_size, world)
 
-        losses = fit(model, language_loss, job, batches_from, validate, world)
+        losses = fit(trainable(model, task.loss), examples, job, validate, world)
         if world.is_main:
             with making(plan) as writer:
                 save_trained_on(model, backbone, writer.folder)
-                statistics = gather_statistics(model, partition_sample(config, tokens, index), world.device)
-                save_statistics(writer.folder / STATISTICS_NAME, statistics)
+                save_statistics(writer.folder / STATISTICS_NAME, task.statistics(model, examples, world.device))
                 commit(writer, plan, config, {**losses, "training_tokens": phase.steps * phase.batch_size * context})
         world.barrier()

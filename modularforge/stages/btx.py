@@ -12,11 +12,13 @@ from checkpoints import Artifact
 from modularforge.artifacts import Backbone
 from modularforge.config import Config
 from modularforge.evaluation.btx import build_btx, solved_router
+from modularforge.experts.trainable import trainable
 from modularforge.model import names
 from modularforge.model.backbone import Decoder
 from modularforge.pipeline import require
-from modularforge.training.joint import save_mixture
-from modularforge.training.losses import JointLoss
+from modularforge.tasks.task import task_of
+from modularforge.training.backbone_job import save_mixture
+from modularforge.training.losses import RoutedLoss
 from modularforge.training.mixed_job import Start, run_mixed
 
 
@@ -28,8 +30,8 @@ def run(config: Config) -> None:
         # A copy: these tensors become the parameters, and training must not reach the backbone's.
         model = copy.deepcopy(build_btx(solved_router(config), backbone, branches)).float()
         choose_trained(model, config.btx.trains)
-        loss_of = JointLoss(model, config.experts.z_loss, config.joint.balance_loss)
-        return Start(model, loss_of, partial(save_mixture, model, backbone))
+        loss = RoutedLoss(model, task_of(config).loss, config.experts.z_loss, config.joint.balance_loss)
+        return Start(trainable(model, loss), partial(save_mixture, model, backbone))
 
     seen = config.experts.steps * config.experts.batch_size
     run_mixed(config, "btx", config.btx_phase, start, skipped_windows=seen)

@@ -16,6 +16,7 @@ from modularforge.assembly.stream import execute
 from modularforge.calibration.calibrator import Calibration, calibrate, even_mixture, split_documents
 from modularforge.config import Config
 from modularforge.errors import DataError
+from modularforge.experts.kind import kind_of_artifact
 from modularforge.log import logger
 from modularforge.model.folder import load_model, save_tensors
 from modularforge.model.hub_config import INDEX_NAME, write_json
@@ -80,9 +81,8 @@ def write_calibrated(assembled: Artifact, result: Calibration, writer: ArtifactW
             tensors[name] = OutputTensor(span, tensors[name].dtype)
         if parts.KEYS_FACT in assembled.manifest.facts:
             sources = parts.parts_of(assembled)
-            plan, _, _ = parts.write_parts(
-                plan_parts(parts.group(tensors)), writer, sources, must_link=False, max_shard_bytes=max_shard_bytes
-            )
+            whole = plan_parts(parts.group(tensors, kind_of_artifact(assembled).part_of))
+            plan, _, _ = parts.write_parts(whole, writer, sources, must_link=False, max_shard_bytes=max_shard_bytes)
         else:
             plan = plan_merge(tensors, max_shard_bytes)
             execute(plan, writer)

@@ -7,17 +7,17 @@ is widened, without a change of what it computes, to the width that a token visi
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from checkpoints import Artifact
 from modularforge.artifacts import Backbone, derived_seed
 from modularforge.config import Config
+from modularforge.experts.trainable import trainable
+from modularforge.model.upcycling import build_wide
+from modularforge.tasks.task import task_of
 from modularforge.training.backbone_job import save_trained_on
-from modularforge.training.losses import language_loss
 from modularforge.training.mixed_job import Start, run_mixed
-from modularforge.training.wide import build_wide
 
 
 def run(config: Config) -> None:
@@ -25,7 +25,7 @@ def run(config: Config) -> None:
 
     def start(backbone: Backbone, _partitions: Artifact) -> Start:
         model = backbone.model().float()
-        return Start(model, language_loss, partial(save_trained_on, model, backbone))
+        return Start(trainable(model, task_of(config).loss), partial(save_trained_on, model, backbone))
 
     run_mixed(config, "dense", config.baseline_phase("dense"), start)
 
@@ -36,10 +36,6 @@ def run_wide(config: Config) -> None:
     def start(backbone: Backbone, _partitions: Artifact) -> Start:
         torch.manual_seed(derived_seed(config.seed, "dense_wide weights"))
         model = build_wide(backbone.tensors, backbone.values, config.assembly.experts_per_token)
-
-        def save(folder: Path) -> None:
-            save_trained_on(model, backbone, folder)
-
-        return Start(model, language_loss, save)
+        return Start(trainable(model, task_of(config).loss), partial(save_trained_on, model, backbone))
 
     run_mixed(config, "dense_wide", config.baseline_phase("dense_wide"), start)

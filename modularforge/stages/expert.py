@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from checkpoints import Artifact
-from modularforge.artifacts import Backbone, Corpus, even_streams, partition_rows, token_file
+from modularforge.artifacts import Backbone, Corpus, even_streams, partition_rows
 from modularforge.config import Config
 from modularforge.errors import ConfigError
+from modularforge.experts.job import save_expert, train_expert
+from modularforge.experts.kind import ExpertJob
 from modularforge.log import logger
 from modularforge.pipeline import finished, job_name, plan_stage, require
 from modularforge.provenance import commit, making, save_settings
+from modularforge.tasks.task import task_of
 from modularforge.training.distributed import joined_world
-from modularforge.training.expert_job import save_expert, train_expert
 from modularforge.training.job import Job
 
 SMALL_SHARE = 0.05
@@ -29,7 +31,8 @@ def run(config: Config, index: int) -> None:
         return
     backbone, corpus = Backbone(require(config, "backbone")), Corpus(require(config, "corpus"))
     partitions = require(config, "partitions")
-    tokens = token_file(partitions, f"partition-{index}").tokens
+    task = task_of(config)
+    examples = task.part(config, partitions, index)
     domains = corpus.domains("validation")
     own = {label: domains[label] for label in _domains_of(partitions, index) if label in domains}
     held_out = even_streams(own or domains, config.training.validation_tokens)
@@ -37,10 +40,11 @@ def run(config: Config, index: int) -> None:
     with joined_world() as world:
         if world.is_main:
             save_settings(config)
-        model, losses = train_expert(config, index, backbone, tokens, held_out, job, world)
+        expert = ExpertJob(config, index, backbone, task, examples, world.device)
+        model, losses = train_expert(expert, held_out, job, world)
         if world.is_main:
             with making(plan) as writer:
-                facts = save_expert(config, index, backbone, model, tokens, writer.folder, world)
+                facts = save_expert(expert, model, writer.folder)
                 commit(writer, plan, config, {**losses, **facts})
         world.barrier()
 

@@ -16,12 +16,15 @@ from checkpoints import Artifact
 from modularforge.artifacts import Backbone, derived_seed, token_file
 from modularforge.assembly.small_files import special_tokens
 from modularforge.config import Config
+from modularforge.experts.trainable import trainable
 from modularforge.model.folder import with_text_router
 from modularforge.model.hub_config import TABLES_NAME, end_tokens
+from modularforge.model.upcycling import build_joint, without_rows
 from modularforge.routing.text_counts import COUNTS_NAME, counts_of, load_counts
 from modularforge.routing.text_evidence import Texts, write_tables
-from modularforge.training.joint import build_joint, save_mixture, without_rows
-from modularforge.training.losses import JointLoss, language_loss
+from modularforge.tasks.task import task_of
+from modularforge.training.backbone_job import save_mixture
+from modularforge.training.losses import RoutedLoss
 from modularforge.training.mixed_job import Start, run_mixed
 
 
@@ -32,8 +35,8 @@ def run(config: Config) -> None:
         torch.manual_seed(derived_seed(config.seed, "joint weights"))
         experts, active = config.joint_experts, config.assembly.experts_per_token
         model = build_joint(backbone.tensors, backbone.values, experts, active, config.joint.freeze_shared)
-        loss_of = JointLoss(model, config.experts.z_loss, config.joint.balance_loss)
-        return Start(model, loss_of, partial(save_mixture, model, backbone))
+        loss = RoutedLoss(model, task_of(config).loss, config.experts.z_loss, config.joint.balance_loss)
+        return Start(trainable(model, loss), partial(save_mixture, model, backbone))
 
     run_mixed(config, "joint", config.baseline_phase("joint"), start)
 
@@ -55,7 +58,8 @@ def run_evidence(config: Config) -> None:
             save_mixture(model, backbone, folder)
             (folder / TABLES_NAME).write_bytes(tables)
 
-        return Start(model, language_loss, save)
+        # Tables send all layers the same way, so that an expert may get no token of a rank's batch in any of them.
+        return Start(trainable(model, task_of(config).loss, may_skip_parameters=True), save)
 
     run_mixed(config, "joint_evidence", config.baseline_phase("joint_evidence"), start)
 

@@ -22,6 +22,8 @@ class Job:
     tensorboard: Literal["auto", "on", "off"] = "off"
     speaks: bool = True
     """Whether its progress is told in the log; a check has words of its own."""
+    unit: str = "tokens"
+    """What the units of its batches are called in the metrics."""
 
     @staticmethod
     def of_run(config: Config, name: str, phase: PhaseConfig, fingerprint: str) -> Job:

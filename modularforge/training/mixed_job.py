@@ -9,23 +9,23 @@ from pathlib import Path
 from checkpoints import Artifact
 from modularforge.artifacts import Backbone, Corpus, even_streams
 from modularforge.config import Config, PhaseConfig
+from modularforge.experts.trainable import Trainable
 from modularforge.log import logger
 from modularforge.model.backbone import Decoder
 from modularforge.pipeline import finished, plan_stage, require
 from modularforge.provenance import commit, making
+from modularforge.tasks.task import task_of
 from modularforge.training.distributed import joined_world
 from modularforge.training.job import Job
-from modularforge.training.loop import LossFunction, fit
+from modularforge.training.loop import fit
 from modularforge.training.losses import mean_loss
-from modularforge.training.mixture import mixed_partitions
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a baseline starts from, what it minimises, and how the trained model is written into a folder."""
+    """What a baseline trains, and how the trained model is written into a folder."""
 
-    model: Decoder
-    loss_of: LossFunction
+    trainable: Trainable
     save: Callable[[Path], None]
 
 
@@ -50,12 +50,16 @@ def run_mixed(
     job = Job.of_run(config, name, phase, plan.fingerprint)
     begun = start(backbone, partitions)
     with joined_world() as world:
-        batches_from = mixed_partitions(config, partitions, name, phase, world, skipped_windows)
+        model, examples = (
+            begun.trainable.model,
+            task_of(config).mixture(config, partitions, name, phase, skipped_windows),
+        )
+        assert isinstance(model, Decoder)
 
         def validate() -> float:
-            return mean_loss(begun.model, held_out, context, config.evaluation.batch_size, world)
+            return mean_loss(model, held_out, context, config.evaluation.batch_size, world)
 
-        losses = fit(begun.model, begun.loss_of, job, batches_from, validate, world)
+        losses = fit(begun.trainable, examples, job, validate, world)
         if world.is_main:
             with making(plan) as writer:
                 begun.save(writer.folder)

@@ -15,8 +15,8 @@ from modularforge.assembly import stream
 from modularforge.assembly.assemble import assemble
 from modularforge.config import Config, ModelConfig
 from modularforge.errors import MismatchError
+from modularforge.experts.ffn import EXPERT_NAME
 from modularforge.pipeline import require
-from modularforge.routing.statistics import EXPERT_NAME
 from modularforge.stages import assemble as assemble_stage
 from modularforge.stages import members
 from tests.synthetic_models import describe, write_parts
