@@ -27,7 +27,7 @@ from modularforge.config import Config
 from modularforge.evaluation.ensemble import posterior_ensemble
 from modularforge.model.backbone import Decoder
 from modularforge.model.moe import moe_layers
-from modularforge.routing.choice import router_rows
+from modularforge.routing.solvers import router_rows
 from modularforge.study.measure import Bench
 from modularforge.study.models import build_model
 from modularforge.study.runs import Runs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from modularforge.config import Config, PhaseConfig
 from modularforge.model.sizes import Sizes, model_sizes
-from modularforge.routing.choice import widening_of
+from modularforge.routing.solvers import widening_of
 
 
 def describe(config: Config) -> str:

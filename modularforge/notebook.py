@@ -39,6 +39,7 @@ from modularforge.tasks.text import TEXT, text_batches
 from modularforge.training.backbone_job import save_backbone, train_backbone
 from modularforge.training.distributed import World, default_device
 from modularforge.training.job import Job
+from modularforge.training.losses import mean_loss
 
 __all__ = ["Evaluator", "LayerNormCalibrator", "ModuleTrainer", "SharedTrainer", "StreamingAssembler"]
 
@@ -122,7 +123,8 @@ class ModuleTrainer:
         job = Job(name, self.config.experts, self.config.training, metrics_url=metrics)
         examples = TEXT.part_of(self.config, tokens, index)
         expert = ExpertJob(self.config, index, self.backbone, TEXT, examples, world.device)
-        model, losses = train_expert(expert, held_out, job, world)
+        limits = self.config.model.context_length, self.config.evaluation.batch_size, world
+        model, losses = train_expert(expert, lambda model: mean_loss(model, held_out, *limits), job, world)
         settings = {"experts": self.config.experts.model_dump()}
         with write_artifact(paths.join(output_dir, name), "expert", f"notebook-{index}", settings) as writer:
             return writer.commit({**losses, **save_expert(expert, model, writer.folder)})

@@ -82,7 +82,14 @@ class Trainings:
             held_out = self._validation(index)
             job = Job(f"expert-{index} at {trial.rate:g}", config.experts, config.training)
             expert = ExpertJob(config, index, self.backbone, TEXT, TEXT.part_of(config, tokens, index), WORLD.device)
-            _, found = train_expert(expert, held_out, job, WORLD)
+            validate = partial(
+                mean_loss,
+                tokens=held_out,
+                context_length=CONTEXT,
+                batch_size=config.evaluation.batch_size,
+                world=WORLD,
+            )
+            _, found = train_expert(expert, validate, job, WORLD)
             losses.append(float(found["validation_loss"] or 0.0))
         return sum(losses) / len(losses)
 

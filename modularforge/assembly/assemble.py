@@ -13,9 +13,8 @@ from typing import Any
 from checkpoints import Artifact, ArtifactWriter
 from checkpoints.reading import check_size
 from modularforge.assembly import parts
-from modularforge.assembly.card import CARD_NAME, model_card
+from modularforge.assembly.card import CARD_NAME, copy_text_files, model_card
 from modularforge.assembly.plan import MergePlan, plan_merge, plan_parts
-from modularforge.assembly.small_files import copy_text_files
 from modularforge.assembly.stream import execute
 from modularforge.config import AssemblyConfig, Config
 from modularforge.errors import MismatchError

@@ -1,12 +1,14 @@
-"""The model card of an assembled model, written from the manifests of what it was made from.
+"""What lies beside an assembled model's weights: tokenizer and generation settings, and the model card.
 
-It says only what those manifests say: no places, no times, so the same parts give the same card anywhere.
+The card is written from the manifests of what the model was made from, and says only what they say: no places, no
+times, so the same parts give the same card anywhere.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,6 +17,7 @@ from checkpoints import Artifact
 from checkpoints.markdown import code, plain, table
 from modularforge.config import Config
 from modularforge.facts import fact
+from modularforge.model.hub_config import CONFIG_NAME, GENERATION_NAME, TOKENIZER_FILES, TOKENIZER_NAME, special_ids
 
 CARD_NAME = "README.md"
 
@@ -133,3 +136,16 @@ def _config_of(artifact: Artifact) -> dict[str, Any]:
 
 def _table(titles: Sequence[str], rows: Iterator[list[str]] | list[list[str]]) -> str:
     return "\n".join(table(titles, rows))
+
+
+def copy_text_files(backbone: Artifact, folder: Path) -> None:
+    """Copy those that the backbone has into a model folder."""
+    for name in (GENERATION_NAME, *TOKENIZER_FILES):
+        if name in backbone.manifest.files:
+            (folder / name).write_bytes(backbone.read_bytes(name))
+
+
+def special_tokens(backbone: Artifact) -> tuple[int, ...]:
+    """Ids of a backbone's tokens that are no text."""
+    tokenizer = backbone.read_bytes(TOKENIZER_NAME) if TOKENIZER_NAME in backbone.manifest.files else b"{}"
+    return special_ids(backbone.read_json(CONFIG_NAME), tokenizer)

@@ -16,7 +16,7 @@ from modularforge.model.backbone import Decoder
 from modularforge.model.folder import fill, read_tensors
 from modularforge.model.hub_config import model_config_of
 from modularforge.model.moe import build_moe
-from modularforge.routing.choice import router_rows
+from modularforge.routing.solvers import router_rows
 
 
 def build_btx(config: Config, backbone: Backbone, branches: Sequence[Artifact]) -> Decoder:

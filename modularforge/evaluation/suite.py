@@ -20,8 +20,7 @@ from modularforge.evaluation.probes import CHAT, GENERAL, SPREAD, TEXT, Probe, d
 from modularforge.evaluation.scoring import full_row, oracle, score, summarise
 from modularforge.log import logger
 from modularforge.model.backbone import Decoder, perplexity
-from modularforge.model.channels import shape_without_channels
-from modularforge.model.moe import moe_layers
+from modularforge.model.moe import moe_layers, shape_without_channels
 from modularforge.model.sizes import model_sizes
 from modularforge.training.distributed import default_device
 from modularforge.training.meter import peak_memory_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,35 +10,27 @@ import torch
 from torch import nn
 
 from modularforge.artifacts import derived_seed
-from modularforge.data.token_files import Tokens
 from modularforge.experts.kind import KIND_FACT, ExpertJob, frozen_hashes, kind_of
-from modularforge.model.backbone import Decoder
 from modularforge.model.hub_config import WEIGHTS_NAME
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
-from modularforge.training.losses import mean_loss
 
 
 def train_expert(
-    expert: ExpertJob, held_out: Tokens, job: Job, world: World
+    expert: ExpertJob, validate: Callable[[Any], float], job: Job, world: World
 ) -> tuple[nn.Module, dict[str, float | None]]:
     """A trained expert in its own model, and its final losses (called on every rank).
 
-    Everything random follows from the seed and the index, so the order and company of experts do not matter.
+    `validate` gives the validation loss of that model. Everything random follows from the seed and the index, so the
+    order and company of experts do not matter.
     """
     config = expert.config
     # A partition that fills no batch is refused before anything is computed.
     next(expert.examples.batches(0, world.rank, world.size))
     torch.manual_seed(derived_seed(config.seed, "expert weights", expert.index))
     trained = kind_of(config).prepare(expert)
-    model = trained.model
-    assert isinstance(model, Decoder)
-
-    def validate() -> float:
-        return mean_loss(model, held_out, config.model.context_length, config.evaluation.batch_size, world)
-
-    return model, fit(trained, expert.examples, job, validate, world)
+    return trained.model, fit(trained, expert.examples, job, lambda: validate(trained.model), world)
 
 
 def save_expert(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""config.json and generation_config.json in the spelling of transformers 4 and 5 at once; needs no torch.
+"""config.json, generation_config.json and weight index in the spelling of transformers 4 and 5 at once; needs no torch.
 
 What is written can be read by both generations, and what is read may come from either, or from other people's models as
 long as our decoder computes the same as theirs (hub_support.py).
@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from checkpoints.names import checked_part
 from checkpoints.parsing import parse_object
 from modularforge.config import ModelConfig, RopeScalingConfig
 from modularforge.errors import DataError, one_line
@@ -22,6 +23,7 @@ from modularforge.model.names import family_of
 CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
 WEIGHTS_NAME = "model.safetensors"
+TOKENIZER_NAME = "tokenizer.json"
 INDEX_NAME = "model.safetensors.index.json"
 TABLES_NAME = "text_router.tables"
 """What ModularForge routes by: safetensors by another name, since servers take every `.safetensors` for weights."""
@@ -122,6 +124,24 @@ def end_tokens(values: Mapping[str, Any]) -> tuple[int, ...]:
     return () if found is None else tuple(found) if isinstance(found, list) else (found,)
 
 
+def special_ids(values: Mapping[str, Any], tokenizer: bytes) -> tuple[int, ...]:
+    """Ids of the tokens that are no text, from the contents of config.json and tokenizer.json; raises DataError.
+
+    They are those that the tokenizer calls special, and those that settings name.
+    """
+    named = [values.get(name) for name in ("bos_token_id", "pad_token_id")]
+    found = {*end_tokens(values), *(token for token in named if isinstance(token, int))}
+    try:
+        added = parse_object(tokenizer).get("added_tokens", [])
+        found |= {int(token["id"]) for token in added if token.get("special")}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"tokenizer.json must list its added tokens with ids, but does not ({error}); make its artifact again"
+        ) from error
+    # Old settings say -1 for none, and a tokenizer may know tokens that the model has not.
+    return tuple(sorted(token for token in found if 0 <= token < int(values["vocab_size"])))
+
+
 def model_config_of(values: Mapping[str, Any]) -> ModelConfig:
     """Our settings from the config.json of a Llama, Mistral, Qwen3, Mixtral or Qwen3-MoE model."""
     theta, scaling = _rotary_settings(values)
@@ -203,3 +223,33 @@ def is_dense(values: Mapping[str, Any]) -> bool:
 def write_json(path: Path, values: Any) -> None:
     """Write one JSON file of a model folder."""
     path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model folder, all there; raises DataError. A single file counts before an index."""
+    files = [folder / name for name in _names(folder)]
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise DataError(f"{folder} must hold {missing[0]:.80}, but does not; make or fetch the model again")
+    return files
+
+
+def _names(folder: Path) -> list[str]:
+    index = folder / INDEX_NAME
+    if (folder / WEIGHTS_NAME).is_file() or not index.is_file():
+        return [WEIGHTS_NAME]
+    return shard_names(index.read_bytes(), str(index))
+
+
+def shard_names(content: bytes, origin: str) -> list[str]:
+    """The weight files that an index names, sorted; raises DataError. `origin` names the index."""
+    try:
+        places = parse_object(content).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise ValueError(f"weight_map must name files by tensor, but is {places!r:.60}")
+        # Hugging Face's indices name files beside them, never files in folders.
+        return sorted({checked_part(name) for name in places.values()})
+    except (ValueError, TypeError) as error:  # a list cannot be part of a set
+        raise DataError(
+            f"{origin} must be an index of weight files, but is not ({one_line(error)}); fetch the model again"
+        ) from error

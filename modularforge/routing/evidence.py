@@ -143,10 +143,10 @@ def widen(
     query_H, key_H = kernel_head(model, norms)
     new = {
         names.EMBEDDING: _embedding_columns(tensors[names.EMBEDDING].span, token_VE, widening, unit),
-        names.query_projection(0): _constant_rows(widening, query_H, is_query=True),
-        names.key_projection(0): _constant_rows(widening, key_H, is_query=False),
-        names.value_projection(0): _value_rows(widening),
-        names.output_projection(0): _output_rows(widening, unit),
+        names.attention(0, "q_proj"): _constant_rows(widening, query_H, is_query=True),
+        names.attention(0, "k_proj"): _constant_rows(widening, key_H, is_query=False),
+        names.attention(0, "v_proj"): _value_rows(widening),
+        names.attention(0, "o_proj"): _output_rows(widening, unit),
     }
     for name, tensor in tensors.items():
         if names.is_stream_norm(name):
@@ -159,7 +159,7 @@ def widen(
 
 def _head_gains(tensors: Mapping[str, OutputTensor], part: str) -> Values | None:
     """Gains of the norm over a head's queries or keys in the first layer, where the model has such norms."""
-    name = names.head_norm(0, part)
+    name = names.attention(0, part)
     return values_of(tensors[name].span) if name in tensors else None
 
 

@@ -114,7 +114,7 @@ def bell(angles: Values, positions: int) -> dict[int, float]:
 
 
 def angles_of(model: ModelConfig) -> Values:
-    """Angle per position of each rotary pair [H/2], as model/rotary.py computes it, without torch."""
+    """Angle per position of each rotary pair [H/2], as model/backbone.py computes it, without torch."""
     width, scaling = model.width_per_head, model.rope_scaling
     plain = 1.0 / model.rope_theta ** (np.arange(0, width, 2) / width)
     if scaling is None:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from checkpoints import Artifact
-from modularforge.assembly.small_files import special_tokens
+from modularforge.assembly.card import special_tokens
 from modularforge.model.hub_config import CONFIG_NAME, TABLES_FORMAT, end_tokens
 from modularforge.routing.statistics import STATISTICS_NAME, Array, load_statistics
 from modularforge.routing.text_counts import COUNTS_NAME, TextCounts, load_counts, only_tokens

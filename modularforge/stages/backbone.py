@@ -6,11 +6,10 @@ With `model.pretrained` it starts from that model, and with `backbone.steps` 0 i
 from __future__ import annotations
 
 from modularforge.artifacts import Corpus, even_streams
-from modularforge.assembly.small_files import TOKENIZER_NAME, special_ids
 from modularforge.config import Config
 from modularforge.log import logger
 from modularforge.model.backbone import Decoder
-from modularforge.model.hub_config import read_config
+from modularforge.model.hub_config import TOKENIZER_NAME, read_config, special_ids
 from modularforge.pipeline import finished, plan_stage, require
 from modularforge.pretrained.fetch import local_model
 from modularforge.pretrained.sources import published_name

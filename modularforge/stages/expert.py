@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from checkpoints import Artifact
 from modularforge.artifacts import Backbone, Corpus, even_streams, partition_rows
 from modularforge.config import Config
@@ -14,6 +16,7 @@ from modularforge.provenance import commit, making, save_settings
 from modularforge.tasks.task import task_of
 from modularforge.training.distributed import joined_world
 from modularforge.training.job import Job
+from modularforge.training.losses import mean_loss
 
 SMALL_SHARE = 0.05
 
@@ -41,7 +44,11 @@ def run(config: Config, index: int) -> None:
         if world.is_main:
             save_settings(config)
         expert = ExpertJob(config, index, backbone, task, examples, world.device)
-        model, losses = train_expert(expert, held_out, job, world)
+
+        def validate(model: Any) -> float:
+            return mean_loss(model, held_out, config.model.context_length, config.evaluation.batch_size, world)
+
+        model, losses = train_expert(expert, validate, job, world)
         if world.is_main:
             with making(plan) as writer:
                 facts = save_expert(expert, model, writer.folder)

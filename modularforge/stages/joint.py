@@ -14,7 +14,7 @@ import torch
 
 from checkpoints import Artifact
 from modularforge.artifacts import Backbone, derived_seed, token_file
-from modularforge.assembly.small_files import special_tokens
+from modularforge.assembly.card import special_tokens
 from modularforge.config import Config
 from modularforge.experts.trainable import trainable
 from modularforge.model.folder import with_text_router

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from modularforge.artifacts import Backbone, derived_seed
-from modularforge.assembly.small_files import copy_text_files
+from modularforge.assembly.card import copy_text_files
 from modularforge.config import Config
 from modularforge.data.adopted_tokenizer import adopt_tokenizer
 from modularforge.data.tokenizer import save_tokenizer

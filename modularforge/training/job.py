@@ -7,6 +7,7 @@ from typing import Literal
 
 from modularforge.config import Config, PhaseConfig, TrainingConfig
 from modularforge.pipeline import checkpoint_url, metrics_url
+from modularforge.tasks.task import task_of
 
 
 @dataclass(frozen=True)
@@ -29,4 +30,5 @@ class Job:
     def of_run(config: Config, name: str, phase: PhaseConfig, fingerprint: str) -> Job:
         """A job of a run, with its checkpoints and metrics in their places there."""
         places = checkpoint_url(config, name), metrics_url(config, name)
-        return Job(name, phase, config.training, fingerprint, *places, config.metrics.tensorboard)
+        unit = task_of(config).unit
+        return Job(name, phase, config.training, fingerprint, *places, config.metrics.tensorboard, unit=unit)

@@ -21,7 +21,7 @@ from modularforge.config import Config, RouterKind
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.moe import restrict_routing
 from modularforge.pipeline import require, stage_url
-from modularforge.routing.choice import router_rows
+from modularforge.routing.solvers import router_rows
 from modularforge.routing.text_evidence import texts_of
 
 TOLERANCE = 1e-5

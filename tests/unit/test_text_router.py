@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from modularforge.assembly.small_files import special_ids
 from modularforge.config import ModelConfig, RopeScalingConfig
 from modularforge.errors import DataError
 from modularforge.evaluation.probes import text_probe
 from modularforge.evaluation.scoring import carried_routing
-from modularforge.model.rotary import rotary_frequencies
+from modularforge.model.backbone import rotary_frequencies
+from modularforge.model.hub_config import special_ids
 from modularforge.model.text_router import TextRouter, load_text_router
 from modularforge.routing import text_counts
 from modularforge.routing.kernel import HeadNorms, angles_of, bell, kernel_head

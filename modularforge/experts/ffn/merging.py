@@ -31,7 +31,7 @@ from modularforge.model.hub_config import (
 )
 from modularforge.model.sizes import model_sizes
 from modularforge.routing import evidence
-from modularforge.routing.choice import all_statistics, router_rows, widening_of
+from modularforge.routing.solvers import all_statistics, router_rows, widening_of
 from modularforge.routing.text_evidence import Texts, texts_of, write_tables
 
 SAFETENSORS_NAME = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "same": None}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from checkpoints import Artifact
 from modularforge.artifacts import Backbone
-from modularforge.assembly.small_files import special_tokens
+from modularforge.assembly.card import special_tokens
 from modularforge.config import CalibrationConfig, ExpertsConfig
 from modularforge.errors import ConfigError
 from modularforge.experts.ffn import EXPERT_NAME
