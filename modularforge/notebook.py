@@ -21,7 +21,7 @@ from torch import Tensor
 from checkpoints import Artifact, open_artifact, paths, write_artifact
 from modularforge.artifacts import Backbone, derived_seed
 from modularforge.assembly.assemble import assemble
-from modularforge.calibration.calibrator import Calibration, calibrate, even_mixture
+from modularforge.calibration.calibrator import Calibration, calibrate, even_mixture, write_calibrated
 from modularforge.config import Config
 from modularforge.data.token_files import Tokens
 from modularforge.data.tokenizer import token_byte_lengths
@@ -33,7 +33,6 @@ from modularforge.model.backbone import Decoder, cross_entropy
 from modularforge.model.folder import load_model
 from modularforge.model.hub_config import CONFIG_NAME, end_tokens, read_config
 from modularforge.routing.gathering import gather_statistics
-from modularforge.stages.calibrate import write_calibrated
 from modularforge.tasks.task import Batch
 from modularforge.tasks.text import TEXT, text_batches
 from modularforge.training.backbone_job import save_backbone, train_backbone

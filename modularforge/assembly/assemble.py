@@ -14,13 +14,11 @@ from checkpoints import Artifact, ArtifactWriter
 from checkpoints.reading import check_size
 from modularforge.assembly import parts
 from modularforge.assembly.card import CARD_NAME, copy_text_files, model_card
-from modularforge.assembly.plan import MergePlan, plan_merge, plan_parts
-from modularforge.assembly.stream import execute
-from modularforge.config import AssemblyConfig, Config
+from modularforge.config import Config
 from modularforge.errors import MismatchError
 from modularforge.experts.kind import KIND_FACT, Kind, common_kind, frozen_hashes
 from modularforge.facts import fact
-from modularforge.model.hub_config import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, write_json
+from modularforge.model.hub_config import CONFIG_NAME, WEIGHTS_NAME, write_json
 
 
 def assemble(
@@ -36,9 +34,8 @@ def assemble(
     with tempfile.TemporaryDirectory() as scratch:
         merged = kind.merge(config, backbone, experts, Path(scratch))
         old_parts = parts.parts_of(old) if old else {}
-        plan, facts = _write_weights(config.assembly, {**old_parts, **merged.sources}, merged, writer)
-    if plan.index:
-        write_json(writer.folder / INDEX_NAME, plan.index)
+        sources, limit = {**old_parts, **merged.sources}, config.assembly.max_shard_bytes
+        facts = parts.write_weights(merged.tensors, merged.part_of, sources, writer, config.assembly.mode, limit)
     write_json(writer.folder / CONFIG_NAME, dict(merged.config))
     copy_text_files(backbone, writer.folder)
     facts |= {**merged.write_files(writer.folder), **merged.facts, KIND_FACT: kind.name, **_origin(backbone, experts)}
@@ -79,18 +76,6 @@ def _check_no_duplicates(kind: Kind, experts: list[Artifact]) -> None:
                 "name it once"
             )
         seen[identity] = expert.url
-
-
-def _write_weights(
-    settings: AssemblyConfig, sources: dict[str, parts.Source], merged: parts.Merged, writer: ArtifactWriter
-) -> tuple[MergePlan, dict[str, Any]]:
-    if settings.mode == "merge":
-        plan = plan_merge(merged.tensors, settings.max_shard_bytes)
-        execute(plan, writer)
-        return plan, {"bytes_written": plan.size, "bytes_linked": 0}
-    whole = plan_parts(parts.group(merged.tensors, merged.part_of))
-    plan, keys, written = parts.write_parts(whole, writer, sources, settings.mode == "link", settings.max_shard_bytes)
-    return plan, {"bytes_written": written, "bytes_linked": plan.size - written, parts.KEYS_FACT: keys}
 
 
 def _origin(backbone: Artifact, experts: list[Artifact]) -> dict[str, Any]:

@@ -12,16 +12,27 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from checkpoints import Artifact, ArtifactWriter, FileEntry
-from modularforge.assembly.plan import MergePlan, OutputFile, OutputTensor, TensorSpan, output_tensors, split
-from modularforge.assembly.stream import write_file
+from modularforge.assembly.plan import (
+    MergePlan,
+    OutputFile,
+    OutputTensor,
+    TensorSpan,
+    output_tensors,
+    plan_merge,
+    plan_parts,
+    split,
+)
+from modularforge.assembly.stream import execute, write_file
 from modularforge.errors import MismatchError
 from modularforge.facts import fact
 from modularforge.log import progress
+from modularforge.model.hub_config import INDEX_NAME, write_json
 
 KEYS_FACT = "part_keys"
+Mode = Literal["auto", "merge", "link"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,31 @@ def parts_of(assembled: Artifact) -> dict[str, Source]:
     keys: Mapping[str, str] = fact(assembled, KEYS_FACT, {})
     files = assembled.manifest.files
     return {key: Source(assembled.file_url(name), files[name]) for name, key in keys.items() if key and name in files}
+
+
+def write_weights(
+    tensors: Mapping[str, OutputTensor],
+    part_of: Callable[[str], str],
+    sources: Mapping[str, Source],
+    writer: ArtifactWriter,
+    mode: Mode,
+    max_shard_bytes: int,
+) -> dict[str, Any]:
+    """Write all weight files of a model, and their index where there are several; returns facts for the manifest.
+
+    `assembly.mode` says what the modes are.
+    """
+    if mode == "merge":
+        plan = plan_merge(tensors, max_shard_bytes)
+        execute(plan, writer)
+        facts: dict[str, Any] = {"bytes_written": plan.size, "bytes_linked": 0}
+    else:
+        whole = plan_parts(group(tensors, part_of))
+        plan, keys, written = write_parts(whole, writer, sources, mode == "link", max_shard_bytes)
+        facts = {"bytes_written": written, "bytes_linked": plan.size - written, KEYS_FACT: keys}
+    if plan.index:
+        write_json(writer.folder / INDEX_NAME, plan.index)
+    return facts
 
 
 def write_parts(

@@ -6,27 +6,40 @@ split by documents: one half is trained on, the other decides.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor, nn
 
+from checkpoints import Artifact, ArtifactWriter
+from checkpoints.hashing import describe_file
+from modularforge.assembly import parts
+from modularforge.assembly.card import CARD_NAME, calibration_note
+from modularforge.assembly.plan import OutputTensor, output_tensors, read_header, spans_of
 from modularforge.config import Config
 from modularforge.data.token_files import TokenFile, Tokens
-from modularforge.evaluation.losses import Measurement, measure
-from modularforge.experts.kind import kind_of
+from modularforge.experts.kind import kind_of, kind_of_artifact
 from modularforge.experts.trainable import ParameterGroup, Trainable
 from modularforge.model.backbone import Decoder
-from modularforge.tasks.text import TEXT, TextExamples
+from modularforge.model.folder import save_tensors
+from modularforge.model.hub_config import INDEX_NAME
+from modularforge.tasks.task import deciding
+from modularforge.tasks.text import TEXT, HeldOutText, TextExamples
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
 
+MODE_OF: dict[bool, parts.Mode] = {True: "auto", False: "merge"}
+"""A calibrated model has a file per part where the assembled one has."""
+
 
 @dataclass(frozen=True)
 class Calibration:
-    """Equal-weight mean loss on the deciding half before and after, and the tensors that changed (by name)."""
+    """Equal-weight mean loss on the selection split before and after, and the tensors that changed (by name)."""
 
     before: float
     after: float
@@ -65,28 +78,29 @@ def calibrate(
     """
     world = World(device=model.lm_head.weight.device)
 
-    def held_out() -> Measurement:
-        evaluation = config.evaluation
-        limits = evaluation.batch_size, evaluation.tokens_per_domain
-        return measure(model, decide, byte_lengths, *limits, world.device, context)
+    def held_out() -> float:
+        found = TEXT.metrics(model, selection, world.device).values()
+        return sum(row[deciding(TEXT.table).name] for row in found) / len(found)
 
     stored = {name: weight.dtype for name, weight in model.named_parameters()}
     model.float()
     learns = choose_parameters(model, config)
     context = min(config.model.context_length, model.config.positions)
-    before, batch = held_out().mean_loss, config.calibration.batch_size
+    limits = config.evaluation.batch_size, config.evaluation.tokens_per_domain
+    selection = HeldOutText(decide, byte_lengths, context, *limits)
+    before, batch = held_out(), config.calibration.batch_size
     fit(
         Trainable(model, TEXT.loss, [ParameterGroup(learns)]),
         TextExamples(fit_tokens, context, batch, seed, "the calibration half of validation"),
         job,
-        lambda: held_out().mean_loss,
+        held_out,
         world,
     )
     changed = {}
     for name, weight in learns.items():
         changed[name] = weight.detach().cpu().to(stored[name])
         weight.data.copy_(changed[name])  # judged as it will be stored
-    return Calibration(before, held_out().mean_loss, changed)
+    return Calibration(before, held_out(), changed)
 
 
 def choose_parameters(model: Decoder, config: Config) -> Mapping[str, nn.Parameter]:
@@ -102,3 +116,22 @@ def even_mixture(streams: Mapping[str, Tokens]) -> Tokens:
     """The streams one after another, each cut to the length of the shortest, so that all domains weigh alike."""
     shortest = min(len(tokens) for tokens in streams.values())
     return np.concatenate([tokens[:shortest] for tokens in streams.values()])
+
+
+def write_calibrated(assembled: Artifact, result: Calibration, writer: ArtifactWriter, max_shard_bytes: int) -> None:
+    """Stream the assembled weights to the writer, with the calibrated tensors in place of the old ones."""
+    files, has_parts = assembled.manifest.files, parts.KEYS_FACT in assembled.manifest.facts
+    spans = [spans_of(assembled, name) for name in files if name.endswith(".safetensors")]
+    tensors = output_tensors({name: span for found in spans for name, span in found.items()})
+    with tempfile.TemporaryDirectory() as scratch:
+        changed = Path(scratch) / "changed.safetensors"
+        save_tensors({name: tensor.contiguous() for name, tensor in result.tensors.items()}, changed)
+        for name, span in read_header(str(changed), describe_file(changed).tensors).items():
+            tensors[name] = OutputTensor(span, tensors[name].dtype)
+        part_of, mode = kind_of_artifact(assembled).part_of, MODE_OF[has_parts]
+        parts.write_weights(tensors, part_of, parts.parts_of(assembled), writer, mode, max_shard_bytes)
+    for name in files:
+        if not name.endswith(".safetensors") and name != INDEX_NAME:
+            shutil.copyfile(assembled.local_file(name), writer.folder / name)
+    with open(writer.folder / CARD_NAME, "a", encoding="utf-8") as card:
+        card.write(calibration_note(result.before, result.after))

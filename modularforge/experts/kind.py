@@ -1,15 +1,16 @@
 """What a kind of expert answers: which parameters learn, and how experts become one model.
 
-A kind knows no task by name: its jobs get one. It is found by name in a table that a Python entry point of the group
-`modularforge.experts` can extend: a new kind is one folder and one row. This page, and `merge` and `part_of` of every
-kind, need no torch.
+A kind is one folder and one row: a `Kind` with the names of two modules, of which the second needs no torch. Their
+functions bear the names of the methods here, which say what they answer. A kind knows no task by name: its jobs get
+one. It is found by name in a table that a Python entry point of the group `modularforge.experts` can extend.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from checkpoints import Artifact
 from modularforge.errors import MismatchError
@@ -47,41 +48,59 @@ class ExpertJob:
     device: torch.device
 
 
-class Kind(Protocol):
-    """One kind of expert; methods with a `Config` read their sections of it alone."""
+@dataclass(frozen=True)
+class Kind:
+    """One kind of expert; functions with a `Config` read their sections of it alone.
+
+    `settings` is its section of the configuration, all of which is identity, less what is listed as without effect.
+    `weights_name` is the file of an expert that tells it from every other. `training` is the module that trains and
+    runs experts, `merging` the one that makes them one model.
+    """
 
     name: str
     settings: str
-    """Its section of the configuration, all of which is identity less what is listed as without effect."""
     weights_name: str
-    """The file of an expert that tells it from every other."""
+    training: str
+    merging: str
 
     def prepare(self, expert: ExpertJob) -> Trainable:
         """What the job trains: all of its parameters in groups, its loss, and what it does before each step.
 
         Everything random follows from torch's global generator, which is seeded by the expert's index.
         """
+        found: Trainable = import_module(self.training).prepare(expert)
+        return found
 
     def save(self, expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:
         """Write a trained expert, and what routers are solved from; returns facts of this kind for the manifest."""
+        facts: dict[str, Any] = import_module(self.training).save(expert, model, folder)
+        return facts
 
     def load(self, backbone: Backbone, artifact: Artifact) -> Decoder:
         """How one expert runs alone."""
+        model: Decoder = import_module(self.training).load(backbone, artifact)
+        return model
+
+    def calibrates(self, model: Decoder, settings: CalibrationConfig) -> Mapping[str, nn.Parameter]:
+        """The parameters of an assembled model that a calibration may touch, by name; raises ConfigError for none."""
+        found: Mapping[str, nn.Parameter] = import_module(self.training).calibrates(model, settings)
+        return found
 
     def freezes(self, name: str) -> bool:
         """Whether a tensor of the backbone stays as it is in every expert; its hash is recorded, and then compared."""
+        return bool(import_module(self.merging).freezes(name))
 
     def merge(self, config: Config, backbone: Artifact, experts: Sequence[Artifact], scratch: Path) -> Merged:
         """How these become one model: a plan over committed bytes; few new values are written to files in `scratch`.
 
         Raises ConfigError or MismatchError when they cannot.
         """
+        merged: Merged = import_module(self.merging).merge(config, backbone, experts, scratch)
+        return merged
 
     def part_of(self, name: str) -> str:
         """The weight file that a tensor of the assembled model belongs to, when every part has one."""
-
-    def calibrates(self, model: Decoder, settings: CalibrationConfig) -> Mapping[str, nn.Parameter]:
-        """The parameters of an assembled model that a calibration may touch, by name; raises ConfigError for none."""
+        return str(import_module(self.merging).part_of(name))
 
 
 def find_kind(name: str) -> Kind:

@@ -6,7 +6,7 @@ a job whose parts are switched by step resumes in any of its phases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -59,14 +59,5 @@ class Trainable:
 
 def trainable(model: nn.Module, loss: Loss, may_skip_parameters: bool = False) -> Trainable:
     """The model with all of its parameters that require gradients now, tied ones once, as one group."""
-    return Trainable(model, loss, [ParameterGroup(chosen(model))], may_skip_parameters=may_skip_parameters)
-
-
-def chosen(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> dict[str, nn.Parameter]:
-    """Names and parameters of a model that require gradients now; with `modules`, those in them alone."""
-    inside = None if modules is None else {id(weight) for module in modules for weight in module.parameters()}
-    return {
-        name: weight
-        for name, weight in model.named_parameters()
-        if weight.requires_grad and (inside is None or id(weight) in inside)
-    }
+    learns = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    return Trainable(model, loss, [ParameterGroup(learns)], may_skip_parameters=may_skip_parameters)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from modularforge.config import ModelConfig, RopeScalingConfig
 from modularforge.model.text_router import TextRouter, TextState
 
-INITIAL_STD = 0.02
+INITIAL_STD = 0.02  # GPT-2's, section 2.3
 
 
 class RMSNorm(nn.Module):

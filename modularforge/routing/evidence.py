@@ -71,22 +71,22 @@ class Widening:
         return self.model.heads // self.model.kv_heads
 
     @property
-    def carriers(self) -> int:
+    def heads_per_mean(self) -> int:
         """Key-value heads that one mean over all values takes: each carries as many as a head is wide."""
         return -(-(self.experts + 1) // self.model.width_per_head)
 
     @property
     def groups(self) -> int:
         """Further key-value heads; where a group has one query head, the two means cannot share it."""
-        least = self.carriers * (2 if self.per_group == 1 else 1)
+        least = self.heads_per_mean * (2 if self.per_group == 1 else 1)
         return least + -(self.model.kv_heads + least) % self.head_multiple
 
     def head(self, value: int, is_long: bool) -> tuple[int, int]:
         """Where a value is: the query head, counted from the first new one, whose mean it is, and its place there."""
-        carrier, place = divmod(value, self.model.width_per_head)
+        head, place = divmod(value, self.model.width_per_head)
         if self.per_group == 1:
-            return carrier + self.carriers * int(is_long), place
-        return carrier * self.per_group + int(is_long), place
+            return head + self.heads_per_mean * int(is_long), place
+        return head * self.per_group + int(is_long), place
 
     @property
     def scale(self) -> float:

@@ -84,7 +84,7 @@ def _layer_rows(
     return with_public(centred_means(sums, settings.router_temperature), public)
 
 
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 256  # of a matrix [D, D] that is added up: without it a second one of float64 would be in memory
 
 
 def with_public(rows_ED: Array, public_expert: bool) -> Array:

@@ -28,7 +28,7 @@ ROUTER_NAME = "router.safetensors"
 STATISTICS_NAME = "statistics.safetensors"
 SCALARS = "scalars"
 TOKEN_COUNTS = "tokens"
-LARGEST_SUM = 1e300
+LARGEST_SUM = 1e300  # JSON has whole numbers of any size, and numpy raises for those beyond float64
 
 Array = NDArray[np.float64]
 

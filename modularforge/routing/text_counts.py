@@ -28,7 +28,7 @@ Tokens = NDArray[Any]
 
 COUNTS_NAME = "text.counts"  # a safetensors file; no `.safetensors`, since servers load every such file as weights
 FORMAT = 1
-TOKENS_AT_ONCE = 1 << 20
+TOKENS_AT_ONCE = 1 << 20  # of the stream: a piece's pairs are sorted at once, in several int64 arrays
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from modularforge.routing.text_counts import COUNTS_NAME, TextCounts, load_count
 SMOOTHING_TOKENS = 1000.0  # each partition's counts are mixed with so many tokens of the background
 BACKOFF_TOKENS = 20.0  # and what follows a token with so many tokens of the partition's own
 TIE = 0.02  # nats: what decides between experts for whom nothing speaks, far less than any text's evidence
-# Chosen on the deciding half of validation, ten domains, seed 0 (docs/log.md).
+# Chosen on the selection split of validation, ten domains, seed 0 (docs/log.md).
 FILTER = {"strength": 0.4, "switch": 0.003, "switch_at_end": 0.9, "sharpness": 0.4}
 
 Floats = NDArray[np.float32]

@@ -16,6 +16,8 @@ from torch import nn
 
 from modularforge.ranks import own_rank, remove_empty_scratch
 
+# A rank that died is noticed by the others after so long. They also wait here while rank 0 alone gathers statistics and
+# commits, so a much shorter one would end healthy jobs.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 
 

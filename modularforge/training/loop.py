@@ -21,7 +21,7 @@ from modularforge.tasks.task import Batch, Examples
 from modularforge.training.checkpointing import Checkpointing, StopFlag, stop_on_signals
 from modularforge.training.distributed import World, parallelise
 from modularforge.training.job import Job
-from modularforge.training.meter import Meter, Teller
+from modularforge.training.meter import Meter, Reporter
 from modularforge.training.optimizer import Trainer, build_optimizer, learning_rate, set_rate
 
 
@@ -46,7 +46,7 @@ def fit(
         batches = examples.batches(trainer.position, world.rank, world.size)
         showing = progress(job.name, job.phase.steps, start=trainer.step, is_wanted=world.is_main)
         with checkpoints, stop_on_signals() as stop, showing as bar:
-            teller = Teller(job, bar, trainer.step, job.speaks and world.is_main)
+            reporter = Reporter(job, bar, trainer.step, job.speaks and world.is_main)
             while trainer.step < job.phase.steps:
                 rate = learning_rate(job.phase, trainer.step)
                 with meter.waiting_for_data():
@@ -64,7 +64,7 @@ def fit(
                 if _due(trainer.step, job.training.validate_every, job):
                     trainer.validation_loss = _validated(trainable.model, validate, meter, trainer.step)
                 if reporting:
-                    teller.tell(trainer, rate, meter.units_per_second)
+                    reporter.report(trainer, rate, meter.units_per_second)
                 if saving:
                     checkpoints.save(trainer)
                     meter.flush()
@@ -75,7 +75,7 @@ def fit(
         if trainer.validation_loss is None:
             trainer.validation_loss = _validated(trainable.model, validate, meter, trainer.step)
         meter.flush()
-        teller.finish(trainer, meter.mean_speed)
+        reporter.finish(trainer, meter.mean_speed)
     return {"train_loss": trainer.train_loss, "validation_loss": trainer.validation_loss}
 
 

@@ -117,7 +117,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class Teller:
+class Reporter:
     """Tells how one start of a job gets on; `bar` shows it where it is a terminal's, else the log does."""
 
     def __init__(self, job: Job, bar: Progress, first_step: int, speaks: bool) -> None:
@@ -126,7 +126,7 @@ class Teller:
         self._start = time.monotonic()
         self._last_line = -SECONDS_BETWEEN_LINES
 
-    def tell(self, trainer: Trainer, rate: float, units_per_second: float) -> None:
+    def report(self, trainer: Trainer, rate: float, units_per_second: float) -> None:
         """Say where the job is, after a report of losses; in a log every two seconds at the most."""
         steps, now = self.job.phase.steps, time.monotonic()
         losses = [f"loss {trainer.train_loss:.3f}"] if trainer.train_loss is not None else []

@@ -25,7 +25,7 @@ from modularforge.training import meter
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
-from modularforge.training.meter import Teller, clock, count
+from modularforge.training.meter import Reporter, clock, count
 from modularforge.training.optimizer import Trainer, build_optimizer
 from tests.synthetic_runs import tiny_config, write_metrics
 from tests.unit.test_loop import Lines, squared_error
@@ -57,11 +57,11 @@ def test_a_log_gets_a_line_every_two_seconds_at_the_most_and_one_at_the_end(
 ) -> None:
     now = iter([0.0, 18.0, 19.9, 20.5, 72.0, 252.0])
     monkeypatch.setattr(meter.time, "monotonic", lambda: next(now))
-    told = Teller(Job("backbone", PHASE, TrainingConfig()), Progress(), 0, speaks=True)
-    told.tell(trainer_at(200, 4.31), 2.1e-3, 36_040)
-    told.tell(trainer_at(201, 4.30), 2.1e-3, 36_040)
-    told.tell(trainer_at(205, 4.2, 4.4), 1e-5, 950)
-    told.tell(trainer_at(800, 3.9, 4.0), 0.0, 950)  # the line at the end says it
+    told = Reporter(Job("backbone", PHASE, TrainingConfig()), Progress(), 0, speaks=True)
+    told.report(trainer_at(200, 4.31), 2.1e-3, 36_040)
+    told.report(trainer_at(201, 4.30), 2.1e-3, 36_040)
+    told.report(trainer_at(205, 4.2, 4.4), 1e-5, 950)
+    told.report(trainer_at(800, 3.9, 4.0), 0.0, 950)  # the line at the end says it
     told.finish(trainer_at(800, 3.9, 4.0), 36_040)
     assert log.getvalue().splitlines() == [
         "backbone 200/800 (25 %)  loss 4.310  36k tok/s  lr 2.1e-3  0:54 left",
@@ -72,11 +72,11 @@ def test_a_log_gets_a_line_every_two_seconds_at_the_most_and_one_at_the_end(
 
 def test_ranks_without_a_voice_say_nothing_and_a_job_that_goes_on_counts_from_there(log: io.StringIO) -> None:
     job = Job("backbone", PHASE, TrainingConfig())
-    silent = Teller(job, Progress(), 0, speaks=False)
-    silent.tell(trainer_at(1, 4.0), 1e-3, 10)
+    silent = Reporter(job, Progress(), 0, speaks=False)
+    silent.report(trainer_at(1, 4.0), 1e-3, 10)
     silent.finish(trainer_at(800, 4.0), 10)
     assert log.getvalue() == ""
-    Teller(job, Progress(), 800, speaks=True).finish(trainer_at(800, None, 4.0), 0.0)
+    Reporter(job, Progress(), 800, speaks=True).finish(trainer_at(800, None, 4.0), 0.0)
     assert log.getvalue() == "backbone done: 800 steps, validation 4.000, 0:00\n"
 
 

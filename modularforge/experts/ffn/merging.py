@@ -19,7 +19,7 @@ from modularforge.assembly import parts
 from modularforge.assembly.plan import OutputTensor, TensorSpan, output_tensors, read_header, spans_of
 from modularforge.config import Config, ModelConfig
 from modularforge.errors import ConfigError, MismatchError
-from modularforge.experts.ffn import EXPERT_NAME, FFN
+from modularforge.experts.ffn import EXPERT_NAME
 from modularforge.log import logger
 from modularforge.model import names
 from modularforge.model.hub_config import (
@@ -46,6 +46,19 @@ def merge(config: Config, backbone: Artifact, experts: Sequence[Artifact], scrat
     return _Mixture(config, backbone, list(experts)).merged(scratch)
 
 
+def freezes(name: str) -> bool:
+    """Embeddings, attention, norms, head."""
+    return names.is_shared(name)
+
+
+def part_of(name: str) -> str:
+    """A file for the backbone, one for each expert, one for the routers."""
+    position = names.expert_position(name)
+    if position:
+        return f"expert-{position[1]:03d}.safetensors"
+    return "router.safetensors" if names.is_gate(name) else "backbone.safetensors"
+
+
 @dataclass(frozen=True)
 class _Mixture:
     """A backbone and experts that become one model as the settings say."""
@@ -64,9 +77,7 @@ class _Mixture:
         dtype = HUB_NAME.get(next(iter(tensors.values())).dtype, self.values.get("dtype"))
         written = moe_config(self.shape, self.vocab_size, self.count, self.active, {**self.values, "dtype": dtype})
         facts = self._facts(written)
-        return parts.Merged(
-            tensors, FFN.part_of, sources, written, facts, _summary(facts, len(self.experts)), self._write
-        )
+        return parts.Merged(tensors, part_of, sources, written, facts, _summary(facts, len(self.experts)), self._write)
 
     @cached_property
     def values(self) -> dict[str, Any]:

@@ -85,7 +85,8 @@ def calibrates(model: Decoder, settings: CalibrationConfig) -> dict[str, nn.Para
             "tables; set calibration.norms to true, assembly.token_pairs to 0, or leave calibration out"
         )
     if names.FINAL_NORM in found:
-        # Zero gains hide the router's channels from the head, and stay so.
+        # Zero gains hide the evidence router's channels from the head, and must stay so: others would add what the
+        # routers read to the logits.
         is_seen_D = found[names.FINAL_NORM].detach() != 0
         found[names.FINAL_NORM].requires_grad_(True).register_hook(lambda gradient_D: gradient_D * is_seen_D)  # type: ignore[no-untyped-call]
     return found
