@@ -24,7 +24,10 @@ TORCH_FREE_FOR_LAUNCHER = {
     "modularforge.mistakes",
     "modularforge.provenance",
 }
-TORCH_FREE_MODEL = {f"modularforge.model.{name}" for name in ("names", "hub_config", "hub_support", "sizes")}
+TORCH_FREE_MODEL = {
+    f"modularforge.model.{name}"
+    for name in ("names", "hub_config", "hub_support", "hub_fields", "sizes", "weight_files")
+}
 # What somebody else wrote is read through these; they touch no storage.
 READERS = {"checkpoints.names", "checkpoints.parsing", "checkpoints.safetensors"}
 PLAIN = {"modularforge.config", "modularforge.errors", "modularforge.log", "modularforge.facts"} | READERS

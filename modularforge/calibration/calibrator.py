@@ -22,13 +22,13 @@ from modularforge.assembly.card import CARD_NAME, calibration_note
 from modularforge.assembly.plan import OutputTensor, output_tensors, read_header, spans_of
 from modularforge.config import Config
 from modularforge.data.token_files import TokenFile, Tokens
+from modularforge.evaluation.losses import Measurement, measure
 from modularforge.experts.kind import kind_of, kind_of_artifact
 from modularforge.experts.trainable import ParameterGroup, Trainable
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import save_tensors
 from modularforge.model.hub_config import INDEX_NAME
-from modularforge.tasks.task import deciding
-from modularforge.tasks.text import TEXT, HeldOutText, TextExamples
+from modularforge.tasks.text import TEXT, TextExamples
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
@@ -78,29 +78,28 @@ def calibrate(
     """
     world = World(device=model.lm_head.weight.device)
 
-    def held_out() -> float:
-        found = TEXT.metrics(model, selection, world.device).values()
-        return sum(row[deciding(TEXT.table).name] for row in found) / len(found)
+    def held_out() -> Measurement:
+        evaluation = config.evaluation
+        limits = evaluation.batch_size, evaluation.tokens_per_domain
+        return measure(model, decide, byte_lengths, *limits, world.device, context)
 
     stored = {name: weight.dtype for name, weight in model.named_parameters()}
     model.float()
     learns = choose_parameters(model, config)
     context = min(config.model.context_length, model.config.positions)
-    limits = config.evaluation.batch_size, config.evaluation.tokens_per_domain
-    selection = HeldOutText(decide, byte_lengths, context, *limits)
-    before, batch = held_out(), config.calibration.batch_size
+    before, batch = held_out().mean_loss, config.calibration.batch_size
     fit(
         Trainable(model, TEXT.loss, [ParameterGroup(learns)]),
         TextExamples(fit_tokens, context, batch, seed, "the calibration half of validation"),
         job,
-        held_out,
+        lambda: held_out().mean_loss,
         world,
     )
     changed = {}
     for name, weight in learns.items():
         changed[name] = weight.detach().cpu().to(stored[name])
         weight.data.copy_(changed[name])  # judged as it will be stored
-    return Calibration(before, held_out(), changed)
+    return Calibration(before, held_out().mean_loss, changed)
 
 
 def choose_parameters(model: Decoder, config: Config) -> Mapping[str, nn.Parameter]:

@@ -1,4 +1,4 @@
-"""config.json, generation_config.json and weight index in the spelling of transformers 4 and 5 at once; needs no torch.
+"""config.json and generation_config.json in the spelling of transformers 4 and 5 at once; needs no torch.
 
 What is written can be read by both generations, and what is read may come from either, or from other people's models as
 long as our decoder computes the same as theirs (hub_support.py).
@@ -13,7 +13,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from checkpoints.names import checked_part
 from checkpoints.parsing import parse_object
 from modularforge.config import ModelConfig, RopeScalingConfig
 from modularforge.errors import DataError, one_line
@@ -23,7 +22,6 @@ from modularforge.model.names import family_of
 CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
 WEIGHTS_NAME = "model.safetensors"
-TOKENIZER_NAME = "tokenizer.json"
 INDEX_NAME = "model.safetensors.index.json"
 TABLES_NAME = "text_router.tables"
 """What ModularForge routes by: safetensors by another name, since servers take every `.safetensors` for weights."""
@@ -32,6 +30,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 """A tokenizer as Hugging Face stores it; all but the first may be missing."""
+TOKENIZER_NAME = TOKENIZER_FILES[0]
 
 FRESH: Mapping[str, Any] = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "dtype": "float32"}
 """What a model that was not pretrained says of its special tokens and weights."""
@@ -223,33 +222,3 @@ def is_dense(values: Mapping[str, Any]) -> bool:
 def write_json(path: Path, values: Any) -> None:
     """Write one JSON file of a model folder."""
     path.write_text(json.dumps(values, indent=2) + "\n")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder, all there; raises DataError. A single file counts before an index."""
-    files = [folder / name for name in _names(folder)]
-    missing = [path.name for path in files if not path.is_file()]
-    if missing:
-        raise DataError(f"{folder} must hold {missing[0]:.80}, but does not; make or fetch the model again")
-    return files
-
-
-def _names(folder: Path) -> list[str]:
-    index = folder / INDEX_NAME
-    if (folder / WEIGHTS_NAME).is_file() or not index.is_file():
-        return [WEIGHTS_NAME]
-    return shard_names(index.read_bytes(), str(index))
-
-
-def shard_names(content: bytes, origin: str) -> list[str]:
-    """The weight files that an index names, sorted; raises DataError. `origin` names the index."""
-    try:
-        places = parse_object(content).get("weight_map")
-        if not isinstance(places, dict) or not places:
-            raise ValueError(f"weight_map must name files by tensor, but is {places!r:.60}")
-        # Hugging Face's indices name files beside them, never files in folders.
-        return sorted({checked_part(name) for name in places.values()})
-    except (ValueError, TypeError) as error:  # a list cannot be part of a set
-        raise DataError(
-            f"{origin} must be an index of weight files, but is not ({one_line(error)}); fetch the model again"
-        ) from error

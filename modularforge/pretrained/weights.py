@@ -11,8 +11,9 @@ from pathlib import Path
 from modularforge.assembly.plan import TensorSpan, read_header
 from modularforge.errors import DataError
 from modularforge.model import names
-from modularforge.model.hub_config import is_dense, model_config_of, read_config, weight_files
+from modularforge.model.hub_config import is_dense, model_config_of, read_config
 from modularforge.model.sizes import dense_shapes
+from modularforge.model.weight_files import weight_files
 
 WEIGHT_TYPES = ("F32", "F16", "BF16")
 

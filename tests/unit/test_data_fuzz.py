@@ -25,8 +25,9 @@ from modularforge.data.metadata import check_metadata, read_partitions
 from modularforge.data.token_files import TokenFileWriter, open_token_file
 from modularforge.data.tokenizer import token_byte_lengths, train_tokenizer
 from modularforge.errors import UserError
-from modularforge.model.hub_config import backbone_config, end_tokens, moe_config, parse_config, shard_names
+from modularforge.model.hub_config import backbone_config, end_tokens, moe_config, parse_config
 from modularforge.model.sizes import dense_shapes
+from modularforge.model.weight_files import shard_names
 from tests.mutation import FUZZ_INPUTS, texts, values
 
 SECONDS = 20.0  # far above what any input takes; a machine may be busy
