@@ -10,15 +10,15 @@ from torch import Tensor
 
 from checkpoints import Artifact
 from modularforge.artifacts import Backbone
-from modularforge.assembly.routers import router_rows
-from modularforge.assembly.statistics import EXPERT_NAME
 from modularforge.config import TRAINED_ROUTERS, Config
 from modularforge.errors import ConfigError
+from modularforge.experts.ffn import EXPERT_NAME
 from modularforge.model import names
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import fill, read_tensors
 from modularforge.model.hub_config import model_config_of
 from modularforge.model.moe import build_moe
+from modularforge.routing.solvers import router_rows
 
 
 def build_btx(config: Config, backbone: Backbone, branches: Sequence[Artifact]) -> Decoder:

@@ -33,8 +33,7 @@ from modularforge.evaluation.scoring import (
 )
 from modularforge.log import logger
 from modularforge.model.backbone import Decoder, perplexity
-from modularforge.model.channels import shape_without_channels
-from modularforge.model.moe import moe_layers
+from modularforge.model.moe import moe_layers, shape_without_channels
 from modularforge.model.sizes import model_sizes
 from modularforge.training.distributed import default_device
 from modularforge.training.meter import peak_memory_bytes

@@ -9,16 +9,17 @@ from pathlib import Path
 import torch
 
 from modularforge.config import Config
-from modularforge.data.loader import batches
+from modularforge.experts.trainable import trainable
 from modularforge.model.backbone import build_backbone
 from modularforge.observe.metrics import Curve, parse_metrics
 from modularforge.sanity.checks import SanityError
 from modularforge.sanity.data import require_hub, sample_texts, tokenise_sample
 from modularforge.sanity.model import small_model
+from modularforge.tasks.text import TEXT, TextExamples
 from modularforge.training.distributed import World, default_device
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
-from modularforge.training.losses import language_loss, mean_loss
+from modularforge.training.losses import mean_loss
 
 BATCH, LEAST_FALL = 8, 0.05  # of the first loss; one that learns falls by several times as much
 QUICK = {"documents": 8, "vocab_size": 300, "width": 48, "steps": 30}
@@ -38,10 +39,9 @@ def check_training(config: Config, quick: bool) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "metrics.jsonl"
         losses = fit(
-            model,
-            language_loss,
+            trainable(model, TEXT.loss),
+            TextExamples(tokens, shape.context_length, BATCH, config.seed, "the sample"),
             _job(config, size["steps"], str(path)),
-            lambda position: batches(tokens, shape.context_length, BATCH, config.seed, position, name="the sample"),
             lambda: mean_loss(model, held_out, shape.context_length, BATCH, world),
             world,
         )

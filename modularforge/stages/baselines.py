@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,39 +22,35 @@ import torch
 
 from checkpoints import Artifact
 from modularforge.artifacts import derived_seed, even_streams, token_file
-from modularforge.assembly.small_files import special_tokens
-from modularforge.assembly.statistics import STATISTICS_NAME, save_statistics
-from modularforge.assembly.text_counts import COUNTS_NAME, counts_of, load_counts
-from modularforge.assembly.text_tables import Texts, write_tables
+from modularforge.assembly.card import special_tokens
 from modularforge.config import Config
-from modularforge.data.loader import batches
 from modularforge.evaluation.baselines import build_btx, solved_router
+from modularforge.experts.trainable import Trainable, trainable
 from modularforge.log import logger
 from modularforge.model import names
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import with_text_router
 from modularforge.model.hub_config import TABLES_NAME, end_tokens
+from modularforge.model.upcycling import build_joint, build_wide, without_rows
 from modularforge.pipeline import STAGES, JobName
 from modularforge.provenance import commit, making
+from modularforge.routing.statistics import STATISTICS_NAME, save_statistics
+from modularforge.routing.text_counts import COUNTS_NAME, counts_of, load_counts
+from modularforge.routing.text_evidence import Texts, write_tables
 from modularforge.run import Run
-from modularforge.training.backbone_job import save_trained_on
+from modularforge.tasks.task import task_of
+from modularforge.training.backbone_job import save_mixture, save_trained_on
 from modularforge.training.distributed import joined_world
-from modularforge.training.expert_job import partition_sample
 from modularforge.training.job import Job
-from modularforge.training.joint import build_joint, save_mixture, without_rows
-from modularforge.training.loop import Batch, LossFunction, fit
-from modularforge.training.losses import JointLoss, language_loss, mean_loss
-from modularforge.training.mixture import mixed_partitions
-from modularforge.training.statistics import gather_statistics
-from modularforge.training.wide import build_wide
+from modularforge.training.loop import fit
+from modularforge.training.losses import RoutedLoss, mean_loss
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a baseline starts from, what it minimises, and how the trained model is written into a folder."""
+    """What a baseline trains, and how the trained model is written into a folder."""
 
-    model: Decoder
-    loss_of: LossFunction
+    trainable: Trainable
     save: Callable[[Path], None]
 
 
@@ -63,7 +59,7 @@ def dense(run: Run) -> Artifact:
 
     def start() -> Start:
         model = run.backbone.model().float()
-        return Start(model, language_loss, partial(save_trained_on, model, run.backbone))
+        return Start(trainable(model, task_of(run.config).loss), partial(save_trained_on, model, run.backbone))
 
     return _train_on_all(run, "dense", start)
 
@@ -75,7 +71,7 @@ def dense_wide(run: Run) -> Artifact:
         torch.manual_seed(derived_seed(run.config.seed, "dense_wide weights"))
         backbone = run.backbone
         model = build_wide(backbone.tensors, backbone.values, run.config.assembly.experts_per_token)
-        return Start(model, language_loss, partial(save_trained_on, model, backbone))
+        return Start(trainable(model, task_of(run.config).loss), partial(save_trained_on, model, backbone))
 
     return _train_on_all(run, "dense_wide", start)
 
@@ -85,8 +81,7 @@ def joint(run: Run) -> Artifact:
 
     def start() -> Start:
         model = _joint_model(run)
-        loss_of = JointLoss(model, run.config.experts.z_loss, run.config.joint.balance_loss)
-        return Start(model, loss_of, partial(save_mixture, model, run.backbone))
+        return Start(trainable(model, _routed_loss(run, model)), partial(save_mixture, model, run.backbone))
 
     return _train_on_all(run, "joint", start)
 
@@ -105,9 +100,14 @@ def joint_evidence(run: Run) -> Artifact:
             save_mixture(model, run.backbone, folder)
             (folder / TABLES_NAME).write_bytes(tables)
 
-        return Start(model, language_loss, save)
+        # Tables send all layers the same way, so that an expert may get no token of a rank's batch in any of them.
+        return Start(trainable(model, task_of(run.config).loss, may_skip_parameters=True), save)
 
     return _train_on_all(run, "joint_evidence", start)
+
+
+def _routed_loss(run: Run, model: Decoder) -> RoutedLoss:
+    return RoutedLoss(model, task_of(run.config).loss, run.config.experts.z_loss, run.config.joint.balance_loss)
 
 
 def _joint_model(run: Run) -> Decoder:
@@ -139,26 +139,21 @@ def branch(run: Run, index: int) -> Artifact:
     if found := run.finished(plan):
         logger.info("%s is finished: %s", name, plan.url)
         return found
-    tokens = token_file(run.require("partitions"), f"partition-{index}").tokens
-    phase, context = config.experts, config.model.context_length
+    task, phase, context = task_of(config), config.experts, config.model.context_length
+    examples = task.part(config, run.require("partitions"), index)
     held_out = even_streams(run.corpus.domains("validation"), config.training.validation_tokens)
     job = Job.of_run(config, str(name), phase, plan.fingerprint)
     model = run.backbone.model().float()
     with joined_world() as world:
 
-        def batches_from(position: int) -> Iterator[Batch]:
-            seed = derived_seed(config.seed, "expert order", index)
-            return batches(tokens, context, phase.batch_size, seed, position, world.rank, world.size)
-
         def validate() -> float:
             return mean_loss(model, held_out, context, config.evaluation.batch_size, world)
 
-        losses = fit(model, language_loss, job, batches_from, validate, world)
+        losses = fit(trainable(model, task.loss), examples, job, validate, world)
         if world.is_main:
             with making(plan) as writer:
                 save_trained_on(model, run.backbone, writer.folder)
-                statistics = gather_statistics(model, partition_sample(config, tokens, index), world.device)
-                save_statistics(writer.folder / STATISTICS_NAME, statistics)
+                save_statistics(writer.folder / STATISTICS_NAME, task.statistics(model, examples, world.device))
                 tokens_seen = phase.steps * phase.batch_size * context
                 commit(writer, plan, run, {**losses, "training_tokens": tokens_seen})
         world.barrier()
@@ -173,8 +168,7 @@ def btx(run: Run) -> Artifact:
         # A copy: these tensors become the parameters, and training must not reach the backbone's.
         model = copy.deepcopy(build_btx(solved_router(config), run.backbone, run.require_each("branch"))).float()
         choose_trained(model, config.btx.trains)
-        loss_of = JointLoss(model, config.experts.z_loss, config.joint.balance_loss)
-        return Start(model, loss_of, partial(save_mixture, model, run.backbone))
+        return Start(trainable(model, _routed_loss(run, model)), partial(save_mixture, model, run.backbone))
 
     return _train_on_all(run, "btx", start, skipped_windows=config.experts.steps * config.experts.batch_size)
 
@@ -196,13 +190,17 @@ def _train_on_all(run: Run, name: str, start: Callable[[], Start], skipped_windo
     held_out = even_streams(run.corpus.domains("validation"), config.training.validation_tokens)
     job = Job.of_run(config, name, phase, plan.fingerprint)
     begun = start()
+    model, examples = (
+        begun.trainable.model,
+        task_of(config).mixture(config, run.require("partitions"), name, phase, skipped_windows),
+    )
+    assert isinstance(model, Decoder)
     with joined_world() as world:
-        batches_from = mixed_partitions(config, run.require("partitions"), name, phase, world, skipped_windows)
 
         def validate() -> float:
-            return mean_loss(begun.model, held_out, context, config.evaluation.batch_size, world)
+            return mean_loss(model, held_out, context, config.evaluation.batch_size, world)
 
-        losses = fit(begun.model, begun.loss_of, job, batches_from, validate, world)
+        losses = fit(begun.trainable, examples, job, validate, world)
         if world.is_main:
             with making(plan) as writer:
                 begun.save(writer.folder)

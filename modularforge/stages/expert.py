@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from checkpoints import Artifact
-from modularforge.artifacts import even_streams, partition_rows, token_file
+from modularforge.artifacts import even_streams, partition_rows
 from modularforge.errors import ConfigError
+from modularforge.experts.job import save_expert, train_expert
+from modularforge.experts.kind import ExpertJob
 from modularforge.log import logger
 from modularforge.pipeline import JobName
 from modularforge.provenance import commit, making, save_settings
 from modularforge.run import Run
+from modularforge.tasks.task import task_of
 from modularforge.training.distributed import joined_world
-from modularforge.training.expert_job import save_expert, train_expert
 from modularforge.training.job import Job
+from modularforge.training.losses import mean_loss
 
 SMALL_SHARE = 0.05
 
@@ -28,8 +33,8 @@ def run(run: Run, index: int) -> Artifact:
     if found := run.finished(plan):
         logger.info("%s is finished: %s", name, plan.url)
         return found
-    partitions = run.require("partitions")
-    tokens = token_file(partitions, f"partition-{index}").tokens
+    partitions, task = run.require("partitions"), task_of(config)
+    examples = task.part(config, partitions, index)
     domains = run.corpus.domains("validation")
     own = {label: domains[label] for label in _domains_of(partitions, index) if label in domains}
     held_out = even_streams(own or domains, config.training.validation_tokens)
@@ -37,10 +42,15 @@ def run(run: Run, index: int) -> Artifact:
     with joined_world() as world:
         if world.is_main:
             save_settings(config)
-        model, losses = train_expert(config, index, run.backbone, tokens, held_out, job, world)
+        expert = ExpertJob(config, index, run.backbone, task, examples, world.device)
+
+        def validate(model: Any) -> float:
+            return mean_loss(model, held_out, config.model.context_length, config.evaluation.batch_size, world)
+
+        model, losses = train_expert(expert, validate, job, world)
         if world.is_main:
             with making(plan) as writer:
-                facts = save_expert(config, index, run.backbone, model, tokens, writer.folder, world)
+                facts = save_expert(expert, model, writer.folder)
                 commit(writer, plan, run, {**losses, **facts})
         world.barrier()
     return run.made("expert", index)

@@ -16,13 +16,13 @@ from checkpoints import open_artifact, paths, plain_folder
 from modularforge.artifacts import Backbone
 from modularforge.assembly.assemble import assemble
 from modularforge.assembly.plan import output_tensors, plan_merge, read_header
-from modularforge.assembly.routers import router_rows
 from modularforge.assembly.stream import execute
-from modularforge.assembly.text_tables import texts_of
 from modularforge.config import Config, RouterKind
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.moe import restrict_routing
 from modularforge.pipeline import stage_url
+from modularforge.routing.solvers import router_rows
+from modularforge.routing.text_evidence import texts_of
 from modularforge.run import Run
 
 TOLERANCE = 1e-5

@@ -61,7 +61,8 @@ def test_a_calibration_that_helps_is_shipped_and_its_report_is_true(finished_run
 @pytest.mark.parametrize(("norms", "router"), [(True, False), (False, True), (True, True)])
 def test_only_what_is_asked_for_learns(norms: bool, router: bool, finished_run: Config) -> None:
     model = load_model(Run(finished_run).require("assembled").local_folder())
-    choose_parameters(model, finished_run.calibration.model_copy(update={"norms": norms, "router": router}))
+    settings = finished_run.calibration.model_copy(update={"norms": norms, "router": router})
+    choose_parameters(model, finished_run.model_copy(update={"calibration": settings}))
     for name, weight in model.named_parameters():
         assert weight.requires_grad == ((norms and "norm" in name) or (router and "gate.weight" in name)), name
 

@@ -13,10 +13,10 @@ from checkpoints.training import Checkpoint, list_checkpoints, save_checkpoint
 from modularforge.artifacts import Backbone
 from modularforge.config import Config
 from modularforge.errors import ConfigError, MismatchError, TrainingError
+from modularforge.experts.ffn.training import build_expert
 from modularforge.pipeline import checkpoint_url, stage_url
 from modularforge.run import Run
 from modularforge.stages import assemble, expert
-from modularforge.training.expert import build_expert
 from tests.conftest import tiny_config
 
 
@@ -111,7 +111,8 @@ def test_a_checkpoint_of_another_config_is_refused_and_kept(finished_run: Config
 def test_an_expert_of_another_backbone_is_refused_by_the_assembler(finished_run: Config, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from modularforge.assembly.checks import check_same_backbone
+    from modularforge.assembly.assemble import check_same_backbone
+    from modularforge.experts.ffn import FFN
 
     artifact = Run(finished_run).require("expert", 0)
     shared = dict(artifact.manifest.facts["shared_tensors"])
@@ -121,7 +122,7 @@ def test_an_expert_of_another_backbone_is_refused_by_the_assembler(finished_run:
         manifest=replace(artifact.manifest, facts={**artifact.manifest.facts, "shared_tensors": shared}),
     )
     with pytest.raises(MismatchError, match=r"1 shared tensors differ \(first model\.norm\.weight\)"):
-        check_same_backbone(Run(finished_run).require("backbone"), [foreign])
+        check_same_backbone(FFN, Run(finished_run).require("backbone"), [foreign])
 
 
 def test_an_index_out_of_range_is_refused(finished_run: Config) -> None:

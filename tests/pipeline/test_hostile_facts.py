@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from checkpoints import UserError, open_artifact
+from modularforge.assembly.assemble import check_same_backbone
 from modularforge.assembly.card import model_card
-from modularforge.assembly.checks import check_same_backbone
 from modularforge.assembly.parts import parts_of
 from modularforge.config import Config
+from modularforge.experts.ffn import FFN
 from modularforge.facts import KINDS, fact
 from modularforge.run import Run
 from modularforge.stages import assemble, members
@@ -49,8 +50,8 @@ def test_hostile_facts_end_in_a_sentence(part: str, finished_run: Config, tmp_pa
             backbone, expert, assembled = (open_artifact(f"{run.output_dir}/{name}") for name in PARTS)
             members.members_of(assembled)
             parts_of(assembled)
-            check_same_backbone(backbone, [expert])
-            assert model_card(run, backbone, [expert], card_facts)
+            check_same_backbone(FFN, backbone, [expert])
+            assert model_card(run, backbone, [expert], card_facts, "A model.")
             if number % 100 == 0:
                 members.remove(f"{run.output_dir}/assembled", 1, str(tmp_path / f"without-{number}"))
         except UserError:

@@ -24,19 +24,20 @@ from checkpoints import (
 )
 from checkpoints.manifest import MANIFEST_NAME
 from modularforge.artifacts import Backbone
-from modularforge.assembly import evidence
 from modularforge.assembly.assemble import assemble
-from modularforge.assembly.kernel import angles_of, bell
-from modularforge.assembly.statistics import EXPERT_NAME, ROUTER_NAME, STATISTICS_NAME, load_statistics
-from modularforge.assembly.text_tables import texts_of
 from modularforge.config import Config
 from modularforge.errors import DataError, MismatchError
+from modularforge.experts.ffn import EXPERT_NAME
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.hub_config import TABLES_NAME, model_config_of
 from modularforge.model.moe import moe_layers, observe_routing, restrict_routing
 from modularforge.observe.report import write_report
 from modularforge.observe.run import read_run
 from modularforge.pipeline import stage_url
+from modularforge.routing import evidence
+from modularforge.routing.kernel import angles_of, bell
+from modularforge.routing.statistics import ROUTER_NAME, STATISTICS_NAME, load_statistics
+from modularforge.routing.text_evidence import texts_of
 from modularforge.run import Run
 from modularforge.stages import assemble as assemble_stage
 from modularforge.stages import calibrate as calibrate_stage

@@ -28,7 +28,8 @@ from modularforge.evaluation.baselines import build_btx, solved_router
 from modularforge.evaluation.probes import position_ranges
 from modularforge.model import names
 from modularforge.model.folder import load_model, read_tensors
-from modularforge.model.moe import observe_routing
+from modularforge.model.moe import load_balance_loss, observe_routing
+from modularforge.model.upcycling import build_joint
 from modularforge.run import Run
 from modularforge.settings import to_yaml
 from modularforge.stages import assemble, calibrate, evaluate
@@ -37,10 +38,8 @@ from modularforge.study.runs import Runs
 from modularforge.study.study import collect, run_study
 from modularforge.study.study_file import load_study, variants_of
 from modularforge.study.table import make_table
-from modularforge.training.distributed import World
-from modularforge.training.joint import build_joint
-from modularforge.training.losses import load_balance_loss
-from modularforge.training.mixture import mixed_partitions
+from modularforge.tasks.task import Examples
+from modularforge.tasks.text import TEXT
 from tests.conftest import ROOT, run_command, tiny_config
 from tests.naive import naive_losses
 
@@ -421,14 +420,14 @@ def test_the_trained_btx_merge_has_the_tokens_of_the_others_and_is_compared_with
 def test_its_second_phase_reads_on_where_the_branches_stopped(finished_study: Runs) -> None:
     """Branches of 8 steps of 4 windows, and 8 windows more of each partition: what jobs of 10 steps see."""
     config = finished_study.config(0, "fewer")
-    partitions, world = Run(config).require("partitions"), World()
-    rest = mixed_partitions(config, partitions, "btx", config.btx_phase, world, 32)
+    partitions = Run(config).require("partitions")
+    rest = TEXT.mixture(config, partitions, "btx", config.btx_phase, 32)
     longer = config.model_copy(update={"experts": config.experts.model_copy(update={"steps": 10})})
-    whole = mixed_partitions(longer, partitions, "joint", longer.baseline_phase("joint"), world)
-    branch = mixed_partitions(config, partitions, "joint", config.baseline_phase("joint"), world)
+    whole = TEXT.mixture(longer, partitions, "joint", longer.baseline_phase("joint"))
+    branch = TEXT.mixture(config, partitions, "joint", config.baseline_phase("joint"))
 
-    def windows(batches_from: Any) -> list[tuple[int, ...]]:
-        return sorted(tuple(row.tolist()) for inputs_BT, _, _ in batches_from(0) for row in inputs_BT)
+    def windows(examples: Examples) -> list[tuple[int, ...]]:
+        return sorted(tuple(row.tolist()) for batch in examples.batches() for row in batch.tensors["inputs"])
 
     assert len(windows(rest)) == 24
     assert sorted(windows(branch) + windows(rest)) == windows(whole)

@@ -13,9 +13,9 @@ from checkpoints.copying import copy_artifact
 from checkpoints.s3 import S3Store
 from modularforge.assembly import stream
 from modularforge.assembly.assemble import assemble
-from modularforge.assembly.statistics import EXPERT_NAME
 from modularforge.config import Config, ModelConfig
 from modularforge.errors import MismatchError
+from modularforge.experts.ffn import EXPERT_NAME
 from modularforge.run import Run
 from modularforge.stages import assemble as assemble_stage
 from modularforge.stages import members

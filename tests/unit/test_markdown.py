@@ -109,7 +109,7 @@ def test_a_model_card_has_the_same_structure_whatever_the_names(name: str, tmp_p
                             data={"splits": {"train": {text: count}}})  # fmt: skip
         facts = {"public_expert": True, "parameters": 1, "active_parameters": 1, "experts_per_token": 1,
                  "architecture": text, "router": text}  # fmt: skip
-        card = model_card(config, backbone, [artifact(index=text, provenance=made)], facts)
+        card = model_card(config, backbone, [artifact(index=text, provenance=made)], facts, "A model.")
         body = card.split("\n---\n", 1)[1] if "\n---\n" in card else card
         return [token.type for token in PARSER.parse(body)]
 

@@ -20,15 +20,15 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from checkpoints.parsing import parse_object
-from modularforge.assembly.routing import Array
 from modularforge.config import Config
 from modularforge.errors import DataError
+from modularforge.routing.statistics import Array
 
 Tokens = NDArray[Any]
 
 COUNTS_NAME = "text.counts"  # a safetensors file; no `.safetensors`, since servers load every such file as weights
 FORMAT = 1
-TOKENS_AT_ONCE = 1 << 20
+TOKENS_AT_ONCE = 1 << 20  # of the stream: a piece's pairs are sorted at once, in several int64 arrays
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ USUAL_ANGLE = 0.01  # a turn of 628 tokens
 ANGLES = (0.003, 0.05)  # outside, the bell would need scores that bf16 cannot hold, or return at once
 SLOWER = 4.0  # each further pair's angle is smaller by so much, and holds the bell down from one turn to the next
 STRENGTH = 10.0  # of those: exp(-20) behind half a turn
-RECENT, MOST_POSITIONS = 100, 65_536
+RECENT = 100  # tokens: four times the distance at which the weight is half
+MOST_POSITIONS = 65_536  # that heads are compared on; longer contexts are judged by their beginning
 SHARES = (1.0, 0.8, 0.6, 0.45, 0.3)  # of the sizes, that are tried where a norm bounds them
 
 
@@ -114,7 +115,7 @@ def bell(angles: Values, positions: int) -> dict[int, float]:
 
 
 def angles_of(model: ModelConfig) -> Values:
-    """Angle per position of each rotary pair [H/2], as model/rotary.py computes it, without torch."""
+    """Angle per position of each rotary pair [H/2], as model/backbone.py computes it, without torch."""
     width, scaling = model.width_per_head, model.rope_scaling
     plain = 1.0 / model.rope_theta ** (np.arange(0, width, 2) / width)
     if scaling is None:

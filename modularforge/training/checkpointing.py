@@ -1,9 +1,16 @@
-"""Keeps a training job's state: resumes it, saves it in the background, and lets all ranks fail or stop together."""
+"""Keeps a training job's state: resumes it, saves it in the background, and lets all ranks fail or stop together.
+
+A stop is polite: a signal only sets a flag, and the loop saves a checkpoint at the end of its step. A second Ctrl-C
+interrupts at once; what was committed stays.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import TracebackType
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
 
 import torch.distributed as dist
 
@@ -13,11 +20,12 @@ from checkpoints.training import Checkpoint, load_newest_checkpoint
 from modularforge.log import logger
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
-from modularforge.training.optimizer import restore_training_tensors, training_tensors
-from modularforge.training.state import Trainer
+from modularforge.training.optimizer import Trainer
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
-class Keeper:
+class Checkpointing:
     """The checkpoints of one job; a job without `checkpoint_url` keeps none. Used on every rank, rank 0 writes.
 
     Training waits only while its tensors are copied; a failed save stops all ranks at the next step.
@@ -36,8 +44,8 @@ class Keeper:
         checkpoint = self._newest()
         if checkpoint is None:
             return
-        restore_training_tensors(trainer.model, trainer.optimizer, checkpoint.tensors)
-        trainer.step, trainer.position = checkpoint.step, int(checkpoint.state["position"])
+        trainer.restore(checkpoint.tensors)
+        trainer.step, trainer.position = checkpoint.step, checkpoint.state["position"]
         trainer.train_loss = checkpoint.state["train_loss"]
         trainer.validation_loss = checkpoint.state["validation_loss"]
         logger.info("%s continues at step %d of %d", self.job.name, trainer.step, self.job.phase.steps)
@@ -59,7 +67,7 @@ class Keeper:
 
         def start() -> None:
             if self.saver:
-                self.saver.save(Checkpoint(trainer.step, training_tensors(trainer.model, trainer.optimizer), state))
+                self.saver.save(Checkpoint(trainer.step, trainer.tensors(), state))
 
         self._on_rank_zero(start)
 
@@ -67,7 +75,7 @@ class Keeper:
         """Return when the last save is committed; raises on all ranks when it failed."""
         self._on_rank_zero(self._wait)
 
-    def __enter__(self) -> Keeper:
+    def __enter__(self) -> Checkpointing:
         return self
 
     def __exit__(
@@ -85,7 +93,7 @@ class Keeper:
         def prepare(*_: object) -> None:
             hook.remove()
             if self.saver:
-                self.saver.prepare(training_tensors(trainer.model, trainer.optimizer))
+                self.saver.prepare(trainer.tensors())
 
         hook = trainer.optimizer.register_step_post_hook(prepare)
 
@@ -114,3 +122,34 @@ class Keeper:
             action()
         else:
             on_rank_zero(action, dist, self.world.device)
+
+
+class StopFlag:
+    """Whether somebody asked this process to stop."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal_name is not None
+
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        """Signal handler: remember the first, let a second Ctrl-C through."""
+        if self and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopFlag]:
+    """Catch the stop signals while the block runs; outside the main thread nothing is caught."""
+    flag = StopFlag()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+    before = {number: signal.signal(number, flag.handle) for number in STOP_SIGNALS}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

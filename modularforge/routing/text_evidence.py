@@ -6,23 +6,36 @@ what the backbone was trained on: naive Bayes with counts of pairs, backed off t
     evidence(token after previous) = token[token] + context[previous] + pair[previous, token],
 
 where the last part is not zero only for pairs that were counted: a pair that no partition has costs nothing.
+
+`write_tables` makes of it the file that lies beside an assembled model's weights, for model/text_router.py.
 """
 
-# V vocabulary  E experts  P pairs
+# V vocabulary  E experts  R routed slots  P pairs
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
-from modularforge.assembly.routing import Array
-from modularforge.assembly.text_counts import TextCounts
+from checkpoints import Artifact
+from modularforge.assembly.card import special_tokens
+from modularforge.model.hub_config import CONFIG_NAME, TABLES_FORMAT, end_tokens
+from modularforge.routing.statistics import STATISTICS_NAME, Array, load_statistics
+from modularforge.routing.text_counts import COUNTS_NAME, TextCounts, load_counts, only_tokens
 
 SMOOTHING_TOKENS = 1000.0  # each partition's counts are mixed with so many tokens of the background
 BACKOFF_TOKENS = 20.0  # and what follows a token with so many tokens of the partition's own
+TIE = 0.02  # nats: what decides between experts for whom nothing speaks, far less than any text's evidence
+# Chosen on the selection split of validation, ten domains, seed 0 (docs/log.md).
+FILTER = {"strength": 0.4, "switch": 0.003, "switch_at_end": 0.9, "sharpness": 0.4}
 
 Floats = NDArray[np.float32]
 
@@ -103,6 +116,70 @@ def pair_evidence(
     for column, item in enumerate(counts):
         rows_PE[:, column] = _gain(_at(item, keys_P), _smoothed(item, background_V), keys_P) - background_P
     return TextEvidence(token_VE.astype(np.float32), context_VE.astype(np.float32), keys_P, rows_PE)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is known of the texts behind a backbone and its experts, which is counts alone."""
+
+    counts: Sequence[TextCounts]
+    background: TextCounts | None
+    neutral: tuple[int, ...]
+    ends: tuple[int, ...]
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether every expert's job counted pairs; those of older versions did not."""
+        return all(item.has_pairs for item in self.counts)
+
+    @cached_property
+    def token_VE(self) -> Array:
+        """Evidence of each token in nats, against the background."""
+        return token_evidence(self.counts, self.background, self.neutral)
+
+    @cached_property
+    def prior_E(self) -> Array:
+        """Which experts are the most general, from -1 to 0: those whose tokens are most like the background's."""
+        likeness_E = background_of(self.counts, self.background) @ self.token_VE
+        likeness_E -= likeness_E.max()
+        found_E: Array = likeness_E / max(1e-12, float(np.abs(likeness_E).max()))
+        return found_E
+
+
+def texts_of(backbone: Artifact, experts: Sequence[Artifact]) -> Texts:
+    """The counts that lie in the artifacts; those that were made without them have at least a sample's tokens."""
+    background = _counts(backbone) if COUNTS_NAME in backbone.manifest.files else None
+    ends = end_tokens(backbone.read_json(CONFIG_NAME))
+    return Texts([_counts(expert) for expert in experts], background, special_tokens(backbone), ends)
+
+
+def _counts(artifact: Artifact) -> TextCounts:
+    if COUNTS_NAME in artifact.manifest.files:
+        return load_counts(artifact.local_file(COUNTS_NAME))
+    return only_tokens(load_statistics(artifact.local_file(STATISTICS_NAME)).tokens_V)
+
+
+def slot_priors(prior_E: Array, public: bool) -> Array:
+    """Log-prior [R] of each slot: all alike but for a trace, by which the public expert comes first, then `prior_E`."""
+    prior_R = TIE * np.concatenate([[1.0] if public else [], prior_E])
+    found_R: Array = prior_R - np.logaddexp.reduce(prior_R)
+    return found_R
+
+
+def write_tables(path: Path, texts: Texts, public: bool, most_pairs: int) -> int:
+    """Write the tables of a text router with at most so many pairs; returns how many it has."""
+    found = pair_evidence(texts.counts, texts.background, texts.neutral, most_pairs)
+    tensors: dict[str, Any] = {
+        "token": found.token_VE.astype(np.float16),
+        "context": found.context_VE.astype(np.float16),
+        "keys": found.keys_P,
+        "pair": found.pair_PE,
+        "prior": slot_priors(texts.prior_E, public).astype(np.float32),
+        "ends": np.asarray(texts.ends, np.int64),
+    }
+    metadata = {"text_router": json.dumps({"format": TABLES_FORMAT, **FILTER})}
+    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path, metadata=metadata)
+    return len(found.keys_P)
 
 
 def _smoothed(item: TextCounts, background_V: Array) -> Array:

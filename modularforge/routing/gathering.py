@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modularforge.assembly.routing import LayerStatistics, RouterStatistics
 from modularforge.model.backbone import Block, Decoder
+from modularforge.routing.statistics import LayerStatistics, RouterStatistics
 
 
 def gather_statistics(model: Decoder, batches: Iterable[Tensor], device: torch.device) -> RouterStatistics:

@@ -30,19 +30,19 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from checkpoints.hashing import describe_file
-from modularforge.assembly.kernel import HeadNorms, kernel_head
 from modularforge.assembly.plan import OutputTensor, TensorSpan, read_header
-from modularforge.assembly.routing import Array, RouterStatistics
-from modularforge.assembly.tensor_values import rms_of_rows, values_of
+from modularforge.assembly.values import rms_of_rows, values_of
 from modularforge.config import ModelConfig
 from modularforge.model import names
+from modularforge.routing.kernel import HeadNorms, kernel_head
+from modularforge.routing.statistics import Array, RouterStatistics
+from modularforge.routing.text_evidence import TIE
 
 CHANNEL_STEP = 16  # channels come in such groups, so that an expert can join without widening the others
 AMPLITUDE = 2.0**-7  # of the averaged evidence, relative to the root mean square of the residual stream
 TOKEN_SHARE = 2.0**-6  # of that, what a single token's evidence has
 CONSTANT = 2.0**-10  # of the embedding's rms: what queries and keys of the recent mean are made from
 LONG_SHARE = 0.25  # of the mean over the whole text in what routers read; the rest is the mean over recent tokens
-TIE = 0.02  # nats: what decides between experts for whom nothing speaks, far less than any text's evidence
 
 Values = NDArray[np.float32]
 
@@ -71,22 +71,22 @@ class Widening:
         return self.model.heads // self.model.kv_heads
 
     @property
-    def carriers(self) -> int:
+    def heads_per_mean(self) -> int:
         """Key-value heads that one mean over all values takes: each carries as many as a head is wide."""
         return -(-(self.experts + 1) // self.model.width_per_head)
 
     @property
     def groups(self) -> int:
         """Further key-value heads; where a group has one query head, the two means cannot share it."""
-        least = self.carriers * (2 if self.per_group == 1 else 1)
+        least = self.heads_per_mean * (2 if self.per_group == 1 else 1)
         return least + -(self.model.kv_heads + least) % self.head_multiple
 
     def head(self, value: int, is_long: bool) -> tuple[int, int]:
         """Where a value is: the query head, counted from the first new one, whose mean it is, and its place there."""
-        carrier, place = divmod(value, self.model.width_per_head)
+        head, place = divmod(value, self.model.width_per_head)
         if self.per_group == 1:
-            return carrier + self.carriers * int(is_long), place
-        return carrier * self.per_group + int(is_long), place
+            return head + self.heads_per_mean * int(is_long), place
+        return head * self.per_group + int(is_long), place
 
     @property
     def scale(self) -> float:
@@ -143,10 +143,10 @@ def widen(
     query_H, key_H = kernel_head(model, norms)
     new = {
         names.EMBEDDING: _embedding_columns(tensors[names.EMBEDDING].span, token_VE, widening, unit),
-        names.query_projection(0): _constant_rows(widening, query_H, is_query=True),
-        names.key_projection(0): _constant_rows(widening, key_H, is_query=False),
-        names.value_projection(0): _value_rows(widening),
-        names.output_projection(0): _output_rows(widening, unit),
+        names.attention(0, "q_proj"): _constant_rows(widening, query_H, is_query=True),
+        names.attention(0, "k_proj"): _constant_rows(widening, key_H, is_query=False),
+        names.attention(0, "v_proj"): _value_rows(widening),
+        names.attention(0, "o_proj"): _output_rows(widening, unit),
     }
     for name, tensor in tensors.items():
         if names.is_stream_norm(name):
@@ -159,7 +159,7 @@ def widen(
 
 def _head_gains(tensors: Mapping[str, OutputTensor], part: str) -> Values | None:
     """Gains of the norm over a head's queries or keys in the first layer, where the model has such norms."""
-    name = names.head_norm(0, part)
+    name = names.attention(0, part)
     return values_of(tensors[name].span) if name in tensors else None
 
 
