@@ -139,3 +139,10 @@ def test_importing_loads_neither_torch_nor_network_code(module: str) -> None:
     program = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_report_of_a_run_does_not_wait_for_scipy() -> None:
+    """Only a comparison tests anything; a report of an unfinished run is asked for again and again."""
+    program = "import sys, modularforge.observe.report; print({'scipy', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "set()"
