@@ -14,8 +14,7 @@ import typer
 from rich.filesize import decimal
 
 from checkpoints import paths
-from checkpoints.artifact import Artifact
-from checkpoints.catalog import examine, find_artifacts
+from checkpoints.artifact import Artifact, examine, find_artifacts
 from checkpoints.errors import StoreError, UserError
 from checkpoints.garbage import delete_garbage, find_garbage
 from checkpoints.parallel import in_order

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from checkpoints.parsing import parse_object
-from checkpoints.places import OWNER_NAME
+from checkpoints.urls import OWNER_NAME
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 

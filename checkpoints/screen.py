@@ -20,6 +20,7 @@ from checkpoints.redact import redact
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+import shlex
 
 # Control characters, separators of lines, half surrogate pairs: they move the cursor, hide text, or cannot be encoded.
 ESCAPED_CATEGORIES = frozenset({"Cc", "Zl", "Zp", "Cs"})
@@ -175,3 +176,8 @@ def _is_hidden(character: str) -> bool:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode()
+
+
+def shown_command(*words: str) -> str:
+    """The words of a command as a shell takes them: in quotes where a blank or a sign would mean something else."""
+    return shlex.join(redact(word) for word in words)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 from types import FrameType
 
-from checkpoints.commands import shown_command
+from checkpoints.screen import shown_command
 from launcher.allocation import Allocation
 from launcher.command import child_environment, processes_of, training_command
 from launcher.events import Event, append_event, newest_checkpoint, progress_of, read_events

@@ -17,9 +17,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from checkpoints import paths
-from checkpoints.names import checked_part
 from checkpoints.parsing import parse_object
 from checkpoints.redact import redact
+from checkpoints.urls import checked_part
 from launcher.allocation import LOCAL
 from launcher.events import Event
 from launcher.layout import record_url

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from checkpoints.commands import shown_command
+from checkpoints.screen import shown_command
 from launcher.events import merge_events, read_all_events
 from launcher.lock import submission_lock
 from launcher.preflight import fingerprint_of, preflight

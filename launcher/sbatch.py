@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoints.names import has_control_characters
 from checkpoints.redact import redact
+from checkpoints.urls import has_control_characters
 from launcher.arrays import ArrayPart
 from launcher.command import job_environment
 from launcher.layout import log_file, log_pattern, work_folder

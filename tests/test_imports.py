@@ -29,7 +29,7 @@ TORCH_FREE_MODEL = {
     for name in ("names", "hub_config", "hub_support", "hub_fields", "sizes", "weight_files")
 }
 # What somebody else wrote is read through these; they touch no storage.
-READERS = {"checkpoints.names", "checkpoints.parsing", "checkpoints.safetensors"}
+READERS = {"checkpoints.urls", "checkpoints.parsing", "checkpoints.safetensors"}
 PLAIN = {"modularforge.config", "modularforge.errors", "modularforge.log", "modularforge.facts"} | READERS
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from checkpoints import Artifact
-from checkpoints.reading import check_size
+from checkpoints.streams import check_size
 from modularforge.assembly.statistics import EXPERT_NAME
 from modularforge.config import Config
 from modularforge.errors import ConfigError, MismatchError

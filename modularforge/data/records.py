@@ -11,7 +11,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from checkpoints.names import has_control_characters
+from checkpoints.urls import has_control_characters
 from modularforge.config import SourceConfig
 from modularforge.errors import DataError, one_line
 

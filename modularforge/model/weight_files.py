@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from checkpoints.names import checked_part
 from checkpoints.parsing import parse_object
+from checkpoints.urls import checked_part
 from modularforge.errors import DataError, one_line
 from modularforge.model.hub_config import INDEX_NAME, WEIGHTS_NAME
 

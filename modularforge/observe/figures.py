@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from checkpoints.names import safe_part
+from checkpoints.urls import safe_part
 from modularforge.observe.canvas import plain, png_bytes
 from modularforge.observe.curve_figures import curve_figures
 from modularforge.observe.heatmap_figures import evaluation_figure, routing_figures

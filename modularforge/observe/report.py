@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from checkpoints import paths
-from checkpoints.names import UnsafeNameError, checked_part, safe_part
 from checkpoints.parallel import in_order
+from checkpoints.urls import UnsafeNameError, checked_part, safe_part
 from modularforge.observe.discover import short_names
 from modularforge.observe.figures import Plot, draw_run
 from modularforge.observe.page import make_page

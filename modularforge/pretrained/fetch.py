@@ -24,9 +24,9 @@ from checkpoints import (
     paths,
     write_artifact,
 )
-from checkpoints.artifact import cache_folder
-from checkpoints.commands import shown_command
+from checkpoints.environment import cache_folder
 from checkpoints.redact import redact
+from checkpoints.screen import shown_command
 from modularforge.errors import DataError, MismatchError, StoreError
 from modularforge.log import logger
 from modularforge.pretrained import hub

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import find_artifact, paths
-from checkpoints.artifact import cache_folder
+from checkpoints.environment import cache_folder
 from modularforge.model.hub_config import read_config
 from modularforge.pretrained.fetch import local_model
 from modularforge.pretrained.sources import folder_files

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from checkpoints import find_artifact, paths
-from checkpoints.commands import shown_command
 from checkpoints.redact import redact
+from checkpoints.screen import shown_command
 from modularforge.errors import ConfigError, StoreError
 from modularforge.model.hub_config import CONFIG_NAME, model_config_of, parse_config
 from modularforge.pretrained import hub

@@ -10,7 +10,7 @@ import time
 from functools import partial
 
 from checkpoints import Artifact, MissingArtifactError, find_artifact, paths
-from checkpoints.commands import shown_command
+from checkpoints.screen import shown_command
 from modularforge.artifacts import Backbone, Corpus
 from modularforge.config import TRAINED_ON_ALL, Config
 from modularforge.errors import MismatchError

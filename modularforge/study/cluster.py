@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from checkpoints import paths
-from checkpoints.commands import shown_command
+from checkpoints.screen import shown_command
 from modularforge.config import TRAINED_ON_ALL, Config
 from modularforge.errors import TrainingError
 from modularforge.log import logger

@@ -15,7 +15,7 @@ import pytest
 from rich.filesize import decimal
 
 from checkpoints import ArtifactExistsError, CorruptArtifactError, StoreError, open_artifact, paths
-from checkpoints.catalog import find_artifacts
+from checkpoints.artifact import find_artifacts
 from checkpoints.copying import copy_artifact
 from checkpoints.garbage import delete_garbage, find_garbage
 from checkpoints.owners import locked

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from checkpoints.commands import shown_command
-from checkpoints.screen import say
+from checkpoints.screen import say, shown_command
 from launcher import slurm
 from launcher.allocation import Allocation
 from launcher.arrays import cut

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import ArtifactWriter, paths, plain_folder, write_artifact
-from checkpoints.durable import DurableFile
+from checkpoints.folder import DurableFile
 from checkpoints.hashing import describe_file
 from modularforge.assembly.convert import converted
 from modularforge.assembly.parts import Source, group, part_key, write_parts

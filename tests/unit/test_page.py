@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import paths
-from checkpoints.names import safe_part
+from checkpoints.urls import safe_part
 from modularforge.comparison.compare import compare_runs
 from modularforge.observe.figures import Plot
 from modularforge.observe.page import make_page
