@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from checkpoints import Artifact, ArtifactWriter, FileEntry, write_artifact
-from modularforge.assembly.plan import ITEM_BYTES, OutputTensor, TensorSpan, header_bytes, in_file_order
+from checkpoints.safetensors import ITEM_BYTES, TensorSpan
+from modularforge.assembly.plan import OutputTensor, header_bytes, in_file_order
 from modularforge.assembly.routing import LayerStatistics, RouterStatistics
 from modularforge.assembly.statistics import EXPERT_NAME, STATISTICS_NAME, save_statistics
 from modularforge.config import ModelConfig

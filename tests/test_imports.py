@@ -24,11 +24,8 @@ TORCH_FREE_FOR_LAUNCHER = {
     "modularforge.mistakes",
     "modularforge.provenance",
 }
-TORCH_FREE_MODEL = {
-    f"modularforge.model.{name}"
-    for name in ("names", "hub_config", "hub_support", "hub_fields", "sizes", "weight_files")
-}
-# What somebody else wrote is read through these; they touch no storage.
+TORCH_FREE_MODEL = {f"modularforge.model.{name}" for name in ("names", "hub_config", "supported", "sizes")}
+# What somebody else wrote is read through these.
 READERS = {"checkpoints.urls", "checkpoints.parsing", "checkpoints.safetensors"}
 PLAIN = {"modularforge.config", "modularforge.errors", "modularforge.log", "modularforge.facts"} | READERS
 

@@ -13,19 +13,11 @@ from safetensors.numpy import save_file
 
 from checkpoints import Artifact, ArtifactWriter
 from checkpoints.hashing import describe_file
+from checkpoints.safetensors import INDEX_NAME, WEIGHTS_NAME, TensorSpan, read_spans
 from modularforge.assembly import evidence, parts
 from modularforge.assembly.card import CARD_NAME, model_card
 from modularforge.assembly.checks import check_parts
-from modularforge.assembly.plan import (
-    MergePlan,
-    OutputTensor,
-    TensorSpan,
-    merged_spans,
-    output_tensors,
-    plan_merge,
-    plan_parts,
-    read_header,
-)
+from modularforge.assembly.plan import MergePlan, OutputTensor, merged_spans, output_tensors, plan_merge, plan_parts
 from modularforge.assembly.routers import all_statistics, router_rows, widening_of
 from modularforge.assembly.small_files import copy_text_files
 from modularforge.assembly.statistics import EXPERT_NAME
@@ -34,15 +26,7 @@ from modularforge.assembly.text_tables import Texts, texts_of, write_tables
 from modularforge.config import Config, ModelConfig
 from modularforge.facts import fact
 from modularforge.log import logger
-from modularforge.model.hub_config import (
-    CONFIG_NAME,
-    INDEX_NAME,
-    TABLES_NAME,
-    WEIGHTS_NAME,
-    model_config_of,
-    moe_config,
-    write_json,
-)
+from modularforge.model.hub_config import CONFIG_NAME, TABLES_NAME, model_config_of, moe_config, write_json
 from modularforge.model.sizes import model_sizes
 
 SAFETENSORS_NAME = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "same": None}
@@ -102,7 +86,7 @@ def _tensors(
         kept = evidence.widen(kept, widening, all_statistics(experts), texts.token_VE, scratch)
     router_file = scratch / "router.safetensors"
     save_file(router_rows(config, experts, model, texts), router_file)
-    routers = read_header(str(router_file), describe_file(router_file).tensors)
+    routers = read_spans(str(router_file), describe_file(router_file).tensors)
     kind = next(iter(kept.values())).dtype
     return {**kept, **output_tensors(routers, kind)}
 
@@ -119,7 +103,7 @@ def _write_tables(config: Config, texts: Texts, folder: Path) -> int:
 
 
 def _spans(artifact: Artifact, name: str) -> dict[str, TensorSpan]:
-    return read_header(artifact.file_url(name), artifact.entry(name).tensors)
+    return read_spans(artifact.file_url(name), artifact.entry(name).tensors)
 
 
 def _write_weights(

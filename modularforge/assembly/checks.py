@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from checkpoints import Artifact
+from checkpoints.safetensors import WEIGHTS_NAME
 from checkpoints.streams import check_size
 from modularforge.assembly.statistics import EXPERT_NAME
 from modularforge.config import Config
 from modularforge.errors import ConfigError, MismatchError
 from modularforge.facts import fact
 from modularforge.model import names
-from modularforge.model.hub_config import WEIGHTS_NAME
 
 
 def check_parts(config: Config, backbone: Artifact, experts: list[Artifact]) -> None:

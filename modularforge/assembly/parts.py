@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from checkpoints import Artifact, ArtifactWriter, FileEntry
-from modularforge.assembly.plan import MergePlan, OutputFile, OutputTensor, TensorSpan, output_tensors, split
+from checkpoints.safetensors import TensorSpan
+from modularforge.assembly.plan import MergePlan, OutputFile, OutputTensor, output_tensors, split
 from modularforge.assembly.stream import write_file
 from modularforge.errors import MismatchError
 from modularforge.facts import fact

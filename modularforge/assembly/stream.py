@@ -17,8 +17,9 @@ import numpy as np
 
 from checkpoints import ArtifactWriter, FileEntry, paths
 from checkpoints.parallel import consumer, in_order
+from checkpoints.safetensors import ITEM_BYTES, TensorSpan
 from modularforge.assembly.convert import converted, widened
-from modularforge.assembly.plan import ITEM_BYTES, MergePlan, OutputFile, OutputTensor, TensorSpan
+from modularforge.assembly.plan import MergePlan, OutputFile, OutputTensor
 from modularforge.errors import DataError, MismatchError
 from modularforge.log import Progress, progress
 

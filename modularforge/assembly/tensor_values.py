@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints import paths
+from checkpoints.safetensors import ITEM_BYTES, TensorSpan
 from modularforge.assembly.convert import converted
-from modularforge.assembly.plan import ITEM_BYTES, TensorSpan
 from modularforge.errors import MismatchError
 
 BLOCK_BYTES = 8 << 20

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from checkpoints import paths
+from checkpoints.safetensors import INDEX_NAME, WEIGHTS_NAME
 from modularforge.errors import DataError
-from modularforge.model.hub_config import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
+from modularforge.model.hub_config import CONFIG_NAME
 
 SAVE_AGAIN = "load it with transformers and save it with save_pretrained, which writes safetensors"
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from checkpoints import find_artifact, paths
 from checkpoints.redact import redact
+from checkpoints.safetensors import INDEX_NAME, WEIGHTS_NAME, shard_names
 from modularforge.errors import DataError
-from modularforge.model.hub_config import CONFIG_NAME, GENERATION_NAME, INDEX_NAME, TOKENIZER_FILES, WEIGHTS_NAME
-from modularforge.model.weight_files import shard_names
+from modularforge.model.hub_config import CONFIG_NAME, GENERATION_NAME, TOKENIZER_FILES
 from modularforge.pretrained.other_formats import require_no_file, require_no_other_format
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")

@@ -8,14 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from modularforge.assembly.plan import TensorSpan, read_header
+from checkpoints.safetensors import FLOATS, TensorSpan, read_spans, weight_files
 from modularforge.errors import DataError
 from modularforge.model import names
 from modularforge.model.hub_config import is_dense, model_config_of, read_config
 from modularforge.model.sizes import dense_shapes
-from modularforge.model.weight_files import weight_files
-
-WEIGHT_TYPES = ("F32", "F16", "BF16")
 
 
 def check_weights(folder: Path) -> dict[str, TensorSpan]:
@@ -28,7 +25,7 @@ def check_weights(folder: Path) -> dict[str, TensorSpan]:
         )
     spans: dict[str, TensorSpan] = {}
     for path in weight_files(folder):
-        spans.update(read_header(str(path)))
+        spans.update(read_spans(str(path)))
     model = model_config_of(values)
     kept = {name: span for name, span in spans.items() if not names.is_redundant(name, model.tied_head)}
     _check_tensors(folder, kept, dense_shapes(model, values["vocab_size"]))
@@ -45,9 +42,9 @@ def _check_tensors(folder: Path, spans: Mapping[str, TensorSpan], expected: Mapp
             f"but has {found.get(name, 'none, as it is missing')} ({len(wrong)} tensors differ); fetch it again, "
             "or choose another"
         )
-    types = sorted({span.dtype for span in spans.values()} - {*WEIGHT_TYPES})
+    types = sorted({span.dtype for span in spans.values()} - {*FLOATS})
     if types:
         raise DataError(
-            f"{folder} must have weights of type {', '.join(WEIGHT_TYPES)}, but has {', '.join(types)}; choose a "
+            f"{folder} must have weights of type {', '.join(FLOATS)}, but has {', '.join(types)}; choose a "
             "version that is not quantised"
         )

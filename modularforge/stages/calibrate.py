@@ -8,17 +8,18 @@ from pathlib import Path
 
 from checkpoints import Artifact, ArtifactWriter
 from checkpoints.hashing import describe_file
+from checkpoints.safetensors import INDEX_NAME, read_spans
 from modularforge.artifacts import Corpus, derived_seed
 from modularforge.assembly import parts
 from modularforge.assembly.card import CARD_NAME, calibration_note
-from modularforge.assembly.plan import OutputTensor, output_tensors, plan_merge, plan_parts, read_header
+from modularforge.assembly.plan import OutputTensor, output_tensors, plan_merge, plan_parts
 from modularforge.assembly.stream import execute
 from modularforge.calibration.calibrator import Calibration, calibrate, even_mixture, split_documents
 from modularforge.config import Config
 from modularforge.errors import DataError
 from modularforge.log import logger
 from modularforge.model.folder import load_model, save_tensors
-from modularforge.model.hub_config import INDEX_NAME, write_json
+from modularforge.model.hub_config import write_json
 from modularforge.pipeline import finished, metrics_url, plan_stage, require
 from modularforge.provenance import commit, making
 from modularforge.training.distributed import default_device
@@ -73,10 +74,10 @@ def write_calibrated(assembled: Artifact, result: Calibration, writer: ArtifactW
                 tensor: span
                 for name, entry in assembled.manifest.files.items()
                 if name.endswith(".safetensors")
-                for tensor, span in read_header(assembled.file_url(name), entry.tensors).items()
+                for tensor, span in read_spans(assembled.file_url(name), entry.tensors).items()
             }
         )
-        for name, span in read_header(str(changed), describe_file(changed).tensors).items():
+        for name, span in read_spans(str(changed), describe_file(changed).tensors).items():
             tensors[name] = OutputTensor(span, tensors[name].dtype)
         if parts.KEYS_FACT in assembled.manifest.facts:
             sources = parts.parts_of(assembled)

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from checkpoints.safetensors import WEIGHTS_NAME
 from modularforge.artifacts import Backbone, derived_seed
 from modularforge.assembly.small_files import copy_text_files
 from modularforge.assembly.statistics import STATISTICS_NAME, save_statistics
@@ -25,7 +26,6 @@ from modularforge.model.folder import backbone_tensors, cast_like, load_pretrain
 from modularforge.model.hub_config import (
     CONFIG_NAME,
     GENERATION_NAME,
-    WEIGHTS_NAME,
     backbone_config,
     generation_config,
     model_config_of,

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from checkpoints.safetensors import WEIGHTS_NAME
 from modularforge.artifacts import Backbone
 from modularforge.assembly.small_files import copy_text_files
 from modularforge.model import names
 from modularforge.model.backbone import INITIAL_STD, Decoder
 from modularforge.model.folder import backbone_tensors, fill, save_tensors
-from modularforge.model.hub_config import CONFIG_NAME, WEIGHTS_NAME, model_config_of, moe_config, write_json
+from modularforge.model.hub_config import CONFIG_NAME, model_config_of, moe_config, write_json
 from modularforge.model.moe import build_moe, moe_layers
 
 

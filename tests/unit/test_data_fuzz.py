@@ -18,6 +18,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from checkpoints.safetensors import shard_names
 from modularforge.config import ModelConfig, SourceConfig
 from modularforge.data.adopted_tokenizer import adopt_tokenizer
 from modularforge.data.formats import read_file
@@ -27,7 +28,6 @@ from modularforge.data.tokenizer import token_byte_lengths, train_tokenizer
 from modularforge.errors import UserError
 from modularforge.model.hub_config import backbone_config, end_tokens, moe_config, parse_config
 from modularforge.model.sizes import dense_shapes
-from modularforge.model.weight_files import shard_names
 from tests.mutation import FUZZ_INPUTS, texts, values
 
 SECONDS = 20.0  # far above what any input takes; a machine may be busy
