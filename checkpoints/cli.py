@@ -18,7 +18,7 @@ from checkpoints.artifact import Artifact, examine, find_artifacts
 from checkpoints.errors import StoreError, UserError
 from checkpoints.garbage import delete_garbage, find_garbage
 from checkpoints.parallel import in_order
-from checkpoints.screen import bug, safe_streams, say, show, table, transfer_bar
+from checkpoints.screen import bug, progress, safe_streams, say, show, table
 from checkpoints.transfer import Outcome, Selection, select, transfer
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -67,10 +67,10 @@ def verify(url: Url, as_json: Json = False) -> None:
     artifacts, damaged = examine(url)
     problems: dict[str, list[str]] = {artifact.url: artifact.extra_files() for artifact in artifacts}
     files = [(artifact, name) for artifact in artifacts for name in artifact.manifest.files]
-    with transfer_bar("verify", _size(artifacts)) as progress:
+    with progress("verify", _size(artifacts), "bytes") as bar:
         for (artifact, name), text in zip(files, in_order(_check, files, FILES_AT_ONCE), strict=True):
             problems[artifact.url] += [text] if text else []
-            progress(artifact.manifest.files[name].size)
+            bar.advance(artifact.manifest.files[name].size)
     found = [*damaged.values(), *(text for texts in problems.values() for text in texts)]
     if as_json:
         print(json.dumps({"artifacts": len(artifacts), "files": len(files), "problems": found}, indent=1))
@@ -126,8 +126,8 @@ def _complain(text: str) -> NoReturn:
 
 def _copy(verb: str, source: str, target: str, newest: bool, as_json: bool) -> None:
     chosen = select(source, newest)
-    with transfer_bar(verb, chosen.size) as progress:
-        done = transfer(chosen, target, progress)
+    with progress(verb, chosen.size, "bytes") as bar:
+        done = transfer(chosen, target, bar.advance)
     if done.deleted and newest:
         raise StoreError(f"{', '.join(done.deleted)} must stay to be copied, but newer ones took its place; try again")
     if as_json:

@@ -1,4 +1,4 @@
-"""What a run says: log lines for people, metrics as JSON lines for programs, progress on a terminal.
+"""What a run says: log lines for people, metrics as JSON lines for programs.
 
 Metrics of a job go to one ``.jsonl`` file; on a folder each line is appended at once, on an object store the file is
 replaced whole at every flush. A resumed job drops the lines after its checkpoint, so no step is told twice.
@@ -12,15 +12,13 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from checkpoints import StoreError, paths
 from checkpoints.redact import redact_values
 from checkpoints.retry import logger as store_logger
-from checkpoints.screen import LogFormatter, step_bar
+from checkpoints.screen import LogFormatter
 from modularforge.tensorboard import events_beside
 
 logger = logging.getLogger("modularforge")
@@ -139,32 +137,3 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf
-
-
-class Progress:
-    """A bar on a terminal; silent elsewhere."""
-
-    def __init__(self, bar: Callable[[float, str], None] | None = None) -> None:
-        self._bar = bar
-
-    @property
-    def is_shown(self) -> bool:
-        """Whether there is a terminal that shows it."""
-        return self._bar is not None
-
-    def advance(self, amount: float = 1, note: str = "") -> None:
-        """Move the bar on by `amount` units; `note`, or the one before it, is shown behind it."""
-        if self._bar is not None:
-            self._bar(amount, note)
-
-
-@contextmanager
-def progress(
-    description: str, total: float | None, unit: str = "steps", start: int = 0, is_wanted: bool = True
-) -> Iterator[Progress]:
-    """Show a progress bar while the block runs, if it is wanted (by one rank of many) and standard error a terminal."""
-    if not is_wanted or not sys.stderr.isatty():
-        yield Progress()
-        return
-    with step_bar(description, total, unit, start) as advance:
-        yield Progress(advance)

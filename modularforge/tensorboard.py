@@ -6,10 +6,10 @@ the file and writes the kept lines into a new one, and an object store gets the 
 
 from __future__ import annotations
 
-import io
 import json
-import time
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 from checkpoints import paths
@@ -27,7 +27,7 @@ def events_beside(metrics_url: str, mode: Mode) -> EventFile | None:
     if mode == "off":
         return None
     try:
-        from tensorboard.compat.proto import event_pb2  # noqa: F401
+        import tensorboard  # noqa: F401
     except ImportError as error:
         if mode == "on":
             raise ConfigError(
@@ -44,48 +44,46 @@ class EventFile:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self.url = ""
-        self._records: list[bytes] = []
+        self._writer: Any = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     def restart(self, lines: Iterable[str]) -> None:
         """Begin again with the events of these metrics lines; a new name tells a running TensorBoard to look again."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self._writer:
+            self._writer.close()
         paths.remove(self.folder)
-        self.url = paths.join(self.folder, f"events.out.tfevents.{time.time_ns()}")
-        self._records = [_first_record(), *(_record(json.loads(line)) for line in lines)]
-        paths.replace_bytes(self.url, b"".join(self._records))
+        if not paths.is_local(self.folder):
+            self._scratch = tempfile.TemporaryDirectory(prefix="modularforge-events-", ignore_cleanup_errors=True)
+        self._writer = SummaryWriter(str(self._local))
+        for line in lines:
+            self._add(json.loads(line))
+        self._writer.flush()
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one metrics line; on a folder it is visible at once, on an object store after `flush`."""
-        if not self.url:
+        if not self._writer:
             self.restart(())
-        if paths.is_local(self.url):
-            # The folder may be missing: a rival job has begun it again.
-            with paths.open_to_append(paths.local_path(self.url)) as file:
-                file.write(_record(values))
-        else:
-            self._records.append(_record(values))
+        self._local.mkdir(parents=True, exist_ok=True)  # it is gone where another process has begun this job again
+        self._add(values)
+        self._writer.flush()
 
     def flush(self) -> None:
         """Make all events visible on an object store."""
-        if self.url and not paths.is_local(self.url):
-            paths.replace_bytes(self.url, b"".join(self._records))
+        for file in self._local.iterdir() if self._scratch else ():
+            paths.replace_bytes(paths.join(self.folder, file.name), file.read_bytes())
 
+    @property
+    def _local(self) -> Path:
+        """Where TensorBoard's writer writes: it knows folders alone."""
+        return Path(self._scratch.name) if self._scratch else paths.local_path(self.folder)
 
-def _first_record() -> bytes:
-    """What every event file begins with."""
-    from tensorboard.compat.proto.event_pb2 import Event
-
-    return _framed(Event(file_version="brain.Event:2"))
-
-
-def _record(values: dict[str, Any]) -> bytes:
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    scalars = {name: _number(value) for name, value in values.items() if name not in NOT_SCALARS}
-    kept = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items() if value is not None]
-    step = min(MOST_STEPS, max(0.0, float(values["step"])))  # a line may be of another program
-    return _framed(Event(wall_time=_number(values.get("time")) or 0.0, step=int(step), summary=Summary(value=kept)))
+    def _add(self, values: dict[str, Any]) -> None:
+        step = int(min(MOST_STEPS, max(0.0, float(values["step"]))))  # a line may be of another program
+        for name, value in values.items():
+            if name not in NOT_SCALARS and (number := _number(value)) is not None:
+                self._writer.add_scalar(name, number, step, walltime=_number(values.get("time")) or 0.0)
 
 
 def _number(value: Any) -> float | None:
@@ -96,12 +94,3 @@ def _number(value: Any) -> float | None:
         return float(value)
     except OverflowError:
         return None
-
-
-def _framed(event: Any) -> bytes:
-    """Length and checksums around an event, as TensorFlow's record files have them."""
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    buffer = io.BytesIO()
-    RecordWriter(buffer).write(event.SerializeToString())
-    return buffer.getvalue()

@@ -126,7 +126,7 @@ def test_there_are_no_import_cycles() -> None:
         "launcher.__main__",
         "checkpoints",
         "modularforge.cli",
-        "modularforge.pretrained.identity",
+        "modularforge.pretrained.fetch",
     ],
 )
 def test_importing_loads_neither_torch_nor_network_code(module: str) -> None:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 from checkpoints import Artifact, ArtifactWriter, FileEntry
 from checkpoints.safetensors import TensorSpan
+from checkpoints.screen import progress
 from modularforge.assembly.plan import MergePlan, OutputFile, OutputTensor, output_tensors, split
 from modularforge.assembly.stream import write_file
 from modularforge.errors import MismatchError
 from modularforge.facts import fact
-from modularforge.log import progress
 from modularforge.model import names
 
 KEYS_FACT = "part_keys"

@@ -18,10 +18,10 @@ import numpy as np
 from checkpoints import ArtifactWriter, FileEntry, paths
 from checkpoints.parallel import consumer, in_order
 from checkpoints.safetensors import ITEM_BYTES, TensorSpan
+from checkpoints.screen import Progress, progress
 from modularforge.assembly.convert import converted, widened
 from modularforge.assembly.plan import MergePlan, OutputFile, OutputTensor
 from modularforge.errors import DataError, MismatchError
-from modularforge.log import Progress, progress
 
 LOCAL_CHUNK = 1 << 20  # stays in the processor's cache between reading, hashing and writing
 REMOTE_CHUNK = 4 << 20

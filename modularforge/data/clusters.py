@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from checkpoints.screen import progress
 from modularforge.config import PartitionConfig
 from modularforge.data.partition import Indices, require_documents
 from modularforge.data.token_files import TokenFile
 from modularforge.errors import ConfigError
-from modularforge.log import progress
 
 Features = npt.NDArray[np.float32]
 Encoder = Callable[[list[str]], Features]

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 
 from checkpoints import paths
 from checkpoints.redact import redact_values
+from checkpoints.screen import progress
 from modularforge.config import Config
 from modularforge.data.adopted_tokenizer import adopt_tokenizer
 from modularforge.data.corpus import SPLITS, Document, Split, read_documents
@@ -38,7 +39,7 @@ from modularforge.data.tokenizer import (
     vocabulary_size,
 )
 from modularforge.errors import DataError
-from modularforge.log import logger, progress
+from modularforge.log import logger
 
 # Raise it when the same settings and files give other tokens.
 FORMAT = 1

@@ -12,8 +12,7 @@ from modularforge.errors import ConfigError, StoreError
 from modularforge.model.hub_config import CONFIG_NAME, model_config_of, parse_config
 from modularforge.pretrained import hub
 from modularforge.pretrained.fetch import cached_url
-from modularforge.pretrained.other_formats import require_no_other_format
-from modularforge.pretrained.sources import hub_name, is_folder
+from modularforge.pretrained.sources import hub_name, is_folder, require_no_other_format
 
 
 def with_pretrained_shape(values: Mapping[str, Any], model: str) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from contextlib import AbstractContextManager, closing, nullcontext
 import torch
 from torch import Tensor, nn
 
+from checkpoints.screen import progress
 from modularforge.config import TrainingConfig
 from modularforge.errors import Interrupted
-from modularforge.log import progress
 from modularforge.model.backbone import perplexity
 from modularforge.training.distributed import World, parallelise
 from modularforge.training.job import Job

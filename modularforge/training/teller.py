@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-from modularforge.log import Progress, logger
+from checkpoints.screen import Progress
+from modularforge.log import logger
 from modularforge.training.job import Job
 from modularforge.training.state import Trainer
 

@@ -18,8 +18,7 @@ from modularforge.model.folder import load_model, load_pretrained, save_tensors
 from modularforge.model.hub_config import backbone_config, end_tokens, model_config_of, moe_config, read_config
 from modularforge.model.moe import build_moe
 from modularforge.model.sizes import dense_shapes
-from modularforge.pretrained.sources import hub_name, model_files
-from modularforge.pretrained.weights import check_weights
+from modularforge.pretrained.sources import check_weights, hub_name, model_files
 from tests.pretrained import models
 
 TOLERANCE = 1e-5

@@ -77,9 +77,10 @@ def test_a_table_shows_names_as_they_are(name: str) -> None:
 def test_a_bar_shows_its_name_and_note_as_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.StringIO()
     monkeypatch.setattr(screen, "console", lambda **_: Console(file=file, width=200, force_terminal=True))
-    with screen.step_bar(name, 3, "steps", 0) as advance:
-        advance(1, name)
-        advance(1, "")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with screen.progress(name, 3, "steps", 0) as bar:
+        bar.advance(1, name)
+        bar.advance(1, "")
     assert screen.literal(name) in file.getvalue()
     assert "\x1b[2Jgone" not in file.getvalue()
 

@@ -15,10 +15,11 @@ from rich.console import Console
 from torch import nn
 
 from checkpoints import screen
+from checkpoints.screen import Progress
 from launcher.status import _steps
 from launcher.tasks import build_tasks
 from modularforge.config import PhaseConfig, TrainingConfig
-from modularforge.log import Progress, logger
+from modularforge.log import logger
 from modularforge.observe.figures import draw_run
 from modularforge.observe.progress import parts_of
 from modularforge.observe.run import Run, read_run
