@@ -195,7 +195,7 @@ def examine(url: str) -> tuple[list[Artifact], dict[str, str]]:
     folders, unsafe = _artifact_folders(url)
     if not folders and not unsafe:
         raise MissingArtifactError(
-            f"{url} must hold a committed artifact, but no {MANIFEST_NAME} is there or below; mend the URL"
+            f"{url} must hold a committed artifact, but no {MANIFEST_NAME} is there or below; fix the URL"
         )
     found = dict(zip(folders, in_order(_open, folders, READS_AT_ONCE), strict=True))
     artifacts = [one for one in found.values() if isinstance(one, Artifact)]

@@ -148,7 +148,7 @@ def _told(chosen: Selection, done: Outcome) -> Iterator[str]:
         yield f"{len(done.copied_files)} of {len(chosen.loose)} settings, metrics and logs copied"
     yield from (f"passed over: {text}" for text in done.passed_over)
     if done.problems:
-        yield from ("", *done.problems, f"{len(done.problems)} not copied, all others are; mend them and run it again")
+        yield from ("", *done.problems, f"{len(done.problems)} not copied, all others are; fix them and run it again")
 
 
 def _check(file: tuple[Artifact, str]) -> str:

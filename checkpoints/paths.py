@@ -63,7 +63,7 @@ def store_of(url: str) -> Store:
         if not isinstance(error, ValueError | ImportError):
             raise
         raise StoreError(
-            f"{url} must be a path or a URL with a protocol that fsspec knows, but: {error}; mend the URL"
+            f"{url} must be a path or a URL with a protocol that fsspec knows, but: {error}; fix the URL"
         ) from error
 
 
@@ -87,7 +87,7 @@ def filesystem(url: str, **options: Any) -> tuple[Any, str]:
         files, path = fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
         raise StoreError(
-            f"{url} must be a path or a URL with a protocol that fsspec knows, but: {error}; mend the URL"
+            f"{url} must be a path or a URL with a protocol that fsspec knows, but: {error}; fix the URL"
         ) from error
     return files, path
 

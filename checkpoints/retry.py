@@ -173,14 +173,14 @@ def missing_bucket(action: str, url: str) -> MissingBucketError:
     bucket = url.split("://", 1)[-1].split("/", 1)[0]
     return MissingBucketError(
         f"cannot {action} {url}: the bucket {bucket} does not exist at {endpoint()}; "
-        "create it, or mend the URL or AWS_ENDPOINT_URL"
+        "create it, or fix the URL or AWS_ENDPOINT_URL"
     )
 
 
 def unusable_settings(error: BaseException, url: str) -> StoreError:
     """The error for settings with which no client can be made: an unknown profile, a wrong endpoint."""
     return StoreError(
-        f"cannot open {url}: {_reason(error)}; mend AWS_ENDPOINT_URL, AWS_PROFILE or fsspec's configuration for s3"
+        f"cannot open {url}: {_reason(error)}; fix AWS_ENDPOINT_URL, AWS_PROFILE or fsspec's configuration for s3"
     )
 
 

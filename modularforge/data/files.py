@@ -104,7 +104,7 @@ def _expand(location: str) -> list[str]:
     if not found:
         raise DataError(
             f"{redact(location)} must match files of the corpus, but matches none (hidden ones only where the pattern "
-            "names their dot); mend the pattern in the settings"
+            "names their dot); fix the pattern in the settings"
         )
     return found
 
@@ -169,7 +169,7 @@ def explained(url: str) -> Iterator[None]:
         refusal = error.__cause__  # fsspec takes every answer of a web server, and none, for a missing file
         if _is_clients(refusal) and getattr(refusal, "status", None) != 404:
             raise _unreadable(name, refusal) from error
-        raise DataError(f"{name} must be a file, but does not exist; mend its path in the settings") from error
+        raise DataError(f"{name} must be a file, but does not exist; fix its path in the settings") from error
     except IsADirectoryError as error:
         raise DataError(
             f"{name} must be a file, but is a folder; name its files, for example {name}/*.jsonl.gz"
@@ -196,7 +196,7 @@ def _web_options(url: str) -> dict[str, Any]:
 def _unreadable(name: str, error: BaseException | None) -> DataError:
     said = one_line(redact(str(error) or type(error).__name__))
     return DataError(
-        f"{name} must be readable, but the storage says: {said}; mend the path, its permissions or the network"
+        f"{name} must be readable, but the storage says: {said}; fix the path, its permissions or the network"
     )
 
 

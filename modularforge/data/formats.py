@@ -82,7 +82,7 @@ def _read_jsonl(url: str, source: SourceConfig) -> Iterator[Labelled]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{name}:{number} must be one JSON object, but is not ({one_line(error)}); mend the line, or write one "
+                f"{name}:{number} must be one JSON object, but is not ({one_line(error)}); fix the line, or write one "
                 "object a line (jq -c)"
             ) from error
         yield fields(record, source, f"{name}:{number}")
@@ -130,10 +130,10 @@ def fields(record: Any, source: SourceConfig, origin: str) -> Labelled:
     if not isinstance(text, str):
         raise DataError(
             f"{origin} must have text in column {source.text_field}, but has {type(text).__name__}; "
-            f"mend the record or set text_field of source {source.name}"
+            f"fix the record or set text_field of source {source.name}"
         )
     if not _is_unicode(text):
-        raise DataError(f"{origin} must hold Unicode text, but has half of a surrogate pair; mend the record")
+        raise DataError(f"{origin} must hold Unicode text, but has half of a surrogate pair; fix the record")
     return text, None if source.label_field is None else _label(record[source.label_field], source, origin)
 
 
@@ -149,7 +149,7 @@ def _label(value: Any, source: SourceConfig, origin: str) -> str | None:
         found = f"has {label!r:.80}" + (f" of {len(label)} characters" if len(label) > LABEL_CHARACTERS else "")
     raise DataError(
         f"{origin} must have a label of one line in column {source.label_field}, of at most {LABEL_CHARACTERS} "
-        f"characters, but {found}; mend the record or set label_field of source {source.name}"
+        f"characters, but {found}; fix the record or set label_field of source {source.name}"
     )
 
 

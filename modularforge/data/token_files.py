@@ -104,7 +104,7 @@ def open_token_file(folder: Path, name: str) -> TokenFile:
     try:
         tokens: Tokens = np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)
     except OSError as error:
-        raise DataError(f"{path} must be readable, but {one_line(error)}; mend its permissions") from error
+        raise DataError(f"{path} must be readable, but {one_line(error)}; fix its permissions") from error
     return TokenFile(name, tokens, offsets, labels)
 
 

@@ -159,7 +159,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         return parse_config(path.read_bytes(), str(path))
     except OSError as error:
-        raise DataError(f"{path} must be readable, but {one_line(error)}; mend its permissions") from error
+        raise DataError(f"{path} must be readable, but {one_line(error)}; fix its permissions") from error
 
 
 def parse_config(content: bytes, origin: str) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def parse_config(content: bytes, origin: str) -> dict[str, Any]:
         found = error.errors()[0]
         name = ".".join(str(part) for part in found["loc"])
         raise DataError(
-            f"{origin} must describe a model, but its {name} is {found['input']!r:.60} ({found['msg']}); mend it, or "
+            f"{origin} must describe a model, but its {name} is {found['input']!r:.60} ({found['msg']}); fix it, or "
             "choose another model"
         ) from error
     return values

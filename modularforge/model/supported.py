@@ -52,7 +52,7 @@ def check_supported(values: Mapping[str, Any], origin: str) -> None:
         _obstacles(values),
     ):
         for wish, found in wrong:
-            raise DataError(f"{origin} must have {wish}, but has {found:.200}; mend it, or choose another model")
+            raise DataError(f"{origin} must have {wish}, but has {found:.200}; fix it, or choose another model")
 
 
 def _obstacles(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

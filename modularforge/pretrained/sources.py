@@ -53,7 +53,7 @@ def hub_name(model: str) -> HubName:
     if not HUB_NAME.fullmatch(model):
         raise DataError(
             f"{model:.200} must be a model folder, a URL or a name on the Hub such as Qwen/Qwen3-0.6B, but there is no "
-            "such folder; mend the path"
+            "such folder; fix the path"
         )
     repository, _, revision = model.partition("@")
     return HubName(repository, revision or "main")

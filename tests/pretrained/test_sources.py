@@ -12,7 +12,8 @@ import pytest
 from checkpoints import StoreError
 from modularforge.errors import ConfigError, DataError
 from modularforge.pretrained.fetch import fetch, local_model, model_identity
-from modularforge.pretrained.sources import check_weights, model_files, read_pretrained_config
+from modularforge.pretrained.shape import read_pretrained_config
+from modularforge.pretrained.sources import check_weights, model_files
 from modularforge.stored_models import stored_model
 from tests.pretrained import models
 

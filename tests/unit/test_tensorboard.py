@@ -11,8 +11,7 @@ import pytest
 
 from checkpoints import paths
 from modularforge.errors import ConfigError
-from modularforge.log import MetricsLog
-from modularforge.tensorboard import events_beside
+from modularforge.log import MetricsLog, events_beside
 
 tensorboard = pytest.importorskip("tensorboard")
 
