@@ -25,13 +25,13 @@ from checkpoints import paths
 from checkpoints.redact import redact_values
 from checkpoints.screen import progress
 from modularforge.config import Config
-from modularforge.data.adopted_tokenizer import adopt_tokenizer
 from modularforge.data.corpus import SPLITS, Document, Split, read_documents
 from modularforge.data.inputs import file_states, list_matches
 from modularforge.data.shards import Shard, tokenise
 from modularforge.data.token_files import LABEL_LIMIT, TokenFileWriter
 from modularforge.data.tokenizer import (
     EOS,
+    adopt_tokenizer,
     load_tokenizer,
     save_tokenizer,
     take_bytes,

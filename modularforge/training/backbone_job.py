@@ -18,8 +18,7 @@ from modularforge.artifacts import Backbone, derived_seed
 from modularforge.assembly.small_files import copy_text_files
 from modularforge.assembly.statistics import STATISTICS_NAME, save_statistics
 from modularforge.config import Config
-from modularforge.data.adopted_tokenizer import adopt_tokenizer
-from modularforge.data.tokenizer import save_tokenizer
+from modularforge.data.tokenizer import adopt_tokenizer, save_tokenizer
 from modularforge.errors import MismatchError
 from modularforge.model.backbone import Decoder, build_backbone
 from modularforge.model.folder import backbone_tensors, cast_like, load_pretrained, read_tensors, save_tensors

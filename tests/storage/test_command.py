@@ -390,6 +390,6 @@ def test_gc_aborts_unfinished_uploads(s3: str) -> None:
 
 
 def test_the_command_starts_without_torch_and_network_code() -> None:
-    code = "import sys, checkpoints.cli; print({'torch', 's3fs', 'botocore', 'aiohttp'} & set(sys.modules))"
+    code = "import sys, checkpoints.__main__; print({'torch', 's3fs', 'botocore', 'aiohttp'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -16,7 +16,7 @@ import pytest
 import typer
 from rich.console import Console
 
-import checkpoints.cli
+import checkpoints.__main__
 import launcher.__main__
 import modularforge.cli
 from checkpoints import screen, write_artifact
@@ -58,7 +58,7 @@ def helps(command: Any) -> Iterator[str]:
         yield from helps(below)
 
 
-@pytest.mark.parametrize("program", [modularforge.cli, launcher.__main__, checkpoints.cli])
+@pytest.mark.parametrize("program", [modularforge.cli, launcher.__main__, checkpoints.__main__])
 def test_no_help_has_what_would_be_read_as_markup(program: Any) -> None:
     """typer gives its help to rich as markup; these texts are ours, so that they only must have none."""
     assert [text for text in helps(typer.main.get_command(program.app)) if "[" in text] == []
