@@ -58,8 +58,19 @@ def read_holder(url: str) -> dict[str, object]:
 def is_alive(holder: dict[str, object]) -> bool:
     """Whether there is a holder, and it lives: here its process is looked for; elsewhere it must not be silent long."""
     if holder.get("host") == socket.gethostname():
-        return isinstance(pid := holder.get("pid"), int) and os.path.exists(f"/proc/{pid}")
+        return isinstance(pid := holder.get("pid"), int) and _exists(pid)
     return time.time() - (number_in(holder, "time") or 0) < STALE_SECONDS
+
+
+def _exists(pid: int) -> bool:
+    """Whether there is such a process, whoever's it is; numbers below 1 would mean groups of processes."""
+    try:
+        os.kill(max(pid, 1), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return pid > 0
 
 
 def _mark(token: str) -> bytes:

@@ -366,10 +366,18 @@ def _orphans(config: Config, record: Record) -> list[int]:
 
 def _runs(pid: object, word: str) -> bool:
     """Whether a process of this machine has this id and this word in its command line: ids are given again."""
+    return isinstance(pid, int) and pid > 0 and word in _command_of(pid)
+
+
+def _command_of(pid: int) -> str:
+    """The command line of a process; empty when there is none."""
+    listed = Path("/proc")
     try:
-        return isinstance(pid, int) and word.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+        if listed.is_dir():  # not on macOS
+            return (listed / str(pid) / "cmdline").read_text(errors="replace")
+        return subprocess.run(["ps", "-o", "command=", "-p", str(pid)], capture_output=True, text=True).stdout
     except OSError:
-        return False
+        return ""
 
 
 def _is_always_run(task: Task) -> bool:

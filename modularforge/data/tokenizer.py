@@ -4,8 +4,8 @@ Nothing is ever unknown, because all 256 bytes are in the vocabulary, and decodi
 tokens come from us alone: ``<eos>`` (or WikiText's ``<unk>``) typed in a text is ordinary text of ordinary tokens.
 
 A pretrained model brings a tokenizer of its own, whose special tokens are ours to guard too. It is taken over as it
-is but for settings beside ``tokenizer.json`` that transformers 5 writes and 4 cannot read, and for the token that ends a
-text where it is not marked as special: typed in a text it would end it. `encode_special_tokens` keeps the tokenizers
+is, but for settings beside ``tokenizer.json`` that transformers 5 writes and 4 cannot read, and for the token that ends
+a text where it is not marked as special: typed in a text it would end it. `encode_special_tokens` keeps the tokenizers
 library from matching special tokens in texts, but a model may hold their spelling as an entry of its own (Unigram,
 WordPiece, word lists). Then the spelling is cut in two before the model sees it.
 """
