@@ -17,20 +17,24 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from modularforge.config import ExpertsConfig, ModelConfig, PhaseConfig, TrainingConfig
+from modularforge.experts.ffn.training import build_expert
+from modularforge.experts.trainable import Loss, trainable
 from modularforge.model.backbone import Decoder, build_backbone
 from modularforge.model.folder import backbone_tensors
 from modularforge.model.hub_config import backbone_config
 from modularforge.model.sizes import model_sizes
+from modularforge.tasks.task import Batch
+from modularforge.tasks.text import TEXT, text_batches
 from modularforge.training.distributed import World
-from modularforge.training.expert import build_expert
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
-from modularforge.training.losses import AnchoredLoss, language_loss
+from modularforge.training.losses import RoutedLoss
 from modularforge.training.optimizer import build_optimizer
 
 VOCABULARY, BATCH = 4096, 8
@@ -73,18 +77,26 @@ def compare(cases: list[Callable[[], float]], rounds: int) -> list[float]:
     return [statistics.median(column) for column in zip(*times, strict=True)]
 
 
+@dataclass(frozen=True)
+class Same:
+    """The same batch again and again."""
+
+    batch_BT: Tensor
+
+    def batches(self, position: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+        """From any position on."""
+        return text_batches((self.batch_BT[:, :-1], self.batch_BT[:, 1:], step) for step in itertools.count(1))
+
+
 def our_loop(model: ModelConfig, batch_BT: Tensor, steps: int) -> float:
     """Seconds of `steps` steps of the project's loop."""
     decoder = build_backbone(model, VOCABULARY)
     phase = PhaseConfig(steps=steps, batch_size=BATCH, warmup_steps=2)
     training = TrainingConfig(log_every=10, validate_every=10**6, checkpoint_every=10**6)
 
-    def batches(_position: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-        for step in itertools.count(1):
-            yield batch_BT[:, :-1], batch_BT[:, 1:], step
-
+    job = Job("benchmark", phase, training)
     start = time.perf_counter()
-    fit(decoder, language_loss, Job("benchmark", phase, training), batches, lambda: 0.0, World())
+    fit(trainable(decoder, TEXT.loss), Same(batch_BT), job, lambda: 0.0, World())
     return time.perf_counter() - start
 
 
@@ -97,7 +109,7 @@ def bare_loop(model: ModelConfig, batch_BT: Tensor, steps: int) -> float:
 def full_step(model: ModelConfig) -> tuple[Decoder, Callable[[Tensor, Tensor], None]]:
     """A backbone and one bare training step of it."""
     decoder = build_backbone(model, VOCABULARY)
-    return decoder, bare_step(decoder, language_loss)
+    return decoder, bare_step(decoder, TEXT.loss)
 
 
 def expert_step(model: ModelConfig, *, anchored: bool) -> tuple[Decoder, Callable[[Tensor, Tensor], None]]:
@@ -106,19 +118,17 @@ def expert_step(model: ModelConfig, *, anchored: bool) -> tuple[Decoder, Callabl
     directions = [torch.zeros(model.width)] * model.layers if anchored else None
     values = backbone_config(model, VOCABULARY)
     decoder = build_expert(tensors, values, ExpertsConfig(anchored=anchored), directions)
-    return decoder, bare_step(decoder, AnchoredLoss(decoder, 1e-3) if anchored else language_loss)
+    return decoder, bare_step(decoder, RoutedLoss(decoder, TEXT.loss, 1e-3) if anchored else TEXT.loss)
 
 
-def bare_step(
-    decoder: Decoder, loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor]
-) -> Callable[[Tensor, Tensor], None]:
+def bare_step(decoder: Decoder, loss_of: Loss) -> Callable[[Tensor, Tensor], None]:
     """Forward, backward, clip and AdamW, nothing else."""
-    optimizer = build_optimizer(decoder, PhaseConfig(), TrainingConfig())
+    optimizer = build_optimizer(trainable(decoder, loss_of).groups, PhaseConfig(), TrainingConfig())
     trained = [weight for weight in decoder.parameters() if weight.requires_grad]
     decoder.train()
 
     def step(inputs_BT: Tensor, targets_BT: Tensor) -> None:
-        loss_of(decoder, inputs_BT, targets_BT).backward()
+        loss_of(decoder, {"inputs": inputs_BT, "targets": targets_BT}).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

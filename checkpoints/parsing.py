@@ -1,7 +1,8 @@
 """JSON that somebody else wrote: parsed strictly, so that whatever the bytes, the only failure is a ValueError.
 
-For manifests, headers of weight files, indices, settings of models and records, and for lines of events and metrics.
-Corpora have a reader of their own, which is faster (`modularforge/data/formats.py`).
+For manifests, headers of weight files, indices, settings of models and records. Corpora have a reader of their own,
+which is faster (`modularforge/data/formats.py`), and so have lines of events and metrics, of which a torn one is no
+error (`modularforge/json_lines.py`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 MAX_DEPTH = 64  # ours are 8 deep at most; the limit is the same in every Python, whose own comes as a RecursionError
@@ -38,16 +39,6 @@ def parse_object(content: bytes | bytearray | str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"it must be an object, {{…}}, but is {value!r:.60}")
     return value
-
-
-def parse_lines(content: bytes) -> Iterator[dict[str, Any]]:
-    """The objects of JSON lines, in order; lines that are torn or no objects, as killed writers leave, are left out."""
-    for line in content.decode(errors="replace").split("\n"):
-        if line.strip():
-            try:
-                yield parse_object(line)
-            except ValueError:
-                continue
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

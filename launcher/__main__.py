@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from checkpoints.screen import say
 from modularforge.config import Config
 from modularforge.exits import run_app
-from modularforge.options import with_settings
+from modularforge.options import with_settings, with_settings_of_a_run
 
 
 class LaunchByDefault(TyperGroup):
@@ -82,7 +82,7 @@ def plan_of(settings: Config) -> None:
 
 
 @app.command()
-@with_settings
+@with_settings_of_a_run
 def status(
     settings: Config,
     watch: Annotated[bool, typer.Option("--watch", help="Print it again when it changes, to the end.")] = False,
@@ -107,7 +107,7 @@ def status(
 
 
 @app.command()
-@with_settings
+@with_settings_of_a_run
 def logs(
     settings: Config,
     stage: Annotated[str, typer.Argument(help="STAGE or STAGE/INDEX: backbone, expert/3.")],
@@ -121,7 +121,7 @@ def logs(
 
 
 @app.command()
-@with_settings
+@with_settings_of_a_run
 def cancel(settings: Config) -> None:
     """Stop the jobs of the run, the last stage first; what is committed stays, and `resume` continues."""
     from launcher.runs import cancel as cancel_run
@@ -130,7 +130,7 @@ def cancel(settings: Config) -> None:
 
 
 @app.command()
-@with_settings
+@with_settings_of_a_run
 def resume(settings: Config) -> None:
     """Go on with what is missing of a run, on Slurm or here, with the settings that it was started with."""
     from launcher.runs import resume as resume_run
@@ -139,7 +139,7 @@ def resume(settings: Config) -> None:
 
 
 @app.command()
-@with_settings
+@with_settings_of_a_run
 def wait(settings: Config) -> None:
     """Wait until the run has ended and print the end report; the exit code is 0 when all is committed, else 1."""
     from launcher.runs import wait_for_run

@@ -20,10 +20,10 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import Required, TypedDict
 
 from checkpoints import find_artifact, paths
-from checkpoints.parsing import parse_lines
 from checkpoints.redact import redact_values
 from launcher.layout import all_events_url, events_url
 from modularforge.config import Config
+from modularforge.json_lines import objects_in
 from modularforge.pipeline import checkpoint_url, metrics_url
 
 Event = dict[str, Any]
@@ -128,7 +128,7 @@ def _last_line(url: str) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     found: dict[str, Any] = {}
-    for line in parse_lines(content):
+    for line in objects_in(content)[0]:
         found = line if "loss" in line else found
     return found
 
@@ -149,7 +149,7 @@ def _read(url: str) -> bytes:
 def _parse(content: bytes) -> list[Event]:
     """Lines that are whole and hold what an event does; one that a killed node left torn is passed over."""
     events = []
-    for line in parse_lines(content):
+    for line in objects_in(content)[0]:
         try:
             events.append(dict(NOTED.validate_python(line)))
         except ValueError:

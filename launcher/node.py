@@ -29,6 +29,7 @@ from launcher.tasks import Task, build_tasks, is_finished
 from modularforge.config import Config
 from modularforge.errors import ConfigError
 from modularforge.exits import run_app
+from modularforge.run import Run
 from modularforge.settings import load_config
 
 PR_SET_PDEATHSIG = 1
@@ -64,7 +65,7 @@ def run_task(
     config: Config, task: Task, allocation: Allocation, options: list[str], key: str, again: bool = False
 ) -> int:
     """Run it unless it is done (and not wanted `again`) or another job has it; returns the exit code for Slurm."""
-    if not again and is_finished(config, task):
+    if not again and is_finished(Run(config), task):
         print(f"{task.name} is finished", flush=True)
         return 0
     if _is_replaced(config, key, allocation):
@@ -76,7 +77,7 @@ def run_task(
     print(f"{task.name}: {shown_command(*command)}", flush=True)
     environment = child_environment(config, processes_of(config, task, allocation), allocation)
     code, was_stopped = run_child(command, environment, allocation.is_local)
-    if code == 0 and is_finished(config, task):
+    if code == 0 and is_finished(Run(config), task):
         append_event(config, task.name, "ended", slurm_job=allocation.name, code=0, reason="finished")
         if task.group == "evaluate":
             finish_run(config)

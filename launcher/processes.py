@@ -34,10 +34,11 @@ from launcher.sbatch import job_names
 from launcher.slurm import QueuedJob, SlurmError, queue
 from launcher.snapshot import node_words, take_snapshot
 from launcher.submit import live_tasks
-from launcher.tasks import Task, finished_tasks, is_finished, remembering, unneeded_tasks
+from launcher.tasks import Task, finished_tasks, is_finished, unneeded_tasks
 from launcher.trust import require_readable_settings
 from modularforge.config import Config
 from modularforge.errors import Interrupted, UserError
+from modularforge.run import Run
 
 POLL_SECONDS = 0.1
 LOG_TAIL_LINES = 15
@@ -101,7 +102,7 @@ class LocalLauncher:
                 signal.signal(number, handler)
         if self.stop_signal:
             raise Interrupted("stopped; the jobs saved their state, and the same command continues")
-        if set(self.failed) - unneeded_tasks(self.config, self.tasks, self.done):
+        if set(self.failed) - unneeded_tasks(self.tasks, self.done):
             raise TaskError(self._failures())
 
     def _submit(self) -> None:
@@ -111,8 +112,8 @@ class LocalLauncher:
         """
         self.record = record_for_processes(self.config)
         self._wait_for_orphans()
-        finished = finished_tasks(self.config, self.tasks, remembering())
-        for name in sorted(unneeded_tasks(self.config, self.tasks, finished)):
+        finished = finished_tasks(Run(self.config), self.tasks)
+        for name in sorted(unneeded_tasks(self.tasks, finished)):
             self.say(f"{name}: left out (cluster.min_experts)")
             self.done.add(name)
         self.snapshot = take_snapshot(self.config)
@@ -149,7 +150,7 @@ class LocalLauncher:
             if self.stop_signal or not self._is_ready(task) or (slot := self._free_slot(task)) is None:
                 continue
             started = True
-            if not _is_always_run(task) and is_finished(self.config, task):
+            if not _is_always_run(task) and is_finished(Run(self.config), task):
                 self.say(f"{task.name}: finished before")
                 self.done.add(task.name)
             else:

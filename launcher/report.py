@@ -10,12 +10,12 @@ import json
 from dataclasses import asdict, dataclass
 
 from checkpoints import paths
-from checkpoints.parsing import parse_lines
 from launcher.events import Event, merge_events, number_in, read_all_events
 from launcher.layout import FOLDER
 from launcher.record import load_record
 from launcher.tasks import Group, build_groups, build_tasks
 from modularforge.config import Config
+from modularforge.json_lines import objects_in
 from modularforge.pipeline import metrics_url
 
 
@@ -129,7 +129,7 @@ def useful_seconds(config: Config, job: str) -> float:
     except (FileNotFoundError, NotADirectoryError):
         return 0.0
     total, tokens = 0.0, 0.0
-    for line in parse_lines(content):
+    for line in objects_in(content)[0]:
         speed, count = number_in(line, "tokens_per_second"), number_in(line, "tokens")
         if speed and count is not None:
             total += (count - tokens) / speed

@@ -16,8 +16,10 @@ from launcher.retry_policy import count_requeues
 from launcher.sbatch import job_names
 from launcher.slurm import QueuedJob, queue
 from launcher.submit import live_tasks
-from launcher.tasks import Task, build_groups, build_tasks, finished_tasks, remembering, unneeded_tasks
-from modularforge.config import TRAINED_ON_ALL, Config
+from launcher.tasks import Task, build_groups, build_tasks, finished_tasks, unneeded_tasks
+from modularforge.config import Config
+from modularforge.pipeline import STAGES
+from modularforge.run import Run
 
 GOING_ON = ("pending", "requeued", "running", "ending")
 # Of a large array only the tasks that something can be said about are listed.
@@ -46,14 +48,14 @@ class Row:
 def read_status(config: Config, record: Record) -> list[Row]:
     """One row per task, in the order of the graph."""
     tasks = build_tasks(config)
-    done = finished_tasks(config, tasks, remembering())
-    spared = unneeded_tasks(config, tasks, done)
+    done = finished_tasks(Run(config), tasks)
+    spared = unneeded_tasks(tasks, done)
     # The queue before the events: a job that ends in between is then seen as ended, and not as lost.
     jobs = [] if len(done | spared) == len(tasks) else _jobs(config, record)
     events = read_all_events(config)
     # What was committed since the first look says so itself.
     late = [task for task in tasks if task.name not in done and _says_finished(events.get(task.name, []))]
-    done |= finished_tasks(config, late, remembering())
+    done |= finished_tasks(Run(config), late)
     live = live_tasks(record, jobs, events)
     queued = {(job.job, job.index): job for job in jobs}
     carriers = {name: item for item in record.live for name in item.task_names}
@@ -161,11 +163,8 @@ def _ended_state(events: list[Event], carrier: Submission | None, job: QueuedJob
 
 
 def _steps(config: Config, task: Task) -> int | None:
-    baseline = next((name for name in TRAINED_ON_ALL if name == task.group), None)
-    if baseline:
-        return config.baseline_phase(baseline).steps
-    steps = {"backbone": config.backbone.steps, "expert": config.experts.steps, "branch": config.experts.steps}
-    return steps.get(task.group)
+    phase = STAGES[task.stages[0]].phase
+    return phase(config).steps if phase else None
 
 
 def _line(row: Row) -> str:

@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoints import Artifact
-from modularforge.assembly.statistics import EXPERT_NAME, ROUTER_NAME
 from modularforge.data.loader import label_tokens
 from modularforge.data.token_files import (
     PartitionRow,
@@ -26,9 +24,9 @@ from modularforge.data.token_files import (
     read_partitions,
 )
 from modularforge.data.tokenizer import EOS, load_tokenizer, token_byte_lengths
-from modularforge.facts import fact
+from modularforge.experts.kind import kind_of_artifact
 from modularforge.model.backbone import Decoder
-from modularforge.model.folder import load_expert, load_model, read_tensors
+from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.hub_config import read_config
 
 
@@ -133,9 +131,5 @@ class Backbone:
         return load_model(self.artifact.local_folder())
 
     def expert(self, artifact: Artifact) -> Decoder:
-        """An expert's own model on this backbone."""
-        tensors = load_file(artifact.local_file(EXPERT_NAME))
-        anchored = fact(artifact, "anchored")
-        if anchored:
-            tensors.update(load_file(artifact.local_file(ROUTER_NAME)))
-        return load_expert(self.tensors, self.values, tensors, anchored)
+        """An expert's own model on this backbone, whatever its kind."""
+        return kind_of_artifact(artifact).load(self, artifact)

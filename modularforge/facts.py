@@ -93,6 +93,7 @@ KINDS: dict[str, Any] = {
     "anchored": StrictBool,
     "backbone": Part,
     "data": Data | None,
+    "expert_kind": str,
     "experts_per_token": Count,
     "index": Count,
     "members": list[IndexedPart],

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from modularforge.assembly.routers import widening_of
 from modularforge.config import Config, PhaseConfig
 from modularforge.model.sizes import Sizes, model_sizes
+from modularforge.routing.solvers import widening_of
 
 
 def describe(config: Config) -> str:

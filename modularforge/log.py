@@ -25,6 +25,7 @@ from checkpoints.redact import redact_values
 from checkpoints.retry import logger as store_logger
 from checkpoints.screen import LogFormatter
 from modularforge.errors import ConfigError
+from modularforge.json_lines import number_of, object_in
 
 logger = logging.getLogger("modularforge")
 Mode = Literal["auto", "on", "off"]
@@ -143,10 +144,8 @@ _LOCKS: dict[Path, int] = {}
 
 def _step_of(line: str) -> float:
     """The step of a metrics line; a torn line (killed while writing) counts as later than all."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return math.inf
+    step = number_of(object_in(line).get("step"))
+    return math.inf if step is None or math.isnan(step) else step
 
 
 def events_beside(metrics_url: str, mode: Mode) -> EventFile | None:

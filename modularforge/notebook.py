@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,24 @@ from torch import Tensor
 from checkpoints import Artifact, open_artifact, paths, write_artifact
 from modularforge.artifacts import Backbone, derived_seed
 from modularforge.assembly.assemble import assemble
-from modularforge.calibration.calibrator import Calibration, calibrate, even_mixture
+from modularforge.calibration.calibrator import Calibration, calibrate, even_mixture, write_calibrated
 from modularforge.config import Config
 from modularforge.data.token_files import Tokens
 from modularforge.data.tokenizer import token_byte_lengths
 from modularforge.errors import ConfigError, DataError
-from modularforge.evaluation.losses import Measurement, measure
+from modularforge.evaluation.scoring import Measurement, measure
+from modularforge.experts.job import save_expert, train_expert
+from modularforge.experts.kind import ExpertJob
 from modularforge.model.backbone import Decoder, cross_entropy
 from modularforge.model.folder import load_model
 from modularforge.model.hub_config import CONFIG_NAME, end_tokens, read_config
-from modularforge.stages.calibrate import write_calibrated
+from modularforge.routing.gathering import gather_statistics
+from modularforge.tasks.task import Batch
+from modularforge.tasks.text import TEXT, text_batches
 from modularforge.training.backbone_job import save_backbone, train_backbone
 from modularforge.training.distributed import World, default_device
-from modularforge.training.expert_job import save_expert, train_expert
 from modularforge.training.job import Job
-from modularforge.training.loop import Batch
+from modularforge.training.losses import mean_loss
 
 __all__ = ["Evaluator", "LayerNormCalibrator", "ModuleTrainer", "SharedTrainer", "StreamingAssembler"]
 
@@ -81,10 +85,8 @@ class SharedTrainer:
             losses = [float(cross_entropy(model(ids_BT[:, :-1]), ids_BT[:, 1:])) for ids_BT in batches]
             return sum(losses) / len(losses)
 
-        def batches_from(position: int) -> Iterator[Batch]:
-            return _forever(train_loader, position)
-
-        self.model, losses = train_backbone(self.config, self.vocab_size, job, batches_from, validate, world)
+        examples, sizes = _Loaded(train_loader), (self.config, self.vocab_size)
+        self.model, losses = train_backbone(*sizes, TEXT.loss, job, examples, validate, world)
         self._sample = [ids_BT[:, :-1] for ids_BT in itertools.islice(train_loader, 8)]
         return losses
 
@@ -94,7 +96,8 @@ class SharedTrainer:
             raise ConfigError("SharedTrainer must be trained before it is saved, but is not; call train first")
         settings = {"backbone": self.config.backbone.model_dump(), "model": self.config.model.model_dump()}
         with write_artifact(path, "backbone", f"notebook-{self.config.seed}", settings) as writer:
-            facts = save_backbone(self.config, self.model, writer.folder, tokenizer, self._sample, World())
+            statistics = gather_statistics(self.model, self._sample, World().device)
+            facts = save_backbone(self.config, self.model, writer.folder, tokenizer, statistics)
             return writer.commit(facts)
 
 
@@ -117,11 +120,13 @@ class ModuleTrainer:
         tokens, held_out = (encode(self.tokenizer, chosen, end) for chosen in (texts, validation_texts))
         metrics = paths.join(output_dir, "metrics", f"{name}.jsonl")
         job = Job(name, self.config.experts, self.config.training, metrics_url=metrics)
-        model, losses = train_expert(self.config, index, self.backbone, tokens, held_out, job, world)
+        examples = TEXT.part_of(self.config, tokens, index)
+        expert = ExpertJob(self.config, index, self.backbone, TEXT, examples, world.device)
+        limits = self.config.model.context_length, self.config.evaluation.batch_size, world
+        model, losses = train_expert(expert, lambda model: mean_loss(model, held_out, *limits), job, world)
         settings = {"experts": self.config.experts.model_dump()}
         with write_artifact(paths.join(output_dir, name), "expert", f"notebook-{index}", settings) as writer:
-            facts = save_expert(self.config, index, self.backbone, model, tokens, writer.folder, world)
-            return writer.commit({**losses, **facts})
+            return writer.commit({**losses, **save_expert(expert, model, writer.folder)})
 
 
 class StreamingAssembler:
@@ -159,8 +164,8 @@ class LayerNormCalibrator:
         decide, fitted = (encode(self.tokenizer, validation_texts[start::2], end) for start in (0, 1))
         model = load_model(artifact.local_folder()).to(default_device())
         job = Job("calibration", self.config.calibration, self.config.training)
-        seed, lengths = derived_seed(self.config.seed, "calibration order"), _byte_lengths(self.tokenizer)
-        result = calibrate(model, self.config, even_mixture({"": fitted}), {"": decide}, lengths, job, seed)
+        seed = derived_seed(self.config.seed, "calibration order")
+        result = calibrate(model, self.config, even_mixture({"": fitted}), {"": decide}, job, seed)
         if output_dir is not None and result.kept:
             with write_artifact(output_dir, "calibrated", "notebook") as writer:
                 write_calibrated(artifact, result, writer, self.config.assembly.max_shard_bytes)
@@ -181,9 +186,8 @@ class Evaluator:
         end = _end_token(read_config(folder))
         domains = {label: encode(self.tokenizer, found, end) for label, found in texts.items()}
         limit, lengths = self.config.evaluation.tokens_per_domain, _byte_lengths(self.tokenizer)
-        batch_size, device = self.config.evaluation.batch_size, default_device()
-        context = self.config.model.context_length
-        return measure(load_model(folder), domains, lengths, batch_size, limit, device, context)
+        model, batch_size = load_model(folder).to(default_device()), self.config.evaluation.batch_size
+        return measure(model, domains, lengths, batch_size, limit, self.config.model.context_length)
 
 
 def _end_token(values: Mapping[str, Any]) -> int:
@@ -197,8 +201,18 @@ def _byte_lengths(tokenizer: Tokenizer) -> Tensor:
     return torch.from_numpy(token_byte_lengths(tokenizer))
 
 
-def _forever(loader: Iterable[Tensor], position: int) -> Iterator[Batch]:
-    """Batches in turn, over and over, from batch number `position` on."""
+@dataclass(frozen=True)
+class _Loaded:
+    """Batches of ids [B, T + 1] as somebody's loader gives them, over and over; positions count batches."""
+
+    loader: Iterable[Tensor]
+
+    def batches(self, position: Any = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+        """All batches from that number on."""
+        return text_batches(_forever(self.loader, position))
+
+
+def _forever(loader: Iterable[Tensor], position: int) -> Iterator[tuple[Tensor, Tensor, int]]:
     number = 0
     while True:
         before = number

@@ -20,9 +20,8 @@ from checkpoints import Artifact, find_artifact, open_artifact, paths
 from checkpoints.errors import CorruptArtifactError
 from modularforge.errors import DataError
 from modularforge.model.backbone import Decoder
-from modularforge.model.folder import load_model, with_text_router
+from modularforge.model.folder import load_model, load_on_demand, with_text_router
 from modularforge.model.hub_config import CONFIG_NAME, TABLES_NAME, is_moe, parse_config, read_config
-from modularforge.model.on_demand import load_on_demand
 from modularforge.pretrained.sources import require_no_file
 
 

@@ -16,12 +16,12 @@ import numpy as np
 from checkpoints import Artifact, ArtifactWriter, FileEntry, write_artifact
 from checkpoints.safetensors import ITEM_BYTES, TensorSpan
 from modularforge.assembly.plan import OutputTensor, header_bytes, in_file_order
-from modularforge.assembly.routing import LayerStatistics, RouterStatistics
-from modularforge.assembly.statistics import EXPERT_NAME, STATISTICS_NAME, save_statistics
 from modularforge.config import ModelConfig
+from modularforge.experts.ffn import EXPERT_NAME
 from modularforge.model import names
 from modularforge.model.hub_config import CONFIG_NAME, GENERATION_NAME, backbone_config, generation_config
 from modularforge.model.sizes import dense_shapes
+from modularforge.routing.statistics import STATISTICS_NAME, LayerStatistics, RouterStatistics, save_statistics
 
 BLOCK = os.urandom(1 << 20)
 

@@ -17,9 +17,11 @@ TORCH_FREE_FOR_LAUNCHER = {
     "modularforge.config",
     "modularforge.settings",
     "modularforge.pipeline",
+    "modularforge.run",
     "modularforge.options",
     "modularforge.exits",
     "modularforge.errors",
+    "modularforge.json_lines",
     "modularforge.log",
     "modularforge.mistakes",
     "modularforge.provenance",
@@ -62,16 +64,35 @@ def one_of(module: str, modules: set[str]) -> bool:
     return any(within(module, known) or known.startswith(module + ".") for known in modules)
 
 
+def rooms(*names: str) -> tuple[str, ...]:
+    return tuple(f"modularforge.{name}" for name in names)
+
+
+# Rooms that put parts together or show them; no part imports them.
+ABOVE = ("launcher", *rooms("stages", "study", "observe", "comparison", "sanity", "cli", "notebook"))
+
 RULES = {
     "checkpoints": lambda module: within(module, "checkpoints"),
     "modularforge": lambda module: within(module, "modularforge", "checkpoints"),
     "modularforge/model": lambda module: one_of(module, PLAIN) or within(module, "modularforge.model"),
     "modularforge/data": lambda module: one_of(module, PLAIN) or within(module, "modularforge.data", "checkpoints"),
+    "modularforge/tasks": lambda module: not within(module, *ABOVE, *rooms("training", "experts", "calibration")),
+    "modularforge/experts": lambda module: not within(module, *ABOVE, *rooms("calibration", "evaluation")),
     "modularforge/assembly": lambda module: (
-        one_of(module, PLAIN | TORCH_FREE_MODEL) or within(module, "modularforge.assembly", "checkpoints")
+        one_of(module, PLAIN | TORCH_FREE_MODEL | {"modularforge.experts.kind"})
+        or within(module, "modularforge.assembly", "checkpoints")
     ),
+    "modularforge/routing": lambda module: (
+        one_of(module, PLAIN) or within(module, *rooms("routing", "model", "assembly"), "checkpoints")
+    ),
+    # Of kinds and tasks, the pages alone that say what one answers.
     "modularforge/training": lambda module: (
-        not within(module, "modularforge.stages", "modularforge.evaluation", "modularforge.calibration", "launcher")
+        not within(module, *ABOVE, *rooms("calibration", "evaluation", "experts", "tasks"))
+        # Of evaluation the one scorer, which knows models and windows alone.
+        or one_of(
+            module,
+            {"modularforge.experts.trainable", "modularforge.tasks.task", "modularforge.evaluation.scoring"},
+        )
     ),
     "launcher": lambda module: one_of(module, TORCH_FREE_FOR_LAUNCHER) or within(module, "launcher", "checkpoints"),
 }
@@ -87,6 +108,18 @@ def test_stages_never_import_each_other() -> None:
     found = []
     for path in python_files("modularforge/stages"):
         found += [f"{path}:{line} imports {module}" for line, module in imports(path) if module in names]
+    assert found == []
+
+
+def test_kinds_of_expert_never_import_each_other() -> None:
+    folders = [path for path in sorted((ROOT / "modularforge/experts").iterdir()) if (path / "__init__.py").is_file()]
+    found = []
+    for folder in folders:
+        others = tuple(f"modularforge.experts.{other.name}" for other in folders if other != folder)
+        found += breaches(
+            f"modularforge/experts/{folder.name}", lambda module, others=others: not within(module, *others)
+        )
+    assert folders
     assert found == []
 
 
@@ -127,10 +160,14 @@ def test_there_are_no_import_cycles() -> None:
         "checkpoints",
         "modularforge.cli",
         "modularforge.pretrained.fetch",
+        "modularforge.tasks.task",
+        "modularforge.experts.kind",
+        "modularforge.assembly.assemble",
+        "modularforge.experts.ffn.merging",
     ],
 )
 def test_importing_loads_neither_torch_nor_network_code(module: str) -> None:
-    heavy = "{'torch', 'transformers', 'sklearn', 'datasets', 's3fs', 'aiobotocore', 'matplotlib'}"
+    heavy = "{'torch', 'transformers', 'sklearn', 'datasets', 's3fs', 'aiobotocore', 'matplotlib', 'scipy'}"
     program = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"

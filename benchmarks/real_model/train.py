@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,19 @@ import torch
 from torch import nn
 
 from benchmarks.real_model.settings import CONTEXT, DOMAINS, TUNED_ON, Scale, Trial
-from modularforge.artifacts import Backbone, Corpus, derived_seed, even_streams, token_file
+from modularforge.artifacts import derived_seed, even_streams, token_file
 from modularforge.config import Config, PhaseConfig
-from modularforge.data.loader import mixed_batches
+from modularforge.experts.job import train_expert
+from modularforge.experts.kind import ExpertJob
+from modularforge.experts.trainable import trainable
 from modularforge.model.backbone import Decoder
-from modularforge.pipeline import require
+from modularforge.run import Run
+from modularforge.tasks.text import TEXT, MixedText
 from modularforge.training.backbone_job import save_trained_on
 from modularforge.training.distributed import World
-from modularforge.training.expert_job import train_expert
 from modularforge.training.job import Job
-from modularforge.training.loop import Batch, fit
-from modularforge.training.losses import language_loss, mean_loss
+from modularforge.training.loop import fit
+from modularforge.training.losses import mean_loss
 
 RANK, ALPHA = 16, 32  # of the adapters
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -42,9 +44,8 @@ class Trainings:
     def __init__(self, config_at: Callable[..., Config], scale: Scale, output: Path) -> None:
         self.config_at, self.scale, self.output = config_at, scale, output
         self.config = config_at()
-        self.backbone = Backbone(require(self.config, "backbone"))
-        self.corpus = Corpus(require(self.config, "corpus"))
-        self.partitions = require(self.config, "partitions")
+        run = Run(self.config)
+        self.backbone, self.corpus, self.partitions = run.backbone, run.corpus, run.require("partitions")
 
     @property
     def _notes(self) -> Path:
@@ -79,7 +80,15 @@ class Trainings:
             tokens = token_file(self.partitions, f"partition-{index}").tokens
             held_out = self._validation(index)
             job = Job(f"expert-{index} at {trial.rate:g}", config.experts, config.training)
-            _, found = train_expert(config, index, self.backbone, tokens, held_out, job, WORLD)
+            expert = ExpertJob(config, index, self.backbone, TEXT, TEXT.part_of(config, tokens, index), WORLD.device)
+            validate = partial(
+                mean_loss,
+                tokens=held_out,
+                context_length=CONTEXT,
+                batch_size=config.evaluation.batch_size,
+                world=WORLD,
+            )
+            _, found = train_expert(expert, validate, job, WORLD)
             losses.append(float(found["validation_loss"] or 0.0))
         return sum(losses) / len(losses)
 
@@ -120,14 +129,14 @@ class Trainings:
         held_out = even_streams(self.corpus.domains("validation"), len(DOMAINS) * self.scale.validation_tokens)
         job = Job(f"{kind} at {trial.rate:g}, batch {trial.batch}", phase, config.training)
         validate = partial(mean_loss, trained, held_out, CONTEXT, config.evaluation.batch_size, WORLD)
-        losses = fit(trained, language_loss, job, self._windows(config, phase), validate, WORLD)
+        losses = fit(trainable(trained, TEXT.loss), self._windows(config, phase), job, validate, WORLD)
         return (merged(trained) if kind == "lora" else model), float(losses["validation_loss"] or 0.0)
 
-    def _windows(self, config: Config, phase: PhaseConfig) -> Callable[[int], Iterator[Batch]]:
+    def _windows(self, config: Config, phase: PhaseConfig) -> MixedText:
         streams = [token_file(self.partitions, f"partition-{k}").tokens for k in range(len(DOMAINS))]
         seeds = [derived_seed(config.seed, "expert order", k) for k in range(len(DOMAINS))]
         order, each = derived_seed(config.seed, "dense order"), config.experts.steps
-        return lambda position: mixed_batches(streams, seeds, each, CONTEXT, phase.batch_size, order, position)
+        return MixedText(streams, seeds, each, CONTEXT, phase.batch_size, order)
 
 
 def with_adapters(model: Decoder) -> Decoder:

@@ -1,12 +1,14 @@
-"""The model card of an assembled model, written from the manifests of what it was made from.
+"""What lies beside an assembled model's weights: tokenizer and generation settings, and the model card.
 
-It says only what those manifests say: no places, no times, so the same parts give the same card anywhere.
+The card is written from the manifests of what the model was made from, and says only what they say: no places, no
+times, so the same parts give the same card anywhere.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,16 +17,20 @@ from checkpoints import Artifact
 from checkpoints.markdown import code, plain, table
 from modularforge.config import Config
 from modularforge.facts import fact
+from modularforge.model.hub_config import CONFIG_NAME, GENERATION_NAME, TOKENIZER_FILES, TOKENIZER_NAME, special_ids
 
 CARD_NAME = "README.md"
 
 
-def model_card(config: Config, backbone: Artifact, experts: Sequence[Artifact], facts: Mapping[str, Any]) -> str:
-    """README.md of the model folder; `facts` are those of the assembled model's manifest."""
+def model_card(
+    config: Config, backbone: Artifact, experts: Sequence[Artifact], facts: Mapping[str, Any], summary: str
+) -> str:
+    """README.md of the model folder; `facts` are those of the assembled model's manifest, `summary` says what it is."""
     blocks = [
         _front_matter(backbone),
         f"# {plain(config.name)}",
-        _summary(backbone, experts, facts),
+        f"{summary} Every expert was trained alone on its own part of the data, on top of {_origin(backbone)}, and "
+        "merged with ModularForge.",
         _how_to_load(facts),
         "## What it was made from",
         _table(["part", "trained on", "training loss", "validation loss", "fingerprint"], _parts(backbone, experts)),
@@ -50,18 +56,6 @@ def _front_matter(backbone: Artifact) -> str:
     base = (fact(backbone, "pretrained", None) or {}).get("hub")
     named = yaml.safe_dump({"base_model": base}, width=math.inf, allow_unicode=True).splitlines() if base else []
     return "\n".join([*lines, *named, "---"])
-
-
-def _summary(backbone: Artifact, experts: Sequence[Artifact], facts: Mapping[str, Any]) -> str:
-    public = "the backbone's own feed-forward block and " if facts["public_expert"] else ""
-    only = facts.get("routing_parameters")
-    routing = f" (of which {only:,} only choose experts)" if only else ""
-    return (
-        f"A mixture-of-experts language model of {facts['parameters']:,} parameters, {facts['active_parameters']:,} of "
-        f"them active per token{routing}: {public}{len(experts)} experts per layer, of which each token visits "
-        f"{facts['experts_per_token']}. Every expert was trained alone on its own part of the data, on top of "
-        f"{_origin(backbone)}, and merged with ModularForge."
-    )
 
 
 def _origin(backbone: Artifact) -> str:
@@ -142,3 +136,16 @@ def _config_of(artifact: Artifact) -> dict[str, Any]:
 
 def _table(titles: Sequence[str], rows: Iterator[list[str]] | list[list[str]]) -> str:
     return "\n".join(table(titles, rows))
+
+
+def copy_text_files(backbone: Artifact, folder: Path) -> None:
+    """Copy those that the backbone has into a model folder."""
+    for name in (GENERATION_NAME, *TOKENIZER_FILES):
+        if name in backbone.manifest.files:
+            (folder / name).write_bytes(backbone.read_bytes(name))
+
+
+def special_tokens(backbone: Artifact) -> tuple[int, ...]:
+    """Ids of a backbone's tokens that are no text."""
+    tokenizer = backbone.read_bytes(TOKENIZER_NAME) if TOKENIZER_NAME in backbone.manifest.files else b"{}"
+    return special_ids(backbone.read_json(CONFIG_NAME), tokenizer)

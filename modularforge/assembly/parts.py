@@ -1,4 +1,4 @@
-"""Models as parts: a weight file for the backbone, one for each expert, one for the routers.
+"""Models as parts, each a weight file of its own: one for the backbone, one for each expert, …
 
 A part whose bytes exist in a committed artifact is taken over without moving them: a hard link on a folder, a copy made
 by the server on an object store. What a part holds is told by its key, a hash over the names, types and hashes of its
@@ -9,19 +9,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 from checkpoints import Artifact, ArtifactWriter, FileEntry
-from checkpoints.safetensors import TensorSpan
+from checkpoints.safetensors import INDEX_NAME, TensorSpan
 from checkpoints.screen import progress
-from modularforge.assembly.plan import MergePlan, OutputFile, OutputTensor, output_tensors, split
-from modularforge.assembly.stream import write_file
+from modularforge.assembly.plan import (
+    MergePlan,
+    OutputFile,
+    OutputTensor,
+    output_tensors,
+    plan_merge,
+    plan_parts,
+    split,
+)
+from modularforge.assembly.stream import execute, write_file
 from modularforge.errors import MismatchError
 from modularforge.facts import fact
-from modularforge.model import names
+from modularforge.model.hub_config import write_json
 
 KEYS_FACT = "part_keys"
+Mode = Literal["auto", "merge", "link"]
 
 
 @dataclass(frozen=True)
@@ -32,19 +43,30 @@ class Source:
     entry: FileEntry
 
 
-def part_name(name: str) -> str:
-    """The weight file that a tensor of an assembled model belongs to."""
-    position = names.expert_position(name)
-    if position:
-        return f"expert-{position[1]:03d}.safetensors"
-    return "router.safetensors" if names.is_gate(name) else "backbone.safetensors"
+@dataclass(frozen=True)
+class Merged:
+    """What a kind of expert makes of a backbone and experts, before a byte is moved.
+
+    `tensors` are all of the model's, `part_of` names the weight file that one belongs to when parts have files of
+    their own, and `sources` are committed files that are parts already, by their keys. `config` is config.json,
+    `summary` says in a sentence what the model is, and `facts` go to its manifest, with those of `write_files`, which
+    writes what lies beside the weights.
+    """
+
+    tensors: Mapping[str, OutputTensor]
+    part_of: Callable[[str], str]
+    sources: Mapping[str, Source]
+    config: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    summary: str
+    write_files: Callable[[Path], Mapping[str, Any]]
 
 
-def group(tensors: Mapping[str, OutputTensor]) -> dict[str, dict[str, OutputTensor]]:
+def group(tensors: Mapping[str, OutputTensor], part_of: Callable[[str], str]) -> dict[str, dict[str, OutputTensor]]:
     """Tensors by the part they belong to, parts in order of their names."""
     parts: dict[str, dict[str, OutputTensor]] = {}
-    for name in sorted(tensors, key=lambda name: (part_name(name), name)):
-        parts.setdefault(part_name(name), {})[name] = tensors[name]
+    for part, name in sorted((part_of(name), name) for name in tensors):
+        parts.setdefault(part, {})[name] = tensors[name]
     return parts
 
 
@@ -69,6 +91,31 @@ def parts_of(assembled: Artifact) -> dict[str, Source]:
     keys: Mapping[str, str] = fact(assembled, KEYS_FACT, {})
     files = assembled.manifest.files
     return {key: Source(assembled.file_url(name), files[name]) for name, key in keys.items() if key and name in files}
+
+
+def write_weights(
+    tensors: Mapping[str, OutputTensor],
+    part_of: Callable[[str], str],
+    sources: Mapping[str, Source],
+    writer: ArtifactWriter,
+    mode: Mode,
+    max_shard_bytes: int,
+) -> dict[str, Any]:
+    """Write all weight files of a model, and their index where there are several; returns facts for the manifest.
+
+    `assembly.mode` says what the modes are.
+    """
+    if mode == "merge":
+        plan = plan_merge(tensors, max_shard_bytes)
+        execute(plan, writer)
+        facts: dict[str, Any] = {"bytes_written": plan.size, "bytes_linked": 0}
+    else:
+        whole = plan_parts(group(tensors, part_of))
+        plan, keys, written = write_parts(whole, writer, sources, mode == "link", max_shard_bytes)
+        facts = {"bytes_written": written, "bytes_linked": plan.size - written, KEYS_FACT: keys}
+    if plan.index:
+        write_json(writer.folder / INDEX_NAME, plan.index)
+    return facts
 
 
 def write_parts(

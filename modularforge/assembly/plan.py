@@ -12,10 +12,8 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from checkpoints import safetensors
-from checkpoints.safetensors import FLOATS, ITEM_BYTES, TensorSpan
-from modularforge.errors import MismatchError
-from modularforge.model import names
+from checkpoints import Artifact, safetensors
+from checkpoints.safetensors import FLOATS, ITEM_BYTES, TensorSpan, read_spans
 
 METADATA = {"format": "pt"}  # what transformers expects
 
@@ -93,46 +91,9 @@ class MergePlan:
         return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def merged_spans(
-    backbone: Mapping[str, TensorSpan],
-    experts: Mapping[int, Mapping[str, TensorSpan]],
-    layers: int,
-    public_slot: int | None,
-    family: names.Family = "llama",
-) -> dict[str, TensorSpan]:
-    """Tensors of the assembled model by name, all but the routers.
-
-    `experts` maps a slot of the assembled model to that expert's spans, whatever slot its file names. The backbone's
-    own feed-forward blocks become the expert in `public_slot`, or are left out. Raises MismatchError when a layer or
-    part is missing, or a shape or type differs from the backbone's.
-    """
-    merged = {name: span for name, span in backbone.items() if names.is_shared(name)}
-    if public_slot is not None:
-        merged.update(
-            {names.dense_to_expert(n, public_slot, family): s for n, s in backbone.items() if names.is_dense_ffn(n)}
-        )
-    for slot, spans in experts.items():
-        by_place = {(p[0], p[2]): span for name, span in spans.items() if (p := names.expert_position(name))}
-        for layer in range(layers):
-            for part in names.PARTS:
-                span = by_place.get((layer, part))
-                _check_fits(
-                    span, backbone[names.dense_ffn(layer, part)], f"expert in slot {slot}, layer {layer}, {part}"
-                )
-                assert span is not None
-                merged[names.expert_ffn(layer, slot, part, family)] = span
-    return merged
-
-
-def _check_fits(span: TensorSpan | None, like: TensorSpan, what: str) -> None:
-    if span is None:
-        raise MismatchError(f"{what} must be in its weight file, but is missing; train that expert again")
-    if (span.shape, span.dtype) != (like.shape, like.dtype):
-        raise MismatchError(
-            f"{what} must be {like.dtype} {like.shape} as in the backbone, but is {span.dtype} {span.shape} in "
-            f"{span.url}; "
-            "use experts of this backbone"
-        )
+def spans_of(artifact: Artifact, name: str) -> dict[str, TensorSpan]:
+    """Spans of all tensors of a committed weight file, with their hashes."""
+    return read_spans(artifact.file_url(name), artifact.entry(name).tensors)
 
 
 def output_tensors(spans: Mapping[str, TensorSpan], dtype: str | None = None) -> dict[str, OutputTensor]:

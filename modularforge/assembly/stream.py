@@ -19,15 +19,15 @@ from checkpoints import ArtifactWriter, FileEntry, paths
 from checkpoints.parallel import consumer, in_order
 from checkpoints.safetensors import ITEM_BYTES, TensorSpan
 from checkpoints.screen import Progress, progress
-from modularforge.assembly.convert import converted, widened
 from modularforge.assembly.plan import MergePlan, OutputFile, OutputTensor
+from modularforge.assembly.values import converted, widened
 from modularforge.errors import DataError, MismatchError
 
 LOCAL_CHUNK = 1 << 20  # stays in the processor's cache between reading, hashing and writing
 REMOTE_CHUNK = 4 << 20
-READS_AHEAD = 8
-CHUNKS_AHEAD = 16
-OPEN_FILES = 64
+READS_AHEAD = 8  # of remote pieces, to hide a store's latency
+CHUNKS_AHEAD = 16  # that wait to be hashed: what bounds memory where the disk is faster than sha256
+OPEN_FILES = 64  # of any number of experts; a process may often have no more than 1024
 
 Data = bytes | memoryview
 

@@ -6,28 +6,40 @@ split by documents: one half is trained on, the other decides.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
-from modularforge.config import CalibrationConfig, Config
-from modularforge.data.loader import batches
+from checkpoints import Artifact, ArtifactWriter
+from checkpoints.hashing import describe_file
+from checkpoints.safetensors import INDEX_NAME, read_spans
+from modularforge.assembly import parts
+from modularforge.assembly.card import CARD_NAME, calibration_note
+from modularforge.assembly.plan import OutputTensor, output_tensors, spans_of
+from modularforge.config import Config
 from modularforge.data.token_files import TokenFile, Tokens
-from modularforge.errors import ConfigError
-from modularforge.evaluation.losses import Measurement, measure
-from modularforge.model import names
+from modularforge.evaluation.scoring import even_loss
+from modularforge.experts.kind import kind_of, kind_of_artifact
+from modularforge.experts.trainable import ParameterGroup, Trainable
 from modularforge.model.backbone import Decoder
+from modularforge.model.folder import save_tensors
+from modularforge.tasks.text import TEXT, TextExamples
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
-from modularforge.training.losses import language_loss
+
+MODE_OF: dict[bool, parts.Mode] = {True: "auto", False: "merge"}
+"""A calibrated model has a file per part where the assembled one has."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Equal-weight mean loss on the deciding half before and after, and the tensors that changed (by name)."""
+    """Equal-weight mean loss on the selection split before and after, and the tensors that changed (by name)."""
 
     before: float
     after: float
@@ -56,7 +68,6 @@ def calibrate(
     config: Config,
     fit_tokens: Tokens,
     decide: Mapping[str, Tokens],
-    byte_lengths: Tensor,
     job: Job,
     seed: int,
 ) -> Calibration:
@@ -66,50 +77,58 @@ def calibrate(
     """
     world = World(device=model.lm_head.weight.device)
 
-    def held_out() -> Measurement:
-        evaluation = config.evaluation
-        limits = evaluation.batch_size, evaluation.tokens_per_domain
-        return measure(model, decide, byte_lengths, *limits, world.device, context)
+    def held_out() -> float:
+        limits = config.evaluation.batch_size, config.evaluation.tokens_per_domain
+        return even_loss(model, decide, context, *limits)
 
     stored = {name: weight.dtype for name, weight in model.named_parameters()}
     model.float()
-    choose_parameters(model, config.calibration)
+    learns = choose_parameters(model, config)
     context = min(config.model.context_length, model.config.positions)
-    before, batch = held_out().mean_loss, config.calibration.batch_size
+    before, batch = held_out(), config.calibration.batch_size
     fit(
-        model,
-        language_loss,
+        Trainable(model, TEXT.loss, [ParameterGroup(learns)]),
+        TextExamples(fit_tokens, context, batch, seed, "the calibration half of validation"),
         job,
-        lambda position: batches(fit_tokens, context, batch, seed, position, name="the calibration half of validation"),
-        lambda: held_out().mean_loss,
+        held_out,
         world,
     )
     changed = {}
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            changed[name] = weight.detach().cpu().to(stored[name])
-            weight.data.copy_(changed[name])  # judged as it will be stored
-    return Calibration(before, held_out().mean_loss, changed)
+    for name, weight in learns.items():
+        changed[name] = weight.detach().cpu().to(stored[name])
+        weight.data.copy_(changed[name])  # judged as it will be stored
+    return Calibration(before, held_out(), changed)
 
 
-def choose_parameters(model: Decoder, settings: CalibrationConfig) -> None:
-    """Let only norm gains and router rows learn, as the settings say."""
-    rows = settings.router and model.text_router is None  # which routes in their place
-    for name, weight in model.named_parameters():
-        weight.requires_grad_((settings.norms and names.is_norm(name)) or (rows and names.is_gate(name)))
-    if not any(weight.requires_grad for weight in model.parameters()):
-        raise ConfigError(
-            "calibration must train norms or a router's rows, but calibration.norms is false and the model routes by "
-            "tables; set calibration.norms to true, assembly.token_pairs to 0, or leave calibration out"
-        )
-    final = model.model.norm.weight
-    if final.requires_grad:
-        # Zero gains hide the router's channels from the head, and stay so.
-        is_seen_D = final.detach() != 0
-        final.register_hook(lambda gradient_D: gradient_D * is_seen_D)  # type: ignore[no-untyped-call]
+def choose_parameters(model: Decoder, config: Config) -> Mapping[str, nn.Parameter]:
+    """Let only those parameters learn that the experts' kind lets a calibration touch; returns them by name."""
+    model.requires_grad_(False)
+    learns = kind_of(config).calibrates(model, config.calibration)
+    for weight in learns.values():
+        weight.requires_grad_(True)
+    return learns
 
 
 def even_mixture(streams: Mapping[str, Tokens]) -> Tokens:
     """The streams one after another, each cut to the length of the shortest, so that all domains weigh alike."""
     shortest = min(len(tokens) for tokens in streams.values())
     return np.concatenate([tokens[:shortest] for tokens in streams.values()])
+
+
+def write_calibrated(assembled: Artifact, result: Calibration, writer: ArtifactWriter, max_shard_bytes: int) -> None:
+    """Stream the assembled weights to the writer, with the calibrated tensors in place of the old ones."""
+    files, has_parts = assembled.manifest.files, parts.KEYS_FACT in assembled.manifest.facts
+    spans = [spans_of(assembled, name) for name in files if name.endswith(".safetensors")]
+    tensors = output_tensors({name: span for found in spans for name, span in found.items()})
+    with tempfile.TemporaryDirectory() as scratch:
+        changed = Path(scratch) / "changed.safetensors"
+        save_tensors({name: tensor.contiguous() for name, tensor in result.tensors.items()}, changed)
+        for name, span in read_spans(str(changed), describe_file(changed).tensors).items():
+            tensors[name] = OutputTensor(span, tensors[name].dtype)
+        part_of, mode = kind_of_artifact(assembled).part_of, MODE_OF[has_parts]
+        parts.write_weights(tensors, part_of, parts.parts_of(assembled), writer, mode, max_shard_bytes)
+    for name in files:
+        if not name.endswith(".safetensors") and name != INDEX_NAME:
+            shutil.copyfile(assembled.local_file(name), writer.folder / name)
+    with open(writer.folder / CARD_NAME, "a", encoding="utf-8") as card:
+        card.write(calibration_note(result.before, result.after))

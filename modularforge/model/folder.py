@@ -1,24 +1,28 @@
-"""Models as Hugging Face folders: read any model of ours, write backbones and experts.
+"""Models as Hugging Face folders: read any model of ours, at once or expert by expert, write backbones.
 
-The assembled model's weights are not written here but streamed by the assembler, without torch.
+Read on demand, an assembled model's experts are read when the first token visits them, and never if none does; tensors
+then come from a function, so files may be mapped, fetched and checked behind it. The assembled model's weights are not
+written here but streamed by the assembler, without torch.
 """
+
+# N tokens  D width
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoints.safetensors import weight_files
 from modularforge.errors import DataError, MismatchError
 from modularforge.model import names
 from modularforge.model.backbone import Decoder, build_backbone
 from modularforge.model.hub_config import TABLES_NAME, experts_of, is_moe, model_config_of, read_config
-from modularforge.model.moe import build_anchored_pair, build_moe, moe_layers
+from modularforge.model.moe import build_moe, moe_layers
 from modularforge.model.text_router import load_text_router
 
 
@@ -89,33 +93,6 @@ def cast_like(tensors: dict[str, Tensor], types: Mapping[str, torch.dtype]) -> d
     return {name: tensor.to(types[name]).contiguous() for name, tensor in tensors.items()}
 
 
-def load_expert(
-    backbone: dict[str, Tensor], values: dict[str, Any], expert: dict[str, Tensor], anchored: bool
-) -> Decoder:
-    """An expert's own model: the pair of public FFN and expert when anchored, else the backbone with its FFN.
-
-    `backbone` and `values` are the tensors and config.json of the backbone, `expert` the tensors the job wrote.
-    """
-    model, vocab_size = model_config_of(values), int(values["vocab_size"])
-    with torch.device("meta"):
-        decoder = build_anchored_pair(model, vocab_size) if anchored else build_backbone(model, vocab_size)
-    return fill(decoder, own_tensors(backbone, expert, anchored, model.family))
-
-
-def own_tensors(
-    backbone: dict[str, Tensor], expert: dict[str, Tensor], anchored: bool, family: names.Family
-) -> dict[str, Tensor]:
-    """Names and tensors of an expert's own model, from the backbone's and the expert's."""
-    if not anchored:
-        dense = {names.expert_to_dense(name): tensor for name, tensor in expert.items() if not names.is_gate(name)}
-        return {**backbone, **dense}
-    tensors = {names.dense_to_expert(name, 0, family): tensor for name, tensor in backbone.items()}
-    for name, tensor in expert.items():
-        position = names.expert_position(name)
-        tensors[names.expert_ffn(position[0], 1, position[2], family) if position else name] = tensor
-    return tensors
-
-
 def fill(decoder: Decoder, tensors: dict[str, Tensor]) -> Decoder:
     """Give a decoder built on the meta device its weights; raises MismatchError naming what does not fit."""
     expected = {name: tuple(weight.shape) for name, weight in decoder.named_parameters()}
@@ -132,3 +109,60 @@ def fill(decoder: Decoder, tensors: dict[str, Tensor]) -> Decoder:
         decoder.lm_head.weight = decoder.model.embed_tokens.weight
     decoder.restore_positions()
     return decoder
+
+
+TensorSource = Callable[[str], Tensor]
+
+
+class ExpertOnDemand(nn.Module):
+    """Stands for an expert until it is visited; `empty` is that expert without weights (on the meta device)."""
+
+    def __init__(self, empty: nn.Module, prefix: str, source: TensorSource) -> None:
+        super().__init__()
+        # In a tuple, nn.Module does not see it: moving or counting weights leaves out what was never visited.
+        self._waiting: tuple[nn.Module, str, TensorSource] | None = (empty, prefix, source)
+        self.expert: nn.Module | None = None
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """The expert's output, on the device that its input is on."""
+        if self._waiting is not None:
+            self.expert = _with_weights(*self._waiting).to(x_ND.device)
+            self._waiting = None
+        assert self.expert is not None
+        output_ND: Tensor = self.expert(x_ND)
+        return output_ND
+
+
+def load_on_demand(values: Mapping[str, Any], present: Collection[str], source: TensorSource) -> Decoder:
+    """The assembled model of a config.json; `present` are the names of the tensors that `source` can give.
+
+    Raises MismatchError when names are missing or left over; shapes of experts are checked when they are read.
+    """
+    config, vocab_size = model_config_of(values), int(values["vocab_size"])
+    with torch.device("meta"):
+        decoder = build_moe(config, vocab_size, experts_of(values), values["num_experts_per_tok"])
+    wanted = {name for name, _ in decoder.named_parameters()}
+    if wrong := sorted(wanted ^ set(present)):
+        state = "is missing" if wrong[0] in wanted else "is left over"
+        raise MismatchError(
+            f"weights must have the tensors that config.json says, but {wrong[0]} {state} ({len(wrong)} tensors "
+            "differ); use files of one model"
+        )
+    for index, layer in enumerate(moe_layers(decoder)):
+        block = f"model.layers.{index}.{names.MOE_BLOCK[config.family]}.experts."
+        layer.experts = nn.ModuleList(
+            ExpertOnDemand(expert, f"{block}{slot}.", source) for slot, expert in enumerate(layer.experts)
+        )
+    return fill(decoder, {name: source(name) for name, _ in decoder.named_parameters()})
+
+
+def _with_weights(expert: nn.Module, prefix: str, source: TensorSource) -> nn.Module:
+    tensors = {name: source(prefix + name) for name, _ in expert.named_parameters()}
+    for name, weight in expert.named_parameters():
+        if tensors[name].shape != weight.shape:
+            raise MismatchError(
+                f"{prefix}{name} must have shape {tuple(weight.shape)}, but in the weights it has "
+                f"{tuple(tensors[name].shape)}; use files of one model"
+            )
+    expert.load_state_dict(tensors, assign=True)
+    return expert.requires_grad_(False)

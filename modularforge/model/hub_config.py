@@ -28,6 +28,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 """A tokenizer as Hugging Face stores it; all but the first may be missing."""
+TOKENIZER_NAME = TOKENIZER_FILES[0]
 
 FRESH: Mapping[str, Any] = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "dtype": "float32"}
 """What a model that was not pretrained says of its special tokens and weights."""
@@ -118,6 +119,24 @@ def end_tokens(values: Mapping[str, Any]) -> tuple[int, ...]:
     """The ids that end a text, from a config.json or generation_config.json: one, several or none."""
     found = values.get("eos_token_id")
     return () if found is None else tuple(found) if isinstance(found, list) else (found,)
+
+
+def special_ids(values: Mapping[str, Any], tokenizer: bytes) -> tuple[int, ...]:
+    """Ids of the tokens that are no text, from the contents of config.json and tokenizer.json; raises DataError.
+
+    They are those that the tokenizer calls special, and those that settings name.
+    """
+    named = [values.get(name) for name in ("bos_token_id", "pad_token_id")]
+    found = {*end_tokens(values), *(token for token in named if isinstance(token, int))}
+    try:
+        added = parse_object(tokenizer).get("added_tokens", [])
+        found |= {int(token["id"]) for token in added if token.get("special")}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"tokenizer.json must list its added tokens with ids, but does not ({error}); make its artifact again"
+        ) from error
+    # Old settings say -1 for none, and a tokenizer may know tokens that the model has not.
+    return tuple(sorted(token for token in found if 0 <= token < int(values["vocab_size"])))
 
 
 def model_config_of(values: Mapping[str, Any]) -> ModelConfig:

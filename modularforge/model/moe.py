@@ -4,7 +4,7 @@ Two routers share one layer: `Router` holds a row per expert (the assembled mode
 beside a public row fixed at zero (an expert's own training). Both give logits; the layer renormalises the top k.
 """
 
-# N tokens  D width  F FFN width  E experts  A active experts
+# N tokens  D width  F FFN width  E experts  A active experts  H head width
 
 from __future__ import annotations
 
@@ -149,3 +149,40 @@ def router_z_loss(decoder: Decoder) -> Tensor:
     """Mean over layers and tokens of logsumexp(logits) squared (ST-MoE, arXiv 2202.08906, section 3.3)."""
     logits = [layer.observed_logits for layer in moe_layers(decoder) if layer.observed_logits is not None]
     return torch.stack([torch.logsumexp(item, dim=-1).square().mean() for item in logits]).mean()
+
+
+def load_balance_loss(decoder: Decoder) -> Tensor:
+    """Mean over layers of E times the sum of share of visits and mean probability (arXiv 2101.03961, section 2.2).
+
+    It is 1 when all experts are visited alike.
+    """
+    terms = []
+    for layer in moe_layers(decoder):
+        assert layer.observed_logits is not None
+        probability_E = layer.observed_logits.softmax(dim=-1).mean(dim=0)
+        _, visited_NA = layer.choose(layer.observed_logits)
+        share_E = torch.bincount(visited_NA.flatten(), minlength=len(probability_E)) / visited_NA.numel()
+        terms.append(len(probability_E) * (share_E * probability_E).sum())
+    return torch.stack(terms).mean()
+
+
+def shape_without_channels(decoder: Decoder) -> ModelConfig:
+    """The shape without the last channels, where the final norm hides some, and without the heads that write there.
+
+    It is the decoder's own where there are none.
+    """
+    model = decoder.config
+    seen_D = decoder.model.norm.weight.detach().nonzero()
+    width = int(seen_D[-1]) + 1 if len(seen_D) else model.width
+    if width == model.width:
+        return model
+    heads = max(_visible_heads(block.self_attn.o_proj.weight.detach()[:width], model) for block in decoder.blocks)
+    per_group = model.heads // model.kv_heads
+    groups = -(-heads // per_group)
+    return model.model_copy(update={"width": width, "heads": groups * per_group, "kv_heads": groups})
+
+
+def _visible_heads(output_DN: torch.Tensor, model: ModelConfig) -> int:
+    """Heads up to the last one whose output reaches a channel that is seen."""
+    written = output_DN.reshape(len(output_DN), model.heads, -1).any(dim=2).any(dim=0).nonzero()
+    return int(written[-1]) + 1 if len(written) else model.heads

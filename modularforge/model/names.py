@@ -19,7 +19,6 @@ PARTS = ("w1", "w2", "w3")
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
-TOKEN_COUNTS = "tokens"  # in a statistics file: how often each token of the vocabulary occurs
 
 MOE_BLOCK: dict[Family, str] = {"llama": "block_sparse_moe", "qwen3": "mlp"}
 """What the mixture is called in a layer of the assembled model."""
@@ -48,39 +47,9 @@ def gate(layer: int, family: Family = "llama") -> str:
     return f"model.layers.{layer}.{MOE_BLOCK[family]}.gate.weight"
 
 
-def query_projection(layer: int) -> str:
-    """Name of a layer's query projection."""
-    return f"model.layers.{layer}.self_attn.q_proj.weight"
-
-
-def key_projection(layer: int) -> str:
-    """Name of a layer's key projection."""
-    return f"model.layers.{layer}.self_attn.k_proj.weight"
-
-
-def head_norm(layer: int, part: str) -> str:
-    """Name of the norm over each head's queries (q_norm) or keys (k_norm), which Qwen3 has."""
+def attention(layer: int, part: str) -> str:
+    """Name of a layer's q_proj, k_proj, v_proj or o_proj, or of Qwen3's norm over a head's queries or keys (q_norm)."""
     return f"model.layers.{layer}.self_attn.{part}.weight"
-
-
-def value_projection(layer: int) -> str:
-    """Name of a layer's value projection."""
-    return f"model.layers.{layer}.self_attn.v_proj.weight"
-
-
-def output_projection(layer: int) -> str:
-    """Name of a layer's attention output projection."""
-    return f"model.layers.{layer}.self_attn.o_proj.weight"
-
-
-def first_moment(layer: int) -> str:
-    """Name, in a statistics file, of the sum of a layer's router inputs."""
-    return f"layers.{layer}.sum"
-
-
-def second_moment(layer: int) -> str:
-    """Name, in a statistics file, of the sum of outer products of a layer's router inputs."""
-    return f"layers.{layer}.outer"
 
 
 def is_dense_ffn(name: str) -> bool:

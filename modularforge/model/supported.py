@@ -16,9 +16,7 @@ from modularforge.errors import DataError
 DENSE_TYPES = ("llama", "mistral", "qwen3")
 MOE_TYPES = ("mixtral", "qwen3_moe")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-# `mscale` and `mscale_all_dim` are DeepSeek's, whose model types we do not compute.
-DEEPSEEK_KEYS = {"mscale", "mscale_all_dim"}
-ROPE_KEYS = {*RopeScalingConfig.model_fields, "type", "rope_theta", "partial_rotary_factor"} - DEEPSEEK_KEYS
+ROPE_KEYS = {*RopeScalingConfig.model_fields, "type", "rope_theta", "partial_rotary_factor"}
 
 WHY_NO_BIAS = "attention and feed-forward blocks without biases, since the assembled model has no place for them"
 Check = Callable[[Any], bool]

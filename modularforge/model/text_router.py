@@ -3,7 +3,7 @@
 Each expert, and the public one, is a hypothesis about the text. A token's evidence moves their posterior; between two
 tokens the text may switch (the fixed share of Herbster and Warmuth, Machine Learning 32, 1998), so that no posterior
 grows too sure to leave a domain. All layers route by the posterior's logarithm. The tables are solved from counts
-(assembly/text_evidence.py) and lie beside a model's weights; without them the model routes by its own rows.
+(routing/text_evidence.py) and lie beside a model's weights; without them the model routes by its own rows.
 """
 
 # B batch  T tokens  V vocabulary  P pairs  E experts  R routed slots (E, and the public one before them if it is kept)

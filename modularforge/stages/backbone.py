@@ -5,61 +5,56 @@ With `model.pretrained` it starts from that model, and with `backbone.steps` 0 i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from modularforge.artifacts import Corpus, derived_seed, even_streams
-from modularforge.assembly.small_files import TOKENIZER_NAME, special_ids
-from modularforge.assembly.text_counts import COUNTS_NAME, counts_of, save_counts
-from modularforge.config import Config
-from modularforge.data.loader import batches
+from checkpoints import Artifact
+from modularforge.artifacts import even_streams
 from modularforge.log import logger
 from modularforge.model.backbone import Decoder
-from modularforge.model.hub_config import read_config
-from modularforge.pipeline import finished, plan_stage, require
+from modularforge.model.hub_config import TOKENIZER_NAME, read_config, special_ids
 from modularforge.pretrained.fetch import local_model
+from modularforge.pretrained.shape import check_shape
 from modularforge.pretrained.sources import published_name
 from modularforge.provenance import commit, making, save_settings
-from modularforge.training.backbone_job import sample_windows, save_backbone, train_backbone
+from modularforge.routing.text_counts import COUNTS_NAME
+from modularforge.run import Run
+from modularforge.tasks.task import task_of
+from modularforge.training.backbone_job import save_backbone, train_backbone
 from modularforge.training.distributed import joined_world
 from modularforge.training.job import Job
-from modularforge.training.loop import Batch
 from modularforge.training.losses import mean_loss
 
 
-def run(config: Config) -> None:
+def run(run: Run) -> Artifact:
     """Train and commit unless it is done (called on every rank; rank 0 writes)."""
-    plan = plan_stage(config, "backbone")
-    if finished(plan):
+    plan, config = run.plan("backbone"), run.config
+    if found := run.finished(plan):
         logger.info("backbone is finished: %s", plan.url)
-        return
-    corpus = Corpus(require(config, "corpus"))
-    tokens, context = corpus.tokens("train").tokens, config.model.context_length
+        return found
+    corpus, task, context = run.corpus, task_of(config), config.model.context_length
+    examples = task.everything(config, corpus)
     held_out = even_streams(corpus.domains("validation"), config.training.validation_tokens)
     job = Job.of_run(config, "backbone", config.backbone, plan.fingerprint)
     with joined_world() as world:
         if world.is_main:
             save_settings(config)
 
-        def batches_from(position: int) -> Iterator[Batch]:
-            seed = derived_seed(config.seed, "backbone order")
-            return batches(tokens, context, config.backbone.batch_size, seed, position, world.rank, world.size)
-
         def validate(model: Decoder) -> float:
             return mean_loss(model, held_out, context, config.evaluation.batch_size, world)
 
         pretrained = local_model(config.model.pretrained) if config.model.pretrained else None
-        model, losses = train_backbone(config, corpus.vocab_size, job, batches_from, validate, world, pretrained)
+        if pretrained is not None:  # resolved settings are not compared with it where they are read
+            check_shape(config.model.model_dump(mode="json"), read_config(pretrained), str(config.model.pretrained))
+        sizes = config, corpus.vocab_size
+        model, losses = train_backbone(*sizes, task.loss, job, examples, validate, world, pretrained)
         if world.is_main:
-            stream = batches(tokens, context, 1, derived_seed(config.seed, "backbone statistics"))
-            windows = config.experts.statistics_tokens // context
-            sample = sample_windows(stream, windows, config.evaluation.batch_size)
             with making(plan) as writer:
-                facts = save_backbone(config, model, writer.folder, corpus.tokenizer, sample, world, pretrained)
+                statistics = task.statistics(model, examples, world.device)
+                facts = save_backbone(config, model, writer.folder, corpus.tokenizer, statistics, pretrained)
                 special = special_ids(read_config(writer.folder), (writer.folder / TOKENIZER_NAME).read_bytes())
-                save_counts(writer.folder / COUNTS_NAME, counts_of(config, tokens, model.vocab_size, special))
+                task.save_counts(config, examples, model.vocab_size, special, writer.folder / COUNTS_NAME)
                 data = {name: corpus.artifact.manifest.facts.get(name) for name in ("labels", "splits")}
                 if config.model.pretrained:
                     hub = published_name(config.model.pretrained)
                     facts["pretrained"] = {"hub": hub, "identity": plan.inputs["pretrained"]}
-                commit(writer, plan, config, {**losses, **facts, "data": data})
+                commit(writer, plan, run, {**losses, **facts, "data": data})
         world.barrier()
+    return run.made("backbone")

@@ -1,27 +1,40 @@
 """The runs of a study: one normal run folder per seed and recipe; what another has made is copied, not made again.
 
 Data and partitions lie beside the runs, one folder for each way of dividing the documents; all hold the same corpus.
+
+On a cluster each run is handed to `python -m launcher --cluster` as the run that it is. Data and partitions are made
+here, because runs share them. Runs that need a backbone of their own go first; the others copy it from them, and
+whatever else they share, and follow. What the launcher made is then found like anything else, so that only measuring
+is left to this process.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from checkpoints import Artifact, MissingArtifactError, find_artifact, paths
 from checkpoints.copying import copy_artifact
+from checkpoints.screen import shown_command
 from modularforge.artifacts import Backbone, Corpus
-from modularforge.config import TRAINED_ON_ALL, Config
-from modularforge.errors import ConfigError
+from modularforge.config import Config
+from modularforge.errors import ConfigError, TrainingError
 from modularforge.log import logger
-from modularforge.pipeline import Plan, fingerprint, finished, job_name, plan_stage, stage_settings, stage_url
+from modularforge.pipeline import MADE_BY, NEVER, STAGES, JobName, Plan, fingerprint, stage_settings, stage_url
 from modularforge.provenance import save_settings
-from modularforge.runners import RUNNERS
-from modularforge.settings import load_config
-from modularforge.study.study_file import StudyFile
+from modularforge.run import Run
+from modularforge.settings import load_config, to_yaml
+from modularforge.study.study_file import NEEDS, StudyFile, Variant
+
+SETTINGS_NAME = "launch.yaml"
+BASELINE_OF = {name: stage.baseline for name, stage in STAGES.items() if stage.baseline not in (None, NEVER)}
+# The router of a BTX merge is trained here, from branches that the cluster trained.
+BASELINE_OF |= {"btx": "btx"}
 
 
 @dataclass(frozen=True)
@@ -58,11 +71,11 @@ class Runs:
             config = config.model_copy(update={"assembly": every})
         return config.model_copy(update={"data_dir": self._data_url(config)})
 
-    def run(self, seed: int, recipe: str) -> Run:
+    def run(self, seed: int, recipe: str) -> StudyRun:
         """One run."""
         config = self.config(seed, recipe)
         others = [self.config(seed, name) for name in self.study.recipes if name != recipe]
-        return Run(config, others)
+        return StudyRun(config, others)
 
     def _data_url(self, config: Config) -> str:
         """The data folder of this way of dividing the documents."""
@@ -71,46 +84,42 @@ class Runs:
 
 
 @dataclass(frozen=True)
-class Run:
+class StudyRun:
     """One run folder; `others` are the runs of the same seed, whose artifacts it takes when they are what it needs."""
 
     config: Config
     others: list[Config]
 
+    @cached_property
+    def run(self) -> Run:
+        """The run itself."""
+        return Run(self.config)
+
     def obtain(self, stage: str, index: int | None = None) -> Artifact:
         """The artifact of a stage: found here, copied from another run, or made now."""
-        if stage != "corpus":
-            self.obtain("corpus" if stage == "partitions" else "partitions")
-        if stage not in ("corpus", "partitions", "backbone"):
-            self.obtain("backbone")
-        if stage == "btx":
-            self.obtain_each("branch")
-        plan = plan_stage(self.config, stage, index)
-        artifact = finished(plan) or self._copied(plan, stage, index)
+        for needed in STAGES[stage].inputs:
+            if (name := MADE_BY.get(needed, needed)) in STAGES:
+                self.obtain_each(name)
+        plan = self.run.plan(stage, index)
+        artifact = self.run.finished(plan) or self._copied(plan, stage, index)
         if artifact is None:
             save_settings(self.config)
-            logger.info("%s: %s", self.config.output_dir, job_name(stage, index))
-            RUNNERS[stage](self.config, *([] if index is None else [index]))
-            artifact = finished(plan)
-        if artifact is None:
-            raise MissingArtifactError(f"{plan.url} must be there after its stage ran, but is not; see the log")
+            logger.info("%s: %s", self.config.output_dir, JobName(stage, index))
+            self.run.make(stage, index)
+            artifact = self.run.made(stage, index)
         return artifact
 
     def take_all(self) -> None:
         """Copy everything that another run has and this one would make alike; nothing is trained."""
-        self._take("backbone")
-        if find_artifact(stage_url(self.config, "backbone")):
-            for stage in TRAINED_ON_ALL:
-                self._take(stage)
-            for index in range(self.config.experts.count):
-                self._take("expert", index)
-                self._take("branch", index)
-            with contextlib.suppress(MissingArtifactError):
-                self._take("btx")
+        for stage in STAGES.values():
+            if stage.phase is not None and stage.name != "calibrated":
+                for index in stage.indices(self.config):
+                    with contextlib.suppress(MissingArtifactError):
+                        self._take(stage.name, index)
 
     def obtain_each(self, stage: str) -> list[Artifact]:
         """The artifacts of all experts, or of all branches."""
-        return [self.obtain(stage, index) for index in range(self.config.experts.count)]
+        return [self.obtain(stage, index) for index in STAGES[stage].indices(self.config)]
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -123,8 +132,8 @@ class Run:
         return Backbone(self.obtain("backbone"))
 
     def _take(self, stage: str, index: int | None = None) -> None:
-        plan = plan_stage(self.config, stage, index)
-        if not finished(plan):
+        plan = self.run.plan(stage, index)
+        if not self.run.finished(plan):
             self._copied(plan, stage, index)
 
     def _copied(self, plan: Plan, stage: str, index: int | None) -> Artifact | None:
@@ -133,5 +142,53 @@ class Run:
             if artifact and artifact.manifest.fingerprint == plan.fingerprint:
                 logger.info("%s is taken from %s", plan.url, artifact.url)
                 copy_artifact(artifact, plan.url, lambda _: None)
-                return find_artifact(plan.url)
+                return self.run.made(stage, index)
         return None
+
+
+def train_on_cluster(runs: Runs, variants: Sequence[Variant], seeds: Sequence[int]) -> None:
+    """Submit what the variants need, in two waves, and wait for it; raises TrainingError when a run failed."""
+    waves: tuple[list[StudyRun], list[StudyRun]] = ([], [])
+    for seed in seeds:
+        backbones: set[str] = set()
+        for recipe in dict.fromkeys(variant.recipe for variant in variants if seed in variant.seeds):
+            run = runs.run(seed, recipe)
+            backbone = fingerprint("backbone", stage_settings(run.config, "backbone"), {})
+            waves[backbone in backbones].append(run)
+            backbones.add(backbone)
+    for wave in waves:
+        launched = [_launch(run, _baselines(variants, run)) for run in wave]
+        failed = [url for url in launched if not _launcher("wait", url)]
+        if failed:
+            command = shown_command("python", "-m", "launcher", "status", "--config", failed[0])
+            raise TrainingError(
+                f"all runs of the study must end well, but these did not: {', '.join(failed)}; see `{command}`, and "
+                "repeat the command"
+            )
+
+
+def _launch(run: StudyRun, baselines: list[str]) -> str:
+    """Submit one run; returns the URL of its settings."""
+    run.obtain("partitions")
+    run.take_all()
+    evaluation = run.config.evaluation.model_copy(update={"baselines": baselines})
+    config: Config = run.config.model_copy(update={"evaluation": evaluation})
+    url = paths.join(config.output_dir, SETTINGS_NAME)
+    paths.replace_bytes(url, to_yaml(config).encode())
+    logger.info("submitting %s", config.output_dir)
+    if not _launcher("--cluster", url):
+        raise TrainingError(f"{config.output_dir} must be submitted, but the launcher failed; see its message above")
+    return url
+
+
+def _baselines(variants: Sequence[Variant], run: StudyRun) -> list[str]:
+    """The baselines that the variants of a run need, as `evaluation.baselines` names them."""
+    recipe = run.config.output_dir.rstrip("/").rsplit("/", 1)[-1]
+    stages = {NEEDS[variant.kind] for variant in variants if variant.recipe == recipe}
+    return list(dict.fromkeys(name for stage, name in BASELINE_OF.items() if stage in stages))
+
+
+def _launcher(command: str, settings_url: str) -> bool:
+    """Run a command of the launcher; whether it ended well."""
+    words = [sys.executable, "-m", "launcher", command, "--config", settings_url]
+    return subprocess.run(words, check=False).returncode == 0

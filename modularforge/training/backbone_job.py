@@ -1,25 +1,22 @@
-"""The backbone's job: random or pretrained weights in, a Hugging Face folder and router statistics out."""
-
-# B batch  T tokens
+"""The backbone's job, and how whole trained models are written: as Hugging Face folders, with what routers need."""
 
 from __future__ import annotations
 
-import itertools
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from checkpoints.safetensors import WEIGHTS_NAME
 from modularforge.artifacts import Backbone, derived_seed
-from modularforge.assembly.small_files import copy_text_files
-from modularforge.assembly.statistics import STATISTICS_NAME, save_statistics
+from modularforge.assembly.card import copy_text_files
 from modularforge.config import Config
 from modularforge.data.tokenizer import adopt_tokenizer, save_tokenizer
 from modularforge.errors import MismatchError
+from modularforge.experts.trainable import Loss, trainable
+from modularforge.model import names
 from modularforge.model.backbone import Decoder, build_backbone
 from modularforge.model.folder import backbone_tensors, cast_like, load_pretrained, read_tensors, save_tensors
 from modularforge.model.hub_config import (
@@ -28,30 +25,32 @@ from modularforge.model.hub_config import (
     backbone_config,
     generation_config,
     model_config_of,
+    moe_config,
     read_config,
     write_json,
 )
+from modularforge.model.moe import moe_layers
 from modularforge.model.sizes import model_sizes
+from modularforge.routing.statistics import STATISTICS_NAME, RouterStatistics, save_statistics
+from modularforge.tasks.task import Examples
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
-from modularforge.training.loop import Batch, fit
-from modularforge.training.losses import language_loss
-from modularforge.training.statistics import gather_statistics
+from modularforge.training.loop import fit
 
 
 def train_backbone(
     config: Config,
     vocab_size: int,
+    loss: Loss,
     job: Job,
-    batches_from: Callable[[int], Iterator[Batch]],
+    examples: Examples,
     validate: Callable[[Decoder], float],
     world: World,
     pretrained: Path | None = None,
 ) -> tuple[Decoder, dict[str, float | None]]:
     """A trained backbone and its final losses (called on every rank).
 
-    `batches_from(position)` yields this rank's share of each batch from that position on. Training starts from the
-    model folder `pretrained`, or from random weights.
+    Training starts from the model folder `pretrained`, or from random weights.
     """
     torch.manual_seed(derived_seed(config.seed, "backbone weights"))
     model = load_pretrained(pretrained) if pretrained else build_backbone(config.model, vocab_size)
@@ -60,7 +59,7 @@ def train_backbone(
             f"{pretrained} must have an entry for each of the tokenizer's {vocab_size} ids, but its vocabulary has "
             f"{model.vocab_size}; use the tokenizer that belongs to it"
         )
-    losses = fit(model, language_loss, job, batches_from, lambda: validate(model), world)
+    losses = fit(trainable(model, loss), examples, job, lambda: validate(model), world)
     return model, losses
 
 
@@ -69,11 +68,10 @@ def save_backbone(
     model: Decoder,
     folder: Path,
     tokenizer: Tokenizer | None,
-    sample: Iterable[Tensor],
-    world: World,
+    statistics: RouterStatistics,
     pretrained: Path | None = None,
 ) -> dict[str, object]:
-    """Write a model folder that transformers loads, and the statistics of `sample` (batches of ids [B, T]).
+    """Write a model folder that transformers loads, and the statistics of what its routers would see.
 
     What began as the model folder `pretrained` keeps its special tokens, its tokenizer and the type of its weights; the
     bytes of the weights too when they were not trained. Returns facts for the manifest.
@@ -86,7 +84,7 @@ def save_backbone(
         write_json(folder / GENERATION_NAME, generation_config())
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder, model.config.positions)
-    save_statistics(folder / STATISTICS_NAME, gather_statistics(model, sample, world.device))
+    save_statistics(folder / STATISTICS_NAME, statistics)
     sizes = model_sizes(model.config, model.vocab_size)
     tokens = config.backbone.steps * config.backbone.batch_size * config.model.context_length
     return {"parameters": sizes.parameters, "training_tokens": tokens}
@@ -103,6 +101,16 @@ def save_trained_on(model: Decoder, backbone: Backbone, folder: Path) -> None:
     copy_text_files(backbone.artifact, folder)
 
 
+def save_mixture(model: Decoder, backbone: Backbone, folder: Path) -> None:
+    """Write a mixture with the backbone's tokenizer: weights in the type of the backbone's, router rows in float32."""
+    dtype, layer = backbone.tensors[names.EMBEDDING].dtype, moe_layers(model)[0]
+    tensors = {name: t if names.is_gate(name) else t.to(dtype) for name, t in backbone_tensors(model).items()}
+    save_tensors(tensors, folder / WEIGHTS_NAME)
+    shape = model.config, model.vocab_size, len(layer.experts), layer.experts_per_token
+    write_json(folder / CONFIG_NAME, moe_config(*shape, backbone.values))
+    copy_text_files(backbone.artifact, folder)
+
+
 def _save_pretrained(model: Decoder, folder: Path, pretrained: Path) -> None:
     """Weights in the type they came in: those that were not trained get their very bytes back."""
     types = {name: tensor.dtype for name, tensor in read_tensors(pretrained).items()}
@@ -114,9 +122,3 @@ def _save_pretrained(model: Decoder, folder: Path, pretrained: Path) -> None:
     else:
         write_json(folder / GENERATION_NAME, generation_config(values))
     adopt_tokenizer(pretrained, folder)
-
-
-def sample_windows(stream: Iterator[Batch], windows: int, batch_size: int) -> Iterator[Tensor]:
-    """Inputs of about `windows` windows, from a stream of single ones, in batches [B, T]."""
-    for _ in range(max(1, windows // batch_size)):
-        yield torch.cat([inputs_1T for inputs_1T, _, _ in itertools.islice(stream, batch_size)])

@@ -16,6 +16,8 @@ from torch import nn
 
 from modularforge.ranks import own_rank, remove_empty_scratch
 
+# A rank that died is noticed by the others after so long. They also wait here while rank 0 alone gathers statistics and
+# commits, so a much shorter one would end healthy jobs.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 
 
@@ -73,18 +75,17 @@ def default_device(local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def parallelise(model: nn.Module, world: World) -> nn.Module:
-    """Wrap a model in DDP when there is more than one rank; gradients are then averaged over ranks."""
+def parallelise(model: nn.Module, world: World, may_skip_parameters: bool = False) -> nn.Module:
+    """Wrap a model in DDP when there is more than one rank; gradients are then averaged over ranks.
+
+    With `may_skip_parameters`, a rank's batch may leave some without a gradient; looking for them costs a little.
+    """
     if world.size == 1:
         return model
-    device_ids = [world.device.index] if world.device.type == "cuda" else None
-    # A router that reads the text sends all layers the same way, so that an expert may get no token of a rank's batch
-    # in any of them; and its tables are the same everywhere.
-    reads_text = getattr(model, "text_router", None) is not None
     return nn.parallel.DistributedDataParallel(
         model,
-        device_ids=device_ids,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        find_unused_parameters=reads_text,
-        broadcast_buffers=not reads_text,
+        find_unused_parameters=may_skip_parameters,
+        broadcast_buffers=False,  # tables and rotary frequencies, which are the same everywhere
     )

@@ -7,6 +7,7 @@ from typing import Literal
 
 from modularforge.config import Config, PhaseConfig, TrainingConfig
 from modularforge.pipeline import checkpoint_url, metrics_url
+from modularforge.tasks.task import task_of
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,12 @@ class Job:
     tensorboard: Literal["auto", "on", "off"] = "off"
     speaks: bool = True
     """Whether its progress is told in the log; a check has words of its own."""
+    unit: str = "tokens"
+    """What the units of its batches are called in the metrics."""
 
     @staticmethod
     def of_run(config: Config, name: str, phase: PhaseConfig, fingerprint: str) -> Job:
         """A job of a run, with its checkpoints and metrics in their places there."""
         places = checkpoint_url(config, name), metrics_url(config, name)
-        return Job(name, phase, config.training, fingerprint, *places, config.metrics.tensorboard)
+        unit = task_of(config).unit
+        return Job(name, phase, config.training, fingerprint, *places, config.metrics.tensorboard, unit=unit)

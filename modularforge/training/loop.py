@@ -1,12 +1,12 @@
-"""One loop for backbone, experts, baselines and calibration; it knows none of them.
+"""One loop for backbone, experts, baselines and calibration; it knows no kind of expert and no task.
 
-`fit` trains a model on batches that restart from their state, so that a job killed anywhere continues from its newest
-checkpoint with the same losses, bit for bit on a deterministic device.
+`fit` trains what a `Trainable` names on batches that restart from their position, so that a job killed anywhere
+continues from its newest checkpoint with the same losses, bit for bit on a deterministic device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 
 import torch
@@ -15,105 +15,117 @@ from torch import Tensor, nn
 from checkpoints.screen import progress
 from modularforge.config import TrainingConfig
 from modularforge.errors import Interrupted
+from modularforge.experts.trainable import Trainable
 from modularforge.model.backbone import perplexity
+from modularforge.tasks.task import Batch, Examples
+from modularforge.training.checkpointing import Checkpointing, StopFlag, stop_on_signals
 from modularforge.training.distributed import World, parallelise
 from modularforge.training.job import Job
-from modularforge.training.keeper import Keeper
-from modularforge.training.meter import Meter
-from modularforge.training.optimizer import build_optimizer, learning_rate, trained_parameters
-from modularforge.training.signals import StopFlag, stop_on_signals
-from modularforge.training.state import Trainer
-from modularforge.training.teller import Teller
-
-Batch = tuple[Tensor, Tensor, int]
-"""Inputs [B, T], targets [B, T] and the position after them, which restarts the stream there."""
-
-LossFunction = Callable[[nn.Module, Tensor, Tensor], Tensor]
+from modularforge.training.meter import Meter, Reporter
+from modularforge.training.optimizer import Trainer, build_optimizer, learning_rate, set_rate
 
 
 def fit(
-    model: nn.Module,
-    loss_of: LossFunction,
+    trainable: Trainable,
+    examples: Examples,
     job: Job,
-    batches_from: Callable[[int], Iterator[Batch]],
     validate: Callable[[], float],
     world: World,
 ) -> dict[str, float | None]:
     """Train `job.phase.steps` steps and return the final losses (called on every rank; rank 0 writes).
 
-    `batches_from(position)` yields this rank's share of each global batch, `loss_of` the mean loss of a batch and
-    `validate` the validation loss. Raises TrainingError on a non-finite loss and Interrupted after a stop signal, both
-    before anything is saved as finished.
+    `validate` gives the validation loss, which is that of the job's own model. Raises TrainingError on a non-finite
+    loss and Interrupted after a stop signal, both before anything is saved as finished.
     """
-    model.to(world.device)
-    trainer = Trainer(model, build_optimizer(model, job.phase, job.training))
-    keeper = Keeper(job, world)
-    keeper.resume(trainer)
-    wrapped = parallelise(model, world)
-    if job.training.compile:
-        wrapped = torch.compile(wrapped)  # type: ignore[assignment]
+    trainable.model.to(world.device)
+    trainer = Trainer(trainable, build_optimizer(trainable.groups, job.phase, job.training))
+    checkpoints = Checkpointing(job, world)
+    checkpoints.resume(trainer)
+    wrapped = _Wrapped(trainable, job, world)
     with closing(Meter(job, world, trainer.step)) as meter:
-        batches = batches_from(trainer.position)
+        batches = examples.batches(trainer.position, world.rank, world.size)
         showing = progress(job.name, job.phase.steps, start=trainer.step, is_wanted=world.is_main)
-        with keeper, stop_on_signals() as stop, showing as bar:
-            teller = Teller(job, bar, trainer.step, job.speaks and world.is_main)
+        with checkpoints, stop_on_signals() as stop, showing as bar:
+            reporter = Reporter(job, bar, trainer.step, job.speaks and world.is_main)
             while trainer.step < job.phase.steps:
                 rate = learning_rate(job.phase, trainer.step)
                 with meter.waiting_for_data():
-                    inputs_BT, targets_BT, trainer.position = next(batches)
-                loss, norm = _step(trainer, wrapped, loss_of, inputs_BT, targets_BT, rate, job, world)
-                trainer.step += 1
-                meter.count(loss, norm, inputs_BT.numel() * world.size)
-                stopping = keeper.agree_to_stop(bool(stop))
+                    batch = next(batches)
+                trainable.before_step(trainer.step)
+                loss, norm = _step(trainer, wrapped.model(), batch, rate, job, world)
+                trainer.step, trainer.position = trainer.step + 1, batch.position
+                meter.count(loss, norm, batch.units)
+                stopping = checkpoints.agree_to_stop(bool(stop))
                 saving = stopping or trainer.step % job.training.checkpoint_every == 0
+                # Whatever is saved was reported just before, and so found finite.
                 reporting = saving or _due(trainer.step, job.training.log_every, job)
                 if reporting:
-                    trainer.train_loss = meter.report(trainer.step, rate)
+                    trainer.train_loss = meter.report(trainer.step, rate, trainable.observations())
                 if _due(trainer.step, job.training.validate_every, job):
-                    trainer.validation_loss = _validated(model, validate, meter, trainer.step)
+                    trainer.validation_loss = _validated(trainable.model, validate, meter, trainer.step)
                 if reporting:
-                    teller.tell(trainer, rate, meter.tokens_per_second)
+                    reporter.report(trainer, rate, meter.units_per_second)
                 if saving:
-                    keeper.save(trainer)
+                    checkpoints.save(trainer)
                     meter.flush()
                 if stopping:
-                    keeper.wait()
+                    checkpoints.wait()
                     raise Interrupted(_stop_message(trainer, job, stop))
                 bar.advance(1)
         if trainer.validation_loss is None:
-            trainer.validation_loss = _validated(model, validate, meter, trainer.step)
+            trainer.validation_loss = _validated(trainable.model, validate, meter, trainer.step)
         meter.flush()
-        teller.finish(trainer, meter.mean_speed)
+        reporter.finish(trainer, meter.mean_speed)
     return {"train_loss": trainer.train_loss, "validation_loss": trainer.validation_loss}
 
 
+class _Wrapped:
+    """The model as the ranks train it together: wrapped anew when other parameters learn, as phases may want.
+
+    DDP waits for the gradients of all parameters that required one when it was made.
+    """
+
+    def __init__(self, trainable: Trainable, job: Job, world: World) -> None:
+        self.trainable, self.compiles, self.world = trainable, job.training.compile, world
+        self._parameters = list(trainable.parameters.values())
+        self._learning: list[bool] = []
+        self._model: nn.Module | None = None
+
+    def model(self) -> nn.Module:
+        """The wrapped model for the parameters that learn now (called on every rank)."""
+        learning = [weight.requires_grad for weight in self._parameters]
+        if self._model is None or learning != self._learning:
+            self._learning, self._model = learning, None  # the old one lets go of its hooks first
+            wrapped = parallelise(self.trainable.model, self.world, self.trainable.may_skip_parameters)
+            self._model = torch.compile(wrapped) if self.compiles else wrapped  # type: ignore[assignment]
+        assert self._model is not None
+        return self._model
+
+
 def _step(
-    trainer: Trainer,
-    model: nn.Module,
-    loss_of: LossFunction,
-    inputs_BT: Tensor,
-    targets_BT: Tensor,
-    rate: float,
-    job: Job,
-    world: World,
+    trainer: Trainer, model: nn.Module, batch: Batch, rate: float, job: Job, world: World
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step over the accumulated pieces of a batch; returns its loss and gradient norm on the device."""
-    pieces = job.phase.accumulation_steps
-    for group in trainer.optimizer.param_groups:
-        group["lr"] = rate
+    count = job.phase.accumulation_steps
+    set_rate(trainer.optimizer, rate)
     model.train()
     total = torch.zeros((), device=world.device)
-    for index, (inputs, targets) in enumerate(zip(inputs_BT.chunk(pieces), targets_BT.chunk(pieces), strict=True)):
-        inputs = inputs.to(world.device, non_blocking=True)
-        targets = targets.to(world.device, non_blocking=True)
-        with _without_sync(model, index < pieces - 1), autocast(job.training, world.device):
-            loss = loss_of(model, inputs, targets) / pieces
+    for index, piece in enumerate(_pieces(batch.tensors, count)):
+        tensors = {name: tensor.to(world.device, non_blocking=True) for name, tensor in piece.items()}
+        with _without_sync(model, index < count - 1), autocast(job.training, world.device):
+            loss = trainer.trainable.loss(model, tensors) / count
             loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
-    norm = nn.utils.clip_grad_norm_(trained_parameters(trainer.model).values(), job.training.clip_norm)
+    norm = nn.utils.clip_grad_norm_(trainer.trainable.parameters.values(), job.training.clip_norm)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad(set_to_none=True)
     return total, norm
+
+
+def _pieces(tensors: Mapping[str, Tensor], count: int) -> Iterator[dict[str, Tensor]]:
+    """The batch in `count` pieces along its first axis."""
+    chunks = {name: tensor.chunk(count) for name, tensor in tensors.items()}
+    return (dict(zip(chunks, piece, strict=True)) for piece in zip(*chunks.values(), strict=True))
 
 
 def autocast(training: TrainingConfig, device: torch.device) -> AbstractContextManager[object]:

@@ -1,29 +1,50 @@
-"""AdamW and its schedule, and the optimizer's state as plain named tensors for checkpoints."""
+"""AdamW and its schedule, and the state of a training as plain named tensors for checkpoints."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modularforge.config import PhaseConfig, TrainingConfig
+from modularforge.errors import MismatchError
+from modularforge.experts.trainable import ParameterGroup, Trainable
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def build_optimizer(model: nn.Module, phase: PhaseConfig, training: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that require gradients; matrices decay, norm gains and embeddings do not."""
-    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    decayed = [weight for name, weight in trained if weight.dim() == 2 and "embed_tokens" not in name]
-    plain = [weight for name, weight in trained if weight.dim() != 2 or "embed_tokens" in name]
-    groups = [{"params": decayed, "weight_decay": phase.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=phase.peak_learning_rate,
-        betas=(training.beta1, training.beta2),
-        fused=True,
-    )
+def build_optimizer(
+    groups: Sequence[ParameterGroup], phase: PhaseConfig, training: TrainingConfig
+) -> torch.optim.AdamW:
+    """AdamW over all parameters of a job; matrices decay, norm gains and embeddings do not.
+
+    Those that are frozen at a step get no gradient, and AdamW leaves them and their moments alone.
+    """
+    made: list[dict[str, Any]] = []
+    for group in groups:
+        decay = phase.weight_decay if group.weight_decay is None else group.weight_decay
+        decayed = [weight for name, weight in group.parameters.items() if _decays(name, weight)]
+        plain = [weight for name, weight in group.parameters.items() if not _decays(name, weight)]
+        made += [
+            {"params": weights, "weight_decay": share, "rate_factor": group.rate_factor}
+            for weights, share in ((decayed, decay), (plain, 0.0))
+            if weights
+        ]
+    return torch.optim.AdamW(made, lr=phase.peak_learning_rate, betas=(training.beta1, training.beta2), fused=True)
+
+
+def _decays(name: str, weight: Tensor) -> bool:
+    return weight.dim() == 2 and "embed_tokens" not in name
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Let every group learn at its own share of a rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["rate_factor"]
 
 
 def learning_rate(phase: PhaseConfig, step: int) -> float:
@@ -36,29 +57,44 @@ def learning_rate(phase: PhaseConfig, step: int) -> float:
     return phase.peak_learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
-def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters that require gradients, by name; tied ones once."""
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+@dataclass
+class Trainer:
+    """What the loop carries from step to step: what learns, steps done, position in the data, and the newest losses."""
 
+    trainable: Trainable
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    position: Any = 0
+    train_loss: float | None = None
+    validation_loss: float | None = None
 
-def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Trained weights, AdamW's moments and torch's random state, each under a name of its own."""
-    tensors = {f"weights.{name}": weight.detach() for name, weight in trained_parameters(model).items()}
-    for name, weight in trained_parameters(model).items():
-        for moment, value in optimizer.state.get(weight, {}).items():
-            tensors[f"{moment}.{name}"] = value
-    tensors["random_state"] = torch.get_rng_state()
-    return tensors
+    def tensors(self) -> dict[str, Tensor]:
+        """All of the job's weights, AdamW's moments and torch's random state, each under a name of its own.
 
+        A weight that has never learned has no moments.
+        """
+        parameters = self.trainable.parameters
+        tensors = {f"weights.{name}": weight.detach() for name, weight in parameters.items()}
+        for name, weight in parameters.items():
+            for moment, value in self.optimizer.state.get(weight, {}).items():
+                tensors[f"{moment}.{name}"] = value
+        tensors["random_state"] = torch.get_rng_state()
+        return tensors
 
-def restore_training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `training_tensors` returned; names and shapes must be this model's."""
-    with torch.no_grad():
-        for name, weight in trained_parameters(model).items():
-            weight.copy_(tensors[f"weights.{name}"])
-            moments = {moment: tensors.get(f"{moment}.{name}") for moment in MOMENTS}
-            if moments["step"] is not None:
-                on_device = {k: v.to(weight.device, copy=True) for k, v in moments.items() if v is not None}
-                optimizer.state[weight] = on_device
-    # A copy: tensors read from a file may lie at addresses that torch's vector code cannot take.
-    torch.set_rng_state(tensors["random_state"].clone())
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `tensors` returned; raises MismatchError unless names are those of this job's parameters."""
+        parameters = self.trainable.parameters
+        saved = {name.removeprefix("weights.") for name in tensors if name.startswith("weights.")}
+        if wrong := sorted(saved ^ set(parameters)):
+            raise MismatchError(
+                f"a checkpoint must hold the parameters of its job, but {wrong[0]} ({len(wrong)} differ) is "
+                f"{'not one of them' if wrong[0] in saved else 'missing'}; delete the job's checkpoints to start again"
+            )
+        with torch.no_grad():
+            for name, weight in parameters.items():
+                weight.copy_(tensors[f"weights.{name}"])
+                moments = {moment: tensors[f"{moment}.{name}"] for moment in MOMENTS if f"{moment}.{name}" in tensors}
+                if moments:
+                    self.optimizer.state[weight] = {k: v.to(weight.device, copy=True) for k, v in moments.items()}
+        # A copy: tensors read from a file may lie at addresses that torch's vector code cannot take.
+        torch.set_rng_state(tensors["random_state"].clone())

@@ -18,8 +18,7 @@ from checkpoints import find_artifact, paths
 from modularforge.config import Config
 from modularforge.pipeline import checkpoint_url, metrics_url, stage_url
 from modularforge.settings import to_yaml
-from modularforge.stages import prepare
-from tests.conftest import ROOT, run_command, tiny_config
+from tests.conftest import ROOT, prepare_data, run_command, tiny_config
 
 FLOAT_TOLERANCE = 2e-5
 PATIENCE_SECONDS = 120
@@ -28,7 +27,7 @@ PATIENCE_SECONDS = 120
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("data")
-    prepare.run(tiny_config(folder / "run", data_dir=str(folder / "data")))
+    prepare_data(tiny_config(folder / "run", data_dir=str(folder / "data")))
     return str(folder / "data")
 
 
@@ -150,3 +149,16 @@ def test_accumulated_pieces_equal_one_batch(tmp_path: Path, data_dir: str, unint
     train(path)
     alone, pieces = losses(uninterrupted), losses(config)
     assert max(abs(alone[step] - pieces[step]) for step in alone) < FLOAT_TOLERANCE
+
+
+def test_two_ranks_go_through_phases_as_one_process_does(tmp_path: Path) -> None:
+    from modularforge.training.distributed import World
+    from tests import phases
+
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "two").mkdir()
+    alone = phases.train(tmp_path / "alone", World()).model.state_dict()
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.phases"]
+    subprocess.run([sys.executable, "-m", *command, str(tmp_path / "two")], cwd=ROOT, check=True, timeout=120)
+    found = torch.load(tmp_path / "two" / "weights.pt", weights_only=True)
+    assert all(torch.allclose(found[name], alone[name], atol=1e-5) for name in alone)

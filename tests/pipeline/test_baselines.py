@@ -16,10 +16,10 @@ from modularforge.model import names
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.hub_config import read_config
 from modularforge.model.moe import moe_layers, observe_routing
+from modularforge.model.upcycling import build_wide
 from modularforge.pipeline import stage_settings
 from modularforge.settings import make_config, to_yaml
-from modularforge.training.losses import language_loss
-from modularforge.training.wide import build_wide
+from modularforge.tasks.text import TEXT
 from tests.conftest import run_command
 
 
@@ -69,7 +69,7 @@ def test_a_wide_backbone_computes_the_same_and_its_copies_differ(evaluated: Path
     up_FD = wide.get_parameter(names.dense_ffn(1, "w3")).detach().chunk(3)
     assert min(float((a - b).abs().max()) for a, b in itertools.combinations(up_FD, 2)) > 1e-3
     gate_FD = wide.get_parameter(names.dense_ffn(1, "w1"))
-    language_loss(wide, tokens_BT, tokens_BT).backward()
+    TEXT.loss(wide, {"inputs": tokens_BT, "targets": tokens_BT}).backward()
     assert gate_FD.grad is not None
     steps_FD = gate_FD.grad.sign().chunk(3)  # of AdamW's first step
     assert not torch.equal(steps_FD[0], steps_FD[1]), "equal steps would leave the copies equal for good"

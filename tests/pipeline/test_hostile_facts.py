@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from checkpoints import UserError, open_artifact
+from modularforge.assembly.assemble import check_same_backbone
 from modularforge.assembly.card import model_card
-from modularforge.assembly.checks import check_same_backbone
 from modularforge.assembly.parts import parts_of
 from modularforge.config import Config
+from modularforge.experts.ffn import FFN
 from modularforge.facts import KINDS, fact
+from modularforge.run import Run
 from modularforge.stages import assemble, members
 from tests.mutation import FUZZ_INPUTS, values
 from tests.pipeline.test_members import copy_of_run
@@ -35,7 +37,7 @@ def test_facts_of_an_ordinary_run_are_as_their_stages_record_them(finished_run: 
 @pytest.mark.parametrize("part", PARTS)
 def test_hostile_facts_end_in_a_sentence(part: str, finished_run: Config, tmp_path: Path) -> None:
     run = copy_of_run(finished_run, tmp_path / "run", router="data_stats")
-    assemble.run(run)
+    assemble.run(Run(run))
     path = Path(run.output_dir) / part / "manifest.json"
     good: dict[str, Any] = json.loads(path.read_bytes())
     card_facts = open_artifact(f"{run.output_dir}/assembled").manifest.facts
@@ -48,8 +50,8 @@ def test_hostile_facts_end_in_a_sentence(part: str, finished_run: Config, tmp_pa
             backbone, expert, assembled = (open_artifact(f"{run.output_dir}/{name}") for name in PARTS)
             members.members_of(assembled)
             parts_of(assembled)
-            check_same_backbone(backbone, [expert])
-            assert model_card(run, backbone, [expert], card_facts)
+            check_same_backbone(FFN, backbone, [expert])
+            assert model_card(run, backbone, [expert], card_facts, "A model.")
             if number % 100 == 0:
                 members.remove(f"{run.output_dir}/assembled", 1, str(tmp_path / f"without-{number}"))
         except UserError:

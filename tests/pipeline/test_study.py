@@ -24,25 +24,24 @@ from modularforge.assembly.assemble import assemble as put_together
 from modularforge.calibration.calibrator import split_documents
 from modularforge.data.loader import IGNORED_TARGET, evaluation_batches
 from modularforge.errors import ConfigError
-from modularforge.evaluation.btx import build_btx, solved_router
-from modularforge.evaluation.losses import measure
+from modularforge.evaluation.baselines import build_btx, solved_router
 from modularforge.evaluation.probes import position_ranges
 from modularforge.model import names
 from modularforge.model.folder import load_model, read_tensors
-from modularforge.model.moe import observe_routing
-from modularforge.pipeline import require
+from modularforge.model.moe import load_balance_loss, observe_routing
+from modularforge.model.upcycling import build_joint
+from modularforge.run import Run
 from modularforge.settings import to_yaml
 from modularforge.stages import assemble, calibrate, evaluate
-from modularforge.stages.btx import choose_trained
+from modularforge.stages.baselines import choose_trained
 from modularforge.study.runs import Runs
 from modularforge.study.study import collect, run_study
 from modularforge.study.study_file import load_study, variants_of
 from modularforge.study.table import make_table
-from modularforge.training.distributed import World
-from modularforge.training.joint import build_joint
-from modularforge.training.losses import load_balance_loss
-from modularforge.training.mixture import mixed_partitions
+from modularforge.tasks.task import Examples
+from modularforge.tasks.text import TEXT
 from tests.conftest import ROOT, run_command, tiny_config
+from tests.naive import naive_losses
 
 RIDGE = {"assembly.router": "data_stats"}
 STUDY: dict[str, Any] = {
@@ -201,9 +200,9 @@ def test_an_assembled_variant_has_the_losses_of_the_folder_that_the_stage_writes
     finished_study: Runs, recipe: str, tmp_path: Path
 ) -> None:
     config = finished_study.config(0, recipe, {**RIDGE, "assembly.experts_per_token": "all"})
-    assemble.run(config)
+    assemble.run(Run(config))
     name = f"{recipe}-ridge-experts_per_token_all"
-    written = evaluate.measure_folder(config, f"{config.output_dir}/assembled")["models"]["assembled"]
+    written = evaluate.measure_folder(Run(config), f"{config.output_dir}/assembled")["models"]["assembled"]
     measured = result_of(finished_study, name, split="test")["rows"][""]
     assert measured["mean_loss"] == pytest.approx(written["mean_loss"], abs=1e-6)
     assert measured["active_parameters"] == written["active_parameters"]
@@ -217,8 +216,8 @@ def test_a_calibrated_variant_has_the_losses_that_the_stage_decides_by(finished_
         (folder / name).symlink_to(Path(config.output_dir) / name)
     limited = config.evaluation.model_copy(update={"tokens_per_domain": 700})
     config = config.model_copy(update={"output_dir": str(folder), "evaluation": limited})
-    assemble.run(config)
-    calibrate.run(config)
+    assemble.run(Run(config))
+    calibrate.run(Run(config))
     facts = open_artifact(str(folder / "calibrated")).manifest.facts
     result = result_of(finished_study, "calibrated")
     assert facts["kept"] is True
@@ -228,25 +227,25 @@ def test_a_calibrated_variant_has_the_losses_that_the_stage_decides_by(finished_
 
 def test_each_expert_has_the_losses_that_every_other_model_is_measured_by(finished_study: Runs) -> None:
     config = finished_study.config(0, "anchored")
-    corpus, backbone = Corpus(require(config, "corpus")), Backbone(require(config, "backbone"))
+    corpus, backbone = Corpus(Run(config).require("corpus")), Backbone(Run(config).require("backbone"))
     limits = config.evaluation.batch_size, config.evaluation.tokens_per_domain
     result = result_of(finished_study, "anchored-experts", split="test")
     best: dict[str, float] = {}
     for index in range(3):
-        model = backbone.expert(require(config, "expert", index))
-        found = measure(model, corpus.domains("test"), corpus.byte_lengths, *limits, torch.device("cpu"))
+        model = backbone.expert(Run(config).require("expert", index))
+        found = naive_losses(model, corpus.domains("test"), corpus.byte_lengths, *limits)
         row = result["experts"][f"expert-{index}"]
         assert row["mean_loss"] == pytest.approx(found.mean_loss, abs=1e-6)
         assert row["bits_per_byte"] == pytest.approx(found.mean_bits_per_byte, abs=1e-6)
-        for label, item in found.domains.items():
-            best[label] = min(item.loss, best.get(label, item.loss))
+        for label, loss in found.losses.items():
+            best[label] = min(loss, best.get(label, loss))
     oracle = result["rows"]["oracle"]
     assert oracle["mean_loss"] == pytest.approx(statistics.fmean(best.values()), abs=1e-6)
 
 
 def test_losses_by_position_add_up_to_the_loss(finished_study: Runs) -> None:
     config = finished_study.config(0, "plain")
-    streams = Corpus(require(config, "corpus")).domains("test", config.evaluation.tokens_per_domain)
+    streams = Corpus(Run(config).require("corpus")).domains("test", config.evaluation.tokens_per_domain)
     assert position_ranges(100) == [(0, 16), (16, 32), (32, 64), (64, 100)]
     row = result_of(finished_study, "backbone", split="test")["rows"][""]
     for label, tokens in streams.items():
@@ -264,18 +263,18 @@ def test_losses_by_position_add_up_to_the_loss(finished_study: Runs) -> None:
 
 def test_a_domain_without_its_expert_is_measured_by_the_model_of_the_others(finished_study: Runs) -> None:
     config = finished_study.config(0, "plain", {"assembly.router": "evidence"})
-    experts = [require(config, "expert", index) for index in range(3)]
-    corpus = Corpus(require(config, "corpus"))
+    experts = [Run(config).require("expert", index) for index in range(3)]
+    corpus = Corpus(Run(config).require("corpus"))
     _, decide = split_documents(corpus.tokens("validation"), corpus.labels)
     found = result_of(finished_study, "evidence")["rows"]
     row, whole = found["without own expert"], found[""]
     for index, label in enumerate(table_of(finished_study)["domains"]):
         others = [expert for place, expert in enumerate(experts) if place != index]
         with tempfile.TemporaryDirectory() as folder:
-            put_together(config, require(config, "backbone"), others, plain_folder(Path(folder)))
+            put_together(config, Run(config).require("backbone"), others, plain_folder(Path(folder)))
             model = load_model(Path(folder))
         limits = config.evaluation.batch_size, finished_study.study.validation_tokens_per_domain
-        alone = measure(model, {label: decide[label]}, corpus.byte_lengths, *limits, torch.device("cpu"))
+        alone = naive_losses(model, {label: decide[label]}, corpus.byte_lengths, *limits)
         assert row["domains"][label]["loss"] == pytest.approx(alone.mean_loss, abs=1e-6)
         assert row["domains"][label]["loss"] != pytest.approx(whole["domains"][label]["loss"], abs=1e-6)
     held = table_of(finished_study)["rows"]["evidence: without own expert"]["differences"]["backbone"]["text"]
@@ -421,14 +420,14 @@ def test_the_trained_btx_merge_has_the_tokens_of_the_others_and_is_compared_with
 def test_its_second_phase_reads_on_where_the_branches_stopped(finished_study: Runs) -> None:
     """Branches of 8 steps of 4 windows, and 8 windows more of each partition: what jobs of 10 steps see."""
     config = finished_study.config(0, "fewer")
-    partitions, world = require(config, "partitions"), World()
-    rest = mixed_partitions(config, partitions, "btx", config.btx_phase, world, 32)
+    partitions = Run(config).require("partitions")
+    rest = TEXT.mixture(config, partitions, "btx", config.btx_phase, 32)
     longer = config.model_copy(update={"experts": config.experts.model_copy(update={"steps": 10})})
-    whole = mixed_partitions(longer, partitions, "joint", longer.baseline_phase("joint"), world)
-    branch = mixed_partitions(config, partitions, "joint", config.baseline_phase("joint"), world)
+    whole = TEXT.mixture(longer, partitions, "joint", longer.baseline_phase("joint"))
+    branch = TEXT.mixture(config, partitions, "joint", config.baseline_phase("joint"))
 
-    def windows(batches_from: Any) -> list[tuple[int, ...]]:
-        return sorted(tuple(row.tolist()) for inputs_BT, _, _ in batches_from(0) for row in inputs_BT)
+    def windows(examples: Examples) -> list[tuple[int, ...]]:
+        return sorted(tuple(row.tolist()) for batch in examples.batches() for row in batch.tensors["inputs"])
 
     assert len(windows(rest)) == 24
     assert sorted(windows(branch) + windows(rest)) == windows(whole)

@@ -7,20 +7,44 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from checkpoints import CorruptArtifactError
 from modularforge.config import PhaseConfig, TrainingConfig
 from modularforge.errors import StoreError, TrainingError
+from modularforge.experts.trainable import Tensors, trainable
 from modularforge.log import MetricsLog, json_safe
+from modularforge.tasks.task import Batch
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
 from modularforge.training.optimizer import build_optimizer, learning_rate
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Examples of y = 2x; one batch is `nan` if asked for."""
+
+    rows: int = 8
+    nan_at: int = -1
+
+    def batches(self, position: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+        while True:
+            x = torch.randn(self.rows, 1, generator=torch.Generator().manual_seed(position))
+            x = x * math.nan if position == self.nan_at else x
+            position += 1
+            yield Batch({"x": x, "y": 2 * x}, position, self.rows)
+
+
+def squared_error(model: nn.Module, tensors: Tensors) -> Tensor:
+    return (model(tensors["x"]) - tensors["y"]).square().mean()
+
 
 PHASE = PhaseConfig(steps=100, warmup_steps=10, peak_learning_rate=1.0, final_learning_rate_ratio=0.1)
 
@@ -36,7 +60,8 @@ def test_the_rate_warms_up_linearly_peaks_and_falls_as_a_cosine() -> None:
 
 def test_only_matrices_decay() -> None:
     model = nn.ModuleDict({"embed_tokens": nn.Embedding(5, 3), "linear": nn.Linear(3, 2)})
-    optimizer = build_optimizer(model, PHASE.model_copy(update={"weight_decay": 0.5}), TrainingConfig())
+    groups = trainable(model, squared_error).groups
+    optimizer = build_optimizer(groups, PHASE.model_copy(update={"weight_decay": 0.5}), TrainingConfig())
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decays[id(model["linear"].weight)] == 0.5
     assert decays[id(model["linear"].bias)] == 0
@@ -46,7 +71,7 @@ def test_only_matrices_decay() -> None:
 def test_frozen_parameters_are_not_in_the_optimizer() -> None:
     model = nn.Linear(3, 2)
     model.bias.requires_grad_(False)
-    optimizer = build_optimizer(model, PHASE, TrainingConfig())
+    optimizer = build_optimizer(trainable(model, squared_error).groups, PHASE, TrainingConfig())
     assert [len(group["params"]) for group in optimizer.param_groups] == [1]
 
 
@@ -58,14 +83,8 @@ def train_a_line(
     model, url = nn.Linear(1, 1), str(tmp_path / "metrics.jsonl")
     phase = PhaseConfig(steps=steps, batch_size=8, peak_learning_rate=0.1, warmup_steps=1)
 
-    def batches(position: int):
-        while True:
-            x = torch.randn(8, 1, generator=torch.Generator().manual_seed(position))
-            position += 8
-            yield x, 2 * x, position
-
     job = Job("line", phase, training, "fingerprint", str(tmp_path / "checkpoints"), url)
-    fit(model, lambda m, x, y: (m(x) - y).square().mean(), job, batches, lambda: float(model.weight - 2) ** 2, World())
+    fit(trainable(model, squared_error), Lines(), job, lambda: float(model.weight - 2) ** 2, World())
     return [json.loads(line) for line in Path(url).read_text().splitlines()]
 
 
@@ -111,13 +130,8 @@ def test_a_loss_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
     model = nn.Linear(1, 1)
     job = Job("line", PHASE, training, "fingerprint", str(tmp_path / "checkpoints"))
 
-    def batches(_position: int):
-        for step in range(1000):
-            x = torch.full((2, 1), math.nan if step == 25 else 1.0)
-            yield x, x, step
-
     with pytest.raises(TrainingError, match="at or before step 40"):
-        fit(model, lambda m, x, y: (m(x) - y).square().mean(), job, batches, lambda: 0.0, World())
+        fit(trainable(model, squared_error), Lines(nan_at=25), job, lambda: 0.0, World())
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000020"]
 
 

@@ -10,8 +10,8 @@ from markdown_it import MarkdownIt
 
 from checkpoints.markdown import code, plain, table
 from modularforge.assembly.card import _front_matter, model_card
-from modularforge.evaluation.report import markdown
-from modularforge.study.table import _lines
+from modularforge.observe.evaluation import markdown
+from modularforge.observe.table import listing
 from tests.synthetic_runs import evaluation, tiny_config
 
 HOSTILE = [
@@ -76,7 +76,7 @@ def test_ordinary_names_stay_as_they_are() -> None:
     ):
         assert plain(name) == name
     assert code("org/model") == "`org/model`"
-    assert _lines(["variant", "a"], [["x", "1"]]) == ["| variant | a |", "| --- | ---: |", "| x | 1 |"]
+    assert listing(["variant", "a"], [["x", "1"]]).markdown() == ["| variant | a |", "| --- | ---: |", "| x | 1 |"]
 
 
 def artifact(**facts: object) -> SimpleNamespace:
@@ -109,7 +109,7 @@ def test_a_model_card_has_the_same_structure_whatever_the_names(name: str, tmp_p
                             data={"splits": {"train": {text: count}}})  # fmt: skip
         facts = {"public_expert": True, "parameters": 1, "active_parameters": 1, "experts_per_token": 1,
                  "architecture": text, "router": text}  # fmt: skip
-        card = model_card(config, backbone, [artifact(index=text, provenance=made)], facts)
+        card = model_card(config, backbone, [artifact(index=text, provenance=made)], facts, "A model.")
         body = card.split("\n---\n", 1)[1] if "\n---\n" in card else card
         return [token.type for token in PARSER.parse(body)]
 

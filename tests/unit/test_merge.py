@@ -16,11 +16,13 @@ from checkpoints import ArtifactWriter, paths, plain_folder, write_artifact
 from checkpoints.folder import DurableFile
 from checkpoints.hashing import describe_file
 from checkpoints.safetensors import read_spans
-from modularforge.assembly.convert import converted
 from modularforge.assembly.parts import Source, group, part_key, write_parts
-from modularforge.assembly.plan import OutputTensor, merged_spans, output_tensors, plan_merge, plan_parts
+from modularforge.assembly.plan import OutputTensor, output_tensors, plan_merge, plan_parts
 from modularforge.assembly.stream import execute
+from modularforge.assembly.values import converted
 from modularforge.errors import DataError, MismatchError
+from modularforge.experts.ffn import FFN
+from modularforge.experts.ffn.merging import merged_spans
 from modularforge.model import names
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -196,7 +198,7 @@ def test_killed_at_every_write_the_assembly_continues_to_the_same_bytes(
             if mode == "merge":
                 execute(plan_merge(tensors, shard_bytes), writer)
             else:
-                write_parts(plan_parts(group(tensors)), writer, sources, False, shard_bytes)
+                write_parts(plan_parts(group(tensors, FFN.part_of)), writer, sources, False, shard_bytes)
             return writer.commit().manifest.files
 
     expected = merge(f"{root}/whole")
@@ -240,5 +242,7 @@ def test_a_disk_without_room_is_refused_before_the_work(tmp_path: Path, monkeypa
 
 
 def test_the_copy_path_loads_no_torch() -> None:
-    code = "import sys, modularforge.assembly.assemble, modularforge.assembly.stream; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, modularforge.assembly.assemble, modularforge.experts.ffn.merging; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

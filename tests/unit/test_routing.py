@@ -8,19 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from modularforge.assembly.routing import (
-    LayerStatistics,
-    centred_means,
-    equalised,
-    kaiming,
-    ridge,
-    uniform,
-    with_public,
-)
-from modularforge.assembly.statistics import load_statistics, save_statistics
 from modularforge.config import ModelConfig
 from modularforge.model.backbone import build_backbone
-from modularforge.training.statistics import gather_statistics
+from modularforge.routing.gathering import gather_statistics
+from modularforge.routing.solvers import centred_means, equalised, kaiming, ridge, uniform, with_public
+from modularforge.routing.statistics import LayerStatistics, load_statistics, save_statistics
 
 EXPERTS, WIDTH = 3, 6
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 from torch import nn
 
@@ -19,18 +17,19 @@ from checkpoints.screen import Progress
 from launcher.status import _steps
 from launcher.tasks import build_tasks
 from modularforge.config import PhaseConfig, TrainingConfig
+from modularforge.experts.trainable import trainable
 from modularforge.log import logger
-from modularforge.observe.figures import draw_run
-from modularforge.observe.progress import parts_of
+from modularforge.observe.completion import parts_of
+from modularforge.observe.report import draw_run
 from modularforge.observe.run import Run, read_run
-from modularforge.training import teller
+from modularforge.training import meter
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
-from modularforge.training.optimizer import build_optimizer
-from modularforge.training.state import Trainer
-from modularforge.training.teller import Teller, clock, count
+from modularforge.training.meter import Reporter, clock, count
+from modularforge.training.optimizer import Trainer, build_optimizer
 from tests.synthetic_runs import tiny_config, write_metrics
+from tests.unit.test_loop import Lines, squared_error
 
 PHASE = PhaseConfig(steps=800, batch_size=8, peak_learning_rate=0.1, warmup_steps=1)
 
@@ -48,7 +47,8 @@ def log() -> Iterator[io.StringIO]:
 
 def trainer_at(step: int, loss: float | None = None, validation: float | None = None) -> Trainer:
     model = nn.Linear(1, 1)
-    trainer = Trainer(model, build_optimizer(model, PHASE, TrainingConfig()))
+    learns = trainable(model, squared_error)
+    trainer = Trainer(learns, build_optimizer(learns.groups, PHASE, TrainingConfig()))
     trainer.step, trainer.train_loss, trainer.validation_loss = step, loss, validation
     return trainer
 
@@ -57,12 +57,12 @@ def test_a_log_gets_a_line_every_two_seconds_at_the_most_and_one_at_the_end(
     log: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = iter([0.0, 18.0, 19.9, 20.5, 72.0, 252.0])
-    monkeypatch.setattr(teller.time, "monotonic", lambda: next(now))
-    told = Teller(Job("backbone", PHASE, TrainingConfig()), Progress(), 0, speaks=True)
-    told.tell(trainer_at(200, 4.31), 2.1e-3, 36_040)
-    told.tell(trainer_at(201, 4.30), 2.1e-3, 36_040)
-    told.tell(trainer_at(205, 4.2, 4.4), 1e-5, 950)
-    told.tell(trainer_at(800, 3.9, 4.0), 0.0, 950)  # the line at the end says it
+    monkeypatch.setattr(meter.time, "monotonic", lambda: next(now))
+    told = Reporter(Job("backbone", PHASE, TrainingConfig()), Progress(), 0, speaks=True)
+    told.report(trainer_at(200, 4.31), 2.1e-3, 36_040)
+    told.report(trainer_at(201, 4.30), 2.1e-3, 36_040)
+    told.report(trainer_at(205, 4.2, 4.4), 1e-5, 950)
+    told.report(trainer_at(800, 3.9, 4.0), 0.0, 950)  # the line at the end says it
     told.finish(trainer_at(800, 3.9, 4.0), 36_040)
     assert log.getvalue().splitlines() == [
         "backbone 200/800 (25 %)  loss 4.310  36k tok/s  lr 2.1e-3  0:54 left",
@@ -73,11 +73,11 @@ def test_a_log_gets_a_line_every_two_seconds_at_the_most_and_one_at_the_end(
 
 def test_ranks_without_a_voice_say_nothing_and_a_job_that_goes_on_counts_from_there(log: io.StringIO) -> None:
     job = Job("backbone", PHASE, TrainingConfig())
-    silent = Teller(job, Progress(), 0, speaks=False)
-    silent.tell(trainer_at(1, 4.0), 1e-3, 10)
+    silent = Reporter(job, Progress(), 0, speaks=False)
+    silent.report(trainer_at(1, 4.0), 1e-3, 10)
     silent.finish(trainer_at(800, 4.0), 10)
     assert log.getvalue() == ""
-    Teller(job, Progress(), 800, speaks=True).finish(trainer_at(800, None, 4.0), 0.0)
+    Reporter(job, Progress(), 800, speaks=True).finish(trainer_at(800, None, 4.0), 0.0)
     assert log.getvalue() == "backbone done: 800 steps, validation 4.000, 0:00\n"
 
 
@@ -93,15 +93,8 @@ def test_clocks_and_counts_are_short() -> None:
 
 
 def train(steps: int, training: TrainingConfig) -> None:
-    batch = (torch.randn(8, 1), torch.randn(8, 1), 0)
-    fit(
-        nn.Linear(1, 1),
-        lambda model, inputs, targets: ((model(inputs) - targets) ** 2).mean(),
-        Job("backbone", PHASE.model_copy(update={"steps": steps}), training),
-        lambda _: itertools.repeat(batch),
-        lambda: 1.5,
-        World(),
-    )
+    job = Job("backbone", PHASE.model_copy(update={"steps": steps}), training)
+    fit(trainable(nn.Linear(1, 1), squared_error), Lines(), job, lambda: 1.5, World())
 
 
 def test_many_short_steps_do_not_fill_the_log(log: io.StringIO) -> None:
@@ -166,7 +159,7 @@ def test_the_axis_of_a_joined_baseline_ends_with_its_training(tmp_path: Path) ->
     write_metrics(str(tmp_path), "dense", dict.fromkeys(range(5, 251, 5), 5.0))
     run = read_run(str(tmp_path))
     assert isinstance(run, Run)
-    from modularforge.observe.curve_figures import curve_figures
+    from modularforge.observe.curves import curve_figures
 
     axes = curve_figures(run)["loss"].axes[0]
     assert axes.get_xlim() == (0.0, 250.0)

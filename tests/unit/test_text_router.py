@@ -10,18 +10,26 @@ import numpy as np
 import pytest
 import torch
 
-from modularforge.assembly import text_counts
-from modularforge.assembly.kernel import HeadNorms, angles_of, bell, kernel_head
-from modularforge.assembly.small_files import special_ids
-from modularforge.assembly.text_counts import TextCounts, count_text, load_counts, only_tokens, save_counts
-from modularforge.assembly.text_evidence import BACKOFF_TOKENS, SMOOTHING_TOKENS, pair_evidence, token_evidence
-from modularforge.assembly.text_tables import FILTER, Texts, slot_priors, write_tables
 from modularforge.config import ModelConfig, RopeScalingConfig
 from modularforge.errors import DataError
 from modularforge.evaluation.probes import text_probe
 from modularforge.evaluation.scoring import carried_routing
-from modularforge.model.rotary import rotary_frequencies
+from modularforge.model.backbone import rotary_frequencies
+from modularforge.model.hub_config import special_ids
 from modularforge.model.text_router import TextRouter, load_text_router
+from modularforge.routing import text_counts
+from modularforge.routing.kernel import HeadNorms, angles_of, bell, kernel_head
+from modularforge.routing.text_counts import TextCounts, count_text, load_counts, only_tokens, save_counts
+from modularforge.routing.text_evidence import (
+    BACKOFF_TOKENS,
+    FILTER,
+    SMOOTHING_TOKENS,
+    Texts,
+    pair_evidence,
+    slot_priors,
+    token_evidence,
+    write_tables,
+)
 
 VOCABULARY, END = 40, 3
 RANDOM = np.random.default_rng(0)

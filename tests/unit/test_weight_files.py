@@ -21,14 +21,19 @@ from checkpoints.hashing import describe_file
 from checkpoints.safetensors import BITS, Header, header_bytes, read_header, read_spans
 from checkpoints.tensors import read_weight_file
 from modularforge.assembly.plan import output_tensors, plan_merge
-from modularforge.assembly.routing import LayerStatistics, RouterStatistics
-from modularforge.assembly.statistics import STATISTICS_NAME, load_statistics, save_statistics
 from modularforge.assembly.stream import execute
-from modularforge.assembly.text_counts import TextCounts, load_counts, only_tokens, save_counts
-from modularforge.assembly.text_tables import Texts, write_tables
 from modularforge.errors import DataError
 from modularforge.model.folder import read_tensors
 from modularforge.model.text_router import load_text_router
+from modularforge.routing.statistics import (
+    STATISTICS_NAME,
+    LayerStatistics,
+    RouterStatistics,
+    load_statistics,
+    save_statistics,
+)
+from modularforge.routing.text_counts import TextCounts, load_counts, only_tokens, save_counts
+from modularforge.routing.text_evidence import Texts, write_tables
 from tests.fuzzing import time_limit
 from tests.mutation import FUZZ_INPUTS, texts, values
 

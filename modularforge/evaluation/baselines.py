@@ -1,0 +1,68 @@
+"""Baselines that are made of what other stages trained, in memory: the BTX merge and the weight soup."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from checkpoints import Artifact
+from modularforge.artifacts import Backbone
+from modularforge.config import TRAINED_ROUTERS, Config
+from modularforge.errors import ConfigError
+from modularforge.experts.ffn import EXPERT_NAME
+from modularforge.model import names
+from modularforge.model.backbone import Decoder
+from modularforge.model.folder import fill, read_tensors
+from modularforge.model.hub_config import model_config_of
+from modularforge.model.moe import build_moe
+from modularforge.routing.solvers import router_rows
+
+
+def build_btx(config: Config, backbone: Backbone, branches: Sequence[Artifact]) -> Decoder:
+    """The BTX merge (arXiv 2403.07816): the branches' FFNs become experts, and all else is their mean.
+
+    The router is the one that `config.assembly` asks for, solved from the branches' statistics. Raises ConfigError for
+    one that needs more than rows (evidence) or rows that branches do not train (learned).
+    """
+    if config.assembly.router in ("evidence", *TRAINED_ROUTERS):
+        raise ConfigError(
+            f"assembly.router must be one that is solved from sums for a BTX merge, but is {config.assembly.router}; "
+            "use data_stats or centred_means"
+        )
+    model, kept = model_config_of(backbone.values), config.joint_experts > config.experts.count
+    tensors: dict[str, Tensor] = {}
+    if kept:
+        dense = {name: tensor for name, tensor in backbone.tensors.items() if names.is_dense_ffn(name)}
+        tensors.update({names.dense_to_expert(name, 0, model.family): tensor for name, tensor in dense.items()})
+    for index, branch in enumerate(branches):
+        for name, tensor in read_tensors(branch.local_folder()).items():
+            if names.is_dense_ffn(name):
+                tensors[names.dense_to_expert(name, index + int(kept), model.family)] = tensor
+            else:
+                share = tensor / len(branches)
+                tensors[name] = tensors[name] + share if index else share
+    rows = router_rows(config, list(branches), model)
+    tensors.update({name: torch.from_numpy(row) for name, row in rows.items()})
+    experts = len(branches) + int(kept)
+    with torch.device("meta"):
+        decoder = build_moe(model, int(backbone.values["vocab_size"]), experts, config.assembly.experts_per_token)
+    return fill(decoder, tensors)
+
+
+def solved_router(config: Config) -> Config:
+    """The settings with a router that can be solved for branches, which train no rows, whatever the run's own is."""
+    return config.model_copy(update={"assembly": config.assembly.model_copy(update={"router": "data_stats"})})
+
+
+def build_soup(backbone: Backbone, experts: Sequence[Artifact]) -> Decoder:
+    """The weight soup (arXiv 2203.05482): the backbone with the experts' mean FFN; two are in memory at a time."""
+    total: dict[str, Tensor] = {}
+    for expert in experts:
+        for name, tensor in load_file(expert.local_file(EXPERT_NAME)).items():
+            dense = names.expert_to_dense(name)
+            total[dense] = total[dense] + tensor if dense in total else tensor.float()
+    mean = {name: (tensor / len(experts)).to(backbone.tensors[name].dtype) for name, tensor in total.items()}
+    return fill(backbone.model(), {**backbone.tensors, **mean})

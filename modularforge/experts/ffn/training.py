@@ -1,0 +1,189 @@
+"""An FFN expert's job: what is frozen, what learns, and what the job leaves behind; and how the expert runs alone."""
+
+# D width
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from checkpoints import Artifact
+from modularforge.artifacts import Backbone
+from modularforge.assembly.card import special_tokens
+from modularforge.config import CalibrationConfig, ExpertsConfig
+from modularforge.errors import ConfigError
+from modularforge.experts.ffn import EXPERT_NAME
+from modularforge.experts.kind import ExpertJob
+from modularforge.experts.trainable import Trainable, trainable
+from modularforge.facts import fact
+from modularforge.model import names
+from modularforge.model.backbone import Decoder, build_backbone, initialise
+from modularforge.model.folder import fill, save_tensors
+from modularforge.model.hub_config import model_config_of
+from modularforge.model.moe import build_anchored_pair
+from modularforge.routing.statistics import (
+    ROUTER_NAME,
+    STATISTICS_NAME,
+    LayerStatistics,
+    load_statistics,
+    save_statistics,
+)
+from modularforge.routing.text_counts import COUNTS_NAME
+from modularforge.training.losses import RoutedLoss
+
+
+def prepare(expert: ExpertJob) -> Trainable:
+    """The expert in its own model, all else frozen."""
+    settings, backbone, task = expert.config.experts, expert.backbone, expert.task
+    directions = _directions(expert) if settings.anchored else None
+    model = build_expert(backbone.tensors, backbone.values, settings, directions)
+    return trainable(model, RoutedLoss(model, task.loss, settings.z_loss) if settings.anchored else task.loss)
+
+
+def save(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:
+    """Write weights, router rows, statistics and counts of a trained expert; returns facts for the manifest."""
+    assert isinstance(model, Decoder)
+    backbone, anchored = expert.backbone, expert.config.experts.anchored
+    slot = expert.index + int(anchored)  # an anchored expert is assembled behind the public one
+    dtype = backbone.tensors[names.dense_ffn(0, names.PARTS[0])].dtype
+    ffn, rows = expert_tensors(model, slot, anchored, dtype)
+    save_tensors(ffn, folder / EXPERT_NAME)
+    if rows:
+        save_tensors(rows, folder / ROUTER_NAME)
+    save_statistics(folder / STATISTICS_NAME, expert.task.statistics(model, expert.examples, expert.device))
+    special = special_tokens(backbone.artifact)
+    expert.task.save_counts(expert.config, expert.examples, model.vocab_size, special, folder / COUNTS_NAME)
+    return {"slot": slot, "anchored": anchored}
+
+
+def load(backbone: Backbone, artifact: Artifact) -> Decoder:
+    """An expert's own model on this backbone."""
+    tensors = load_file(artifact.local_file(EXPERT_NAME))
+    anchored = fact(artifact, "anchored")
+    if anchored:
+        tensors.update(load_file(artifact.local_file(ROUTER_NAME)))
+    return load_expert(backbone.tensors, backbone.values, tensors, anchored)
+
+
+def calibrates(model: Decoder, settings: CalibrationConfig) -> dict[str, nn.Parameter]:
+    """Norm gains and router rows of an assembled model, as the settings say."""
+    rows = settings.router and model.text_router is None  # which routes in their place
+    found = {
+        name: weight
+        for name, weight in model.named_parameters()
+        if (settings.norms and names.is_norm(name)) or (rows and names.is_gate(name))
+    }
+    if not found:
+        raise ConfigError(
+            "calibration must train norms or a router's rows, but calibration.norms is false and the model routes by "
+            "tables; set calibration.norms to true, assembly.token_pairs to 0, or leave calibration out"
+        )
+    if names.FINAL_NORM in found:
+        # Zero gains hide the evidence router's channels from the head, and must stay so: others would add what the
+        # routers read to the logits.
+        is_seen_D = found[names.FINAL_NORM].detach() != 0
+        found[names.FINAL_NORM].requires_grad_(True).register_hook(lambda gradient_D: gradient_D * is_seen_D)  # type: ignore[no-untyped-call]
+    return found
+
+
+def build_expert(
+    backbone: dict[str, Tensor], values: dict[str, Any], experts: ExpertsConfig, directions: list[Tensor] | None
+) -> Decoder:
+    """A float32 model in which only the new FFN (and its router rows when anchored) require gradients.
+
+    `backbone` and `values` are the tensors and config.json of the backbone; `directions`, one [D] per layer, are where
+    the router rows start (anchored experts only).
+    """
+    family = names.family_of(values["model_type"])
+    start: dict[str, Tensor] = {}
+    for name, tensor in backbone.items():
+        if names.is_dense_ffn(name):
+            start[names.dense_to_expert(name, 1, family)] = tensor.clone()
+    for layer, direction_D in enumerate(directions or []):
+        start[names.gate(layer, family)] = direction_D[None].clone()
+    model = load_expert(backbone, values, start, experts.anchored).float()
+    model.requires_grad_(False)
+    for block in model.blocks:
+        learns = (
+            [block.ffn.get_submodule("experts.1"), block.ffn.get_submodule("gate")] if experts.anchored else [block.ffn]
+        )
+        for module in learns:
+            module.requires_grad_(True)
+        if experts.init == "fresh":
+            initialise(learns[0], model.config.layers)
+    return model
+
+
+def load_expert(
+    backbone: dict[str, Tensor], values: dict[str, Any], expert: dict[str, Tensor], anchored: bool
+) -> Decoder:
+    """An expert's own model: the pair of public FFN and expert when anchored, else the backbone with its FFN.
+
+    `backbone` and `values` are the tensors and config.json of the backbone, `expert` the tensors the job wrote.
+    """
+    model, vocab_size = model_config_of(values), int(values["vocab_size"])
+    with torch.device("meta"):
+        decoder = build_anchored_pair(model, vocab_size) if anchored else build_backbone(model, vocab_size)
+    return fill(decoder, own_tensors(backbone, expert, anchored, model.family))
+
+
+def own_tensors(
+    backbone: dict[str, Tensor], expert: dict[str, Tensor], anchored: bool, family: names.Family
+) -> dict[str, Tensor]:
+    """Names and tensors of an expert's own model, from the backbone's and the expert's."""
+    if not anchored:
+        dense = {names.expert_to_dense(name): tensor for name, tensor in expert.items() if not names.is_gate(name)}
+        return {**backbone, **dense}
+    tensors = {names.dense_to_expert(name, 0, family): tensor for name, tensor in backbone.items()}
+    for name, tensor in expert.items():
+        position = names.expert_position(name)
+        tensors[names.expert_ffn(position[0], 1, position[2], family) if position else name] = tensor
+    return tensors
+
+
+def _directions(expert: ExpertJob) -> list[Tensor]:
+    """Where the router rows start: from the backbone's statistics on all text towards those on the partition."""
+    own = expert.task.statistics(expert.backbone.model().float(), expert.examples, expert.device)
+    general = load_statistics(expert.backbone.artifact.local_file(STATISTICS_NAME))
+    return router_directions(own.layers, general.layers)
+
+
+def router_directions(own: Sequence[LayerStatistics], general: Sequence[LayerStatistics]) -> list[Tensor]:
+    """Where each layer's router row starts: the unit vector from the mean input of all text to the partition's."""
+    directions = []
+    for mine, all_text in zip(own, general, strict=True):
+        away_D = mine.mean_D - all_text.mean_D
+        unit_D = away_D / max(float(np.linalg.norm(away_D)), 1e-12)
+        directions.append(torch.from_numpy(unit_D).float())
+    return directions
+
+
+def expert_tensors(
+    model: Decoder, slot: int, anchored: bool, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What an expert is: its FFN under the names of `slot`, in the type of the backbone's, and its router rows [1, D].
+
+    Rows stay float32; there are none when the expert is not anchored.
+    """
+    ffn: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
+    family = model.config.family
+    for name, tensor in model.state_dict().items():
+        position = names.expert_position(name)
+        if names.is_gate(name):
+            rows[name] = tensor.detach().cpu().contiguous()
+        elif position and position[1] == 1:
+            ffn[names.expert_ffn(position[0], slot, position[2], family)] = _stored(tensor, dtype)
+        elif names.is_dense_ffn(name) and not anchored:
+            ffn[names.dense_to_expert(name, slot, family)] = _stored(tensor, dtype)
+    return ffn, rows
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().cpu().to(dtype).contiguous()

@@ -1,0 +1,46 @@
+"""The job of an expert of any kind: the backbone and one partition in, the kind's files with facts about them out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from checkpoints.safetensors import WEIGHTS_NAME
+from modularforge.artifacts import derived_seed
+from modularforge.experts.kind import KIND_FACT, ExpertJob, frozen_hashes, kind_of
+from modularforge.training.distributed import World
+from modularforge.training.job import Job
+from modularforge.training.loop import fit
+
+
+def train_expert(
+    expert: ExpertJob, validate: Callable[[Any], float], job: Job, world: World
+) -> tuple[nn.Module, dict[str, float | None]]:
+    """A trained expert in its own model, and its final losses (called on every rank).
+
+    `validate` gives the validation loss of that model. Everything random follows from the seed and the index, so the
+    order and company of experts do not matter.
+    """
+    config = expert.config
+    # A partition that fills no batch is refused before anything is computed.
+    next(expert.examples.batches(0, world.rank, world.size))
+    torch.manual_seed(derived_seed(config.seed, "expert weights", expert.index))
+    trained = kind_of(config).prepare(expert)
+    return trained.model, fit(trained, expert.examples, job, lambda: validate(trained.model), world)
+
+
+def save_expert(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:
+    """Write a trained expert's files; returns facts for the manifest."""
+    config, kind = expert.config, kind_of(expert.config)
+    facts = kind.save(expert, model, folder)
+    return {
+        "index": expert.index,
+        KIND_FACT: kind.name,
+        **facts,
+        "training_tokens": config.experts.steps * config.experts.batch_size * config.model.context_length,
+        "shared_tensors": frozen_hashes(kind, expert.backbone.artifact, WEIGHTS_NAME),
+    }

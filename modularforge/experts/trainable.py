@@ -1,0 +1,63 @@
+"""What a job trains, as the training loop sees it: a model, its parameters in groups, a loss and two hooks.
+
+Groups name all parameters of the job, also those that are frozen at the moment: checkpoints are keyed by them, so that
+a job whose parts are switched by step resumes in any of its phases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+Tensors = Mapping[str, Tensor]
+"""A batch, or a part of one, by name; each [B, …]."""
+
+Loss = Callable[[nn.Module, Tensors], Tensor]
+"""The mean loss of a batch under a model, which may be wrapped for several ranks."""
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters by name that share a rate and a decay.
+
+    Their rate is the schedule's times `rate_factor`. `weight_decay` outranks the phase's; by either, matrices decay,
+    norm gains and embeddings do not.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    rate_factor: float = 1.0
+    weight_decay: float | None = None
+
+
+def _nothing(_step: int) -> None:
+    """All steps are alike."""
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A model and how it is trained.
+
+    `before_step` gets the number of steps done; what it does must follow from that number alone, or a resumed job would
+    go another way. It may switch `requires_grad` of the groups' parameters. `observations` are further numbers for the
+    metrics, the same names on every rank. `may_skip_parameters` says that a batch may leave some without a gradient.
+    """
+
+    model: nn.Module
+    loss: Loss
+    groups: Sequence[ParameterGroup]
+    before_step: Callable[[int], None] = _nothing
+    observations: Callable[[], Mapping[str, float]] = dict
+    may_skip_parameters: bool = False
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters of the job by name, in the groups' order."""
+        return {name: weight for group in self.groups for name, weight in group.parameters.items()}
+
+
+def trainable(model: nn.Module, loss: Loss, may_skip_parameters: bool = False) -> Trainable:
+    """The model with all of its parameters that require gradients now, tied ones once, as one group."""
+    learns = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    return Trainable(model, loss, [ParameterGroup(learns)], may_skip_parameters=may_skip_parameters)

@@ -1,0 +1,55 @@
+"""Gather router statistics: run a model over text and sum what its routers see, per layer."""
+
+# B batch  T tokens  N tokens  D width  V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modularforge.model.backbone import Block, Decoder
+from modularforge.routing.statistics import LayerStatistics, RouterStatistics
+
+
+def gather_statistics(model: Decoder, batches: Iterable[Tensor], device: torch.device) -> RouterStatistics:
+    """Sums over batches of ids [B, T]: see `RouterStatistics`."""
+    layers = [_LayerSums(block) for block in model.blocks]
+    counts_V = torch.zeros(model.vocab_size, dtype=torch.float64)
+    model.to(device).eval()
+    with torch.inference_mode():
+        for tokens_BT in batches:
+            model(tokens_BT.to(device))
+            counts_V += torch.bincount(tokens_BT.flatten().cpu(), minlength=model.vocab_size)
+    inverse_rms_L: Any = np.asarray([layer.inverse_rms / max(layer.count, 1) for layer in layers])
+    tokens_V: Any = np.asarray(counts_V)
+    return RouterStatistics([layer.finish() for layer in layers], tokens_V, inverse_rms_L)
+
+
+class _LayerSums:
+    """Adds up what passes one block's router while the model runs."""
+
+    def __init__(self, block: Block) -> None:
+        self.norm = block.post_attention_layernorm
+        width = len(self.norm.weight)
+        self.count, self.inverse_rms = 0, 0.0
+        self.sum_D = torch.zeros(width, dtype=torch.float64)
+        self.outer_DD = torch.zeros(width, width, dtype=torch.float64)
+        self.hook = self.norm.register_forward_hook(self._add)
+
+    def _add(self, _module: nn.Module, arguments: tuple[Tensor, ...], output_BTD: Tensor) -> None:
+        stream_ND, x_ND = (x_BTD.reshape(-1, len(self.sum_D)).float() for x_BTD in (arguments[0], output_BTD))
+        self.count += len(x_ND)
+        self.sum_D += x_ND.sum(dim=0).double().cpu()
+        self.outer_DD += (x_ND.T @ x_ND).double().cpu()
+        self.inverse_rms += float((stream_ND.square().mean(dim=1) + self.norm.epsilon).rsqrt().double().sum())
+
+    def finish(self) -> LayerStatistics:
+        """The sums; stops counting."""
+        self.hook.remove()
+        sum_D: Any = np.asarray(self.sum_D)
+        outer_DD: Any = np.asarray(self.outer_DD)
+        return LayerStatistics(float(self.count), sum_D, outer_DD)

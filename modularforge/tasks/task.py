@@ -1,0 +1,111 @@
+"""What a task answers: which examples there are, what is minimised, how well a model does, what routers may know.
+
+A task knows no kind of expert and nothing of the loop. It is found by name in a table that a Python entry point of the
+group `modularforge.tasks` can extend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from modularforge.plugins import find
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor, nn
+
+    from checkpoints import Artifact
+    from modularforge.artifacts import Corpus
+    from modularforge.config import Config, PhaseConfig
+    from modularforge.model.backbone import Decoder
+    from modularforge.routing.statistics import RouterStatistics
+
+GROUP = "modularforge.tasks"
+OWN = {"text": "modularforge.tasks.text:TEXT"}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a batch, as named tensors [B, …].
+
+    `position` (a JSON value) restarts the stream behind this batch, and 0 at its beginning; `units` is how many of the
+    task's units (tokens, seconds) the share holds.
+    """
+
+    tensors: Mapping[str, Tensor]
+    position: Any
+    units: float
+
+
+class Examples(Protocol):
+    """A source of examples."""
+
+    def batches(self, position: Any = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+        """This rank's share of each batch from a position on; n ranks together take the batches that one would.
+
+        Raises TrainingError when there are too few for a batch.
+        """
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of results: its unit, which direction is better, and whether it decides between models (one does)."""
+
+    name: str
+    unit: str
+    better: Literal["lower", "higher"]
+    decides: bool = False
+
+
+class Task(Protocol):
+    """One kind of task; all methods with a `Config` read their sections of it alone."""
+
+    name: str
+    unit: str
+    table: tuple[Metric, ...]
+
+    def everything(self, config: Config, corpus: Corpus) -> Examples:
+        """All training examples, as the backbone takes them."""
+
+    def part(self, config: Config, partitions: Artifact, index: int) -> Examples:
+        """The examples of one partition, as its expert takes them."""
+
+    def mixture(
+        self, config: Config, partitions: Artifact, name: str, phase: PhaseConfig, skipped_windows: int = 0
+    ) -> Examples:
+        """Those of all partitions mixed, the very ones that the experts take, for the baseline called `name`."""
+
+    def loss(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Mean loss of a batch over the targets that its mask leaves; pieces of a batch, and ranks, weigh alike."""
+
+    def metrics(self, model: Decoder, held_out: Any, device: torch.device) -> dict[str, dict[str, float]]:
+        """What `table` lists, for each domain of this task's held-out examples."""
+
+    def statistics(self, model: Decoder, examples: Any, device: torch.device) -> RouterStatistics:
+        """What a model's routers see of a sample of a job's own examples: sums only."""
+
+    def save_counts(self, config: Config, examples: Any, vocab_size: int, special: Collection[int], path: Path) -> None:
+        """Write what the examples look like to a router that reads them itself: sums only, `special` tokens left out.
+
+        A task whose examples no such router reads writes nothing.
+        """
+
+
+def find_task(name: str) -> Task:
+    """The task of this name; raises ConfigError with the names that there are."""
+    task: Task = find(GROUP, OWN, name, "task")
+    return task
+
+
+def task_of(config: Config) -> Task:
+    """The task of a run: text, as long as there is no setting to name another."""
+    return find_task(getattr(config, "task", "text"))
+
+
+def deciding(table: tuple[Metric, ...]) -> Metric:
+    """The metric by which one model is better than another."""
+    return next(metric for metric in table if metric.decides)

@@ -1,0 +1,164 @@
+"""Plain text: windows of a stream of tokens, each token predicted from those before it."""
+
+# B batch  T tokens  V vocabulary
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checkpoints import Artifact
+from modularforge.artifacts import Corpus, derived_seed, token_file
+from modularforge.config import Config, PhaseConfig
+from modularforge.data.loader import batches, mixed_batches
+from modularforge.data.token_files import Tokens
+from modularforge.evaluation.scoring import measure
+from modularforge.model.backbone import Decoder, cross_entropy
+from modularforge.routing.gathering import gather_statistics
+from modularforge.routing.statistics import RouterStatistics
+from modularforge.routing.text_counts import counts_of, save_counts
+from modularforge.tasks.task import Batch, Examples, Metric
+
+
+@dataclass(frozen=True)
+class TextExamples:
+    """Shuffled windows of a stream of ids; `sample` takes others of them, for what routers are solved from."""
+
+    tokens: Tokens
+    context_length: int
+    batch_size: int
+    seed: int
+    name: str = "the training data"
+    sample_seed: int = 0
+    sample_windows: int = 0
+    sample_batch: int = 1
+
+    def batches(self, position: Any = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+        """Endless batches; positions count windows over all ranks. Raises TrainingError where one is not filled."""
+        return text_batches(
+            batches(self.tokens, self.context_length, self.batch_size, self.seed, int(position), rank, ranks, self.name)
+        )
+
+    def sample(self) -> Iterator[Tensor]:
+        """Inputs [B, T] of about `sample_windows` windows."""
+        stream = batches(self.tokens, self.context_length, 1, self.sample_seed)
+        for _ in range(max(1, self.sample_windows // self.sample_batch)):
+            yield torch.cat([inputs_1T for inputs_1T, _, _ in itertools.islice(stream, self.sample_batch)])
+
+
+@dataclass(frozen=True)
+class MixedText:
+    """The very windows that jobs on several streams take, each once, in one shuffled order."""
+
+    streams: list[Tokens]
+    seeds: list[int]
+    windows_each: int
+    context_length: int
+    batch_size: int
+    seed: int
+    first_window: int = 0
+
+    def batches(self, position: Any = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+        """Batches until all windows were taken; positions count windows over all ranks."""
+        sizes = self.windows_each, self.context_length, self.batch_size, self.seed
+        place = int(position), rank, ranks, self.first_window
+        return text_batches(mixed_batches(self.streams, self.seeds, *sizes, *place))
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """Token streams of domains that nothing was trained on, and how they are measured; `byte_lengths` is [V]."""
+
+    domains: Mapping[str, Tokens]
+    byte_lengths: Tensor
+    context_length: int
+    batch_size: int
+    tokens_per_domain: int
+
+
+class TextTask:
+    """The task `text`; `task.py` says what each method answers."""
+
+    name, unit = "text", "tokens"
+    table: tuple[Metric, ...] = (
+        Metric("loss", "nats per token", "lower", decides=True),
+        Metric("perplexity", "", "lower"),
+        Metric("bits_per_byte", "bits", "lower"),
+    )
+
+    def everything(self, config: Config, corpus: Corpus) -> TextExamples:
+        """All training text."""
+        seed, sample_seed = (derived_seed(config.seed, f"backbone {what}") for what in ("order", "statistics"))
+        tokens, batch_size = corpus.tokens("train").tokens, config.backbone.batch_size
+        return _examples(config, tokens, batch_size, seed, "the training data", sample_seed)
+
+    def part(self, config: Config, partitions: Artifact, index: int) -> TextExamples:
+        """The text of one partition."""
+        return self.part_of(config, token_file(partitions, f"partition-{index}").tokens, index)
+
+    def part_of(self, config: Config, tokens: Tokens, index: int) -> TextExamples:
+        """The same of a stream that lies in no partition; its order follows from the seed and the index alone."""
+        seed, sample_seed = (derived_seed(config.seed, f"expert {what}", index) for what in ("order", "statistics"))
+        return _examples(config, tokens, config.experts.batch_size, seed, f"partition {index}", sample_seed)
+
+    def mixture(
+        self, config: Config, partitions: Artifact, name: str, phase: PhaseConfig, skipped_windows: int = 0
+    ) -> Examples:
+        """All partitions mixed: of each as many windows, in the order in which its expert takes them.
+
+        With a phase of `Config.baseline_phase` they are what all experts see together, no token more or less. Those
+        that come after the first `skipped_windows` of each partition are as many as the phase needs.
+        """
+        parts = [self.part(config, partitions, index) for index in range(config.experts.count)]
+        return MixedText(
+            [part.tokens for part in parts],
+            [part.seed for part in parts],
+            -(-phase.steps * phase.batch_size // config.experts.count),
+            config.model.context_length,
+            phase.batch_size,
+            derived_seed(config.seed, f"{name} order"),
+            skipped_windows,
+        )
+
+    def loss(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Mean cross-entropy of the next token, in nats."""
+        return cross_entropy(model(tensors["inputs"]), tensors["targets"])
+
+    def metrics(self, model: Decoder, held_out: HeldOutText, device: torch.device) -> dict[str, dict[str, float]]:
+        """Loss, perplexity and bits per byte of each domain."""
+        limits = held_out.batch_size, held_out.tokens_per_domain, held_out.context_length
+        found = measure(model.to(device), held_out.domains, held_out.byte_lengths, *limits).domains
+        return {
+            label: {metric.name: getattr(item, metric.name) for metric in self.table} for label, item in found.items()
+        }
+
+    def statistics(self, model: Decoder, examples: TextExamples, device: torch.device) -> RouterStatistics:
+        """What the routers see of the sample, and how often it has each token."""
+        return gather_statistics(model, examples.sample(), device)
+
+    def save_counts(
+        self, config: Config, examples: TextExamples, vocab_size: int, special: Collection[int], path: Path
+    ) -> None:
+        """Write how often each token, and each pair of tokens, occurs."""
+        save_counts(path, counts_of(config, examples.tokens, vocab_size, special))
+
+
+TEXT = TextTask()
+
+
+def text_batches(stream: Iterable[tuple[Tensor, Tensor, int]]) -> Iterator[Batch]:
+    """Inputs [B, T], targets [B, T] and position as batches with names."""
+    for inputs_BT, targets_BT, position in stream:
+        yield Batch({"inputs": inputs_BT, "targets": targets_BT}, position, inputs_BT.numel())
+
+
+def _examples(config: Config, tokens: Tokens, batch_size: int, seed: int, name: str, sample_seed: int) -> TextExamples:
+    context = config.model.context_length
+    sample = sample_seed, config.experts.statistics_tokens // context, config.evaluation.batch_size
+    return TextExamples(tokens, context, batch_size, seed, name, *sample)

@@ -1,0 +1,155 @@
+"""Keeps a training job's state: resumes it, saves it in the background, and lets all ranks fail or stop together.
+
+A stop is polite: a signal only sets a flag, and the loop saves a checkpoint at the end of its step. A second Ctrl-C
+interrupts at once; what was committed stays.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+
+import torch.distributed as dist
+
+from checkpoints.ranks import load_newest_on_all_ranks, on_rank_zero
+from checkpoints.saver import CheckpointSaver
+from checkpoints.training import Checkpoint, load_newest_checkpoint
+from modularforge.log import logger
+from modularforge.training.distributed import World
+from modularforge.training.job import Job
+from modularforge.training.optimizer import Trainer
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+
+
+class Checkpointing:
+    """The checkpoints of one job; a job without `checkpoint_url` keeps none. Used on every rank, rank 0 writes.
+
+    Training waits only while its tensors are copied; a failed save stops all ranks at the next step.
+    """
+
+    def __init__(self, job: Job, world: World) -> None:
+        self.job, self.world = job, world
+        self.saver: CheckpointSaver | None = None
+        if world.is_main and job.checkpoint_url is not None:
+            kept = (job.training.keep_checkpoints, job.training.keep_checkpoints_every)
+            self.saver = CheckpointSaver(job.checkpoint_url, job.fingerprint, *kept)
+
+    def resume(self, trainer: Trainer) -> None:
+        """Continue from the newest checkpoint of this job, where there is one."""
+        self._prepare_after_first_step(trainer)
+        checkpoint = self._newest()
+        if checkpoint is None:
+            return
+        trainer.restore(checkpoint.tensors)
+        trainer.step, trainer.position = checkpoint.step, checkpoint.state["position"]
+        trainer.train_loss = checkpoint.state["train_loss"]
+        trainer.validation_loss = checkpoint.state["validation_loss"]
+        logger.info("%s continues at step %d of %d", self.job.name, trainer.step, self.job.phase.steps)
+
+    def agree_to_stop(self, wants_to_stop: bool) -> bool:
+        """Whether any rank wants to stop; raises on all when a background save has failed (one exchange a step)."""
+        stops, failures = self.world.total([float(wants_to_stop), float(bool(self.saver and self.saver.has_failed))])
+        if failures:
+            self._on_rank_zero(self._check)
+        return stops > 0
+
+    def save(self, trainer: Trainer) -> None:
+        """Copy the state and let it be written; the losses were found finite just before."""
+        state = {
+            "position": trainer.position,
+            "train_loss": trainer.train_loss,
+            "validation_loss": trainer.validation_loss,
+        }
+
+        def start() -> None:
+            if self.saver:
+                self.saver.save(Checkpoint(trainer.step, trainer.tensors(), state))
+
+        self._on_rank_zero(start)
+
+    def wait(self) -> None:
+        """Return when the last save is committed; raises on all ranks when it failed."""
+        self._on_rank_zero(self._wait)
+
+    def __enter__(self) -> Checkpointing:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """At the end of training wait with all ranks; after an error only let rank 0 finish its write."""
+        if error is None:
+            self.wait()
+        elif self.saver:
+            self.saver.finish()
+
+    def _prepare_after_first_step(self, trainer: Trainer) -> None:
+        """Let the saver get its memory while training goes on; only then does AdamW have its moments."""
+
+        def prepare(*_: object) -> None:
+            hook.remove()
+            if self.saver:
+                self.saver.prepare(trainer.tensors())
+
+        hook = trainer.optimizer.register_step_post_hook(prepare)
+
+    def _check(self) -> None:
+        if self.saver:
+            self.saver.check()
+
+    def _wait(self) -> None:
+        if self.saver:
+            self.saver.wait()
+
+    def _newest(self) -> Checkpoint | None:
+        url, fingerprint, fallback = (
+            self.job.checkpoint_url,
+            self.job.fingerprint,
+            self.job.training.checkpoint_fallback,
+        )
+        if url is None:
+            return None
+        if self.world.size == 1:
+            return load_newest_checkpoint(url, fingerprint, fallback)
+        return load_newest_on_all_ranks(url, fingerprint, dist, self.world.device, fallback)
+
+    def _on_rank_zero(self, action: Callable[[], object]) -> None:
+        if self.world.size == 1:
+            action()
+        else:
+            on_rank_zero(action, dist, self.world.device)
+
+
+class StopFlag:
+    """Whether somebody asked this process to stop."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal_name is not None
+
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        """Signal handler: remember the first, let a second Ctrl-C through."""
+        if self and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopFlag]:
+    """Catch the stop signals while the block runs; outside the main thread nothing is caught."""
+    flag = StopFlag()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+    before = {number: signal.signal(number, flag.handle) for number in STOP_SIGNALS}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

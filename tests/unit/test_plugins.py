@@ -1,0 +1,98 @@
+"""Kinds of expert and tasks are found by name, those of installed packages too, and results know their metrics."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from modularforge import plugins
+from modularforge.config import ModelConfig
+from modularforge.errors import ConfigError, MismatchError
+from modularforge.experts import kind
+from modularforge.experts.ffn import FFN
+from modularforge.model.backbone import build_backbone
+from modularforge.tasks import task
+from modularforge.tasks.text import TEXT, HeldOutText, TextExamples
+from tests.conftest import tiny_config
+
+PACKAGE = """
+class Steering:
+    name = "steering"
+
+STEERING = Steering()
+"""
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package with a kind of its own, and one that would take the name of ours."""
+    (tmp_path / "steering_package.py").write_text(PACKAGE)
+    information = tmp_path / "steering_package-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: steering-package\nVersion: 1.0\n")
+    points = "steering = steering_package:STEERING\nffn = steering_package:STEERING\n"
+    (information / "entry_points.txt").write_text(f"[modularforge.experts]\n{points}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "steering_package", raising=False)
+
+
+def test_a_kind_of_another_package_is_found_by_its_entry_point(installed: None) -> None:
+    assert kind.find_kind("steering").name == "steering"
+    assert kind.find_kind("ffn") is FFN, "ours keep their names"
+
+
+def test_an_unknown_name_is_refused_with_those_that_there_are(installed: None) -> None:
+    with pytest.raises(ConfigError, match=r"a kind of expert must be one of ffn, steering, but is 'lora'"):
+        kind.find_kind("lora")
+    with pytest.raises(ConfigError, match=r"a task must be one of text, but is 'speech'.*modularforge\.tasks"):
+        task.find_task("speech")
+
+
+def test_own_tables_name_what_there_is() -> None:
+    for group, own in ((kind.GROUP, kind.OWN), (task.GROUP, task.OWN)):
+        for name, value in own.items():
+            assert EntryPoint(name, value, group).load().name == name
+            assert plugins.find(group, own, name, "plug").name == name
+
+
+def test_experts_of_several_kinds_make_no_model(tmp_path: Path) -> None:
+    def expert(url: str, **facts: str) -> SimpleNamespace:
+        return SimpleNamespace(url=url, manifest=SimpleNamespace(facts=facts))
+
+    old, new, other = expert("a"), expert("b", expert_kind="ffn"), expert("c", expert_kind="lora")
+    config = tiny_config(tmp_path)
+    assert kind.common_kind(config, [old, new]) is FFN, "those of earlier versions do not say it"  # type: ignore[list-item]
+    assert kind.common_kind(config, []) is FFN
+    with pytest.raises(MismatchError, match=r"must be of one kind, but b is ffn, c is lora"):
+        kind.common_kind(config, [old, new, other])  # type: ignore[list-item]
+
+
+def test_text_gives_batches_that_restart_and_count_tokens() -> None:
+    examples = TextExamples(np.arange(101), context_length=5, batch_size=4, seed=0)
+    stream = examples.batches()
+    first, second = next(stream), next(stream)
+    assert first.units == 20
+    assert torch.equal(first.tensors["targets"], first.tensors["inputs"] + 1)
+    again = next(examples.batches(first.position))
+    assert torch.equal(again.tensors["inputs"], second.tensors["inputs"])
+    halves = [next(examples.batches(first.position, rank, 2)) for rank in (0, 1)]
+    assert torch.equal(torch.cat([half.tensors["inputs"] for half in halves]), second.tensors["inputs"])
+
+
+def test_text_measures_what_its_table_says() -> None:
+    torch.manual_seed(0)
+    shape = ModelConfig(width=8, layers=1, heads=2, kv_heads=2, ffn_width=8, context_length=8)
+    model, tokens = build_backbone(shape, 50), np.arange(40) % 50
+    held_out = HeldOutText({"law": tokens}, torch.full((50,), 2), 8, 2, 100)
+    found = TEXT.metrics(model, held_out, torch.device("cpu"))
+    assert found.keys() == {"law"}
+    assert list(found["law"]) == [metric.name for metric in TEXT.table]
+    assert task.deciding(TEXT.table).name == "loss"
+    assert found["law"]["perplexity"] == pytest.approx(np.exp(found["law"]["loss"]))
+    assert found["law"]["bits_per_byte"] == pytest.approx(found["law"]["loss"] / 2 / np.log(2))
