@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any
 
 from checkpoints import Artifact, paths
-from modularforge.config import TRAINED_ON_ALL, Config, PhaseConfig
+from modularforge.config import GONE_FROM_ROPE, TRAINED_ON_ALL, Config, PhaseConfig
 
 NEVER = "never"  # `Stage.baseline` of what no run makes by itself, only a study
 EVERY = "*"
@@ -262,6 +262,9 @@ CAME_LATER: dict[str, Any] = {
 which a stage does what it did before. With that value they are no part of a stage's settings, so that the artifact that
 was made without them keeps its fingerprint. Their default may be another value."""
 
+GONE = tuple(f"model.rope_scaling.{name}" for name in GONE_FROM_ROPE)
+"""Settings that are no more. Where rotary positions are stretched they count as null, as ever: a backbone that was made
+with them keeps its fingerprint."""
 OF_EVIDENCE = ("assembly.token_pairs", "assembly.width_multiple", "assembly.head_multiple")
 """Settings that came with the evidence router's second form. A model of its first form was another model, so for that
 router they count with any value; for the other routers nothing has changed."""
@@ -323,6 +326,8 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for setting in (*stage.sections, *stage.also):
         found.update(_flatten(setting, _value(values, setting)))
+    if "model" in stage.sections and config.model.rope_scaling:
+        found |= dict.fromkeys(GONE)
     found = {setting: value for setting, value in found.items() if has_effect(setting, name)}
     for own, general in STANDS_FOR.get(name, {}).items():
         value = _value(values, own)
