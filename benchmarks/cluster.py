@@ -119,19 +119,19 @@ def timed(arguments: list[str], environment: dict[str, str]) -> float:
 
 def pretend_prepared(output: Path, experts: int) -> None:
     """Commit data, partitions and a backbone without content, and write the settings beside the run."""
-    from modularforge.pipeline import plan_stage
     from modularforge.provenance import commit, making
+    from modularforge.run import Run
     from modularforge.settings import load_config, to_yaml
 
     changes = [f"experts.count={experts}", "partition.method=random", "evaluation.baselines=[]"]
     changes.append("cluster.sbatch_options={hold: true}")  # what is measured is the launcher, not the start of jobs
     config = load_config(str(ROOT / "configs/quickstart.yaml"), changes, output_dir=str(output))
     for stage in ("corpus", "partitions", "backbone"):
-        plan = plan_stage(config, stage)
+        plan = Run(config).plan(stage)
         with making(plan) as writer:
             for number in range(experts if stage == "partitions" else 0):
                 (writer.folder / f"partition-{number}.tokens.bin").write_text(str(number))
-            commit(writer, plan, config, {})
+            commit(writer, plan, Run(config), {})
     output.with_suffix(".yaml").write_text(to_yaml(config))
 
 

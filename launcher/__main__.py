@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from checkpoints.screen import say
 from modularforge.config import Config
 from modularforge.exits import run_app
-from modularforge.options import with_settings
+from modularforge.options import with_settings, with_settings_of_a_run
 
 
 class LaunchByDefault(TyperGroup):
@@ -88,7 +88,7 @@ def plan_of(settings: Config) -> None:
 
 
 @app.command()
-@with_settings
+@with_settings_of_a_run
 def status(
     settings: Config,
     watch: Annotated[bool, typer.Option("--watch", help="Print it again when it changes, to the end.")] = False,
@@ -113,7 +113,7 @@ def status(
 
 
 @app.command()
-@with_settings
+@with_settings_of_a_run
 def logs(
     settings: Config,
     stage: Annotated[str, typer.Argument(help="STAGE or STAGE/INDEX: backbone, expert/3.")],
@@ -127,7 +127,7 @@ def logs(
 
 
 @app.command()
-@with_settings
+@with_settings_of_a_run
 def cancel(settings: Config) -> None:
     """Cancel the jobs of the run, the last stage first; what is committed stays, and `resume` continues."""
     from launcher.cluster import cancel as cancel_run
@@ -136,7 +136,7 @@ def cancel(settings: Config) -> None:
 
 
 @app.command()
-@with_settings
+@with_settings_of_a_run
 def resume(settings: Config) -> None:
     """Submit what is missing of a run, with the settings that it was submitted with."""
     from launcher.cluster import launch as launch_on_cluster
@@ -149,7 +149,7 @@ def resume(settings: Config) -> None:
 
 
 @app.command()
-@with_settings
+@with_settings_of_a_run
 def wait(settings: Config) -> None:
     """Wait until the run has ended and print the end report; the exit code is 0 when all is committed, else 1."""
     from launcher.cluster import wait_for_run

@@ -23,10 +23,11 @@ from launcher.environment import without_torch_variables
 from launcher.events import append_event, merge_events
 from launcher.lock import submission_lock
 from launcher.places import folder_name
-from launcher.tasks import Task, finished_tasks, is_finished, remembering, unneeded_tasks
+from launcher.tasks import Task, finished_tasks, is_finished, unneeded_tasks
 from launcher.unsaved import require_readable_settings
 from modularforge.config import Config
 from modularforge.errors import Interrupted, UserError
+from modularforge.run import Run
 from modularforge.settings import to_yaml
 
 POLL_SECONDS = 0.1
@@ -87,13 +88,13 @@ class LocalLauncher:
                 signal.signal(number, handler)
         if self.stop_signal:
             raise Interrupted("stopped; the jobs saved their state, and the same command continues")
-        if set(self.failed) - unneeded_tasks(self.config, self.tasks, self.done):
+        if set(self.failed) - unneeded_tasks(self.tasks, self.done):
             raise TaskError(self._failures())
 
     def _leave_out(self) -> None:
         """Count as done the experts that the committed model goes without (cluster.min_experts), as on a cluster."""
-        finished = finished_tasks(self.config, self.tasks, remembering())
-        for name in sorted(unneeded_tasks(self.config, self.tasks, finished)):
+        finished = finished_tasks(Run(self.config), self.tasks)
+        for name in sorted(unneeded_tasks(self.tasks, finished)):
             self.say(f"{name}: left out (cluster.min_experts)")
             self.done.add(name)
 
@@ -103,7 +104,9 @@ class LocalLauncher:
         for task in self.tasks:
             if self.stop_signal or not self._is_ready(task):
                 continue
-            if task.stages != ("evaluation",) and is_finished(self.config, task):  # it is cheap, and prints its table
+            if task.stages != ("evaluation",) and is_finished(
+                Run(self.config), task
+            ):  # it is cheap, and prints its table
                 self.say(f"{task.name}: finished before")
                 self.done.add(task.name)
                 started = True

@@ -26,6 +26,7 @@ from launcher.tasks import Task, build_tasks, is_finished
 from modularforge.config import Config
 from modularforge.errors import ConfigError
 from modularforge.exits import run_app
+from modularforge.run import Run
 from modularforge.settings import load_config
 
 
@@ -56,7 +57,7 @@ def find_task(config: Config, group: str, array_index: int | None, offset: int) 
 
 def run_task(config: Config, task: Task, allocation: Allocation, options: list[str], key: str) -> int:
     """Run it unless it is done or another job has it; returns the exit code for Slurm."""
-    if is_finished(config, task):
+    if is_finished(Run(config), task):
         print(f"{task.name} is finished", flush=True)
         return 0
     if _is_replaced(config, key, allocation):
@@ -68,7 +69,7 @@ def run_task(config: Config, task: Task, allocation: Allocation, options: list[s
     print(f"{task.name}: {shown_command(*command)}", flush=True)
     environment = child_environment(config, processes_of(config, task, allocation), allocation)
     code = run_child(command, environment)
-    if code == 0 and is_finished(config, task):
+    if code == 0 and is_finished(Run(config), task):
         append_event(config, task.name, "ended", slurm_job=allocation.name, code=0, reason="finished")
         if task.group == "evaluate":
             finish_run(config)

@@ -21,7 +21,7 @@ from launcher.frozen import frozen_folder
 from launcher.pieces import cut
 from launcher.places import FOLDER, work_folder
 from launcher.slurm import SlurmError, minutes, partitions, run_slurm, site_settings
-from launcher.tasks import NODES_OF, Group, build_groups, build_tasks, nodes_of
+from launcher.tasks import Group, build_groups, build_tasks, nodes_of, nodes_section
 from modularforge.config import Config
 from modularforge.errors import ConfigError
 
@@ -77,7 +77,7 @@ def _group_problems(
 ) -> Iterator[str]:
     limit, wanted = _queue_limit(config, queues), nodes_of(config, group.name).time_minutes
     if wanted > limit:
-        section = NODES_OF.get(group.name, "other")
+        section = nodes_section(group.name)
         yield f"cluster.{section}.time_minutes must be at most the queue's {limit:.0f}, but is {wanted}; lower it"
     indices = [task.index for task in group.tasks if task.index is not None]
     piece = next(iter(cut(indices, max_array, config.cluster.array_throttle)), None)

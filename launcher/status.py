@@ -16,8 +16,10 @@ from launcher.progress import Progress, progress_of
 from launcher.record import Record, Submission
 from launcher.slurm import QueuedJob, queue
 from launcher.submit import live_tasks
-from launcher.tasks import Task, build_groups, build_tasks, finished_tasks, remembering, unneeded_tasks
-from modularforge.config import TRAINED_ON_ALL, Config
+from launcher.tasks import Task, build_groups, build_tasks, finished_tasks, unneeded_tasks
+from modularforge.config import Config
+from modularforge.pipeline import STAGES
+from modularforge.run import Run
 
 GOING_ON = ("pending", "requeued", "running", "ending")
 # Of a large array only the tasks that something can be said about are listed.
@@ -46,8 +48,8 @@ class Row:
 def read_status(config: Config, record: Record) -> list[Row]:
     """One row per task, in the order of the graph."""
     tasks = build_tasks(config)
-    done = finished_tasks(config, tasks, remembering())
-    spared = unneeded_tasks(config, tasks, done)
+    done = finished_tasks(Run(config), tasks)
+    spared = unneeded_tasks(tasks, done)
     jobs = [] if len(done | spared) == len(tasks) else queue(_names(config, record))
     events = read_all_events(config)
     live = live_tasks(record, jobs, events)
@@ -150,11 +152,8 @@ def _ended_state(events: list[Event], carrier: Submission | None, job: QueuedJob
 
 
 def _steps(config: Config, task: Task) -> int | None:
-    baseline = next((name for name in TRAINED_ON_ALL if name == task.group), None)
-    if baseline:
-        return config.baseline_phase(baseline).steps
-    steps = {"backbone": config.backbone.steps, "expert": config.experts.steps, "branch": config.experts.steps}
-    return steps.get(task.group)
+    phase = STAGES[task.stages[0]].phase
+    return phase(config).steps if phase else None
 
 
 def _line(row: Row) -> str:

@@ -19,8 +19,10 @@ from launcher.pieces import Piece, cut
 from launcher.places import work_folder
 from launcher.record import Record, Submission, new_key, save_record
 from launcher.slurm import NEVER, QueuedJob, SlurmError, queue, run_slurm, site_settings
-from launcher.tasks import Group, build_groups, build_tasks, finished_tasks, remembering, unneeded_tasks
+from launcher.tasks import Group, build_groups, build_tasks, finished_tasks, unneeded_tasks
 from modularforge.config import Config
+from modularforge.pipeline import JobName
+from modularforge.run import Run
 
 Say = Callable[[str], None]
 # After an sbatch that failed its job may still appear in the queue.
@@ -43,8 +45,8 @@ class Submitter:
     def is_needed(self) -> bool:
         """Whether anything of the run is not finished."""
         tasks = build_tasks(self.config)
-        self.done = finished_tasks(self.config, tasks, remembering())
-        self.done |= unneeded_tasks(self.config, tasks, self.done)
+        self.done = finished_tasks(Run(self.config), tasks)
+        self.done |= unneeded_tasks(tasks, self.done)
         return len(self.done) < len(tasks)
 
     def run(self) -> int:
@@ -181,4 +183,4 @@ def _may_have_succeeded(error: SlurmError) -> bool:
 
 
 def _group_of(task_name: str) -> str:
-    return next((name for name in ("expert", "branch") if task_name.startswith(f"{name}-")), task_name)
+    return JobName.parse(task_name).stage

@@ -1,25 +1,17 @@
-"""The pipeline as a graph of tasks: what each runs, what it waits for, and whether its artifact is there already.
+"""The pipeline as a graph of tasks: what each runs, what it waits for, and whether its artifacts are there already.
 
-A task is one job; tasks of one group (the experts) run side by side and become one array on a cluster.
+A task is one job of the table of stages (`modularforge/pipeline.py`); tasks of one group (the experts) run side by side
+and become one array on a cluster.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from checkpoints import Artifact, MissingArtifactError, find_artifact
-from modularforge.config import TRAINED_ON_ALL, Config, NodesConfig
-from modularforge.pipeline import Finder, finished, plan_stage, stage_settings, stage_url
-
-TRAINING = ("backbone", "expert", *TRAINED_ON_ALL, "branch")
-NODES_OF: dict[str, str] = {
-    "backbone": "backbone",
-    **dict.fromkeys(TRAINED_ON_ALL, "backbone"),
-    "expert": "expert",
-    "branch": "expert",
-}
-"""Which section of `cluster` says what a group asks for; `other` for those that are not here."""
+from modularforge.config import Config, NodesConfig
+from modularforge.pipeline import MADE_BY, STAGES, JobName, Stage, stage_settings, wanted_stages
+from modularforge.run import Run, is_kept
 
 
 @dataclass(frozen=True)
@@ -29,23 +21,40 @@ class Task:
     `after` must have succeeded before it starts, `after_end` must only have ended.
     """
 
-    name: str
-    arguments: tuple[str, ...]
+    job: JobName
     after: tuple[str, ...]
     stages: tuple[str, ...]
-    index: int | None = None
-    is_worker: bool = False
     after_end: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """`backbone`, `expert-3`."""
+        return str(self.job)
+
+    @property
+    def index(self) -> int | None:
+        """Which expert."""
+        return self.job.index
 
     @property
     def group(self) -> str:
         """Name of its group: its own, or that of its array."""
-        return self.name if self.index is None else self.stages[0]
+        return self.job.stage
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What `python -m modularforge` is called with: a job's name is its command."""
+        return (self.group,) if self.index is None else (self.group, "--index", str(self.index))
 
     @property
     def is_training(self) -> bool:
         """Whether it leaves checkpoints and metrics on its way."""
-        return self.group in TRAINING
+        return STAGES[self.stages[0]].phase is not None
+
+    @property
+    def is_worker(self) -> bool:
+        """Whether it runs beside others: experts and baselines."""
+        return self.is_training and self.group != "backbone"
 
 
 @dataclass(frozen=True)
@@ -60,38 +69,36 @@ class Group:
 
 def build_tasks(config: Config) -> list[Task]:
     """All tasks of a run, each after those it waits for; workers may run side by side."""
-    experts = _workers(config, "expert")
-    baselines = [
-        Task(name, ("train", "--only", name), ("backbone",), (name,), is_worker=True)
-        for name in TRAINED_ON_ALL
-        if name in config.evaluation.baselines
-    ]
-    if "btx" in config.evaluation.baselines:
-        baselines += _workers(config, "branch")
-    names = tuple(task.name for task in experts)
-    return [
-        Task("prepare-data", ("prepare-data",), (), ("corpus", "partitions")),
-        Task("backbone", ("train", "--only", "backbone"), ("prepare-data",), ("backbone",)),
-        *experts,
-        *baselines,
-        Task("assemble", ("assemble",), (), ("assembled", "calibrated"), after_end=names),
-        Task("evaluate", ("evaluate",), ("assemble", *(task.name for task in baselines)), ("evaluation",)),
-    ]
-
-
-def _workers(config: Config, stage: str) -> list[Task]:
-    """One task for each partition, which become one array on a cluster."""
-    return [
-        Task(
-            f"{stage}-{index}",
-            ("train", "--only", stage, "--index", str(index)),
-            ("backbone",),
-            (stage,),
-            index,
-            is_worker=True,
+    stages_of: dict[str, list[Stage]] = {}
+    for stage in wanted_stages(config):
+        stages_of.setdefault(stage.job_name, []).append(stage)
+    job_of = {stage.name: job for job, stages in stages_of.items() for stage in stages}
+    waits = {job: _waits_for(stages, job_of, config) - {job} for job, stages in stages_of.items()}
+    tasks: dict[str, list[Task]] = {}
+    for job, stages in stages_of.items():
+        direct = waits[job] - {name for other in waits[job] for name in _all_before(other, waits)}
+        # Experts only have to end: when one fails, the others go on without it (cluster.min_experts).
+        ended = {job_of["expert"]} if any("experts" in stage.inputs for stage in stages) else set()
+        names = tuple(stage.name for stage in stages)
+        after, after_end = (
+            tuple(task.name for name in stages_of if name in wanted for task in tasks[name])
+            for wanted in (direct - ended, direct & ended)
         )
-        for index in range(config.experts.count)
-    ]
+        tasks[job] = [Task(JobName(job, index), after, names, after_end) for index in stages[0].indices(config)]
+    return [task for found in tasks.values() for task in found]
+
+
+def _waits_for(stages: Iterable[Stage], job_of: dict[str, str], config: Config) -> set[str]:
+    """The jobs whose artifacts these stages read."""
+    read = {MADE_BY.get(name, name) for stage in stages for name in stage.inputs}
+    if "models" in read:
+        read |= {stage.name for stage in wanted_stages(config) if stage.is_measured}
+    return {job_of[name] for name in read if name in job_of}
+
+
+def _all_before(job: str, waits: dict[str, set[str]]) -> set[str]:
+    """The jobs that have ended when this one starts."""
+    return waits[job] | {name for other in waits[job] for name in _all_before(other, waits)}
 
 
 def build_groups(tasks: list[Task]) -> list[Group]:
@@ -108,56 +115,46 @@ def build_groups(tasks: list[Task]) -> list[Group]:
 
 def nodes_of(config: Config, group: str) -> NodesConfig:
     """What the jobs of a group ask of a cluster."""
-    nodes: NodesConfig = getattr(config.cluster, NODES_OF.get(group, "other"))
+    nodes: NodesConfig = getattr(config.cluster, nodes_section(group))
     return nodes
 
 
-def remembering() -> Finder:
-    """A finder that reads each manifest once: for one look at a run of thousands of experts."""
-    return functools.cache(find_artifact)
+def nodes_section(group: str) -> str:
+    """The section of `cluster` that says it."""
+    return next((stage.nodes for stage in STAGES.values() if stage.job_name == group), "other")
 
 
-def is_finished(config: Config, task: Task, find: Finder = find_artifact) -> bool:
+def is_finished(run: Run, task: Task) -> bool:
     """Whether all that the task makes is committed; raises MismatchError when another config's lies there."""
     if task.stages == ("evaluation",):
-        return _is_evaluated(config, find)
-    try:
-        return all(finished(plan_stage(config, stage, task.index, find=find), find) for stage in task.stages)
-    except MissingArtifactError:
-        return False
+        return _is_evaluated(run)
+    return all(run.artifact(stage, task.index) for stage in task.stages)
 
 
-def finished_tasks(config: Config, tasks: list[Task], find: Finder) -> set[str]:
-    """Names of the tasks whose work is done; `find` must remember, because the experts share their inputs."""
-    return {task.name for task in tasks if is_finished(config, task, find)}
+def finished_tasks(run: Run, tasks: list[Task]) -> set[str]:
+    """Names of the tasks whose work is done."""
+    return {task.name for task in tasks if is_finished(run, task)}
 
 
-def unneeded_tasks(config: Config, tasks: list[Task], done: set[str]) -> set[str]:
+def unneeded_tasks(tasks: list[Task], done: set[str]) -> set[str]:
     """Experts that the committed model goes without (cluster.min_experts): they are not tried again."""
     return {task.name for task in tasks if task.group == "expert" and task.name not in done and "assemble" in done}
 
 
-def _is_evaluated(config: Config, find: Finder) -> bool:
+def _is_evaluated(run: Run) -> bool:
     """Whether the evaluation is of these settings and of the models that are there now."""
-    old = find(stage_url(config, "evaluation"))
-    if old is None or old.manifest.settings != stage_settings(config, "evaluation"):
+    old, assembled = run.find(run.url("evaluation")), run.artifact("assembled")
+    if old is None or assembled is None or old.manifest.settings != stage_settings(run.config, "evaluation"):
         return False
-    models = [("assembled", _kept(config, "assembled", find)), ("calibrated", _kept(config, "calibrated", find))]
-    models += [(name, _kept(config, name, find)) for name in TRAINED_ON_ALL if name in config.evaluation.baselines]
-    if "btx" in config.evaluation.baselines:
-        models += [(f"branch-{k}", _kept(config, "branch", find, k)) for k in range(config.experts.count)]
-    if models[0][1] is None:
-        return False
+    rows = [
+        stage for stage in wanted_stages(run.config) if stage.is_measured and stage.name not in ("backbone", "expert")
+    ]
+    found = {JobName(stage.name, k): run.artifact(stage.name, k) for stage in rows for k in stage.indices(run.config)}
     inputs = old.manifest.inputs
-    return all(inputs.get(label) == (model.manifest.fingerprint if model else None) for label, model in models)
-
-
-def _kept(config: Config, stage: str, find: Finder, index: int | None = None) -> Artifact | None:
-    try:
-        artifact = finished(plan_stage(config, stage, index, find=find), find)
-    except MissingArtifactError:
-        return None
-    return artifact if artifact and artifact.manifest.facts.get("kept", True) else None
+    return all(
+        inputs.get(str(job)) == (model.manifest.fingerprint if model and is_kept(model) else None)
+        for job, model in found.items()
+    )
 
 
 def _groups(names: tuple[str, ...], group_of: dict[str, str]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from checkpoints.redact import has_secret, is_redacted, redact_urls
 from launcher.tasks import build_tasks, is_finished
 from modularforge.config import Config, SourceConfig
 from modularforge.errors import ConfigError
+from modularforge.run import Run
 
 
 def require_open_places(config: Config) -> None:
@@ -31,7 +32,7 @@ def require_readable_settings(config: Config) -> None:
                 "with the settings; give it again with --set, or let the line read an environment variable"
             )
     lost = [(source.name, place) for source in config.data.sources for place in _locations(source) if _is_lost(place)]
-    if lost and not is_finished(config, build_tasks(config)[0]):
+    if lost and not is_finished(Run(config), build_tasks(config)[0]):
         name, place = lost[0]
         raise ConfigError(
             f"data.sources must name secrets as environment variables for jobs, such as https://${{USER}}:${{PASSWORD}}"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from typing import Annotated
 
 import typer
 
 from checkpoints.screen import say
-from modularforge.config import TRAINED_ON_ALL, Config
+from modularforge.config import Config
 from modularforge.errors import ConfigError, UserError
 from modularforge.experts_cli import app as experts_app
 from modularforge.options import with_lazy_settings, with_settings
+from modularforge.pipeline import STAGES, Stage, wanted_stages
+from modularforge.run import Run
 
 app = typer.Typer(
     name="modularforge",
@@ -27,27 +29,58 @@ app = typer.Typer(
 app.add_typer(experts_app, name="experts")
 
 
-@app.command("prepare-data")
-@with_settings
-def prepare_data(settings: Config) -> None:
-    """Learn the tokenizer, write token files, and divide the documents among the experts."""
-    _prepare(settings)
+INDEX = typer.Option(help="Which one of the partitions' jobs, from 0.")
 
 
-def _prepare(settings: Config) -> None:
-    from modularforge.stages import prepare
+def _make(run: Run, job: str, indices: Iterable[int | None] | None = None, but: Container[str] = ()) -> None:
+    """Make what a job makes, stage by stage."""
+    for stage in STAGES.values():
+        if stage.job_name == job and stage.name not in but:
+            for index in stage.indices(run.config) if indices is None else indices:
+                run.make(stage.name, index)
 
-    prepare.run(settings)
+
+def add_jobs(jobs: typer.Typer, stages: Iterable[Stage]) -> None:
+    """A command for each job of the table of stages, under torchrun too; but for those with options of their own."""
+    for job, is_indexed in {stage.job_name: stage.is_indexed for stage in stages}.items():
+        if job not in ("assemble", "evaluate"):
+            _add_job(jobs, job, is_indexed)
+
+
+def _add_job(jobs: typer.Typer, job: str, is_indexed: bool) -> None:
+    def one(settings: Config) -> None:
+        _make(Run(settings), job)
+
+    def indexed(settings: Config, index: Annotated[int, INDEX]) -> None:
+        _make(Run(settings), job, [_checked_index(settings, index)])
+
+    command = indexed if is_indexed else one
+    command.__doc__ = HELP_OF_JOBS.get(job, f"Train the baseline `{job}`, as a job of its own.")
+    jobs.command(job, rich_help_panel="Jobs")(with_settings(command))
+
+
+HELP_OF_JOBS = {
+    "prepare-data": "Learn the tokenizer, write token files, and divide the documents among the experts.",
+    "backbone": "Train the backbone; with DDP: torchrun --nproc-per-node 2 -m modularforge backbone.",
+    "expert": "Train one expert, alone, on its own partition.",
+    "branch": "Train one branch of the BTX baseline.",
+}
+
+
+def _checked_index(settings: Config, index: int) -> int:
+    if 0 <= index < settings.experts.count:
+        return index
+    raise ConfigError(
+        f"--index must be between 0 and {settings.experts.count - 1} (experts.count is {settings.experts.count}), but "
+        f"is {index}; choose one of these"
+    )
 
 
 @app.command()
 @with_settings
 def train(
     settings: Config,
-    only: Annotated[
-        str | None,
-        typer.Option(help="Train the `backbone`, one `expert`, or a baseline: `dense`, `joint`, one `branch` of BTX."),
-    ] = None,
+    only: Annotated[str | None, typer.Option(help="Run this training job alone, as the command of its name.")] = None,
     index: Annotated[
         int | None, typer.Option(help="Which expert or branch, from 0; goes with --only of these.")
     ] = None,
@@ -55,54 +88,23 @@ def train(
 ) -> None:
     """Train the backbone, then all experts one after another.
 
-    As separate jobs: --only backbone (with DDP: torchrun --nproc-per-node 2 -m modularforge train --only backbone),
-    then --only expert --index K on as many machines as there are experts.
+    As separate jobs: `backbone` (with DDP: torchrun --nproc-per-node 2 -m modularforge backbone), then `expert --index
+    K` on as many machines as there are experts.
     """
-    known = ("backbone", "expert", *TRAINED_ON_ALL, "branch", "btx")
+    known = [stage.name for stage in STAGES.values() if stage.phase and stage.job_name == stage.name]
     if only not in (None, *known):
         raise ConfigError(f"--only must be one of {', '.join(known)}, but is {only!r}; choose one of these")
-    if (only in ("expert", "branch")) != (index is not None):
+    if (only is not None and STAGES[only].is_indexed) != (index is not None):
         raise ConfigError(
             "--only expert and --index K go together, as do --only branch and --index K; "
             "give both, or neither to train everything"
         )
     if only == "backbone" and skip_backbone:
         raise ConfigError("--only backbone and --skip-backbone exclude each other; give one of them")
-    if only in (*TRAINED_ON_ALL, "branch", "btx"):
-        _train_baseline(settings, only, index)
-    if only in (None, "backbone") and not skip_backbone:
-        _train_backbone(settings)
-    if only in (None, "expert"):
-        _train_experts(settings, range(settings.experts.count) if index is None else [index])
-
-
-def _train_backbone(settings: Config) -> None:
-    from modularforge.stages import backbone
-
-    backbone.run(settings)
-
-
-def _train_experts(settings: Config, indices: range | list[int]) -> None:
-    from modularforge.stages import expert
-
-    for index in indices:
-        expert.run(settings, index)
-
-
-def _train_baselines(settings: Config) -> None:
-    """Train what the evaluation compares with and nobody else trains."""
-    for name in TRAINED_ON_ALL:
-        if name in settings.evaluation.baselines:
-            _train_baseline(settings, name)
-    if "btx" in settings.evaluation.baselines:
-        for index in range(settings.experts.count):
-            _train_baseline(settings, "branch", index)
-
-
-def _train_baseline(settings: Config, name: str, index: int | None = None) -> None:
-    from modularforge.runners import RUNNERS
-
-    RUNNERS[name](settings, *([] if index is None else [index]))
+    run = Run(settings)
+    jobs = [only] if only else ["expert"] if skip_backbone else ["backbone", "expert"]
+    for job in jobs:
+        _make(run, job, None if index is None else [_checked_index(settings, index)])
 
 
 @app.command()
@@ -112,17 +114,7 @@ def assemble(
     calibrate: Annotated[bool, typer.Option("--calibrate/--no-calibrate", help="Calibrate afterwards.")] = True,
 ) -> None:
     """Merge backbone and experts into one model folder, then calibrate it on validation data."""
-    _assemble(settings, calibrate)
-
-
-def _assemble(settings: Config, calibrate: bool) -> None:
-    from modularforge.stages import assemble as assemble_stage
-
-    assemble_stage.run(settings)
-    if calibrate:
-        from modularforge.stages import calibrate as calibrate_stage
-
-        calibrate_stage.run(settings)
+    _make(Run(settings), "assemble", but=() if calibrate else ("calibrated",))
 
 
 @app.command()
@@ -132,19 +124,25 @@ def evaluate(
     model: Annotated[str | None, typer.Option(help="Measure only this model folder, and write nothing.")] = None,
 ) -> None:
     """Measure the models of a run side by side: perplexity per domain, routing, samples; prints the table."""
-    _evaluate(settings, model)
-
-
-def _evaluate(settings: Config, model: str | None = None) -> None:
-    from modularforge.evaluation.report import print_table
-    from modularforge.stages import evaluate as evaluate_stage
-
-    if model is not None:
-        print_table(evaluate_stage.measure_folder(settings, model))
+    if model is None:
+        _evaluate(Run(settings))
         return
-    _train_baselines(settings)
-    print_table(evaluate_stage.run(settings))
-    say(evaluate_stage.where(settings))
+    from modularforge.evaluation.report import print_table
+    from modularforge.stages.evaluate import measure_folder
+
+    print_table(measure_folder(Run(settings), model))
+
+
+def _evaluate(run: Run) -> None:
+    """Train what the evaluation compares with and nobody else trains, measure, and print the table."""
+    from modularforge.evaluation.report import print_table
+    from modularforge.stages.evaluate import where
+
+    for stage in wanted_stages(run.config):
+        if stage.baseline is not None:
+            _make(run, stage.job_name)
+    print_table(run.make("evaluation"))
+    say(where(run))
 
 
 @app.command("run-all")
@@ -159,16 +157,12 @@ def run_all(
     skip_evaluation: Annotated[bool, typer.Option("--skip-evaluation", help="Measure nothing.")] = False,
 ) -> None:
     """Prepare data, train backbone and experts, assemble, calibrate and evaluate; finished stages are skipped."""
-    if not skip_data:
-        _prepare(settings)
-    if not skip_backbone:
-        _train_backbone(settings)
-    if not skip_experts:
-        _train_experts(settings, range(settings.experts.count))
-    if not skip_assembly:
-        _assemble(settings, not skip_calibration)
+    run = Run(settings)
+    skipped = {"prepare-data": skip_data, "backbone": skip_backbone, "expert": skip_experts, "assemble": skip_assembly}
+    for job in [job for job, skip in skipped.items() if not skip]:
+        _make(run, job, but=("calibrated",) if skip_calibration else ())
     if not skip_evaluation:
-        _evaluate(settings)
+        _evaluate(run)
 
 
 @app.command()
@@ -230,7 +224,7 @@ def generate(
     if model is None:
         from modularforge.stages.evaluate import chosen_model
 
-        model = chosen_model(load_settings()).url
+        model = chosen_model(Run(load_settings())).url
     loaded = load_for_generation(model)
     sampling = Sampling(temperature, top_k, top_p, seed)
     if prompt is None:
@@ -257,6 +251,21 @@ def fetch(
 
     configure_logging()
     say(fetch_model(model, output, verify).url)
+
+
+@app.command()
+def settings(
+    pattern: Annotated[
+        str | None, typer.Argument(help="Only settings whose name or sentence has this text, such as `router`.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As docs/settings.md has them.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="A JSON schema of settings files, for editors.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
+) -> None:
+    """Print every setting with its type, its default and what it does."""
+    from modularforge import settings_page
+
+    say(settings_page.schema() if schema else settings_page.page(pattern, markdown))
 
 
 @app.command()
@@ -330,3 +339,6 @@ def sanity(
         raise typer.Exit(1) from error
     if not run_checks(settings, test, quick):
         raise typer.Exit(1)
+
+
+add_jobs(app, STAGES.values())

@@ -41,12 +41,17 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     return _with_options(command, lambda load: load())
 
 
+def with_settings_of_a_run(command: Callable[..., None]) -> Callable[..., None]:
+    """The same for a command that finds a run and takes what was recorded there: a pretrained model is not asked."""
+    return _with_options(command, lambda load: load(asks_for_shape=False))
+
+
 def with_lazy_settings(command: Callable[..., None]) -> Callable[..., None]:
     """The same for ``command(load_settings, …)``, which may do without: it gets a function that builds them."""
     return _with_options(command, lambda load: load)
 
 
-def _with_options(command: Callable[..., None], pass_on: Callable[[Callable[[], Config]], Any]) -> Callable[..., None]:
+def _with_options(command: Callable[..., None], pass_on: Callable[[Callable[..., Config]], Any]) -> Callable[..., None]:
     shared = inspect.signature(shared_options).parameters
     own = list(inspect.signature(command).parameters.values())[1:]
 

@@ -19,6 +19,7 @@ from checkpoints.sweep import sweep
 from modularforge.config import Config
 from modularforge.log import json_safe, logger
 from modularforge.pipeline import STAGES, Plan, checkpoint_url, contents, fingerprint
+from modularforge.run import Run
 from modularforge.settings import to_yaml
 
 FROZEN_NAME = "frozen.json"
@@ -40,12 +41,13 @@ def making(plan: Plan, parts: Sequence[Artifact] = ()) -> Iterator[ArtifactWrite
 
 
 def commit(
-    writer: ArtifactWriter, plan: Plan, config: Config, facts: dict[str, Any], old: Artifact | None = None
+    writer: ArtifactWriter, plan: Plan, run: Run, facts: dict[str, Any], old: Artifact | None = None
 ) -> Artifact:
     """Publish what was written, with `facts` and provenance, in the place of `old` if there is one.
 
-    A rival that made the same artifact first is as good.
+    Where another process made the same artifact first, that one is as good.
     """
+    config = run.config
     try:
         artifact = writer.commit(json_safe({**facts, "provenance": provenance(config)}), old=old)
     except ArtifactExistsError:
@@ -53,7 +55,9 @@ def commit(
         if artifact.manifest.fingerprint != plan.fingerprint:
             raise
         logger.info("another process finished the same artifact first: %s", plan.url)
+        run.remember(artifact)
         return artifact
+    run.remember(artifact)
     save_settings(config)
     _sweep(config, plan)
     logger.info("finished: %s", plan.url)
@@ -66,7 +70,7 @@ def _sweep(config: Config, plan: Plan) -> None:
     Were it the whole run for each of a thousand experts, all of them would list it a thousand times.
     """
     stage = STAGES.get(plan.stage)  # none for the results of a study, of which there are many too
-    if stage is not None and "{index}" not in stage.folder:
+    if stage is not None and not stage.is_indexed:
         sweep(config.output_dir)
     elif stage is not None:
         sweep(checkpoint_url(config, plan.url.rstrip("/").rpartition("/")[2]))

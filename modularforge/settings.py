@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from checkpoints import StoreError, paths
-from modularforge.config import TRAINED_ON_ALL, Config
+from modularforge.config import TRAINED_ON_ALL, Config, ModelConfig
 from modularforge.errors import ConfigError
 from modularforge.mistakes import config_error, shown
 from modularforge.yaml_text import MAX_BYTES, parse_yaml, to_yaml_text
@@ -51,10 +51,12 @@ def load_config(
     smoke_test: bool = False,
     data_dir: str | None = None,
     output_dir: str | None = None,
+    asks_for_shape: bool = True,
 ) -> Config:
-    """Read, merge and validate; raises ConfigError with one line per mistake.
+    """Read a user's YAML, merge and validate; raises ConfigError with one line per mistake.
 
-    An override is text (`key=value`, the value in YAML), or a name and a value.
+    An override is text (`key=value`, the value in YAML), or a name and a value. A pretrained model is asked for its
+    shape, unless `asks_for_shape` is false: for commands that only look for a run which has its settings recorded.
     """
     values = read_yaml(path)
     if smoke_test:
@@ -69,7 +71,7 @@ def load_config(
         values["data_dir"] = data_dir
     if output_dir is not None:
         values["output_dir"] = output_dir
-    return make_config(values, path)
+    return complete_config(values, path) if asks_for_shape else make_config(values, path)
 
 
 def _without_pretrained(model: Any) -> Any:
@@ -77,17 +79,22 @@ def _without_pretrained(model: Any) -> Any:
     return {} if isinstance(model, Mapping) and model.get("pretrained") else model
 
 
-def make_config(values: Mapping[str, Any], origin: str) -> Config:
-    """Validate plain values; `origin` names them in the error. A pretrained model is asked for its shape."""
-    config = _validate(values, origin)
-    if config.model.pretrained is None:
+def complete_config(values: Mapping[str, Any], origin: str) -> Config:
+    """Validate what a user wrote, with the shape of a pretrained model, which is looked up in its files or on the Hub.
+
+    Settings that were resolved before name the whole shape; there is nothing to look up, and nodes of a cluster that
+    read them need no network.
+    """
+    config = make_config(values, origin)
+    if config.model.pretrained is None or ModelConfig.model_fields.keys() <= dict(values["model"]).keys():
         return config
     from modularforge.pretrained.shape import with_pretrained_shape
 
-    return _validate(with_pretrained_shape(values, config.model.pretrained), origin)
+    return make_config(with_pretrained_shape(values, config.model.pretrained), origin)
 
 
-def _validate(values: Mapping[str, Any], origin: str) -> Config:
+def make_config(values: Mapping[str, Any], origin: str) -> Config:
+    """Validate resolved settings; `origin` names them in the error. Reads no file and asks no network."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -178,7 +185,7 @@ def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> list[s
     """Dotted names of all settings."""
     names: list[str] = []
     for name, field in section.model_fields.items():
-        inner = _section_type(field.annotation)
+        inner = section_type(field.annotation)
         names += setting_names(inner, f"{prefix}{name}.") if inner else [prefix + name]
     return names
 
@@ -187,15 +194,15 @@ def _section_at(location: Iterable[Any]) -> type[BaseModel] | None:
     section: type[BaseModel] | None = Config
     for part in location:
         if isinstance(part, str) and section is not None and part in section.model_fields:
-            section = _section_type(section.model_fields[part].annotation)
+            section = section_type(section.model_fields[part].annotation)
     return section
 
 
-def _section_type(annotation: Any) -> type[BaseModel] | None:
+def section_type(annotation: Any) -> type[BaseModel] | None:
     """The section class in an annotation such as `X`, `list[X]` or `X | None`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if typing.get_origin(annotation) in (list, typing.Union, types.UnionType):
-        found = (_section_type(argument) for argument in typing.get_args(annotation))
+        found = (section_type(argument) for argument in typing.get_args(annotation))
         return next((section for section in found if section), None)
     return None

@@ -12,6 +12,8 @@ import pytest
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from modularforge.config import Config
+from modularforge.pipeline import STAGES
+from modularforge.run import Run
 from modularforge.settings import SMOKE_TEST, make_config, sample_sources
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,21 +76,18 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 def run_every_stage(config: Config) -> dict[str, Any]:
     """Run the whole pipeline in this process, with all baselines it names, and return the results of its evaluation."""
-    from modularforge.config import TRAINED_ON_ALL
-    from modularforge.runners import RUNNERS
-    from modularforge.stages import assemble, backbone, branch, calibrate, dense, evaluate, expert, prepare
+    run, results = Run(config), None
+    for stage in STAGES.values():
+        if stage.is_wanted(config) or stage.name == "dense":
+            for index in stage.indices(config):
+                results = run.make(stage.name, index)
+    assert results is not None
+    return results
 
-    prepare.run(config)
-    backbone.run(config)
-    for index in range(config.experts.count):
-        expert.run(config, index)
-    dense.run(config)
-    for name in TRAINED_ON_ALL:
-        if name in config.evaluation.baselines and name != "dense":
-            RUNNERS[name](config)
-    if "btx" in config.evaluation.baselines:
-        for index in range(config.experts.count):
-            branch.run(config, index)
-    assemble.run(config)
-    calibrate.run(config)
-    return evaluate.run(config)
+
+def prepare_data(config: Config) -> Any:
+    """Corpus and partitions of a run; returns the corpus."""
+    run = Run(config)
+    corpus = run.make("corpus")
+    run.make("partitions")
+    return corpus

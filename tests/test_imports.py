@@ -17,6 +17,7 @@ TORCH_FREE_FOR_LAUNCHER = {
     "modularforge.config",
     "modularforge.settings",
     "modularforge.pipeline",
+    "modularforge.run",
     "modularforge.options",
     "modularforge.exits",
     "modularforge.errors",

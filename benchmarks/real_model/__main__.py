@@ -20,8 +20,7 @@ from benchmarks.real_model.train import Trainings
 from modularforge.artifacts import Backbone
 from modularforge.config import Config
 from modularforge.model.folder import load_model
-from modularforge.pipeline import require
-from modularforge.stages import backbone, expert, prepare
+from modularforge.run import Run
 
 BASELINES = ("dense", "lora")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -46,13 +45,14 @@ def main() -> None:
     scale = TINY if options.tiny else Scale()
     model = smollm2.obtain(options.cache)
     settings: Any = partial(run_config, model, options.texts, options.output, scale, options.precision)
-    prepare.run(settings())
-    backbone.run(settings())
+    run = Run(settings())
+    for stage in ("corpus", "partitions", "backbone"):
+        run.make(stage)
     trainings = Trainings(settings, scale, options.output)
     rate = trainings.best("experts").rate
     config = settings(rate=rate)
     for index in range(config.experts.count):
-        expert.run(config, index)
+        Run(config).make("expert", index)
     for kind in BASELINES:
         if kind in options.only:
             trainings.baseline(kind)
@@ -66,7 +66,8 @@ def main() -> None:
 
 def measure(config: Config, measurements: Measurements, output: Path) -> None:
     """Measure backbone, baselines, experts and the assembled variants, those that are there."""
-    parts = require(config, "backbone"), [require(config, "expert", k) for k in range(config.experts.count)]
+    run = Run(config)
+    parts = run.require("backbone"), run.require_each("expert")
     folders = {"backbone": parts[0].local_folder(), **{kind: output / kind for kind in BASELINES}}
     for name, folder in folders.items():
         if (folder / "config.json").is_file():

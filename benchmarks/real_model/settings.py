@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modularforge.config import Config
-from modularforge.settings import make_config
+from modularforge.settings import complete_config
 
 DOMAINS = ("french_novels", "law", "c_code", "mathematics")
 GENERAL_TEXTS = ("english_novels", "dialogue", "encyclopedia", "python_code", "biomedical", "standards")
@@ -82,4 +82,4 @@ def run_config(
     }
     for section, settings in changes.items():
         values[section] = {**values.get(section, {}), **settings}
-    return make_config(values, "the benchmark's settings")
+    return complete_config(values, "the benchmark's settings")

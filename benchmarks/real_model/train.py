@@ -18,13 +18,13 @@ import torch
 from torch import nn
 
 from benchmarks.real_model.settings import CONTEXT, DOMAINS, TUNED_ON, Scale, Trial
-from modularforge.artifacts import Backbone, Corpus, derived_seed, even_streams, token_file
+from modularforge.artifacts import derived_seed, even_streams, token_file
 from modularforge.config import Config, PhaseConfig
 from modularforge.experts.job import train_expert
 from modularforge.experts.kind import ExpertJob
 from modularforge.experts.trainable import trainable
 from modularforge.model.backbone import Decoder
-from modularforge.pipeline import require
+from modularforge.run import Run
 from modularforge.tasks.text import TEXT, MixedText
 from modularforge.training.backbone_job import save_trained_on
 from modularforge.training.distributed import World
@@ -44,9 +44,8 @@ class Trainings:
     def __init__(self, config_at: Callable[..., Config], scale: Scale, output: Path) -> None:
         self.config_at, self.scale, self.output = config_at, scale, output
         self.config = config_at()
-        self.backbone = Backbone(require(self.config, "backbone"))
-        self.corpus = Corpus(require(self.config, "corpus"))
-        self.partitions = require(self.config, "partitions")
+        run = Run(self.config)
+        self.backbone, self.corpus, self.partitions = run.backbone, run.corpus, run.require("partitions")
 
     @property
     def _notes(self) -> Path:

@@ -15,6 +15,9 @@ from modularforge.pretrained.fetch import cached_url
 from modularforge.pretrained.other_formats import require_no_other_format
 from modularforge.pretrained.sources import hub_name, is_folder
 
+OWN = ("pretrained", "context_length")
+"""Settings of the model that are the user's beside a pretrained one."""
+
 
 def with_pretrained_shape(values: Mapping[str, Any], model: str) -> dict[str, Any]:
     """The same settings with shape and vocabulary of a pretrained model; raises ConfigError on those that differ.
@@ -22,18 +25,25 @@ def with_pretrained_shape(values: Mapping[str, Any], model: str) -> dict[str, An
     Settings may repeat what config.json says, so that a resolved file can be fed back.
     """
     found = read_pretrained_config(model)
+    given = dict(values.get("model") or {})
+    shape = check_shape(given, found, model)
+    own = {name: given[name] for name in OWN if name in given}
+    data = {**values["data"], "vocab_size": found["vocab_size"]}
+    return {**values, "data": data, "model": {**shape, **own}}
+
+
+def check_shape(given: Mapping[str, Any], found: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """The shape that a config.json says, as settings; raises ConfigError when the settings given contradict it."""
     shape = model_config_of(found).model_dump(mode="json")
     shape["max_positions"] = shape.pop("context_length")
-    given = dict(values.get("model") or {})
-    own = {name: given.pop(name) for name in ("pretrained", "context_length") if name in given}
-    wrong = [name for name, value in given.items() if name in shape and value is not None and value != shape[name]]
+    given = {name: value for name, value in given.items() if name not in OWN and value is not None}
+    wrong = [name for name, value in given.items() if name in shape and value != shape[name]]
     if wrong:
         listed = ", ".join(f"model.{name} ({shape[name]!r:.80}, but is {given[name]!r:.80})" for name in wrong)
         raise ConfigError(
             f"settings must be those of the pretrained model {redact(model)} or be left out: {listed}; delete them"
         )
-    data = {**values["data"], "vocab_size": found["vocab_size"]}
-    return {**values, "data": data, "model": {**shape, **own}}
+    return shape
 
 
 def read_pretrained_config(model: str) -> dict[str, Any]:

@@ -5,16 +5,17 @@ With `model.pretrained` it starts from that model, and with `backbone.steps` 0 i
 
 from __future__ import annotations
 
-from modularforge.artifacts import Corpus, even_streams
-from modularforge.config import Config
+from checkpoints import Artifact
+from modularforge.artifacts import even_streams
 from modularforge.log import logger
 from modularforge.model.backbone import Decoder
 from modularforge.model.hub_config import TOKENIZER_NAME, read_config, special_ids
-from modularforge.pipeline import finished, plan_stage, require
 from modularforge.pretrained.fetch import local_model
+from modularforge.pretrained.shape import check_shape
 from modularforge.pretrained.sources import published_name
 from modularforge.provenance import commit, making, save_settings
 from modularforge.routing.text_counts import COUNTS_NAME
+from modularforge.run import Run
 from modularforge.tasks.task import task_of
 from modularforge.training.backbone_job import save_backbone, train_backbone
 from modularforge.training.distributed import joined_world
@@ -22,13 +23,13 @@ from modularforge.training.job import Job
 from modularforge.training.losses import mean_loss
 
 
-def run(config: Config) -> None:
+def run(run: Run) -> Artifact:
     """Train and commit unless it is done (called on every rank; rank 0 writes)."""
-    plan = plan_stage(config, "backbone")
-    if finished(plan):
+    plan, config = run.plan("backbone"), run.config
+    if found := run.finished(plan):
         logger.info("backbone is finished: %s", plan.url)
-        return
-    corpus = Corpus(require(config, "corpus"))
+        return found
+    corpus = run.corpus
     task, context = task_of(config), config.model.context_length
     examples = task.everything(config, corpus)
     held_out = even_streams(corpus.domains("validation"), config.training.validation_tokens)
@@ -41,6 +42,8 @@ def run(config: Config) -> None:
             return mean_loss(model, held_out, context, config.evaluation.batch_size, world)
 
         pretrained = local_model(config.model.pretrained) if config.model.pretrained else None
+        if pretrained is not None:  # resolved settings are not compared with it where they are read
+            check_shape(config.model.model_dump(mode="json"), read_config(pretrained), str(config.model.pretrained))
         sizes = config, corpus.vocab_size
         model, losses = train_backbone(*sizes, task.loss, job, examples, validate, world, pretrained)
         if world.is_main:
@@ -53,5 +56,6 @@ def run(config: Config) -> None:
                 if config.model.pretrained:
                     hub = published_name(config.model.pretrained)
                     facts["pretrained"] = {"hub": hub, "identity": plan.inputs["pretrained"]}
-                commit(writer, plan, config, {**losses, **facts, "data": data})
+                commit(writer, plan, run, {**losses, **facts, "data": data})
         world.barrier()
+    return run.made("backbone")

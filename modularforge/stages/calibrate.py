@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from checkpoints import Artifact
-from modularforge.artifacts import Corpus, derived_seed
+from modularforge.artifacts import derived_seed
 from modularforge.calibration.calibrator import Calibration, calibrate, even_mixture, split_documents, write_calibrated
-from modularforge.config import Config
 from modularforge.errors import DataError
 from modularforge.log import logger
 from modularforge.model.folder import load_model
-from modularforge.pipeline import finished, metrics_url, plan_stage, require
+from modularforge.pipeline import metrics_url
 from modularforge.provenance import commit, making
+from modularforge.run import Run
 from modularforge.training.distributed import default_device
 from modularforge.training.job import Job
 
 RESULT_NAME = "calibration.json"
 
 
-def run(config: Config) -> None:
+def run(run: Run) -> Artifact:
     """Calibrate and commit unless it is done."""
-    plan = plan_stage(config, "calibrated")
-    if finished(plan):
+    plan = run.plan("calibrated")
+    if found := run.finished(plan):
         logger.info("calibration is finished: %s", plan.url)
-        return
-    assembled, corpus = require(config, "assembled"), Corpus(require(config, "corpus"))
-    result = _calibrate(config, assembled, corpus, plan.fingerprint)
+        return found
+    assembled = run.require("assembled")
+    result = _calibrate(run, assembled, plan.fingerprint)
     facts = {"kept": result.kept, "loss_before": result.before, "loss_after": result.after}
     logger.info(
         "calibration: held-out loss %.4f before, %.4f after: %s",
@@ -35,11 +35,12 @@ def run(config: Config) -> None:
     with making(plan) as writer:
         writer.write_json(RESULT_NAME, facts)
         if result.kept:
-            write_calibrated(assembled, result, writer, config.assembly.max_shard_bytes)
-        commit(writer, plan, config, facts)
+            write_calibrated(assembled, result, writer, run.config.assembly.max_shard_bytes)
+        return commit(writer, plan, run, facts)
 
 
-def _calibrate(config: Config, assembled: Artifact, corpus: Corpus, fingerprint: str) -> Calibration:
+def _calibrate(run: Run, assembled: Artifact, fingerprint: str) -> Calibration:
+    config, corpus = run.config, run.corpus
     fit_half, decide_half = split_documents(corpus.tokens("validation"), corpus.labels)
     if not fit_half:
         raise DataError(

@@ -9,10 +9,10 @@ import json
 import time
 from functools import partial
 
-from checkpoints import Artifact, MissingArtifactError, find_artifact, paths
+from checkpoints import Artifact, paths
 from checkpoints.commands import shown_command
-from modularforge.artifacts import Backbone, Corpus
-from modularforge.config import TRAINED_ON_ALL, Config
+from modularforge.artifacts import Backbone
+from modularforge.config import Config
 from modularforge.errors import MismatchError
 from modularforge.evaluation.btx import build_btx, solved_router
 from modularforge.evaluation.report import markdown
@@ -20,8 +20,9 @@ from modularforge.evaluation.results import checked_results, parse_results
 from modularforge.evaluation.soup import build_soup
 from modularforge.evaluation.suite import Extras, Loader, Results, add_oracle, compare, measure_models, read_extras
 from modularforge.log import json_safe, logger
-from modularforge.pipeline import contents, finished, plan_stage, require, stage_url
+from modularforge.pipeline import STAGES, JobName, contents, wanted_stages
 from modularforge.provenance import commit, making
+from modularforge.run import Run, is_kept
 from modularforge.stored_models import StoredModel, stored_model
 
 RESULTS_NAME = "results.json"
@@ -31,19 +32,18 @@ DOCUMENTS_NAME = "documents.json"
 RESULTS_FORMAT = "2"
 
 
-def run(config: Config) -> Results:
+def run(run: Run) -> Results:
     """Measure what is there, commit results.json and report.md, and return the results."""
-    start = time.perf_counter()
-    corpus, artifacts = Corpus(require(config, "corpus")), find_models(config)
+    start, config = time.perf_counter(), run.config
+    artifacts, extras = find_models(run), read_extras(config)
     inputs = {name: artifact.manifest.fingerprint for name, artifact in artifacts.items()}
-    extras = read_extras(config)
-    inputs |= {"corpus": contents(corpus.artifact), "format": RESULTS_FORMAT, **extras.identities}
-    plan = plan_stage(config, "evaluation", inputs=inputs)
-    old = find_artifact(plan.url)
+    inputs |= {"corpus": contents(run.require("corpus")), "format": RESULTS_FORMAT, **extras.identities}
+    plan = run.plan("evaluation", inputs=inputs)
+    old = run.find(plan.url)
     if old and old.manifest.fingerprint == plan.fingerprint:
         logger.info("evaluation is finished: %s", plan.url)
         return parse_results(old.read_bytes(RESULTS_NAME), paths.join(old.url, RESULTS_NAME))
-    results: Results = _measure(config, corpus, artifacts, extras)
+    results: Results = _measure(run, artifacts, extras)
     documents = compare(results)
     results["seconds"] = round(time.perf_counter() - start, 3)
     results = json_safe(results)
@@ -53,53 +53,43 @@ def run(config: Config) -> Results:
         writer.write_json(RESULTS_NAME, results)
         (writer.folder / DOCUMENTS_NAME).write_text(json.dumps(json_safe(documents)) + "\n", encoding="utf-8")
         (writer.folder / REPORT_NAME).write_text(markdown(results), encoding="utf-8")
-        commit(writer, plan, config, {"chosen": results["chosen"]}, old)
+        commit(writer, plan, run, {"chosen": results["chosen"]}, old)
     return checked_results(results)  # as a second call reads them
 
 
-def find_models(config: Config) -> dict[str, Artifact]:
-    """The committed models of this run: backbone, baselines, experts, assembled and calibrated.
+def find_models(run: Run) -> dict[str, Artifact]:
+    """The committed models of this run by job: backbone, experts, baselines, assembled and calibrated.
 
     The calibrated one counts only if it belongs to the assembled one and its calibration was kept.
     """
-    found = {"backbone": require(config, "backbone")}
-    wanted: list[tuple[str, str, int | None]] = []
-    wanted += [(name, name, None) for name in TRAINED_ON_ALL if name in config.evaluation.baselines]
-    wanted += [(f"expert-{index}", "expert", index) for index in range(config.experts.count)]
-    if "btx" in config.evaluation.baselines:
-        wanted += [(f"branch-{index}", "branch", index) for index in range(config.experts.count)]
-    wanted += [("assembled", "assembled", None), ("calibrated", "calibrated", None)]
-    for label, stage, index in wanted:
-        try:
-            artifact = finished(plan_stage(config, stage, index))
-        except MissingArtifactError:
-            continue
-        if artifact and artifact.manifest.facts.get("kept", True):
-            found[label] = artifact
+    found = {"backbone": run.require("backbone")}
+    for stage in wanted_stages(run.config):
+        if stage.is_measured:
+            jobs = {JobName(stage.name, index): run.artifact(stage.name, index) for index in stage.indices(run.config)}
+            found |= {str(job): artifact for job, artifact in jobs.items() if artifact and is_kept(artifact)}
     return found
 
 
-def chosen_model(config: Config) -> Artifact:
+def chosen_model(run: Run) -> Artifact:
     """The model to use: the calibrated one, else the assembled one; raises MissingArtifactError."""
-    models = find_models(config)
-    return models.get("calibrated") or models.get("assembled") or require(config, "assembled")
+    calibrated = run.artifact("calibrated")
+    return calibrated if calibrated and is_kept(calibrated) else run.require("assembled")
 
 
-def where(config: Config) -> str:
+def where(run: Run) -> str:
     """Lines that tell where the report and the model folder lie, and what to try next."""
-    models = find_models(config)
-    lines = [f"report:  {paths.join(stage_url(config, 'evaluation'), REPORT_NAME)}"]
-    best = models.get("calibrated") or models.get("assembled")
-    if best:
+    lines = [f"report:  {paths.join(run.url('evaluation'), REPORT_NAME)}"]
+    if run.artifact("assembled"):
+        best = chosen_model(run)
         command = shown_command("modularforge", "generate", "--model", best.url, "--prompt", "The")
         lines += [f"model:   {best.url}", f"try it:  {command}"]
     return "\n".join(lines)
 
 
-def measure_folder(config: Config, url: str) -> Results:
+def measure_folder(run: Run, url: str) -> Results:
     """Measure one model folder on this config's test split, without writing anything."""
     start = time.perf_counter()
-    corpus, stored = Corpus(require(config, "corpus")), stored_model(url)
+    corpus, stored, config = run.corpus, stored_model(url), run.config
     tokenizer = stored.file("tokenizer.json")
     if tokenizer.is_file() and tokenizer.read_bytes() != corpus.file("tokenizer.json").read_bytes():
         raise MismatchError(
@@ -112,40 +102,40 @@ def measure_folder(config: Config, url: str) -> Results:
     return measured
 
 
-def _measure(config: Config, corpus: Corpus, artifacts: dict[str, Artifact], extras: Extras) -> Results:
+def _measure(run: Run, artifacts: dict[str, Artifact], extras: Extras) -> Results:
+    config = run.config
     chosen = next((name for name in ("calibrated", "assembled") if name in artifacts), None)
     shown = {name for name in ("backbone", "assembled", "calibrated") if name in artifacts}
     tokens = {name: _training_tokens(config, name) for name in [*artifacts, "soup", "btx"]}
-    results = measure_models(config, corpus, _loaders(config, artifacts), tokens, shown, extras)
+    results = measure_models(config, run.corpus, _loaders(run, artifacts), tokens, shown, extras)
     for routing in results["routing"].values():
         public = ["public"] if config.has_public_expert else []
         members = artifacts["assembled"].manifest.inputs
         routing["experts"] = public + [f"expert-{k}" for k in range(config.experts.count) if f"expert-{k}" in members]
     add_oracle(results)
-    calibrated = find_artifact(stage_url(config, "calibrated"))
+    calibrated = run.find(run.url("calibrated"))
     facts = calibrated.manifest.facts if calibrated else {}
     calibration = {key: facts[key] for key in ("kept", "loss_before", "loss_after") if key in facts}
     return {**results, "chosen": chosen, "calibration": calibration or None}
 
 
-def _loaders(config: Config, artifacts: dict[str, Artifact]) -> dict[str, Loader]:
+def _loaders(run: Run, artifacts: dict[str, Artifact]) -> dict[str, Loader]:
     """How each model is loaded, in the order of the table."""
-    backbone = Backbone(artifacts["backbone"])
-    experts = {name: artifact for name, artifact in artifacts.items() if name.startswith("expert-")}
+    config, backbone = run.config, Backbone(artifacts["backbone"])
+    of_stage = {name: [job for job in artifacts if JobName.parse(job).stage == name] for name in STAGES}
 
-    def folder(name: str) -> dict[str, Loader]:
-        return {name: StoredModel(artifacts[name].url, artifacts[name]).load} if name in artifacts else {}
+    def folders(jobs: list[str]) -> dict[str, Loader]:
+        return {job: StoredModel(artifacts[job].url, artifacts[job]).load for job in jobs}
 
-    loaders = folder("backbone")
-    for name in TRAINED_ON_ALL:
-        loaders |= folder(name)
-    loaders |= {name: partial(backbone.expert, artifact) for name, artifact in experts.items()}
+    experts, branches = ([artifacts[job] for job in of_stage[name]] for name in ("expert", "branch"))
+    whole = [name for name, stage in STAGES.items() if stage.panel == "baselines"]
+    loaders = folders(["backbone", *(job for name in whole for job in of_stage[name])])
+    loaders |= {job: partial(backbone.expert, artifacts[job]) for job in of_stage["expert"]}
     if "soup" in config.evaluation.baselines and len(experts) == config.experts.count:
-        loaders["soup"] = partial(build_soup, backbone, list(experts.values()))
-    branches = [artifact for name, artifact in artifacts.items() if name.startswith("branch-")]
+        loaders["soup"] = partial(build_soup, backbone, experts)
     if len(branches) == config.experts.count:
         loaders["btx"] = partial(build_btx, solved_router(config), backbone, branches)
-    return loaders | folder("assembled") | folder("calibrated")
+    return loaders | folders([*of_stage["assembled"], *of_stage["calibrated"]])
 
 
 def _training_tokens(config: Config, name: str) -> int:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from checkpoints import Artifact
-from modularforge.artifacts import Backbone, Corpus, even_streams, partition_rows
-from modularforge.config import Config
+from modularforge.artifacts import even_streams, partition_rows
 from modularforge.errors import ConfigError
 from modularforge.experts.job import save_expert, train_expert
 from modularforge.experts.kind import ExpertJob
 from modularforge.log import logger
-from modularforge.pipeline import finished, job_name, plan_stage, require
+from modularforge.pipeline import JobName
 from modularforge.provenance import commit, making, save_settings
+from modularforge.run import Run
 from modularforge.tasks.task import task_of
 from modularforge.training.distributed import joined_world
 from modularforge.training.job import Job
@@ -21,29 +21,28 @@ from modularforge.training.losses import mean_loss
 SMALL_SHARE = 0.05
 
 
-def run(config: Config, index: int) -> None:
+def run(run: Run, index: int) -> Artifact:
     """Train and commit expert `index` unless it is done (called on every rank; rank 0 writes)."""
+    config, name = run.config, JobName("expert", index)
     if not 0 <= index < config.experts.count:
         raise ConfigError(
             f"--index must be between 0 and {config.experts.count - 1} (experts.count is {config.experts.count}), "
             f"but is {index}; choose one of these"
         )
-    plan, name = plan_stage(config, "expert", index), job_name("expert", index)
-    if finished(plan):
+    plan = run.plan("expert", index)
+    if found := run.finished(plan):
         logger.info("%s is finished: %s", name, plan.url)
-        return
-    backbone, corpus = Backbone(require(config, "backbone")), Corpus(require(config, "corpus"))
-    partitions = require(config, "partitions")
-    task = task_of(config)
+        return found
+    partitions, task = run.require("partitions"), task_of(config)
     examples = task.part(config, partitions, index)
-    domains = corpus.domains("validation")
+    domains = run.corpus.domains("validation")
     own = {label: domains[label] for label in _domains_of(partitions, index) if label in domains}
     held_out = even_streams(own or domains, config.training.validation_tokens)
-    job = Job.of_run(config, name, config.experts, plan.fingerprint)
+    job = Job.of_run(config, str(name), config.experts, plan.fingerprint)
     with joined_world() as world:
         if world.is_main:
             save_settings(config)
-        expert = ExpertJob(config, index, backbone, task, examples, world.device)
+        expert = ExpertJob(config, index, run.backbone, task, examples, world.device)
 
         def validate(model: Any) -> float:
             return mean_loss(model, held_out, config.model.context_length, config.evaluation.batch_size, world)
@@ -52,8 +51,9 @@ def run(config: Config, index: int) -> None:
         if world.is_main:
             with making(plan) as writer:
                 facts = save_expert(expert, model, writer.folder)
-                commit(writer, plan, config, {**losses, **facts})
+                commit(writer, plan, run, {**losses, **facts})
         world.barrier()
+    return run.made("expert", index)
 
 
 def _domains_of(partitions: Artifact, index: int) -> list[str]:

@@ -15,7 +15,7 @@ from modularforge.config import Config
 from modularforge.errors import MismatchError
 from modularforge.facts import fact
 from modularforge.log import json_safe, logger
-from modularforge.pipeline import CHOSEN_FACT, Plan, job_name, stage_settings
+from modularforge.pipeline import CHOSEN_FACT, JobName, Plan, stage_settings
 from modularforge.provenance import making, provenance
 from modularforge.settings import make_config
 
@@ -78,7 +78,7 @@ def _assemble_again(model: Artifact, experts: Sequence[Artifact], output: str | 
     url = output or model.url
     config = _config_of(model, len(experts))
     backbone = _open_part(model, fact(model, "backbone"), "backbone")
-    names = [job_name("expert", fact(expert, "index")) for expert in experts]
+    names = [str(JobName("expert", fact(expert, "index"))) for expert in experts]
     if len(set(names)) < len(names):
         names = [f"member-{place}" for place in range(len(names))]  # from several runs, whose indices may be the same
     inputs = {"backbone": backbone.manifest.fingerprint}

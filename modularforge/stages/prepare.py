@@ -13,28 +13,22 @@ from modularforge.data.partition_files import make_partitions
 from modularforge.data.prepare import prepare_corpus, remove_scratch
 from modularforge.errors import DataError, StoreError
 from modularforge.log import logger
-from modularforge.pipeline import finished, plan_stage, require
 from modularforge.pretrained.fetch import local_model
 from modularforge.provenance import commit, making
+from modularforge.run import Run
 
 SOURCES_FACT = "sources"  # in the manifest of prepared data: the files that were read
 
 
-def run(config: Config) -> Artifact:
-    """Make what is missing of corpus and partitions; returns the corpus."""
-    _prepare_corpus(config)
-    _make_partitions(config)
-    return require(config, "corpus")
-
-
-def _prepare_corpus(config: Config) -> None:
-    plan = plan_stage(config, "corpus")
+def corpus(run: Run) -> Artifact:
+    """Learn the tokenizer and write the token files, unless that is done."""
+    plan, config = run.plan("corpus"), run.config
     scratch = _scratch_folder(plan.url, plan.fingerprint)
-    if artifact := finished(plan):
+    if artifact := run.finished(plan):
         logger.info("data is finished: %s", plan.url)
         remove_scratch(scratch)  # of a preparation that was killed right after its commit
         _warn_of_changes(config, artifact)
-        return
+        return artifact
     matches = list_matches(config)
     warn_of_repeats(matches)
     states = file_states(matches)
@@ -44,8 +38,9 @@ def _prepare_corpus(config: Config) -> None:
         metadata = prepare_corpus(config, scratch, writer.folder, pretrained, states)
         seconds = round(time.perf_counter() - start, 3)
         facts = {"seconds": seconds, "labels": metadata["labels"], "splits": metadata["splits"]}
-        commit(writer, plan, config, {**facts, SOURCES_FACT: record(matches, states)})
+        made = commit(writer, plan, run, {**facts, SOURCES_FACT: record(matches, states)})
     remove_scratch(scratch)
+    return made
 
 
 def _warn_of_changes(config: Config, artifact: Artifact) -> None:
@@ -66,22 +61,17 @@ def _warn_of_changes(config: Config, artifact: Artifact) -> None:
         )
 
 
-def _make_partitions(config: Config) -> None:
-    plan = plan_stage(config, "partitions")
-    if finished(plan):
+def partitions(run: Run) -> Artifact:
+    """Divide the training documents among the experts, unless that is done."""
+    plan = run.plan("partitions")
+    if found := run.finished(plan):
         logger.info("partitions are finished: %s", plan.url)
-        return
-    corpus = require(config, "corpus")
+        return found
     with making(plan) as writer:
         start = time.perf_counter()
-        summary = make_partitions(config, corpus.local_folder(), writer.folder)
-        seconds = round(time.perf_counter() - start, 3)
-        commit(
-            writer,
-            plan,
-            config,
-            {"seconds": seconds, "method": summary["method"], "partitions": len(summary["partitions"])},
-        )
+        summary = make_partitions(run.config, run.require("corpus").local_folder(), writer.folder)
+        facts = {"method": summary["method"], "partitions": len(summary["partitions"])}
+        return commit(writer, plan, run, {"seconds": round(time.perf_counter() - start, 3), **facts})
 
 
 def _scratch_folder(url: str, fingerprint: str) -> Path:

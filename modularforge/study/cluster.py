@@ -13,23 +13,24 @@ from collections.abc import Sequence
 
 from checkpoints import paths
 from checkpoints.commands import shown_command
-from modularforge.config import TRAINED_ON_ALL, Config
+from modularforge.config import Config
 from modularforge.errors import TrainingError
 from modularforge.log import logger
-from modularforge.pipeline import fingerprint, stage_settings
+from modularforge.pipeline import NEVER, STAGES, fingerprint, stage_settings
 from modularforge.settings import to_yaml
 from modularforge.study.models import NEEDS
-from modularforge.study.runs import Run, Runs
+from modularforge.study.runs import Runs, StudyRun
 from modularforge.study.study_file import Variant
 
 SETTINGS_NAME = "launch.yaml"
 # The router of a BTX merge is trained here, from branches that the cluster trained.
-BASELINE_OF: dict[str, str] = {**{name: name for name in TRAINED_ON_ALL}, "branch": "btx", "btx": "btx"}
+BASELINE_OF = {name: stage.baseline for name, stage in STAGES.items() if stage.baseline not in (None, NEVER)}
+BASELINE_OF |= {"btx": "btx"}
 
 
 def train_on_cluster(runs: Runs, variants: Sequence[Variant], seeds: Sequence[int]) -> None:
     """Submit what the variants need, in two waves, and wait for it; raises TrainingError when a run failed."""
-    waves: tuple[list[Run], list[Run]] = ([], [])
+    waves: tuple[list[StudyRun], list[StudyRun]] = ([], [])
     for seed in seeds:
         backbones: set[str] = set()
         for recipe in dict.fromkeys(variant.recipe for variant in variants if seed in variant.seeds):
@@ -48,7 +49,7 @@ def train_on_cluster(runs: Runs, variants: Sequence[Variant], seeds: Sequence[in
             )
 
 
-def _launch(run: Run, baselines: list[str]) -> str:
+def _launch(run: StudyRun, baselines: list[str]) -> str:
     """Submit one run; returns the URL of its settings."""
     run.obtain("partitions")
     run.take_all()
@@ -62,7 +63,7 @@ def _launch(run: Run, baselines: list[str]) -> str:
     return url
 
 
-def _baselines(variants: Sequence[Variant], run: Run) -> list[str]:
+def _baselines(variants: Sequence[Variant], run: StudyRun) -> list[str]:
     """The baselines that the variants of a run need, as `evaluation.baselines` names them."""
     recipe = run.config.output_dir.rstrip("/").rsplit("/", 1)[-1]
     stages = {NEEDS[variant.kind] for variant in variants if variant.recipe == recipe}

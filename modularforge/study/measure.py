@@ -32,7 +32,7 @@ from modularforge.evaluation.suite import sizes_of
 from modularforge.model.backbone import Decoder
 from modularforge.model.moe import moe_layers, restrict_routing
 from modularforge.study.models import build_model, calibrate_model
-from modularforge.study.runs import Run
+from modularforge.study.runs import StudyRun
 from modularforge.study.study_file import Variant
 from modularforge.training.distributed import default_device
 
@@ -54,7 +54,7 @@ class Bench:
     `texts` are of no domain, and measured besides.
     """
 
-    run: Run
+    run: StudyRun
     split: Split
     limit: int
     texts: Texts = field(default_factory=dict)

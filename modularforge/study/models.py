@@ -15,7 +15,7 @@ from modularforge.evaluation.btx import build_btx
 from modularforge.evaluation.soup import build_soup
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import load_model
-from modularforge.study.runs import Run
+from modularforge.study.runs import StudyRun
 from modularforge.study.study_file import Variant
 from modularforge.training.distributed import default_device
 from modularforge.training.job import Job
@@ -33,7 +33,7 @@ NEEDS: dict[str, str | None] = {
 }
 
 
-def needed_artifacts(run: Run, variant: Variant) -> dict[str, Artifact]:
+def needed_artifacts(run: StudyRun, variant: Variant) -> dict[str, Artifact]:
     """What a variant is made of besides the data, by name; trains what is missing."""
     found = {"backbone": run.backbone.artifact}
     stage = NEEDS[variant.kind]
@@ -44,7 +44,7 @@ def needed_artifacts(run: Run, variant: Variant) -> dict[str, Artifact]:
     return found
 
 
-def build_model(run: Run, config: Config, variant: Variant, parts: dict[str, Artifact]) -> Decoder:
+def build_model(run: StudyRun, config: Config, variant: Variant, parts: dict[str, Artifact]) -> Decoder:
     """The model of a variant that is one model; `config` holds the variant's settings, `parts` its artifacts."""
     members = [artifact for name, artifact in parts.items() if name.startswith(("expert-", "branch-"))]
     if variant.kind == "assembled":
@@ -63,7 +63,7 @@ def _assembled(config: Config, backbone: Artifact, experts: list[Artifact]) -> D
         return load_model(Path(scratch))
 
 
-def calibrate_model(run: Run, config: Config, model: Decoder, fresh: Decoder) -> tuple[Decoder, dict[str, float]]:
+def calibrate_model(run: StudyRun, config: Config, model: Decoder, fresh: Decoder) -> tuple[Decoder, dict[str, float]]:
     """Calibrate `model` and return it, or `fresh`, which is the same untouched, when it did not get better."""
     corpus = run.corpus
     fit_half, decide_half = split_documents(corpus.tokens("validation"), corpus.labels)

@@ -14,12 +14,12 @@ from typing import Any
 from checkpoints import Artifact, MissingArtifactError, find_artifact, paths
 from checkpoints.copying import copy_artifact
 from modularforge.artifacts import Backbone, Corpus
-from modularforge.config import TRAINED_ON_ALL, Config
+from modularforge.config import Config
 from modularforge.errors import ConfigError
 from modularforge.log import logger
-from modularforge.pipeline import Plan, fingerprint, finished, job_name, plan_stage, stage_settings, stage_url
+from modularforge.pipeline import MADE_BY, STAGES, JobName, Plan, fingerprint, stage_settings, stage_url
 from modularforge.provenance import save_settings
-from modularforge.runners import RUNNERS
+from modularforge.run import Run
 from modularforge.settings import load_config
 from modularforge.study.study_file import StudyFile
 
@@ -58,11 +58,11 @@ class Runs:
             config = config.model_copy(update={"assembly": every})
         return config.model_copy(update={"data_dir": self._data_url(config)})
 
-    def run(self, seed: int, recipe: str) -> Run:
+    def run(self, seed: int, recipe: str) -> StudyRun:
         """One run."""
         config = self.config(seed, recipe)
         others = [self.config(seed, name) for name in self.study.recipes if name != recipe]
-        return Run(config, others)
+        return StudyRun(config, others)
 
     def _data_url(self, config: Config) -> str:
         """The data folder of this way of dividing the documents."""
@@ -71,46 +71,42 @@ class Runs:
 
 
 @dataclass(frozen=True)
-class Run:
+class StudyRun:
     """One run folder; `others` are the runs of the same seed, whose artifacts it takes when they are what it needs."""
 
     config: Config
     others: list[Config]
 
+    @cached_property
+    def run(self) -> Run:
+        """The run itself."""
+        return Run(self.config)
+
     def obtain(self, stage: str, index: int | None = None) -> Artifact:
         """The artifact of a stage: found here, copied from another run, or made now."""
-        if stage != "corpus":
-            self.obtain("corpus" if stage == "partitions" else "partitions")
-        if stage not in ("corpus", "partitions", "backbone"):
-            self.obtain("backbone")
-        if stage == "btx":
-            self.obtain_each("branch")
-        plan = plan_stage(self.config, stage, index)
-        artifact = finished(plan) or self._copied(plan, stage, index)
+        for needed in STAGES[stage].inputs:
+            if (name := MADE_BY.get(needed, needed)) in STAGES:
+                self.obtain_each(name)
+        plan = self.run.plan(stage, index)
+        artifact = self.run.finished(plan) or self._copied(plan, stage, index)
         if artifact is None:
             save_settings(self.config)
-            logger.info("%s: %s", self.config.output_dir, job_name(stage, index))
-            RUNNERS[stage](self.config, *([] if index is None else [index]))
-            artifact = finished(plan)
-        if artifact is None:
-            raise MissingArtifactError(f"{plan.url} must be there after its stage ran, but is not; see the log")
+            logger.info("%s: %s", self.config.output_dir, JobName(stage, index))
+            self.run.make(stage, index)
+            artifact = self.run.made(stage, index)
         return artifact
 
     def take_all(self) -> None:
         """Copy everything that another run has and this one would make alike; nothing is trained."""
-        self._take("backbone")
-        if find_artifact(stage_url(self.config, "backbone")):
-            for stage in TRAINED_ON_ALL:
-                self._take(stage)
-            for index in range(self.config.experts.count):
-                self._take("expert", index)
-                self._take("branch", index)
-            with contextlib.suppress(MissingArtifactError):
-                self._take("btx")
+        for stage in STAGES.values():
+            if stage.phase is not None and stage.name != "calibrated":
+                for index in stage.indices(self.config):
+                    with contextlib.suppress(MissingArtifactError):
+                        self._take(stage.name, index)
 
     def obtain_each(self, stage: str) -> list[Artifact]:
         """The artifacts of all experts, or of all branches."""
-        return [self.obtain(stage, index) for index in range(self.config.experts.count)]
+        return [self.obtain(stage, index) for index in STAGES[stage].indices(self.config)]
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -123,8 +119,8 @@ class Run:
         return Backbone(self.obtain("backbone"))
 
     def _take(self, stage: str, index: int | None = None) -> None:
-        plan = plan_stage(self.config, stage, index)
-        if not finished(plan):
+        plan = self.run.plan(stage, index)
+        if not self.run.finished(plan):
             self._copied(plan, stage, index)
 
     def _copied(self, plan: Plan, stage: str, index: int | None) -> Artifact | None:
@@ -133,5 +129,5 @@ class Run:
             if artifact and artifact.manifest.fingerprint == plan.fingerprint:
                 logger.info("%s is taken from %s", plan.url, artifact.url)
                 copy_artifact(artifact, plan.url, lambda _: None)
-                return find_artifact(plan.url)
+                return self.run.made(stage, index)
         return None

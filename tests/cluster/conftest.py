@@ -19,8 +19,8 @@ import yaml
 from checkpoints import find_artifact, paths
 from launcher.events import Event, read_events
 from modularforge.config import Config
-from modularforge.pipeline import plan_stage
 from modularforge.provenance import commit, making
+from modularforge.run import Run
 from modularforge.settings import make_config
 from tests.cluster.packages import missing_programs
 from tests.cluster.slurm import Cluster, remove, wait_for
@@ -178,11 +178,11 @@ def trained_run(new_run: Callable[..., Launched], finished_run: Config) -> Calla
 
 def commit_partitions(config: Config) -> None:
     """Commit partitions without text, which stand-ins never read."""
-    plan = plan_stage(config, "partitions")
+    plan = Run(config).plan("partitions")
     with making(plan) as writer:
         for index in range(config.experts.count):
             (writer.folder / f"partition-{index}.tokens.bin").write_text(str(index))
-        commit(writer, plan, config, {})
+        commit(writer, plan, Run(config), {})
 
 
 @pytest.fixture

@@ -37,15 +37,15 @@ def main() -> None:
 
 def finish(config_file: str, index: int) -> None:
     """Commit an expert without weights."""
-    from modularforge.pipeline import plan_stage
     from modularforge.provenance import commit, making
+    from modularforge.run import Run
     from modularforge.settings import load_config
 
     config = load_config(config_file)
-    plan = plan_stage(config, "expert", index)
+    plan = Run(config).plan("expert", index)
     with making(plan) as writer:
         writer.write_json("expert.json", {"index": index})
-        commit(writer, plan, config, {})
+        commit(writer, plan, Run(config), {})
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import pytest
 
 from checkpoints import open_artifact
 from modularforge.config import Config
+from modularforge.run import Run
 from tests.cluster.conftest import Launched
 from tests.cluster.slurm import wait_for
 from tests.conftest import ROOT
@@ -31,9 +32,9 @@ def uninterrupted(run: Launched, stage: str, tmp_path: Path) -> Launched:
         if (run.folder / folder).exists() and folder != stage:
             shutil.copytree(run.folder / folder, other.folder / folder)
     if stage == "backbone":
-        backbone.run(other.config)
+        backbone.run(Run(other.config))
     else:
-        expert.run(other.config, 0)
+        expert.run(Run(other.config), 0)
     return other
 
 

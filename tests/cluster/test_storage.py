@@ -13,7 +13,7 @@ from checkpoints import paths
 from modularforge.config import Config
 from modularforge.observe.report import write_report
 from modularforge.observe.timeline import timeline
-from modularforge.pipeline import require
+from modularforge.run import Run
 from tests.cluster.conftest import NODES, Launched
 from tests.cluster.slurm import Cluster
 from tests.conftest import tiny_values
@@ -60,8 +60,8 @@ def test_a_run_on_s3_goes_through_the_cluster_and_gives_the_bytes_of_one_on_a_fo
     waited = run.launcher("wait")
     assert [line.split()[0] for line in waited.splitlines() if line.startswith("expert ")] == ["expert"]
     for name, index in ARTIFACTS:
-        files = require(run.config, name, index).manifest.files
-        assert files == require(finished_run, name, index).manifest.files, name
+        files = Run(run.config).require(name, index).manifest.files
+        assert files == Run(finished_run).require(name, index).manifest.files, name
 
     rows = run.rows()
     assert {row["state"] for row in rows.values()} == {"committed"}

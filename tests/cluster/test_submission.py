@@ -14,6 +14,7 @@ import pytest
 from checkpoints import open_artifact
 from checkpoints.commands import shown_command
 from launcher.lock import submission_lock
+from modularforge.run import Run
 from tests.cluster.conftest import Launched
 from tests.cluster.slurm import wait_for
 from tests.conftest import run_command
@@ -212,7 +213,6 @@ def test_wanting_the_missing_expert_after_all_trains_it_and_assembles_again(trai
 
 
 def test_partitions_added_later_submit_only_the_new_experts(stub_run: Make, tmp_path: Path) -> None:
-    from modularforge.pipeline import plan_stage
     from modularforge.provenance import commit, making
 
     run = stub_run("finish")
@@ -223,13 +223,13 @@ def test_partitions_added_later_submit_only_the_new_experts(stub_run: Make, tmp_
     shutil.copytree(old, tmp_path / "more", ignore=shutil.ignore_patterns("partitions"))
     run.values |= {"data_dir": str(tmp_path / "more")}
     run.values["experts"]["count"] = 4
-    plan = plan_stage(run.config, "partitions")
+    plan = Run(run.config).plan("partitions")
     with making(plan) as writer:
         for path in (old / "partitions").iterdir():
             if path.name != "manifest.json":
                 shutil.copyfile(path, writer.folder / path.name)
                 shutil.copyfile(path, writer.folder / path.name.replace("partition-0.", "partition-3."))
-        commit(writer, plan, run.config, {})
+        commit(writer, plan, Run(run.config), {})
     run.submit()
     assert [item["indices"] for item in run.submissions() if item["group"] == "expert"] == [[0, 1, 2], [3]]
     wait_for_experts(run, range(4))

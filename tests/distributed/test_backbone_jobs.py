@@ -18,8 +18,7 @@ from checkpoints import find_artifact, paths
 from modularforge.config import Config
 from modularforge.pipeline import checkpoint_url, metrics_url, stage_url
 from modularforge.settings import to_yaml
-from modularforge.stages import prepare
-from tests.conftest import ROOT, run_command, tiny_config
+from tests.conftest import ROOT, prepare_data, run_command, tiny_config
 
 FLOAT_TOLERANCE = 2e-5
 PATIENCE_SECONDS = 120
@@ -28,7 +27,7 @@ PATIENCE_SECONDS = 120
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("data")
-    prepare.run(tiny_config(folder / "run", data_dir=str(folder / "data")))
+    prepare_data(tiny_config(folder / "run", data_dir=str(folder / "data")))
     return str(folder / "data")
 
 

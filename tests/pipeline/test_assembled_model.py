@@ -20,9 +20,10 @@ from modularforge.assembly.stream import execute
 from modularforge.config import Config, RouterKind
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.moe import restrict_routing
-from modularforge.pipeline import require, stage_url
+from modularforge.pipeline import stage_url
 from modularforge.routing.solvers import router_rows
 from modularforge.routing.text_evidence import texts_of
+from modularforge.run import Run
 
 TOLERANCE = 1e-5
 
@@ -31,8 +32,8 @@ def merged_in_one_file(config: Config, folder: Path) -> Path:
     """The finished run's model again, as a single weight file."""
     folder.mkdir()
     settings = config.assembly.model_copy(update={"mode": "merge"})
-    experts = [require(config, "expert", index) for index in range(config.experts.count)]
-    parts = (require(config, "backbone"), experts, plain_folder(folder))
+    experts = [Run(config).require("expert", index) for index in range(config.experts.count)]
+    parts = (Run(config).require("backbone"), experts, plain_folder(folder))
     assemble(config.model_copy(update={"assembly": settings}), *parts)
     return folder
 
@@ -45,10 +46,10 @@ def tokens_BT() -> torch.Tensor:
 def test_routing_forced_to_an_expert_gives_that_experts_own_logits(
     finished_run: Config, tokens_BT: torch.Tensor
 ) -> None:
-    backbone = Backbone(require(finished_run, "backbone"))
-    assembled = load_model(require(finished_run, "assembled").local_folder())
+    backbone = Backbone(Run(finished_run).require("backbone"))
+    assembled = load_model(Run(finished_run).require("assembled").local_folder())
     for index in range(finished_run.experts.count):
-        own = backbone.expert(require(finished_run, "expert", index))
+        own = backbone.expert(Run(finished_run).require("expert", index))
         restrict_routing(assembled, (0, index + 1))
         with torch.no_grad():
             assert (assembled(tokens_BT) - own(tokens_BT)).abs().max() < TOLERANCE
@@ -57,18 +58,18 @@ def test_routing_forced_to_an_expert_gives_that_experts_own_logits(
 def test_routing_forced_to_the_public_expert_gives_the_backbones_logits(
     finished_run: Config, tokens_BT: torch.Tensor
 ) -> None:
-    backbone = load_model(require(finished_run, "backbone").local_folder())
-    assembled = load_model(require(finished_run, "assembled").local_folder())
+    backbone = load_model(Run(finished_run).require("backbone").local_folder())
+    assembled = load_model(Run(finished_run).require("assembled").local_folder())
     restrict_routing(assembled, (0,))
     with torch.no_grad():
         assert (assembled(tokens_BT) - backbone(tokens_BT)).abs().max() < TOLERANCE
 
 
 def test_experts_differ_from_the_backbone_and_from_each_other(finished_run: Config, tokens_BT: torch.Tensor) -> None:
-    backbone = Backbone(require(finished_run, "backbone"))
+    backbone = Backbone(Run(finished_run).require("backbone"))
     with torch.no_grad():
         logits = [backbone.model()(tokens_BT)]
-        logits += [backbone.expert(require(finished_run, "expert", index))(tokens_BT) for index in range(3)]
+        logits += [backbone.expert(Run(finished_run).require("expert", index))(tokens_BT) for index in range(3)]
     for first in range(4):
         for second in range(first):
             assert (logits[first] - logits[second]).abs().max() > 100 * TOLERANCE
@@ -102,7 +103,7 @@ def test_the_assembled_file_equals_a_naive_merge_byte_for_byte(finished_run: Con
         naive[name] = tensor
     rows: dict[str, list[torch.Tensor]] = {}
     for index in range(3):
-        expert = require(finished_run, "expert", index)
+        expert = Run(finished_run).require("expert", index)
         naive.update(load_file(expert.local_file("expert.safetensors")))
         for name, row in load_file(expert.local_file("router.safetensors")).items():
             rows.setdefault(name, [torch.zeros_like(row)]).append(row)
@@ -135,16 +136,16 @@ def test_shards_hold_the_same_tensors_and_an_index(finished_run: Config, tmp_pat
 def test_the_solved_router_is_what_the_assembled_file_holds(router: str, finished_run: Config, tmp_path: Path) -> None:
     settings = finished_run.assembly.model_copy(update={"router": router})
     config = finished_run.model_copy(update={"assembly": settings})
-    experts = [require(finished_run, "expert", index) for index in range(3)]
-    assemble(config, require(finished_run, "backbone"), experts, plain_folder(tmp_path))
+    experts = [Run(finished_run).require("expert", index) for index in range(3)]
+    assemble(config, Run(finished_run).require("backbone"), experts, plain_folder(tmp_path))
     written = read_tensors(tmp_path)
-    texts = texts_of(require(finished_run, "backbone"), experts)
+    texts = texts_of(Run(finished_run).require("backbone"), experts)
     for name, rows in router_rows(config, experts, finished_run.model, texts).items():
         np.testing.assert_array_equal(written[name].numpy(), rows)
 
 
 def test_router_choices_differ_and_have_a_row_per_expert(finished_run: Config) -> None:
-    experts = [require(finished_run, "expert", index) for index in range(3)]
+    experts = [Run(finished_run).require("expert", index) for index in range(3)]
     found = {}
     for router in ("learned", "centred_means", "data_stats", "kaiming", "uniform"):
         assembly = finished_run.assembly.model_copy(update={"router": router})
@@ -158,7 +159,7 @@ def test_router_choices_differ_and_have_a_row_per_expert(finished_run: Config) -
 
 
 def test_weight_files_are_readable_by_safetensors_with_metadata(finished_run: Config) -> None:
-    assembled = require(finished_run, "assembled")
+    assembled = Run(finished_run).require("assembled")
     files = [name for name in assembled.manifest.files if name.endswith(".safetensors")]
     assert len(files) == 2 + 4
     for name in files:

@@ -15,7 +15,8 @@ from modularforge.config import Config
 from modularforge.data.token_files import TokenFile
 from modularforge.evaluation.losses import measure
 from modularforge.model.folder import load_model, read_tensors
-from modularforge.pipeline import require, stage_url
+from modularforge.pipeline import stage_url
+from modularforge.run import Run
 from modularforge.stages import calibrate, evaluate
 
 
@@ -30,36 +31,36 @@ def other_calibration(finished_run: Config, folder: Path, **changes: object) -> 
 
 
 def held_out_loss(config: Config, stage: str) -> float:
-    corpus = Corpus(require(config, "corpus"))
+    corpus = Corpus(Run(config).require("corpus"))
     _, decide = split_documents(corpus.tokens("validation"), corpus.labels)
-    model = load_model(require(config, stage).local_folder())
+    model = load_model(Run(config).require(stage).local_folder())
     limits = config.evaluation.batch_size, config.evaluation.tokens_per_domain
     return measure(model, decide, corpus.byte_lengths, *limits, torch.device("cpu")).mean_loss
 
 
 def test_a_calibration_that_hurts_is_reported_and_not_shipped(finished_run: Config, tmp_path: Path) -> None:
     config = other_calibration(finished_run, tmp_path, peak_learning_rate=1000.0, warmup_steps=0, steps=3)
-    calibrate.run(config)
-    artifact = require(config, "calibrated")
+    calibrate.run(Run(config))
+    artifact = Run(config).require("calibrated")
     assert artifact.manifest.facts["kept"] is False
     assert artifact.manifest.facts["loss_after"] > artifact.manifest.facts["loss_before"]
     assert list(artifact.manifest.files) == ["calibration.json"]
-    assert evaluate.chosen_model(config).url == stage_url(config, "assembled")
-    assert "calibrated" not in evaluate.find_models(config)
+    assert evaluate.chosen_model(Run(config)).url == stage_url(config, "assembled")
+    assert "calibrated" not in evaluate.find_models(Run(config))
 
 
 def test_a_calibration_that_helps_is_shipped_and_its_report_is_true(finished_run: Config) -> None:
-    facts = require(finished_run, "calibrated").manifest.facts
+    facts = Run(finished_run).require("calibrated").manifest.facts
     assert facts["kept"] is True
     assert facts["loss_before"] == pytest.approx(held_out_loss(finished_run, "assembled"), abs=1e-6)
     assert facts["loss_after"] == pytest.approx(held_out_loss(finished_run, "calibrated"), abs=1e-6)
     assert facts["loss_after"] < facts["loss_before"]
-    assert evaluate.chosen_model(finished_run).url == stage_url(finished_run, "calibrated")
+    assert evaluate.chosen_model(Run(finished_run)).url == stage_url(finished_run, "calibrated")
 
 
 @pytest.mark.parametrize(("norms", "router"), [(True, False), (False, True), (True, True)])
 def test_only_what_is_asked_for_learns(norms: bool, router: bool, finished_run: Config) -> None:
-    model = load_model(require(finished_run, "assembled").local_folder())
+    model = load_model(Run(finished_run).require("assembled").local_folder())
     settings = finished_run.calibration.model_copy(update={"norms": norms, "router": router})
     choose_parameters(model, finished_run.model_copy(update={"calibration": settings}))
     for name, weight in model.named_parameters():
@@ -67,8 +68,8 @@ def test_only_what_is_asked_for_learns(norms: bool, router: bool, finished_run: 
 
 
 def test_the_calibrated_folder_differs_from_the_assembled_one_in_norms_and_router_only(finished_run: Config) -> None:
-    before = read_tensors(require(finished_run, "assembled").local_folder())
-    after = read_tensors(require(finished_run, "calibrated").local_folder())
+    before = read_tensors(Run(finished_run).require("assembled").local_folder())
+    after = read_tensors(Run(finished_run).require("calibrated").local_folder())
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed

@@ -111,10 +111,8 @@ def test_a_missing_stage_is_named_with_the_command_that_makes_it(tmp_path: Path)
     path = write_settings(tmp_path, tiny_values(tmp_path / "run"))
     assert "run `modularforge prepare-data`" in mistake("train", "--only", "backbone", "--config", path)
     run_command("modularforge", "prepare-data", "--config", path)
-    assert "run `modularforge train --only backbone`" in mistake(
-        "train", "--only", "expert", "--index", "1", "-c", path
-    )
-    assert "run `modularforge train --only backbone`" in mistake("assemble", "--config", path)
+    assert "run `modularforge backbone`" in mistake("train", "--only", "expert", "--index", "1", "-c", path)
+    assert "run `modularforge backbone`" in mistake("assemble", "--config", path)
 
 
 def test_an_artifact_of_another_config_is_refused_and_kept(copied_run: tuple[Config, str]) -> None:

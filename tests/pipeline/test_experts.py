@@ -14,7 +14,8 @@ from modularforge.artifacts import Backbone
 from modularforge.config import Config
 from modularforge.errors import ConfigError, MismatchError, TrainingError
 from modularforge.experts.ffn.training import build_expert
-from modularforge.pipeline import checkpoint_url, require, stage_url
+from modularforge.pipeline import checkpoint_url, stage_url
+from modularforge.run import Run
 from modularforge.stages import assemble, expert
 from tests.conftest import tiny_config
 
@@ -35,29 +36,29 @@ def test_an_experts_bytes_do_not_depend_on_order_or_company(
     config = beside(finished_run, tmp_path)
     torch.manual_seed(12345)
     for index in order:
-        expert.run(config, index)
+        expert.run(Run(config), index)
     for index in order:
-        theirs, ours = require(finished_run, "expert", index), require(config, "expert", index)
+        theirs, ours = Run(finished_run).require("expert", index), Run(config).require("expert", index)
         assert theirs.manifest.files == ours.manifest.files
 
 
 @pytest.mark.parametrize("anchored", [True, False])
 def test_only_the_new_ffn_and_its_rows_learn(anchored: bool, finished_run: Config, tmp_path: Path) -> None:
     config = beside(finished_run, tmp_path, experts={"anchored": anchored}, assembly={"router": "data_stats"})
-    expert.run(config, 0)
-    backbone = Backbone(require(config, "backbone"))
-    own = backbone.expert(require(config, "expert", 0)).state_dict()
+    expert.run(Run(config), 0)
+    backbone = Backbone(Run(config).require("backbone"))
+    own = backbone.expert(Run(config).require("expert", 0)).state_dict()
     for name, tensor in backbone.tensors.items():
         if ".mlp." not in name:
             assert torch.equal(own[name], tensor), name
-    weights = load_file(require(config, "expert", 0).local_file("expert.safetensors"))
+    weights = load_file(Run(config).require("expert", 0).local_file("expert.safetensors"))
     assert len(weights) == 3 * config.model.layers
     assert all(f".experts.{int(anchored)}." in name for name in weights)
-    assert ("router.safetensors" in require(config, "expert", 0).manifest.files) == anchored
+    assert ("router.safetensors" in Run(config).require("expert", 0).manifest.files) == anchored
 
 
 def test_a_fresh_expert_starts_from_other_weights_than_the_backbone(finished_run: Config) -> None:
-    backbone = Backbone(require(finished_run, "backbone"))
+    backbone = Backbone(Run(finished_run).require("backbone"))
     settings = finished_run.experts.model_copy(update={"init": "fresh", "anchored": False})
     torch.manual_seed(0)
     model = build_expert(backbone.tensors, backbone.values, settings, None)
@@ -68,9 +69,9 @@ def test_a_fresh_expert_starts_from_other_weights_than_the_backbone(finished_run
 def test_a_plain_run_assembles_without_the_public_expert(finished_run: Config, tmp_path: Path) -> None:
     config = beside(finished_run, tmp_path, experts={"anchored": False}, assembly={"router": "data_stats"})
     for index in range(3):
-        expert.run(config, index)
-    assemble.run(config)
-    assert require(config, "assembled").manifest.facts["experts"] == 3
+        expert.run(Run(config), index)
+    assemble.run(Run(config))
+    assert Run(config).require("assembled").manifest.facts["experts"] == 3
 
 
 def test_a_partition_smaller_than_one_batch_is_refused_and_nothing_is_saved(
@@ -78,23 +79,23 @@ def test_a_partition_smaller_than_one_batch_is_refused_and_nothing_is_saved(
 ) -> None:
     config = beside(finished_run, tmp_path, experts={"batch_size": 100_000})
     with pytest.raises(TrainingError, match=r"partition 0 must fill one batch"):
-        expert.run(config, 0)
+        expert.run(Run(config), 0)
     assert find_artifact(stage_url(config, "expert", 0)) is None
 
 
 def test_a_loss_that_is_not_finite_stops_and_nothing_is_saved(finished_run: Config, tmp_path: Path) -> None:
     config = beside(finished_run, tmp_path, experts={"peak_learning_rate": 1e30, "warmup_steps": 0})
     with pytest.raises(TrainingError, match=r"must have finite losses"):
-        expert.run(config, 0)
+        expert.run(Run(config), 0)
     assert find_artifact(stage_url(config, "expert", 0)) is None
 
 
 def test_an_expert_of_other_settings_is_refused_with_the_difference(finished_run: Config, tmp_path: Path) -> None:
     config = beside(finished_run, tmp_path)
-    expert.run(config, 0)
+    expert.run(Run(config), 0)
     changed = config.model_copy(update={"experts": config.experts.model_copy(update={"steps": 11})})
     with pytest.raises(MismatchError, match=r"experts\.steps is 11 here and 10 there"):
-        expert.run(changed, 0)
+        expert.run(Run(changed), 0)
 
 
 def test_a_checkpoint_of_another_config_is_refused_and_kept(finished_run: Config, tmp_path: Path) -> None:
@@ -102,7 +103,7 @@ def test_a_checkpoint_of_another_config_is_refused_and_kept(finished_run: Config
     url = checkpoint_url(config, "expert-0")
     save_checkpoint(url, Checkpoint(5, {"weights.x": torch.ones(1)}, {"position": 20}), "of other settings", 2)
     with pytest.raises(StoreError, match="must be a checkpoint of this config"):
-        expert.run(config, 0)
+        expert.run(Run(config), 0)
     assert find_artifact(stage_url(config, "expert", 0)) is None
     assert list_checkpoints(url) == ["step-00000005"]
 
@@ -113,7 +114,7 @@ def test_an_expert_of_another_backbone_is_refused_by_the_assembler(finished_run:
     from modularforge.assembly.assemble import check_same_backbone
     from modularforge.experts.ffn import FFN
 
-    artifact = require(finished_run, "expert", 0)
+    artifact = Run(finished_run).require("expert", 0)
     shared = dict(artifact.manifest.facts["shared_tensors"])
     shared["model.norm.weight"] = "0" * 64
     foreign = replace(
@@ -121,9 +122,9 @@ def test_an_expert_of_another_backbone_is_refused_by_the_assembler(finished_run:
         manifest=replace(artifact.manifest, facts={**artifact.manifest.facts, "shared_tensors": shared}),
     )
     with pytest.raises(MismatchError, match=r"1 shared tensors differ \(first model\.norm\.weight\)"):
-        check_same_backbone(FFN, require(finished_run, "backbone"), [foreign])
+        check_same_backbone(FFN, Run(finished_run).require("backbone"), [foreign])
 
 
 def test_an_index_out_of_range_is_refused(finished_run: Config) -> None:
     with pytest.raises(ConfigError, match="between 0 and 2"):
-        expert.run(finished_run, 3)
+        expert.run(Run(finished_run), 3)

@@ -15,6 +15,7 @@ from modularforge.assembly.parts import parts_of
 from modularforge.config import Config
 from modularforge.experts.ffn import FFN
 from modularforge.facts import KINDS, fact
+from modularforge.run import Run
 from modularforge.stages import assemble, members
 from tests.mutation import FUZZ_INPUTS, values
 from tests.pipeline.test_members import copy_of_run
@@ -36,7 +37,7 @@ def test_facts_of_an_ordinary_run_are_as_their_stages_record_them(finished_run: 
 @pytest.mark.parametrize("part", PARTS)
 def test_hostile_facts_end_in_a_sentence(part: str, finished_run: Config, tmp_path: Path) -> None:
     run = copy_of_run(finished_run, tmp_path / "run", router="data_stats")
-    assemble.run(run)
+    assemble.run(Run(run))
     path = Path(run.output_dir) / part / "manifest.json"
     good: dict[str, Any] = json.loads(path.read_bytes())
     card_facts = open_artifact(f"{run.output_dir}/assembled").manifest.facts

@@ -15,7 +15,7 @@ from modularforge.errors import Interrupted, MismatchError
 from modularforge.experts import kind
 from modularforge.model import names
 from modularforge.model.folder import load_model, read_tensors
-from modularforge.pipeline import require
+from modularforge.run import Run
 from modularforge.stages import assemble, calibrate, expert
 from modularforge.training import loop
 from tests import gains_kind
@@ -35,16 +35,17 @@ def config(finished_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_experts_of_another_kind_train_run_alone_merge_and_calibrate(config: Config) -> None:
     for index in range(config.experts.count):
-        expert.run(config, index)
-    assemble.run(config)
-    calibrate.run(config)
-    backbone, own = Backbone(require(config, "backbone")), require(config, "expert", 1)
-    assert own.manifest.facts["expert_kind"] == require(config, "assembled").manifest.facts["expert_kind"] == "gains"
+        expert.run(Run(config), index)
+    assemble.run(Run(config))
+    calibrate.run(Run(config))
+    backbone, own = Backbone(Run(config).require("backbone")), Run(config).require("expert", 1)
+    assembled = Run(config).require("assembled")
+    assert own.manifest.facts["expert_kind"] == assembled.manifest.facts["expert_kind"] == "gains"
     assert not any(names.is_norm(name) for name in own.manifest.facts["shared_tensors"])
-    folder = require(config, "assembled").local_folder()
+    folder = assembled.local_folder()
     assert "the mean gains of 3 experts. Every expert was trained alone" in (folder / "README.md").read_text()
     found, gains = read_tensors(folder), load_file(own.local_file(gains_kind.WEIGHTS))
-    each = [load_file(require(config, "expert", k).local_file(gains_kind.WEIGHTS)) for k in range(3)]
+    each = [load_file(Run(config).require("expert", k).local_file(gains_kind.WEIGHTS)) for k in range(3)]
     for name, tensor in backbone.tensors.items():
         expected = torch.stack([item[name] for item in each]).mean(dim=0) if names.is_norm(name) else tensor
         assert torch.allclose(found[name], expected), name
@@ -58,8 +59,8 @@ def test_experts_of_another_kind_train_run_alone_merge_and_calibrate(config: Con
 def test_an_expert_of_another_kind_resumes_in_every_phase(
     step: int, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expert.run(config, 0)
-    whole = require(config, "expert", 0)
+    expert.run(Run(config), 0)
+    whole = Run(config).require("expert", 0)
     again = config.model_copy(update={"output_dir": f"{config.output_dir}/again"})
     Path(again.output_dir).mkdir()
     (Path(again.output_dir) / "backbone").symlink_to(Path(config.output_dir) / "backbone")
@@ -67,9 +68,9 @@ def test_an_expert_of_another_kind_resumes_in_every_phase(
         stopped.setattr(loop.Checkpointing, "agree_to_stop", lambda self, _wants: self.seen() == step)
         stopped.setattr(loop.Checkpointing, "seen", counter(), raising=False)
         with pytest.raises(Interrupted):
-            expert.run(again, 0)
-    expert.run(again, 0)
-    assert require(again, "expert", 0).manifest.files == whole.manifest.files
+            expert.run(Run(again), 0)
+    expert.run(Run(again), 0)
+    assert Run(again).require("expert", 0).manifest.files == whole.manifest.files
 
 
 def counter():  # type: ignore[no-untyped-def]
@@ -80,7 +81,7 @@ def counter():  # type: ignore[no-untyped-def]
 def test_experts_of_two_kinds_are_refused(config: Config, finished_run: Config) -> None:
     from modularforge.assembly.assemble import assemble as put_together
 
-    expert.run(config, 0)
-    experts = [require(config, "expert", 0), require(finished_run, "expert", 1)]
+    expert.run(Run(config), 0)
+    experts = [Run(config).require("expert", 0), Run(finished_run).require("expert", 1)]
     with pytest.raises(MismatchError, match=r"experts of one model must be of one kind, but .* is ffn, .* is gains"):
-        put_together(config, require(config, "backbone"), experts, None)  # type: ignore[arg-type]
+        put_together(config, Run(config).require("backbone"), experts, None)  # type: ignore[arg-type]

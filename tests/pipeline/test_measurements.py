@@ -15,6 +15,7 @@ from modularforge.evaluation.report import markdown
 from modularforge.evaluation.results import checked_results
 from modularforge.evaluation.suite import PROBE_SHARE
 from modularforge.pipeline import stage_url
+from modularforge.run import Run
 from modularforge.settings import make_config
 from modularforge.stages import evaluate
 from tests.conftest import tiny_values
@@ -97,23 +98,23 @@ def test_text_of_no_domain_is_measured_anew_only_when_it_changes(finished_run: C
     values = tiny_values(tmp_path / "run", data_dir=finished_run.data_url, evaluation={"baselines": []})
     values["evaluation"]["general"] = [str(readme)]
     config = make_config(values, "tests")
-    found = evaluate.run(config)
+    found = evaluate.run(Run(config))
     assert found["models"]["backbone"]["probes"]["general"]["domains"]["README"]["tokens"] > 100
     assert "general" in found["differences"]["backbone"]
     first = find_artifact(stage_url(config, "evaluation"))
-    evaluate.run(config)
+    evaluate.run(Run(config))
     again = find_artifact(stage_url(config, "evaluation"))
     assert first is not None
     assert again is not None
     assert first.manifest.created == again.manifest.created
     readme.write_text("Quite another text. " * 50)
-    evaluate.run(config)
+    evaluate.run(Run(config))
     changed = find_artifact(stage_url(config, "evaluation"))
     assert changed is not None
     assert changed.manifest.fingerprint != first.manifest.fingerprint
     values["evaluation"]["general"] = [str(tmp_path / "nowhere.txt")]
     with pytest.raises(DataError, match="nowhere"):
-        evaluate.run(make_config(values, "tests"))
+        evaluate.run(Run(make_config(values, "tests")))
 
 
 def test_chat_without_a_pretrained_model_is_refused_at_once(tmp_path: Path) -> None:

@@ -33,11 +33,12 @@ from modularforge.model.hub_config import TABLES_NAME, model_config_of
 from modularforge.model.moe import moe_layers, observe_routing, restrict_routing
 from modularforge.observe.report import write_report
 from modularforge.observe.run import read_run
-from modularforge.pipeline import require, stage_url
+from modularforge.pipeline import stage_url
 from modularforge.routing import evidence
 from modularforge.routing.kernel import angles_of, bell
 from modularforge.routing.statistics import ROUTER_NAME, STATISTICS_NAME, load_statistics
 from modularforge.routing.text_evidence import texts_of
+from modularforge.run import Run
 from modularforge.stages import assemble as assemble_stage
 from modularforge.stages import calibrate as calibrate_stage
 from modularforge.stages import members
@@ -45,7 +46,7 @@ from tests.conftest import run_command
 
 
 def parts_of(run: Config) -> tuple[Artifact, list[Artifact]]:
-    return require(run, "backbone"), [require(run, "expert", index) for index in range(run.experts.count)]
+    return Run(run).require("backbone"), [Run(run).require("expert", index) for index in range(run.experts.count)]
 
 
 def with_assembly(run: Config, **changes: object) -> Config:
@@ -80,7 +81,7 @@ def test_a_removed_expert_leaves_the_model_that_never_had_it(
     router: str, mode: str, finished_run: Config, tmp_path: Path
 ) -> None:
     run = copy_of_run(finished_run, tmp_path / "run", router=router, mode=mode)
-    assemble_stage.run(run)
+    assemble_stage.run(Run(run))
     url = stage_url(run, "assembled")
     backbone, experts = parts_of(run)
     (tmp_path / "without").mkdir()
@@ -97,7 +98,7 @@ def test_a_removed_expert_leaves_the_model_that_never_had_it(
 def test_only_what_changes_is_written(finished_run: Config, tmp_path: Path) -> None:
     """The experts in front of a removed one keep their files, those behind it move to other slots."""
     run = copy_of_run(finished_run, tmp_path / "run", router="evidence")
-    assemble_stage.run(run)
+    assemble_stage.run(Run(run))
     url = stage_url(run, "assembled")
     before = {path.name: path.stat().st_ino for path in Path(url).iterdir()}
     changed = members.remove(url, 2)
@@ -115,10 +116,10 @@ def test_parts_that_are_written_are_split_above_the_limit_and_linked_ones_stay_w
 ) -> None:
     limit = 60_000
     run = copy_of_run(finished_run, tmp_path / "run", router="data_stats", max_shard_bytes=limit)
-    assemble_stage.run(run)
-    calibrate_stage.run(run)
+    assemble_stage.run(Run(run))
+    calibrate_stage.run(Run(run))
     for stage in ("assembled", "calibrated"):
-        artifact = require(run, stage)
+        artifact = Run(run).require(stage)
         files = {name: entry for name, entry in artifact.manifest.files.items() if name.endswith(".safetensors")}
         assert {f"expert-{slot:03d}.safetensors" for slot in (1, 2, 3)} <= set(files), "larger, but linked"
         written = set(files) - {f"expert-{slot:03d}.safetensors" for slot in (1, 2, 3)}
@@ -132,16 +133,16 @@ def test_parts_that_are_written_are_split_above_the_limit_and_linked_ones_stay_w
     transformers = pytest.importorskip("transformers")
     assert transformers.AutoModelForCausalLM.from_pretrained(stage_url(run, "assembled")) is not None
     (tmp_path / "two").mkdir()
-    old, (backbone, experts) = require(run, "assembled"), parts_of(run)
+    old, (backbone, experts) = Run(run).require("assembled"), parts_of(run)
     assemble(run, backbone, [experts[0], experts[2]], plain_folder(tmp_path / "two"), old)
     for name in ("backbone-00001-of-00002.safetensors", "backbone-00002-of-00002.safetensors"):
         assert os.path.samefile(tmp_path / "two" / name, old.local_file(name)), "shards are taken over too"
 
 
 def test_linked_experts_are_the_experts_files(finished_run: Config) -> None:
-    assembled = require(finished_run, "assembled")
+    assembled = Run(finished_run).require("assembled")
     for index in range(3):
-        expert = require(finished_run, "expert", index)
+        expert = Run(finished_run).require("expert", index)
         linked = assembled.local_file(f"expert-{index + 1:03d}.safetensors")
         assert os.path.samefile(linked, expert.local_file(EXPERT_NAME))
         assert assembled.manifest.files[linked.name] == expert.manifest.files[EXPERT_NAME]
@@ -149,7 +150,7 @@ def test_linked_experts_are_the_experts_files(finished_run: Config) -> None:
 
 def test_a_model_keeps_as_many_experts_as_each_token_visits(finished_run: Config, tmp_path: Path) -> None:
     run = copy_of_run(finished_run, tmp_path / "run", experts_per_token=3)
-    assemble_stage.run(run)
+    assemble_stage.run(Run(run))
     url = stage_url(run, "assembled")
     members.remove(url, 1)
     with pytest.raises(MismatchError, match=r"must keep 3 experts, .*, but without 2 it has 2; add another one first"):
@@ -164,8 +165,8 @@ def test_a_plain_experts_file_is_linked_too(tmp_path: Path, finished_run: Config
         tmp_path / "plain", experts={"anchored": False, "count": 3}, assembly={"router": "data_stats", "mode": "link"}
     )
     run_every_stage(config)
-    assembled = require(config, "assembled")
-    expert = require(config, "expert", 1)
+    assembled = Run(config).require("assembled")
+    expert = Run(config).require("expert", 1)
     assert os.path.samefile(assembled.local_file("expert-001.safetensors"), expert.local_file(EXPERT_NAME))
 
 
@@ -184,7 +185,7 @@ def test_link_mode_refuses_another_disk_and_auto_copies(
 
 def test_a_hard_link_is_never_written_through(finished_run: Config, tmp_path: Path) -> None:
     """An interrupted link, then another plan at the same place: the expert's own file must stay as it is."""
-    expert = require(finished_run, "expert", 0)
+    expert = Run(finished_run).require("expert", 0)
     before = expert.read_bytes(EXPERT_NAME)
     writer = plain_folder(tmp_path)
     entry = expert.manifest.files[EXPERT_NAME]
@@ -366,9 +367,9 @@ def test_what_an_interrupted_assembly_wrote_of_an_older_expert_is_not_taken_over
     with monkeypatch.context() as patch:
         patch.setattr("modularforge.stages.assemble.commit", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
-            assemble_stage.run(run)
+            assemble_stage.run(Run(run))
     assert list((tmp_path / "run").glob(".assembled.attempt-*/model-*")), "all weight files were finished"
-    old = require(run, "expert", 1)
+    old = Run(run).require("expert", 1)
     tensors = load_file(old.local_file(EXPERT_NAME))
     manifest = old.manifest
     with write_artifact(
@@ -380,7 +381,7 @@ def test_what_an_interrupted_assembly_wrote_of_an_older_expert_is_not_taken_over
         writer.commit(manifest.facts)
     shutil.rmtree(paths.local_path(old.url))
     (tmp_path / "again").rename(paths.local_path(old.url))
-    assemble_stage.run(run)
+    assemble_stage.run(Run(run))
     written = read_tensors(paths.local_path(stage_url(run, "assembled")))
     for name, tensor in tensors.items():
         assert torch.equal(written[name], tensor + 1), name
@@ -391,13 +392,13 @@ def test_a_truncated_expert_is_refused_before_anything_is_written(finished_run: 
     victim = tmp_path / "run/experts/expert-1" / EXPERT_NAME
     victim.write_bytes(victim.read_bytes()[:-100])
     with pytest.raises(CorruptArtifactError, match=r"expert-1/expert.safetensors must have .* bytes, .*truncated"):
-        assemble_stage.run(run)
+        assemble_stage.run(Run(run))
     assert not Path(stage_url(run, "assembled")).exists()
 
 
 def test_the_command_lists_and_changes_members_and_says_what_is_wrong(finished_run: Config, tmp_path: Path) -> None:
     run = copy_of_run(finished_run, tmp_path / "run", router="data_stats")
-    assemble_stage.run(run)
+    assemble_stage.run(Run(run))
     url = stage_url(run, "assembled")
     listed = json.loads(run_command("modularforge", "experts", "list", url, "--json").stdout)
     assert [(entry["slot"], entry["index"]) for entry in listed] == [(1, 0), (2, 1), (3, 2)]
@@ -417,19 +418,19 @@ def test_the_command_lists_and_changes_members_and_says_what_is_wrong(finished_r
 
 def test_a_chosen_membership_is_kept_when_the_pipeline_runs_again(finished_run: Config, tmp_path: Path) -> None:
     run = copy_of_run(finished_run, tmp_path / "run", router="data_stats")
-    assemble_stage.run(run)
+    assemble_stage.run(Run(run))
     members.remove(stage_url(run, "assembled"), 0)
-    assemble_stage.run(run)
-    assert [member.index for member in members.members_of(require(run, "assembled"))] == [1, 2]
+    assemble_stage.run(Run(run))
+    assert [member.index for member in members.members_of(Run(run).require("assembled"))] == [1, 2]
 
 
 def test_a_replaced_expert_may_come_from_another_run(finished_run: Config, tmp_path: Path) -> None:
     run = copy_of_run(finished_run, tmp_path / "run", router="data_stats")
-    assemble_stage.run(run)
-    newer = damaged(require(run, "expert", 1), tmp_path / "newer", lambda t: t[first_key(t)].add_(1))
+    assemble_stage.run(Run(run))
+    newer = damaged(Run(run).require("expert", 1), tmp_path / "newer", lambda t: t[first_key(t)].add_(1))
     changed = members.replace(stage_url(run, "assembled"), 1, newer.url, str(tmp_path / "new-model"))
     assert changed.manifest.files["expert-002.safetensors"] == newer.manifest.files[EXPERT_NAME]
-    old = require(run, "assembled").manifest.files
+    old = Run(run).require("assembled").manifest.files
     assert changed.manifest.files["expert-001.safetensors"] == old["expert-001.safetensors"]
     with pytest.raises((MismatchError, ArtifactExistsError)):
         members.replace(stage_url(run, "assembled"), 2, newer.url, str(tmp_path / "new-model"))
@@ -437,9 +438,9 @@ def test_a_replaced_expert_may_come_from_another_run(finished_run: Config, tmp_p
 
 def test_of_experts_with_the_same_index_one_is_named_by_its_place(finished_run: Config, tmp_path: Path) -> None:
     run = copy_of_run(finished_run, tmp_path / "run", router="data_stats")
-    assemble_stage.run(run)
+    assemble_stage.run(Run(run))
     url = stage_url(run, "assembled")
-    newer = damaged(require(run, "expert", 1), tmp_path / "newer", lambda t: t[first_key(t)].add_(1))
+    newer = damaged(Run(run).require("expert", 1), tmp_path / "newer", lambda t: t[first_key(t)].add_(1))
     members.add(url, newer.url)
     with pytest.raises(MismatchError, match=r"1 must name one expert .*, but names .*expert-1, .*newer; write one"):
         members.remove(url, 1)

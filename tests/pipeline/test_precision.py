@@ -9,7 +9,8 @@ import pytest
 
 from checkpoints import paths
 from modularforge.config import Config
-from modularforge.pipeline import metrics_url, require
+from modularforge.pipeline import metrics_url
+from modularforge.run import Run
 from modularforge.stages import backbone, expert
 from tests.conftest import tiny_config
 
@@ -28,9 +29,9 @@ def test_backbone_and_expert_train_to_nearly_the_same_losses(
 ) -> None:
     training = {**finished_run.training.model_dump(), **change}
     config = tiny_config(tmp_path / "run", data_dir=finished_run.data_url, training=training)
-    backbone.run(config)
-    expert.run(config, 0)
+    backbone.run(Run(config))
+    expert.run(Run(config), 0)
     for job in ("backbone", "expert-0"):
         assert losses(config, job) == pytest.approx(losses(finished_run, job), abs=0.02)
-    entries = require(config, "backbone").manifest.files["model.safetensors"].tensors
-    assert entries.keys() == require(finished_run, "backbone").manifest.files["model.safetensors"].tensors.keys()
+    entries = Run(config).require("backbone").manifest.files["model.safetensors"].tensors
+    assert entries.keys() == Run(finished_run).require("backbone").manifest.files["model.safetensors"].tensors.keys()

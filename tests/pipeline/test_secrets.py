@@ -18,7 +18,7 @@ from checkpoints import open_artifact
 from modularforge.data.files import find_files
 from modularforge.data.locations import real_location
 from modularforge.errors import ConfigError, DataError
-from modularforge.pipeline import plan_stage
+from modularforge.run import Run
 from modularforge.settings import load_config, make_config, to_yaml
 from tests.conftest import run_command, tiny_config, tiny_values
 
@@ -152,7 +152,7 @@ def test_variables_in_locations_are_read_when_a_file_is_opened(monkeypatch: pyte
 def test_a_url_that_is_signed_anew_is_the_same_data_and_an_ordinary_one_keeps_its_fingerprint(tmp_path: Path) -> None:
     def fingerprint(query: str) -> str:
         source = {"name": "web", "train": f"https://host/a.jsonl{query}"}
-        return plan_stage(tiny_config(tmp_path, data={"sources": [source]}), "corpus").fingerprint
+        return Run(tiny_config(tmp_path, data={"sources": [source]})).plan("corpus").fingerprint
 
     assert fingerprint("?X-Amz-Date=1&X-Amz-Signature=a") == fingerprint("?X-Amz-Date=2&X-Amz-Signature=b")
     assert fingerprint("?page=1") != fingerprint("?page=2")

@@ -31,10 +31,10 @@ from modularforge.model import names
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.moe import load_balance_loss, observe_routing
 from modularforge.model.upcycling import build_joint
-from modularforge.pipeline import require
+from modularforge.run import Run
 from modularforge.settings import to_yaml
 from modularforge.stages import assemble, calibrate, evaluate
-from modularforge.stages.btx import choose_trained
+from modularforge.stages.baselines import choose_trained
 from modularforge.study.runs import Runs
 from modularforge.study.study import collect, run_study
 from modularforge.study.study_file import load_study, variants_of
@@ -200,9 +200,9 @@ def test_an_assembled_variant_has_the_losses_of_the_folder_that_the_stage_writes
     finished_study: Runs, recipe: str, tmp_path: Path
 ) -> None:
     config = finished_study.config(0, recipe, {**RIDGE, "assembly.experts_per_token": "all"})
-    assemble.run(config)
+    assemble.run(Run(config))
     name = f"{recipe}-ridge-experts_per_token_all"
-    written = evaluate.measure_folder(config, f"{config.output_dir}/assembled")["models"]["assembled"]
+    written = evaluate.measure_folder(Run(config), f"{config.output_dir}/assembled")["models"]["assembled"]
     measured = result_of(finished_study, name, split="test")["rows"][""]
     assert measured["mean_loss"] == pytest.approx(written["mean_loss"], abs=1e-6)
     assert measured["active_parameters"] == written["active_parameters"]
@@ -216,8 +216,8 @@ def test_a_calibrated_variant_has_the_losses_that_the_stage_decides_by(finished_
         (folder / name).symlink_to(Path(config.output_dir) / name)
     limited = config.evaluation.model_copy(update={"tokens_per_domain": 700})
     config = config.model_copy(update={"output_dir": str(folder), "evaluation": limited})
-    assemble.run(config)
-    calibrate.run(config)
+    assemble.run(Run(config))
+    calibrate.run(Run(config))
     facts = open_artifact(str(folder / "calibrated")).manifest.facts
     result = result_of(finished_study, "calibrated")
     assert facts["kept"] is True
@@ -227,12 +227,12 @@ def test_a_calibrated_variant_has_the_losses_that_the_stage_decides_by(finished_
 
 def test_each_expert_has_the_losses_that_every_other_model_is_measured_by(finished_study: Runs) -> None:
     config = finished_study.config(0, "anchored")
-    corpus, backbone = Corpus(require(config, "corpus")), Backbone(require(config, "backbone"))
+    corpus, backbone = Corpus(Run(config).require("corpus")), Backbone(Run(config).require("backbone"))
     limits = config.evaluation.batch_size, config.evaluation.tokens_per_domain
     result = result_of(finished_study, "anchored-experts", split="test")
     best: dict[str, float] = {}
     for index in range(3):
-        model = backbone.expert(require(config, "expert", index))
+        model = backbone.expert(Run(config).require("expert", index))
         found = measure(model, corpus.domains("test"), corpus.byte_lengths, *limits, torch.device("cpu"))
         row = result["experts"][f"expert-{index}"]
         assert row["mean_loss"] == pytest.approx(found.mean_loss, abs=1e-6)
@@ -245,7 +245,7 @@ def test_each_expert_has_the_losses_that_every_other_model_is_measured_by(finish
 
 def test_losses_by_position_add_up_to_the_loss(finished_study: Runs) -> None:
     config = finished_study.config(0, "plain")
-    streams = Corpus(require(config, "corpus")).domains("test", config.evaluation.tokens_per_domain)
+    streams = Corpus(Run(config).require("corpus")).domains("test", config.evaluation.tokens_per_domain)
     assert position_ranges(100) == [(0, 16), (16, 32), (32, 64), (64, 100)]
     row = result_of(finished_study, "backbone", split="test")["rows"][""]
     for label, tokens in streams.items():
@@ -263,15 +263,15 @@ def test_losses_by_position_add_up_to_the_loss(finished_study: Runs) -> None:
 
 def test_a_domain_without_its_expert_is_measured_by_the_model_of_the_others(finished_study: Runs) -> None:
     config = finished_study.config(0, "plain", {"assembly.router": "evidence"})
-    experts = [require(config, "expert", index) for index in range(3)]
-    corpus = Corpus(require(config, "corpus"))
+    experts = [Run(config).require("expert", index) for index in range(3)]
+    corpus = Corpus(Run(config).require("corpus"))
     _, decide = split_documents(corpus.tokens("validation"), corpus.labels)
     found = result_of(finished_study, "evidence")["rows"]
     row, whole = found["without own expert"], found[""]
     for index, label in enumerate(table_of(finished_study)["domains"]):
         others = [expert for place, expert in enumerate(experts) if place != index]
         with tempfile.TemporaryDirectory() as folder:
-            put_together(config, require(config, "backbone"), others, plain_folder(Path(folder)))
+            put_together(config, Run(config).require("backbone"), others, plain_folder(Path(folder)))
             model = load_model(Path(folder))
         limits = config.evaluation.batch_size, finished_study.study.validation_tokens_per_domain
         alone = measure(model, {label: decide[label]}, corpus.byte_lengths, *limits, torch.device("cpu"))
@@ -420,7 +420,7 @@ def test_the_trained_btx_merge_has_the_tokens_of_the_others_and_is_compared_with
 def test_its_second_phase_reads_on_where_the_branches_stopped(finished_study: Runs) -> None:
     """Branches of 8 steps of 4 windows, and 8 windows more of each partition: what jobs of 10 steps see."""
     config = finished_study.config(0, "fewer")
-    partitions = require(config, "partitions")
+    partitions = Run(config).require("partitions")
     rest = TEXT.mixture(config, partitions, "btx", config.btx_phase, 32)
     longer = config.model_copy(update={"experts": config.experts.model_copy(update={"steps": 10})})
     whole = TEXT.mixture(longer, partitions, "joint", longer.baseline_phase("joint"))

@@ -14,10 +14,10 @@ from modularforge.errors import DataError
 from modularforge.evaluation.chat import prepare_chat, read_questions
 from modularforge.evaluation.scoring import score
 from modularforge.model.folder import load_model
-from modularforge.pipeline import require
-from modularforge.settings import make_config
-from modularforge.stages import backbone, evaluate, prepare
-from tests.conftest import tiny_values
+from modularforge.run import Run
+from modularforge.settings import complete_config
+from modularforge.stages import backbone, evaluate
+from tests.conftest import prepare_data, tiny_values
 from tests.pretrained import models
 
 TEMPLATE = """{%- if messages[0]['role'] == 'system' -%}no{%- endif -%}
@@ -43,16 +43,16 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     values = tiny_values(root / "run", backbone={"steps": 0}, evaluation={"baselines": []})
     values["evaluation"]["chat"] = str(root / "questions.yaml")
     values["model"] = {"pretrained": str(source), "context_length": models.CONTEXT}
-    made = make_config(values, "tests")
-    prepare.run(made)
-    backbone.run(made)
+    made = complete_config(values, "tests")
+    prepare_data(made)
+    backbone.run(Run(made))
     return made
 
 
 def test_prompts_are_those_that_transformers_writes(config: Config) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(config.model.pretrained)
     questions = read_questions(str(config.evaluation.chat))
-    chat = prepare_chat(questions, Corpus(require(config, "corpus")))
+    chat = prepare_chat(questions, Corpus(Run(config).require("corpus")))
     for question, ids in zip(questions, chat.prompts, strict=True):
         messages = [{"role": "user", "content": question.prompt}]
         text = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -61,8 +61,8 @@ def test_prompts_are_those_that_transformers_writes(config: Config) -> None:
 
 
 def test_the_loss_is_that_of_the_answers_behind_their_prompts(config: Config) -> None:
-    chat = prepare_chat(read_questions(str(config.evaluation.chat)), Corpus(require(config, "corpus")))
-    model, probe = load_model(require(config, "backbone").local_folder()), chat.probe()
+    chat = prepare_chat(read_questions(str(config.evaluation.chat)), Corpus(Run(config).require("corpus")))
+    model, probe = load_model(Run(config).require("backbone").local_folder()), chat.probe()
     scores_RT = score(model, probe, 2)
     for row, (prompt, answer) in enumerate(zip(chat.prompts, chat.answers, strict=True)):
         with torch.no_grad():
@@ -72,7 +72,7 @@ def test_the_loss_is_that_of_the_answers_behind_their_prompts(config: Config) ->
 
 
 def test_replies_stand_side_by_side_in_the_report(config: Config) -> None:
-    results = evaluate.run(config)
+    results = evaluate.run(Run(config))
     assert len(results["chat"]["replies"]["backbone"]) == 3
     assert results["models"]["backbone"]["probes"]["chat"]["domains"]["chat"]["tokens"] > 3
     report = (Path(config.output_dir) / "evaluation" / "report.md").read_text()
@@ -106,15 +106,15 @@ def test_a_model_without_a_template_and_a_prompt_that_is_too_long_are_refused(co
     long.write_text(f"- {{prompt: '{'word ' * 200}', answer: b}}")
     evaluation = config.evaluation.model_copy(update={"chat": str(long)})
     with pytest.raises(DataError, match="must have at most"):
-        evaluate.run(config.model_copy(update={"evaluation": evaluation}))
+        evaluate.run(Run(config.model_copy(update={"evaluation": evaluation})))
     source = models.mistral(tmp_path / "model")
     for file in (source / "chat_template.jinja",):
         file.unlink(missing_ok=True)
     values = tiny_values(tmp_path / "run", backbone={"steps": 0}, evaluation={"baselines": []})
     values["evaluation"]["chat"] = config.evaluation.chat
     values["model"] = {"pretrained": str(source), "context_length": models.CONTEXT}
-    other = make_config(values, "tests")
-    prepare.run(other)
-    backbone.run(other)
+    other = complete_config(values, "tests")
+    prepare_data(other)
+    backbone.run(Run(other))
     with pytest.raises(DataError, match="needs a model with a chat template"):
-        evaluate.run(other)
+        evaluate.run(Run(other))

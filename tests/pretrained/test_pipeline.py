@@ -25,11 +25,12 @@ from modularforge.evaluation.talk import load_for_generation
 from modularforge.model import names
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.moe import restrict_routing
-from modularforge.pipeline import plan_stage, require, stage_url
-from modularforge.settings import load_config, make_config, to_yaml
-from modularforge.stages import assemble, backbone, expert, prepare
+from modularforge.pipeline import stage_url
+from modularforge.run import Run
+from modularforge.settings import complete_config, load_config, to_yaml
+from modularforge.stages import assemble, backbone, expert
 from modularforge.stored_models import stored_model
-from tests.conftest import run_every_stage, tiny_values
+from tests.conftest import prepare_data, run_every_stage, tiny_values
 from tests.pretrained import models
 
 TOLERANCE = 1e-5
@@ -63,7 +64,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         assert len(list(source.glob("model-*.safetensors"))) > 1
     else:
         source = models.qwen3(root / "model")
-    config = make_config(values_on(source, root / "run"), "tests")
+    config = complete_config(values_on(source, root / "run"), "tests")
     return Finished(source, config, run_every_stage(config))
 
 
@@ -121,10 +122,10 @@ def test_every_token_to_the_public_expert_is_the_pretrained_model(run: Finished)
 
 def test_every_token_to_one_expert_is_that_experts_own_model(run: Finished) -> None:
     """Up to the type of the router rows: the assembled model keeps them in that of its other weights."""
-    model, base = load_model(run.folder("assembled")).float(), Backbone(require(run.config, "backbone"))
+    model, base = load_model(run.folder("assembled")).float(), Backbone(Run(run.config).require("backbone"))
     rows_type = read_tensors(run.folder("assembled"))[names.gate(0, run.config.model.family)].dtype
     for index in range(3):
-        own = base.expert(require(run.config, "expert", index)).float()
+        own = base.expert(Run(run.config).require("expert", index)).float()
         restrict_routing(model, (0, index + 1))
         with torch.no_grad():
             for name, weight in own.named_parameters():
@@ -138,7 +139,7 @@ def test_linked_parts_are_the_same_model(run: Finished, tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(Path(run.config.output_dir) / name)
     assembly = run.config.assembly.model_copy(update={"mode": "link"})
     places = {"output_dir": str(tmp_path), "data_dir": run.config.data_url}
-    assemble.run(run.config.model_copy(update={"assembly": assembly, **places}))
+    assemble.run(Run(run.config.model_copy(update={"assembly": assembly, **places})))
     folder = tmp_path / "assembled"
     assert len(list(folder.glob("expert-*.safetensors"))) == 4  # the public one too
     assert torch.equal(ours(folder), ours(run.folder("assembled")))
@@ -151,7 +152,7 @@ def test_an_experts_file_has_the_names_of_its_slot_and_the_type_of_the_backbone(
     family = run.config.model.family
     base = read_tensors(run.folder("backbone"))
     for index in range(3):
-        tensors = load_file(require(run.config, "expert", index).local_file("expert.safetensors"))
+        tensors = load_file(Run(run.config).require("expert", index).local_file("expert.safetensors"))
         wanted = {names.expert_ffn(layer, index + 1, part, family) for layer in (0, 1) for part in names.PARTS}
         assert set(tensors) == wanted
         assert {tensor.dtype for tensor in tensors.values()} == {base[names.EMBEDDING].dtype}
@@ -161,7 +162,7 @@ def test_an_experts_file_has_the_names_of_its_slot_and_the_type_of_the_backbone(
 
 
 def test_the_corpus_is_made_of_the_pretrained_tokens(run: Finished) -> None:
-    corpus = Corpus(require(run.config, "corpus"))
+    corpus = Corpus(Run(run.config).require("corpus"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(run.source)
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert corpus.end_token == end
@@ -208,12 +209,12 @@ def test_every_model_was_measured(run: Finished) -> None:
 def test_calibration_is_judged_in_the_type_it_is_stored_in(run: Finished) -> None:
     if not (run.folder("calibrated") / "config.json").exists():
         pytest.skip("the calibration was not kept")
-    corpus = Corpus(require(run.config, "corpus"))
+    corpus = Corpus(Run(run.config).require("corpus"))
     _, decide = split_documents(corpus.tokens("validation"), corpus.labels)
     limits = run.config.evaluation.batch_size, run.config.evaluation.tokens_per_domain
     model = load_model(run.folder("calibrated")).float()
     found = measure(model, decide, corpus.byte_lengths, *limits, torch.device("cpu"), models.CONTEXT).mean_loss
-    assert require(run.config, "calibrated").manifest.facts["loss_after"] == pytest.approx(found, abs=1e-6)
+    assert Run(run.config).require("calibrated").manifest.facts["loss_after"] == pytest.approx(found, abs=1e-6)
     kinds = {tensor.dtype for tensor in read_tensors(run.folder("calibrated")).values()}
     assert kinds == {tensor.dtype for tensor in read_tensors(run.folder("assembled")).values()}
 
@@ -227,10 +228,10 @@ def test_training_goes_on_from_the_pretrained_weights(folder: Path, tmp_path: Pa
     results = {}
     for steps in (0, 20):
         values = values_on(folder, tmp_path / f"run{steps}", backbone={"steps": steps})
-        config = make_config(values, "tests")
-        prepare.run(config)
-        backbone.run(config)
-        results[steps] = require(config, "backbone")
+        config = complete_config(values, "tests")
+        prepare_data(config)
+        backbone.run(Run(config))
+        results[steps] = Run(config).require("backbone")
     assert results[20].manifest.facts["validation_loss"] < results[0].manifest.facts["validation_loss"]
     before, after = (read_tensors(results[steps].local_folder()) for steps in (0, 20))
     assert before.keys() == after.keys()
@@ -240,33 +241,33 @@ def test_training_goes_on_from_the_pretrained_weights(folder: Path, tmp_path: Pa
 
 
 def test_the_fingerprint_knows_the_model_by_its_bytes_and_not_by_its_place(folder: Path, tmp_path: Path) -> None:
-    config = make_config(values_on(folder, tmp_path / "run"), "tests")
-    prepare.run(config)
-    before = [plan_stage(config, stage).fingerprint for stage in ("corpus", "backbone")]
+    config = complete_config(values_on(folder, tmp_path / "run"), "tests")
+    prepare_data(config)
+    before = [Run(config).plan(stage).fingerprint for stage in ("corpus", "backbone")]
     shutil.copytree(folder, tmp_path / "elsewhere")
-    moved = make_config(values_on(tmp_path / "elsewhere", tmp_path / "run"), "tests")
-    assert [plan_stage(moved, stage).fingerprint for stage in ("corpus", "backbone")] == before
+    moved = complete_config(values_on(tmp_path / "elsewhere", tmp_path / "run"), "tests")
+    assert [Run(moved).plan(stage).fingerprint for stage in ("corpus", "backbone")] == before
     weights = tmp_path / "elsewhere" / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert plan_stage(moved, "corpus").fingerprint == before[0]
-    assert plan_stage(moved, "backbone").fingerprint != before[1]
-    backbone.run(config)
+    assert Run(moved).plan("corpus").fingerprint == before[0]
+    assert Run(moved).plan("backbone").fingerprint != before[1]
+    backbone.run(Run(config))
     with pytest.raises(MismatchError, match="it was made from another pretrained"):
-        backbone.run(moved)
+        backbone.run(Run(moved))
 
 
 def test_another_tokenizer_is_another_corpus(folder: Path, tmp_path: Path) -> None:
-    config = make_config(values_on(folder, tmp_path / "run"), "tests")
-    prepare.run(config)
+    config = complete_config(values_on(folder, tmp_path / "run"), "tests")
+    prepare_data(config)
     path = folder / "tokenizer_config.json"
     path.write_text(path.read_text().replace("<|endoftext|>", "<think>"))
     with pytest.raises(MismatchError, match="it was made from another tokenizer"):
-        prepare.run(config)
+        prepare_data(config)
 
 
 def test_resolved_settings_give_the_same_run_again(folder: Path, tmp_path: Path) -> None:
-    config = make_config(values_on(folder, tmp_path / "run"), "tests")
+    config = complete_config(values_on(folder, tmp_path / "run"), "tests")
     (tmp_path / "resolved.yaml").write_text(to_yaml(config))
     assert load_config(str(tmp_path / "resolved.yaml")) == config
     assert (config.model.width, config.model.head_width, config.data.vocab_size) == (32, 16, models.VOCABULARY)
@@ -287,32 +288,35 @@ def test_settings_that_contradict_the_model_are_refused(
     values = values_on(folder, tmp_path / "run")
     values["model"] = {**values["model"], **changes}
     with pytest.raises(error, match=message):
-        make_config(values, "tests")
+        complete_config(values, "tests")
 
 
 def test_a_smoke_test_leaves_the_pretrained_model_out(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text(to_yaml(make_config(values_on(folder, tmp_path / "run"), "tests")))
+    path.write_text(to_yaml(complete_config(values_on(folder, tmp_path / "run"), "tests")))
     assert load_config(str(path), smoke_test=True).model.pretrained is None
 
 
 def test_plain_experts_on_a_pretrained_backbone_assemble_too(folder: Path, tmp_path: Path) -> None:
     values = values_on(folder, tmp_path / "run", assembly={"router": "data_stats"})
     values["experts"] = {**values["experts"], "anchored": False}
-    config = make_config(values, "tests")
-    prepare.run(config)
-    backbone.run(config)
+    config = complete_config(values, "tests")
+    prepare_data(config)
+    backbone.run(Run(config))
     for index in range(3):
-        expert.run(config, index)
-    assemble.run(config)
+        expert.run(Run(config), index)
+    assemble.run(Run(config))
     assembled = Path(stage_url(config, "assembled"))
     assert (ours(assembled) - theirs(assembled)).abs().max() < TOLERANCE
 
 
 def test_the_model_card_says_what_it_was_made_from(run: Finished) -> None:
     card = (run.folder("assembled") / "README.md").read_text()
-    base, experts = require(run.config, "backbone"), [require(run.config, "expert", index) for index in range(3)]
-    facts = require(run.config, "assembled").manifest.facts
+    base, experts = (
+        Run(run.config).require("backbone"),
+        [Run(run.config).require("expert", index) for index in range(3)],
+    )
+    facts = Run(run.config).require("assembled").manifest.facts
     for artifact in (base, *experts):
         assert artifact.manifest.fingerprint in card
         assert f"{artifact.manifest.facts['validation_loss']:.4f}" in card
@@ -332,7 +336,7 @@ def test_the_cards_python_loads_the_model(run: Finished, monkeypatch: pytest.Mon
     monkeypatch.chdir(run.folder("assembled"))
     found: dict[str, Any] = {}
     exec(block, found)
-    assert type(found["model"]).__name__ == require(run.config, "assembled").manifest.facts["architecture"]
+    assert type(found["model"]).__name__ == Run(run.config).require("assembled").manifest.facts["architecture"]
     wanted = torch.bfloat16 if run.config.model.family == "llama" else torch.float32
     assert found["model"].dtype == wanted
 
@@ -341,6 +345,6 @@ def test_the_calibrated_model_carries_tokenizer_and_card_too(run: Finished) -> N
     folder = run.folder("calibrated")
     if not (folder / "config.json").exists():
         pytest.skip("the calibration was not kept")
-    facts = require(run.config, "calibrated").manifest.facts
+    facts = Run(run.config).require("calibrated").manifest.facts
     assert f"{facts['loss_after']:.4f} after" in (folder / "README.md").read_text()
     assert (folder / "chat_template.jinja").is_file()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from modularforge.config import Config
 from modularforge.model.folder import load_model
-from modularforge.settings import make_config
+from modularforge.settings import complete_config
 from tests.conftest import run_every_stage
 from tests.pretrained import models
 from tests.pretrained.in_transformers4 import tokens
@@ -57,7 +57,7 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     else:
         scaled = {"rope_parameters": models.YARN} if kind == "qwen3-scaled" else {}
         source = models.llama(root / "model") if kind == "llama" else models.qwen3(root / "model", **scaled)
-        run_every_stage(make_config(values_on(source, root / "run"), "tests"))
+        run_every_stage(complete_config(values_on(source, root / "run"), "tests"))
         run = root / "run"
     found = {stage: run / stage for stage in ("backbone", "assembled", "calibrated")}
     return {stage: folder for stage, folder in found.items() if (folder / "config.json").is_file()}

@@ -16,7 +16,7 @@ from modularforge.assembly.assemble import assemble
 from modularforge.config import Config, ModelConfig
 from modularforge.errors import MismatchError
 from modularforge.experts.ffn import EXPERT_NAME
-from modularforge.pipeline import require
+from modularforge.run import Run
 from modularforge.stages import assemble as assemble_stage
 from modularforge.stages import members
 from tests.synthetic_models import describe, write_parts
@@ -37,9 +37,9 @@ def parts_on(root: str, run: Config) -> tuple[Artifact, list[Artifact]]:
 @pytest.mark.parametrize("router", ["learned", "evidence"])
 def test_every_store_gets_the_same_bytes(mode: str, router: str, place: str, finished_run: Config, tmp_path) -> None:
     run = with_assembly(finished_run, mode=mode, router=router)
-    local = [require(run, "expert", index) for index in range(3)]
+    local = [Run(run).require("expert", index) for index in range(3)]
     (tmp_path / "local").mkdir()
-    assemble(run, require(finished_run, "backbone"), local, plain_folder(tmp_path / "local"))
+    assemble(run, Run(finished_run).require("backbone"), local, plain_folder(tmp_path / "local"))
     backbone, experts = parts_on(place, finished_run)
     with write_artifact(f"{place}/assembled", "assembled", "0123456789abcdef", resume="0123456789abcdef") as writer:
         assemble(run, backbone, experts, writer)
@@ -102,7 +102,7 @@ def test_on_s3_experts_are_copied_by_the_server(s3: str, finished_run: Config, m
     for index, expert in enumerate(experts):
         assert artifact.manifest.files[f"expert-{index + 1:03d}.safetensors"] == expert.manifest.files[EXPERT_NAME]
     artifact.verify()
-    local = {name: entry.sha256 for name, entry in require(finished_run, "assembled").manifest.files.items()}
+    local = {name: entry.sha256 for name, entry in Run(finished_run).require("assembled").manifest.files.items()}
     assert {name: entry.sha256 for name, entry in artifact.manifest.files.items()} == local
 
 
@@ -131,7 +131,7 @@ def test_a_model_pulled_elsewhere_can_still_be_changed(s3: str, finished_run: Co
     for name in ("backbone", "experts", "data"):
         shutil.copytree(f"{finished_run.output_dir}/{name}", tmp_path / "old" / name)
     run = finished_run.model_copy(update={"output_dir": str(tmp_path / "old")})
-    assemble_stage.run(run)
+    assemble_stage.run(Run(run))
     (tmp_path / "old").rename(tmp_path / "moved")
     for name in ("backbone", "assembled", *(f"experts/expert-{index}" for index in range(3))):
         copy_artifact(open_artifact(str(tmp_path / "moved" / name)), f"{s3}/run/{name}", lambda _: None)

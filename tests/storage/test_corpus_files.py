@@ -14,7 +14,7 @@ from modularforge.data.corpus import read_documents
 from modularforge.data.files import find_files
 from modularforge.errors import DataError
 from modularforge.settings import make_config
-from modularforge.stages import prepare
+from tests.conftest import prepare_data
 
 LINES = "".join(json.dumps({"text": f"The otter {n} waits near the bend. " * 4}) + "\n" for n in range(30)).encode()
 
@@ -51,10 +51,10 @@ def test_an_object_that_was_replaced_is_told(s3: str, tmp_path: Path, caplog: py
     source = {"name": "web", **{split: f"{s3}/{split}.jsonl" for split in ("train", "validation", "test")}}
     values = {"output_dir": str(tmp_path), "data": {"sources": [source], "vocab_size": 300}, "experts": {"count": 2}}
     config = make_config({**values, "partition": {"method": "random"}, "model": {"context_length": 16}}, "test")
-    prepare.run(config)
+    prepare_data(config)
     caplog.clear()
-    prepare.run(config)
+    prepare_data(config)
     assert "sources" not in caplog.text
     paths.replace_bytes(f"{s3}/train.jsonl", LINES.replace(b"otter", b"heron"))
-    prepare.run(config)
+    prepare_data(config)
     assert f"{s3}/train.jsonl was written again" in caplog.text

@@ -15,12 +15,12 @@ from modularforge.model import names
 from modularforge.model.folder import backbone_tensors, save_tensors
 from modularforge.model.hub_config import moe_config, write_json
 from modularforge.model.moe import build_moe, moe_layers
-from modularforge.pipeline import require
 from modularforge.pretrained.fetch import fetch
-from modularforge.settings import make_config
-from modularforge.stages import backbone, prepare
+from modularforge.run import Run
+from modularforge.settings import complete_config
+from modularforge.stages import backbone
 from modularforge.stored_models import stored_model
-from tests.conftest import run_command
+from tests.conftest import prepare_data, run_command
 from tests.pretrained import models
 from tests.pretrained.test_pipeline import values_on
 
@@ -40,10 +40,10 @@ def upload(source: Path, url: str) -> str:
 @pytest.mark.parametrize("with_manifest", [False, True])
 def test_a_model_on_an_object_store_is_a_backbone(with_manifest: bool, s3: str, source: Path, tmp_path: Path) -> None:
     url = fetch(str(source), f"{s3}/model", verify=True).url if with_manifest else upload(source, f"{s3}/model")
-    config, local = (make_config(values_on(place, tmp_path / "run"), "tests") for place in (url, source))
-    prepare.run(config)
-    backbone.run(config)
-    assert require(local, "backbone").manifest.files.keys() == require(config, "backbone").manifest.files.keys()
+    config, local = (complete_config(values_on(place, tmp_path / "run"), "tests") for place in (url, source))
+    prepare_data(config)
+    backbone.run(Run(config))
+    assert Run(local).require("backbone").manifest.files.keys() == Run(config).require("backbone").manifest.files.keys()
     assert config.model.model_copy(update={"pretrained": None}) == local.model.model_copy(update={"pretrained": None})
 
 

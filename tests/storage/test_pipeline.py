@@ -9,7 +9,8 @@ import pytest
 
 from checkpoints import paths
 from modularforge.config import Config
-from modularforge.pipeline import metrics_url, require
+from modularforge.pipeline import metrics_url
+from modularforge.run import Run
 from modularforge.stages import evaluate
 from tests.conftest import run_command, run_every_stage, tiny_config
 
@@ -25,13 +26,15 @@ def test_a_run_on_an_object_store_equals_one_on_a_folder(
     config = tiny_config(f"{root}/run")
     results = run_every_stage(config)
     for name, index in STAGES:
-        assert require(config, name, index).manifest.files == require(finished_run, name, index).manifest.files, name
-    expected = require(finished_run, "backbone").manifest.facts["validation_loss"]
-    assert require(config, "backbone").manifest.facts["validation_loss"] == expected
+        assert (
+            Run(config).require(name, index).manifest.files == Run(finished_run).require(name, index).manifest.files
+        ), name
+    expected = Run(finished_run).require("backbone").manifest.facts["validation_loss"]
+    assert Run(config).require("backbone").manifest.facts["validation_loss"] == expected
     lines = paths.read_bytes(metrics_url(config, "backbone")).splitlines()
     assert json.loads(lines[-1])["step"] == config.backbone.steps
     assert results["models"]["assembled"]["mean_loss"] > 0
-    again = evaluate.run(config)
+    again = evaluate.run(Run(config))
     assert again == results
 
 

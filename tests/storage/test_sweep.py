@@ -20,8 +20,7 @@ from checkpoints import AccessError, open_artifact, paths, sweep, write_artifact
 from checkpoints.owners import Owner, claimed, owner_of, this_machine
 from checkpoints.training import set_aside
 from modularforge.settings import to_yaml
-from modularforge.stages import prepare
-from tests.conftest import ROOT, tiny_config
+from tests.conftest import ROOT, prepare_data, tiny_config
 from tests.mutation import FUZZ_INPUTS, texts, values
 from tests.storage import jobs
 from tests.storage.test_artifacts import make
@@ -300,7 +299,7 @@ def train_backbone(config_file: Path, dies: bool) -> int:
 
 def test_the_next_stage_that_finishes_removes_what_a_killed_one_left(tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run")
-    prepare.run(config)
+    prepare_data(config)
     config_file = tmp_path / "config.yaml"
     config_file.write_text(to_yaml(config))
     assert train_backbone(config_file, dies=True) == -signal.SIGKILL

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from modularforge import pipeline
-from modularforge.pipeline import CAME_LATER, fingerprint, stage_settings
+from modularforge.config import Config
+from modularforge.pipeline import CAME_LATER, EVERY, OUTSIDE, STAGES, fingerprint, stage_settings
 from modularforge.settings import load_config, setting_names
 from tests.conftest import ROOT, tiny_config
 
@@ -45,3 +46,41 @@ def test_a_setting_that_came_later_counts_only_where_it_changes_something(
 
 def test_what_came_later_is_a_setting() -> None:
     assert CAME_LATER.keys() <= set(setting_names())
+
+
+def test_every_setting_counts_for_the_stages_of_its_section_or_is_on_the_list(tmp_path: Path) -> None:
+    """A new setting is part of an identity by itself; one that changes nothing must be put on the list on purpose."""
+    sections = {section for stage in STAGES.values() for section in stage.sections}
+    for setting in setting_names():
+        section = setting.split(".")[0]
+        used = {name for name, stage in STAGES.items() if section in stage.sections or setting in stage.also}
+        is_known = section in (*OUTSIDE, "data", "seed", "partition") or used - silent(setting)
+        assert is_known, f"{setting} changes no artifact: put it under a stage, or say why on the list"
+    assert sections <= set(Config.model_fields)
+
+
+def silent(setting: str) -> set[str]:
+    """The stages that a setting has no effect on; those on which it has none anywhere are told once for all."""
+    stages = set(pipeline.WITHOUT_EFFECT.get(setting, ()))
+    return set() if EVERY in stages else stages
+
+
+def test_the_list_of_settings_without_effect_names_settings_and_their_stages() -> None:
+    for setting, stages in pipeline.WITHOUT_EFFECT.items():
+        assert setting in setting_names(), setting
+        for name in set(stages) - {EVERY}:
+            assert setting.split(".")[0] in STAGES[name].sections, f"{setting} is in no section of {name}"
+
+
+def test_a_setting_that_a_phase_learns_changes_what_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were identity a list of what counts, a finished expert of another kind of decay would be taken for done."""
+    dump = Config.model_dump
+    for kind in ("cosine", "linear"):
+
+        def with_decay(self: Config, kind: str = kind, **options: Any) -> dict[str, Any]:
+            values = dump(self, **options)
+            return {**values, "experts": {**values["experts"], "decay": kind}}
+
+        monkeypatch.setattr(Config, "model_dump", with_decay)
+        for stage in ("expert", "dense", "branch", "btx"):
+            assert stage_settings(tiny_config(tmp_path), stage)["experts.decay"] == kind

@@ -11,6 +11,7 @@ from modularforge.data.inputs import file_states, list_matches, record, warn_of_
 from modularforge.pipeline import contents
 from modularforge.settings import make_config
 from modularforge.stages import prepare
+from tests.conftest import prepare_data
 
 
 def write(path, count, word="otter"):
@@ -36,12 +37,12 @@ def config(tmp_path):
 
 def warnings(caplog, config):
     caplog.clear()
-    prepare.run(config)
+    prepare_data(config)
     return [entry.message for entry in caplog.records if entry.levelname == "WARNING"]
 
 
 def test_sources_that_changed_are_named_and_the_data_stays(config, tmp_path, caplog):
-    prepare.run(config)
+    prepare_data(config)
     before = contents(open_artifact(config.data_url))
     assert warnings(caplog, config) == []
     write(tmp_path / "train" / "a.jsonl", 10, "a")
@@ -55,14 +56,14 @@ def test_sources_that_changed_are_named_and_the_data_stays(config, tmp_path, cap
 
 
 def test_a_file_written_again_with_the_same_size_is_told(config, tmp_path, caplog):
-    prepare.run(config)
+    prepare_data(config)
     os.utime(tmp_path / "sea-test.jsonl", (1e9, 1e9))
     (told,) = warnings(caplog, config)
     assert "sea-test.jsonl was written again" in told
 
 
 def test_a_file_that_is_gone_does_not_hide_what_else_changed(config, tmp_path, caplog):
-    prepare.run(config)
+    prepare_data(config)
     (tmp_path / "sea-test.jsonl").unlink()
     (tmp_path / "train" / "b.jsonl").unlink()
     (told,) = warnings(caplog, config)
@@ -71,7 +72,7 @@ def test_a_file_that_is_gone_does_not_hide_what_else_changed(config, tmp_path, c
 
 
 def test_sources_that_are_gone_altogether_are_told_and_the_data_is_used(config, tmp_path, caplog):
-    prepare.run(config)
+    prepare_data(config)
     for name in "ab":
         (tmp_path / "train" / f"{name}.jsonl").unlink()
     (told,) = warnings(caplog, config)
@@ -80,7 +81,7 @@ def test_sources_that_are_gone_altogether_are_told_and_the_data_is_used(config, 
 
 def test_data_prepared_before_files_were_recorded_is_used_as_ever(config, caplog, monkeypatch):
     monkeypatch.setattr(prepare, "SOURCES_FACT", "another_name")
-    prepare.run(config)
+    prepare_data(config)
     monkeypatch.undo()
     assert warnings(caplog, config) == []
 
@@ -88,7 +89,7 @@ def test_data_prepared_before_files_were_recorded_is_used_as_ever(config, caplog
 @pytest.mark.parametrize("recorded", [[], "x", {"files": {"a": 5}, "count": 1}, {"files": [], "count": None}])
 def test_a_record_that_nobody_wrote_is_told(config, caplog, recorded, monkeypatch):
     monkeypatch.setattr(prepare, "record", lambda *_: recorded)
-    prepare.run(config)
+    prepare_data(config)
     assert all("cannot be read" in told for told in warnings(caplog, config))
 
 
@@ -118,10 +119,10 @@ def test_files_in_two_places_are_told_once_each(config, tmp_path, caplog):
 
 
 def test_what_a_preparation_left_that_was_killed_right_after_its_commit_is_removed(config, tmp_path):
-    prepare.run(config)
+    prepare_data(config)
     left = tmp_path / "run" / "data.partial" / "prepare-0"
     left.mkdir(parents=True)
-    prepare.run(config)
+    prepare_data(config)
     assert not left.parent.exists()
 
 
@@ -130,6 +131,6 @@ def test_a_folder_of_somebody_else_beside_the_data_is_not_touched(config, tmp_pa
     own.parent.mkdir(parents=True)
     own.write_text("ten years of work")
     for _ in range(2):  # once after the commit, once when the data is there already
-        prepare.run(config)
+        prepare_data(config)
         assert own.read_text() == "ten years of work"
         assert list(own.parent.iterdir()) == [own]

@@ -48,7 +48,7 @@ def test_groups_wait_for_each_other_in_the_order_of_the_pipeline(tmp_path: Path)
     assert list(groups) == ["prepare-data", "backbone", "expert", "dense", "assemble", "evaluate"]
     assert groups["expert"].after == ("backbone",)
     assert groups["assemble"].after_end == ("expert",), "a failed expert must not keep the assembly from deciding"
-    assert groups["evaluate"].after == ("assemble", "dense")
+    assert groups["evaluate"].after == ("dense", "assemble")
 
 
 def test_baselines_are_jobs_of_their_own(tmp_path: Path) -> None:
@@ -57,8 +57,8 @@ def test_baselines_are_jobs_of_their_own(tmp_path: Path) -> None:
     mixed = ["dense", "dense_wide", "joint", "joint_evidence"]
     assert list(groups) == ["prepare-data", "backbone", "expert", *mixed, "branch", "assemble", "evaluate"]
     assert [task.index for task in groups["branch"].tasks] == [0, 1, 2]
-    assert groups["branch"].tasks[2].arguments == ("train", "--only", "branch", "--index", "2")
-    assert groups["evaluate"].after == ("assemble", *mixed, "branch")
+    assert groups["branch"].tasks[2].arguments == ("branch", "--index", "2")
+    assert groups["evaluate"].after == (*mixed, "branch", "assemble")
     assert nodes_of(config, "branch") == config.cluster.expert
     assert all(nodes_of(config, name) == config.cluster.backbone for name in mixed)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from launcher.__main__ import app as launcher
 from modularforge.config import Config
-from modularforge.errors import ConfigError
-from modularforge.settings import load_config, make_config, setting_names
-from tests.conftest import ROOT, tiny_values
+from modularforge.errors import ConfigError, UserError
+from modularforge.settings import load_config, make_config, setting_names, to_yaml
+from tests.conftest import ROOT, tiny_config, tiny_values
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 
@@ -124,3 +127,40 @@ def test_the_smoke_test_uses_the_sample_and_a_folder_of_its_own() -> None:
     assert config.output_dir.endswith("-smoke-test")
     assert all(str(source.train).startswith("sample:") for source in config.data.sources)
     assert load_config(QUICKSTART, smoke_test=True, output_dir="mine").output_dir == "mine"
+
+
+RESOLVED = {"pretrained": "somebody/model"} | {
+    name: value for name, value in tiny_config("unused").model.model_dump(mode="json").items() if name != "pretrained"
+}
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*_: object) -> None:
+        raise AssertionError("the Hub must not be asked")
+
+    monkeypatch.setattr("modularforge.pretrained.shape.read_pretrained_config", ask)
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_resolved_settings_are_validated_without_asking_for_a_pretrained_models_shape(tmp_path: Path) -> None:
+    values = {**tiny_values(tmp_path), "model": RESOLVED}
+    config = make_config(values, "a record")
+    assert config.model.pretrained == "somebody/model"
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert load_config(str(path)) == config, "a node of a cluster reads resolved settings and needs no network"
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_only_commands_that_use_a_users_file_ask_for_the_shape(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    values = {**tiny_values(tmp_path), "model": {"pretrained": "somebody/model"}}
+    path.write_text(yaml.safe_dump(values))
+    assert load_config(str(path), asks_for_shape=False).model.pretrained == "somebody/model"
+    with pytest.raises(AssertionError, match="must not be asked"):
+        load_config(str(path))
+    for command in ("status", "logs", "cancel", "resume", "wait"):
+        done = CliRunner().invoke(launcher, [command, *(["backbone"] if command == "logs" else []), "-c", str(path)])
+        assert isinstance(done.exception, UserError), command
+        assert "must hold a run" in str(done.exception), command

@@ -1,0 +1,192 @@
+"""A run as commands see it: settings, and what is committed of it. Every manifest is read once for each command."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from checkpoints import Artifact, find_artifact, paths
+from checkpoints.errors import MissingArtifactError
+from modularforge.config import Config
+from modularforge.errors import MismatchError
+from modularforge.pipeline import CHOSEN_FACT, STAGES, JobName, Plan, contents, stage_settings, stage_url
+
+if TYPE_CHECKING:
+    from modularforge.artifacts import Backbone, Corpus
+
+
+class Run:
+    """A run's artifacts by stage and index. What was found, or found missing, is remembered while the command lasts.
+
+    Artifacts are immutable, so that only what this process commits or removes itself is told to it (`remember`,
+    `forget`); a command that waits for other processes looks with a new `Run`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._found: dict[str, Artifact | None] = {}
+        self._settings: dict[str, dict[str, Any]] = {}
+
+    def find(self, url: str) -> Artifact | None:
+        """The committed artifact at a URL, or None."""
+        if url not in self._found:
+            self._found[url] = find_artifact(url)
+        return self._found[url]
+
+    def remember(self, artifact: Artifact) -> None:
+        """An artifact that was committed just now."""
+        self._found[artifact.url] = artifact
+
+    def forget(self, url: str) -> None:
+        """Look again at a place that has changed."""
+        self._found.pop(url, None)
+
+    def url(self, stage: str, index: int | None = None) -> str:
+        """URL of a stage's artifact."""
+        return stage_url(self.config, stage, index)
+
+    def plan(self, stage: str, index: int | None = None, inputs: dict[str, str] | None = None) -> Plan:
+        """What a stage will make; raises MissingArtifactError when an input is not there yet.
+
+        `inputs` are given only for the evaluation, which reads whatever models there are.
+        """
+        found = self._inputs(stage, index) if inputs is None else inputs
+        if stage not in self._settings:  # alike for all of ten thousand experts
+            self._settings[stage] = stage_settings(self.config, stage)
+        return Plan(stage, self.url(stage, index), self._settings[stage], found)
+
+    def finished(self, plan: Plan) -> Artifact | None:
+        """The committed artifact of a plan, or None; raises MismatchError when another config's lies there."""
+        artifact = self.find(plan.url)
+        if artifact is None:
+            _require_free_place(plan.url)
+        if artifact is None or artifact.manifest.fingerprint == plan.fingerprint:
+            return artifact
+        if plan.is_outgrown(artifact):
+            return None
+        raise MismatchError(
+            f"{plan.url} must have been made with these settings and inputs, but {plan.difference(artifact)}; "
+            "use another --output-dir, or delete that folder to make it again"
+        )
+
+    def artifact(self, stage: str, index: int | None = None) -> Artifact | None:
+        """The artifact of a stage, or None where it or something it is made from is missing."""
+        try:
+            return self.finished(self.plan(stage, index))
+        except MissingArtifactError:
+            return None
+
+    def require(self, stage: str, index: int | None = None) -> Artifact:
+        """The artifact of an earlier stage; raises MissingArtifactError with the command that makes it."""
+        artifact = self.finished(self.plan(stage, index))
+        if artifact is None:
+            where = STAGES[stage].job_name + ("" if index is None else f" --index {index}")
+            raise MissingArtifactError(
+                f"{JobName(stage, index)} must be finished first, but there is none at {self.url(stage, index)}; "
+                f"run `modularforge {where}` with the same --config, --output-dir and --data-dir"
+            )
+        return artifact
+
+    def made(self, stage: str, index: int | None = None) -> Artifact:
+        """The artifact that was made just now, perhaps by another rank, after this one had found it missing."""
+        if self._found.get(self.url(stage, index)) is None:
+            self.forget(self.url(stage, index))
+        return self.require(stage, index)
+
+    def make(self, stage: str, index: int | None = None) -> Any:
+        """Run what makes a stage, unless that is done; returns what it returns, mostly the artifact."""
+        return STAGES[stage].function()(self, *([] if index is None else [index]))
+
+    def require_each(self, stage: str) -> list[Artifact]:
+        """The artifacts of all partitions."""
+        return [self.require(stage, index) for index in STAGES[stage].indices(self.config)]
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The prepared data."""
+        from modularforge.artifacts import Corpus
+
+        return Corpus(self.require("corpus"))
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The trained backbone."""
+        from modularforge.artifacts import Backbone
+
+        return Backbone(self.require("backbone"))
+
+    def chosen_experts(self) -> dict[int, Artifact]:
+        """The experts of the assembled model, by index: those that a committed one names, else all that are finished.
+
+        A model whose experts were chosen by hand (`modularforge experts`) is left as it is. Raises MissingArtifactError
+        with the missing ones when fewer than `cluster.min_experts` are finished.
+        """
+        config = self.config
+        plans = {index: self.plan("expert", index) for index in range(config.experts.count)}
+        ready = {index: artifact for index, plan in plans.items() if (artifact := self.finished(plan))}
+        if len(ready) < config.needed_experts:
+            missing = ", ".join(str(index) for index in plans if index not in ready)
+            raise MissingArtifactError(
+                f"assembly needs {config.needed_experts} of {config.experts.count} experts, but {len(ready)} are "
+                f"finished (missing: {missing}); train them, or lower cluster.min_experts to go on without"
+            )
+        assembled = self.find(self.url("assembled"))
+        return ready if assembled is None else self._named(assembled, ready)
+
+    def _named(self, assembled: Artifact, ready: dict[int, Artifact]) -> dict[int, Artifact]:
+        """The experts that a committed model names, where they are all here and enough; else all that are ready."""
+        inputs = assembled.manifest.inputs
+        named = {
+            index: artifact
+            for index, artifact in ready.items()
+            if inputs.get(str(JobName("expert", index))) == artifact.manifest.fingerprint
+        }
+        is_whole = len(named) == sum(key != "backbone" for key in inputs)
+        by_hand = bool(assembled.manifest.facts.get(CHOSEN_FACT))
+        return named if is_whole and (by_hand or len(named) >= self.config.needed_experts) else ready
+
+    def _inputs(self, stage: str, index: int | None) -> dict[str, str]:
+        """Fingerprints of what a stage reads, from their manifests; an expert knows only its own partition."""
+        found: dict[str, str] = {}
+        for needed in STAGES[stage].inputs:
+            found |= self._input(needed, index)
+        return found
+
+    def _input(self, needed: str, index: int | None) -> dict[str, str]:
+        if needed == "partition":
+            return {needed: self.require("partitions").manifest.files[f"partition-{index}.tokens.bin"].sha256[:32]}
+        if needed == "experts":
+            chosen = self.chosen_experts()
+            return {str(JobName("expert", k)): artifact.manifest.fingerprint for k, artifact in chosen.items()}
+        if needed == "branches":
+            branches = enumerate(self.require_each("branch"))
+            return {str(JobName("branch", k)): artifact.manifest.fingerprint for k, artifact in branches}
+        if needed in ("tokenizer", "pretrained"):
+            return _pretrained_input(self.config, needed)
+        artifact = self.require(needed)
+        return {needed: contents(artifact) if needed == "corpus" else artifact.manifest.fingerprint}
+
+
+def is_kept(artifact: Artifact) -> bool:
+    """Whether a model is one to use: a calibration that did not help leaves an artifact that says so."""
+    return bool(artifact.manifest.facts.get("kept", True))
+
+
+def _pretrained_input(config: Config, needed: str) -> dict[str, str]:
+    """Identity of the pretrained model or of its tokenizer; nothing where the run starts from random weights."""
+    if config.model.pretrained is None:
+        return {}
+    from modularforge.pretrained.identity import model_identity, tokenizer_identity
+
+    identity: Any = tokenizer_identity if needed == "tokenizer" else model_identity
+    return {needed: identity(config.model.pretrained)}
+
+
+def _require_free_place(url: str) -> None:
+    """Refuse a folder of somebody's files before the work, not when its result finds no place."""
+    path = paths.local_path(url) if paths.is_local(url) else None
+    if path is not None and path.exists() and (path.is_file() or any(path.iterdir())):
+        raise MismatchError(
+            f"{url} must be free or a committed artifact, but it is {'a file' if path.is_file() else 'a folder'} "
+            "without a manifest; move it away, or use another --output-dir"
+        )

@@ -1,0 +1,217 @@
+"""What the assembled model is compared with, trained on the very tokens that the experts get.
+
+`dense` is the backbone trained on; `dense_wide` the same with as many active feed-forward weights as the assembled
+model has: its FFN is widened, without a change of what it computes, to the width that a token visits there. The joint
+mixtures have the assembled model's shape and are trained as one model: `joint` with a router, `joint_evidence` with the
+assembled model's own, so that the two differ in nothing but whether the experts were trained together. BTX (arXiv
+2403.07816) trains whole models apart, its branches, merges them, and trains the result on all partitions mixed; its
+rows start from the solved ones of the merge, not from random ones, which can only help it.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints import Artifact
+from modularforge.artifacts import derived_seed, even_streams, token_file
+from modularforge.assembly.card import special_tokens
+from modularforge.config import Config
+from modularforge.evaluation.btx import build_btx, solved_router
+from modularforge.experts.trainable import Trainable, trainable
+from modularforge.log import logger
+from modularforge.model import names
+from modularforge.model.backbone import Decoder
+from modularforge.model.folder import with_text_router
+from modularforge.model.hub_config import TABLES_NAME, end_tokens
+from modularforge.model.upcycling import build_joint, build_wide, without_rows
+from modularforge.pipeline import STAGES, JobName
+from modularforge.provenance import commit, making
+from modularforge.routing.statistics import STATISTICS_NAME, save_statistics
+from modularforge.routing.text_counts import COUNTS_NAME, counts_of, load_counts
+from modularforge.routing.text_evidence import Texts, write_tables
+from modularforge.run import Run
+from modularforge.tasks.task import task_of
+from modularforge.training.backbone_job import save_mixture, save_trained_on
+from modularforge.training.distributed import joined_world
+from modularforge.training.job import Job
+from modularforge.training.loop import fit
+from modularforge.training.losses import RoutedLoss, mean_loss
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a baseline trains, and how the trained model is written into a folder."""
+
+    trainable: Trainable
+    save: Callable[[Path], None]
+
+
+def dense(run: Run) -> Artifact:
+    """Train and commit unless it is done (called on every rank; rank 0 writes), as all that follow."""
+
+    def start() -> Start:
+        model = run.backbone.model().float()
+        return Start(trainable(model, task_of(run.config).loss), partial(save_trained_on, model, run.backbone))
+
+    return _train_on_all(run, "dense", start)
+
+
+def dense_wide(run: Run) -> Artifact:
+    """The same with a wider FFN."""
+
+    def start() -> Start:
+        torch.manual_seed(derived_seed(run.config.seed, "dense_wide weights"))
+        backbone = run.backbone
+        model = build_wide(backbone.tensors, backbone.values, run.config.assembly.experts_per_token)
+        return Start(trainable(model, task_of(run.config).loss), partial(save_trained_on, model, backbone))
+
+    return _train_on_all(run, "dense_wide", start)
+
+
+def joint(run: Run) -> Artifact:
+    """The mixture whose router is trained with it."""
+
+    def start() -> Start:
+        model = _joint_model(run)
+        return Start(_routed(run, model), partial(save_mixture, model, run.backbone))
+
+    return _train_on_all(run, "joint", start)
+
+
+def joint_evidence(run: Run) -> Artifact:
+    """The mixture that is routed by evidence; there is no loss of a router, since none is trained."""
+
+    def start() -> Start:
+        model, tables = _joint_model(run), _tables(run)
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / TABLES_NAME
+            path.write_bytes(tables)
+            model = with_text_router(without_rows(model), path)
+
+        def save(folder: Path) -> None:
+            save_mixture(model, run.backbone, folder)
+            (folder / TABLES_NAME).write_bytes(tables)
+
+        # Tables send all layers the same way, so that an expert may get no token of a rank's batch in any of them.
+        return Start(trainable(model, task_of(run.config).loss, may_skip_parameters=True), save)
+
+    return _train_on_all(run, "joint_evidence", start)
+
+
+def _joint_model(run: Run) -> Decoder:
+    config, backbone = run.config, run.backbone
+    torch.manual_seed(derived_seed(config.seed, "joint weights"))
+    shape = config.joint_experts, config.assembly.experts_per_token
+    return build_joint(backbone.tensors, backbone.values, *shape, config.joint.freeze_shared)
+
+
+def _routed(run: Run, model: Decoder) -> Trainable:
+    """A mixture whose router is trained: with the losses that keep its logits small and its experts in use."""
+    z_loss, balance = run.config.experts.z_loss, run.config.joint.balance_loss
+    return trainable(model, RoutedLoss(model, task_of(run.config).loss, z_loss, balance))
+
+
+def _tables(run: Run) -> bytes:
+    """The text router's file, as it would be for experts that were trained on these partitions."""
+    config, backbone = run.config, run.backbone
+    special, size = special_tokens(backbone.artifact), int(backbone.values["vocab_size"])
+    streams = [token_file(run.require("partitions"), f"partition-{k}").tokens for k in range(config.experts.count)]
+    counts = [counts_of(config, tokens, size, special) for tokens in streams]
+    is_counted = COUNTS_NAME in backbone.artifact.manifest.files
+    background = load_counts(backbone.artifact.local_file(COUNTS_NAME)) if is_counted else None
+    texts = Texts(counts, background, special, end_tokens(backbone.values))
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / TABLES_NAME
+        write_tables(path, texts, config.joint_experts > config.experts.count, config.assembly.token_pairs)
+        return path.read_bytes()
+
+
+def branch(run: Run, index: int) -> Artifact:
+    """One branch of BTX: the whole backbone trained on, alone, on one partition."""
+    config, name = run.config, JobName("branch", index)
+    plan = run.plan("branch", index)
+    if found := run.finished(plan):
+        logger.info("%s is finished: %s", name, plan.url)
+        return found
+    task = task_of(config)
+    examples = task.part(config, run.require("partitions"), index)
+    phase, context = config.experts, config.model.context_length
+    held_out = even_streams(run.corpus.domains("validation"), config.training.validation_tokens)
+    job = Job.of_run(config, str(name), phase, plan.fingerprint)
+    model = run.backbone.model().float()
+    with joined_world() as world:
+
+        def validate() -> float:
+            return mean_loss(model, held_out, context, config.evaluation.batch_size, world)
+
+        losses = fit(trainable(model, task.loss), examples, job, validate, world)
+        if world.is_main:
+            with making(plan) as writer:
+                save_trained_on(model, run.backbone, writer.folder)
+                save_statistics(writer.folder / STATISTICS_NAME, task.statistics(model, examples, world.device))
+                tokens_seen = phase.steps * phase.batch_size * context
+                commit(writer, plan, run, {**losses, "training_tokens": tokens_seen})
+        world.barrier()
+    return run.made("branch", index)
+
+
+def btx(run: Run) -> Artifact:
+    """The merged branches, trained on."""
+    config = run.config
+
+    def start() -> Start:
+        # A copy: these tensors become the parameters, and training must not reach the backbone's.
+        model = copy.deepcopy(build_btx(solved_router(config), run.backbone, run.require_each("branch"))).float()
+        choose_trained(model, config.btx.trains)
+        return Start(_routed(run, model), partial(save_mixture, model, run.backbone))
+
+    return _train_on_all(run, "btx", start, skipped_windows=config.experts.steps * config.experts.batch_size)
+
+
+def choose_trained(model: Decoder, trains: str) -> None:
+    """Let only those parameters require gradients that `btx.trains` names."""
+    for name, weight in model.named_parameters():
+        is_expert = names.expert_position(name) is not None
+        weight.requires_grad_(trains == "all" or names.is_gate(name) or (trains == "shared" and not is_expert))
+
+
+def _train_on_all(run: Run, name: str, start: Callable[[], Start], skipped_windows: int = 0) -> Artifact:
+    """Train a stage on all partitions at once; of each, windows are taken after the first `skipped_windows`."""
+    plan, config = run.plan(name), run.config
+    if found := run.finished(plan):
+        logger.info("%s baseline is finished: %s", name, plan.url)
+        return found
+    phase, context = _phase(config, name), config.model.context_length
+    held_out = even_streams(run.corpus.domains("validation"), config.training.validation_tokens)
+    job = Job.of_run(config, name, phase, plan.fingerprint)
+    examples = task_of(config).mixture(config, run.require("partitions"), name, phase, skipped_windows)
+    begun = start()
+    model = begun.trainable.model
+    assert isinstance(model, Decoder)
+    with joined_world() as world:
+
+        def validate() -> float:
+            return mean_loss(model, held_out, context, config.evaluation.batch_size, world)
+
+        losses = fit(begun.trainable, examples, job, validate, world)
+        if world.is_main:
+            with making(plan) as writer:
+                begun.save(writer.folder)
+                facts = {"training_tokens": phase.steps * phase.batch_size * context}
+                commit(writer, plan, run, {**losses, **facts})
+        world.barrier()
+    return run.made(name)
+
+
+def _phase(config: Config, name: str) -> Any:
+    phase = STAGES[name].phase
+    assert phase is not None
+    return phase(config)

@@ -1,0 +1,50 @@
+"""A command reads each manifest once, however many experts there are."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from checkpoints import artifact as artifacts
+from modularforge.config import Config
+from modularforge.pipeline import STAGES
+from modularforge.run import Run
+from modularforge.stages.evaluate import where
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each manifest is read."""
+    found: Counter[str] = Counter()
+    read_bytes = artifacts.paths.read_bytes
+
+    def counted(url: str, *arguments: int | None) -> bytes:
+        if url.endswith("manifest.json"):
+            found[url] += 1
+        return read_bytes(url, *arguments)
+
+    monkeypatch.setattr(artifacts.paths, "read_bytes", counted)
+    return found
+
+
+def test_all_finished_stages_read_each_manifest_once(finished_run: Config, reads: Counter[str]) -> None:
+    run = Run(finished_run)
+    for stage in STAGES.values():
+        if stage.is_wanted(finished_run):
+            for index in stage.indices(finished_run):
+                run.make(stage.name, index)
+    where(run)
+    assert len(reads) == 7 + finished_run.experts.count, "all artifacts of the run"
+    assert set(reads.values()) == {1}
+
+
+def test_an_evaluation_reads_each_manifest_once(finished_run: Config, reads: Counter[str]) -> None:
+    few = finished_run.evaluation.model_copy(update={"tokens_per_domain": 64, "prompts": []})
+    other = finished_run.model_copy(update={"evaluation": few})
+    run = Run(other)
+    url = run.url("evaluation")
+    run.url = lambda stage, index=None: f"{url}-again" if stage == "evaluation" else Run.url(run, stage, index)
+    run.make("evaluation")
+    assert len(reads) >= 8
+    assert set(reads.values()) == {1}, reads

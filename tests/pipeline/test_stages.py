@@ -1,0 +1,105 @@
+"""A stage is its module, its row and its test: commands, jobs, identity, study and evaluation follow from the row."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from checkpoints import Artifact, find_artifact
+from launcher.tasks import build_groups, build_tasks, is_finished, nodes_of
+from modularforge import cli
+from modularforge.config import Config
+from modularforge.errors import MismatchError
+from modularforge.pipeline import STAGES, JobName, Stage, stage_settings
+from modularforge.provenance import commit, making
+from modularforge.run import Run
+from modularforge.settings import to_yaml
+from tests.conftest import tiny_values
+
+ROW = Stage(
+    "parrot",
+    "baselines/parrot",
+    ("experts", "training"),
+    ("backbone",),
+    "tests.pipeline.test_stages:repeat_backbone",
+    phase=lambda config: config.experts,
+    nodes="expert",
+    panel="baselines",
+)
+
+
+def repeat_backbone(run: Run) -> Artifact:
+    """The module of a stage: the backbone again, under another name."""
+    plan = run.plan("parrot")
+    if found := run.finished(plan):
+        return found
+    with making(plan) as writer:
+        for name in run.require("backbone").manifest.files:
+            shutil.copyfile(run.require("backbone").local_file(name), writer.folder / name)
+        return commit(writer, plan, run, {"validation_loss": 1.0})
+
+
+@pytest.fixture
+def config(monkeypatch: pytest.MonkeyPatch, finished_run: Config, tmp_path: Path) -> Config:
+    """A finished run whose table of stages has learned another row."""
+    rows = {**STAGES, "parrot": ROW}
+    ordered = {name: rows[name] for name in sorted(rows, key=lambda name: (name == "evaluation",))}
+    monkeypatch.setattr("modularforge.pipeline.STAGES", ordered)
+    for place in ("modularforge.run", "modularforge.cli", "modularforge.stages.evaluate", "launcher.tasks"):
+        monkeypatch.setattr(f"{place}.STAGES", ordered)
+    shutil.copytree(finished_run.output_dir, tmp_path / "run")
+    return finished_run.model_copy(update={"output_dir": str(tmp_path / "run")})
+
+
+def test_a_new_row_is_a_job_of_the_launcher(config: Config) -> None:
+    tasks = build_tasks(config)
+    groups = {group.name: group for group in build_groups(tasks)}
+    assert groups["parrot"].after == ("backbone",)
+    assert "parrot" in groups["evaluate"].after
+    assert nodes_of(config, "parrot") == config.cluster.expert
+    task = next(task for task in tasks if task.name == "parrot")
+    assert (task.arguments, task.is_training, task.is_worker) == (("parrot",), True, True)
+    assert not is_finished(Run(config), task)
+
+
+def test_a_new_row_is_a_command_and_a_row_of_the_evaluation(config: Config, tmp_path: Path) -> None:
+    app = typer.Typer()
+    cli.add_jobs(app, [ROW, STAGES["backbone"]])
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    done = CliRunner().invoke(app, ["parrot", "--config", str(path)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert find_artifact(f"{config.output_dir}/baselines/parrot") is not None
+    models: dict[str, Any] = Run(config).make("evaluation")["models"]
+    assert models["parrot"]["mean_loss"] == models["backbone"]["mean_loss"]
+
+
+def test_a_new_row_is_made_anew_when_a_setting_of_its_sections_changes(config: Config) -> None:
+    Run(config).make("parrot")
+    faster = config.experts.model_copy(update={"peak_learning_rate": 0.5})
+    with pytest.raises(MismatchError, match=r"peak_learning_rate is 0\.5 here"):
+        Run(config.model_copy(update={"experts": faster})).make("parrot")
+    said_more = config.training.model_copy(update={"log_every": 1})
+    assert Run(config.model_copy(update={"training": said_more})).artifact("parrot") is not None
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_row_names_a_function_and_sections_that_there_are(name: str, tmp_path: Path) -> None:
+    stage = STAGES[name]
+    assert callable(stage.function())
+    values = yaml.safe_load(to_yaml(Config.model_validate(tiny_values(tmp_path))))
+    assert all(section in values for section in stage.sections)
+    assert all(setting.split(".")[0] in values for setting in stage.also)
+    assert stage_settings(Config.model_validate(tiny_values(tmp_path)), name)
+
+
+@pytest.mark.parametrize("text", ["backbone", "expert-3", "branch-12", "assembled"])
+def test_a_jobs_name_is_read_back(text: str) -> None:
+    assert str(JobName.parse(text)) == text
+    assert JobName.parse("expert/3") == JobName("expert", 3)
