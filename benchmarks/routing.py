@@ -24,12 +24,11 @@ from checkpoints import Artifact
 from modularforge.artifacts import derived_seed, token_file
 from modularforge.calibration.calibrator import calibrate, even_mixture, split_documents
 from modularforge.config import Config
-from modularforge.evaluation.ensemble import posterior_ensemble
+from modularforge.evaluation.scoring import posterior_ensemble
 from modularforge.model.backbone import Decoder
 from modularforge.model.moe import moe_layers
 from modularforge.routing.solvers import router_rows
-from modularforge.study.measure import Bench
-from modularforge.study.models import build_model
+from modularforge.study.measure import RunBench, build_model
 from modularforge.study.runs import Runs
 from modularforge.study.study_file import load_study, variants_of
 from modularforge.training.job import Job
@@ -46,11 +45,12 @@ class Trial:
         self.runs, self.seed, self.recipe = Runs(load_study(study)), seed, recipe
         self.run = self.runs.run(seed, recipe)
         self.experts = self.run.obtain_each("expert")
-        self.bench = Bench(self.run, "validation", self.runs.study.validation_tokens_per_domain)
-        self.scores = self.bench.score_experts(self.parts)
+        self.measured = RunBench(self.run, "validation", self.runs.study.validation_tokens_per_domain)
+        self.bench = self.measured.bench
+        self.scores = self.measured.score_experts(self.parts)
         self.variant = next(item for item in variants_of(self.runs.study) if item.kind == "assembled")
         self.backbone = self.bench.summarise(self.bench.score(self.run.backbone.model()))
-        self.oracle = self.bench.measure_experts(self.config(), self.parts)["rows"]["oracle"]
+        self.oracle = self.measured.measure_experts(self.config(), self.parts)["rows"]["oracle"]
 
     @property
     def parts(self) -> dict[str, Artifact]:
@@ -109,7 +109,7 @@ class Trial:
         _, decide = split_documents(corpus.tokens("validation"), corpus.labels)
         model, job = self.model(), Job("calibration", config.calibration, config.training)
         seed = derived_seed(config.seed, "calibration order")
-        calibrate(model, config, even_mixture(streams), decide, corpus.byte_lengths, job, seed)
+        calibrate(model, config, even_mixture(streams), decide, job, seed)
         return model
 
     def show(self, name: str, measured: Decoder | dict[str, Tensor]) -> None:

@@ -127,7 +127,7 @@ def evaluate(
     if model is None:
         _evaluate(Run(settings))
         return
-    from modularforge.evaluation.report import print_table
+    from modularforge.observe.evaluation import print_table
     from modularforge.stages.evaluate import measure_folder
 
     print_table(measure_folder(Run(settings), model))
@@ -135,7 +135,7 @@ def evaluate(
 
 def _evaluate(run: Run) -> None:
     """Train what the evaluation compares with and nobody else trains, measure, and print the table."""
-    from modularforge.evaluation.report import print_table
+    from modularforge.observe.evaluation import print_table
     from modularforge.stages.evaluate import where
 
     for stage in wanted_stages(run.config):
@@ -192,9 +192,8 @@ def study(
     configure_logging()
     if split not in ("validation", "test"):
         raise ConfigError(f"--split must be validation or test, but is {split!r}; choose one of these")
-    from modularforge.study.cluster import train_on_cluster
     from modularforge.study.measure import Split
-    from modularforge.study.runs import Runs
+    from modularforge.study.runs import Runs, train_on_cluster
     from modularforge.study.study import choose_seeds, choose_variants, run_study
     from modularforge.study.study_file import load_study
 
@@ -218,8 +217,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same text.")] = 0,
 ) -> None:
     """Continue a text with a trained model."""
-    from modularforge.evaluation.generation import Sampling
-    from modularforge.evaluation.talk import continue_text, load_for_generation, show, talk
+    from modularforge.evaluation.generation import Sampling, continue_text, load_for_generation, show, talk
 
     if model is None:
         from modularforge.stages.evaluate import chosen_model
@@ -316,7 +314,7 @@ def compare(
 
     Prints the report and writes it as compare.txt and compare.json, with a plot per metric and an overview.
     """
-    from modularforge.comparison.compare import compare_runs
+    from modularforge.observe.compare import compare_runs
     from modularforge.observe.discover import resolve
 
     say(compare_runs([resolve(name, base_dir) for name in runs], output, band))

@@ -21,6 +21,7 @@ from checkpoints import StoreError, paths
 from checkpoints.redact import redact_values
 from checkpoints.retry import logger as store_logger
 from checkpoints.screen import LogFormatter, step_bar
+from modularforge.json_lines import number_of, object_in
 from modularforge.tensorboard import events_beside
 
 logger = logging.getLogger("modularforge")
@@ -135,10 +136,8 @@ _LOCKS: dict[Path, int] = {}
 
 def _step_of(line: str) -> float:
     """The step of a metrics line; a torn line (killed while writing) counts as later than all."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return math.inf
+    step = number_of(object_in(line).get("step"))
+    return math.inf if step is None or math.isnan(step) else step
 
 
 class Progress:

@@ -26,7 +26,7 @@ from modularforge.config import Config
 from modularforge.data.token_files import Tokens
 from modularforge.data.tokenizer import token_byte_lengths
 from modularforge.errors import ConfigError, DataError
-from modularforge.evaluation.losses import Measurement, measure
+from modularforge.evaluation.scoring import Measurement, measure
 from modularforge.experts.job import save_expert, train_expert
 from modularforge.experts.kind import ExpertJob
 from modularforge.model.backbone import Decoder, cross_entropy
@@ -164,8 +164,8 @@ class LayerNormCalibrator:
         decide, fitted = (encode(self.tokenizer, validation_texts[start::2], end) for start in (0, 1))
         model = load_model(artifact.local_folder()).to(default_device())
         job = Job("calibration", self.config.calibration, self.config.training)
-        seed, lengths = derived_seed(self.config.seed, "calibration order"), _byte_lengths(self.tokenizer)
-        result = calibrate(model, self.config, even_mixture({"": fitted}), {"": decide}, lengths, job, seed)
+        seed = derived_seed(self.config.seed, "calibration order")
+        result = calibrate(model, self.config, even_mixture({"": fitted}), {"": decide}, job, seed)
         if output_dir is not None and result.kept:
             with write_artifact(output_dir, "calibrated", "notebook") as writer:
                 write_calibrated(artifact, result, writer, self.config.assembly.max_shard_bytes)
@@ -186,9 +186,8 @@ class Evaluator:
         end = _end_token(read_config(folder))
         domains = {label: encode(self.tokenizer, found, end) for label, found in texts.items()}
         limit, lengths = self.config.evaluation.tokens_per_domain, _byte_lengths(self.tokenizer)
-        batch_size, device = self.config.evaluation.batch_size, default_device()
-        context = self.config.model.context_length
-        return measure(load_model(folder), domains, lengths, batch_size, limit, device, context)
+        model, batch_size = load_model(folder).to(default_device()), self.config.evaluation.batch_size
+        return measure(model, domains, lengths, batch_size, limit, self.config.model.context_length)
 
 
 def _end_token(values: Mapping[str, Any]) -> int:

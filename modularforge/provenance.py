@@ -55,9 +55,9 @@ def commit(
         if artifact.manifest.fingerprint != plan.fingerprint:
             raise
         logger.info("another process finished the same artifact first: %s", plan.url)
-        run.remember(artifact)
         return artifact
-    run.remember(artifact)
+    finally:
+        run.forget(plan.url)
     save_settings(config)
     _sweep(config, plan)
     logger.info("finished: %s", plan.url)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Run:
     """A run's artifacts by stage and index. What was found, or found missing, is remembered while the command lasts.
 
-    Artifacts are immutable, so that only what this process commits or removes itself is told to it (`remember`,
-    `forget`); a command that waits for other processes looks with a new `Run`.
+    Artifacts are immutable, so that only what this process commits or removes itself is told to it (`forget`); a
+    command that waits for other processes looks with a new `Run`.
     """
 
     def __init__(self, config: Config) -> None:
@@ -33,12 +33,12 @@ class Run:
             self._found[url] = find_artifact(url)
         return self._found[url]
 
-    def remember(self, artifact: Artifact) -> None:
-        """An artifact that was committed just now."""
-        self._found[artifact.url] = artifact
-
     def forget(self, url: str) -> None:
-        """Look again at a place that has changed."""
+        """Look again at a place that has changed.
+
+        What was committed just now is read back rather than kept: a manifest that was read has its entries in another
+        order than one in memory, and model cards list them.
+        """
         self._found.pop(url, None)
 
     def url(self, stage: str, index: int | None = None) -> str:
@@ -89,8 +89,7 @@ class Run:
 
     def made(self, stage: str, index: int | None = None) -> Artifact:
         """The artifact that was made just now, perhaps by another rank, after this one had found it missing."""
-        if self._found.get(self.url(stage, index)) is None:
-            self.forget(self.url(stage, index))
+        self.forget(self.url(stage, index))
         return self.require(stage, index)
 
     def make(self, stage: str, index: int | None = None) -> Any:

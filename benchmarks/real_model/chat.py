@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from modularforge.evaluation.chat import Question
-from modularforge.evaluation.chat import read_questions as read
+from modularforge.evaluation.extras import Question
+from modularforge.evaluation.extras import read_questions as read
 
 FOLDER = Path(__file__).with_name("questions")
 

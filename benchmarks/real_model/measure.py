@@ -23,11 +23,10 @@ from modularforge.assembly.assemble import assemble
 from modularforge.config import Config
 from modularforge.data.token_files import Tokens
 from modularforge.data.tokenizer import encode_texts
-from modularforge.evaluation.chat import prepare_chat
-from modularforge.evaluation.general import read_texts
+from modularforge.evaluation.bench import sizes_of
+from modularforge.evaluation.extras import prepare_chat, read_texts
 from modularforge.evaluation.probes import CHAT, GENERAL, Probe, domain_probes, text_probe
 from modularforge.evaluation.scoring import full_row, oracle, score
-from modularforge.evaluation.suite import sizes_of
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import load_model
 

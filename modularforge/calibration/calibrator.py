@@ -22,7 +22,7 @@ from modularforge.assembly.card import CARD_NAME, calibration_note
 from modularforge.assembly.plan import OutputTensor, output_tensors, read_header, spans_of
 from modularforge.config import Config
 from modularforge.data.token_files import TokenFile, Tokens
-from modularforge.evaluation.losses import Measurement, measure
+from modularforge.evaluation.scoring import even_loss
 from modularforge.experts.kind import kind_of, kind_of_artifact
 from modularforge.experts.trainable import ParameterGroup, Trainable
 from modularforge.model.backbone import Decoder
@@ -68,7 +68,6 @@ def calibrate(
     config: Config,
     fit_tokens: Tokens,
     decide: Mapping[str, Tokens],
-    byte_lengths: Tensor,
     job: Job,
     seed: int,
 ) -> Calibration:
@@ -78,28 +77,27 @@ def calibrate(
     """
     world = World(device=model.lm_head.weight.device)
 
-    def held_out() -> Measurement:
-        evaluation = config.evaluation
-        limits = evaluation.batch_size, evaluation.tokens_per_domain
-        return measure(model, decide, byte_lengths, *limits, world.device, context)
+    def held_out() -> float:
+        limits = config.evaluation.batch_size, config.evaluation.tokens_per_domain
+        return even_loss(model, decide, context, *limits)
 
     stored = {name: weight.dtype for name, weight in model.named_parameters()}
     model.float()
     learns = choose_parameters(model, config)
     context = min(config.model.context_length, model.config.positions)
-    before, batch = held_out().mean_loss, config.calibration.batch_size
+    before, batch = held_out(), config.calibration.batch_size
     fit(
         Trainable(model, TEXT.loss, [ParameterGroup(learns)]),
         TextExamples(fit_tokens, context, batch, seed, "the calibration half of validation"),
         job,
-        lambda: held_out().mean_loss,
+        held_out,
         world,
     )
     changed = {}
     for name, weight in learns.items():
         changed[name] = weight.detach().cpu().to(stored[name])
         weight.data.copy_(changed[name])  # judged as it will be stored
-    return Calibration(before, held_out().mean_loss, changed)
+    return Calibration(before, held_out(), changed)
 
 
 def choose_parameters(model: Decoder, config: Config) -> Mapping[str, nn.Parameter]:

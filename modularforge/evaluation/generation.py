@@ -1,9 +1,10 @@
-"""Continue a text: greedy or sampled, with a key-value cache."""
+"""Continue a text, greedy or sampled, with a key-value cache; load a model folder for it, and ask for prompts."""
 
 # T tokens  V vocabulary
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -11,10 +12,14 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from modularforge.data.tokenizer import EOS
+from checkpoints.screen import literal, say
+from modularforge.data.tokenizer import EOS, load_tokenizer
 from modularforge.errors import DataError
 from modularforge.model.backbone import Decoder, KeyValueCache
+from modularforge.model.hub_config import end_tokens as ends_of
 from modularforge.model.text_router import TextState
+from modularforge.stored_models import stored_model
+from modularforge.training.distributed import default_device
 
 # Below this, float32 cannot divide by the temperature, and the likeliest token is certain anyway.
 COLDEST = 1e-5
@@ -122,3 +127,46 @@ def keep_likely(logits_V: Tensor, top_k: int, top_p: float) -> Tensor:
         before_V = mass_V - sorted_V.softmax(dim=-1)
         logits_V = logits_V.scatter(0, token_V, sorted_V.masked_fill(before_V >= top_p, float("-inf")))
     return logits_V
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, its tokenizer, and the tokens that end a text."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    end_tokens: tuple[int, ...]
+
+
+def load_for_generation(url: str) -> Loaded:
+    """Read a model folder: an artifact of any store, or any folder with config, weights and tokenizer."""
+    stored = stored_model(url)
+    model = stored.load().to(default_device())
+    return Loaded(model, load_tokenizer(stored.file("tokenizer.json")), ends_of(stored.values))
+
+
+def continue_text(loaded: Loaded, prompt: str, tokens: int, sampling: Sampling) -> str:
+    """The continuation of a prompt."""
+    return generate(loaded.model, loaded.tokenizer, prompt, tokens, sampling, loaded.end_tokens)
+
+
+def talk(loaded: Loaded, tokens: int, sampling: Sampling) -> None:
+    """Ask for prompts and continue them until an empty line, Ctrl-C or the end of the input."""
+    print("Type a text and press Enter; an empty line ends.")
+    while True:
+        try:
+            prompt = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not prompt:
+            return
+        try:
+            show(prompt + continue_text(loaded, prompt, tokens, sampling))
+        except DataError as error:
+            say(f"error: {error}")
+
+
+def show(text: str) -> None:
+    """Print what a model wrote: as it is into a file, without terminal escapes on a terminal."""
+    print(literal(text) if sys.stdout.isatty() else text, flush=True)

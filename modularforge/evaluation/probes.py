@@ -19,11 +19,12 @@ from torch import Tensor
 from modularforge.data.loader import IGNORED_TARGET, evaluation_batches
 from modularforge.data.token_files import Tokens
 
-TEXT, SWITCH, MIXED, GENERAL, CHAT = "text", "switch", "mixed", "general", "chat"
-FIRST_POSITIONS = 16
+PROBES = TEXT, SWITCH, MIXED, GENERAL, CHAT = "text", "switch", "mixed", "general", "chat"
+FIRST_POSITIONS = 16  # within them no router can know the domain; the ranges behind them double
+# A sentence or two: a router must have time to see what it reads, and none to rest on it.
 SHORTEST_PASSAGE, LONGEST_PASSAGE = 16, 96
 UNCOUNTED = -1
-MIXED_SEED = 0
+MIXED_SEED = 0  # one for all runs and seeds, whose rows are compared document by document
 # Of a domain's text as many times what is measured may lie before what a switch and mixed documents are taken from: a
 # few long documents at its beginning would say little of others.
 SPREAD = 10

@@ -1,30 +1,131 @@
-"""One scorer for studies, reports and tests: the log-probability of every target, and what follows from it.
+"""One scorer for training, calibration, evaluation and studies: the log-probability of every target, from one pass.
 
-Losses by domain and by position, sums by document and the routing counts all come from one pass over a probe's windows.
+What is said of a model follows from that number: losses by domain and by position, sums by document, the oracle and
+output ensembles of experts, and what the removal of an expert changes. Routing is counted in the same pass.
 """
 
-# B batch  R rows (windows)  T tokens of a window  V vocabulary  N targets that count
+# B batch  R rows (windows)  T tokens of a window  V vocabulary  N targets that count  K experts (models)
+# E experts (slots of a router)  A active experts  L layers
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modularforge.data.loader import IGNORED_TARGET
-from modularforge.evaluation.losses import RoutingCount, count_routing
+from modularforge.data.loader import IGNORED_TARGET, evaluation_batches
+from modularforge.data.token_files import Tokens
 from modularforge.evaluation.paired import document_sums
-from modularforge.evaluation.probes import MIXED, SWITCH, TEXT, UNCOUNTED, Probe, position_ranges
-from modularforge.model.backbone import Decoder
+from modularforge.evaluation.probes import MIXED, SWITCH, TEXT, UNCOUNTED, Probe, position_ranges, text_probe
+from modularforge.model.backbone import Decoder, perplexity
 from modularforge.model.moe import moe_layers, observe_routing
 from modularforge.model.text_router import TextRouter
 
 Row = dict[str, Any]
+Batches = Iterable[tuple[Tensor, Tensor]]
+NO_TOKEN = -1  # an end of documents where nobody asks for documents
+
+
+@dataclass(frozen=True)
+class DomainLoss:
+    """Mean loss in nats per token, and the tokens and bytes it was taken over."""
+
+    loss: float
+    tokens: int
+    bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return perplexity(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Loss in bits per byte of text: comparable between tokenizers."""
+        return self.loss * self.tokens / max(1, self.bytes) / math.log(2)
+
+
+@dataclass(frozen=True)
+class RoutingCount:
+    """Visits and weights of every expert, per layer, over the tokens of one domain."""
+
+    visits_LE: np.ndarray[tuple[int, int], np.dtype[np.float64]]
+    weights_LE: np.ndarray[tuple[int, int], np.dtype[np.float64]]
+
+    def __add__(self, other: RoutingCount) -> RoutingCount:
+        return RoutingCount(self.visits_LE + other.visits_LE, self.weights_LE + other.weights_LE)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one model did on the domains; means weigh them alike."""
+
+    domains: dict[str, DomainLoss]
+    mean_loss: float
+    mean_bits_per_byte: float
+    routing: dict[str, RoutingCount]
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss."""
+        return perplexity(self.mean_loss)
+
+
+def measure(
+    model: Decoder,
+    streams: Mapping[str, Tokens],
+    byte_lengths: Tensor,
+    batch_size: int,
+    max_tokens: int,
+    context_length: int | None = None,
+) -> Measurement:
+    """Losses on each domain's token stream, every token predicted once, and routing counts where there are routers.
+
+    `byte_lengths` [V] is the number of bytes each token stands for; windows have `context_length` tokens, or as many as
+    the model is made for where that is less.
+    """
+    window = min(context_length or model.config.positions, model.config.positions)
+    probe, routing = text_probe(TEXT, streams, window, NO_TOKEN, max_tokens), dict[str, RoutingCount]()
+    row = summarise(probe, score(model, probe, batch_size, routing), byte_lengths)
+    domains = {label: DomainLoss(row["loss"], row["tokens"], row["bytes"]) for label, row in row["domains"].items()}
+    return Measurement(domains, row["mean_loss"], row["bits_per_byte"], routing)
+
+
+def summed_loss(model: Decoder, batches: Batches, device: torch.device) -> tuple[float, float]:
+    """Summed loss in nats of a stream's batches, and the targets it was taken over: what training and calibration use.
+
+    Unlike all else here, a batch is summed by torch, in float32: the last bits of a sum depend on its order, and those
+    of validation decide what is recorded of every training, and whether a calibration is kept.
+    """
+    loss, count = 0.0, 0
+    model.eval()
+    with torch.no_grad():  # not inference_mode: what a layer remembers of this pass may meet the training's next one
+        for inputs_BT, targets_BT in batches:
+            targets = targets_BT.to(device).flatten()
+            logits = model(inputs_BT.to(device)).flatten(0, 1).float()
+            loss += float(F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum"))
+            count += int((targets != IGNORED_TARGET).sum())
+    return loss, float(count)
+
+
+def even_loss(
+    model: Decoder, streams: Mapping[str, Tokens], context_length: int, batch_size: int, max_tokens: int
+) -> float:
+    """Mean over domains, which weigh alike, of the mean loss of each domain's stream, summed as in training."""
+    found = [
+        summed_loss(
+            model, evaluation_batches(tokens, context_length, batch_size, max_tokens), model.lm_head.weight.device
+        )
+        for tokens in streams.values()
+    ]
+    return sum(loss / count for loss, count in found) / len(found)
 
 
 def score_batch(model: Decoder, inputs_BT: Tensor, targets_BT: Tensor, routing_BTE: Tensor | None = None) -> Tensor:
@@ -104,11 +205,8 @@ def summarise(probe: Probe, scores_RT: Tensor, byte_lengths: Tensor) -> Row:
         mine_N = labels_N == index
         if count := int(mine_N.sum()):
             positions = _by_position(losses_N[mine_N], places_N[mine_N], ranges)
-            size, loss = int(bytes_N[mine_N].sum()), float(losses_N[mine_N].mean())
-            bits = loss * count / max(1, size) / math.log(2)
-            domains[label] = {
-                "loss": loss, "bits_per_byte": bits, "tokens": count, "bytes": size, "positions": positions
-            }  # fmt: skip
+            domain = DomainLoss(float(losses_N[mine_N].mean()), count, int(bytes_N[mine_N].sum()))
+            domains[label] = {**asdict(domain), "bits_per_byte": domain.bits_per_byte, "positions": positions}
     return means(domains)
 
 
@@ -153,3 +251,51 @@ def oracle(rows: Mapping[str, Row]) -> Row:
         if name in (TEXT, *known)
     }
     return {**chosen, "probes": probes, "documents": documents}
+
+
+def uniform_ensemble(scores_KRT: Tensor) -> Tensor:
+    """Log of the mean probability of each target, [R, T]: the output ensemble of models with equal weights.
+
+    A mixture of distributions gives the target the weighted sum of what they give it: no logits are needed.
+    """
+    return torch.logsumexp(scores_KRT, dim=0) - math.log(len(scores_KRT))
+
+
+def posterior_ensemble(scores_KRT: Tensor) -> Tensor:
+    """Log-probability of each target [R, T] when models weigh by their likelihood of the window's earlier targets.
+
+    That is the posterior over experts given the tokens so far (DEMix, arXiv 2108.05036; c-BTM, arXiv 2303.14177).
+    """
+    past_KRT = scores_KRT.cumsum(dim=2) - scores_KRT
+    return torch.logsumexp(past_KRT.log_softmax(dim=0) + scores_KRT, dim=0)
+
+
+def count_routing(model: Decoder, kept_N: Tensor) -> RoutingCount:
+    """Visits and summed weights [layers, E] of the tokens that count, from the logits of the last forward pass."""
+    visits, weights = [], []
+    for layer in moe_layers(model):
+        assert layer.observed_logits is not None
+        weight_NA, expert_NA = layer.choose(layer.observed_logits[kept_N])
+        flat, experts = expert_NA.flatten(), len(layer.experts)
+        visits.append(torch.bincount(flat, minlength=experts).double().cpu().numpy())
+        weights.append(torch.bincount(flat, weight_NA.flatten().double(), minlength=experts).cpu().numpy())
+    return RoutingCount(np.stack(visits), np.stack(weights))
+
+
+def routing_summary(routing: Mapping[str, RoutingCount]) -> dict[str, object]:
+    """Share of visits per layer and expert over all domains weighted alike, its balance, and domain by expert.
+
+    Balance is the entropy of the shares over its maximum: 1 when all experts are visited alike, 0 when one is.
+    """
+    shares = {label: count.visits_LE / count.visits_LE.sum(axis=1, keepdims=True) for label, count in routing.items()}
+    weights = {
+        label: count.weights_LE / count.weights_LE.sum(axis=1, keepdims=True) for label, count in routing.items()
+    }
+    share_LE = np.mean(list(shares.values()), axis=0)
+    entropy_L = -(share_LE * np.log(np.maximum(share_LE, 1e-30))).sum(axis=1)
+    return {
+        "share_per_layer_and_expert": share_LE.round(6).tolist(),
+        "balance_per_layer": (entropy_L / math.log(max(2, share_LE.shape[1]))).round(6).tolist(),
+        "share_per_domain_and_expert": {label: item.mean(axis=0).round(6).tolist() for label, item in shares.items()},
+        "weight_per_domain_and_expert": {label: item.mean(axis=0).round(6).tolist() for label, item in weights.items()},
+    }

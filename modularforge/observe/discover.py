@@ -12,7 +12,7 @@ from modularforge.errors import UserError
 from modularforge.observe.run import is_run
 
 DEFAULT_BASE = "runs"
-SEARCH_DEPTH = 4
+SEARCH_DEPTH = 4  # folders below the base: a study has STUDY/seed-0/RECIPE; deeper, listing a bucket takes minutes
 SHOWN = 12
 
 

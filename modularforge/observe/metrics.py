@@ -1,4 +1,6 @@
-"""Metrics of one job as curves: JSON lines in, one array of steps and one of values per column out.
+"""All metrics with their units, and those of one job as curves: JSON lines in, steps and values per column out.
+
+A metric is one entry in one of two tables: CURVES are what jobs log by step, MEASURED what an evaluation finds out.
 
 Training and validation lines are interleaved and columns may be missing, so each column keeps its own steps. A torn
 last line (the job is writing it, or was killed) is skipped and counted.
@@ -6,7 +8,6 @@ last line (the job is writing it, or was killed) is skipped and counted.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,10 +15,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-MOST = 1e38  # float32, in which all is computed, holds no more: what is beyond has diverged
-MOST_STEPS = 2.0**53
-LATEST_MOMENT = 1e11  # seconds since 1970; what is later is no time of day
-NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # as the log writes them
+from modularforge.json_lines import MOST, moment, number_of, objects_in
+
+MOST_STEPS = 2.0**53  # beyond, a float holds not every whole number
 Floats = npt.NDArray[np.float64]
 Scale = Literal["linear", "log", "from_zero"]
 
@@ -26,7 +26,9 @@ Scale = Literal["linear", "log", "from_zero"]
 class Metric:
     """How a column is shown: its unit, the factor from the stored to the shown unit, axis, and which way is better.
 
-    `learns` marks the curves that tell how well a job learns; the others tell how it runs.
+    `learns` marks what tells how well a job learns; the rest tells how it runs. `decides` marks the one by which models
+    are ranked. Tables show it with so many decimals if they are told to; `logged` is the unit that is stored where that
+    is not the shown one.
     """
 
     column: str
@@ -36,6 +38,10 @@ class Metric:
     scale: Scale = "linear"
     better: Literal["lower", "higher", "neither"] = "neither"
     learns: bool = False
+    digits: int = 4
+    decides: bool = False
+    in_table: bool = True
+    logged: str | None = None
 
     @property
     def axis(self) -> str:
@@ -43,16 +49,26 @@ class Metric:
         return f"{self.title} ({self.unit})" if self.unit else self.title
 
 
-METRICS = (
+CURVES = (
     Metric("loss", "training loss", "nats per token", better="lower", learns=True),
     Metric("validation_loss", "validation loss", "nats per token", better="lower", learns=True),
     Metric("validation_perplexity", "validation perplexity", "", scale="log", better="lower", learns=True),
-    Metric("learning_rate", "learning rate", "thousandths", 1e3, "from_zero"),
-    Metric("gradient_norm", "gradient norm", "before clipping", scale="log"),
-    Metric("tokens_per_second", "speed", "1,000 tokens/s", 1e-3, "from_zero", "higher"),
-    Metric("data_wait_share", "waiting for data", "% of the time", 100.0, "from_zero", "lower"),
-    Metric("peak_memory_bytes", "peak memory", "GiB", 2.0**-30, "from_zero", "lower"),
+    Metric("learning_rate", "learning rate", "thousandths", 1e3, "from_zero", in_table=False, logged=""),
+    Metric("gradient_norm", "gradient norm", "before clipping", scale="log", in_table=False),
+    Metric("tokens_per_second", "speed", "1,000 tokens/s", 1e-3, "from_zero", "higher", logged="tokens per second"),
+    Metric(
+        "data_wait_share", "waiting for data", "% of the time", 100, "from_zero", "lower", logged="share of the time"
+    ),
+    Metric("peak_memory_bytes", "peak memory", "GiB", 2.0**-30, "from_zero", "lower", logged="bytes"),
 )
+MEASURED = (
+    Metric("mean_loss", "mean loss", "nats per token", better="lower", learns=True, decides=True),
+    Metric("perplexity", "perplexity", "", better="lower", learns=True, digits=2),
+    # A terminal has no room for it; files and the page show it.
+    Metric("bits_per_byte", "bits/byte", "", better="lower", learns=True, in_table=False),
+)
+DECISIVE = next(metric for metric in MEASURED if metric.decides)
+CURVE_OF_COLUMN = {metric.column: metric for metric in CURVES}
 NOT_VALUES = frozenset({"job", "step", "time"})
 
 
@@ -110,38 +126,10 @@ def parse_metrics(name: str, content: bytes) -> JobMetrics:
 
 
 def _parse_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """Objects with a step and a time, and how many lines are none; the whole file at once when no line is torn."""
-    lines = [line for line in content.splitlines() if line.strip()]
-    rows = parse_line(b"[" + b",".join(lines) + b"]")
-    if not isinstance(rows, list) or len(rows) != len(lines):
-        rows = [parse_line(line) for line in lines]
-    kept = [row for row in rows if isinstance(row, dict) and _is_step(row.get("step"))]
-    return [{**row, "time": moment(row.get("time"))} for row in kept], len(lines) - len(kept)
-
-
-def parse_line(content: bytes) -> Any:
-    """JSON, or None for what is none; bytes that are no UTF-8 spoil only the text they stand in."""
-    try:
-        return json.loads(content.decode(errors="replace"))
-    except (ValueError, RecursionError):
-        return None
-
-
-def moment(value: Any) -> float | None:
-    """A time in seconds since 1970, or None for what is none."""
-    number = number_of(value)
-    return number if number is not None and 0 <= number <= LATEST_MOMENT else None
-
-
-def number_of(value: Any) -> float | None:
-    """A float; the log writes non-finite ones as texts, and numbers too large for float32 are infinite."""
-    if isinstance(value, str):
-        return NOT_FINITE.get(value)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return None
-    if abs(value) > MOST:
-        return math.inf if value > 0 else -math.inf
-    return float(value)
+    """Objects with a step and a time, and how many lines are none."""
+    rows, unreadable = objects_in(content)
+    kept = [row for row in rows if _is_step(row.get("step"))]
+    return [{**row, "time": moment(row.get("time"))} for row in kept], unreadable + len(rows) - len(kept)
 
 
 def _is_step(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: no script, no network, pictures inside.
+"""The report as one HTML file that needs nothing else, no script, no network, pictures inside, and its tables.
 
 `page.html` is the page; whatever it shows is escaped by the template engine, and nothing of a run becomes markup.
 """
@@ -9,7 +9,7 @@ import base64
 import datetime
 import functools
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any
 
@@ -19,18 +19,13 @@ from markupsafe import Markup
 from checkpoints.redact import redactor
 from checkpoints.screen import literal
 from modularforge import __version__
-from modularforge.observe.figures import Plot
-from modularforge.observe.page_style import CSS
-from modularforge.observe.progress import headline, is_finished, parts_of
-from modularforge.observe.run import Run
-from modularforge.observe.tables import (
-    evaluation_table,
-    finding_tables,
-    job_table,
-    provenance_table,
-    settings_table,
-    versions_table,
-)
+from modularforge.observe.completion import Part, headline, is_finished, parts_of
+from modularforge.observe.evaluation import model_table, samples_of
+from modularforge.observe.findings import chat_table, finding_tables
+from modularforge.observe.metrics import CURVES, JobMetrics, Metric
+from modularforge.observe.run import STAGE_OF_JOB, Run, flatten, made_with
+from modularforge.observe.table import Column, Table, duration, fixed, listing, rough
+from modularforge.observe.timeline import commit_time, timeline
 
 SECTIONS = {
     "progress": "Progress",
@@ -43,10 +38,22 @@ SECTIONS = {
 }
 
 
+@dataclass(frozen=True)
+class Plot:
+    """One figure: file name without ending, section of the page, title, text instead of the picture, and PNG bytes."""
+
+    name: str
+    section: str
+    title: str
+    text: str
+    png: bytes
+
+
 def make_page(run: Run, plots: Iterable[Plot]) -> str:
     """The whole page."""
     drawn = [{**asdict(plot), "base64": Markup(base64.b64encode(plot.png).decode())} for plot in plots]
-    samples = list(_samples(run.evaluation or {}))
+    samples = list(samples_of(run.evaluation or {}))
+    chat = chat_table(run.evaluation or {})
     filled = {"progress", *(plot["section"] for plot in drawn)}
     filled |= {"evaluation"} if run.evaluation else set()
     filled |= {"samples"} if samples else set()
@@ -54,7 +61,6 @@ def make_page(run: Run, plots: Iterable[Plot]) -> str:
     page = _template().render(
         redact=redactor(),
         title=_title(run),
-        css=Markup(CSS),
         headline=headline(run),
         tiles=list(_key_figures(run)),
         problems=run.problems,
@@ -66,8 +72,8 @@ def make_page(run: Run, plots: Iterable[Plot]) -> str:
         plots=drawn,
         share=_share(run),
         jobs=job_table(run),
-        evaluation=evaluation_table(run.evaluation) if run.evaluation else None,
-        findings=finding_tables(run.evaluation) if run.evaluation else [],
+        evaluation=model_table(run.evaluation) if run.evaluation else None,
+        findings=[*(finding_tables(run.evaluation) if run.evaluation else []), *([chat] if chat.records else [])],
         samples=samples,
         provenance=provenance_table(run) if run.artifacts else None,
         versions=versions_table(run),
@@ -113,8 +119,63 @@ def _share(run: Run) -> float | None:
     return 100 * sum(part.tokens * (part.share or 0.0) for part in parts) / total
 
 
-def _samples(results: dict[str, Any]) -> Iterator[dict[str, str]]:
-    for model, samples in results.get("samples", {}).items():
-        for sample in samples:
-            for kind in ("greedy", "sampled"):
-                yield {"model": model, "kind": kind, "prompt": sample["prompt"], "text": sample[kind]}
+def job_table(run: Run) -> Table:
+    """One record for each stage and job: state, steps, last values and the time it took."""
+    jobs = {STAGE_OF_JOB.get(name, name): job for name, job in run.jobs.items()}
+    spent = {row.name: sum(s.end - s.start for s in row.spans if s.kind == "running") for row in timeline(run)}
+    shown = [metric for metric in CURVES if metric.in_table]
+    columns = [
+        Column("part", lambda part: part.name, is_text=True),
+        Column("state", _state, is_text=True),
+        Column("step", _steps),
+        *(Column(metric.axis, functools.partial(_last, metric, jobs)) for metric in shown),
+        Column("time running", lambda part: duration(spent[part.name]) if spent.get(part.name) else ""),
+    ]
+    return Table(columns, parts_of(run))
+
+
+def settings_table(config: dict[str, Any]) -> Table:
+    """Every setting by its dotted name."""
+    return listing(["setting", "value"], flatten(config), 2)
+
+
+def provenance_table(run: Run) -> Table:
+    """What each stage was made with."""
+    rows = []
+    for name, artifact in sorted(run.artifacts.items(), key=lambda item: commit_time(item[1]) or 0.0):
+        manifest = artifact.manifest
+        made = made_with(artifact)
+        commit = str(made.get("commit") or "not in git")[:10]
+        changed = " and uncommitted changes" if made.get("uncommitted_sha256") else ""
+        size = f"{manifest.size / 1e6:,.1f} MB"
+        rows.append([name, manifest.created, manifest.fingerprint[:12], commit + changed, size])
+    return listing(["stage", "committed", "fingerprint", "code", "size"], rows, 4)
+
+
+def versions_table(run: Run) -> Table:
+    """Package versions; where stages were made with different ones, all of them."""
+    found: dict[str, dict[str, None]] = {}
+    for artifact in run.artifacts.values():
+        versions = made_with(artifact).get("versions")
+        for package, version in versions.items() if isinstance(versions, dict) else ():
+            found.setdefault(package, {})[str(version)] = None
+    return listing(["package", "version"], [(name, ", ".join(found[name])) for name in sorted(found)], 2)
+
+
+def _last(metric: Metric, jobs: dict[str, JobMetrics], part: Part) -> str:
+    """The last value of a part's job; losses with four decimals, because hundredths of them matter."""
+    curve = jobs[part.name].curves.get(metric.column) if part.name in jobs else None
+    if curve is None or not len(curve.finite()):
+        return ""
+    value = float(curve.finite().values[-1]) * metric.factor
+    return fixed(value) if metric.unit == "nats per token" else rough(value)
+
+
+def _state(part: Part) -> str:
+    return f"{part.state}, {part.note}" if part.note else part.state
+
+
+def _steps(part: Part) -> str:
+    if not part.step and not part.steps:
+        return ""
+    return f"{part.step:,} of {part.steps:,}" if part.steps else f"{part.step:,}"

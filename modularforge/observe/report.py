@@ -1,19 +1,28 @@
-"""Write the report of a run: `plots/*.png` and then `report.html`, which holds the same pictures."""
+"""Write the report of a run: its figures as `plots/*.png`, and then `report.html`, which holds the same pictures."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+
+from matplotlib.figure import Figure
 
 from checkpoints import paths
 from checkpoints.names import UnsafeNameError, checked_part, safe_part
 from checkpoints.parallel import in_order
+from modularforge.observe.canvas import house_style, png_bytes
+from modularforge.observe.completion import headline
+from modularforge.observe.curves import curve_figures
 from modularforge.observe.discover import short_names
-from modularforge.observe.figures import Plot, draw_run
-from modularforge.observe.page import make_page
-from modularforge.observe.progress import headline
+from modularforge.observe.evaluation_figures import evaluation_figure, routing_figures
+from modularforge.observe.metrics import CURVE_OF_COLUMN
+from modularforge.observe.page import Plot, make_page
 from modularforge.observe.run import Run, read_run
+from modularforge.observe.table import rough
+from modularforge.observe.timeline import timeline_figure
 
 PAGE_NAME = "report.html"
 PLOTS_FOLDER = "plots"
-WRITES_AT_ONCE = 8
+WRITES_AT_ONCE = 8  # pictures on their way to an object store while the next is drawn
 
 
 def write_report(url: str, output: str | None = None) -> tuple[Run, str]:
@@ -46,3 +55,30 @@ def _folder(part: str) -> str:
         return checked_part(part)
     except UnsafeNameError:
         return safe_part(part)
+
+
+def draw_run(run: Run) -> Iterator[Plot]:
+    """Draw everything that the run has data for, in the order of the page."""
+    with house_style():
+        yield from _plot("timeline", "timeline", "Timeline", "Stages and jobs over time.", timeline_figure(run))
+        for column, figure in curve_figures(run).items():
+            title = CURVE_OF_COLUMN[column].title.capitalize()
+            yield from _plot(column, "training", title, _last_values(run, column), figure, cut=False)
+        text = "Perplexity of every model on every domain; the table below holds the same numbers."
+        yield from _plot("evaluation", "evaluation", "Perplexity by model and domain", text, evaluation_figure(run))
+        for name, figure in routing_figures(run).items():
+            title = f"Routing of the {name.removeprefix('routing_')} model"
+            yield from _plot(name, "routing", title, "Share of visits by layer and expert, domain and expert.", figure)
+
+
+def _plot(name: str, section: str, title: str, text: str, figure: Figure | None, cut: bool = True) -> Iterator[Plot]:
+    if figure is not None:
+        yield Plot(safe_part(name), section, title, text, png_bytes(figure, cut))
+
+
+def _last_values(run: Run, column: str) -> str:
+    """The last value of each job in words."""
+    metric = CURVE_OF_COLUMN[column]
+    curves = {name: job.curves[column].finite() for name, job in run.jobs.items() if column in job.curves}
+    ends = [f"{name} {rough(curve.values[-1] * metric.factor)}" for name, curve in curves.items() if len(curve)]
+    return f"{metric.axis} by step; last values: {', '.join(ends)}."

@@ -15,13 +15,14 @@ from checkpoints.parallel import in_order
 from modularforge.config import TRAINED_ON_ALL
 from modularforge.errors import ConfigError, DataError
 from modularforge.evaluation.results import parse_results
-from modularforge.observe.metrics import JobMetrics, moment, parse_line, parse_metrics
+from modularforge.json_lines import moment, objects_in
+from modularforge.observe.metrics import JobMetrics, parse_metrics
 from modularforge.pipeline import CHOSEN_FACT, STAGES
 from modularforge.provenance import SETTINGS_NAME
 from modularforge.settings import make_config, read_yaml
 
 Value = TypeVar("Value")
-READS_AT_ONCE = 16
+READS_AT_ONCE = 16  # an object store answers in tens of milliseconds, and a run has a file for each expert
 METRICS_FOLDER = "metrics"
 RECORDS_NAME = "jobs.jsonl"
 RESULTS_NAME = "results.json"
@@ -29,7 +30,7 @@ EVENTS_FOLDER = "cluster/events"
 # Jobs of which there is one for each partition, and where their artifacts lie.
 WORKER_FOLDERS = {"expert": "experts", "branch": "baselines/branches"}
 WORKER_NAME = re.compile(r"(expert|branch)-(\d{1,5})", re.ASCII)
-MOST_EXPERTS, MOST_COUNT = 10_000, 2**53
+MOST_EXPERTS, MOST_COUNT = 10_000, 2**53  # what is read may be wrong, and is counted with
 JOB_ORDER = {
     name: order for order, name in enumerate(("backbone", "expert", *TRAINED_ON_ALL, "branch", "btx", "calibration"))
 }
@@ -208,9 +209,7 @@ def _read_records(url: str, problems: list[str]) -> list[dict[str, Any]]:
     folder = paths.join(url, EVENTS_FOLDER)
     files = [paths.join(url, RECORDS_NAME), *(paths.join(folder, name) for name in paths.list_folder(folder))]
     contents = in_order(lambda file: _read(file, problems), files, READS_AT_ONCE)
-    found = [
-        value for content in contents for line in content.splitlines() if isinstance(value := parse_line(line), dict)
-    ]
+    found = [value for content in contents for value in objects_in(content)[0]]
     texts = [v for v in found if isinstance(v.get("job"), str) and isinstance(v.get("event"), str)]
     kept = [{**v, "time": time} for v in texts if (time := moment(v.get("time"))) is not None]
     return list({(v["job"], v["event"], v["time"]): v for v in kept}.values())
@@ -218,3 +217,13 @@ def _read_records(url: str, problems: list[str]) -> list[dict[str, Any]]:
 
 def _metrics_folder(url: str) -> str:
     return paths.join(url, METRICS_FOLDER)
+
+
+def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Dotted names and values of nested settings."""
+    if isinstance(value, dict):
+        inner = [(f"{prefix}.{key}" if prefix else str(key), item) for key, item in value.items()]
+        return [leaf for name, item in inner for leaf in flatten(item, name)]
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [leaf for index, item in enumerate(value) for leaf in flatten(item, f"{prefix}.{index}")]
+    return [(prefix, "" if value is None else str(value))]

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
-from scipy.linalg import solve  # type: ignore[import-untyped]
+from scipy.linalg import solve
 
 from checkpoints import Artifact
 from modularforge.config import TRAINED_ROUTERS, Config, ModelConfig

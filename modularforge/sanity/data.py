@@ -5,7 +5,11 @@
 from __future__ import annotations
 
 import itertools
+import ssl
 import tempfile
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,14 +24,16 @@ from modularforge.data.corpus import SPLITS, read_documents
 from modularforge.data.loader import batches
 from modularforge.data.token_files import TokenFile, TokenFileWriter, Tokens, open_token_file
 from modularforge.data.tokenizer import BOS, EOS, train_tokenizer
+from modularforge.errors import DataError
 from modularforge.pipeline import stage_url
-from modularforge.sanity.findings import SanityError
-from modularforge.sanity.hub import require_hub
+from modularforge.sanity.checks import SanityError
 
+# Few and short, so that M1 takes seconds of one core.
 QUICK_DOCUMENTS, DOCUMENTS = 8, 60
 QUICK_VOCABULARY, VOCABULARY = 512, 2048
 DOCUMENT_CHARACTERS = 8_000
 CONTEXT, BATCH = 64, 4
+HUB_SECONDS = 4.0  # for one answer of any kind; whoever needs longer would time out in the middle of a corpus
 
 
 def check_data(config: Config, quick: bool) -> Iterator[str]:
@@ -120,3 +126,44 @@ def _check_documents(tokenizer: Tokenizer, end_token: int, file: TokenFile) -> N
                 f"document {index} of {file.name} must encode to the stored tokens, but does not; the tokenizer is "
                 "not that of this data: prepare it again"
             )
+
+
+def require_hub(config: Config) -> None:
+    """Raise DataError when a source lies on the Hub and it does not answer within seconds.
+
+    It is asked once: its own library tries for half a minute before it gives up.
+    """
+    sources = [source for source in config.data.sources if source.hub and not Path(source.hub).exists()]
+    if not sources:
+        return
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    if reason := _why_silent(constants.ENDPOINT):
+        raise DataError(
+            f"the Hub must answer for source {sources[0].name} ({sources[0].hub}), but {constants.ENDPOINT} does not "
+            f"({reason}); check the network and HF_ENDPOINT, or name files that are here in data.sources"
+        )
+
+
+def _why_silent(url: str) -> str:
+    """Why there is no answer, or nothing; in a thread, because the lookup of a name knows no time limit."""
+    found: list[str] = []
+    asking = threading.Thread(target=lambda: found.append(_ask(url)), daemon=True)
+    asking.start()
+    asking.join(HUB_SECONDS + 1)
+    return found[0] if found else f"nothing within {HUB_SECONDS:.0f} s"
+
+
+def _ask(url: str) -> str:
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HUB_SECONDS).close()
+    except urllib.error.HTTPError:
+        return ""  # an answer, whatever it says
+    except OSError as error:  # URLError too
+        cause = getattr(error, "reason", error)
+        return "" if isinstance(cause, ssl.SSLError) else f"{cause}"  # other libraries know other certificates
+    except ValueError as error:
+        return f"{error}"
+    return ""

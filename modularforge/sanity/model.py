@@ -13,12 +13,14 @@ from modularforge.config import Config, ModelConfig
 from modularforge.model.backbone import INITIAL_STD, Decoder, build_backbone, cross_entropy
 from modularforge.model.moe import build_moe
 from modularforge.model.sizes import model_sizes
-from modularforge.sanity.findings import SanityError
-from modularforge.sanity.sizes import SMALL_VOCABULARY, fits, small_model
+from modularforge.sanity.checks import SanityError
 from modularforge.training.distributed import default_device
 
 BATCH, TOKENS = 2, 64
-LOSS_TOLERANCE = 0.4
+LOSS_TOLERANCE = 0.4  # nats, of one small random batch, beyond what the weights' variance adds (`loss_tolerance`)
+CPU_PARAMETERS = 100_000_000  # more take minutes on a core
+GPU_BYTES_PER_PARAMETER = 24  # weight, gradient and what the passes keep, in float32, with room to spare
+SMALL_VOCABULARY = 512
 
 
 def check_model(config: Config, quick: bool) -> Iterator[str]:
@@ -86,3 +88,29 @@ def _backward(name: str, model: Decoder, loss: torch.Tensor) -> str:
             raise SanityError(f"{names[0]} of the {name} must {what} ({len(names)} such weights); a bug in the model")
     used = sum(weight.grad is not None for weight in model.parameters())
     return f"{name}: gradients of {used} weights are finite"
+
+
+def fits(config: Config, vocab_size: int) -> bool:
+    """Whether the assembled model can be run forward and backward here within seconds."""
+    parameters = model_sizes(config.model, vocab_size, config.assembled_experts, config.assembly.experts_per_token)
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return parameters.parameters * GPU_BYTES_PER_PARAMETER < free
+    return parameters.parameters <= CPU_PARAMETERS
+
+
+def small_model(model: ModelConfig, width: int) -> ModelConfig:
+    """The same kind of model with 2 layers, 4 heads and short contexts."""
+    return model.model_copy(
+        update={
+            "width": width,
+            "layers": 2,
+            "heads": 4,
+            "kv_heads": 4 if model.kv_heads == model.heads else 2,
+            "ffn_width": 8 * (width // 3),
+            "context_length": min(64, model.context_length),
+            "pretrained": None,
+            "head_width": None,
+            "max_positions": None,
+        }
+    )

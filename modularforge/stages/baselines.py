@@ -24,7 +24,7 @@ from checkpoints import Artifact
 from modularforge.artifacts import derived_seed, even_streams, token_file
 from modularforge.assembly.card import special_tokens
 from modularforge.config import Config
-from modularforge.evaluation.btx import build_btx, solved_router
+from modularforge.evaluation.baselines import build_btx, solved_router
 from modularforge.experts.trainable import Trainable, trainable
 from modularforge.log import logger
 from modularforge.model import names

@@ -51,4 +51,4 @@ def _calibrate(run: Run, assembled: Artifact, fingerprint: str) -> Calibration:
     places = (None, metrics_url(config, "calibration"), config.metrics.tensorboard)
     job = Job("calibration", config.calibration, config.training, fingerprint, *places)
     seed = derived_seed(config.seed, "calibration order")
-    return calibrate(model, config, even_mixture(fit_half), decide_half, corpus.byte_lengths, job, seed)
+    return calibrate(model, config, even_mixture(fit_half), decide_half, job, seed)

@@ -12,14 +12,13 @@ from functools import partial
 from checkpoints import Artifact, paths
 from checkpoints.commands import shown_command
 from modularforge.artifacts import Backbone
-from modularforge.config import Config
 from modularforge.errors import MismatchError
-from modularforge.evaluation.btx import build_btx, solved_router
-from modularforge.evaluation.report import markdown
+from modularforge.evaluation.baselines import build_btx, build_soup, solved_router
+from modularforge.evaluation.bench import Loader, Results, add_oracle, compare, measure_models
+from modularforge.evaluation.extras import Extras, read_extras
 from modularforge.evaluation.results import checked_results, parse_results
-from modularforge.evaluation.soup import build_soup
-from modularforge.evaluation.suite import Extras, Loader, Results, add_oracle, compare, measure_models, read_extras
 from modularforge.log import json_safe, logger
+from modularforge.observe.evaluation import markdown
 from modularforge.pipeline import STAGES, JobName, contents, wanted_stages
 from modularforge.provenance import commit, making
 from modularforge.run import Run, is_kept
@@ -96,7 +95,8 @@ def measure_folder(run: Run, url: str) -> Results:
             f"{url} must use the tokenizer of {corpus.artifact.url}, but has another; name its --data-dir"
         )
     name = url.rstrip("/").rsplit("/", 1)[-1]
-    results = measure_models(config, corpus, {name: stored.load}, {}, {name}, read_extras(config))
+    results = measure_models(config, corpus, {name: stored.load}, {name}, read_extras(config))
+    results["models"][name]["training_tokens"] = None  # nobody knows what a folder was trained on
     results["models"][name].pop("documents")
     measured: Results = json_safe({**results, "chosen": name, "seconds": round(time.perf_counter() - start, 3)})
     return measured
@@ -106,13 +106,12 @@ def _measure(run: Run, artifacts: dict[str, Artifact], extras: Extras) -> Result
     config = run.config
     chosen = next((name for name in ("calibrated", "assembled") if name in artifacts), None)
     shown = {name for name in ("backbone", "assembled", "calibrated") if name in artifacts}
-    tokens = {name: _training_tokens(config, name) for name in [*artifacts, "soup", "btx"]}
-    results = measure_models(config, run.corpus, _loaders(run, artifacts), tokens, shown, extras)
+    results = measure_models(config, run.corpus, _loaders(run, artifacts), shown, extras)
     for routing in results["routing"].values():
         public = ["public"] if config.has_public_expert else []
         members = artifacts["assembled"].manifest.inputs
         routing["experts"] = public + [f"expert-{k}" for k in range(config.experts.count) if f"expert-{k}" in members]
-    add_oracle(results)
+    add_oracle(config, results)
     calibrated = run.find(run.url("calibrated"))
     facts = calibrated.manifest.facts if calibrated else {}
     calibration = {key: facts[key] for key in ("kept", "loss_before", "loss_after") if key in facts}
@@ -136,13 +135,3 @@ def _loaders(run: Run, artifacts: dict[str, Artifact]) -> dict[str, Loader]:
     if len(branches) == config.experts.count:
         loaders["btx"] = partial(build_btx, solved_router(config), backbone, branches)
     return loaders | folders([*of_stage["assembled"], *of_stage["calibrated"]])
-
-
-def _training_tokens(config: Config, name: str) -> int:
-    """Tokens that went into a model, those of its backbone included."""
-    experts = {"backbone": 0}.get(name, 1 if name.startswith("expert-") else config.experts.count)
-    steps = config.backbone.steps * config.backbone.batch_size
-    steps += experts * config.experts.steps * config.experts.batch_size
-    if name == "calibrated":
-        steps += config.calibration.steps * config.calibration.batch_size
-    return steps * config.model.context_length

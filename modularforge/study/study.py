@@ -13,15 +13,16 @@ from typing import Any
 from checkpoints import Artifact, find_artifact, paths
 from modularforge.config import Config
 from modularforge.errors import ConfigError
-from modularforge.evaluation.general import read_texts, texts_identity
+from modularforge.evaluation.bench import training_tokens
+from modularforge.evaluation.extras import read_texts, texts_identity
 from modularforge.log import json_safe, logger
+from modularforge.observe.study import write_table
 from modularforge.pipeline import Plan, contents, stage_settings
 from modularforge.provenance import making, provenance
-from modularforge.study.measure import Bench, Split, training_tokens
-from modularforge.study.models import needed_artifacts
+from modularforge.study.measure import RunBench, Split, needed_artifacts
 from modularforge.study.runs import Runs
-from modularforge.study.study_file import ROUTED, Variant, variants_of
-from modularforge.study.table import write_table
+from modularforge.study.study_file import ROUTED, Variant, reference_of, variants_of
+from modularforge.study.table import make_table
 
 RESULT_NAME = "result.json"
 # Raised when results say more or other things than before, so that variants are measured again.
@@ -33,23 +34,25 @@ def run_study(runs: Runs, split: Split, only: Sequence[str] = (), seeds: Sequenc
     variants = choose_variants(runs, split, only)
     texts = read_texts(runs.study.texts.get(split, []))
     for seed in choose_seeds(runs, seeds):
-        benches: dict[str, Bench] = {}
+        benches: dict[str, RunBench] = {}
         for variant in (variant for variant in variants if seed in variant.seeds):
             if variant.recipe not in benches:
                 run = runs.run(seed, variant.recipe)
-                benches[variant.recipe] = Bench(run, split, _limit(runs, run.config, split), texts)
+                benches[variant.recipe] = RunBench(run, split, _limit(runs, run.config, split), texts)
             result, is_new = measure_once(runs, benches[variant.recipe], variant, seed)
             loss = min(row["mean_loss"] for row in result["rows"].values())
             logger.info("seed %d, %s: mean %s loss %.4f", seed, variant.name, split, loss)
             if is_new:
-                write_table(runs, split, collect(runs, split))
+                draw(runs, split, with_plot=False)
         draw(runs, split)
     return draw(runs, split)
 
 
-def draw(runs: Runs, split: Split) -> str:
-    """Write table and plot of what is measured; returns the URL of the table."""
-    return write_table(runs, split, collect(runs, split), with_plot=True)
+def draw(runs: Runs, split: Split, with_plot: bool = True) -> str:
+    """Write what is measured as table-SPLIT.json, .md and .png at the study's root; returns the URL of the table."""
+    study = runs.study
+    table = make_table(study.name, split, collect(runs, split), reference_of(study), study.compare)
+    return write_table(paths.join(runs.root, f"table-{split}"), table, with_plot)
 
 
 def choose_variants(runs: Runs, split: Split, only: Sequence[str]) -> list[Variant]:
@@ -74,7 +77,7 @@ def choose_seeds(runs: Runs, seeds: Sequence[int]) -> list[int]:
     return list(seeds) or runs.study.seeds
 
 
-def measure_once(runs: Runs, bench: Bench, variant: Variant, seed: int) -> tuple[dict[str, Any], bool]:
+def measure_once(runs: Runs, bench: RunBench, variant: Variant, seed: int) -> tuple[dict[str, Any], bool]:
     """The result of a variant, and whether it was measured and committed just now."""
     config = runs.config(seed, variant.recipe, variant.settings)
     parts = needed_artifacts(bench.run, variant)
@@ -100,7 +103,7 @@ def measure_once(runs: Runs, bench: Bench, variant: Variant, seed: int) -> tuple
 
 
 def result_plan(
-    runs: Runs, bench: Bench, variant: Variant, config: Config, parts: dict[str, Artifact], seed: int
+    runs: Runs, bench: RunBench, variant: Variant, config: Config, parts: dict[str, Artifact], seed: int
 ) -> Plan:
     """Where a result lies and all that it depends on."""
     settings: dict[str, Any] = {

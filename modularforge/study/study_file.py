@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from modularforge.config import Section, Text
+from modularforge.config import TRAINED_ON_ALL, Section, Text
 from modularforge.mistakes import config_error
 from modularforge.settings import read_yaml
 
@@ -32,9 +32,21 @@ Kind = Literal[
     "btx_trained",
     "assembled",
 ]
+# The stage whose artifacts a kind of variant is made of besides the backbone.
+NEEDS: dict[str, str | None] = {
+    "backbone": None,
+    **{name: name for name in TRAINED_ON_ALL},
+    "btx": "branch",
+    "btx_trained": "btx",
+    "soup": "expert",
+    "experts": "expert",
+    "ensemble_uniform": "expert",
+    "ensemble_posterior": "expert",
+    "assembled": "expert",
+}
 ROUTED = ("assembled", "btx")
 OPEN_SECTIONS = ("assembly.", "calibration.")
-MOST_IN_GRID = 1000
+MOST_IN_GRID = 1000  # more is a slip in a list, and would be measured for days
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
 OTHER = re.compile(r"[^A-Za-z0-9_.-]+")
 
@@ -49,7 +61,7 @@ class VariantEntry(Section):
     set: dict[str, Any] = Field(default_factory=dict)
     """Settings of `assembly` and `calibration` by dotted name; a list is a grid."""
     calibrate: bool = False
-    """Calibrate the model as `calibration` says and keep the result only if the deciding half improves."""
+    """Calibrate the model as `calibration` says and keep the result only if the selection half improves."""
     removal: bool = False
     """Also measure what the removal of each expert changes."""
     without: bool = False
@@ -74,7 +86,7 @@ class StudyFile(Section):
     seeds: list[int] = Field([0], min_length=1)
     """Seeds of the runs; they share data and tokenizer, which are prepared with the first."""
     validation_tokens_per_domain: int = Field(20_000, ge=1)
-    """Tokens of each domain's deciding half of validation at the most."""
+    """Tokens of each domain's selection half of validation at the most."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Settings of all recipes by dotted name."""
     recipes: dict[str, dict[str, Any]] = Field(min_length=1)

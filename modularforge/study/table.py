@@ -1,41 +1,27 @@
-"""The table of a study: each variant's losses, cost and gains over all seeds, as JSON, Markdown and a plot.
+"""The table of a study as numbers: each variant's losses, cost and gains over all seeds.
 
 Gains compare rows of the same seed and of the same tokens for backbone and experts: the share of the oracle's gain over
 the backbone that is kept, the distance to the dense model, and the domain that fares worst against the backbone.
+Differences are on the same documents, with errors over documents and seeds. Both count: that over documents is of the
+mean over the seeds, which read the same text; that over seeds is what another training would change. A difference is
+clear when it is more than twice the root of their squares' sum.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from checkpoints import paths
-from checkpoints.markdown import plain
-from checkpoints.markdown import table as markdown_table
-from checkpoints.redact import redact_values
-from modularforge.study.compared import compared, probe_means, sections
-from modularforge.study.figure import draw_table
-from modularforge.study.runs import Runs
-from modularforge.study.study_file import reference_of
+from modularforge.evaluation.paired import CLEAR_ERRORS, Difference, mean_sums, paired_difference
+from modularforge.evaluation.probes import PROBES
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 Row = dict[str, Any]
 ORACLE = "oracle"
-RIVALS = ("backbone", "dense", "joint")
+REFERENCES = ("backbone", "dense", "joint")
 COST = ("parameters", "active_parameters", "flops_per_token", "training_tokens")
-
-
-def write_table(runs: Runs, split: str, results: Results, with_plot: bool = False) -> str:
-    """Write table-SPLIT.json and .md (and .png) at the study's root; returns the URL of the Markdown."""
-    table = make_table(runs.study.name, split, results, reference_of(runs.study), runs.study.compare)
-    root = paths.join(runs.root, f"table-{split}")
-    paths.replace_bytes(f"{root}.json", (json.dumps(redact_values(table), indent=1, allow_nan=False) + "\n").encode())
-    paths.replace_bytes(f"{root}.md", markdown(table).encode())
-    if with_plot and table["rows"]:
-        paths.replace_bytes(f"{root}.png", draw_table(table))
-    return f"{root}.md"
 
 
 def make_table(
@@ -134,15 +120,62 @@ def _differences(
 ) -> dict[str, Any]:
     """The row less each that it is held against, of the same seeds."""
 
-    def rival(name: str, seed: int, row: Row) -> Row | None:
+    def reference_row(name: str, seed: int, row: Row) -> Row | None:
         return _peer(results, name, "", row, reference) if compare is None else by_seed.get(name, {}).get(seed)
 
     held = {}
-    for name in RIVALS if compare is None else compare:
-        pairs = [(row, other) for seed, row in found.items() if (other := rival(name, seed, row))]
+    for name in REFERENCES if compare is None else compare:
+        pairs = [(row, other) for seed, row in found.items() if (other := reference_row(name, seed, row))]
         if pairs and all(row["documents"] is not other["documents"] for row, other in pairs):
             held[name] = compared(pairs)
     return {name: item for name, item in held.items() if item}
+
+
+def compared(pairs: Sequence[tuple[Row, Row]]) -> dict[str, Row]:
+    """By probe: the mean difference of the first rows from the second ones, one pair a seed, with both errors."""
+    names = [name for name in PROBES if all(name in row["documents"] for pair in pairs for row in pair)]
+    found = {name: _on_probe(name, pairs) for name in names}
+    return {name: item for name, item in found.items() if item is not None}
+
+
+def _on_probe(name: str, pairs: Sequence[tuple[Row, Row]]) -> Row | None:
+    mine, other = ([row["documents"][name] for row in rows] for rows in zip(*pairs, strict=True))
+    each = [paired_difference(a, b) for a, b in zip(mine, other, strict=True)]
+    if any(item is None for item in each) or any(item["tokens"] != mine[0]["tokens"] for item in mine):
+        return None
+    means = mean_sums(mine), mean_sums(other)
+    whole = paired_difference(*means)
+    assert whole is not None
+    domains = {label: paired_difference(*means, [label]) for label in mine[0]["tokens"]}
+    return {
+        **_with_seeds(whole, [item.difference for item in each if item]),
+        "domains": {label: item.values() for label, item in domains.items() if item},
+    }
+
+
+def _with_seeds(whole: Difference, of_seeds: Sequence[float]) -> Row:
+    seeds = statistics.stdev(of_seeds) / math.sqrt(len(of_seeds)) if len(of_seeds) > 1 else None
+    errors = [error for error in (whole.standard_error, seeds) if error is not None]
+    is_clear = whole.standard_error is not None and abs(whole.difference) > CLEAR_ERRORS * math.hypot(*errors)
+    return {**whole.values(), "seed_error": seeds, "seeds": len(of_seeds), "is_clear": is_clear}
+
+
+def probe_means(rows: Sequence[Row]) -> dict[str, Row]:
+    """By probe: the mean over seeds of its loss, also by place."""
+    names = [name for name in PROBES if all(name in row["probes"] for row in rows)]
+    return {name: _mean_probe([row["probes"][name] for row in rows]) for name in names}
+
+
+def _mean_probe(items: Sequence[Row]) -> Row:
+    return {
+        "mean_loss": statistics.fmean(item["mean_loss"] for item in items),
+        "positions": {
+            place: statistics.fmean(item["positions"][place] for item in items) for place in items[0]["positions"]
+        },
+        "domains": {
+            label: statistics.fmean(item["domains"][label]["loss"] for item in items) for label in items[0]["domains"]
+        },
+    }
 
 
 def _kept(row: Row, anchors: Mapping[str, Row | None], position: str | None = None) -> float | None:
@@ -189,121 +222,6 @@ def _calibrations(results: Results) -> dict[str, Any]:
         if items:
             found[variant] = {"kept": sum(bool(item["kept"]) for item in items), "seeds": len(items)}
     return found
-
-
-def markdown(table: Mapping[str, Any]) -> str:
-    """The table as a page."""
-    where = (
-        "the deciding half of the validation documents, which no variant was fitted to"
-        if table["split"] == "validation"
-        else "the test split"
-    )
-    lines = [
-        f"# {plain(table['name'])}",
-        "",
-        f"Mean loss in nats per token on {where}; domains weigh alike; ± is the standard deviation over seeds.",
-        "`kept` is the share of the oracle's gain over the backbone: the oracle takes the best expert of each domain, "
-        f"chosen on the text that is measured (recipe {plain(table['reference'])} where tokens are the same). "
-        "`to dense` is the distance to the dense model of the same seed and tokens. `worst` is the domain that fares "
-        "worst against the backbone, in any seed.",
-        "",
-        *_lines(*_main_rows(table)),
-        *_routing_lines(table),
-        "",
-        "Loss by domain, mean over seeds:",
-        "",
-        *_lines(*_domain_rows(table)),
-    ]
-    lines += ["", "Share of the oracle's gain that is kept, by position in the window:", ""]
-    lines += _lines(*_position_rows(table))
-    for words, header, rows in sections(table):
-        lines += ["", plain(words), "", *_lines(header, rows)]
-    if table["removal"]:
-        lines += ["", "What removing one expert changes in the domains of the others (relative loss):", ""]
-        rows = [[name, f"{i['others']:+.2%}", f"{i['others_mean']:+.2%}"] for name, i in table["removal"].items()]
-        lines += _lines(["variant", "largest", "mean"], rows)
-    if table["calibration"]:
-        rejected = [
-            f"{plain(name)} ({i['seeds'] - i['kept']} of {i['seeds']})" for name, i in table["calibration"].items()
-        ]
-        rejected = [
-            text for text, i in zip(rejected, table["calibration"].values(), strict=True) if i["kept"] < i["seeds"]
-        ]
-        lines += ["", f"Calibrations that were not kept: {', '.join(rejected) or 'none'}."]
-    return "\n".join([*lines, ""])
-
-
-def _main_rows(table: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    header = [
-        "variant",
-        "seeds",
-        "mean loss",
-        "±",
-        "to dense",
-        "kept",
-        "worst",
-        "total",
-        "active",
-        "FLOPs/token",
-        "tokens",
-    ]
-    rows = []
-    for name, row in table["rows"].items():
-        worst = row["worst_domain"]
-        rows.append([
-            name,
-            str(len(row["losses"])),
-            f"{row['mean_loss']:.4f}",
-            _or_dash(row["standard_deviation"], ".4f"),
-            _or_dash(row["minus_dense"], "+.4f"),
-            _or_dash(row["kept"], ".0%"),
-            f"{worst['domain']} {worst['change']:+.3f}" if worst else "–",
-            *(_count(row[column]) for column in COST),
-        ])  # fmt: skip
-    return header, rows
-
-
-def _routing_lines(table: Mapping[str, Any]) -> list[str]:
-    """What of the active parameters carries nothing but routing: rows, and channels of the evidence router."""
-    found = [
-        f"{plain(name)} {_count(row['routing_parameters'])}"
-        for name, row in table["rows"].items()
-        if row.get("routing_parameters")
-    ]
-    return ["", f"Of the active parameters, these carry nothing but routing: {', '.join(found)}."] if found else []
-
-
-def _domain_rows(table: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    rows = [
-        [name, *(f"{row['domains'][label]:.3f}" for label in table["domains"])] for name, row in table["rows"].items()
-    ]
-    return ["variant", *table["domains"]], rows
-
-
-def _position_rows(table: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    names = next((list(row["kept_by_position"]) for row in table["rows"].values()), [])
-    rows = [
-        [label, *(_or_dash(row["kept_by_position"].get(name), ".0%") for name in names)]
-        for label, row in table["rows"].items()
-    ]
-    return ["variant", *names], rows
-
-
-def _lines(header: list[str], rows: list[list[str]]) -> list[str]:
-    return markdown_table(list(map(plain, header)), [list(map(plain, row)) for row in rows], numbers_from=1)
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def _count(value: int | None) -> str:
-    if value is None:
-        return "–"
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return str(value)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -82,7 +82,7 @@ class Task(Protocol):
     def loss(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
         """Mean loss of a batch over the targets that its mask leaves; pieces of a batch, and ranks, weigh alike."""
 
-    def metrics(self, model: Decoder, held_out: Any, device: torch.device) -> dict[str, dict[str, float]]:
+    def metrics(self, model: Decoder, held_out: Any) -> dict[str, dict[str, float]]:
         """What `table` lists, for each domain of this task's held-out examples."""
 
     def statistics(self, model: Decoder, examples: Any, device: torch.device) -> RouterStatistics:

@@ -18,7 +18,7 @@ from modularforge.artifacts import Corpus, derived_seed, token_file
 from modularforge.config import Config, PhaseConfig
 from modularforge.data.loader import batches, mixed_batches
 from modularforge.data.token_files import Tokens
-from modularforge.evaluation.losses import measure
+from modularforge.evaluation.scoring import measure
 from modularforge.model.backbone import Decoder, cross_entropy
 from modularforge.routing.gathering import gather_statistics
 from modularforge.routing.statistics import RouterStatistics
@@ -130,9 +130,9 @@ class TextTask:
         """Mean cross-entropy of the next token, in nats."""
         return cross_entropy(model(tensors["inputs"]), tensors["targets"])
 
-    def metrics(self, model: Decoder, held_out: HeldOutText, device: torch.device) -> dict[str, dict[str, float]]:
+    def metrics(self, model: Decoder, held_out: HeldOutText) -> dict[str, dict[str, float]]:
         """Loss, perplexity and bits per byte of each domain."""
-        limits = held_out.batch_size, held_out.tokens_per_domain, device, held_out.context_length
+        limits = held_out.batch_size, held_out.tokens_per_domain, held_out.context_length
         found = measure(model, held_out.domains, held_out.byte_lengths, *limits).domains
         return {
             label: {metric.name: getattr(item, metric.name) for metric in self.table} for label, item in found.items()

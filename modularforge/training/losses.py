@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from itertools import islice
+
 from torch import Tensor, nn
 
 from modularforge.data.loader import evaluation_batches
 from modularforge.data.token_files import Tokens
+from modularforge.evaluation.scoring import summed_loss
 from modularforge.experts.trainable import Loss, Tensors
 from modularforge.model.backbone import Decoder
 from modularforge.model.moe import load_balance_loss, observe_routing, router_z_loss
@@ -33,12 +35,6 @@ class RoutedLoss:
 
 def mean_loss(model: Decoder, tokens: Tokens, context_length: int, batch_size: int, world: World) -> float:
     """Mean loss per token of a stream in float32, its batches shared out among the ranks (called on every rank)."""
-    loss, count = 0.0, 0
-    for index, (inputs_BT, targets_BT) in enumerate(evaluation_batches(tokens, context_length, batch_size)):
-        if index % world.size == world.rank:
-            targets = targets_BT.to(world.device).flatten()
-            logits = model(inputs_BT.to(world.device)).flatten(0, 1).float()
-            loss += float(F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum"))
-            count += int((targets >= 0).sum())
-    total, tokens_seen = world.total([loss, float(count)])
+    mine = islice(evaluation_batches(tokens, context_length, batch_size), world.rank, None, world.size)
+    total, tokens_seen = world.total([*summed_loss(model, mine, world.device)])
     return total / tokens_seen

@@ -13,11 +13,11 @@ from modularforge.artifacts import Corpus
 from modularforge.calibration.calibrator import choose_parameters, split_documents
 from modularforge.config import Config
 from modularforge.data.token_files import TokenFile
-from modularforge.evaluation.losses import measure
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.pipeline import stage_url
 from modularforge.run import Run
 from modularforge.stages import calibrate, evaluate
+from tests.naive import naive_losses
 
 
 def other_calibration(finished_run: Config, folder: Path, **changes: object) -> Config:
@@ -35,7 +35,7 @@ def held_out_loss(config: Config, stage: str) -> float:
     _, decide = split_documents(corpus.tokens("validation"), corpus.labels)
     model = load_model(Run(config).require(stage).local_folder())
     limits = config.evaluation.batch_size, config.evaluation.tokens_per_domain
-    return measure(model, decide, corpus.byte_lengths, *limits, torch.device("cpu")).mean_loss
+    return naive_losses(model, decide, corpus.byte_lengths, *limits).mean_loss
 
 
 def test_a_calibration_that_hurts_is_reported_and_not_shipped(finished_run: Config, tmp_path: Path) -> None:

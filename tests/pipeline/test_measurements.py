@@ -11,9 +11,9 @@ import pytest
 from checkpoints import find_artifact, paths
 from modularforge.config import Config
 from modularforge.errors import ConfigError, DataError
-from modularforge.evaluation.report import markdown
+from modularforge.evaluation.bench import PROBE_SHARE
 from modularforge.evaluation.results import checked_results
-from modularforge.evaluation.suite import PROBE_SHARE
+from modularforge.observe.evaluation import markdown
 from modularforge.pipeline import stage_url
 from modularforge.run import Run
 from modularforge.settings import make_config

@@ -15,7 +15,7 @@ from checkpoints import open_artifact, write_artifact
 from checkpoints.errors import CorruptArtifactError
 from modularforge.config import Config, ModelConfig
 from modularforge.errors import MismatchError
-from modularforge.evaluation.losses import measure
+from modularforge.evaluation.scoring import measure
 from modularforge.model import names
 from modularforge.model.folder import backbone_tensors, load_model, save_tensors
 from modularforge.model.hub_config import moe_config, write_json
@@ -119,7 +119,7 @@ def test_losses_and_routing_are_the_same_on_demand(finished_run: Config) -> None
     tokens = {"all": torch.randint(4, 400, (600,), generator=torch.Generator().manual_seed(1)).numpy()}
     lengths = torch.ones(512, dtype=torch.int32)
     found = [
-        measure(model, tokens, lengths, 4, 500, torch.device("cpu"), 64)
+        measure(model, tokens, lengths, 4, 500, 64)
         for model in (stored.load(), load_model(stored.artifact.local_folder()))
     ]
     assert found[0].domains == found[1].domains

@@ -24,8 +24,7 @@ from modularforge.assembly.assemble import assemble as put_together
 from modularforge.calibration.calibrator import split_documents
 from modularforge.data.loader import IGNORED_TARGET, evaluation_batches
 from modularforge.errors import ConfigError
-from modularforge.evaluation.btx import build_btx, solved_router
-from modularforge.evaluation.losses import measure
+from modularforge.evaluation.baselines import build_btx, solved_router
 from modularforge.evaluation.probes import position_ranges
 from modularforge.model import names
 from modularforge.model.folder import load_model, read_tensors
@@ -42,6 +41,7 @@ from modularforge.study.table import make_table
 from modularforge.tasks.task import Examples
 from modularforge.tasks.text import TEXT
 from tests.conftest import ROOT, run_command, tiny_config
+from tests.naive import naive_losses
 
 RIDGE = {"assembly.router": "data_stats"}
 STUDY: dict[str, Any] = {
@@ -233,12 +233,12 @@ def test_each_expert_has_the_losses_that_every_other_model_is_measured_by(finish
     best: dict[str, float] = {}
     for index in range(3):
         model = backbone.expert(Run(config).require("expert", index))
-        found = measure(model, corpus.domains("test"), corpus.byte_lengths, *limits, torch.device("cpu"))
+        found = naive_losses(model, corpus.domains("test"), corpus.byte_lengths, *limits)
         row = result["experts"][f"expert-{index}"]
         assert row["mean_loss"] == pytest.approx(found.mean_loss, abs=1e-6)
         assert row["bits_per_byte"] == pytest.approx(found.mean_bits_per_byte, abs=1e-6)
-        for label, item in found.domains.items():
-            best[label] = min(item.loss, best.get(label, item.loss))
+        for label, loss in found.losses.items():
+            best[label] = min(loss, best.get(label, loss))
     oracle = result["rows"]["oracle"]
     assert oracle["mean_loss"] == pytest.approx(statistics.fmean(best.values()), abs=1e-6)
 
@@ -274,7 +274,7 @@ def test_a_domain_without_its_expert_is_measured_by_the_model_of_the_others(fini
             put_together(config, Run(config).require("backbone"), others, plain_folder(Path(folder)))
             model = load_model(Path(folder))
         limits = config.evaluation.batch_size, finished_study.study.validation_tokens_per_domain
-        alone = measure(model, {label: decide[label]}, corpus.byte_lengths, *limits, torch.device("cpu"))
+        alone = naive_losses(model, {label: decide[label]}, corpus.byte_lengths, *limits)
         assert row["domains"][label]["loss"] == pytest.approx(alone.mean_loss, abs=1e-6)
         assert row["domains"][label]["loss"] != pytest.approx(whole["domains"][label]["loss"], abs=1e-6)
     held = table_of(finished_study)["rows"]["evidence: without own expert"]["differences"]["backbone"]["text"]

@@ -11,7 +11,7 @@ import transformers
 from modularforge.artifacts import Corpus
 from modularforge.config import Config
 from modularforge.errors import DataError
-from modularforge.evaluation.chat import prepare_chat, read_questions
+from modularforge.evaluation.extras import prepare_chat, read_questions
 from modularforge.evaluation.scoring import score
 from modularforge.model.folder import load_model
 from modularforge.run import Run

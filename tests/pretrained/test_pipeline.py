@@ -19,9 +19,7 @@ from modularforge.artifacts import Backbone, Corpus
 from modularforge.calibration.calibrator import split_documents
 from modularforge.config import Config
 from modularforge.errors import ConfigError, MismatchError
-from modularforge.evaluation.generation import Sampling, generate
-from modularforge.evaluation.losses import measure
-from modularforge.evaluation.talk import load_for_generation
+from modularforge.evaluation.generation import Sampling, generate, load_for_generation
 from modularforge.model import names
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.moe import restrict_routing
@@ -31,6 +29,7 @@ from modularforge.settings import complete_config, load_config, to_yaml
 from modularforge.stages import assemble, backbone, expert
 from modularforge.stored_models import stored_model
 from tests.conftest import prepare_data, run_every_stage, tiny_values
+from tests.naive import naive_losses
 from tests.pretrained import models
 
 TOLERANCE = 1e-5
@@ -213,7 +212,7 @@ def test_calibration_is_judged_in_the_type_it_is_stored_in(run: Finished) -> Non
     _, decide = split_documents(corpus.tokens("validation"), corpus.labels)
     limits = run.config.evaluation.batch_size, run.config.evaluation.tokens_per_domain
     model = load_model(run.folder("calibrated")).float()
-    found = measure(model, decide, corpus.byte_lengths, *limits, torch.device("cpu"), models.CONTEXT).mean_loss
+    found = naive_losses(model, decide, corpus.byte_lengths, *limits, models.CONTEXT).mean_loss
     assert Run(run.config).require("calibrated").manifest.facts["loss_after"] == pytest.approx(found, abs=1e-6)
     kinds = {tensor.dtype for tensor in read_tensors(run.folder("calibrated")).values()}
     assert kinds == {tensor.dtype for tensor in read_tensors(run.folder("assembled")).values()}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modularforge.config import ModelConfig
 from modularforge.data.loader import evaluation_batches
-from modularforge.evaluation.ensemble import posterior_ensemble, target_log_probabilities, uniform_ensemble
+from modularforge.evaluation.scoring import posterior_ensemble, score_batch, uniform_ensemble
 from modularforge.model.backbone import Decoder, build_backbone
 
 K, V, T = 3, 17, 8
@@ -46,7 +46,9 @@ def naive(models: list[Decoder], weights_of: object) -> list[float]:
 
 def scores(models: list[Decoder]) -> tuple[Tensor, Tensor]:
     kept = torch.cat([targets >= 0 for _, targets in evaluation_batches(TOKENS, T, 2)])
-    return torch.stack([target_log_probabilities(model, TOKENS, T, 2, len(TOKENS)) for model in models]), kept
+    with torch.no_grad():
+        each = [[score_batch(model, *batch) for batch in evaluation_batches(TOKENS, T, 2)] for model in models]
+    return torch.stack([torch.cat(found) for found in each]), kept
 
 
 @pytest.mark.parametrize(("ensemble", "weights"), [(uniform_ensemble, "uniform"), (posterior_ensemble, "posterior")])

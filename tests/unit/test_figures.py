@@ -12,16 +12,14 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from modularforge.comparison.comparison import compare
-from modularforge.comparison.figures import MOST_PANELS, _metric_figure, _overview
-from modularforge.observe.curve_figures import curve_figures
-from modularforge.observe.heatmap_figures import evaluation_figure, routing_figures
-from modularforge.observe.metrics import METRICS
-from modularforge.observe.progress import headline, parts_of
+from modularforge.observe.canvas import colour_of, house_style
+from modularforge.observe.comparison import compare
+from modularforge.observe.completion import headline, parts_of
+from modularforge.observe.curves import MOST_PANELS, _metric_figure, _overview, curve_figures
+from modularforge.observe.evaluation_figures import evaluation_figure, routing_figures
+from modularforge.observe.metrics import CURVES
 from modularforge.observe.run import job_order, read_run
-from modularforge.observe.style import colour_of, house_style
-from modularforge.observe.timeline import timeline
-from modularforge.observe.timeline_figure import timeline_figure
+from modularforge.observe.timeline import timeline, timeline_figure
 from tests.synthetic_runs import evaluation, falling, training_line, write_metrics, write_run, write_stage
 
 BASELINES = ["dense", "soup", "joint", "btx"]
@@ -181,7 +179,7 @@ def test_every_run_of_a_comparison_is_named_and_nothing_covers_anything(tmp_path
     write_run(str(tmp_path / "third"), 6)
     (tmp_path / "third" / "metrics" / "calibration.jsonl").unlink()
     found = compare({name: read_run(str(tmp_path / name)) for name in ("first", "second", "third")})
-    for metric in METRICS:
+    for metric in CURVES:
         with house_style():
             figure = _metric_figure(found, metric)
         assert len(figure.axes) <= MOST_PANELS
@@ -200,13 +198,13 @@ def test_the_overview_shows_every_point_and_every_value_axis(tmp_path: Path) -> 
         backbone.write_text(backbone.read_text().replace("peak_memory_bytes", "other"))
     found = compare({name: read_run(str(tmp_path / name)) for name in ("a", "b")})
     with house_style():
-        figure = _overview(found, list(METRICS))
+        figure = _overview(found, list(CURVES))
     figure.canvas.draw()
     for axes in figure.axes:
         low, high = axes.get_ylim()
         assert all(low <= value <= high for line in axes.lines for value in line.get_ydata())
     labels = [axes.get_ylabel().replace("\n", " ") for axes in figure.axes if axes.axison and axes.get_ylabel()]
-    assert labels == [metric.axis for metric in METRICS]
+    assert labels == [metric.axis for metric in CURVES]
     labelled = [axes for axes in figure.axes if axes.axison and axes.get_ylabel()]
     assert all(any(tick.label1.get_visible() for tick in axes.yaxis.get_major_ticks()) for axes in labelled)
 
@@ -217,7 +215,7 @@ def test_a_zero_on_a_log_axis_does_not_stretch_the_figure(tmp_path: Path) -> Non
         (tmp_path / name / "metrics").mkdir(parents=True)
         (tmp_path / name / "metrics" / "backbone.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     runs = {name: read_run(str(tmp_path / name)) for name in ("a", "b")}
-    metric = next(metric for metric in METRICS if metric.scale == "log" and metric.column == "gradient_norm")
+    metric = next(metric for metric in CURVES if metric.scale == "log" and metric.column == "gradient_norm")
     with house_style():
         for figure in (_metric_figure(compare(runs), metric), curve_figures(runs["a"])["gradient_norm"]):
             drawn = figure.get_tightbbox(figure.canvas.get_renderer())

@@ -10,8 +10,8 @@ from markdown_it import MarkdownIt
 
 from checkpoints.markdown import code, plain, table
 from modularforge.assembly.card import _front_matter, model_card
-from modularforge.evaluation.report import markdown
-from modularforge.study.table import _lines
+from modularforge.observe.evaluation import markdown
+from modularforge.observe.table import listing
 from tests.synthetic_runs import evaluation, tiny_config
 
 HOSTILE = [
@@ -76,7 +76,7 @@ def test_ordinary_names_stay_as_they_are() -> None:
     ):
         assert plain(name) == name
     assert code("org/model") == "`org/model`"
-    assert _lines(["variant", "a"], [["x", "1"]]) == ["| variant | a |", "| --- | ---: |", "| x | 1 |"]
+    assert listing(["variant", "a"], [["x", "1"]]).markdown() == ["| variant | a |", "| --- | ---: |", "| x | 1 |"]
 
 
 def artifact(**facts: object) -> SimpleNamespace:

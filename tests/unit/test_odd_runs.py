@@ -15,21 +15,19 @@ from checkpoints import StoreError, paths
 from checkpoints.manifest import Manifest
 from launcher.events import append_event, merge_events, read_all_events
 from launcher.progress import progress_of
-from modularforge.comparison.compare import as_json
-from modularforge.comparison.comparison import compare
-from modularforge.comparison.text import as_text
 from modularforge.errors import DataError, UserError
-from modularforge.evaluation.report import markdown, print_table
 from modularforge.evaluation.results import checked_results, parse_results
 from modularforge.log import MetricsLog
-from modularforge.observe.figures import draw_run
+from modularforge.observe.canvas import house_style
+from modularforge.observe.compare import as_json, as_text
+from modularforge.observe.comparison import compare
+from modularforge.observe.completion import headline
+from modularforge.observe.evaluation import markdown, print_table
 from modularforge.observe.metrics import JobMetrics, parse_metrics
 from modularforge.observe.page import make_page
-from modularforge.observe.progress import headline
-from modularforge.observe.report import write_report
+from modularforge.observe.report import draw_run, write_report
 from modularforge.observe.run import Run, read_run
-from modularforge.observe.style import house_style
-from modularforge.observe.timeline_figure import timeline_figure
+from modularforge.observe.timeline import timeline_figure
 from tests import mutation
 from tests.synthetic_runs import evaluation, tiny_config, training_line, validation_line, write_run
 

@@ -9,10 +9,9 @@ import pytest
 
 from checkpoints import paths
 from checkpoints.names import safe_part
-from modularforge.comparison.compare import compare_runs
-from modularforge.observe.figures import Plot
+from modularforge.observe.compare import compare_runs
 from modularforge.observe.page import make_page
-from modularforge.observe.report import report_runs, write_report
+from modularforge.observe.report import Plot, report_runs, write_report
 from modularforge.observe.run import Run, read_run
 from tests import synthetic_runs
 from tests.synthetic_runs import evaluation, training_line, write_stage

@@ -90,7 +90,7 @@ def test_text_measures_what_its_table_says() -> None:
     shape = ModelConfig(width=8, layers=1, heads=2, kv_heads=2, ffn_width=8, context_length=8)
     model, tokens = build_backbone(shape, 50), np.arange(40) % 50
     held_out = HeldOutText({"law": tokens}, torch.full((50,), 2), 8, 2, 100)
-    found = TEXT.metrics(model, held_out, torch.device("cpu"))
+    found = TEXT.metrics(model, held_out)
     assert found.keys() == {"law"}
     assert list(found["law"]) == [metric.name for metric in TEXT.table]
     assert task.deciding(TEXT.table).name == "loss"

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from modularforge.config import ModelConfig
 from modularforge.evaluation import paired
-from modularforge.evaluation.findings import doubts
 from modularforge.evaluation.paired import Sums, differences, document_sums, mean_sums, paired_difference
 from modularforge.evaluation.probes import (
     UNCOUNTED,
@@ -24,6 +23,7 @@ from modularforge.evaluation.probes import (
 )
 from modularforge.evaluation.scoring import full_row, oracle, score, summarise
 from modularforge.model.backbone import build_backbone
+from modularforge.observe.findings import doubts
 
 END, T = 3, 12
 # Every token of a domain tells which it is: 100, 200 and 300 and the place in the stream; END ends documents.

@@ -16,13 +16,12 @@ from matplotlib.image import imread
 from benchmarks.report import MOST_MEGABYTES, measure, write_large_run
 from checkpoints import paths
 from modularforge.errors import DataError, UserError
-from modularforge.observe.canvas import spread
+from modularforge.observe.canvas import EXPERT_COLOURS, colour_of, spread
+from modularforge.observe.completion import duration, headline, parts_of
 from modularforge.observe.discover import choose_runs, find_runs, resolve, short_names
 from modularforge.observe.metrics import parse_metrics
-from modularforge.observe.progress import duration, headline, parts_of
 from modularforge.observe.report import write_report
 from modularforge.observe.run import Run, read_run
-from modularforge.observe.style import EXPERT_COLOURS, colour_of
 from modularforge.observe.timeline import Span, spans_of_metrics, spans_of_records, timeline
 from tests import synthetic_runs
 from tests.conftest import run_command

@@ -16,9 +16,8 @@ from modularforge.errors import ConfigError, DataError
 from modularforge.model.backbone import build_backbone
 from modularforge.observe.metrics import Curve
 from modularforge.sanity import data, model, training
-from modularforge.sanity.checks import run_checks
-from modularforge.sanity.findings import SanityError, perform
-from modularforge.sanity.hub import require_hub
+from modularforge.sanity.checks import SanityError, perform, run_checks
+from modularforge.sanity.data import require_hub
 from modularforge.sanity.node import check_network, describe_node
 from modularforge.training.distributed import World
 from tests.conftest import run_command, tiny_config
@@ -177,7 +176,7 @@ def test_a_hub_that_does_not_answer_is_told_within_seconds(
         url = "http://hub.invalid" if answer == "nowhere" else f"http://127.0.0.1:{port}"
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("modularforge.sanity.hub.SECONDS", 0.5)
+        monkeypatch.setattr("modularforge.sanity.data.HUB_SECONDS", 0.5)
         config = tiny_config(tmp_path, data={"sources": [{"name": "web", "hub": "some/corpus", "train": "train"}]},
                              experts={"count": 1})  # fmt: skip
         start = time.monotonic()

@@ -20,7 +20,7 @@ import checkpoints.cli
 import launcher.__main__
 import modularforge.cli
 from checkpoints import screen, write_artifact
-from modularforge.evaluation.report import print_table
+from modularforge.observe.evaluation import print_table
 from tests.conftest import ROOT, run_command
 from tests.synthetic_runs import evaluation
 from tests.test_imports import imports, python_files

@@ -18,8 +18,8 @@ from launcher.tasks import build_tasks
 from modularforge.config import PhaseConfig, TrainingConfig
 from modularforge.experts.trainable import trainable
 from modularforge.log import Progress, logger
-from modularforge.observe.figures import draw_run
-from modularforge.observe.progress import parts_of
+from modularforge.observe.completion import parts_of
+from modularforge.observe.report import draw_run
 from modularforge.observe.run import Run, read_run
 from modularforge.training import meter
 from modularforge.training.distributed import World
@@ -158,7 +158,7 @@ def test_the_axis_of_a_joined_baseline_ends_with_its_training(tmp_path: Path) ->
     write_metrics(str(tmp_path), "dense", dict.fromkeys(range(5, 251, 5), 5.0))
     run = read_run(str(tmp_path))
     assert isinstance(run, Run)
-    from modularforge.observe.curve_figures import curve_figures
+    from modularforge.observe.curves import curve_figures
 
     axes = curve_figures(run)["loss"].axes[0]
     assert axes.get_xlim() == (0.0, 250.0)

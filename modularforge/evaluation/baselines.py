@@ -1,16 +1,18 @@
-"""The BTX merge (arXiv 2403.07816): the branches' FFNs become experts, and all else is their mean."""
+"""Baselines that are made of what other stages trained, in memory: the BTX merge and the weight soup."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoints import Artifact
 from modularforge.artifacts import Backbone
 from modularforge.config import TRAINED_ROUTERS, Config
 from modularforge.errors import ConfigError
+from modularforge.experts.ffn import EXPERT_NAME
 from modularforge.model import names
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import fill, read_tensors
@@ -20,9 +22,10 @@ from modularforge.routing.solvers import router_rows
 
 
 def build_btx(config: Config, backbone: Backbone, branches: Sequence[Artifact]) -> Decoder:
-    """The merged model, with the router that `config.assembly` asks for, solved from the branches' statistics.
+    """The BTX merge (arXiv 2403.07816): the branches' FFNs become experts, and all else is their mean.
 
-    Raises ConfigError for routers that need more than rows (evidence) or rows that branches do not train (learned).
+    The router is the one that `config.assembly` asks for, solved from the branches' statistics. Raises ConfigError for
+    one that needs more than rows (evidence) or rows that branches do not train (learned).
     """
     if config.assembly.router in ("evidence", *TRAINED_ROUTERS):
         raise ConfigError(
@@ -52,3 +55,14 @@ def build_btx(config: Config, backbone: Backbone, branches: Sequence[Artifact]) 
 def solved_router(config: Config) -> Config:
     """The settings with a router that can be solved for branches, which train no rows, whatever the run's own is."""
     return config.model_copy(update={"assembly": config.assembly.model_copy(update={"router": "data_stats"})})
+
+
+def build_soup(backbone: Backbone, experts: Sequence[Artifact]) -> Decoder:
+    """The weight soup (arXiv 2203.05482): the backbone with the experts' mean FFN; two are in memory at a time."""
+    total: dict[str, Tensor] = {}
+    for expert in experts:
+        for name, tensor in load_file(expert.local_file(EXPERT_NAME)).items():
+            dense = names.expert_to_dense(name)
+            total[dense] = total[dense] + tensor if dense in total else tensor.float()
+    mean = {name: (tensor / len(experts)).to(backbone.tensors[name].dtype) for name, tensor in total.items()}
+    return fill(backbone.model(), {**backbone.tensors, **mean})

@@ -1,4 +1,6 @@
-"""What looks wrong in a curve: non-finite values, spikes, jumps and plateaus, each with its step.
+"""What a curve says of a training: what looks wrong in it, whether it has settled, and whether it overfits.
+
+Wrong are non-finite values, spikes, jumps and plateaus, each told with its step.
 
 Differences between neighbours are compared with what is usual around them, by robust z-scores (median and median
 absolute deviation), so that the steep beginning of a training is not taken for a fault.
@@ -11,20 +13,27 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy.ndimage import median_filter
 
 from modularforge.observe.metrics import Curve, Floats
 
 Kind = Literal["non-finite", "spike", "jump", "plateau"]
+# Robust standard deviations. Noise passes four of them somewhere in a curve of ten thousand points; six, hardly ever.
 THRESHOLD = 6.0
 # Of fewer points, the usual spread is so uncertain that one quiet curve in ten would have a spike.
 FEWEST_POINTS = 16
+# Neighbours that say what is usual: more than twice as many as the longest spike, which is then no median of them.
 WINDOW = 11
-LONGEST_SPIKE = 5
+LONGEST_SPIKE = 5  # points; what stays away for longer is a jump
 # Deviations below this share of the usual value are no anomaly, however smooth the curve is.
 SMALLEST_SHARE = 2e-3
-MAD_TO_SIGMA = 1.4826
-PLATEAU_SHARE = 0.1
-PLATEAU_TOLERANCE = 5e-3
+MAD_TO_SIGMA = 1.4826  # of normal noise: standard deviation over median absolute deviation
+PLATEAU_SHARE = 0.1  # of the points, at least; shorter rests are noise
+PLATEAU_TOLERANCE = 5e-3  # of the range of the values, for curves without noise
+# Of a loss: less is within what another seed would change, and no reason to go on or to stop.
+SETTLED_SHARE = 0.01
+RISE_SHARE = 0.01
+FEWEST_TO_SETTLE = 5  # points, so that the last two fifths have one each
 
 
 @dataclass(frozen=True)
@@ -102,14 +111,14 @@ def find_plateaus(steps: Floats, values: Floats) -> list[Anomaly]:
 
 
 def running_median(values: Floats, window: int) -> Floats:
-    """Centred median; at the start the window shrinks on both sides, so that a steep beginning is not smoothed away."""
+    """Centred median; at both ends the window shrinks, at the start on both sides: a steep beginning stays steep."""
     half = window // 2
     if len(values) <= 2 * half:
         return np.full(len(values), float(np.median(values)) if len(values) else 0.0)
-    middle = np.median(np.lib.stride_tricks.sliding_window_view(values, 2 * half + 1), axis=1)
-    start = [float(np.median(values[: 2 * i + 1])) for i in range(half)]
-    end = [float(np.median(values[i - half :])) for i in range(len(values) - half, len(values))]
-    return np.concatenate([start, middle, end])
+    smooth: Floats = median_filter(values, 2 * half + 1)
+    smooth[:half] = [np.median(values[: 2 * i + 1]) for i in range(half)]
+    smooth[-half:] = [np.median(values[i - half :]) for i in range(len(values) - half, len(values))]
+    return smooth
 
 
 def _flat_stretches(values: Floats, tolerance: float) -> list[tuple[int, int]]:
@@ -141,3 +150,52 @@ def _with_stretch(found: list[tuple[int, int]], start: int, end: int) -> list[tu
     if end - start > found[-1][1] - found[-1][0]:
         found[-1] = (start, end)
     return found
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """Relative change of the median between the last fifth of the steps and the fifth before it."""
+
+    state: Literal["improving", "settled", "worsening"]
+    change: float
+
+
+@dataclass(frozen=True)
+class Overfitting:
+    """Validation minus training loss at the first and last validation, and how far validation rose from its best."""
+
+    first_gap: float
+    final_gap: float
+    best_step: int
+    rise: float
+    is_overfitting: bool
+
+
+def convergence(curve: Curve) -> Convergence | None:
+    """Judge the end of a curve that should fall; None when it has too few points."""
+    span = curve.steps[-1] - curve.steps[0] if len(curve) else 0.0
+    last = curve.steps > curve.steps[-1] - span / 5 if len(curve) else np.empty(0, bool)
+    before = (curve.steps > curve.steps[-1] - 2 * span / 5) & ~last if len(curve) else last
+    if len(curve) < FEWEST_TO_SETTLE or not last.any() or not before.any():
+        return None
+    old, new = float(np.median(curve.values[before])), float(np.median(curve.values[last]))
+    change = (new - old) / abs(old) if old else 0.0
+    state: Literal["improving", "settled", "worsening"] = "settled"
+    if abs(change) > SETTLED_SHARE:
+        state = "improving" if change < 0 else "worsening"
+    return Convergence(state, change)
+
+
+def overfitting(training: Curve | None, validation: Curve | None) -> Overfitting | None:
+    """Compare the losses at the steps of validation; a job overfits when validation rises while training falls."""
+    if training is None or validation is None:
+        return None
+    training, validation = training.finite(), validation.finite()
+    if not len(training) or not len(validation):
+        return None
+    trained = np.interp(validation.steps, training.steps, training.values)
+    gaps = validation.values - trained
+    best = int(np.argmin(validation.values))
+    rise = float(validation.values[-1] - validation.values[best])
+    overfits = rise > RISE_SHARE * float(validation.values[best]) and trained[-1] < trained[best]
+    return Overfitting(float(gaps[0]), float(gaps[-1]), int(validation.steps[best]), rise, bool(overfits))

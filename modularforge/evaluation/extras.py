@@ -1,16 +1,19 @@
-"""Prompts with known answers, through the chat template of an instruct model: their loss, and what each model replies.
+"""What models are measured on besides the domains: text of no domain, and prompts with known answers.
 
-The template comes with the tokenizer (`chat_template.jinja`, or in `tokenizer_config.json`) and runs in Jinja's
-sandbox, as transformers runs it.
+Text of no domain, which no expert was trained on, is read like the files of a corpus and measured like its domains.
+Prompts go through the chat template of an instruct model: measured are the loss of the answers, and what each model
+replies. The template comes with the tokenizer (`chat_template.jinja`, or in `tokenizer_config.json`) and runs in
+Jinja's sandbox, as transformers runs it.
 """
 
 # R prompts  T tokens of the longest one with its answer
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,15 +25,20 @@ from tokenizers import Tokenizer
 from checkpoints.parsing import parse_json
 from checkpoints.redact import redact
 from modularforge.artifacts import Corpus
-from modularforge.data.files import read_text
+from modularforge.config import Config, SourceConfig
+from modularforge.data.files import find_files, read_text
+from modularforge.data.formats import read_file
 from modularforge.data.loader import IGNORED_TARGET
-from modularforge.data.tokenizer import PAD
+from modularforge.data.patterns import file_part
+from modularforge.data.token_files import Tokens
+from modularforge.data.tokenizer import PAD, encode_texts
 from modularforge.errors import DataError, one_line
 from modularforge.evaluation.generation import Sampling, continue_tokens
 from modularforge.evaluation.probes import CHAT, UNCOUNTED, Probe, make_probe
 from modularforge.model.backbone import Decoder
 from modularforge.yaml_text import parse_yaml
 
+Texts = dict[str, list[str]]
 TEMPLATE_NAME, SETTINGS_NAME = "chat_template.jinja", "tokenizer_config.json"
 
 
@@ -75,6 +83,27 @@ class Chat:
         return [self.tokenizer.decode(ids).strip() for ids in found]
 
 
+@dataclass(frozen=True)
+class Extras:
+    """Text of no domain, by name, and prompts with known answers."""
+
+    texts: Texts = field(default_factory=dict)
+    questions: Sequence[Question] = ()
+
+    @property
+    def identities(self) -> dict[str, str]:
+        """What they are, for the fingerprint of an evaluation; nothing where there are none."""
+        found = {"general": texts_identity(self.texts)} if self.texts else {}
+        asked = {"chat": [text for question in self.questions for text in (question.prompt, question.answer)]}
+        return found | ({"chat": texts_identity(asked)} if self.questions else {})
+
+
+def read_extras(config: Config) -> Extras:
+    """What the settings name; raises DataError where it cannot be read."""
+    chat = config.evaluation.chat
+    return Extras(read_texts(config.evaluation.general or []), read_questions(chat) if chat else ())
+
+
 def read_questions(location: str) -> list[Question]:
     """The prompts and answers of a YAML list or of JSON lines; raises DataError."""
     name, text = redact(location), "".join(read_text(location))
@@ -88,10 +117,10 @@ def read_questions(location: str) -> list[Question]:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the whole"
         raise DataError(
-            f"{name} must be a list of prompt and answer, but {place} is not so: {first['msg']:.120}; mend it there"
+            f"{name} must be a list of prompt and answer, but {place} is not so: {first['msg']:.120}; fix it there"
         ) from error
     except ValueError as error:
-        raise DataError(f"{name} must be YAML or JSON lines, but is not ({one_line(error)}); mend it there") from error
+        raise DataError(f"{name} must be YAML or JSON lines, but is not ({one_line(error)}); fix it there") from error
     if not found:
         raise DataError(f"{name} must have prompts with answers, but is empty; write some or unset evaluation.chat")
     return found
@@ -150,7 +179,7 @@ def _render(template: str, prompt: str, settings: Mapping[str, Any]) -> str:
         return engine.from_string(template).render(messages=messages, add_generation_prompt=True, **tokens)
     except (TemplateError, TypeError, ValueError) as error:
         raise DataError(
-            f"the chat template must write a prompt, but fails ({one_line(error)}); unset evaluation.chat, or mend it"
+            f"the chat template must write a prompt, but fails ({one_line(error)}); unset evaluation.chat, or fix it"
         ) from error
 
 
@@ -162,3 +191,48 @@ def _content(token: Any) -> str:
     """The text of a special token, which may be spelt as an object."""
     found = token.get("content") if isinstance(token, dict) else token
     return found if isinstance(found, str) else ""
+
+
+def read_texts(locations: Sequence[str]) -> Texts:
+    """The documents of each location (path, URL or pattern) by a short name; raises DataError where there are none."""
+    found: Texts = {}
+    for location in locations:
+        source = SourceConfig(name="general", train=location)
+        texts = [text for url in find_files(location) for text, _ in read_file(url, source) if text.strip()]
+        if not texts:
+            raise DataError(f"{redact(location)} must hold text to be measured on, but has none; name another file")
+        found[_name(location, found)] = texts
+    return found
+
+
+def texts_identity(texts: Mapping[str, Sequence[str]]) -> str:
+    """Identity of the texts, 32 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, documents in texts.items():
+        for text in (name, *documents):
+            digest.update(len(text).to_bytes(8, "big") + text.encode())
+    return digest.hexdigest()[:32]
+
+
+def token_streams(texts: Mapping[str, Sequence[str]], corpus: Corpus, max_tokens: int) -> dict[str, Tokens]:
+    """The documents as tokens one after another, each with its end, in streams of about `max_tokens`."""
+    return {
+        name: _stream(documents, corpus.tokenizer, corpus.end_token, max_tokens) for name, documents in texts.items()
+    }
+
+
+def _stream(documents: Sequence[str], tokenizer: Tokenizer, end_token: int, max_tokens: int) -> Tokens:
+    ids: list[int] = []
+    for text in documents:
+        ids += encode_texts(tokenizer, [text])[0].ids
+        ids += [end_token] if ids[-1:] != [end_token] else []
+        if len(ids) > max_tokens:
+            break
+    return np.array(ids)
+
+
+def _name(location: str, taken: Mapping[str, object]) -> str:
+    """The last part of a location without its ending; all of it where that is taken."""
+    short = file_part(redact(location)).rstrip("/").rsplit("/", 1)[-1].split(".", 1)[0]
+    name = short if short.strip("*?[]") else redact(location)
+    return name if name not in taken else redact(location)

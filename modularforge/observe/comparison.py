@@ -1,7 +1,11 @@
-"""Everything that is known of several runs side by side, as data; text, JSON and plots are made from it."""
+"""Everything that is known of several runs side by side, as data; text, JSON and plots are made from it.
+
+Runs that differ by their seed alone are one experiment done several times; their spread weighs every difference.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
@@ -9,16 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from modularforge.comparison.anomalies import Anomaly, find_anomalies
-from modularforge.comparison.learning import Convergence, Overfitting, convergence, overfitting
-from modularforge.comparison.pairs import Pair, pair_curves
-from modularforge.comparison.seeds import SeedGroups, compare_seeds
-from modularforge.comparison.statistics import Summary, summarise
-from modularforge.observe.metrics import METRICS, Curve, Metric
-from modularforge.observe.run import WORKER_NAME, Run, job_order
-from modularforge.observe.tables import flatten
+from modularforge.observe.anomalies import Anomaly, Convergence, Overfitting, convergence, find_anomalies, overfitting
+from modularforge.observe.divergence import Pair, Summary, pair_curves, summarise, welch_interval
+from modularforge.observe.metrics import CURVES, Curve, Metric
+from modularforge.observe.run import WORKER_NAME, Run, flatten, job_order
 
 MEANS = {"expert": "mean expert", "branch": "mean branch"}
+# Where a run lies and runs says nothing of what it computes.
 PLACES = ("name", "output_dir", "data_dir", "launcher", "cluster")
 
 
@@ -42,6 +43,27 @@ class JobComparison:
     name: str
     metrics: dict[str, MetricComparison]
     overfitting: dict[str, Overfitting]
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """Final validation losses of one job in one group."""
+
+    job: str
+    group: str
+    losses: list[float]
+    mean: float
+    standard_deviation: float
+    difference: float | None
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class SeedGroups:
+    """Groups by the name of their first run, and the results by job; differences are from the first group."""
+
+    groups: dict[str, list[str]]
+    results: list[SeedResult]
 
 
 @dataclass(frozen=True)
@@ -135,7 +157,7 @@ def differing_settings(runs: Mapping[str, Run]) -> dict[str, dict[str, str]]:
 def _compare_job(job: str, curves: Mapping[str, dict[str, dict[str, Curve]]], band: float) -> JobComparison:
     columns = {name: jobs[job] for name, jobs in curves.items() if job in jobs}
     metrics = {}
-    for metric in METRICS:
+    for metric in CURVES:
         found = {name: curve for name, own in columns.items() if (curve := own.get(metric.column)) and len(curve)}
         if found:
             metrics[metric.column] = _compare_metric(metric, found, list(curves), band)
@@ -173,3 +195,46 @@ def _order(job: str) -> tuple[float, int, str]:
     """As the pipeline runs them, a mean before its members."""
     kind = next((kind for kind, mean in MEANS.items() if mean == job), None)
     return (job_order(f"{kind}-0")[0] - 0.5, 0, job) if kind else job_order(job)
+
+
+def compare_seeds(runs: Mapping[str, Run], losses: Mapping[str, Mapping[str, float]]) -> SeedGroups | None:
+    """Means over seeds and the Welch interval of their difference; None when no group has several seeds."""
+    groups = group_by_settings(runs)
+    if all(len(members) < 2 for members in groups.values()):
+        return None
+    return SeedGroups(groups, [result for job, found in losses.items() for result in _seed_results(job, found, groups)])
+
+
+def group_by_settings(runs: Mapping[str, Run]) -> dict[str, list[str]]:
+    """Names of runs with the same settings but for the seed; a run without known settings or seed stands alone.
+
+    A run that repeats a seed is no further seed (its code may be another): second runs are a group of their own.
+    """
+    groups: list[tuple[str, dict[Any, str]]] = []
+    for name, run in runs.items():
+        seed = run.setting("seed", -1)
+        key = f"alone: {name}" if seed < 0 else json.dumps(_without_seed(run.config), sort_keys=True)
+        group = next((members for other, members in groups if other == key and seed not in members), None)
+        if group is None:
+            group = {}
+            groups.append((key, group))
+        group[seed] = name
+    return {next(iter(members.values())): list(members.values()) for _, members in groups}
+
+
+def _seed_results(job: str, losses: Mapping[str, float], groups: dict[str, list[str]]) -> list[SeedResult]:
+    values = {group: np.array([losses[name] for name in names if name in losses]) for group, names in groups.items()}
+    values = {group: found for group, found in values.items() if len(found)}
+    reference = next(iter(groups))
+    results = []
+    for group, found in values.items():
+        spread = float(found.std(ddof=1)) if len(found) > 1 else 0.0
+        against = None if group == reference else values.get(reference)
+        difference = None if against is None else float(found.mean() - against.mean())
+        interval = None if against is None else welch_interval(against, found)
+        results.append(SeedResult(job, group, found.tolist(), float(found.mean()), spread, difference, interval))
+    return results
+
+
+def _without_seed(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in (*PLACES, "seed")}

@@ -1,7 +1,8 @@
-"""Heat maps: where the routers send tokens, and perplexity by model and domain."""
+"""Figures of what was measured: routing and perplexity as heat maps, and the rows of a study as a dot plot."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,17 +10,38 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from checkpoints.screen import breakable, short
-from modularforge.observe.canvas import new_figure, plain
+from modularforge.observe.canvas import (
+    EXPERT_COLOURS,
+    GREY,
+    INK,
+    PALE,
+    PAPER,
+    WIDTH_INCHES,
+    colour_of,
+    house_style,
+    new_figure,
+    png_bytes,
+)
 from modularforge.observe.metrics import Floats
 from modularforge.observe.run import Run
-from modularforge.observe.style import INK, PAPER, WIDTH_INCHES, colour_of
+from modularforge.observe.table import rough
 
+# As many as have room in a figure of our width: columns with numbers in them, of two maps beside each other, and rows.
 WRITTEN_COLUMNS = 16
 COLUMNS_SIDE_BY_SIDE = 9
 SHOWN_EXPERTS = 12
 # Longer names would lie upon each other; the table has them whole. Of a row's name, and of all columns' together, which
 # are smaller where there are many of them.
 LABEL_CHARACTERS, HEADER_CHARACTERS, SMALL_HEADER_CHARACTERS, LARGE_HEADERS = 15, 72, 96, 7
+LINE_INCHES, MARGINS_INCHES = 0.3, 1.3
+LANDMARKS = ("backbone", "dense", "joint")
+COLOURS = {
+    "assembled": EXPERT_COLOURS[0],
+    **dict.fromkeys(("btx", "btx_trained"), EXPERT_COLOURS[3]),
+    **dict.fromkeys(("joint", "joint_evidence"), EXPERT_COLOURS[4]),
+    "experts": EXPERT_COLOURS[2],
+}
+MARKERS = {"assembled": "o", "btx": "^", "btx_trained": "^", "joint": "D", "joint_evidence": "d", "experts": "v"}
 
 
 def routing_figures(run: Run) -> dict[str, Figure]:
@@ -91,7 +113,7 @@ def evaluation_figure(run: Run) -> Figure | None:
     axes.imshow(change, aspect="auto", cmap="PuOr_r", norm=TwoSlopeNorm(0, -reach, reach))
     for (row, column), percent in np.ndenumerate(change):
         colour, weight = PAPER if abs(percent) > 0.6 * reach else INK, "bold" if column == len(domains) else "normal"
-        value = plain(float(perplexities[row, column]))
+        value = rough(float(perplexities[row, column]))
         axes.text(column, row, value, ha="center", va="center", color=colour, fontweight=weight)
     _name_columns(axes, domains)
     axes.set_yticks(range(len(names)), names)
@@ -155,3 +177,48 @@ def _no_frame(axes: Any) -> None:
     axes.set_yticks([place - 0.5 for place in range(1, int(axes.get_ylim()[0] + 0.5))], minor=True)
     axes.grid(visible=True, which="minor", axis="both", color=PAPER, linewidth=2)
     axes.tick_params(which="minor", length=0)
+
+
+def draw_study(table: Mapping[str, Any]) -> bytes:
+    """PNG of all rows of a study, the best at the top: a dot at the mean, small marks for the seeds.
+
+    Dashed lines show the backbone, the dense and the joint model.
+    """
+    rows = sorted(table["rows"].items(), key=lambda item: float(item[1]["mean_loss"]), reverse=True)
+    with house_style():
+        height = MARGINS_INCHES + LINE_INCHES * len(rows)
+        figure = new_figure(WIDTH_INCHES, height)
+        axes = figure.subplots()
+        figure.subplots_adjust(left=0.34, right=0.93, top=1 - 0.7 / height, bottom=0.6 / height)
+        for place, (_, row) in enumerate(rows):
+            _draw_variant(axes, place, row)
+        _draw_landmarks(axes, rows)
+        axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+        axes.set_ylim(-0.8, len(rows) - 0.2)
+        axes.grid(visible=False, axis="y")
+        axes.grid(visible=True, axis="x", color=PALE)
+        axes.tick_params(axis="y", length=0, labelsize=11)
+        axes.set_xlabel(f"mean {table['split']} loss (nats per token; lower is better)")
+        return png_bytes(figure)
+
+
+def _draw_variant(axes: Any, place: int, row: Mapping[str, Any]) -> None:
+    colour, marker = COLOURS.get(row["kind"], GREY), MARKERS.get(row["kind"], "s")
+    losses = list(row["losses"].values())
+    if len(losses) > 1:
+        axes.plot([min(losses), max(losses)], [place, place], color=colour, linewidth=1.4, alpha=0.6)
+        axes.plot(losses, [place] * len(losses), "|", color=colour, markersize=8)
+    axes.plot([row["mean_loss"]], [place], marker, color=colour, markersize=7)
+    style: dict[str, Any] = {"va": "center", "fontsize": 11, "color": INK, "annotation_clip": False}
+    axes.annotate(f"{row['mean_loss']:.3f}", (1, place), (8, 0), ("axes fraction", "data"), "offset points", **style)
+
+
+def _draw_landmarks(axes: Any, rows: list[tuple[str, Mapping[str, Any]]]) -> None:
+    """Lines at the landmarks; their names stand at heights of their own, because the lines may be close together."""
+    style: dict[str, Any] = {"ha": "center", "fontsize": 11, "color": GREY}
+    for height, kind in enumerate(LANDMARKS):
+        found = next((row for _, row in reversed(rows) if row["kind"] == kind), None)
+        if found:
+            place = (found["mean_loss"], 1)
+            axes.axvline(found["mean_loss"], color=GREY, linewidth=1.1, linestyle=(0, (3, 3)), zorder=0)
+            axes.annotate(kind, place, (0, 3 + 14 * height), ("data", "axes fraction"), "offset points", **style)

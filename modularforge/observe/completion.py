@@ -8,6 +8,7 @@ from typing import Literal
 from modularforge.config import TRAINED_ON_ALL, joined_batches
 from modularforge.observe.metrics import JobMetrics
 from modularforge.observe.run import MOST_EXPERTS, STAGE_OF_JOB, WORKER_NAME, Run
+from modularforge.observe.table import duration
 
 State = Literal["finished", "running", "silent", "waiting"]
 # A job that has written no line for this long has probably stopped: longer than a validation and a checkpoint take.
@@ -18,7 +19,7 @@ TRAINING_SECTIONS: dict[str, str] = {
     "calibrated": "calibration",
 }
 MOST_STEPS, MOST_JOINED = 10**12, 10**6  # so that no recorded number keeps us counting
-LONGEST_SECONDS = 1e9
+LONGEST_SECONDS = 1e9  # 30 years: a speed of nearly nothing, and no number that a date cannot hold
 
 
 @dataclass(frozen=True)
@@ -129,17 +130,3 @@ def _going_on(part: Part) -> str:
     of = f" of {part.steps}" if part.steps else ""
     note = f" ({part.note})" if part.note else ""
     return f"{part.name} is at step {part.step}{of}{note}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: `42 s`, `7 min`, `3 h 20 min`, `2 d 4 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
-    days, hours = divmod(hours, 24)
-    return f"{days} d {hours} h" if hours else f"{days} d"
