@@ -34,11 +34,10 @@ from modularforge.model.folder import load_model
 from modularforge.model.hub_config import CONFIG_NAME, end_tokens, read_config
 from modularforge.routing.gathering import gather_statistics
 from modularforge.tasks.task import Batch
-from modularforge.tasks.text import TEXT, text_batches
+from modularforge.tasks.text import TEXT, TextValidation, text_batches
 from modularforge.training.backbone_job import save_backbone, train_backbone
 from modularforge.training.distributed import World, default_device
 from modularforge.training.job import Job
-from modularforge.training.losses import mean_loss
 
 __all__ = ["Evaluator", "LayerNormCalibrator", "ModuleTrainer", "SharedTrainer", "StreamingAssembler"]
 
@@ -70,7 +69,6 @@ class SharedTrainer:
         the start again when they end. Metrics and checkpoints go to `output_dir`; a second call continues there.
         """
         world = World(device=default_device())
-        held_out = list(validation_loader)
         job = Job(
             "backbone",
             self.config.backbone,
@@ -80,13 +78,8 @@ class SharedTrainer:
             paths.join(output_dir, "metrics", "backbone.jsonl"),
         )
 
-        def validate(model: Decoder) -> float:
-            batches = [batch.to(world.device) for batch in held_out]
-            losses = [float(cross_entropy(model(ids_BT[:, :-1]), ids_BT[:, 1:])) for ids_BT in batches]
-            return sum(losses) / len(losses)
-
         examples, sizes = _Loaded(train_loader), (self.config, self.vocab_size)
-        self.model, losses = train_backbone(*sizes, TEXT.loss, job, examples, validate, world)
+        self.model, losses = train_backbone(*sizes, TEXT.loss, job, examples, _Held(list(validation_loader)), world)
         self._sample = [ids_BT[:, :-1] for ids_BT in itertools.islice(train_loader, 8)]
         return losses
 
@@ -122,8 +115,8 @@ class ModuleTrainer:
         job = Job(name, self.config.experts, self.config.training, metrics_url=metrics)
         examples = TEXT.part_of(self.config, tokens, index)
         expert = ExpertJob(self.config, index, self.backbone, TEXT, examples, world.device)
-        limits = self.config.model.context_length, self.config.evaluation.batch_size, world
-        model, losses = train_expert(expert, lambda model: mean_loss(model, held_out, *limits), job, world)
+        validation = TextValidation(held_out, self.config.model.context_length, self.config.evaluation.batch_size)
+        model, losses = train_expert(expert, validation, job, world)
         settings = {"experts": self.config.experts.model_dump()}
         with write_artifact(paths.join(output_dir, name), "expert", f"notebook-{index}", settings) as writer:
             return writer.commit({**losses, **save_expert(expert, model, writer.folder)})
@@ -210,6 +203,19 @@ class _Loaded:
     def batches(self, position: Any = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """All batches from that number on."""
         return text_batches(_forever(self.loader, position))
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Batches of ids [B, T + 1] to validate on, which weigh alike."""
+
+    batches: list[Tensor]
+
+    def summed_loss(self, model: Decoder, rank: int = 0, ranks: int = 1) -> tuple[float, float]:
+        """Sum of the batches' mean losses, and the number of batches."""
+        batches = [ids_BT.to(model.lm_head.weight.device) for ids_BT in self.batches]
+        losses = [float(cross_entropy(model(ids_BT[:, :-1]), ids_BT[:, 1:])) for ids_BT in batches]
+        return sum(losses), float(len(losses))
 
 
 def _forever(loader: Iterable[Tensor], position: int) -> Iterator[tuple[Tensor, Tensor, int]]:

@@ -91,7 +91,6 @@ RULES = {
     # Of kinds and tasks, the pages alone that say what one answers.
     "modularforge/training": lambda module: (
         not within(module, *ABOVE, *rooms("calibration", "evaluation", "experts", "tasks"))
-        or within(module, "modularforge.evaluation.scoring")  # the one scorer, which knows models and windows alone
         or one_of(module, {"modularforge.experts.trainable", "modularforge.tasks.task"})
     ),
     "launcher": lambda module: one_of(module, TORCH_FREE_FOR_LAUNCHER) or within(module, "launcher", "checkpoints"),
