@@ -1,6 +1,6 @@
 """ModularForge trains one mixture-of-experts language model as many independent jobs.
 
-The classes below are the notebook's way in; they load torch only when they are first used.
+What is below is the notebook's way in; it loads torch only when it is first used.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
         ModuleTrainer,
         SharedTrainer,
         StreamingAssembler,
+        open_run,
     )
 
-__version__ = "0.1.0"
-__all__ = ["Evaluator", "LayerNormCalibrator", "ModuleTrainer", "SharedTrainer", "StreamingAssembler"]
+__version__ = "0.2.0"
+__all__ = ["Evaluator", "LayerNormCalibrator", "ModuleTrainer", "SharedTrainer", "StreamingAssembler", "open_run"]
 
 
 def __getattr__(name: str) -> Any:

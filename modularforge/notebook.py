@@ -1,14 +1,19 @@
-"""The pipeline from Python, for notebooks: thin classes over the machinery that the stages use.
+"""The pipeline from Python, for notebooks.
 
-What they write are the same artifacts as the commands write, checked and loaded in the same way.
+`open_run` gives a run of a settings file, whose stages are made and found as the commands make and find them. The
+classes are for texts and loaders of one's own, over the machinery that the stages use. What they write are the same
+artifacts, under the same fingerprints where they were made from the same settings and inputs: an expert of a
+partition's very texts, put where a run looks for it, is that run's expert.
 """
 
 # B batch  T tokens
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,30 +23,57 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from checkpoints import Artifact, open_artifact, paths, write_artifact
+from checkpoints import Artifact, ArtifactWriter, open_artifact, paths, write_artifact
 from modularforge.artifacts import Backbone, derived_seed
 from modularforge.assembly.assemble import assemble
 from modularforge.calibration.calibrator import Calibration, calibrate, even_mixture, write_calibrated
 from modularforge.config import Config
-from modularforge.data.token_files import Tokens
+from modularforge.data.token_files import Tokens, token_dtype
 from modularforge.data.tokenizer import token_byte_lengths
 from modularforge.errors import ConfigError, DataError
 from modularforge.evaluation.scoring import Measurement, measure
 from modularforge.experts.job import save_expert, train_expert
 from modularforge.experts.kind import ExpertJob
+from modularforge.facts import fact
 from modularforge.model.backbone import Decoder, cross_entropy
 from modularforge.model.folder import load_model
 from modularforge.model.hub_config import CONFIG_NAME, end_tokens, read_config
+from modularforge.pipeline import JobName, Plan, stage_settings
 from modularforge.routing.gathering import gather_statistics
+from modularforge.run import Run
+from modularforge.settings import load_config
 from modularforge.tasks.task import Batch
-from modularforge.tasks.text import TEXT, TextValidation, text_batches
+from modularforge.tasks.text import TEXT, text_batches
 from modularforge.training.backbone_job import save_backbone, train_backbone
 from modularforge.training.distributed import World, default_device
 from modularforge.training.job import Job
+from modularforge.training.losses import mean_loss
 
-__all__ = ["Evaluator", "LayerNormCalibrator", "ModuleTrainer", "SharedTrainer", "StreamingAssembler"]
+__all__ = ["Evaluator", "LayerNormCalibrator", "ModuleTrainer", "SharedTrainer", "StreamingAssembler", "open_run"]
 
 Texts = Sequence[str]
+
+
+def open_run(path: str, changes: Mapping[str, Any] | None = None, output_dir: str | None = None) -> Run:
+    """The run of a settings file, with `changes` by dotted name; raises ConfigError.
+
+    `run.make("corpus")`, `run.make("expert", 3)` and so on make a stage unless it is there; `run.require("expert", 3)`,
+    `run.corpus` and `run.backbone` give what is there.
+    """
+    return Run(load_config(path, list((changes or {}).items()), output_dir=output_dir))
+
+
+def _plan(config: Config, stage: str, url: str, inputs: dict[str, str]) -> Plan:
+    """What a stage of a run with these settings and inputs would be, at a place of its own."""
+    return Plan(stage, url, stage_settings(config, stage), inputs)
+
+
+def _writing(plan: Plan) -> AbstractContextManager[ArtifactWriter]:
+    return write_artifact(plan.url, plan.stage, plan.fingerprint, plan.settings, plan.inputs)
+
+
+def _identity(values: np.ndarray[Any, Any]) -> str:
+    return hashlib.sha256(values.tobytes()).hexdigest()[:32]
 
 
 def encode(tokenizer: Tokenizer, texts: Texts, end_token: int) -> Tokens:
@@ -59,6 +91,7 @@ class SharedTrainer:
         self.vocab_size = vocab_size or config.data.vocab_size
         self.model: Decoder | None = None
         self._sample: list[Tensor] = []
+        self._seen = ""
 
     def train(
         self, train_loader: Iterable[Tensor], validation_loader: Iterable[Tensor], output_dir: str
@@ -69,6 +102,7 @@ class SharedTrainer:
         the start again when they end. Metrics and checkpoints go to `output_dir`; a second call continues there.
         """
         world = World(device=default_device())
+        held_out = list(validation_loader)
         job = Job(
             "backbone",
             self.config.backbone,
@@ -78,17 +112,26 @@ class SharedTrainer:
             paths.join(output_dir, "metrics", "backbone.jsonl"),
         )
 
+        def validate(model: Decoder) -> float:
+            batches = [batch.to(world.device) for batch in held_out]
+            losses = [float(cross_entropy(model(ids_BT[:, :-1]), ids_BT[:, 1:])) for ids_BT in batches]
+            return sum(losses) / len(losses)
+
         examples, sizes = _Loaded(train_loader), (self.config, self.vocab_size)
-        self.model, losses = train_backbone(*sizes, TEXT.loss, job, examples, _Held(list(validation_loader)), world)
-        self._sample = [ids_BT[:, :-1] for ids_BT in itertools.islice(train_loader, 8)]
+        self.model, losses = train_backbone(*sizes, TEXT.loss, job, examples, validate, world)
+        first = list(itertools.islice(train_loader, 8))
+        self._sample = [ids_BT[:, :-1] for ids_BT in first]
+        self._seen = _identity(np.concatenate([ids_BT.numpy().ravel() for ids_BT in first]))
         return losses
 
     def save(self, path: str, tokenizer: Tokenizer | None = None) -> Artifact:
-        """Commit the backbone as a Hugging Face folder at `path`, with the tokenizer when it is given."""
+        """Commit the backbone as a Hugging Face folder at `path`, with the tokenizer when it is given.
+
+        Of a loader nobody knows all that it gave: the first batches stand for it in the backbone's identity.
+        """
         if self.model is None:
             raise ConfigError("SharedTrainer must be trained before it is saved, but is not; call train first")
-        settings = {"backbone": self.config.backbone.model_dump(), "model": self.config.model.model_dump()}
-        with write_artifact(path, "backbone", f"notebook-{self.config.seed}", settings) as writer:
+        with _writing(_plan(self.config, "backbone", path, {"loader": self._seen})) as writer:
             statistics = gather_statistics(self.model, self._sample, World().device)
             facts = save_backbone(self.config, self.model, writer.folder, tokenizer, statistics)
             return writer.commit(facts)
@@ -108,17 +151,18 @@ class ModuleTrainer:
 
     def train(self, index: int, texts: Texts, validation_texts: Texts, output_dir: str) -> Artifact:
         """Train expert `index`; its result does not depend on the other experts."""
-        world, name = World(device=default_device()), f"expert-{index}"
+        world, name = World(device=default_device()), str(JobName("expert", index))
         end = _end_token(self.backbone.values)
         tokens, held_out = (encode(self.tokenizer, chosen, end) for chosen in (texts, validation_texts))
         metrics = paths.join(output_dir, "metrics", f"{name}.jsonl")
         job = Job(name, self.config.experts, self.config.training, metrics_url=metrics)
         examples = TEXT.part_of(self.config, tokens, index)
         expert = ExpertJob(self.config, index, self.backbone, TEXT, examples, world.device)
-        validation = TextValidation(held_out, self.config.model.context_length, self.config.evaluation.batch_size)
-        model, losses = train_expert(expert, validation, job, world)
-        settings = {"experts": self.config.experts.model_dump()}
-        with write_artifact(paths.join(output_dir, name), "expert", f"notebook-{index}", settings) as writer:
+        limits = self.config.model.context_length, self.config.evaluation.batch_size, world
+        model, losses = train_expert(expert, lambda model: mean_loss(model, held_out, *limits), job, world)
+        kind = token_dtype(self.tokenizer.get_vocab_size())  # as a partition's file has them
+        inputs = {"backbone": self.backbone.artifact.manifest.fingerprint, "partition": _identity(tokens.astype(kind))}
+        with _writing(_plan(self.config, "expert", paths.join(output_dir, name), inputs)) as writer:
             return writer.commit({**losses, **save_expert(expert, model, writer.folder)})
 
 
@@ -133,8 +177,12 @@ class StreamingAssembler:
         experts = self.config.experts.model_copy(update={"count": len(expert_paths)})
         config = self.config.model_copy(update={"experts": experts})
         artifacts = [open_artifact(path) for path in expert_paths]
-        with write_artifact(output_dir, "assembled", "notebook", config.assembly.model_dump()) as writer:
-            facts = assemble(config, open_artifact(shared_path), artifacts, writer)
+        backbone = open_artifact(shared_path)
+        names = [str(JobName("expert", fact(artifact, "index"))) for artifact in artifacts]
+        inputs = {name: artifact.manifest.fingerprint for name, artifact in zip(names, artifacts, strict=True)}
+        inputs["backbone"] = backbone.manifest.fingerprint
+        with _writing(_plan(config, "assembled", output_dir, inputs)) as writer:
+            facts = assemble(config, backbone, artifacts, writer)
             return writer.commit(facts)
 
 
@@ -160,7 +208,8 @@ class LayerNormCalibrator:
         seed = derived_seed(self.config.seed, "calibration order")
         result = calibrate(model, self.config, even_mixture({"": fitted}), {"": decide}, job, seed)
         if output_dir is not None and result.kept:
-            with write_artifact(output_dir, "calibrated", "notebook") as writer:
+            inputs = {"assembled": artifact.manifest.fingerprint, "texts": _identity(np.concatenate([decide, fitted]))}
+            with _writing(_plan(self.config, "calibrated", output_dir, inputs)) as writer:
                 write_calibrated(artifact, result, writer, self.config.assembly.max_shard_bytes)
                 writer.commit({"kept": True, "loss_before": result.before, "loss_after": result.after})
         return result
@@ -203,19 +252,6 @@ class _Loaded:
     def batches(self, position: Any = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """All batches from that number on."""
         return text_batches(_forever(self.loader, position))
-
-
-@dataclass(frozen=True)
-class _Held:
-    """Batches of ids [B, T + 1] to validate on, which weigh alike."""
-
-    batches: list[Tensor]
-
-    def summed_loss(self, model: Decoder, rank: int = 0, ranks: int = 1) -> tuple[float, float]:
-        """Sum of the batches' mean losses, and the number of batches."""
-        batches = [ids_BT.to(model.lm_head.weight.device) for ids_BT in self.batches]
-        losses = [float(cross_entropy(model(ids_BT[:, :-1]), ids_BT[:, 1:])) for ids_BT in batches]
-        return sum(losses), float(len(losses))
 
 
 def _forever(loader: Iterable[Tensor], position: int) -> Iterator[tuple[Tensor, Tensor, int]]:

@@ -91,7 +91,11 @@ RULES = {
     # Of kinds and tasks, the pages alone that say what one answers.
     "modularforge/training": lambda module: (
         not within(module, *ABOVE, *rooms("calibration", "evaluation", "experts", "tasks"))
-        or one_of(module, {"modularforge.experts.trainable", "modularforge.tasks.task"})
+        # Of evaluation the one scorer, which knows models and windows alone.
+        or one_of(
+            module,
+            {"modularforge.experts.trainable", "modularforge.tasks.task", "modularforge.evaluation.scoring"},
+        )
     ),
     "launcher": lambda module: one_of(module, TORCH_FREE_FOR_LAUNCHER) or within(module, "launcher", "checkpoints"),
 }

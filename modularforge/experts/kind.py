@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from checkpoints import Artifact
 from modularforge.errors import MismatchError
@@ -68,19 +68,23 @@ class Kind:
 
         Everything random follows from torch's global generator, which is seeded by the expert's index.
         """
-        return cast("Trainable", import_module(self.training).prepare(expert))
+        found: Trainable = import_module(self.training).prepare(expert)
+        return found
 
     def save(self, expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:
         """Write a trained expert, and what routers are solved from; returns facts of this kind for the manifest."""
-        return cast("dict[str, Any]", import_module(self.training).save(expert, model, folder))
+        facts: dict[str, Any] = import_module(self.training).save(expert, model, folder)
+        return facts
 
     def load(self, backbone: Backbone, artifact: Artifact) -> Decoder:
         """How one expert runs alone."""
-        return cast("Decoder", import_module(self.training).load(backbone, artifact))
+        model: Decoder = import_module(self.training).load(backbone, artifact)
+        return model
 
     def calibrates(self, model: Decoder, settings: CalibrationConfig) -> Mapping[str, nn.Parameter]:
         """The parameters of an assembled model that a calibration may touch, by name; raises ConfigError for none."""
-        return cast("Mapping[str, nn.Parameter]", import_module(self.training).calibrates(model, settings))
+        found: Mapping[str, nn.Parameter] = import_module(self.training).calibrates(model, settings)
+        return found
 
     def freezes(self, name: str) -> bool:
         """Whether a tensor of the backbone stays as it is in every expert; its hash is recorded, and then compared."""
@@ -91,7 +95,8 @@ class Kind:
 
         Raises ConfigError or MismatchError when they cannot.
         """
-        return cast("Merged", import_module(self.merging).merge(config, backbone, experts, scratch))
+        merged: Merged = import_module(self.merging).merge(config, backbone, experts, scratch)
+        return merged
 
     def part_of(self, name: str) -> str:
         """The weight file that a tensor of the assembled model belongs to, when every part has one."""

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
-from scipy.linalg import solve
 
 from checkpoints import Artifact
 from modularforge.config import TRAINED_ROUTERS, Config, ModelConfig
@@ -132,6 +131,8 @@ def ridge(statistics: Iterable[LayerStatistics], penalty: float, temperature: fl
     target_ED = (means_ED - means_ED.mean(axis=0)) / experts
     second_DD[np.diag_indices(width)] += penalty * np.trace(second_DD) / width
     # Its transpose is the same matrix in LAPACK's order, so that it is solved in place.
+    from scipy.linalg import solve
+
     rows_ED: Array = solve(second_DD.T, target_ED.T, overwrite_a=True, assume_a="pos").T / temperature
     return rows_ED
 

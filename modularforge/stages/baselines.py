@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from checkpoints import Artifact
-from modularforge.artifacts import derived_seed, token_file
+from modularforge.artifacts import derived_seed, even_streams, token_file
 from modularforge.assembly.card import special_tokens
 from modularforge.config import Config
 from modularforge.evaluation.baselines import build_btx, solved_router
@@ -81,7 +81,7 @@ def joint(run: Run) -> Artifact:
 
     def start() -> Start:
         model = _joint_model(run)
-        return Start(_routed(run, model), partial(save_mixture, model, run.backbone))
+        return Start(trainable(model, _routed_loss(run, model)), partial(save_mixture, model, run.backbone))
 
     return _train_on_all(run, "joint", start)
 
@@ -106,17 +106,15 @@ def joint_evidence(run: Run) -> Artifact:
     return _train_on_all(run, "joint_evidence", start)
 
 
+def _routed_loss(run: Run, model: Decoder) -> RoutedLoss:
+    return RoutedLoss(model, task_of(run.config).loss, run.config.experts.z_loss, run.config.joint.balance_loss)
+
+
 def _joint_model(run: Run) -> Decoder:
     config, backbone = run.config, run.backbone
     torch.manual_seed(derived_seed(config.seed, "joint weights"))
     shape = config.joint_experts, config.assembly.experts_per_token
     return build_joint(backbone.tensors, backbone.values, *shape, config.joint.freeze_shared)
-
-
-def _routed(run: Run, model: Decoder) -> Trainable:
-    """A mixture whose router is trained: with the losses that keep its logits small and its experts in use."""
-    z_loss, balance = run.config.experts.z_loss, run.config.joint.balance_loss
-    return trainable(model, RoutedLoss(model, task_of(run.config).loss, z_loss, balance))
 
 
 def _tables(run: Run) -> bytes:
@@ -141,14 +139,17 @@ def branch(run: Run, index: int) -> Artifact:
     if found := run.finished(plan):
         logger.info("%s is finished: %s", name, plan.url)
         return found
-    task = task_of(config)
+    task, phase, context = task_of(config), config.experts, config.model.context_length
     examples = task.part(config, run.require("partitions"), index)
-    phase, context = config.experts, config.model.context_length
-    held_out = task.validation(config, run.corpus)
+    held_out = even_streams(run.corpus.domains("validation"), config.training.validation_tokens)
     job = Job.of_run(config, str(name), phase, plan.fingerprint)
     model = run.backbone.model().float()
     with joined_world() as world:
-        losses = fit(trainable(model, task.loss), examples, job, partial(mean_loss, model, held_out, world), world)
+
+        def validate() -> float:
+            return mean_loss(model, held_out, context, config.evaluation.batch_size, world)
+
+        losses = fit(trainable(model, task.loss), examples, job, validate, world)
         if world.is_main:
             with making(plan) as writer:
                 save_trained_on(model, run.backbone, writer.folder)
@@ -167,7 +168,7 @@ def btx(run: Run) -> Artifact:
         # A copy: these tensors become the parameters, and training must not reach the backbone's.
         model = copy.deepcopy(build_btx(solved_router(config), run.backbone, run.require_each("branch"))).float()
         choose_trained(model, config.btx.trains)
-        return Start(_routed(run, model), partial(save_mixture, model, run.backbone))
+        return Start(trainable(model, _routed_loss(run, model)), partial(save_mixture, model, run.backbone))
 
     return _train_on_all(run, "btx", start, skipped_windows=config.experts.steps * config.experts.batch_size)
 
@@ -186,12 +187,20 @@ def _train_on_all(run: Run, name: str, start: Callable[[], Start], skipped_windo
         logger.info("%s baseline is finished: %s", name, plan.url)
         return found
     phase, context = _phase(config, name), config.model.context_length
-    held_out = task_of(config).validation(config, run.corpus)
+    held_out = even_streams(run.corpus.domains("validation"), config.training.validation_tokens)
     job = Job.of_run(config, name, phase, plan.fingerprint)
-    examples = task_of(config).mixture(config, run.require("partitions"), name, phase, skipped_windows)
     begun = start()
+    model, examples = (
+        begun.trainable.model,
+        task_of(config).mixture(config, run.require("partitions"), name, phase, skipped_windows),
+    )
+    assert isinstance(model, Decoder)
     with joined_world() as world:
-        losses = fit(begun.trainable, examples, job, partial(mean_loss, begun.trainable.model, held_out, world), world)
+
+        def validate() -> float:
+            return mean_loss(model, held_out, context, config.evaluation.batch_size, world)
+
+        losses = fit(begun.trainable, examples, job, validate, world)
         if world.is_main:
             with making(plan) as writer:
                 begun.save(writer.folder)

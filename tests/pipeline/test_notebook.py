@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from modularforge import Evaluator, LayerNormCalibrator, ModuleTrainer, SharedTrainer, StreamingAssembler
+from modularforge import Evaluator, LayerNormCalibrator, ModuleTrainer, SharedTrainer, StreamingAssembler, open_run
+from modularforge.artifacts import token_file
 from modularforge.config import Config
 from modularforge.data.tokenizer import train_tokenizer
 from modularforge.errors import ConfigError
 from modularforge.model.folder import load_model
+from modularforge.run import Run
+from modularforge.settings import to_yaml
 from tests.conftest import tiny_config
 
 TEXTS = {
@@ -59,3 +63,29 @@ def test_from_texts_to_an_evaluated_model(config: Config, tmp_path: Path) -> Non
 def test_saving_before_training_is_refused(config: Config, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="call train first"):
         SharedTrainer(config).save(str(tmp_path / "x"))
+
+
+def test_what_a_notebook_made_of_a_partitions_texts_is_the_runs_own(finished_run: Config, tmp_path: Path) -> None:
+    """The same settings and inputs have the same fingerprint, whoever trains: the pipeline goes on from there."""
+    shutil.copytree(Path(finished_run.output_dir), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/experts/expert-1")
+    run = Run(finished_run.model_copy(update={"output_dir": str(tmp_path / "run")}))
+    file = token_file(run.require("partitions"), "partition-1")
+    texts = [run.corpus.tokenizer.decode(file.document(index).tolist()) for index in range(file.num_documents)]
+    trainer = ModuleTrainer(run.config, run.url("backbone"), run.corpus.tokenizer)
+    made = trainer.train(1, texts, texts[:2], str(tmp_path / "run/experts"))
+    found, theirs = run.require("expert", 1), Run(finished_run).require("expert", 1)
+    assert found.url == made.url
+    assert found.manifest.files["expert.safetensors"] == theirs.manifest.files["expert.safetensors"]
+    paths_of = [run.url("expert", index) for index in range(3)]
+    assembled = StreamingAssembler(run.config).assemble(run.url("backbone"), paths_of, str(tmp_path / "again"))
+    assert assembled.manifest.fingerprint == Run(finished_run).require("assembled").manifest.fingerprint
+
+
+def test_a_notebook_opens_a_run_of_a_settings_file(finished_run: Config, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(finished_run))
+    run = open_run(str(path), {"evaluation.sample_tokens": 4})
+    assert run.make("expert", 2).url == run.require("expert", 2).url
+    assert run.backbone.model().vocab_size == run.corpus.vocab_size
+    assert open_run(str(path), output_dir=str(tmp_path / "new")).artifact("backbone") is None

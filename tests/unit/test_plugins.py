@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
-from importlib import import_module
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,19 +61,6 @@ def test_own_tables_name_what_there_is() -> None:
             assert plugins.find(group, own, name, "plug").name == name
 
 
-@pytest.mark.parametrize("row", [*kind.OWN.values(), "tests.gains_kind:GAINS"])
-def test_modules_of_a_kind_answer_what_its_page_says(row: str) -> None:
-    """Functions are found by name when they are called, so a misspelt one would be met only then."""
-    found = EntryPoint("", row, kind.GROUP).load()
-    methods = {name: method for name, method in vars(kind.Kind).items() if inspect.isfunction(method)}
-    answers = {name: method for name, method in methods.items() if not name.startswith("_")}
-    assert len(answers) == 7
-    for name, method in answers.items():
-        module = import_module(found.merging if name in ("freezes", "merge", "part_of") else found.training)
-        wanted = list(inspect.signature(method).parameters)[1:]
-        assert list(inspect.signature(getattr(module, name)).parameters) == wanted, f"{module.__name__}.{name}"
-
-
 def test_experts_of_several_kinds_make_no_model(tmp_path: Path) -> None:
     def expert(url: str, **facts: str) -> SimpleNamespace:
         return SimpleNamespace(url=url, manifest=SimpleNamespace(facts=facts))
@@ -105,7 +90,7 @@ def test_text_measures_what_its_table_says() -> None:
     shape = ModelConfig(width=8, layers=1, heads=2, kv_heads=2, ffn_width=8, context_length=8)
     model, tokens = build_backbone(shape, 50), np.arange(40) % 50
     held_out = HeldOutText({"law": tokens}, torch.full((50,), 2), 8, 2, 100)
-    found = TEXT.metrics(model, held_out)
+    found = TEXT.metrics(model, held_out, torch.device("cpu"))
     assert found.keys() == {"law"}
     assert list(found["law"]) == [metric.name for metric in TEXT.table]
     assert task.deciding(TEXT.table).name == "loss"
