@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import rooms as picture
 from tests.conftest import ROOT
 
 PROJECT = ("modularforge", "launcher", "checkpoints")
@@ -170,3 +171,9 @@ def test_importing_loads_neither_torch_nor_network_code(module: str) -> None:
     program = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_picture_of_the_rooms_is_of_this_code() -> None:
+    """Accept a change on purpose with `python -m tests.rooms`."""
+    page = picture.PAGE.read_text(encoding="utf-8")
+    assert picture.with_picture(page) == page
