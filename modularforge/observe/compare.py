@@ -13,19 +13,12 @@ from checkpoints.screen import literal
 from modularforge.errors import ConfigError
 from modularforge.log import json_safe
 from modularforge.observe.anomalies import Anomaly, Convergence, Overfitting
-from modularforge.observe.comparison import (
-    Comparison,
-    JobComparison,
-    MetricComparison,
-    compare,
-    kind_of,
-    without_members,
-)
+from modularforge.observe.comparison import Comparison, JobComparison, MetricComparison, compare
 from modularforge.observe.completion import headline
 from modularforge.observe.curves import draw_comparison
 from modularforge.observe.discover import short_names
 from modularforge.observe.divergence import CAVEAT, Pair
-from modularforge.observe.run import read_run
+from modularforge.observe.run import kind_of, read_run, without_members
 from modularforge.observe.table import Column, Table, listing, name_column, number, of
 
 DEFAULT_FOLDER = "runs/comparisons"

@@ -6,7 +6,7 @@ Runs that differ by their seed alone are one experiment done several times; thei
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -16,9 +16,8 @@ import numpy as np
 from modularforge.observe.anomalies import Anomaly, Convergence, Overfitting, convergence, find_anomalies, overfitting
 from modularforge.observe.divergence import Pair, Summary, pair_curves, summarise, welch_interval
 from modularforge.observe.metrics import CURVES, Curve, Metric
-from modularforge.observe.run import WORKER_NAME, Run, flatten, job_order
+from modularforge.observe.run import MEANS, Run, flatten, job_order, kind_of
 
-MEANS = {"expert": "mean expert", "branch": "mean branch"}
 # Where a run lies and runs says nothing of what it computes.
 PLACES = ("name", "output_dir", "data_dir", "launcher", "cluster")
 
@@ -113,19 +112,6 @@ def curves_of(run: Run) -> dict[str, dict[str, Curve]]:
             columns = set.intersection(*(set(curves) for curves in members))
             found[mean] = {column: mean_curve([curves[column] for curves in members]) for column in columns}
     return found
-
-
-def kind_of(job: str) -> str | None:
-    """`expert` or `branch` for one of many such jobs, else None."""
-    match = WORKER_NAME.fullmatch(job)
-    return match[1] if match else None
-
-
-def without_members(jobs: Iterable[str], most: int) -> list[str]:
-    """Jobs without the single experts, or branches, where there are more than `most` and their mean is there."""
-    names = list(jobs)
-    many = {kind for kind in MEANS if sum(kind_of(name) == kind for name in names) > most and MEANS[kind] in names}
-    return [name for name in names if kind_of(name) not in many]
 
 
 def mean_curve(curves: list[Curve]) -> Curve:

@@ -7,7 +7,7 @@ figure with one panel per job, and an overview shows all metrics.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -28,11 +28,13 @@ from modularforge.observe.canvas import (
     shape_axis,
     shape_steps,
 )
-from modularforge.observe.comparison import Comparison, MetricComparison, kind_of, without_members
 from modularforge.observe.completion import parts_of
 from modularforge.observe.metrics import CURVES, Curve, Floats, Metric
-from modularforge.observe.run import STAGE_OF_JOB, WORKER_NAME, Run
+from modularforge.observe.run import STAGE_OF_JOB, WORKER_NAME, Run, kind_of, without_members
 from modularforge.observe.table import rough
+
+if TYPE_CHECKING:  # the report of a run compares nothing, and need not wait for scipy
+    from modularforge.observe.comparison import Comparison, MetricComparison
 
 PANELS = ("backbone", "experts", "branches", "baselines", "calibration")
 PANEL_OF_JOB = {"expert": "experts", "branch": "branches", **dict.fromkeys((*TRAINED_ON_ALL, "btx"), "baselines")}

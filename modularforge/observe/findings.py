@@ -15,6 +15,7 @@ from modularforge.observe.table import MISSING, Column, Table, count, fixed, lis
 
 Results = Mapping[str, Any]
 Rows = Mapping[str, Any]
+# Each kind of text that models are measured on: how tables call it, and how a sentence does.
 PROBES = {
     "text": "text",
     "switch": "behind a switch",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -34,6 +35,8 @@ MOST_EXPERTS, MOST_COUNT = 10_000, 2**53  # what is read may be wrong, and is co
 JOB_ORDER = {
     name: order for order, name in enumerate(("backbone", "expert", *TRAINED_ON_ALL, "branch", "btx", "calibration"))
 }
+# What the mean over all experts, or branches, is called, which is compared as a job of its own.
+MEANS = {"expert": "mean expert", "branch": "mean branch"}
 # The job that trains a stage bears the stage's name, but for this one.
 STAGE_OF_JOB = {"calibration": "calibrated"}
 
@@ -178,6 +181,19 @@ def job_order(name: str) -> tuple[int, int, str]:
     match = WORKER_NAME.fullmatch(name)
     kind, index = (match[1], int(match[2])) if match else (name, 0)
     return JOB_ORDER.get(kind, len(JOB_ORDER)), index, name
+
+
+def kind_of(job: str) -> str | None:
+    """`expert` or `branch` for one of many such jobs, else None."""
+    match = WORKER_NAME.fullmatch(job)
+    return match[1] if match else None
+
+
+def without_members(jobs: Iterable[str], most: int) -> list[str]:
+    """Jobs without the single experts, or branches, where there are more than `most` and their mean is there."""
+    names = list(jobs)
+    many = {kind for kind in MEANS if sum(kind_of(name) == kind for name in names) > most and MEANS[kind] in names}
+    return [name for name in names if kind_of(name) not in many]
 
 
 def _read_evaluation(artifacts: dict[str, Artifact], problems: list[str]) -> dict[str, Any] | None:

@@ -138,19 +138,19 @@ class RunBench:
 
     def _measure_model(self, variant: Variant, config: Config, parts: Mapping[str, Artifact]) -> dict[str, Any]:
         model, calibration = build_model(self.run, config, variant, parts), None
-        if variant.calibrate:
+        if variant.options.calibrate:
             fresh = build_model(self.run, config, variant, parts)
             model, calibration = calibrate_model(self.run, config, model, fresh)
         scores = self.bench.score(model)
         row = self.bench.summarise(scores) | sizes_of(model)
-        row["training_tokens"] = training_tokens(config, variant.kind, variant.calibrate)
+        row["training_tokens"] = training_tokens(config, variant.kind, variant.options.calibrate)
         about = {name: row[name] for name in ("parameters", "active_parameters", "flops_per_token", "training_tokens")}
         result: dict[str, Any] = {"rows": {"": row}, "calibration": calibration}
-        if variant.carry:
+        if variant.options.carry:
             result["rows"][CARRIED] = self.bench.summarise({**scores, TEXT: self.bench.carried(model)}) | about
-        if variant.without:
+        if variant.options.without:
             result["rows"][WITHOUT] = self._without(variant, config, parts) | about
-        if variant.removal:
+        if variant.options.removal:
             result["removal"] = self._removal(config, model, row)
         return result
 

@@ -59,7 +59,7 @@ def choose_variants(runs: Runs, split: Split, only: Sequence[str]) -> list[Varia
     """The variants to measure: those named (or whose entry is), else all, on the test split the final ones."""
     variants = variants_of(runs.study)
     if not only:
-        return [variant for variant in variants if variant.final or split == "validation"]
+        return [variant for variant in variants if variant.options.final or split == "validation"]
     for name in only:
         if not any(name in (variant.name, variant.entry) for variant in variants):
             known = ", ".join(runs.study.variants)
@@ -112,15 +112,15 @@ def result_plan(
         "split": bench.split,
         "tokens_per_domain": bench.limit,
         "batch_size": config.evaluation.batch_size,
-        "calibrate": variant.calibrate,
-        "removal": variant.removal,
-        "without": variant.without,
-        **({"carry": True} if variant.carry else {}),
+        "calibrate": variant.options.calibrate,
+        "removal": variant.options.removal,
+        "without": variant.options.without,
+        **({"carry": True} if variant.options.carry else {}),
         "seed": seed,
     }
     if variant.kind in ROUTED:
         settings |= stage_settings(config, "assembled")
-    if variant.calibrate:
+    if variant.options.calibrate:
         settings |= {**stage_settings(config, "calibrated"), "decided_on": _limit(runs, config, "validation")}
     inputs = {name: artifact.manifest.fingerprint for name, artifact in parts.items()}
     inputs["corpus"] = contents(bench.run.corpus.artifact)

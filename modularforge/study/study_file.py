@@ -45,6 +45,12 @@ NEEDS: dict[str, str | None] = {
     "assembled": "expert",
 }
 ROUTED = ("assembled", "btx")
+# Kinds that an option is for, and what the others lack.
+ONLY_FOR = {
+    "calibrate": ((*ROUTED, "joint"), "which has no router"),
+    "carry": (("assembled", "joint_evidence"), "which reads no text to route"),
+    "removal": ((*ROUTED, "joint"), "which has no router"),
+}
 OPEN_SECTIONS = ("assembly.", "calibration.")
 MOST_IN_GRID = 1000  # more is a slip in a list, and would be measured for days
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -114,15 +120,15 @@ class Variant:
 
     name: str
     entry: str
-    kind: Kind
+    options: VariantEntry
     recipe: str
     settings: dict[str, Any]
-    calibrate: bool
-    removal: bool
-    without: bool
-    carry: bool
-    final: bool
     seeds: tuple[int, ...]
+
+    @property
+    def kind(self) -> Kind:
+        """What is measured."""
+        return self.options.kind
 
 
 def load_study(path: str, output_dir: str | None = None) -> StudyFile:
@@ -143,9 +149,7 @@ def variants_of(study: StudyFile) -> list[Variant]:
         recipes = _recipes(study, entry)
         for recipe, (ending, settings) in itertools.product(recipes, _grid(entry.set)):
             full = "-".join([*([recipe] if isinstance(entry.recipe, list) else []), name, *ending])
-            flags = (entry.calibrate, entry.removal, entry.without, entry.carry, entry.final)
-            seeds = tuple(entry.seeds or study.seeds)
-            found.append(Variant(full, name, entry.kind, recipe, settings, *flags, seeds))
+            found.append(Variant(full, name, entry, recipe, settings, tuple(entry.seeds or study.seeds)))
     return found
 
 
@@ -193,11 +197,8 @@ def _problems(study: StudyFile) -> Iterator[str]:
                     f"variants.{name}.set must name settings of assembly or calibration, but names {setting}; "
                     "what changes training belongs into a recipe"
                 )
-        if entry.calibrate and entry.kind not in (*ROUTED, "joint"):
-            yield f"variants.{name}.calibrate must be false for kind {entry.kind}, which has no router; remove it"
         if entry.without and (entry.kind != "assembled" or entry.calibrate):
             yield f"variants.{name}.without must be false but for kind assembled without calibrate; remove it"
-        if entry.carry and entry.kind not in ("assembled", "joint_evidence"):
-            yield f"variants.{name}.carry must be false for kind {entry.kind}, which reads no text to route; remove it"
-        if entry.removal and entry.kind not in (*ROUTED, "joint"):
-            yield f"variants.{name}.removal must be false for kind {entry.kind}, which has no router; remove it"
+        for option, (kinds, why) in ONLY_FOR.items():
+            if getattr(entry, option) and entry.kind not in kinds:
+                yield f"variants.{name}.{option} must be false for kind {entry.kind}, {why}; remove it"

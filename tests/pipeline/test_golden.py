@@ -6,7 +6,7 @@ import pytest
 
 from tests import golden
 
-EVERY_TIME = ("quickstart", golden.ANCHORED)
+EVERY_TIME = ("quickstart", golden.ANCHORED, golden.FIFTY_STEPS)
 
 
 @pytest.mark.parametrize(

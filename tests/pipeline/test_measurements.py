@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from checkpoints import find_artifact, paths
-from modularforge.config import Config
+from modularforge.config import Config, PhaseConfig
 from modularforge.errors import ConfigError, DataError
 from modularforge.evaluation.bench import PROBE_SHARE
 from modularforge.evaluation.results import checked_results
@@ -69,6 +69,18 @@ def test_the_chosen_model_is_held_against_every_other_one(results: dict[str, Any
     report = (folder / "report.md").read_text()
     for title in ("behind a switch", "By position in the window", "By distance from the switch"):
         assert title in report
+
+
+def test_training_tokens_are_of_all_that_a_model_is_made_of(results: dict[str, Any], finished_run: Config) -> None:
+    def tokens(phase: PhaseConfig) -> int:
+        return phase.steps * phase.batch_size * finished_run.model.context_length
+
+    backbone, expert = tokens(finished_run.backbone), tokens(finished_run.experts)
+    every = backbone + finished_run.experts.count * expert
+    expected = dict.fromkeys(("dense", "soup", "oracle", "assembled"), every)
+    expected |= {"backbone": backbone, "expert-1": backbone + expert}
+    expected["calibrated"] = every + tokens(finished_run.calibration)
+    assert {name: results["models"][name]["training_tokens"] for name in expected} == expected
 
 
 def test_results_of_an_older_version_are_read_and_reported() -> None:

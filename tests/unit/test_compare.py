@@ -15,10 +15,10 @@ from scipy import stats
 from modularforge.observe import divergence
 from modularforge.observe.anomalies import convergence, find_anomalies, overfitting, running_median
 from modularforge.observe.compare import as_text
-from modularforge.observe.comparison import MEANS, compare, compare_seeds, group_by_settings
+from modularforge.observe.comparison import compare, compare_seeds, group_by_settings
 from modularforge.observe.divergence import pair_curves
 from modularforge.observe.metrics import Curve
-from modularforge.observe.run import Run, read_run
+from modularforge.observe.run import MEANS, Run, read_run
 from tests.conftest import run_command
 from tests.synthetic_runs import falling, validation_line, write_metrics, write_run
 

@@ -21,9 +21,12 @@ from modularforge.evaluation.probes import (
     switch_probe,
     text_probe,
 )
-from modularforge.evaluation.scoring import full_row, oracle, score, summarise
+from modularforge.evaluation.scoring import even_loss, full_row, measure, oracle, score, summarise
 from modularforge.model.backbone import build_backbone
 from modularforge.observe.findings import doubts
+from modularforge.training.distributed import World
+from modularforge.training.losses import mean_loss
+from tests.naive import naive_losses
 
 END, T = 3, 12
 # Every token of a domain tells which it is: 100, 200 and 300 and the place in the stream; END ends documents.
@@ -132,6 +135,22 @@ def test_the_scorer_gives_what_a_model_gives_each_target() -> None:
             assert row["domains"][label]["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
             assert row["domains"][label]["tokens"] == len(losses)
         assert row["mean_loss"] == pytest.approx(np.mean([np.mean(losses) for losses in naive.values()]), abs=1e-5)
+
+
+def test_what_training_sums_by_batch_is_what_the_scorer_gives_by_target() -> None:
+    torch.manual_seed(0)
+    model = build_backbone(ModelConfig(width=8, layers=1, heads=2, kv_heads=1, ffn_width=12, context_length=T), 400)
+    lengths, limit = torch.full((400,), 3), 30
+    found, naive = (call(model, STREAMS, lengths, 2, limit) for call in (measure, naive_losses))
+    assert even_loss(model, STREAMS, T, 2, limit) == pytest.approx(found.mean_loss, abs=1e-6)
+    assert found.mean_loss == pytest.approx(naive.mean_loss, abs=1e-6)
+    assert found.mean_bits_per_byte == pytest.approx(naive.mean_bits_per_byte, abs=1e-6)
+    for label, domain in found.domains.items():
+        alone = mean_loss(model, STREAMS[label][: limit + 1], T, 2, World())
+        assert domain.loss == pytest.approx(alone, abs=1e-6)
+        assert domain.perplexity == pytest.approx(math.exp(alone), rel=1e-5)
+        assert (domain.tokens, domain.bytes) == (min(limit, len(STREAMS[label]) - 1), 3 * domain.tokens)
+    assert found.routing == {}, "a model without routers visits no expert"
 
 
 def scores_of(probe: Probe, seed: int) -> Tensor:
