@@ -43,11 +43,10 @@ from modularforge.routing.gathering import gather_statistics
 from modularforge.run import Run
 from modularforge.settings import load_config
 from modularforge.tasks.task import Batch
-from modularforge.tasks.text import TEXT, text_batches
+from modularforge.tasks.text import TEXT, TextValidation, text_batches
 from modularforge.training.backbone_job import save_backbone, train_backbone
 from modularforge.training.distributed import World, default_device
 from modularforge.training.job import Job
-from modularforge.training.losses import mean_loss
 
 __all__ = ["Evaluator", "LayerNormCalibrator", "ModuleTrainer", "SharedTrainer", "StreamingAssembler", "open_run"]
 
@@ -102,7 +101,6 @@ class SharedTrainer:
         the start again when they end. Metrics and checkpoints go to `output_dir`; a second call continues there.
         """
         world = World(device=default_device())
-        held_out = list(validation_loader)
         job = Job(
             "backbone",
             self.config.backbone,
@@ -112,13 +110,8 @@ class SharedTrainer:
             paths.join(output_dir, "metrics", "backbone.jsonl"),
         )
 
-        def validate(model: Decoder) -> float:
-            batches = [batch.to(world.device) for batch in held_out]
-            losses = [float(cross_entropy(model(ids_BT[:, :-1]), ids_BT[:, 1:])) for ids_BT in batches]
-            return sum(losses) / len(losses)
-
         examples, sizes = _Loaded(train_loader), (self.config, self.vocab_size)
-        self.model, losses = train_backbone(*sizes, TEXT.loss, job, examples, validate, world)
+        self.model, losses = train_backbone(*sizes, TEXT.loss, job, examples, _Held(list(validation_loader)), world)
         first = list(itertools.islice(train_loader, 8))
         self._sample = [ids_BT[:, :-1] for ids_BT in first]
         self._seen = _identity(np.concatenate([ids_BT.numpy().ravel() for ids_BT in first]))
@@ -158,8 +151,8 @@ class ModuleTrainer:
         job = Job(name, self.config.experts, self.config.training, metrics_url=metrics)
         examples = TEXT.part_of(self.config, tokens, index)
         expert = ExpertJob(self.config, index, self.backbone, TEXT, examples, world.device)
-        limits = self.config.model.context_length, self.config.evaluation.batch_size, world
-        model, losses = train_expert(expert, lambda model: mean_loss(model, held_out, *limits), job, world)
+        validation = TextValidation(held_out, self.config.model.context_length, self.config.evaluation.batch_size)
+        model, losses = train_expert(expert, validation, job, world)
         kind = token_dtype(self.tokenizer.get_vocab_size())  # as a partition's file has them
         inputs = {"backbone": self.backbone.artifact.manifest.fingerprint, "partition": _identity(tokens.astype(kind))}
         with _writing(_plan(self.config, "expert", paths.join(output_dir, name), inputs)) as writer:
@@ -252,6 +245,19 @@ class _Loaded:
     def batches(self, position: Any = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """All batches from that number on."""
         return text_batches(_forever(self.loader, position))
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Batches of ids [B, T + 1] to validate on, which weigh alike."""
+
+    batches: list[Tensor]
+
+    def summed_loss(self, model: Decoder, rank: int = 0, ranks: int = 1) -> tuple[float, float]:
+        """Sum of the batches' mean losses, and the number of batches."""
+        batches = [ids_BT.to(model.lm_head.weight.device) for ids_BT in self.batches]
+        losses = [float(cross_entropy(model(ids_BT[:, :-1]), ids_BT[:, 1:])) for ids_BT in batches]
+        return sum(losses), float(len(losses))
 
 
 def _forever(loader: Iterable[Tensor], position: int) -> Iterator[tuple[Tensor, Tensor, int]]:

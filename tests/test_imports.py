@@ -89,11 +89,7 @@ RULES = {
     # Of kinds and tasks, the pages alone that say what one answers.
     "modularforge/training": lambda module: (
         not within(module, *ABOVE, *rooms("calibration", "evaluation", "experts", "tasks"))
-        # Of evaluation the one scorer, which knows models and windows alone.
-        or one_of(
-            module,
-            {"modularforge.experts.trainable", "modularforge.tasks.task", "modularforge.evaluation.scoring"},
-        )
+        or one_of(module, {"modularforge.experts.trainable", "modularforge.tasks.task"})
     ),
     "launcher": lambda module: one_of(module, TORCH_FREE_FOR_LAUNCHER) or within(module, "launcher", "checkpoints"),
 }

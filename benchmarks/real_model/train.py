@@ -25,7 +25,7 @@ from modularforge.experts.kind import ExpertJob
 from modularforge.experts.trainable import trainable
 from modularforge.model.backbone import Decoder
 from modularforge.run import Run
-from modularforge.tasks.text import TEXT, MixedText
+from modularforge.tasks.text import TEXT, MixedText, TextValidation
 from modularforge.training.backbone_job import save_trained_on
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
@@ -81,14 +81,8 @@ class Trainings:
             held_out = self._validation(index)
             job = Job(f"expert-{index} at {trial.rate:g}", config.experts, config.training)
             expert = ExpertJob(config, index, self.backbone, TEXT, TEXT.part_of(config, tokens, index), WORLD.device)
-            validate = partial(
-                mean_loss,
-                tokens=held_out,
-                context_length=CONTEXT,
-                batch_size=config.evaluation.batch_size,
-                world=WORLD,
-            )
-            _, found = train_expert(expert, validate, job, WORLD)
+            validation = TextValidation(held_out, CONTEXT, config.evaluation.batch_size)
+            _, found = train_expert(expert, validation, job, WORLD)
             losses.append(float(found["validation_loss"] or 0.0))
         return sum(losses) / len(losses)
 
@@ -128,7 +122,8 @@ class Trainings:
         trained = with_adapters(model) if kind == "lora" else model
         held_out = even_streams(self.corpus.domains("validation"), len(DOMAINS) * self.scale.validation_tokens)
         job = Job(f"{kind} at {trial.rate:g}, batch {trial.batch}", phase, config.training)
-        validate = partial(mean_loss, trained, held_out, CONTEXT, config.evaluation.batch_size, WORLD)
+        validation = TextValidation(held_out, CONTEXT, config.evaluation.batch_size)
+        validate = partial(mean_loss, trained, validation, WORLD)
         losses = fit(trainable(trained, TEXT.loss), self._windows(config, phase), job, validate, WORLD)
         return (merged(trained) if kind == "lora" else model), float(losses["validation_loss"] or 0.0)
 

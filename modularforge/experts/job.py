@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,26 @@ from torch import nn
 from checkpoints.safetensors import WEIGHTS_NAME
 from modularforge.artifacts import derived_seed
 from modularforge.experts.kind import KIND_FACT, ExpertJob, frozen_hashes, kind_of
+from modularforge.tasks.task import Validation
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
+from modularforge.training.losses import mean_loss
 
 
 def train_expert(
-    expert: ExpertJob, validate: Callable[[Any], float], job: Job, world: World
+    expert: ExpertJob, held_out: Validation, job: Job, world: World
 ) -> tuple[nn.Module, dict[str, float | None]]:
     """A trained expert in its own model, and its final losses (called on every rank).
 
-    `validate` gives the validation loss of that model. Everything random follows from the seed and the index, so the
-    order and company of experts do not matter.
+    Everything random follows from the seed and the index, so the order and company of experts do not matter.
     """
     config = expert.config
     # A partition that fills no batch is refused before anything is computed.
     next(expert.examples.batches(0, world.rank, world.size))
     torch.manual_seed(derived_seed(config.seed, "expert weights", expert.index))
     trained = kind_of(config).prepare(expert)
-    return trained.model, fit(trained, expert.examples, job, lambda: validate(trained.model), world)
+    return trained.model, fit(trained, expert.examples, job, partial(mean_loss, trained.model, held_out, world), world)
 
 
 def save_expert(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from checkpoints import Artifact
 from modularforge.errors import MismatchError
@@ -68,23 +68,19 @@ class Kind:
 
         Everything random follows from torch's global generator, which is seeded by the expert's index.
         """
-        found: Trainable = import_module(self.training).prepare(expert)
-        return found
+        return cast("Trainable", import_module(self.training).prepare(expert))
 
     def save(self, expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:
         """Write a trained expert, and what routers are solved from; returns facts of this kind for the manifest."""
-        facts: dict[str, Any] = import_module(self.training).save(expert, model, folder)
-        return facts
+        return cast("dict[str, Any]", import_module(self.training).save(expert, model, folder))
 
     def load(self, backbone: Backbone, artifact: Artifact) -> Decoder:
         """How one expert runs alone."""
-        model: Decoder = import_module(self.training).load(backbone, artifact)
-        return model
+        return cast("Decoder", import_module(self.training).load(backbone, artifact))
 
     def calibrates(self, model: Decoder, settings: CalibrationConfig) -> Mapping[str, nn.Parameter]:
         """The parameters of an assembled model that a calibration may touch, by name; raises ConfigError for none."""
-        found: Mapping[str, nn.Parameter] = import_module(self.training).calibrates(model, settings)
-        return found
+        return cast("Mapping[str, nn.Parameter]", import_module(self.training).calibrates(model, settings))
 
     def freezes(self, name: str) -> bool:
         """Whether a tensor of the backbone stays as it is in every expert; its hash is recorded, and then compared."""
@@ -95,8 +91,7 @@ class Kind:
 
         Raises ConfigError or MismatchError when they cannot.
         """
-        merged: Merged = import_module(self.merging).merge(config, backbone, experts, scratch)
-        return merged
+        return cast("Merged", import_module(self.merging).merge(config, backbone, experts, scratch))
 
     def part_of(self, name: str) -> str:
         """The weight file that a tensor of the assembled model belongs to, when every part has one."""

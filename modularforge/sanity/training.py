@@ -15,7 +15,7 @@ from modularforge.observe.metrics import Curve, parse_metrics
 from modularforge.sanity.checks import SanityError
 from modularforge.sanity.data import require_hub, sample_texts, tokenise_sample
 from modularforge.sanity.model import small_model
-from modularforge.tasks.text import TEXT, TextExamples
+from modularforge.tasks.text import TEXT, TextExamples, TextValidation
 from modularforge.training.distributed import World, default_device
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
@@ -42,7 +42,7 @@ def check_training(config: Config, quick: bool) -> Iterator[str]:
             trainable(model, TEXT.loss),
             TextExamples(tokens, shape.context_length, BATCH, config.seed, "the sample"),
             _job(config, size["steps"], str(path)),
-            lambda: mean_loss(model, held_out, shape.context_length, BATCH, world),
+            lambda: mean_loss(model, TextValidation(held_out, shape.context_length, BATCH), world),
             world,
         )
         curve = parse_metrics("sanity", path.read_bytes()).curves["loss"]

@@ -6,9 +6,7 @@ With `model.pretrained` it starts from that model, and with `backbone.steps` 0 i
 from __future__ import annotations
 
 from checkpoints import Artifact
-from modularforge.artifacts import even_streams
 from modularforge.log import logger
-from modularforge.model.backbone import Decoder
 from modularforge.model.hub_config import TOKENIZER_NAME, read_config, special_ids
 from modularforge.pretrained.fetch import local_model
 from modularforge.pretrained.shape import check_shape
@@ -20,7 +18,6 @@ from modularforge.tasks.task import task_of
 from modularforge.training.backbone_job import save_backbone, train_backbone
 from modularforge.training.distributed import joined_world
 from modularforge.training.job import Job
-from modularforge.training.losses import mean_loss
 
 
 def run(run: Run) -> Artifact:
@@ -29,22 +26,18 @@ def run(run: Run) -> Artifact:
     if found := run.finished(plan):
         logger.info("backbone is finished: %s", plan.url)
         return found
-    corpus, task, context = run.corpus, task_of(config), config.model.context_length
+    corpus, task = run.corpus, task_of(config)
     examples = task.everything(config, corpus)
-    held_out = even_streams(corpus.domains("validation"), config.training.validation_tokens)
+    held_out = task.validation(config, corpus)
     job = Job.of_run(config, "backbone", config.backbone, plan.fingerprint)
     with joined_world() as world:
         if world.is_main:
             save_settings(config)
-
-        def validate(model: Decoder) -> float:
-            return mean_loss(model, held_out, context, config.evaluation.batch_size, world)
-
         pretrained = local_model(config.model.pretrained) if config.model.pretrained else None
         if pretrained is not None:  # resolved settings are not compared with it where they are read
             check_shape(config.model.model_dump(mode="json"), read_config(pretrained), str(config.model.pretrained))
         sizes = config, corpus.vocab_size
-        model, losses = train_backbone(*sizes, task.loss, job, examples, validate, world, pretrained)
+        model, losses = train_backbone(*sizes, task.loss, job, examples, held_out, world, pretrained)
         if world.is_main:
             with making(plan) as writer:
                 statistics = task.statistics(model, examples, world.device)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from checkpoints import Artifact
-from modularforge.artifacts import derived_seed, even_streams, token_file
+from modularforge.artifacts import derived_seed, token_file
 from modularforge.assembly.card import special_tokens
 from modularforge.config import Config
 from modularforge.evaluation.baselines import build_btx, solved_router
@@ -141,15 +141,11 @@ def branch(run: Run, index: int) -> Artifact:
         return found
     task, phase, context = task_of(config), config.experts, config.model.context_length
     examples = task.part(config, run.require("partitions"), index)
-    held_out = even_streams(run.corpus.domains("validation"), config.training.validation_tokens)
+    held_out = task.validation(config, run.corpus)
     job = Job.of_run(config, str(name), phase, plan.fingerprint)
     model = run.backbone.model().float()
     with joined_world() as world:
-
-        def validate() -> float:
-            return mean_loss(model, held_out, context, config.evaluation.batch_size, world)
-
-        losses = fit(trainable(model, task.loss), examples, job, validate, world)
+        losses = fit(trainable(model, task.loss), examples, job, partial(mean_loss, model, held_out, world), world)
         if world.is_main:
             with making(plan) as writer:
                 save_trained_on(model, run.backbone, writer.folder)
@@ -187,20 +183,12 @@ def _train_on_all(run: Run, name: str, start: Callable[[], Start], skipped_windo
         logger.info("%s baseline is finished: %s", name, plan.url)
         return found
     phase, context = _phase(config, name), config.model.context_length
-    held_out = even_streams(run.corpus.domains("validation"), config.training.validation_tokens)
+    held_out = task_of(config).validation(config, run.corpus)
     job = Job.of_run(config, name, phase, plan.fingerprint)
     begun = start()
-    model, examples = (
-        begun.trainable.model,
-        task_of(config).mixture(config, run.require("partitions"), name, phase, skipped_windows),
-    )
-    assert isinstance(model, Decoder)
+    examples = task_of(config).mixture(config, run.require("partitions"), name, phase, skipped_windows)
     with joined_world() as world:
-
-        def validate() -> float:
-            return mean_loss(model, held_out, context, config.evaluation.batch_size, world)
-
-        losses = fit(begun.trainable, examples, job, validate, world)
+        losses = fit(begun.trainable, examples, job, partial(mean_loss, begun.trainable.model, held_out, world), world)
         if world.is_main:
             with making(plan) as writer:
                 begun.save(writer.folder)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from checkpoints import Artifact
-from modularforge.artifacts import even_streams, partition_rows
+from modularforge.artifacts import partition_rows
 from modularforge.errors import ConfigError
 from modularforge.experts.job import save_expert, train_expert
 from modularforge.experts.kind import ExpertJob
@@ -16,7 +14,6 @@ from modularforge.run import Run
 from modularforge.tasks.task import task_of
 from modularforge.training.distributed import joined_world
 from modularforge.training.job import Job
-from modularforge.training.losses import mean_loss
 
 SMALL_SHARE = 0.05
 
@@ -35,19 +32,13 @@ def run(run: Run, index: int) -> Artifact:
         return found
     partitions, task = run.require("partitions"), task_of(config)
     examples = task.part(config, partitions, index)
-    domains = run.corpus.domains("validation")
-    own = {label: domains[label] for label in _domains_of(partitions, index) if label in domains}
-    held_out = even_streams(own or domains, config.training.validation_tokens)
+    held_out = task.validation(config, run.corpus, _domains_of(partitions, index))
     job = Job.of_run(config, str(name), config.experts, plan.fingerprint)
     with joined_world() as world:
         if world.is_main:
             save_settings(config)
         expert = ExpertJob(config, index, run.backbone, task, examples, world.device)
-
-        def validate(model: Any) -> float:
-            return mean_loss(model, held_out, config.model.context_length, config.evaluation.batch_size, world)
-
-        model, losses = train_expert(expert, validate, job, world)
+        model, losses = train_expert(expert, held_out, job, world)
         if world.is_main:
             with making(plan) as writer:
                 facts = save_expert(expert, model, writer.folder)

@@ -51,6 +51,13 @@ class Examples(Protocol):
         """
 
 
+class Validation(Protocol):
+    """Held-out examples that a training is validated on."""
+
+    def summed_loss(self, model: Any, rank: int = 0, ranks: int = 1) -> tuple[float, float]:
+        """Summed loss of this rank's share, and the number of targets that it was taken over."""
+
+
 @dataclass(frozen=True)
 class Metric:
     """A column of results: its unit, which direction is better, and whether it decides between models (one does)."""
@@ -78,6 +85,9 @@ class Task(Protocol):
         self, config: Config, partitions: Artifact, name: str, phase: PhaseConfig, skipped_windows: int = 0
     ) -> Examples:
         """Those of all partitions mixed, the very ones that the experts take, for the baseline called `name`."""
+
+    def validation(self, config: Config, corpus: Corpus, labels: Collection[str] = ()) -> Validation:
+        """What a job is validated on: held-out examples of these domains, or of all where there are none of them."""
 
     def loss(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
         """Mean loss of a batch over the targets that its mask leaves; pieces of a batch, and ranks, weigh alike."""

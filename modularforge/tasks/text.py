@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints import Artifact
-from modularforge.artifacts import Corpus, derived_seed, token_file
+from modularforge.artifacts import Corpus, derived_seed, even_streams, token_file
 from modularforge.config import Config, PhaseConfig
-from modularforge.data.loader import batches, mixed_batches
+from modularforge.data.loader import batches, evaluation_batches, mixed_batches
 from modularforge.data.token_files import Tokens
-from modularforge.evaluation.scoring import measure
+from modularforge.evaluation.scoring import measure, summed_loss
 from modularforge.model.backbone import Decoder, cross_entropy
 from modularforge.routing.gathering import gather_statistics
 from modularforge.routing.statistics import RouterStatistics
@@ -69,6 +69,20 @@ class MixedText:
         sizes = self.windows_each, self.context_length, self.batch_size, self.seed
         place = int(position), rank, ranks, self.first_window
         return text_batches(mixed_batches(self.streams, self.seeds, *sizes, *place))
+
+
+@dataclass(frozen=True)
+class TextValidation:
+    """A stream of held-out ids in windows."""
+
+    tokens: Tokens
+    context_length: int
+    batch_size: int
+
+    def summed_loss(self, model: Decoder, rank: int = 0, ranks: int = 1) -> tuple[float, float]:
+        """Summed loss in nats of this rank's batches, and their tokens."""
+        found = evaluation_batches(self.tokens, self.context_length, self.batch_size)
+        return summed_loss(model, itertools.islice(found, rank, None, ranks), model.lm_head.weight.device)
 
 
 @dataclass(frozen=True)
@@ -125,6 +139,13 @@ class TextTask:
             derived_seed(config.seed, f"{name} order"),
             skipped_windows,
         )
+
+    def validation(self, config: Config, corpus: Corpus, labels: Collection[str] = ()) -> TextValidation:
+        """As much text of each domain, `training.validation_tokens` of it."""
+        domains = corpus.domains("validation")
+        own = {label: domains[label] for label in labels if label in domains}
+        tokens = even_streams(own or domains, config.training.validation_tokens)
+        return TextValidation(tokens, config.model.context_length, config.evaluation.batch_size)
 
     def loss(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
         """Mean cross-entropy of the next token, in nats."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,10 +32,11 @@ from modularforge.model.hub_config import (
 from modularforge.model.moe import moe_layers
 from modularforge.model.sizes import model_sizes
 from modularforge.routing.statistics import STATISTICS_NAME, RouterStatistics, save_statistics
-from modularforge.tasks.task import Examples
+from modularforge.tasks.task import Examples, Validation
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
+from modularforge.training.losses import mean_loss
 
 
 def train_backbone(
@@ -44,7 +45,7 @@ def train_backbone(
     loss: Loss,
     job: Job,
     examples: Examples,
-    validate: Callable[[Decoder], float],
+    held_out: Validation,
     world: World,
     pretrained: Path | None = None,
 ) -> tuple[Decoder, dict[str, float | None]]:
@@ -59,7 +60,7 @@ def train_backbone(
             f"{pretrained} must have an entry for each of the tokenizer's {vocab_size} ids, but its vocabulary has "
             f"{model.vocab_size}; use the tokenizer that belongs to it"
         )
-    losses = fit(trainable(model, loss), examples, job, lambda: validate(model), world)
+    losses = fit(trainable(model, loss), examples, job, partial(mean_loss, model, held_out, world), world)
     return model, losses
 
 

@@ -1,19 +1,13 @@
 """What the loop minimises and what it validates on."""
 
-# B batch  T tokens
-
 from __future__ import annotations
-
-from itertools import islice
 
 from torch import Tensor, nn
 
-from modularforge.data.loader import evaluation_batches
-from modularforge.data.token_files import Tokens
-from modularforge.evaluation.scoring import summed_loss
 from modularforge.experts.trainable import Loss, Tensors
 from modularforge.model.backbone import Decoder
 from modularforge.model.moe import load_balance_loss, observe_routing, router_z_loss
+from modularforge.tasks.task import Validation
 from modularforge.training.distributed import World
 
 
@@ -33,8 +27,7 @@ class RoutedLoss:
         return loss if self.balance_loss is None else loss + self.balance_loss * load_balance_loss(self.model)
 
 
-def mean_loss(model: Decoder, tokens: Tokens, context_length: int, batch_size: int, world: World) -> float:
-    """Mean loss per token of a stream in float32, its batches shared out among the ranks (called on every rank)."""
-    mine = islice(evaluation_batches(tokens, context_length, batch_size), world.rank, None, world.size)
-    total, tokens_seen = world.total([*summed_loss(model, mine, world.device)])
-    return total / tokens_seen
+def mean_loss(model: nn.Module, held_out: Validation, world: World) -> float:
+    """Mean loss per target of held-out examples, which are shared out among the ranks (called on every rank)."""
+    loss, targets = world.total([*held_out.summed_loss(model, world.rank, world.size)])
+    return loss / targets

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from importlib import import_module
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,6 +61,19 @@ def test_own_tables_name_what_there_is() -> None:
         for name, value in own.items():
             assert EntryPoint(name, value, group).load().name == name
             assert plugins.find(group, own, name, "plug").name == name
+
+
+@pytest.mark.parametrize("row", [*kind.OWN.values(), "tests.gains_kind:GAINS"])
+def test_modules_of_a_kind_answer_what_its_page_says(row: str) -> None:
+    """Functions are found by name when they are called, so a misspelt one would be met only then."""
+    found = EntryPoint("", row, kind.GROUP).load()
+    methods = {name: method for name, method in vars(kind.Kind).items() if inspect.isfunction(method)}
+    answers = {name: method for name, method in methods.items() if not name.startswith("_")}
+    assert len(answers) == 7
+    for name, method in answers.items():
+        module = import_module(found.merging if name in ("freezes", "merge", "part_of") else found.training)
+        wanted = list(inspect.signature(method).parameters)[1:]
+        assert list(inspect.signature(getattr(module, name)).parameters) == wanted, f"{module.__name__}.{name}"
 
 
 def test_experts_of_several_kinds_make_no_model(tmp_path: Path) -> None:

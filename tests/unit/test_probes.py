@@ -24,6 +24,7 @@ from modularforge.evaluation.probes import (
 from modularforge.evaluation.scoring import even_loss, full_row, measure, oracle, score, summarise
 from modularforge.model.backbone import build_backbone
 from modularforge.observe.findings import doubts
+from modularforge.tasks.text import TextValidation
 from modularforge.training.distributed import World
 from modularforge.training.losses import mean_loss
 from tests.naive import naive_losses
@@ -146,7 +147,7 @@ def test_what_training_sums_by_batch_is_what_the_scorer_gives_by_target() -> Non
     assert found.mean_loss == pytest.approx(naive.mean_loss, abs=1e-6)
     assert found.mean_bits_per_byte == pytest.approx(naive.mean_bits_per_byte, abs=1e-6)
     for label, domain in found.domains.items():
-        alone = mean_loss(model, STREAMS[label][: limit + 1], T, 2, World())
+        alone = mean_loss(model, TextValidation(STREAMS[label][: limit + 1], T, 2), World())
         assert domain.loss == pytest.approx(alone, abs=1e-6)
         assert domain.perplexity == pytest.approx(math.exp(alone), rel=1e-5)
         assert (domain.tokens, domain.bytes) == (min(limit, len(STREAMS[label]) - 1), 3 * domain.tokens)
