@@ -44,7 +44,7 @@ def watch():
         time.sleep(0.02)
 from checkpoints import open_artifact, write_artifact
 from modularforge.assembly.assemble import assemble
-from modularforge.settings import make_config
+from modularforge.config_files import make_config
 parts, target, mode, router = json.loads(Path(sys.argv[1]).read_text()), *sys.argv[2:5]
 values = {"data": {"sources": [{"name": "x", "train": "x"}]}, "experts": {"anchored": False, "count": 2}}
 values["assembly"] = {"mode": mode, "router": router, "max_shard_bytes": 5_000_000_000}

@@ -119,9 +119,9 @@ def timed(arguments: list[str], environment: dict[str, str]) -> float:
 
 def pretend_prepared(output: Path, experts: int) -> None:
     """Commit data, partitions and a backbone without content, and write the settings beside the run."""
+    from modularforge.config_files import load_config, to_yaml
     from modularforge.provenance import commit, making
     from modularforge.run import Run
-    from modularforge.settings import load_config, to_yaml
 
     changes = [f"experts.count={experts}", "partition.method=random", "evaluation.baselines=[]"]
     changes.append("cluster.sbatch_options={hold: true}")  # what is measured is the launcher, not the start of jobs

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoints import paths
-from checkpoints.environment import cache_folder
 from checkpoints.errors import CorruptArtifactError, MissingArtifactError
 from checkpoints.hashing import FileEntry
 from checkpoints.manifest import Manifest
+from checkpoints.options import cache_folder
 from checkpoints.parsing import parse_json
 from checkpoints.streams import check_local_file, check_size, stream_file
 from checkpoints.urls import HIDDEN, MANIFEST_NAME, OWNER_NAME

@@ -17,7 +17,6 @@ from typing import Any
 import fsspec
 
 from checkpoints import retry
-from checkpoints.environment import settings_hash
 from checkpoints.errors import StoreError
 from checkpoints.folder import (
     FolderStore,
@@ -31,6 +30,7 @@ from checkpoints.folder import (
     write_atomically,
 )
 from checkpoints.objects import ObjectStore
+from checkpoints.options import settings_hash
 from checkpoints.redact import is_redacted
 from checkpoints.s3 import S3Store, open_client
 from checkpoints.urls import MANIFEST_NAME, FileInfo, is_local, join, local_path, relative

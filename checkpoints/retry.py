@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from checkpoints.environment import endpoint, max_attempts
 from checkpoints.errors import AccessError, MissingBucketError, StoreError, StoreFullError, UnreachableError
+from checkpoints.options import endpoint, max_attempts
 from checkpoints.redact import redact
 
 Result = TypeVar("Result")

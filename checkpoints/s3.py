@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Any
 
 from checkpoints import retry
-from checkpoints.environment import max_attempts
+from checkpoints.options import max_attempts
 from checkpoints.parallel import in_order
 from checkpoints.retry import call
 from checkpoints.urls import FileInfo, join

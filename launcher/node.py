@@ -27,10 +27,10 @@ from launcher.retry_policy import ASKED_TO_STOP, Decision, Ended, count_requeues
 from launcher.slurm import SlurmError, job_fields, minutes, run_slurm
 from launcher.tasks import Task, build_tasks, is_finished
 from modularforge.config import Config
+from modularforge.config_files import load_config
 from modularforge.errors import ConfigError
 from modularforge.exits import run_app
 from modularforge.run import Run
-from modularforge.settings import load_config
 
 PR_SET_PDEATHSIG = 1
 

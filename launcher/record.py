@@ -24,10 +24,10 @@ from launcher.allocation import LOCAL
 from launcher.events import Event
 from launcher.layout import record_url
 from modularforge.config import Config
+from modularforge.config_files import make_config
 from modularforge.errors import DataError, MismatchError
 from modularforge.mistakes import config_error, shown
 from modularforge.pipeline import STAGES, stage_settings
-from modularforge.settings import make_config
 
 # A record may come from a bucket that others write, and its words go into paths, and to squeue and scancel.
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]

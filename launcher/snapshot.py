@@ -13,8 +13,8 @@ from pathlib import Path
 
 from launcher.layout import work_folder
 from modularforge.config import Config
+from modularforge.config_files import to_yaml
 from modularforge.provenance import FROZEN_NAME, source_commit
-from modularforge.settings import to_yaml
 
 PACKAGES = ("modularforge", "launcher", "checkpoints")
 ROOT = Path(__file__).resolve().parent.parent

@@ -273,8 +273,8 @@ def info(
     show_settings: Annotated[bool, typer.Option("--settings", help="Print the resolved settings as YAML.")] = False,
 ) -> None:
     """Print the sizes of backbone and assembled model, FLOPs per token, and the length of the training."""
+    from modularforge.config_files import to_yaml
     from modularforge.info import describe
-    from modularforge.settings import to_yaml
 
     say(to_yaml(settings) if show_settings else describe(settings))
 

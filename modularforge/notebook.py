@@ -28,6 +28,7 @@ from modularforge.artifacts import Backbone, derived_seed
 from modularforge.assembly.assemble import assemble
 from modularforge.calibration.calibrator import Calibration, calibrate, even_mixture, write_calibrated
 from modularforge.config import Config
+from modularforge.config_files import load_config
 from modularforge.data.token_files import Tokens, token_dtype
 from modularforge.data.tokenizer import token_byte_lengths
 from modularforge.errors import ConfigError, DataError
@@ -41,7 +42,6 @@ from modularforge.model.hub_config import CONFIG_NAME, end_tokens, read_config
 from modularforge.pipeline import JobName, Plan, stage_settings
 from modularforge.routing.gathering import gather_statistics
 from modularforge.run import Run
-from modularforge.settings import load_config
 from modularforge.tasks.task import Batch
 from modularforge.tasks.text import TEXT, TextValidation, text_batches
 from modularforge.training.backbone_job import save_backbone, train_backbone

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from modularforge.config import Config
+from modularforge.config_files import load_config
 from modularforge.log import configure_logging
 from modularforge.ranks import is_quiet
-from modularforge.settings import load_config
 
 DEFAULT_CONFIG = "configs/default.yaml"
 

@@ -17,10 +17,10 @@ from checkpoints import Artifact, ArtifactExistsError, ArtifactWriter, open_arti
 from checkpoints.garbage import sweep
 from checkpoints.redact import redact
 from modularforge.config import Config
+from modularforge.config_files import to_yaml
 from modularforge.log import json_safe, logger
 from modularforge.pipeline import STAGES, Plan, checkpoint_url, contents, fingerprint
 from modularforge.run import Run
-from modularforge.settings import to_yaml
 
 FROZEN_NAME = "frozen.json"
 SETTINGS_NAME = "config.yaml"

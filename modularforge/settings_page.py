@@ -12,8 +12,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from modularforge.config import Config
+from modularforge.config_files import section_type
 from modularforge.errors import ConfigError
-from modularforge.settings import section_type
 from modularforge.yaml_text import to_yaml_text
 
 HEAD = """# Settings

@@ -12,9 +12,9 @@ import pytest
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from modularforge.config import Config
+from modularforge.config_files import SMOKE_TEST, make_config, sample_sources
 from modularforge.pipeline import STAGES
 from modularforge.run import Run
-from modularforge.settings import SMOKE_TEST, make_config, sample_sources
 
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = "1"  # results are compared bit for bit between processes, so all use the same number of threads

@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 PROJECT = ("modularforge", "launcher", "checkpoints")
 TORCH_FREE_FOR_LAUNCHER = {
     "modularforge.config",
-    "modularforge.settings",
+    "modularforge.config_files",
     "modularforge.pipeline",
     "modularforge.run",
     "modularforge.options",

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from modularforge.config import Config
-from modularforge.settings import load_config, make_config, to_yaml
+from modularforge.config_files import load_config, make_config, to_yaml
 from modularforge.study.runs import Runs
 from modularforge.study.study_file import load_study, variants_of
 from tests.conftest import ROOT, run_command

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modularforge.config import Config
-from modularforge.settings import complete_config
+from modularforge.config_files import complete_config
 
 DOMAINS = ("french_novels", "law", "c_code", "mathematics")
 GENERAL_TEXTS = ("english_novels", "dialogue", "encyclopedia", "python_code", "biomedical", "standards")

@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,9 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from checkpoints.screen import progress
-from modularforge.config import PartitionConfig
+from modularforge.config import Config, PartitionConfig
 from modularforge.data.token_files import TokenFile
+from modularforge.data.tokenizer import load_tokenizer
 from modularforge.errors import ConfigError, DataError
 
 Indices = npt.NDArray[np.int64]
@@ -47,6 +49,23 @@ DIMENSIONS = 100
 TOP_WORDS = 12
 WORD = r"(?u)\b\w\w+\b"  # scikit-learn's own
 TOP_WORD = r"(?u)\b[^\W\d_]{3,}\b"
+
+
+def divide(
+    config: Config, documents: TokenFile, corpus_folder: Path, names: list[str], vocab_size: int
+) -> tuple[list[Indices], list[list[str]]]:
+    """The documents of each partition by `partition.method`, before overlap, and the top words of clusters."""
+    count, method = config.experts.count, config.partition.method
+    if method == "random":
+        return random_partitions(documents.lengths, count, config.preparation_seed), []
+    if method == "curriculum":
+        return curriculum_partitions(documents, vocab_size, count), []
+    if method == "domain":
+        return domain_partitions(documents.labels, names, count), []
+    clusters = cluster_documents(
+        documents, load_tokenizer(corpus_folder), count, config.partition, config.preparation_seed
+    )
+    return clusters.partitions, clusters.top_words
 
 
 def random_partitions(lengths: Indices, count: int, seed: int) -> list[Indices]:

@@ -9,18 +9,8 @@ from typing import Any
 import numpy as np
 
 from modularforge.config import Config
-from modularforge.data.partition import (
-    CHUNK_TOKENS,
-    Indices,
-    add_overlap,
-    cluster_documents,
-    curriculum_partitions,
-    domain_partitions,
-    random_partitions,
-    require_documents,
-)
+from modularforge.data.partition import CHUNK_TOKENS, Indices, add_overlap, divide, require_documents
 from modularforge.data.token_files import TokenFile, TokenFileWriter, check_metadata, open_token_file
-from modularforge.data.tokenizer import load_tokenizer
 from modularforge.errors import DataError
 from modularforge.log import logger
 
@@ -39,7 +29,7 @@ def make_partitions(config: Config, corpus_folder: Path, output: Path) -> dict[s
     names, vocab_size = metadata["labels"], metadata["vocab_size"]
     _require_known(documents, names, vocab_size)
     require_documents(documents.num_documents, config.experts.count)
-    partitions, top_words = _divide(config, documents, corpus_folder, names, vocab_size)
+    partitions, top_words = divide(config, documents, corpus_folder, names, vocab_size)
     partitions = add_overlap(partitions, config.partition.overlap_ratio, config.preparation_seed)
     rows = []
     for number, indices in enumerate(partitions):
@@ -64,23 +54,6 @@ def _require_known(documents: TokenFile, names: list[str], vocab_size: int) -> N
             f"labels of the {documents.name} documents must be below the {len(names)} in metadata.json, but one is "
             f"{int(documents.labels.max())}; run prepare-data again"
         )
-
-
-def _divide(
-    config: Config, documents: TokenFile, corpus_folder: Path, names: list[str], vocab_size: int
-) -> tuple[list[Indices], list[list[str]]]:
-    """The documents of each partition before overlap, and the top words of clusters."""
-    count, method = config.experts.count, config.partition.method
-    if method == "random":
-        return random_partitions(documents.lengths, count, config.preparation_seed), []
-    if method == "curriculum":
-        return curriculum_partitions(documents, vocab_size, count), []
-    if method == "domain":
-        return domain_partitions(documents.labels, names, count), []
-    clusters = cluster_documents(
-        documents, load_tokenizer(corpus_folder), count, config.partition, config.preparation_seed
-    )
-    return clusters.partitions, clusters.top_words
 
 
 def _write_partition(documents: TokenFile, indices: Indices, output: Path, name: str, vocab_size: int) -> None:

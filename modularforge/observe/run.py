@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 
 from checkpoints import Artifact, StoreError, find_artifact, paths
 from checkpoints.parallel import in_order
+from modularforge.config_files import make_config, read_yaml
 from modularforge.errors import ConfigError, DataError
 from modularforge.evaluation.results import parse_results
 from modularforge.json_lines import moment, objects_in
 from modularforge.observe.metrics import JobMetrics, parse_metrics
 from modularforge.pipeline import CHOSEN_FACT, OLD_NAMES, STAGES
 from modularforge.provenance import SETTINGS_NAME
-from modularforge.settings import make_config, read_yaml
 
 Value = TypeVar("Value")
 READS_AT_ONCE = 16  # an object store answers in tens of milliseconds, and a run has a file for each expert

@@ -28,7 +28,7 @@ from checkpoints import (
     paths,
     write_artifact,
 )
-from checkpoints.environment import cache_folder
+from checkpoints.options import cache_folder
 from checkpoints.redact import redact
 from checkpoints.screen import shown_command
 from modularforge.errors import DataError, MismatchError, StoreError

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 
 from modularforge.config import Config
+from modularforge.config_files import make_config, sample_sources
 from modularforge.errors import ConfigError, UserError
-from modularforge.settings import make_config, sample_sources
 
 TITLES = {
     "m0": "M0  the model builds, runs forward and backward, and knows nothing yet",

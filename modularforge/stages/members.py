@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from checkpoints import Artifact, find_artifact, open_artifact, paths
 from modularforge.assembly.assemble import assemble
 from modularforge.config import Config
+from modularforge.config_files import make_config
 from modularforge.errors import MismatchError
 from modularforge.facts import fact
 from modularforge.log import json_safe, logger
 from modularforge.pipeline import CHOSEN_FACT, JobName, Plan, stage_settings
 from modularforge.provenance import making, provenance
-from modularforge.settings import make_config
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from modularforge.config import TRAINED_ON_ALL, Section, Text
+from modularforge.config_files import read_yaml
 from modularforge.mistakes import config_error
-from modularforge.settings import read_yaml
 
 Kind = Literal[
     "backbone",

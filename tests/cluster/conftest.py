@@ -19,9 +19,9 @@ import yaml
 from checkpoints import find_artifact, paths
 from launcher.events import Event, read_events
 from modularforge.config import Config
+from modularforge.config_files import make_config
 from modularforge.provenance import commit, making
 from modularforge.run import Run
-from modularforge.settings import make_config
 from tests.cluster.packages import missing_programs
 from tests.cluster.slurm import Cluster, remove, wait_for
 from tests.conftest import ROOT, tiny_values

@@ -37,9 +37,9 @@ def main() -> None:
 
 def finish(config_file: str, index: int) -> None:
     """Commit an expert without weights."""
+    from modularforge.config_files import load_config
     from modularforge.provenance import commit, making
     from modularforge.run import Run
-    from modularforge.settings import load_config
 
     config = load_config(config_file)
     plan = Run(config).plan("expert", index)

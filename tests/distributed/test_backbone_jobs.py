@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from checkpoints import find_artifact, paths
 from modularforge.config import Config
+from modularforge.config_files import to_yaml
 from modularforge.pipeline import checkpoint_url, metrics_url, stage_url
-from modularforge.settings import to_yaml
 from tests.conftest import ROOT, prepare_data, run_command, tiny_config
 
 FLOAT_TOLERANCE = 2e-5

@@ -27,7 +27,7 @@ from checkpoints import garbage, open_artifact, paths
 from checkpoints.artifact import CHECKPOINT_KIND, examine
 from checkpoints.errors import MissingArtifactError
 from modularforge.config import Config
-from modularforge.settings import make_config
+from modularforge.config_files import make_config
 from tests.conftest import tiny_values
 
 BASELINES = ["dense", "soup", "joint", "btx"]

@@ -19,9 +19,9 @@ import torch
 
 from checkpoints import find_artifact, paths
 from modularforge.config import Config
+from modularforge.config_files import load_config
 from modularforge.pipeline import metrics_url
 from modularforge.run import Run
-from modularforge.settings import load_config
 from tests.conftest import ROOT, run_every_stage, tiny_config
 
 FILE = ROOT / "tests/golden/runs.json"

@@ -12,13 +12,13 @@ import yaml
 
 from checkpoints import paths
 from modularforge.config import Config
+from modularforge.config_files import make_config, to_yaml
 from modularforge.model import names
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.hub_config import read_config
 from modularforge.model.moe import moe_layers, observe_routing
 from modularforge.model.upcycling import build_wide
 from modularforge.pipeline import stage_settings
-from modularforge.settings import make_config, to_yaml
 from modularforge.tasks.text import TEXT
 from tests.conftest import run_command
 

@@ -15,8 +15,8 @@ import yaml
 
 from checkpoints import paths
 from modularforge.config import Config
+from modularforge.config_files import to_yaml
 from modularforge.exits import run_app
-from modularforge.settings import to_yaml
 from tests.conftest import ROOT, run_command, tiny_config, tiny_values
 
 WIDE = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}

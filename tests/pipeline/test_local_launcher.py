@@ -20,7 +20,7 @@ import yaml
 from checkpoints import open_artifact
 from launcher.events import read_events
 from modularforge.config import Config
-from modularforge.settings import make_config
+from modularforge.config_files import make_config
 from tests.conftest import ROOT, run_command, tiny_values
 
 

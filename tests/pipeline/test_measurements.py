@@ -10,13 +10,13 @@ import pytest
 
 from checkpoints import find_artifact, paths
 from modularforge.config import Config, PhaseConfig
+from modularforge.config_files import make_config
 from modularforge.errors import ConfigError, DataError
 from modularforge.evaluation.bench import PROBE_SHARE
 from modularforge.evaluation.results import checked_results
 from modularforge.observe.evaluation import markdown
 from modularforge.pipeline import stage_url
 from modularforge.run import Run
-from modularforge.settings import make_config
 from modularforge.stages import evaluate
 from tests.conftest import tiny_values
 from tests.synthetic_runs import evaluation

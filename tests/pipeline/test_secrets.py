@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 from checkpoints import open_artifact
+from modularforge.config_files import load_config, make_config, to_yaml
 from modularforge.data.files import find_files, real_location
 from modularforge.errors import ConfigError, DataError
 from modularforge.run import Run
-from modularforge.settings import load_config, make_config, to_yaml
 from tests.conftest import run_command, tiny_config, tiny_values
 
 MARK = "Planted"

@@ -15,11 +15,11 @@ from checkpoints import Artifact, find_artifact
 from launcher.tasks import build_groups, build_tasks, is_finished, nodes_of
 from modularforge import cli
 from modularforge.config import Config
+from modularforge.config_files import to_yaml
 from modularforge.errors import MismatchError
 from modularforge.pipeline import STAGES, JobName, Stage, stage_settings
 from modularforge.provenance import commit, making
 from modularforge.run import Run
-from modularforge.settings import to_yaml
 from tests.conftest import tiny_values
 
 ROW = Stage(

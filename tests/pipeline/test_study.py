@@ -22,6 +22,7 @@ from checkpoints import find_artifact, open_artifact, paths, plain_folder
 from modularforge.artifacts import Backbone, Corpus
 from modularforge.assembly.assemble import assemble as put_together
 from modularforge.calibration.calibrator import split_documents
+from modularforge.config_files import to_yaml
 from modularforge.data.loader import IGNORED_TARGET, evaluation_batches
 from modularforge.errors import ConfigError
 from modularforge.evaluation.baselines import build_btx, solved_router
@@ -31,7 +32,6 @@ from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.moe import load_balance_loss, observe_routing
 from modularforge.model.upcycling import build_joint
 from modularforge.run import Run
-from modularforge.settings import to_yaml
 from modularforge.stages import assemble, calibrate, evaluate
 from modularforge.stages.baselines import choose_trained
 from modularforge.study.runs import Runs

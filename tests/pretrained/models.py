@@ -11,8 +11,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from modularforge.config import DataConfig
+from modularforge.config_files import sample_sources
 from modularforge.data.corpus import read_documents
-from modularforge.settings import sample_sources
 
 CONTEXT, POSITIONS, VOCABULARY = 48, 96, 400
 SHAPE: dict[str, Any] = {

@@ -10,12 +10,12 @@ import transformers
 
 from modularforge.artifacts import Corpus
 from modularforge.config import Config
+from modularforge.config_files import complete_config
 from modularforge.errors import DataError
 from modularforge.evaluation.extras import prepare_chat, read_questions
 from modularforge.evaluation.scoring import score
 from modularforge.model.folder import load_model
 from modularforge.run import Run
-from modularforge.settings import complete_config
 from modularforge.stages import backbone, evaluate
 from tests.conftest import prepare_data, tiny_values
 from tests.pretrained import models

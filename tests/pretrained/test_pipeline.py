@@ -18,6 +18,7 @@ from checkpoints.errors import UserError
 from modularforge.artifacts import Backbone, Corpus
 from modularforge.calibration.calibrator import split_documents
 from modularforge.config import Config
+from modularforge.config_files import complete_config, load_config, to_yaml
 from modularforge.errors import ConfigError, MismatchError
 from modularforge.evaluation.generation import Sampling, generate, load_for_generation
 from modularforge.model import names
@@ -25,7 +26,6 @@ from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.moe import restrict_routing
 from modularforge.pipeline import stage_url
 from modularforge.run import Run
-from modularforge.settings import complete_config, load_config, to_yaml
 from modularforge.stages import assemble, backbone, expert
 from modularforge.stored_models import stored_model
 from tests.conftest import prepare_data, run_every_stage, tiny_values

@@ -17,8 +17,8 @@ import transformers
 from safetensors.torch import load_file
 
 from modularforge.config import Config
+from modularforge.config_files import complete_config
 from modularforge.model.folder import load_model
-from modularforge.settings import complete_config
 from tests.conftest import run_every_stage
 from tests.pretrained import models
 from tests.pretrained.in_transformers4 import tokens

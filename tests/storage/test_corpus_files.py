@@ -10,10 +10,10 @@ import pytest
 
 from checkpoints import paths
 from modularforge.config import DataConfig, SourceConfig
+from modularforge.config_files import make_config
 from modularforge.data.corpus import read_documents
 from modularforge.data.files import find_files
 from modularforge.errors import DataError
-from modularforge.settings import make_config
 from tests.conftest import prepare_data
 
 LINES = "".join(json.dumps({"text": f"The otter {n} waits near the bend. " * 4}) + "\n" for n in range(30)).encode()

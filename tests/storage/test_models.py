@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from checkpoints import open_artifact, paths, write_artifact
-from checkpoints.environment import cache_folder
+from checkpoints.options import cache_folder
 from modularforge.config import ModelConfig
+from modularforge.config_files import complete_config
 from modularforge.model import names
 from modularforge.model.folder import backbone_tensors, save_tensors
 from modularforge.model.hub_config import moe_config, write_json
 from modularforge.model.moe import build_moe, moe_layers
 from modularforge.pretrained.fetch import fetch
 from modularforge.run import Run
-from modularforge.settings import complete_config
 from modularforge.stages import backbone
 from modularforge.stored_models import stored_model
 from tests.conftest import prepare_data, run_command

@@ -19,7 +19,7 @@ import pytest
 from checkpoints import AccessError, garbage, open_artifact, paths, write_artifact
 from checkpoints.owners import Owner, claimed, owner_of, this_machine
 from checkpoints.training import set_aside
-from modularforge.settings import to_yaml
+from modularforge.config_files import to_yaml
 from tests.conftest import ROOT, prepare_data, tiny_config
 from tests.mutation import FUZZ_INPUTS, texts, values
 from tests.storage import jobs

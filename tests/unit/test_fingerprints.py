@@ -10,8 +10,8 @@ import pytest
 
 from modularforge import pipeline
 from modularforge.config import Config
+from modularforge.config_files import load_config, setting_names
 from modularforge.pipeline import CAME_LATER, EVERY, OUTSIDE, STAGES, fingerprint, stage_settings
-from modularforge.settings import load_config, setting_names
 from tests.conftest import ROOT, tiny_config
 
 # Of the settings alone (no inputs), for every stage that there was, taken at commit 7c36fa4: of the shipped files, and

@@ -27,9 +27,9 @@ from launcher.status import read_status
 from launcher.tasks import build_tasks
 from launcher.trust import check_commands
 from modularforge.config import Config
+from modularforge.config_files import make_config
 from modularforge.errors import ConfigError
 from modularforge.exits import run_app
-from modularforge.settings import make_config
 from tests.conftest import tiny_config, tiny_values
 
 CANARY = "canary"

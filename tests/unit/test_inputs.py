@@ -6,10 +6,10 @@ import os
 import pytest
 
 from checkpoints import open_artifact
+from modularforge.config_files import make_config
 from modularforge.data.files import find_files
 from modularforge.data.inputs import file_states, list_matches, record, warn_of_repeats
 from modularforge.pipeline import contents
-from modularforge.settings import make_config
 from modularforge.stages import prepare
 from tests.conftest import prepare_data
 

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from launcher.__main__ import app as launcher
 from modularforge.config import Config
+from modularforge.config_files import load_config, make_config, setting_names, to_yaml
 from modularforge.errors import ConfigError, UserError
-from modularforge.settings import load_config, make_config, setting_names, to_yaml
 from tests.conftest import ROOT, tiny_config, tiny_values
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")

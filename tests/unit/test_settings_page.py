@@ -9,8 +9,8 @@ import yaml
 from typer.testing import CliRunner
 
 from modularforge.cli import app
+from modularforge.config_files import setting_names
 from modularforge.errors import ConfigError
-from modularforge.settings import setting_names
 from modularforge.settings_page import all_settings, page, schema
 from tests.conftest import ROOT
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import StoreError, paths
-from checkpoints.environment import cache_folder
+from checkpoints.options import cache_folder
 from launcher.processes import LocalLauncher
 from launcher.tasks import build_tasks
 from modularforge.errors import ConfigError
@@ -89,7 +89,7 @@ def without_home(**variables: str) -> subprocess.CompletedProcess[str]:
     """Ask for the cache folder as a user whom the system does not know, without HOME."""
     asked = ("HOME", "MODULARFORGE_CACHE", "USER", "XDG_CACHE_HOME")
     environment = {name: value for name, value in os.environ.items() if name not in asked}
-    program = f"from checkpoints.environment import cache_folder; import os; os.setuid({NOBODY}); print(cache_folder())"
+    program = f"from checkpoints.options import cache_folder; import os; os.setuid({NOBODY}); print(cache_folder())"
     command = [sys.executable, "-c", program]
     return subprocess.run(command, env={**environment, **variables}, capture_output=True, text=True, cwd=ROOT)
 

@@ -13,9 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from modularforge.config import Config, Prose
+from modularforge.config_files import load_config, make_config, read_yaml, to_yaml
 from modularforge.errors import ConfigError
 from modularforge.mistakes import LISTED_MISTAKES
-from modularforge.settings import load_config, make_config, read_yaml, to_yaml
 from modularforge.study.study_file import load_study, variants_of
 from modularforge.yaml_text import MAX_BYTES, parse_yaml, to_yaml_text
 from tests import mutation
@@ -249,7 +249,7 @@ def test_mutated_values_of_settings_are_accepted_or_refused() -> None:
 @pytest.mark.timeout(1800)  # with ten thousand inputs, on a busy machine
 def test_mutated_changes_on_the_command_line_are_accepted_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     base = read_yaml(QUICKSTART)
-    monkeypatch.setattr("modularforge.settings.read_yaml", lambda _: copy.deepcopy(base))
+    monkeypatch.setattr("modularforge.config_files.read_yaml", lambda _: copy.deepcopy(base))
     changes = (content.decode(errors="surrogateescape") for content in mutation.texts(CHANGES))
     allows_only(ConfigError, changes, lambda change: to_yaml(load_config(QUICKSTART, [change])).encode())
 
