@@ -211,12 +211,13 @@ def write_dense(target: Path, backbone: Artifact, expert: Artifact) -> None:
     from tokenizers.models import WordLevel
 
     from checkpoints import plain_folder
-    from modularforge.assembly.plan import output_tensors, plan_merge, read_header
+    from checkpoints.safetensors import read_spans
+    from modularforge.assembly.plan import output_tensors, plan_merge
     from modularforge.assembly.stream import execute
     from modularforge.model import names
 
-    spans = read_header(str(backbone.local_file("model.safetensors", verify=False)))
-    own = read_header(str(expert.local_file("expert.safetensors", verify=False)))
+    spans = read_spans(str(backbone.local_file("model.safetensors", verify=False)))
+    own = read_spans(str(expert.local_file("expert.safetensors", verify=False)))
     spans |= {names.expert_to_dense(name): span for name, span in own.items()}
     execute(plan_merge(output_tensors(spans), 10**12), plain_folder(target))
     for name in ("config.json", "generation_config.json"):

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from checkpoints import open_artifact, paths, write_artifact
-from checkpoints.reading import PART_BYTES
 from checkpoints.saver import CheckpointSaver
+from checkpoints.streams import PART_BYTES
 from checkpoints.training import Checkpoint, save_checkpoint
 
 Contenders = dict[str, Callable[[], object]]

@@ -16,7 +16,8 @@ from checkpoints.errors import (
     UnreachableError,
     UserError,
 )
-from checkpoints.manifest import FileEntry, Manifest
+from checkpoints.hashing import FileEntry
+from checkpoints.manifest import Manifest
 from checkpoints.writer import ArtifactWriter, plain_folder, write_artifact
 
 __all__ = [

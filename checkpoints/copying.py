@@ -13,13 +13,13 @@ from typing import BinaryIO
 
 from checkpoints import paths
 from checkpoints.artifact import Artifact, find_artifact
-from checkpoints.durable import DurableFile
 from checkpoints.errors import ArtifactExistsError, CorruptArtifactError, StoreError
+from checkpoints.folder import DurableFile
 from checkpoints.hashing import CHUNK_BYTES, FileHasher
 from checkpoints.owners import locked
 from checkpoints.parallel import in_order
-from checkpoints.reading import stream_file
 from checkpoints.retry import call
+from checkpoints.streams import stream_file
 from checkpoints.writer import ArtifactWriter
 
 FILES_AT_ONCE = 3

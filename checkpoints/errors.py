@@ -10,6 +10,10 @@ class UserError(Exception):
         super().__init__(redact(message))
 
 
+class DataError(UserError):
+    """An input is missing, empty, truncated, or not what its format says."""
+
+
 class StoreError(UserError):
     """Storage cannot be reached, refuses, is full, or holds something damaged."""
 

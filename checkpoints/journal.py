@@ -12,8 +12,8 @@ from dataclasses import asdict
 
 from checkpoints import paths
 from checkpoints.errors import StoreError
-from checkpoints.forms import file_entries
-from checkpoints.manifest import FileEntry
+from checkpoints.hashing import FileEntry
+from checkpoints.manifest import file_entries
 from checkpoints.parsing import parse_object
 
 

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
-from checkpoints.places import FileInfo
 from checkpoints.retry import call
+from checkpoints.urls import FileInfo
 
 _CREATING = threading.Lock()  # fsspec's memory file system checks and writes in two steps
 

@@ -1,7 +1,7 @@
 """Who works on an unfinished file or folder: a lock that ends with its process, and a note on whose it is.
 
 The lock decides, but not every file system carries it to other machines. So the note in a folder names the machine
-whose lock it is; what has another machine's note, or none, is left alone until it is old (sweep.py).
+whose lock it is; what has another machine's note, or none, is left alone until it is old (garbage.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from checkpoints.parsing import parse_object
-from checkpoints.places import OWNER_NAME
+from checkpoints.urls import OWNER_NAME
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 

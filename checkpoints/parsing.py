@@ -1,7 +1,8 @@
 """JSON that somebody else wrote: parsed strictly, so that whatever the bytes, the only failure is a ValueError.
 
 For manifests, headers of weight files, indices, settings of models and records. Corpora have a reader of their own,
-which is faster (`modularforge/data/formats.py`).
+which is faster (`modularforge/data/formats.py`), and so have lines of events and metrics, of which a torn one is no
+error (`modularforge/json_lines.py`).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 
 import fsspec
 
-from checkpoints import explain
+from checkpoints import retry
 from checkpoints.environment import settings_hash
 from checkpoints.errors import StoreError
 from checkpoints.folder import (
@@ -31,10 +31,9 @@ from checkpoints.folder import (
     write_atomically,
 )
 from checkpoints.objects import ObjectStore
-from checkpoints.places import MANIFEST_NAME, FileInfo, is_local, join, local_path, relative
 from checkpoints.redact import is_redacted
-from checkpoints.s3 import S3Store
-from checkpoints.s3_client import open_client
+from checkpoints.s3 import S3Store, open_client
+from checkpoints.urls import MANIFEST_NAME, FileInfo, is_local, join, local_path, relative
 
 __all__ = [
     "FileInfo", "check_regular", "check_within", "copy_inside", "create_bytes", "exists", "file_size", "filesystem",
@@ -60,11 +59,11 @@ def store_of(url: str) -> Store:
         return _object_store(protocol, root, os.getpid(), settings, settings_hash())
     except Exception as error:
         if protocol in S3_PROTOCOLS:
-            raise explain.unusable_settings(error, url) from error
+            raise retry.unusable_settings(error, url) from error
         if not isinstance(error, ValueError | ImportError):
             raise
         raise StoreError(
-            f"{url} must be a path or a URL with a protocol that fsspec knows, but: {error}; mend the URL"
+            f"{url} must be a path or a URL with a protocol that fsspec knows, but: {error}; fix the URL"
         ) from error
 
 
@@ -88,7 +87,7 @@ def filesystem(url: str, **options: Any) -> tuple[Any, str]:
         files, path = fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
         raise StoreError(
-            f"{url} must be a path or a URL with a protocol that fsspec knows, but: {error}; mend the URL"
+            f"{url} must be a path or a URL with a protocol that fsspec knows, but: {error}; fix the URL"
         ) from error
     return files, path
 

@@ -12,11 +12,11 @@ from contextlib import closing
 from itertools import chain
 from typing import Any
 
-from checkpoints import explain, retry
+from checkpoints import retry
 from checkpoints.environment import max_attempts
 from checkpoints.parallel import in_order
-from checkpoints.places import FileInfo, join
 from checkpoints.retry import call
+from checkpoints.urls import FileInfo, join
 
 REQUESTS_IN_FLIGHT = 8
 LARGEST_COPY = 5 << 30  # of one CopyObject request
@@ -25,6 +25,21 @@ PIECE_BYTES = 1 << 20  # malloc uses blocks of this size again; fresh larger one
 OBJECT_MARKERS = {"ContinuationToken": "NextContinuationToken"}
 UPLOAD_MARKERS = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
 ABSENT = {"NoSuchKey", "NoSuchBucket", "NoSuchUpload", "404", "NotFound"}
+# One attempt per request in botocore: retry.py repeats, so that every failure is counted and logged.
+CONFIG = {
+    "connect_timeout": 10,
+    "read_timeout": 60,
+    "max_pool_connections": 32,
+    "retries": {"total_max_attempts": 1},
+    "response_checksum_validation": "when_required",  # all that is read is compared with the manifest's sha256
+}
+CLIENT_NAMES = {
+    "key": "aws_access_key_id",
+    "secret": "aws_secret_access_key",
+    "token": "aws_session_token",
+    "endpoint_url": "endpoint_url",
+    "use_ssl": "use_ssl",
+}
 
 
 class S3Store:
@@ -63,12 +78,12 @@ class S3Store:
                 self._put(url, content, IfNoneMatch="*")
                 return
             except Exception as error:
-                if not (explain.is_conflict(error) or explain.is_transient(error)):
-                    raise explain.explain(error, "create", url) from error
+                if not (retry.is_conflict(error) or retry.is_transient(error)):
+                    raise retry.explain(error, "create", url) from error
                 if self._holds(url, content):
                     return
                 if attempt == max_attempts():
-                    raise explain.explain(error, "create", url, attempt) from error
+                    raise retry.explain(error, "create", url, attempt) from error
                 retry.wait("create", url, error, attempt, max_attempts())
 
     def replace(self, url: str, content: bytes) -> None:
@@ -197,7 +212,7 @@ class S3Store:
         try:
             call("look at", url, lambda: self._call("head_bucket", _split(url)[0]))
         except FileNotFoundError as error:
-            raise explain.missing_bucket("look at", url) from error
+            raise retry.missing_bucket("look at", url) from error
 
     def _pages(self, url: str, method: str, markers: dict[str, str], **options: Any) -> Iterator[dict[str, Any]]:
         """The pages of a listing; `markers` says which values of one answer go into the next request, and as what."""
@@ -228,7 +243,7 @@ class S3Store:
         try:
             answer: dict[str, Any] = getattr(self._client, method)(Bucket=bucket, **options)
         except Exception as error:
-            if explain.answer_code(error) in ABSENT:
+            if retry.answer_code(error) in ABSENT:
                 raise FileNotFoundError(f"{bucket}/{options.get('Key', '')}") from error
             raise
         return answer
@@ -242,3 +257,19 @@ def _split(url: str) -> tuple[str, str]:
 def _prefix(url: str) -> str:
     key = _split(url)[1]
     return f"{key}/" if key else ""
+
+
+def open_client(settings: dict[str, Any]) -> Any:
+    """A client with s3fs's own words in `settings` (`profile`, `endpoint_url`, `key`, `anon`, `config_kwargs`, …).
+
+    What only tunes s3fs's own reading, such as its caches, is passed over.
+    """
+    import botocore.session
+    from botocore.config import Config
+
+    config = {**CONFIG, **settings.get("config_kwargs", {})}
+    if settings.get("anon"):
+        config["signature_version"] = botocore.UNSIGNED
+    named = {ours: settings[theirs] for theirs, ours in CLIENT_NAMES.items() if settings.get(theirs) is not None}
+    session = botocore.session.Session(profile=settings.get("profile"))
+    return session.create_client("s3", config=Config(**config), **{**named, **settings.get("client_kwargs", {})})

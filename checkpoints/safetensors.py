@@ -1,4 +1,4 @@
-"""The format of weight files (safetensors): the only place that reads or writes their headers. Loads no torch.
+"""The format of weight files (safetensors): the only place that knows their headers, types and indices. Loads no torch.
 
 A file is the length of the header (8 bytes), the header (JSON) and the tensors' bytes, in order and without gaps. What
 the safetensors library refuses is refused here, and in addition: a name that is there twice, entries that are lists
@@ -11,9 +11,14 @@ import json
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
+from checkpoints import paths
+from checkpoints.errors import DataError
 from checkpoints.parsing import parse_object
+from checkpoints.screen import literal
+from checkpoints.urls import checked_part
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format
@@ -26,6 +31,11 @@ BITS = {
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
+# Types of whole bytes; of the others, values are not addressed one by one.
+ITEM_BYTES = {dtype: bits // 8 for dtype, bits in BITS.items() if bits % 8 == 0}
+FLOATS = ("F32", "F16", "BF16")
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
 
 
 class TensorEntry(NamedTuple):
@@ -35,6 +45,18 @@ class TensorEntry(NamedTuple):
     shape: tuple[int, ...]
     start: int
     end: int
+
+
+@dataclass(frozen=True)
+class TensorSpan:
+    """One tensor inside a weight file: type, shape, and its bytes [start, start + length) of the file at `url`."""
+
+    url: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +86,58 @@ def read_header(read: Callable[[int, int], bytes], size: int) -> Header:
     header = parse_header(read(LENGTH_BYTES, end))
     header.check_size(size)
     return header
+
+
+def read_spans(url: str, hashes: Mapping[str, str] | None = None) -> dict[str, TensorSpan]:
+    """Spans of all tensors of a weight file, from its header; `hashes` are the tensors' sha256 by name."""
+    try:
+        header = read_header(lambda start, end: paths.read_bytes(url, start, end), paths.file_size(url))
+    except FileNotFoundError as error:
+        raise DataError(f"{url} must be there, but is missing; delete its artifact and run that stage again") from error
+    except ValueError as error:
+        raise DataError(f"{url} must be a safetensors file, but is not: {error}; make it again") from error
+    if packed := sorted({entry.dtype for entry in header.tensors.values()} - {*ITEM_BYTES}):
+        raise DataError(
+            f"{url} must have values of whole bytes, but has {', '.join(packed)}; use another version of it"
+        )
+    return {
+        name: TensorSpan(
+            url, entry.dtype, entry.shape, header.data_start + entry.start, entry.end - entry.start,
+            hashes.get(name, "") if hashes else "",
+        )
+        for name, entry in header.tensors.items()
+    }  # fmt: skip
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model folder, all there; raises DataError. A single file counts before an index."""
+    files = [folder / name for name in _weight_names(folder)]
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise DataError(f"{folder} must hold {missing[0]:.80}, but does not; make or fetch the model again")
+    return files
+
+
+def _weight_names(folder: Path) -> list[str]:
+    index = folder / INDEX_NAME
+    if (folder / WEIGHTS_NAME).is_file() or not index.is_file():
+        return [WEIGHTS_NAME]
+    return shard_names(index.read_bytes(), str(index))
+
+
+def shard_names(content: bytes, origin: str) -> list[str]:
+    """The weight files that an index names, sorted; raises DataError. `origin` names the index."""
+    try:
+        places = parse_object(content).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise ValueError(f"weight_map must name files by tensor, but is {places!r:.60}")
+        # Hugging Face's indices name files beside them, never files in folders.
+        return sorted({checked_part(name) for name in places.values()})
+    except (ValueError, TypeError) as error:  # a list cannot be part of a set
+        reason = literal(str(error)[:200], keep="")
+        raise DataError(
+            f"{origin} must be an index of weight files, but is not ({reason}); fetch the model again"
+        ) from error
 
 
 def header_length(first: bytes | bytearray) -> int:

@@ -20,6 +20,7 @@ from checkpoints.redact import redact
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+import shlex
 
 # Control characters, separators of lines, half surrogate pairs: they move the cursor, hide text, or cannot be encoded.
 ESCAPED_CATEGORIES = frozenset({"Cc", "Zl", "Zp", "Cs"})
@@ -96,39 +97,49 @@ def show(made: Table) -> None:
     (screen if wanted <= screen.width else console(width=wanted)).print(made)
 
 
+class Progress:
+    """A bar on a terminal; silent elsewhere."""
+
+    def __init__(self, bar: Callable[[float, str], None] | None = None) -> None:
+        self._bar = bar
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether there is a terminal that shows it."""
+        return self._bar is not None
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        """Move the bar on by `amount` units; `note`, or the one before it, is shown behind it."""
+        if self._bar is not None:
+            self._bar(amount, note)
+
+
 @contextmanager
-def transfer_bar(verb: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes on a terminal, silent elsewhere; yields the function that moves it on."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+def progress(
+    description: str, total: float | None, unit: str = "steps", start: int = 0, is_wanted: bool = True
+) -> Iterator[Progress]:
+    """Show a progress bar while the block runs, if it is wanted (by one rank of many) and standard error a terminal.
 
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    screen = console(stderr=True)
-    text = TextColumn("{task.description}", markup=False)
-    with Progress(text, *columns, console=screen, disable=not screen.is_terminal) as bar:
-        task = bar.add_task(verb, total=total)
-        yield lambda size: bar.advance(task, size)
+    One of `unit` bytes has sizes and speed, and stays when it is done; others are wiped.
+    """
+    if not is_wanted or not sys.stderr.isatty():
+        yield Progress()
+        return
+    from rich import progress as rich
 
-
-@contextmanager
-def step_bar(description: str, total: float | None, unit: str, start: int) -> Iterator[Callable[[float, str], None]]:
-    """A bar of steps with a note behind it, wiped at the end; yields the function that moves it on."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit, markup=False),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-    )
-    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
+    columns: list[rich.ProgressColumn] = [rich.TextColumn("{task.description}", markup=False), rich.BarColumn()]
+    if unit == "bytes":
+        columns += [rich.DownloadColumn(), rich.TransferSpeedColumn()]
+    else:
+        columns += [rich.MofNCompleteColumn(), rich.TextColumn(unit, markup=False)]
+    columns += [rich.TimeRemainingColumn(), rich.TextColumn("{task.fields[note]}", markup=False)]
+    with rich.Progress(*columns, console=console(stderr=True), transient=unit != "bytes") as bar:
         task = bar.add_task(_cell(description), total=total, completed=start, note="")
 
         def advance(amount: float, note: str) -> None:
             bar.update(task, advance=amount, note=_cell(note) or bar.tasks[0].fields["note"])
 
-        yield advance
+        yield Progress(advance)
 
 
 class LogFormatter(logging.Formatter):
@@ -175,3 +186,8 @@ def _is_hidden(character: str) -> bool:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode()
+
+
+def shown_command(*words: str) -> str:
+    """The words of a command as a shell takes them: in quotes where a blank or a sign would mean something else."""
+    return shlex.join(redact(word) for word in words)

@@ -16,12 +16,11 @@ import torch
 from checkpoints import paths
 from checkpoints.artifact import Artifact, find_artifact, open_artifact
 from checkpoints.errors import ArtifactExistsError, CorruptArtifactError, StoreError
-from checkpoints.forms import CHECKPOINT_KIND
-from checkpoints.manifest import MANIFEST_NAME
-from checkpoints.places import DAMAGED, hidden_name
-from checkpoints.reading import check_size
+from checkpoints.manifest import CHECKPOINT_KIND
 from checkpoints.retry import logger
+from checkpoints.streams import check_size
 from checkpoints.tensors import read_weight_file, weight_file_chunks, weight_file_size
+from checkpoints.urls import DAMAGED, MANIFEST_NAME, hidden_name
 from checkpoints.writer import ArtifactWriter, write_artifact
 
 TENSORS_NAME = "state.safetensors"

@@ -1,4 +1,8 @@
-"""Copies a run, one artifact or the newest checkpoints, and goes on past what is damaged: all the rest arrives."""
+"""Copies a run, one artifact or the newest checkpoints, and goes on past what is damaged: all the rest arrives.
+
+Also what a run needs to be looked at and no artifact holds: settings, metrics and logs. These files are small and may
+change while jobs run, so they are copied whole and without hashes, each in one step.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from checkpoints import paths
-from checkpoints.artifact import Artifact
-from checkpoints.catalog import examine, newest_checkpoints
+from checkpoints.artifact import Artifact, examine, newest_checkpoints
 from checkpoints.copying import copy_artifact
 from checkpoints.errors import (
     AccessError,
@@ -17,11 +20,13 @@ from checkpoints.errors import (
     StoreFullError,
     UnreachableError,
 )
-from checkpoints.loose import copy_loose_file, loose_files
+from checkpoints.urls import ATTEMPT, FileInfo, UnsafeNameError, checked_path
 
 Report = Callable[[int], object]
 # These would be said of everything that follows as well.
 FATAL = (AccessError, MissingBucketError, StoreFullError, UnreachableError)
+KINDS = (".yaml", ".jsonl", ".log")
+TENSORBOARD = "events.out.tfevents."
 
 
 @dataclass(frozen=True)
@@ -103,3 +108,44 @@ def _copy_loose(source: str, urls: Iterable[str], target: str, outcome: Outcome)
             outcome.passed_over.append(str(error))
         except FileNotFoundError:
             outcome.passed_over.append(f"{url} is gone since it was listed")
+
+
+def loose_files(url: str, files: Iterable[FileInfo], artifacts: Iterable[str]) -> list[FileInfo]:
+    """Settings, metrics, logs and TensorBoard events of a listing that lie in no artifact and no hidden folder."""
+    owned = tuple(f"{artifact.rstrip('/')}/" for artifact in artifacts)
+    return [info for info in files if not info.url.startswith(owned) and _is_loose(paths.relative(info.url, url))]
+
+
+def copy_loose_file(root: str, url: str, target: str) -> str | None:
+    """Copy a file below `root` to the same place below `target`, over an older version, and return where it is now.
+
+    None when what is there is the same or goes on where this file ends: metrics and logs only grow, so a target that
+    begins with the whole source is the newer one and stays. Raises CorruptArtifactError for a name or a link that leads
+    out of `root`, and for what is no file.
+    """
+    target = paths.join(target, _checked_name(root, url))
+    if paths.is_local(url):
+        paths.check_within(paths.local_path(url), paths.local_path(root))
+    content = paths.read_bytes(url)
+    if paths.exists(target) and paths.read_bytes(target).startswith(content):
+        return None
+    try:
+        paths.replace_bytes(target, content)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise CorruptArtifactError(
+            f"{target} must be free for {url}, but {error.filename} is in its way; move it away"
+        ) from error
+    return target
+
+
+def _checked_name(root: str, url: str) -> str:
+    try:
+        return checked_path(paths.relative(url, root))
+    except UnsafeNameError as error:
+        raise CorruptArtifactError(f"{url!r:.200} must have a plain name, but {error}; rename or delete it") from error
+
+
+def _is_loose(name: str) -> bool:
+    parts = name.split("/")
+    unfinished = any(part.startswith(".") or ATTEMPT.fullmatch(part) for part in parts)
+    return not unfinished and (parts[-1].endswith(KINDS) or parts[-1].startswith(TENSORBOARD))

@@ -18,22 +18,37 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from checkpoints import explain, paths
+from checkpoints import paths, retry
 from checkpoints.artifact import Artifact
-from checkpoints.chunks import Chunk, continue_local, in_parts, passed_to, read_chunks, steady_pieces, write_local
 from checkpoints.errors import ArtifactExistsError, StoreError, StoreFullError
-from checkpoints.exchange import exchange
-from checkpoints.forms import check_names
+from checkpoints.folder import exchange
+from checkpoints.garbage import sweep_beside
 from checkpoints.hashing import FileEntry, FileHasher, describe_file
 from checkpoints.journal import Journal, attempt_of
-from checkpoints.manifest import MANIFEST_NAME, Manifest
+from checkpoints.manifest import Manifest, check_names
 from checkpoints.owners import locked
 from checkpoints.parallel import in_order, meanwhile
-from checkpoints.places import JOURNAL_NAME, OWN_NAMES, OWNER_NAME, UPLOAD_SCRATCH, hidden_name, new_attempt
-from checkpoints.reading import PART_BYTES
 from checkpoints.redact import redact_values
 from checkpoints.retry import logger
-from checkpoints.sweep import sweep_beside
+from checkpoints.streams import (
+    PART_BYTES,
+    Chunk,
+    continue_local,
+    in_parts,
+    passed_to,
+    read_chunks,
+    steady_pieces,
+    write_local,
+)
+from checkpoints.urls import (
+    JOURNAL_NAME,
+    MANIFEST_NAME,
+    OWN_NAMES,
+    OWNER_NAME,
+    UPLOAD_SCRATCH,
+    hidden_name,
+    new_attempt,
+)
 
 FILES_AT_ONCE = 3
 SMALL_PART_BYTES = 6 << 20  # where memory is bounded; S3 wants at least 5 MiB
@@ -215,7 +230,7 @@ class ArtifactWriter:
             exchange(staged, target)
         except OSError as error:
             shutil.rmtree(staged, ignore_errors=True)
-            raise explain.explain(error, "replace", self.url) from error
+            raise retry.explain(error, "replace", self.url) from error
         _finish(target)
         with suppress(StoreError):  # what is in place is whole
             paths.remove(str(staged))
@@ -249,7 +264,7 @@ class ArtifactWriter:
                 f"{self.url} must be free or a committed artifact, but holds files without a {MANIFEST_NAME}; "
                 "nothing reads them: move this folder away and start again"
             ) from error
-        raise explain.explain(error, "commit", self.url) from error
+        raise retry.explain(error, "commit", self.url) from error
 
     def _create_manifest(self, manifest: bytes) -> None:
         try:
@@ -289,13 +304,13 @@ def write_artifact(
         try:
             attempt, folder, resumes = _place(url, resume, stack)
         except OSError as error:
-            raise explain.explain(error, "write", url) from error
+            raise retry.explain(error, "write", url) from error
         writer = ArtifactWriter(url, folder, attempt, manifest, resumes)
         try:
             yield writer
         except OSError as error:
-            if explain.is_full(error):
-                raise explain.explain(error, "write", url) from error
+            if retry.is_full(error):
+                raise retry.explain(error, "write", url) from error
             raise
         finally:
             writer.discard()

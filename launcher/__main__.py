@@ -28,7 +28,7 @@ app = typer.Typer(
     help=(
         "Run the whole pipeline, each stage as a job of its own: here, or with --cluster on Slurm.\n\n"
         "Without a subcommand the run is launched, or continued: what is finished is skipped. The other subcommands "
-        "are for runs on a cluster and find theirs by --output-dir, or by the --config it was launched with."
+        "find their run by --output-dir, or by the --config it was launched with, on Slurm or here."
     ),
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -50,27 +50,21 @@ def launch(
     Here, the backbone runs under torchrun when launcher.backbone_processes is more than one, a stop (Ctrl-C) saves the
     state of every job, and a failed expert stops no other. On a cluster, everything is submitted within seconds.
     """
+    from launcher import runs
+
     if dry_run:
         plan_of(settings)
     elif cluster:
-        from launcher.cluster import launch as launch_on_cluster
-
-        launch_on_cluster(settings, say, new_run, preflight)
+        runs.launch(settings, say, new_run, preflight)
     else:
-        _launch_here(settings, max_workers)
+        runs.launch_here(_with_workers(settings, max_workers), say, new_run)
 
 
-def _launch_here(settings: Config, max_workers: int | None) -> None:
-    from launcher.local import LocalLauncher
-    from launcher.tasks import build_tasks
-
-    if max_workers is not None:
-        changed = settings.launcher.model_copy(update={"max_workers": max_workers})
-        settings = settings.model_copy(update={"launcher": changed})
-    launcher = LocalLauncher(settings, build_tasks(settings), say)
-    launcher.run()
-    log = launcher.folder / "evaluate.log"
-    say(log.read_text(errors="replace"))
+def _with_workers(settings: Config, max_workers: int | None) -> Config:
+    if max_workers is None:
+        return settings
+    changed = settings.launcher.model_copy(update={"max_workers": max_workers})
+    return settings.model_copy(update={"launcher": changed})
 
 
 @app.command()
@@ -95,7 +89,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
 ) -> None:
     """How each job stands: pending and why, running, requeued, failed, committed; step, loss, checkpoint, log."""
-    from launcher.cluster import final_report, follow_status, recorded
+    from launcher.runs import final_report, follow_status, recorded
     from launcher.status import as_json as rows_as_json
     from launcher.status import describe, is_going_on
 
@@ -120,7 +114,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
 ) -> None:
     """Print the log of a job."""
-    from launcher.cluster import tail
+    from launcher.runs import tail
 
     for text in tail(settings, stage, follow):
         say(text.replace("\r", "\n"), end="")  # bars of libraries go back to the start of their line
@@ -129,8 +123,8 @@ def logs(
 @app.command()
 @with_settings_of_a_run
 def cancel(settings: Config) -> None:
-    """Cancel the jobs of the run, the last stage first; what is committed stays, and `resume` continues."""
-    from launcher.cluster import cancel as cancel_run
+    """Stop the jobs of the run, the last stage first; what is committed stays, and `resume` continues."""
+    from launcher.runs import cancel as cancel_run
 
     cancel_run(settings, say)
 
@@ -138,21 +132,17 @@ def cancel(settings: Config) -> None:
 @app.command()
 @with_settings_of_a_run
 def resume(settings: Config) -> None:
-    """Submit what is missing of a run, with the settings that it was submitted with."""
-    from launcher.cluster import launch as launch_on_cluster
-    from launcher.cluster import recorded
-    from launcher.trust import check_commands
+    """Go on with what is missing of a run, on Slurm or here, with the settings that it was started with."""
+    from launcher.runs import resume as resume_run
 
-    submitted, _ = recorded(settings)
-    check_commands(settings, submitted)
-    launch_on_cluster(submitted, say)
+    resume_run(settings, say)
 
 
 @app.command()
 @with_settings_of_a_run
 def wait(settings: Config) -> None:
     """Wait until the run has ended and print the end report; the exit code is 0 when all is committed, else 1."""
-    from launcher.cluster import wait_for_run
+    from launcher.runs import wait_for_run
 
     if not wait_for_run(settings, say):
         raise typer.Exit(1)

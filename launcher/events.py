@@ -1,25 +1,30 @@
-"""What happened to each job, as JSON lines {job, event, time, …}: submitted, started, requeued, ended.
+"""What is known of each job: what happened to it, and how far its training is.
 
-Every job writes a file of its own, because appending from many nodes to one file loses lines; `merge` makes the one
-file that reports read. Times are seconds since 1970.
+What happened are JSON lines {job, event, time, …}: submitted, started, requeued, ended. Every job writes a file of its
+own, because appending from many nodes to one file loses lines; `merge_events` makes the one file that reports read.
+How far it is says the store: the newest checkpoint and the last line of metrics. Times are seconds since 1970.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
+import re
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import Required, TypedDict
 
-from checkpoints import paths
-from checkpoints.parsing import parse_object
+from checkpoints import find_artifact, paths
 from checkpoints.redact import redact_values
-from launcher.places import all_events_url, events_url
+from launcher.layout import all_events_url, events_url
 from modularforge.config import Config
+from modularforge.json_lines import objects_in
+from modularforge.pipeline import checkpoint_url, metrics_url
 
 Event = dict[str, Any]
 Seconds = Annotated[float, Field(ge=0, lt=1e11)]
@@ -48,6 +53,20 @@ class Noted(TypedDict, total=False):
 
 NOTED = TypeAdapter(Noted)
 READS_AT_ONCE = 16
+STEP_NAME = re.compile(r"step-(\d{8,})")
+# Holds many lines of metrics, so that one torn at the end leaves others; all of them would be megabytes.
+TAIL_BYTES = 8192
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Step of the newest checkpoint and when it was committed; last step, loss and time in the metrics."""
+
+    checkpoint_step: int = 0
+    checkpoint_time: float | None = None
+    step: int = 0
+    loss: float | None = None
+    time: float | None = None
 
 
 def append_event(config: Config, job: str, event: str, **details: Any) -> Event:
@@ -83,6 +102,43 @@ def merge_events(config: Config, submitted: Iterable[Event]) -> None:
     paths.replace_bytes(all_events_url(config), "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
+def progress_of(config: Config, job: str) -> Progress:
+    """What the store says of one job."""
+    line = _last_line(metrics_url(config, job))
+    step, committed = newest_checkpoint(config, job)
+    loss, seconds = (number_in(line, name) for name in ("loss", "time"))
+    return Progress(step, committed, int(number_in(line, "step") or 0), loss, seconds)
+
+
+def newest_checkpoint(config: Config, job: str) -> tuple[int, float | None]:
+    """Step and time of the newest committed checkpoint; 0 when there is none."""
+    url = checkpoint_url(config, job)
+    for name in sorted(filter(STEP_NAME.fullmatch, paths.list_folder(url)), reverse=True):
+        if artifact := find_artifact(paths.join(url, name)):
+            created = datetime.datetime.fromisoformat(artifact.manifest.created).timestamp()
+            return int(name.removeprefix("step-")), created
+    return 0, None
+
+
+def _last_line(url: str) -> dict[str, Any]:
+    """The last metrics line that has a loss; an empty one when there is none."""
+    try:
+        size = paths.file_size(url)
+        content = paths.read_bytes(url, max(0, size - TAIL_BYTES), size)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    found: dict[str, Any] = {}
+    for line in objects_in(content)[0]:
+        found = line if "loss" in line else found
+    return found
+
+
+def number_in(line: dict[str, Any], name: str) -> float | None:
+    """A value of a line of metrics, if it is there and a number."""
+    value = line.get(name)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63 else None
+
+
 def _read(url: str) -> bytes:
     try:
         return paths.read_bytes(url)
@@ -93,9 +149,9 @@ def _read(url: str) -> bytes:
 def _parse(content: bytes) -> list[Event]:
     """Lines that are whole and hold what an event does; one that a killed node left torn is passed over."""
     events = []
-    for line in content.decode(errors="replace").split("\n"):
+    for line in objects_in(content)[0]:
         try:
-            events.append(dict(NOTED.validate_python(parse_object(line))))
+            events.append(dict(NOTED.validate_python(line)))
         except ValueError:
             continue
     return events

@@ -1,4 +1,4 @@
-"""Only one launcher submits for a run at a time; the lock of one that was killed is taken over."""
+"""Only one launcher submits for a run, or runs it here, at a time; the lock of one that was killed is taken over."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from contextlib import contextmanager
 
 from checkpoints import paths
 from checkpoints.parsing import parse_object
-from launcher.places import lock_url
-from launcher.progress import number_in
+from launcher.events import number_in
+from launcher.layout import lock_url
 from modularforge.config import Config
 from modularforge.errors import UserError
 from modularforge.log import logger
 
 STALE_SECONDS = 600.0  # after its last sign of life, the lock of a launcher on another machine counts no longer
 BEAT_SECONDS = 60.0
-SETTLE_SECONDS = 1.0  # longer than a rival needs between reading a dead launcher's lock and putting its own there
+SETTLE_SECONDS = 1.0  # longer than another needs between reading a dead launcher's lock and putting its own there
 
 
 class BusyError(UserError):
@@ -43,8 +43,34 @@ def submission_lock(config: Config) -> Iterator[None]:
     finally:
         ended.set()
         beats.join()
-        if _holder(url).get("token") == token:
+        if read_holder(url).get("token") == token:
             paths.remove(url)
+
+
+def read_holder(url: str) -> dict[str, object]:
+    """What the lock says; nothing where there is none, or none that can be read."""
+    try:
+        return dict(parse_object(paths.read_bytes(url)))
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def is_alive(holder: dict[str, object]) -> bool:
+    """Whether there is a holder, and it lives: here its process is looked for; elsewhere it must not be silent long."""
+    if holder.get("host") == socket.gethostname():
+        return isinstance(pid := holder.get("pid"), int) and _exists(pid)
+    return time.time() - (number_in(holder, "time") or 0) < STALE_SECONDS
+
+
+def _exists(pid: int) -> bool:
+    """Whether there is such a process, whoever's it is; numbers below 1 would mean groups of processes."""
+    try:
+        os.kill(max(pid, 1), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return pid > 0
 
 
 def _mark(token: str) -> bytes:
@@ -56,24 +82,16 @@ def _beat(url: str, token: str, ended: threading.Event) -> None:
     """Renew the time in the lock now and then, so that other machines see that its holder lives."""
     while not ended.wait(BEAT_SECONDS):
         try:
-            if _holder(url).get("token") == token:
+            if read_holder(url).get("token") == token:
                 paths.replace_bytes(url, _mark(token))
         except OSError as error:
             logger.warning("%s could not be renewed, tried again in %.0f s: %s", url, BEAT_SECONDS, error)
 
 
-def _holder(url: str) -> dict[str, object]:
-    """What the lock says; nothing where there is none, or none that can be read."""
-    try:
-        return dict(parse_object(paths.read_bytes(url)))
-    except (FileNotFoundError, ValueError):
-        return {}
-
-
 def _take_over(url: str, token: str) -> None:
-    """Put the own lock in the place of a dead launcher's, unless a rival does so at the same time."""
-    holder = _holder(url)
-    if holder and _is_alive(holder):
+    """Put the own lock in the place of a dead launcher's, unless another process does so at the same time."""
+    holder = read_holder(url)
+    if is_alive(holder):
         raise BusyError(
             f"{url} must be free, but the launcher with process id {holder.get('pid')!r:.20} on "
             f"{str(holder.get('host'))!r:.80} is "
@@ -82,16 +100,9 @@ def _take_over(url: str, token: str) -> None:
     try:
         paths.remove(url)
         paths.create_bytes(url, _mark(token))
-        time.sleep(SETTLE_SECONDS)  # a rival that saw the same dead holder may remove our lock for it
-        taken = _holder(url).get("token") == token
+        time.sleep(SETTLE_SECONDS)  # another process that saw the same dead holder may remove our lock for it
+        taken = read_holder(url).get("token") == token
     except FileExistsError:
         taken = False
     if not taken:
         raise BusyError(f"{url} must be free, but another launcher was faster; wait for it")
-
-
-def _is_alive(holder: dict[str, object]) -> bool:
-    """On this machine the process is looked for; elsewhere a lock counts until its holder was silent for too long."""
-    if holder.get("host") == socket.gethostname():
-        return isinstance(pid := holder.get("pid"), int) and os.path.exists(f"/proc/{pid}")
-    return time.time() - (number_in(holder, "time") or 0) < STALE_SECONDS

@@ -1,26 +1,29 @@
-"""On the node: run one task of the pipeline under srun, watch it, and decide what follows when it has ended.
+"""Run one task of the pipeline as a job, watch it, and decide what follows when it has ended: on Slurm and here.
 
-`python -m launcher.node GROUP` is the batch step of a job; the training runs below it as a step of its own. So Slurm's
-warning signal reaches the training and not this program, which outlives a crash of the training, notes what happened,
-and is the only one to requeue the job. The scripts in slurm/ use it too.
+`python -m launcher.node GROUP` is the batch step of a Slurm job; the training runs below it as a step of its own. So
+Slurm's warning signal reaches the training and not this program, which outlives a crash of the training, notes what
+happened, and is the only one to requeue the job. The scripts in slurm/ use it too.
+
+The local launcher starts it with `--allocation`, and does what Slurm does: it signals the job and starts it again.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import os
 import signal
 import subprocess
 import sys
 from types import FrameType
 
-from checkpoints.commands import shown_command
+from checkpoints.screen import shown_command
 from launcher.allocation import Allocation
-from launcher.attempts import Decision, Ended, count_requeues, decide
 from launcher.command import child_environment, processes_of, training_command
-from launcher.events import Event, append_event, read_events
-from launcher.finish import finish_run
-from launcher.progress import newest_checkpoint, progress_of
+from launcher.events import Event, append_event, newest_checkpoint, progress_of, read_events
 from launcher.record import load_record
+from launcher.report import finish_run
+from launcher.retry_policy import Decision, Ended, count_requeues, decide
 from launcher.slurm import SlurmError, job_fields, minutes, run_slurm
 from launcher.tasks import Task, build_tasks, is_finished
 from modularforge.config import Config
@@ -28,6 +31,8 @@ from modularforge.errors import ConfigError
 from modularforge.exits import run_app
 from modularforge.run import Run
 from modularforge.settings import load_config
+
+PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
@@ -37,9 +42,10 @@ def main() -> None:
         options.config, options.set, smoke_test=options.smoke_test, data_dir=options.data_dir,
         output_dir=options.output_dir,
     )  # fmt: skip
-    allocation = Allocation.of_this_job(options.processes)
+    given = options.allocation
+    allocation = Allocation.from_word(given) if given else Allocation.of_this_job(options.processes)
     task = find_task(config, options.group, allocation.array_index, options.offset)
-    sys.exit(run_task(config, task, allocation, _settings_options(options), options.key))
+    sys.exit(run_task(config, task, allocation, _settings_options(options), options.key, options.again))
 
 
 def find_task(config: Config, group: str, array_index: int | None, offset: int) -> Task:
@@ -51,13 +57,15 @@ def find_task(config: Config, group: str, array_index: int | None, offset: int) 
     groups = ", ".join(dict.fromkeys(task.group for task in build_tasks(config)))
     raise ConfigError(
         f"the job must be one of {groups}, with an array index below experts.count ({config.experts.count}) for expert "
-        f"alone, but is {group!r} with index {index}; mend the script or its --array"
+        f"alone, but is {group!r} with index {index}; fix the script or its --array"
     )
 
 
-def run_task(config: Config, task: Task, allocation: Allocation, options: list[str], key: str) -> int:
-    """Run it unless it is done or another job has it; returns the exit code for Slurm."""
-    if is_finished(Run(config), task):
+def run_task(
+    config: Config, task: Task, allocation: Allocation, options: list[str], key: str, again: bool = False
+) -> int:
+    """Run it unless it is done (and not wanted `again`) or another job has it; returns the exit code for Slurm."""
+    if not again and is_finished(Run(config), task):
         print(f"{task.name} is finished", flush=True)
         return 0
     if _is_replaced(config, key, allocation):
@@ -68,31 +76,50 @@ def run_task(config: Config, task: Task, allocation: Allocation, options: list[s
     command = training_command(config, task, allocation, options)
     print(f"{task.name}: {shown_command(*command)}", flush=True)
     environment = child_environment(config, processes_of(config, task, allocation), allocation)
-    code = run_child(command, environment)
+    code, was_stopped = run_child(command, environment, allocation.is_local)
     if code == 0 and is_finished(Run(config), task):
         append_event(config, task.name, "ended", slurm_job=allocation.name, code=0, reason="finished")
         if task.group == "evaluate":
             finish_run(config)
         return 0
-    return _follow_up(config, task, allocation, history, code)
+    step = newest_checkpoint(config, task.name)[0]
+    first_step = int(history[-1].get("step", 0))
+    if allocation.is_local:
+        ended = Ended(code or 1, "CANCELLED" if was_stopped else "RUNNING", first_step=first_step, step=step)
+    else:
+        ended = _how_it_ended(allocation, code or 1, first_step, step)
+    return _follow_up(config, task, allocation, history, ended)
 
 
-def run_child(command: list[str], environment: dict[str, str]) -> int:
-    """Run the training and wait for it, whatever signals come; returns its exit code.
+def run_child(command: list[str], environment: dict[str, str], is_local: bool = False) -> tuple[int, bool]:
+    """Run the training and wait for it, whatever signals come; its exit code, and whether this program was stopped.
 
     At scancel Slurm signals every process of the job by itself. Only USR2 is passed on: it reaches this program alone
-    where a script asks for `--signal=B:USR2`.
+    where a script asks for `--signal=B:USR2`. A local launcher signals this program alone, so here all is passed on.
     """
-    child = subprocess.Popen(command, env=environment)
+    children: list[subprocess.Popen[bytes]] = []
+    received: set[int] = set()
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGUSR2 and child.poll() is None:
-            child.send_signal(number)
+        received.add(number)
+        for child in children:
+            if (is_local or number == signal.SIGUSR2) and child.poll() is None:
+                child.send_signal(number)
 
+    # Before the child starts: a signal in between would end this program and leave the child alone.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, pass_on)
-    code = child.wait()
-    return code if code >= 0 else 128 - code
+    children.append(subprocess.Popen(command, env=environment, preexec_fn=end_with_parent if is_local else None))
+    if is_local and received:  # they came while the child was being started
+        children[0].send_signal(signal.SIGTERM)
+    code = children[0].wait()
+    return (code if code >= 0 else 128 - code), bool(received)
+
+
+def end_with_parent() -> None:
+    """In a new process: ask Linux to end it when the one that started it is killed, so that no job is left alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _note_start(config: Config, task: Task, allocation: Allocation, history: list[Event], key: str) -> list[Event]:
@@ -107,24 +134,22 @@ def _note_start(config: Config, task: Task, allocation: Allocation, history: lis
     noted.append(
         append_event(
             config, task.name, "started", slurm_job=allocation.name, key=key, restarts=allocation.restarts,
-            nodes=allocation.node_list, node_count=allocation.nodes, gpus=allocation.gpus,
+            nodes=allocation.node_list, node_count=allocation.nodes, gpus=allocation.gpus, pid=os.getpid(),
             step=found.checkpoint_step, last_step=max(found.step, found.checkpoint_step), last_time=found.time,
         )
     )  # fmt: skip
     return noted
 
 
-def _follow_up(config: Config, task: Task, allocation: Allocation, history: list[Event], code: int) -> int:
+def _follow_up(config: Config, task: Task, allocation: Allocation, history: list[Event], ended: Ended) -> int:
     """Requeue the job or note its end; returns the exit code."""
-    step = newest_checkpoint(config, task.name)[0]
-    ended = _how_it_ended(allocation, code or 1, int(history[-1].get("step", 0)), step)
     if ended.is_sent_back:
-        print(f"{task.name} ended with code {code}: Slurm has sent it back to the queue", flush=True)
-        append_event(config, task.name, "requeued", slurm_job=allocation.name, reason="sent back", step=step)
+        print(f"{task.name} ended with code {ended.code}: Slurm has sent it back to the queue", flush=True)
+        append_event(config, task.name, "requeued", slurm_job=allocation.name, reason="sent back", step=ended.step)
         return ended.code
     decision = decide(ended, history, config.cluster)
-    print(f"{task.name} ended with code {code}: {decision.text}", flush=True)
-    if decision.again and _requeue(config, task, allocation, decision, step):
+    print(f"{task.name} ended with code {ended.code}: {decision.text}", flush=True)
+    if decision.again and _requeue(config, task, allocation, decision, ended.step):
         return ended.code
     append_event(config, task.name, "ended", slurm_job=allocation.name, code=ended.code, reason=decision.reason)
     return ended.code
@@ -152,6 +177,8 @@ def _requeue(config: Config, task: Task, allocation: Allocation, decision: Decis
     `scontrol requeue $SLURM_JOB_ID` in the last task of an array would start the whole array again.
     """
     append_event(config, task.name, "requeued", slurm_job=allocation.name, reason=decision.reason, step=step)
+    if allocation.is_local:  # the local launcher reads it there
+        return True
     try:
         run_slurm("scontrol", "requeue", allocation.name)
     except SlurmError as error:
@@ -181,6 +208,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--offset", type=int, default=0, help="expert that array task 0 stands for")
     parser.add_argument("--processes", type=int, help="training processes per node; default: as the settings say")
     parser.add_argument("--key", default="", help="name of the submission, from the launcher")
+    parser.add_argument("--allocation", default="", help="what the local launcher gives the job in Slurm's place")
+    parser.add_argument("--again", action="store_true", help="run it even if it is finished")
     return parser
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.carrier import Request, script_of
-from launcher.frozen import frozen_folder
-from launcher.pieces import cut
+from launcher.arrays import cut
 from launcher.record import run_id_of
+from launcher.sbatch import Request, script_of
+from launcher.snapshot import snapshot_folder
 from launcher.tasks import Group, build_groups, build_tasks, nodes_of
-from launcher.unsaved import require_open_places
+from launcher.trust import require_open_places
 from modularforge.config import Config
 
 # Slurm's default; the submission asks the site.
@@ -19,8 +19,8 @@ MAX_ARRAY_SIZE = 1001
 def describe_plan(config: Config) -> str:
     """What a launch of this run from nothing would submit."""
     require_open_places(config)
-    groups, run_id, frozen = build_groups(build_tasks(config)), run_id_of(config), frozen_folder(config)
-    requests = [request for group in groups for request in _requests(config, group, run_id, frozen)]
+    groups, run_id, snapshot = build_groups(build_tasks(config)), run_id_of(config), snapshot_folder(config)
+    requests = [request for group in groups for request in _requests(config, group, run_id, snapshot)]
     scripts = [f"===== {request.key}\n{script_of(config, request)}" for request in requests]
     graph = "\n".join(_line(config, group) for group in groups)
     return "\n".join([*scripts, f"===== run {run_id} at {config.output_dir}", graph, hours(config, groups)])
@@ -37,16 +37,16 @@ def hours(config: Config, groups: list[Group]) -> str:
     return f"asks for at most {gpu_hours:,.1f} GPU-hours and {core_hours:,.1f} core-hours"
 
 
-def _requests(config: Config, group: Group, run_id: str, frozen: Path) -> list[Request]:
+def _requests(config: Config, group: Group, run_id: str, snapshot: Path) -> list[Request]:
     """Requests with names in place of the job ids that only sbatch gives."""
     success = tuple(f"<{name}>" for name in group.after)
     ended = tuple(f"<{name}>" for name in group.after_end)
     if group.tasks[0].index is None:
-        return [Request(group.name, group.name, run_id, frozen, None, success, ended)]
-    pieces = cut(list(range(len(group.tasks))), MAX_ARRAY_SIZE, config.cluster.array_throttle)
+        return [Request(group.name, group.name, run_id, snapshot, None, success, ended)]
+    parts = cut(list(range(len(group.tasks))), MAX_ARRAY_SIZE, config.cluster.array_throttle)
     return [
-        Request(group.name, f"{group.name}-{number}", run_id, frozen, piece, success, ended)
-        for number, piece in enumerate(pieces)
+        Request(group.name, f"{group.name}-{number}", run_id, snapshot, part, success, ended)
+        for number, part in enumerate(parts)
     ]
 
 

@@ -15,12 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from checkpoints import StoreError, paths
-from launcher.carrier import Request, script_of
-from launcher.environment import job_environment
-from launcher.frozen import frozen_folder
-from launcher.pieces import cut
-from launcher.places import FOLDER, work_folder
+from launcher.arrays import cut
+from launcher.command import job_environment
+from launcher.layout import FOLDER, work_folder
+from launcher.sbatch import Request, script_of
 from launcher.slurm import SlurmError, minutes, partitions, run_slurm, site_settings
+from launcher.snapshot import snapshot_folder
 from launcher.tasks import Group, build_groups, build_tasks, nodes_of, nodes_section
 from modularforge.config import Config
 from modularforge.errors import ConfigError
@@ -80,8 +80,8 @@ def _group_problems(
         section = nodes_section(group.name)
         yield f"cluster.{section}.time_minutes must be at most the queue's {limit:.0f}, but is {wanted}; lower it"
     indices = [task.index for task in group.tasks if task.index is not None]
-    piece = next(iter(cut(indices, max_array, config.cluster.array_throttle)), None)
-    script = script_of(config, Request(group.name, "test", run_id, frozen_folder(config), piece))
+    part = next(iter(cut(indices, max_array, config.cluster.array_throttle)), None)
+    script = script_of(config, Request(group.name, "test", run_id, snapshot_folder(config), part))
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(script)
         file.flush()
@@ -116,7 +116,7 @@ def _storage_problems(config: Config, _run_id: str, _notes: list[str]) -> Iterat
             pass
         paths.remove(url)
         if paths.exists(url):
-            yield f"{config.output_dir} must let files be deleted, but {url} is still there; mend the rights"
+            yield f"{config.output_dir} must let files be deleted, but {url} is still there; fix the rights"
     except (StoreError, OSError) as error:
         yield f"output_dir must be writable: {error}"
     try:

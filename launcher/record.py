@@ -1,4 +1,4 @@
-"""The run record in the store: whose run it is, and every submission to Slurm with its job id.
+"""The run record in the store: whose run it is, and every submission to Slurm, or to this machine, with its job id.
 
 A submission is written down before sbatch is called and again with the job id afterwards, so a launcher that is killed
 in between leaves an entry without a job id; the next one looks for it by its key. What is finished is told by
@@ -17,11 +17,12 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from checkpoints import paths
-from checkpoints.names import checked_part
 from checkpoints.parsing import parse_object
 from checkpoints.redact import redact
+from checkpoints.urls import checked_part
+from launcher.allocation import LOCAL
 from launcher.events import Event
-from launcher.places import record_url
+from launcher.layout import record_url
 from modularforge.config import Config
 from modularforge.errors import DataError, MismatchError
 from modularforge.mistakes import config_error, shown
@@ -30,7 +31,7 @@ from modularforge.settings import make_config
 
 # A record may come from a bucket that others write, and its words go into paths, and to squeue and scancel.
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
-SlurmJob = Annotated[str, Field(pattern=r"^[0-9]+$", max_length=20)]
+JobId = Annotated[str, Field(pattern=rf"^({LOCAL})?[0-9]+$", max_length=20)]
 Folder = Annotated[str, AfterValidator(lambda name: name and checked_part(name))]
 Index = Annotated[int, Field(ge=0, lt=1_000_000)]
 Time = Annotated[float, Field(ge=0, lt=1e11)]
@@ -41,7 +42,7 @@ GROWING = ("experts.count",)
 
 @dataclass
 class Submission:
-    """One call of sbatch: a job, or an array of the experts `indices`, of which index `offset` is array task 0.
+    """One job, or an array of the experts `indices`, of which index `offset` is array task 0.
 
     `work` is the name of the work folder with its log; older launchers noted none.
     """
@@ -50,8 +51,8 @@ class Submission:
     group: Word
     indices: list[Index] = field(default_factory=list)
     offset: Index = 0
-    job: SlurmJob | None = None
-    after: list[SlurmJob] = field(default_factory=list)
+    job: JobId | None = None
+    after: list[JobId] = field(default_factory=list)
     submitted: Time = field(default_factory=time.time)
     withdrawn: bool = False
     work: Folder = ""
@@ -60,6 +61,16 @@ class Submission:
     def task_names(self) -> list[str]:
         """Names of the tasks it carries."""
         return [f"{self.group}-{index}" for index in self.indices] if self.indices else [self.group]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether processes of a local launcher run it, not Slurm."""
+        return (self.job or "").startswith(LOCAL)
+
+    def job_name(self, task_name: str) -> str:
+        """The job of one of its tasks, once it has a job: `12`, or `12_4` for a task of an array."""
+        index = int(task_name.rsplit("-", 1)[1]) - self.offset if self.indices else None
+        return f"{self.job}" if index is None else f"{self.job}_{index}"
 
     def events(self) -> list[Event]:
         """Its tasks' `submitted` events."""
@@ -84,6 +95,11 @@ class Record:
     def live(self) -> list[Submission]:
         """Submissions with a job id that were not taken back."""
         return [item for item in self.submissions if item.job and not item.withdrawn]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the run was last started on this machine, not on Slurm."""
+        return bool(self.submissions) and self.submissions[-1].is_local
 
     def settings(self) -> Config:
         """The settings the run was last submitted with."""
@@ -148,8 +164,8 @@ def require_record(config: Config) -> Record:
     record = load_record(config)
     if record is None:
         raise MismatchError(
-            f"{redact(config.output_dir)} must hold a run that was submitted to a cluster, but has none; start one "
-            "with `python -m launcher --cluster`, or name its --output-dir"
+            f"{redact(config.output_dir)} must hold a run that the launcher started, but has none; start one with "
+            "`python -m launcher` here, or with --cluster on Slurm, or name its --output-dir"
         )
     return record
 

@@ -1,4 +1,4 @@
-"""How each task of a run stands, from manifests, one squeue call, and the jobs' own notes; sacct is not asked."""
+"""How each task of a run stands, from manifests, the jobs' own notes, and one squeue call; sacct is not asked."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.attempts import count_requeues
-from launcher.carrier import job_names
-from launcher.events import Event, read_all_events
-from launcher.places import log_file, old_folder_name, run_path
-from launcher.progress import Progress, progress_of
+from launcher.events import Event, Progress, progress_of, read_all_events
+from launcher.layout import log_file, old_folder_name, run_path
+from launcher.processes import jobs_here
 from launcher.record import Record, Submission
+from launcher.retry_policy import count_requeues
+from launcher.sbatch import job_names
 from launcher.slurm import QueuedJob, queue
 from launcher.submit import live_tasks
 from launcher.tasks import Task, build_groups, build_tasks, finished_tasks, unneeded_tasks
@@ -50,8 +50,12 @@ def read_status(config: Config, record: Record) -> list[Row]:
     tasks = build_tasks(config)
     done = finished_tasks(Run(config), tasks)
     spared = unneeded_tasks(tasks, done)
-    jobs = [] if len(done | spared) == len(tasks) else queue(_names(config, record))
+    # The queue before the events: a job that ends in between is then seen as ended, and not as lost.
+    jobs = [] if len(done | spared) == len(tasks) else _jobs(config, record)
     events = read_all_events(config)
+    # What was committed since the first look says so itself.
+    late = [task for task in tasks if task.name not in done and _says_finished(events.get(task.name, []))]
+    done |= finished_tasks(Run(config), late)
     live = live_tasks(record, jobs, events)
     queued = {(job.job, job.index): job for job in jobs}
     carriers = {name: item for item in record.live for name in item.task_names}
@@ -78,7 +82,7 @@ def as_json(rows: list[Row]) -> list[dict[str, Any]]:
 
 def describe(config: Config, rows: list[Row]) -> str:
     """The rows as a table; of a large array a line of counts and the tasks that are not just waiting or done."""
-    lines = [f"{'job':<14} {'state':<11} {'step':>13} {'loss':>8} {'checkpoint':>16} {'requeued':>8}  Slurm, log"]
+    lines = [f"{'job':<14} {'state':<11} {'step':>13} {'loss':>8} {'checkpoint':>16} {'requeued':>8}  job, node, log"]
     for group in build_groups(build_tasks(config)):
         found = [row for row in rows if row.stage == group.name]
         if len(found) > LISTED_TASKS:
@@ -89,8 +93,15 @@ def describe(config: Config, rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _names(config: Config, record: Record) -> list[str]:
-    return job_names(record.run_id, [group.name for group in build_groups(build_tasks(config))])
+def _says_finished(events: list[Event]) -> bool:
+    return bool(events) and events[-1].get("reason") == "finished"
+
+
+def _jobs(config: Config, record: Record) -> list[QueuedJob]:
+    """What is in the queue, Slurm's or that of the launcher on this machine."""
+    if record.is_local:
+        return jobs_here(config, record)
+    return queue(job_names(record.run_id, [group.name for group in build_groups(build_tasks(config))]))
 
 
 def _row(
@@ -115,7 +126,7 @@ def _row(
     else:
         state, reason = _ended_state(events, carrier, job)
     found = progress_of(config, task.name) if task.is_training and state != "pending" else Progress()
-    name = "" if not carrier else str(carrier.job) if index is None else f"{carrier.job}_{index}"
+    name = carrier.job_name(task.name) if carrier else ""
     log = _log(config, task, carrier) if carrier else ""
     return Row(
         task.name, task.group, state, reason, name, job.nodes if job else "", requeues,
@@ -148,7 +159,7 @@ def _ended_state(events: list[Event], carrier: Submission | None, job: QueuedJob
         return "failed", f"its job ended without a word{f' ({job.state})' if job else ''}"
     if carrier is None:
         return "missing", "not submitted"
-    return "cancelled", job.reason if job and job.reason != "None" else "what it waited for failed, or scancel"
+    return "cancelled", job.reason if job and job.reason != "None" else "what it waited for failed, or it was stopped"
 
 
 def _steps(config: Config, task: Task) -> int | None:

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher.carrier import Request, comment_of, job_names, submit
+from launcher.arrays import ArrayPart, cut
 from launcher.events import Event, read_all_events
-from launcher.frozen import freeze
-from launcher.pieces import Piece, cut
-from launcher.places import work_folder
+from launcher.layout import work_folder
 from launcher.record import Record, Submission, new_key, save_record
+from launcher.sbatch import Request, comment_of, job_names, submit
 from launcher.slurm import NEVER, QueuedJob, SlurmError, queue, run_slurm, site_settings
+from launcher.snapshot import take_snapshot
 from launcher.tasks import Group, build_groups, build_tasks, finished_tasks, unneeded_tasks
 from modularforge.config import Config
 from modularforge.pipeline import JobName
@@ -36,7 +36,7 @@ class Submitter:
     config: Config
     record: Record
     say: Say
-    frozen: Path = field(default_factory=Path)
+    snapshot: Path = field(default_factory=Path)
     max_array_size: int = 1001
     done: set[str] = field(default_factory=set)
     live: dict[str, str] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Submitter:
         tasks = build_tasks(self.config)
         self.live = self._live_tasks()
         self.max_array_size = int(site_settings().get("MaxArraySize", self.max_array_size))
-        self.frozen = freeze(self.config)
+        self.snapshot = take_snapshot(self.config)
         for group in build_groups(tasks):
             self._submit_group(group)
         return self.submitted
@@ -87,9 +87,9 @@ class Submitter:
             return
         indices = [task.index for task in missing if task.index is not None]
         jobs: list[str] = []
-        for piece in cut(indices, self.max_array_size, self.config.cluster.array_throttle):
-            before = () if piece.after is None else (jobs[piece.after],)
-            jobs.append(self._submit(group.name, piece, after_success, (*after_end, *before)))
+        for part in cut(indices, self.max_array_size, self.config.cluster.array_throttle):
+            before = () if part.after is None else (jobs[part.after],)
+            jobs.append(self._submit(group.name, part, after_success, (*after_end, *before)))
 
     def _jobs_of(self, groups: tuple[str, ...]) -> tuple[str, ...]:
         """Jobs that still carry tasks of these groups."""
@@ -109,21 +109,21 @@ class Submitter:
                     del self.live[name]
 
     def _submit(
-        self, group: str, piece: Piece | None, after_success: tuple[str, ...], after_end: tuple[str, ...]
+        self, group: str, part: ArrayPart | None, after_success: tuple[str, ...], after_end: tuple[str, ...]
     ) -> str:
         """One call of sbatch; returns the job id."""
         key = new_key(group, len(self.record.submissions))
-        indices, offset = (list(piece.indices), piece.offset) if piece else ([], 0)
+        indices, offset = (list(part.indices), part.offset) if part else ([], 0)
         after, work = [*after_success, *after_end], work_folder(self.config).name
         item = Submission(key, group, indices, offset, after=after, work=work)
         self.record.submissions.append(item)
         save_record(self.config, self.record)
-        request = Request(group, key, self.record.run_id, self.frozen, piece, after_success, after_end)
+        request = Request(group, key, self.record.run_id, self.snapshot, part, after_success, after_end)
         item.job = self._sbatch(request)
         save_record(self.config, self.record)
         self.live.update(dict.fromkeys(item.task_names, item.job))
         self.submitted += 1
-        self.say(f"{group}: submitted as job {item.job}{f' (array {piece.array})' if piece else ''}")
+        self.say(f"{group}: submitted as job {item.job}{f' (array {part.array})' if part else ''}")
         return item.job
 
     def _sbatch(self, request: Request) -> str:

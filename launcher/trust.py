@@ -1,17 +1,51 @@
-"""What a record that others can write must not do: say what runs on the nodes.
+"""Which settings start jobs: none with secrets, which no file may hold, and no commands out of a record of others.
 
-The record of a run on an object store may have been written by anybody who can write there, and some of its settings
-are commands.
+Jobs read their settings from a file, so what they cannot do without is refused before they start. The record of a run
+on an object store may have been written by anybody who can write there, and some of its settings are commands.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from checkpoints import paths
-from checkpoints.redact import redact
-from modularforge.config import ClusterConfig, Config
+from checkpoints.redact import has_secret, is_redacted, redact, redact_urls
+from launcher.tasks import build_tasks, is_finished
+from modularforge.config import ClusterConfig, Config, SourceConfig
 from modularforge.errors import ConfigError
+from modularforge.run import Run
 
 COMMANDS = ("setup", "python", "container", "sbatch_options", "pass_environment", "work_dir")
+
+
+def require_open_places(config: Config) -> None:
+    """Raise ConfigError when the run or its data lies at a URL with a secret in it; touches no storage."""
+    for name, place in (("output_dir", config.output_dir), ("data_dir", config.data_dir)):
+        if place is not None and _is_lost(place):
+            raise ConfigError(
+                f"{name} must hold no password and no signed query where jobs are started, but is "
+                f"{redact_urls(place):.80}, which every job must open and none is told; give credentials in variables "
+                "(AWS_…, FSSPEC_…)"
+            )
+
+
+def require_readable_settings(config: Config) -> None:
+    """Raise ConfigError when a job would need a password or a signature that stands in the settings themselves."""
+    require_open_places(config)
+    for line in config.cluster.setup:
+        if is_redacted(line):
+            raise ConfigError(
+                f"cluster.setup must be a line as the shell needs it, but is {line!r:.80}, whose secret was not saved "
+                "with the settings; give it again with --set, or let the line read an environment variable"
+            )
+    lost = [(source.name, place) for source in config.data.sources for place in _locations(source) if _is_lost(place)]
+    if lost and not is_finished(Run(config), build_tasks(config)[0]):
+        name, place = lost[0]
+        raise ConfigError(
+            f"data.sources must name secrets as environment variables for jobs, such as https://${{USER}}:${{PASSWORD}}"
+            f"@host/x, because none are saved with the settings, but that of {name} is {redact_urls(place):.80}; write "
+            "it so (on a cluster also in cluster.pass_environment), or run `modularforge prepare-data` first"
+        )
 
 
 def check_commands(given: Config, recorded: Config) -> None:
@@ -27,3 +61,12 @@ def check_commands(given: Config, recorded: Config) -> None:
             f"{', '.join(foreign)} in the record of {redact(recorded.output_dir)} must be what --config says, because "
             "it decides what runs on the nodes and others may write there; name the settings file of the launch"
         )
+
+
+def _is_lost(location: str) -> bool:
+    return has_secret(location) or is_redacted(location)
+
+
+def _locations(source: SourceConfig) -> Iterator[str]:
+    for found in (source.train, source.validation, source.test):
+        yield from [found] if isinstance(found, str) else found or ()

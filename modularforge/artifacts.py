@@ -15,8 +15,14 @@ from torch import Tensor
 
 from checkpoints import Artifact
 from modularforge.data.loader import label_tokens
-from modularforge.data.metadata import PartitionRow, check_metadata, read_partitions
-from modularforge.data.token_files import TokenFile, Tokens, open_token_file
+from modularforge.data.token_files import (
+    PartitionRow,
+    TokenFile,
+    Tokens,
+    check_metadata,
+    open_token_file,
+    read_partitions,
+)
 from modularforge.data.tokenizer import EOS, load_tokenizer, token_byte_lengths
 from modularforge.experts.kind import kind_of_artifact
 from modularforge.model.backbone import Decoder

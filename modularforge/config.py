@@ -152,6 +152,9 @@ class PartitionConfig(Section):
     """k-means is fitted on this many documents drawn by the seed; the others are assigned to the centres."""
 
 
+GONE_FROM_ROPE = ("mscale", "mscale_all_dim")  # DeepSeek's, whose models we do not compute
+
+
 class RopeScalingConfig(Section):
     """How rotary frequencies are stretched for long contexts; the names are those of `rope_scaling` in config.json."""
 
@@ -171,12 +174,16 @@ class RopeScalingConfig(Section):
     """`yarn`: frequencies that turn less often than this are divided by the factor; null is 1."""
     attention_factor: float | None = Field(None, gt=0)
     """`yarn`: cosines and sines are multiplied by this; null is 0.1 ln(factor) + 1."""
-    mscale: float | None = None
-    """`yarn`: with `mscale_all_dim`, another rule for the attention factor (DeepSeek)."""
-    mscale_all_dim: float | None = None
-    """`yarn`: see `mscale`."""
     truncate: bool | None = None
     """`yarn`: whether the blended range begins and ends at whole dimensions; null is true."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_is_gone(cls, values: Any) -> Any:
+        """Settings that earlier versions recorded have these names too, with null unless the model was DeepSeek's."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if name not in GONE_FROM_ROPE or value is not None}
 
 
 class ModelConfig(Section):

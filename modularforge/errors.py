@@ -4,7 +4,7 @@ A message is one sentence with four parts: the name, what it must be, what it is
 The command line prints it without a traceback and exits with 2; a traceback appears with ``--debug``.
 """
 
-from checkpoints.errors import StoreError, UserError
+from checkpoints.errors import DataError, StoreError, UserError
 from checkpoints.redact import redact
 
 __all__ = [
@@ -21,10 +21,6 @@ def one_line(value: object, limit: int = 200) -> str:
 
 class ConfigError(UserError):
     """A setting is unknown, mistyped, or impossible together with another."""
-
-
-class DataError(UserError):
-    """An input is missing, empty, truncated, or not what its format says."""
 
 
 class MismatchError(UserError):

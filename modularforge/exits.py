@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from checkpoints.errors import UserError
-from checkpoints.explain import explain, is_full
+from checkpoints.retry import explain, is_full
 from checkpoints.screen import bug, safe_streams, say
 from modularforge.errors import Interrupted
 

@@ -1,7 +1,10 @@
-"""What a run says: log lines for people, metrics as JSON lines for programs, progress on a terminal.
+"""What a run says: log lines for people, metrics as JSON lines for programs.
 
 Metrics of a job go to one ``.jsonl`` file; on a folder each line is appended at once, on an object store the file is
 replaced whole at every flush. A resumed job drops the lines after its checkpoint, so no step is told twice.
+
+TensorBoard events, where tensorboard is installed, go to `metrics/tensorboard/JOB/`: the same numbers as scalars, made
+from the JSON lines, which stay the record. A resumed job drops the file and writes the kept lines into a new one.
 """
 
 from __future__ import annotations
@@ -12,19 +15,24 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from checkpoints import StoreError, paths
 from checkpoints.redact import redact_values
 from checkpoints.retry import logger as store_logger
-from checkpoints.screen import LogFormatter, step_bar
+from checkpoints.screen import LogFormatter
+from modularforge.errors import ConfigError
 from modularforge.json_lines import number_of, object_in
-from modularforge.tensorboard import events_beside
 
 logger = logging.getLogger("modularforge")
+Mode = Literal["auto", "on", "off"]
+FOLDER = "tensorboard"
+NOT_FINITE = ("inf", "-inf", "nan")
+MOST_STEPS = 2.0**53
+NOT_SCALARS = ("job", "step", "time")
 
 
 def configure_logging(*, quiet: bool = False) -> None:
@@ -52,7 +60,7 @@ def json_safe(value: Any) -> Any:
 class MetricsLog:
     """JSON lines of one job at `url`, and TensorBoard events beside them if asked for; use on rank 0 only."""
 
-    def __init__(self, url: str, tensorboard: Literal["auto", "on", "off"] = "off") -> None:
+    def __init__(self, url: str, tensorboard: Mode = "off") -> None:
         self.url = url
         self._lines: list[str] = []
         self._events = events_beside(url, tensorboard)
@@ -140,30 +148,75 @@ def _step_of(line: str) -> float:
     return math.inf if step is None or math.isnan(step) else step
 
 
-class Progress:
-    """A bar on a terminal; silent elsewhere."""
+def events_beside(metrics_url: str, mode: Mode) -> EventFile | None:
+    """The event file of a metrics file; None when it is off, or `auto` and tensorboard is not installed."""
+    if mode == "off":
+        return None
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError as error:
+        if mode == "on":
+            raise ConfigError(
+                "metrics.tensorboard must not be on without tensorboard, but it is not installed; "
+                "run `pip install tensorboard`, or set it to auto"
+            ) from error
+        return None
+    folder, name = metrics_url.rsplit("/", 1)
+    return EventFile(paths.join(folder, FOLDER, name.removesuffix(".jsonl")))
 
-    def __init__(self, bar: Callable[[float, str], None] | None = None) -> None:
-        self._bar = bar
+
+class EventFile:
+    """TensorBoard events of one job in a folder of their own; use on rank 0 only."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self._writer: Any = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    def restart(self, lines: Iterable[str]) -> None:
+        """Begin again with the events of these metrics lines; a new name tells a running TensorBoard to look again."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self._writer:
+            self._writer.close()
+        paths.remove(self.folder)
+        if not paths.is_local(self.folder):
+            self._scratch = tempfile.TemporaryDirectory(prefix="modularforge-events-", ignore_cleanup_errors=True)
+        self._writer = SummaryWriter(str(self._local))
+        for line in lines:
+            self._add(json.loads(line))
+        self._writer.flush()
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one metrics line; on a folder it is visible at once, on an object store after `flush`."""
+        if not self._writer:
+            self.restart(())
+        self._local.mkdir(parents=True, exist_ok=True)  # it is gone where another process has begun this job again
+        self._add(values)
+        self._writer.flush()
+
+    def flush(self) -> None:
+        """Make all events visible on an object store."""
+        for file in self._local.iterdir() if self._scratch else ():
+            paths.replace_bytes(paths.join(self.folder, file.name), file.read_bytes())
 
     @property
-    def is_shown(self) -> bool:
-        """Whether there is a terminal that shows it."""
-        return self._bar is not None
+    def _local(self) -> Path:
+        """Where TensorBoard's writer writes: it knows folders alone."""
+        return Path(self._scratch.name) if self._scratch else paths.local_path(self.folder)
 
-    def advance(self, amount: float = 1, note: str = "") -> None:
-        """Move the bar on by `amount` units; `note`, or the one before it, is shown behind it."""
-        if self._bar is not None:
-            self._bar(amount, note)
+    def _add(self, values: dict[str, Any]) -> None:
+        step = int(min(MOST_STEPS, max(0.0, float(values["step"]))))  # a line may be of another program
+        for name, value in values.items():
+            if name not in NOT_SCALARS and (number := _number(value)) is not None:
+                self._writer.add_scalar(name, number, step, walltime=_number(values.get("time")) or 0.0)
 
 
-@contextmanager
-def progress(
-    description: str, total: float | None, unit: str = "steps", start: int = 0, is_wanted: bool = True
-) -> Iterator[Progress]:
-    """Show a progress bar while the block runs, if it is wanted (by one rank of many) and standard error a terminal."""
-    if not is_wanted or not sys.stderr.isatty():
-        yield Progress()
-        return
-    with step_bar(description, total, unit, start) as advance:
-        yield Progress(advance)
+def _number(value: Any) -> float | None:
+    """A scalar; JSON holds those that are not finite as text."""
+    if not isinstance(value, int | float) and value not in NOT_FINITE:
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None

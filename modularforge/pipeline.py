@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any
 
 from checkpoints import Artifact, paths
-from modularforge.config import TRAINED_ON_ALL, Config, PhaseConfig
+from modularforge.config import GONE_FROM_ROPE, TRAINED_ON_ALL, Config, PhaseConfig
 
 NEVER = "never"  # `Stage.baseline` of what no run makes by itself, only a study
 EVERY = "*"
@@ -47,8 +47,12 @@ class Stage:
     """It is wanted when `evaluation.baselines` names this; None is always."""
     is_measured: bool = True
     """Its models are measured by the evaluation."""
+    schedule: str = ""
+    """The section of settings that says how many steps it trains; empty for what trains nothing."""
     panel: str = ""
     """Where its curves are drawn; empty draws none."""
+    colour: str = ""
+    """Of its curves and bars; experts and branches have one each."""
 
     @property
     def is_indexed(self) -> bool:
@@ -95,8 +99,13 @@ def _baseline(name: Any, also: tuple[str, ...]) -> Stage:
         phase=lambda config: config.baseline_phase(name),
         nodes="backbone",
         baseline=name,
+        schedule="experts",
         panel="baselines",
+        colour=BASELINE_COLOURS[name],
     )
+
+
+BASELINE_COLOURS = {"dense": "#6b6f76", "dense_wide": "#9aa0a8", "joint": "#6f4e37", "joint_evidence": "#b08968"}
 
 
 STAGES: dict[str, Stage] = {
@@ -130,7 +139,9 @@ STAGES: dict[str, Stage] = {
             ("seed", *COUNTED),
             phase=lambda config: config.backbone,
             nodes="backbone",
+            schedule="backbone",
             panel="backbone",
+            colour="#1b1b1f",
         ),
         Stage(
             "expert",
@@ -140,6 +151,7 @@ STAGES: dict[str, Stage] = {
             f"{MAKERS}.expert:run",
             phase=lambda config: config.experts,
             nodes="expert",
+            schedule="experts",
             panel="experts",
         ),
         _baseline("dense", ("joint.batch_size",)),
@@ -155,6 +167,7 @@ STAGES: dict[str, Stage] = {
             phase=lambda config: config.experts,
             nodes="expert",
             baseline="btx",
+            schedule="experts",
             panel="branches",
         ),
         Stage(
@@ -167,7 +180,9 @@ STAGES: dict[str, Stage] = {
             phase=lambda config: config.btx_phase,
             nodes="backbone",
             baseline=NEVER,
+            schedule="btx",
             panel="baselines",
+            colour="#7f7f2a",
         ),
         Stage(
             "assembled",
@@ -186,7 +201,9 @@ STAGES: dict[str, Stage] = {
             f"{MAKERS}.calibrate:run",
             job="assemble",
             phase=lambda config: config.calibration,
+            schedule="calibration",
             panel="calibration",
+            colour="#44475a",
         ),
         Stage(
             "evaluation",
@@ -245,6 +262,9 @@ CAME_LATER: dict[str, Any] = {
 which a stage does what it did before. With that value they are no part of a stage's settings, so that the artifact that
 was made without them keeps its fingerprint. Their default may be another value."""
 
+GONE = tuple(f"model.rope_scaling.{name}" for name in GONE_FROM_ROPE)
+"""Settings that are no more. Where rotary positions are stretched they count as null, as ever: a backbone that was made
+with them keeps its fingerprint."""
 OF_EVIDENCE = ("assembly.token_pairs", "assembly.width_multiple", "assembly.head_multiple")
 """Settings that came with the evidence router's second form. A model of its first form was another model, so for that
 router they count with any value; for the other routers nothing has changed."""
@@ -271,6 +291,8 @@ class JobName:
         return JobName(text)
 
 
+OLD_NAMES = {"calibration": "calibrated", "calibrate": "calibrated"}
+"""Jobs whose metrics and records earlier versions wrote under another name than the stage's."""
 _INDEXED = re.compile(r"(.+?)[-/](\d{1,9})", re.ASCII)
 
 
@@ -304,6 +326,8 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for setting in (*stage.sections, *stage.also):
         found.update(_flatten(setting, _value(values, setting)))
+    if "model" in stage.sections and config.model.rope_scaling:
+        found |= dict.fromkeys(GONE)
     found = {setting: value for setting, value in found.items() if has_effect(setting, name)}
     for own, general in STANDS_FOR.get(name, {}).items():
         value = _value(values, own)

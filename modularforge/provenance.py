@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import Artifact, ArtifactExistsError, ArtifactWriter, open_artifact, paths, write_artifact
+from checkpoints.garbage import sweep
 from checkpoints.redact import redact
-from checkpoints.sweep import sweep
 from modularforge.config import Config
 from modularforge.log import json_safe, logger
 from modularforge.pipeline import STAGES, Plan, checkpoint_url, contents, fingerprint

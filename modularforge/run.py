@@ -175,7 +175,7 @@ def _pretrained_input(config: Config, needed: str) -> dict[str, str]:
     """Identity of the pretrained model or of its tokenizer; nothing where the run starts from random weights."""
     if config.model.pretrained is None:
         return {}
-    from modularforge.pretrained.identity import model_identity, tokenizer_identity
+    from modularforge.pretrained.fetch import model_identity, tokenizer_identity
 
     identity: Any = tokenizer_identity if needed == "tokenizer" else model_identity
     return {needed: identity(config.model.pretrained)}

@@ -111,7 +111,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     except StoreError as error:
         raise ConfigError(f"{path} must be a YAML file, but {error}") from error
     except ValueError as error:
-        raise ConfigError(f"{path} must be YAML, but is not: {error}; mend that") from error
+        raise ConfigError(f"{path} must be YAML, but is not: {error}; fix that") from error
     if not isinstance(values, dict):
         raise ConfigError(
             f"{path} must hold sections such as `data:`, but holds {shown(values)}; see configs/default.yaml"

@@ -22,7 +22,7 @@ from modularforge.errors import DataError
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import load_model, load_on_demand, with_text_router
 from modularforge.model.hub_config import CONFIG_NAME, TABLES_NAME, is_moe, parse_config, read_config
-from modularforge.pretrained.other_formats import require_no_file
+from modularforge.pretrained.sources import require_no_file
 
 
 class MappedWeights:

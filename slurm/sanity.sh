@@ -28,7 +28,7 @@ python=$VIRTUAL_ENV/bin/python
 failed=0
 
 # All nodes at once: torchrun on each, meeting at an address and port of this job.
-meeting=$("$python" -c "from launcher.rendezvous import meeting_point
+meeting=$("$python" -c "from launcher.allocation import meeting_point
 print(*meeting_point($SLURM_JOB_NUM_NODES, $SLURM_JOB_ID, ${SLURM_RESTART_COUNT:-0}))")
 read -r address port <<< "$meeting"
 # SLURM_NODEID is that of the node where srun starts the line, so it must not be replaced here.

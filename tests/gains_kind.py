@@ -14,12 +14,13 @@ from safetensors.numpy import save_file
 
 from checkpoints import Artifact
 from checkpoints.hashing import describe_file
+from checkpoints.safetensors import WEIGHTS_NAME, read_spans
 from modularforge.assembly.parts import Merged
-from modularforge.assembly.plan import output_tensors, read_header, spans_of
+from modularforge.assembly.plan import output_tensors, spans_of
 from modularforge.assembly.values import values_of
 from modularforge.experts.kind import ExpertJob, Kind
 from modularforge.model import names
-from modularforge.model.hub_config import CONFIG_NAME, WEIGHTS_NAME
+from modularforge.model.hub_config import CONFIG_NAME
 
 WEIGHTS = "gains.safetensors"
 GAINS = Kind("gains", "experts", WEIGHTS, "tests.gains_kind", "tests.gains_kind")
@@ -72,7 +73,7 @@ def merge(config: Any, backbone: Artifact, experts: Sequence[Artifact], scratch:
     spans = [spans_of(expert, WEIGHTS) for expert in experts]
     means = {name: np.mean([values_of(own[name]) for own in spans], axis=0, dtype=np.float32) for name in spans[0]}
     save_file(means, scratch / "means.safetensors")
-    found = read_header(str(scratch / "means.safetensors"), describe_file(scratch / "means.safetensors").tensors)
+    found = read_spans(str(scratch / "means.safetensors"), describe_file(scratch / "means.safetensors").tensors)
     tensors = output_tensors({**spans_of(backbone, WEIGHTS_NAME), **found})
     values = backbone.read_json(CONFIG_NAME)
     facts = {"architecture": values["architectures"][0], "router": "none"}

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from checkpoints import Artifact, ArtifactWriter, FileEntry, write_artifact
-from modularforge.assembly.plan import ITEM_BYTES, OutputTensor, TensorSpan, header_bytes, in_file_order
+from checkpoints.safetensors import ITEM_BYTES, TensorSpan
+from modularforge.assembly.plan import OutputTensor, header_bytes, in_file_order
 from modularforge.config import ModelConfig
 from modularforge.experts.ffn import EXPERT_NAME
 from modularforge.model import names

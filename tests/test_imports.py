@@ -27,12 +27,9 @@ TORCH_FREE_FOR_LAUNCHER = {
     "modularforge.mistakes",
     "modularforge.provenance",
 }
-TORCH_FREE_MODEL = {
-    f"modularforge.model.{name}"
-    for name in ("names", "hub_config", "hub_support", "hub_fields", "sizes", "weight_files")
-}
-# What somebody else wrote is read through these; they touch no storage.
-READERS = {"checkpoints.names", "checkpoints.parsing", "checkpoints.safetensors"}
+TORCH_FREE_MODEL = {f"modularforge.model.{name}" for name in ("names", "hub_config", "supported", "sizes")}
+# What somebody else wrote is read through these.
+READERS = {"checkpoints.urls", "checkpoints.parsing", "checkpoints.safetensors"}
 PLAIN = {"modularforge.config", "modularforge.errors", "modularforge.log", "modularforge.facts"} | READERS
 
 
@@ -159,7 +156,7 @@ def test_there_are_no_import_cycles() -> None:
         "launcher.__main__",
         "checkpoints",
         "modularforge.cli",
-        "modularforge.pretrained.identity",
+        "modularforge.pretrained.fetch",
         "modularforge.tasks.task",
         "modularforge.experts.kind",
         "modularforge.assembly.assemble",

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import Artifact, ArtifactWriter
-from checkpoints.reading import check_size
+from checkpoints.safetensors import WEIGHTS_NAME
+from checkpoints.streams import check_size
 from modularforge.assembly import parts
 from modularforge.assembly.card import CARD_NAME, copy_text_files, model_card
 from modularforge.config import Config
 from modularforge.errors import MismatchError
 from modularforge.experts.kind import KIND_FACT, Kind, common_kind, frozen_hashes
 from modularforge.facts import fact
-from modularforge.model.hub_config import CONFIG_NAME, WEIGHTS_NAME, write_json
+from modularforge.model.hub_config import CONFIG_NAME, write_json
 
 
 def assemble(

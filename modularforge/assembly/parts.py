@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from checkpoints import Artifact, ArtifactWriter, FileEntry
+from checkpoints.safetensors import INDEX_NAME, TensorSpan
+from checkpoints.screen import progress
 from modularforge.assembly.plan import (
     MergePlan,
     OutputFile,
     OutputTensor,
-    TensorSpan,
     output_tensors,
     plan_merge,
     plan_parts,
@@ -28,8 +29,7 @@ from modularforge.assembly.plan import (
 from modularforge.assembly.stream import execute, write_file
 from modularforge.errors import MismatchError
 from modularforge.facts import fact
-from modularforge.log import progress
-from modularforge.model.hub_config import INDEX_NAME, write_json
+from modularforge.model.hub_config import write_json
 
 KEYS_FACT = "part_keys"
 Mode = Literal["auto", "merge", "link"]

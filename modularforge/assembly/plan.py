@@ -12,25 +12,10 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from checkpoints import Artifact, paths, safetensors
-from modularforge.errors import DataError
+from checkpoints import Artifact, safetensors
+from checkpoints.safetensors import FLOATS, ITEM_BYTES, TensorSpan, read_spans
 
-# Types of whole bytes; of the others, values are not addressed one by one.
-ITEM_BYTES = {dtype: bits // 8 for dtype, bits in safetensors.BITS.items() if bits % 8 == 0}
-FLOATS = ("F32", "F16", "BF16")
 METADATA = {"format": "pt"}  # what transformers expects
-
-
-@dataclass(frozen=True)
-class TensorSpan:
-    """One tensor inside a weight file: type, shape, and its bytes [start, start + length) of the file at `url`."""
-
-    url: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    length: int
-    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,28 +93,7 @@ class MergePlan:
 
 def spans_of(artifact: Artifact, name: str) -> dict[str, TensorSpan]:
     """Spans of all tensors of a committed weight file, with their hashes."""
-    return read_header(artifact.file_url(name), artifact.entry(name).tensors)
-
-
-def read_header(url: str, hashes: Mapping[str, str] | None = None) -> dict[str, TensorSpan]:
-    """Spans of all tensors of a weight file, from its header; `hashes` are the tensors' sha256 by name."""
-    try:
-        header = safetensors.read_header(lambda start, end: paths.read_bytes(url, start, end), paths.file_size(url))
-    except FileNotFoundError as error:
-        raise DataError(f"{url} must be there, but is missing; delete its artifact and run that stage again") from error
-    except ValueError as error:
-        raise DataError(f"{url} must be a safetensors file, but is not: {error}; make it again") from error
-    if packed := sorted({entry.dtype for entry in header.tensors.values()} - {*ITEM_BYTES}):
-        raise DataError(
-            f"{url} must have values of whole bytes, but has {', '.join(packed)}; use another version of it"
-        )
-    return {
-        name: TensorSpan(
-            url, entry.dtype, entry.shape, header.data_start + entry.start, entry.end - entry.start,
-            hashes.get(name, "") if hashes else "",
-        )
-        for name, entry in header.tensors.items()
-    }  # fmt: skip
+    return read_spans(artifact.file_url(name), artifact.entry(name).tensors)
 
 
 def output_tensors(spans: Mapping[str, TensorSpan], dtype: str | None = None) -> dict[str, OutputTensor]:

@@ -17,10 +17,11 @@ import numpy as np
 
 from checkpoints import ArtifactWriter, FileEntry, paths
 from checkpoints.parallel import consumer, in_order
-from modularforge.assembly.plan import ITEM_BYTES, MergePlan, OutputFile, OutputTensor, TensorSpan
+from checkpoints.safetensors import ITEM_BYTES, TensorSpan
+from checkpoints.screen import Progress, progress
+from modularforge.assembly.plan import MergePlan, OutputFile, OutputTensor
 from modularforge.assembly.values import converted, widened
 from modularforge.errors import DataError, MismatchError
-from modularforge.log import Progress, progress
 
 LOCAL_CHUNK = 1 << 20  # stays in the processor's cache between reading, hashing and writing
 REMOTE_CHUNK = 4 << 20

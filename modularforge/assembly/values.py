@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints import paths
-from modularforge.assembly.plan import ITEM_BYTES, TensorSpan
+from checkpoints.safetensors import ITEM_BYTES, TensorSpan
 from modularforge.errors import MismatchError
 
 NUMPY_OF = {

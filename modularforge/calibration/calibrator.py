@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from checkpoints import Artifact, ArtifactWriter
 from checkpoints.hashing import describe_file
+from checkpoints.safetensors import INDEX_NAME, read_spans
 from modularforge.assembly import parts
 from modularforge.assembly.card import CARD_NAME, calibration_note
-from modularforge.assembly.plan import OutputTensor, output_tensors, read_header, spans_of
+from modularforge.assembly.plan import OutputTensor, output_tensors, spans_of
 from modularforge.config import Config
 from modularforge.data.token_files import TokenFile, Tokens
 from modularforge.evaluation.scoring import even_loss
@@ -27,7 +28,6 @@ from modularforge.experts.kind import kind_of, kind_of_artifact
 from modularforge.experts.trainable import ParameterGroup, Trainable
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import save_tensors
-from modularforge.model.hub_config import INDEX_NAME
 from modularforge.tasks.text import TEXT, TextExamples
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
@@ -123,7 +123,7 @@ def write_calibrated(assembled: Artifact, result: Calibration, writer: ArtifactW
     with tempfile.TemporaryDirectory() as scratch:
         changed = Path(scratch) / "changed.safetensors"
         save_tensors({name: tensor.contiguous() for name, tensor in result.tensors.items()}, changed)
-        for name, span in read_header(str(changed), describe_file(changed).tensors).items():
+        for name, span in read_spans(str(changed), describe_file(changed).tensors).items():
             tensors[name] = OutputTensor(span, tensors[name].dtype)
         part_of, mode = kind_of_artifact(assembled).part_of, MODE_OF[has_parts]
         parts.write_weights(tensors, part_of, parts.parts_of(assembled), writer, mode, max_shard_bytes)

@@ -15,8 +15,7 @@ from typing import Literal
 from checkpoints.redact import redact
 from modularforge.config import DataConfig, SourceConfig
 from modularforge.data.files import find_files
-from modularforge.data.formats import read_file, read_hub
-from modularforge.data.records import Labelled
+from modularforge.data.formats import Labelled, read_file, read_hub
 from modularforge.errors import DataError
 
 Split = Literal["train", "validation", "test"]

@@ -3,28 +3,38 @@
 Reads any path, URL or pattern that fsspec knows, and ``sample:`` paths inside this package. Only a chunk of a file is
 in memory at a time. Whatever is damaged, or something else than its name says, becomes one sentence with the file's
 name, line and byte. Names in messages carry no passwords or signatures.
+
+Settings are saved beside every output, so a password or a signature in a URL is taken out of the saved copy. Where jobs
+read that copy, `${NAME}` names an environment variable, and only here it becomes its value.
 """
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 import os
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
+from typing import Any
+
+import fsspec
 
 from checkpoints import paths
-from checkpoints.redact import redact
-from modularforge.data.compression import compression_of, decompress
-from modularforge.data.content import HEAD_BYTES, require_text
-from modularforge.data.locations import real_location
-from modularforge.data.opening import explained, open_bytes
-from modularforge.data.patterns import is_pattern, match_local, match_remote
-from modularforge.errors import DataError
+from checkpoints.redact import is_redacted, redact
+from modularforge.data.compression import HEAD_BYTES, compression_of, decompress, require_text
+from modularforge.data.patterns import is_pattern, is_web, match_local, match_remote
+from modularforge.errors import DataError, one_line
 
 CHUNK_BYTES = 1 << 17
 # A record, or an article's line, of more characters is no line: the whole file would end up in memory.
 LINE_CHARACTERS = 1 << 28
 SAMPLE_PREFIX = "sample:"
+SILENCE_SECONDS = 120.0
+# Libraries through which file systems of fsspec ask servers; each raises exceptions of its own.
+CLIENTS = ("aiohttp", "azure", "ftplib", "google", "httpx", "httpx2", "paramiko", "requests", "urllib3")
+VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 def find_files(locations: str | list[str]) -> list[str]:
@@ -94,7 +104,7 @@ def _expand(location: str) -> list[str]:
     if not found:
         raise DataError(
             f"{redact(location)} must match files of the corpus, but matches none (hidden ones only where the pattern "
-            "names their dot); mend the pattern in the settings"
+            "names their dot); fix the pattern in the settings"
         )
     return found
 
@@ -131,3 +141,95 @@ def _not_utf8(name: str, line: int, offset: int, error: UnicodeDecodeError) -> D
         f"{name} must be UTF-8 text, but byte {offset} (line {line}) is 0x{found}; find out the encoding of the file "
         "and convert it (iconv -f ENCODING -t UTF-8), or leave it out of the settings"
     )
+
+
+@contextmanager
+def open_bytes(url: str, is_stream: bool = False) -> Iterator[Any]:
+    """Open one file for binary reading; what the storage refuses, then or while reading, becomes a DataError.
+
+    `is_stream`: it is read from the beginning to the end, which every web server can do.
+    """
+    with explained(url):
+        if paths.is_local(url):
+            with _open_regular(url) as file:
+                yield file
+            return
+        filesystem, path = paths.filesystem(url, **_web_options(url))
+        with filesystem.open(path, "rb", **({"block_size": 0} if is_stream and is_web(url) else {})) as file:
+            yield file
+
+
+@contextmanager
+def explained(url: str) -> Iterator[None]:
+    """Turn what a storage says into a DataError with the name of the file."""
+    name = redact(url)
+    try:
+        yield
+    except FileNotFoundError as error:
+        refusal = error.__cause__  # fsspec takes every answer of a web server, and none, for a missing file
+        if _is_clients(refusal) and getattr(refusal, "status", None) != 404:
+            raise _unreadable(name, refusal) from error
+        raise DataError(f"{name} must be a file, but does not exist; fix its path in the settings") from error
+    except IsADirectoryError as error:
+        raise DataError(
+            f"{name} must be a file, but is a folder; name its files, for example {name}/*.jsonl.gz"
+        ) from error
+    except (OSError, asyncio.TimeoutError) as error:
+        raise _unreadable(name, error) from error
+    except Exception as error:
+        if not _is_clients(error):
+            raise
+        raise _unreadable(name, error) from error
+
+
+def _web_options(url: str) -> dict[str, Any]:
+    """Time for a web server to answer, but none for the whole file: a stream is read as slowly as it is tokenised."""
+    if not is_web(url):
+        return {}
+    import aiohttp
+
+    own = fsspec.config.conf.get(url.partition("://")[0], {}).get("client_kwargs", {})
+    patience = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
+    return {"client_kwargs": {"timeout": patience, **own}}
+
+
+def _unreadable(name: str, error: BaseException | None) -> DataError:
+    said = one_line(redact(str(error) or type(error).__name__))
+    return DataError(
+        f"{name} must be readable, but the storage says: {said}; fix the path, its permissions or the network"
+    )
+
+
+def _open_regular(url: str) -> Any:
+    path = paths.local_path(url)
+    paths.check_regular(path)
+    return open(path, "rb")
+
+
+def _is_clients(error: BaseException | None) -> bool:
+    return type(error).__module__.partition(".")[0] in CLIENTS
+
+
+def real_location(location: str) -> str:
+    """The location with the values of the variables it names; raises DataError where it cannot be opened as it is.
+
+    A path that exists as it is written names no variables.
+    """
+    if VARIABLE.search(location) and paths.is_local(location) and paths.local_path(location).exists():
+        return location
+    if is_redacted(location):
+        raise DataError(
+            f"data.sources must say how to open {location}, but its secret is not saved with the settings; give the "
+            "URL again with --set, or name an environment variable in it, such as https://${USER}:${PASSWORD}@host/x"
+        )
+    return VARIABLE.sub(_value, location)
+
+
+def _value(match: re.Match[str]) -> str:
+    value = os.environ.get(match[1])
+    if value is None:
+        raise DataError(
+            f"data.sources must name environment variables that are set, but ${{{match[1]}}} is not; set it, and on a "
+            "cluster name it in cluster.pass_environment"
+        )
+    return value

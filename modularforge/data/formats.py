@@ -1,23 +1,27 @@
 """Text, WikiText, JSONL and Parquet files, and rows of Hub data sets, as streams of documents.
 
 Every reader is a generator of (text, label or None) that holds one document, or one chunk of a file, at a time.
+Every record becomes a text and its label, checked; what cannot be read is named with its line or row. Labels name
+domains, experts and rows of reports, so they are checked as texts are. A missing value (null, NaN or an empty text)
+leaves the document to the source's `name`; numbers, booleans and dates become the text Python writes for them; lists
+and objects are refused.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from checkpoints.redact import redact
+from checkpoints.urls import has_control_characters
 from modularforge.config import SourceConfig
-from modularforge.data.compression import compression_of
+from modularforge.data.compression import compression_of, describe
 from modularforge.data.cutting import split_articles, split_pieces
-from modularforge.data.files import read_lines, read_text
-from modularforge.data.hub_rows import hub_rows
-from modularforge.data.parquet import parquet_rows
+from modularforge.data.files import open_bytes, read_lines, read_text
 from modularforge.data.patterns import file_part
-from modularforge.data.records import Labelled, fields, wanted_fields
-from modularforge.errors import DataError, one_line
+from modularforge.errors import DataError, UserError, one_line
 from modularforge.log import logger
 
 FORMAT_BY_ENDING = {
@@ -29,6 +33,10 @@ FORMAT_BY_ENDING = {
     ".tokens": "wikitext",
     ".raw": "wikitext",
 }
+Labelled = tuple[str, str | None]
+# Of somebody who names the column with the text, the first document would be a label.
+LABEL_CHARACTERS = 200
+BATCH_ROWS = 256
 
 
 def read_file(url: str, source: SourceConfig) -> Iterator[Labelled]:
@@ -74,7 +82,7 @@ def _read_jsonl(url: str, source: SourceConfig) -> Iterator[Labelled]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{name}:{number} must be one JSON object, but is not ({one_line(error)}); mend the line, or write one "
+                f"{name}:{number} must be one JSON object, but is not ({one_line(error)}); fix the line, or write one "
                 "object a line (jq -c)"
             ) from error
         yield fields(record, source, f"{name}:{number}")
@@ -92,3 +100,132 @@ _READERS: dict[str, Callable[[str, SourceConfig], Iterator[Labelled]]] = {
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,
 }
+
+
+def wanted_fields(source: SourceConfig) -> list[str]:
+    """The columns of a record that are read."""
+    return [name for name in (source.text_field, source.label_field) if name]
+
+
+def require_columns(wanted: list[str], existing: Iterable[Any], origin: str) -> None:
+    """Raise DataError when a column is not there; `origin` names file and place."""
+    existing = existing if isinstance(existing, Mapping) else list(existing)
+    for name in wanted:
+        if name not in existing:
+            found = one_line(", ".join(map(str, existing)) or "none")
+            raise DataError(
+                f"{origin} must have a column {name}, but has {found}; "
+                "set text_field or label_field of this source to one of them"
+            )
+
+
+def fields(record: Any, source: SourceConfig, origin: str) -> Labelled:
+    """Text and label of one record; without a label None."""
+    if not isinstance(record, Mapping):
+        raise DataError(
+            f"{origin} must be a JSON object, but is a {type(record).__name__}; write one object a line (jq -c)"
+        )
+    require_columns(wanted_fields(source), record, origin)
+    text = record[source.text_field]
+    if not isinstance(text, str):
+        raise DataError(
+            f"{origin} must have text in column {source.text_field}, but has {type(text).__name__}; "
+            f"fix the record or set text_field of source {source.name}"
+        )
+    if not _is_unicode(text):
+        raise DataError(f"{origin} must hold Unicode text, but has half of a surrogate pair; fix the record")
+    return text, None if source.label_field is None else _label(record[source.label_field], source, origin)
+
+
+def _label(value: Any, source: SourceConfig, origin: str) -> str | None:
+    if value is None or value != value:  # NaN is what tables write for a missing value
+        return None
+    if isinstance(value, Mapping | list | tuple | bytes):
+        found = f"has {type(value).__name__}"
+    else:
+        label = str(value)
+        if _is_label(label):
+            return label
+        found = f"has {label!r:.80}" + (f" of {len(label)} characters" if len(label) > LABEL_CHARACTERS else "")
+    raise DataError(
+        f"{origin} must have a label of one line in column {source.label_field}, of at most {LABEL_CHARACTERS} "
+        f"characters, but {found}; fix the record or set label_field of source {source.name}"
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_label(text: str) -> bool:
+    return len(text) <= LABEL_CHARACTERS and not has_control_characters(text)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the text can be written as UTF-8: JSON escapes such as \\ud800 alone cannot."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def hub_rows(split: str, source: SourceConfig) -> Iterator[Labelled]:
+    """Text and label of the rows of one split; raises DataError."""
+    from datasets import load_dataset
+
+    origin = f"{source.hub} ({split})"
+    try:
+        rows = load_dataset(source.hub, source.hub_config, split=split, streaming=True)
+        for number, row in enumerate(rows, start=1):
+            yield fields(row, source, f"{origin}, row {number}")
+    except UserError:
+        raise
+    except Exception as error:  # data sets, Arrow and HTTP clients each have their own classes
+        raise DataError(
+            f"{origin} must be a data set of the Hugging Face Hub, but cannot be read ({one_line(error)}); "
+            f"check hub, hub_config and split of source {source.name}, and the network"
+        ) from error
+
+
+def parquet_rows(url: str, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """The wanted columns of all rows; raises DataError."""
+    import pyarrow
+    import pyarrow.parquet
+
+    name, first = redact(url), 1
+    with open_bytes(url) as file:
+        _require_parquet(file, name)
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+            require_columns(columns, table.schema_arrow.names, name)
+            for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns):
+                yield from _records(batch, first, name)
+                first += batch.num_rows
+        except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
+            said = one_line(redact(str(error)))
+            raise DataError(
+                f"{name} must be a Parquet file, but cannot be read after row {first - 1} ({said}); write it again, or "
+                "copy it to a folder if its server gives no ranges"
+            ) from error
+
+
+def _require_parquet(file: Any, name: str) -> None:
+    head = file.read(512)
+    file.seek(0)
+    if head[:4] != b"PAR1":
+        what, advice = describe(head) or ("text" if head else "empty", "set the format of this source")
+        raise DataError(f"{name} must be a Parquet file, but is {what}; {advice}")
+
+
+def _records(batch: Any, first: int, name: str) -> list[dict[str, Any]]:
+    """The rows of a batch; Arrow does not look whether bytes called text are UTF-8."""
+    try:
+        found: list[dict[str, Any]] = batch.to_pylist()
+        return found
+    except UnicodeDecodeError:
+        for row in range(batch.num_rows):
+            try:
+                batch.slice(row, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{name}, row {first + row} must hold UTF-8 text, but byte {error.start} of it is "
+                    f"0x{error.object[error.start]:02x}; write the file again with its text in UTF-8"
+                ) from error
+        raise

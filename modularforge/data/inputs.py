@@ -18,8 +18,7 @@ from checkpoints.parallel import in_order
 from checkpoints.redact import redact
 from modularforge.config import Config
 from modularforge.data.corpus import SPLITS
-from modularforge.data.files import SAMPLE_PREFIX, all_matches, file_identity
-from modularforge.data.opening import explained
+from modularforge.data.files import SAMPLE_PREFIX, all_matches, explained, file_identity
 from modularforge.errors import DataError
 from modularforge.log import logger
 

@@ -9,18 +9,17 @@ from typing import Any
 import numpy as np
 
 from modularforge.config import Config
-from modularforge.data.clusters import cluster_documents
-from modularforge.data.metadata import check_metadata
 from modularforge.data.partition import (
     CHUNK_TOKENS,
     Indices,
     add_overlap,
+    cluster_documents,
     curriculum_partitions,
     domain_partitions,
     random_partitions,
     require_documents,
 )
-from modularforge.data.token_files import TokenFile, TokenFileWriter, open_token_file
+from modularforge.data.token_files import TokenFile, TokenFileWriter, check_metadata, open_token_file
 from modularforge.data.tokenizer import load_tokenizer
 from modularforge.errors import DataError
 from modularforge.log import logger

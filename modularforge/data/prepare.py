@@ -23,14 +23,15 @@ from tokenizers import Tokenizer
 
 from checkpoints import paths
 from checkpoints.redact import redact_values
+from checkpoints.screen import progress
 from modularforge.config import Config
-from modularforge.data.adopted_tokenizer import adopt_tokenizer
 from modularforge.data.corpus import SPLITS, Document, Split, read_documents
 from modularforge.data.inputs import file_states, list_matches
 from modularforge.data.shards import Shard, tokenise
 from modularforge.data.token_files import LABEL_LIMIT, TokenFileWriter
 from modularforge.data.tokenizer import (
     EOS,
+    adopt_tokenizer,
     load_tokenizer,
     save_tokenizer,
     take_bytes,
@@ -38,7 +39,7 @@ from modularforge.data.tokenizer import (
     vocabulary_size,
 )
 from modularforge.errors import DataError
-from modularforge.log import logger, progress
+from modularforge.log import logger
 
 # Raise it when the same settings and files give other tokens.
 FORMAT = 1

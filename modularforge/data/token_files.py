@@ -1,7 +1,8 @@
-"""Token ids on disk: written once as a stream, read as memory maps.
+"""Token ids on disk, written once as a stream, read as memory maps; and what describes prepared data beside them.
 
 A token file NAME in a folder is ``NAME.tokens.bin`` (little-endian uint16, or uint32 for vocabularies over 65536),
 ``NAME.offsets.npy`` (int64, where each document starts, and the end) and ``NAME.labels.npy`` (uint16 label ids).
+``metadata.json`` and ``partitions.json`` are checked before anybody computes with what they say.
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from checkpoints.parsing import parse_object
+from modularforge.data.tokenizer import EOS, MAX_VOCABULARY
 from modularforge.errors import DataError, one_line
 
 Tokens = npt.NDArray[Any]
 LABEL_LIMIT = 1 << 16
+Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def open_token_file(folder: Path, name: str) -> TokenFile:
     try:
         tokens: Tokens = np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)
     except OSError as error:
-        raise DataError(f"{path} must be readable, but {one_line(error)}; mend its permissions") from error
+        raise DataError(f"{path} must be readable, but {one_line(error)}; fix its permissions") from error
     return TokenFile(name, tokens, offsets, labels)
 
 
@@ -118,3 +123,61 @@ def _load_array(path: Path, dtype: str) -> npt.NDArray[Any]:
         raise DataError(
             f"{path} must be part of a token file, but cannot be read ({one_line(error)}); run prepare-data again"
         ) from error
+
+
+class _Section(BaseModel):
+    """Entries that we read; others are allowed, and kept."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class CorpusMetadata(_Section):
+    """Of prepared data."""
+
+    vocab_size: int = Field(ge=1, le=MAX_VOCABULARY)
+    end_token: int = Field(EOS, ge=0, lt=MAX_VOCABULARY)
+    labels: list[str] = Field(max_length=LABEL_LIMIT)
+
+
+class PartitionRow(_Section):
+    """Of one partition."""
+
+    documents: Count
+    tokens: Count
+    tokens_by_label: dict[str, Count]
+    top_words: list[str] = []
+
+
+class PartitionsSummary(_Section):
+    """Of all partitions."""
+
+    partitions: list[PartitionRow]
+
+
+S = TypeVar("S", bound=_Section)
+
+
+def check_metadata(content: bytes, origin: str) -> dict[str, Any]:
+    """metadata.json of prepared data; raises DataError. `origin` names it."""
+    return _checked(CorpusMetadata, content, origin)[0]
+
+
+def read_partitions(content: bytes, origin: str) -> list[PartitionRow]:
+    """The rows of partitions.json; raises DataError."""
+    return _checked(PartitionsSummary, content, origin)[1].partitions
+
+
+def _checked(kind: type[S], content: bytes, origin: str) -> tuple[dict[str, Any], S]:
+    try:
+        values = parse_object(content)
+        return values, kind.model_validate(values)
+    except ValidationError as error:
+        found = error.errors()[0]
+        name = ".".join(str(part) for part in found["loc"])
+        reason = f"{name}: {found['msg']}"
+    except ValueError as error:
+        reason = str(error)
+    raise DataError(
+        f"{origin} must say what was prepared, but cannot be read ({one_line(reason)}); run prepare-data again in "
+        "another place"
+    )

@@ -2,12 +2,18 @@
 
 Nothing is ever unknown, because all 256 bytes are in the vocabulary, and decoding gives back the exact text. Special
 tokens come from us alone: ``<eos>`` (or WikiText's ``<unk>``) typed in a text is ordinary text of ordinary tokens.
-A pretrained model brings a tokenizer of its own (adopted_tokenizer.py), of which only the last sentence holds.
+
+A pretrained model brings a tokenizer of its own, whose special tokens are ours to guard too. It is taken over as it
+is, but for settings beside ``tokenizer.json`` that transformers 5 writes and 4 cannot read, and for the token that ends
+a text where it is not marked as special: typed in a text it would end it. `encode_special_tokens` keeps the tokenizers
+library from matching special tokens in texts, but a model may hold their spelling as an entry of its own (Unigram,
+WordPiece, word lists). Then the spelling is cut in two before the model sees it.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +23,8 @@ import numpy.typing as npt
 from tokenizers import Encoding, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from checkpoints import paths
+from checkpoints.parsing import parse_object
 from modularforge.data.background import still_at_it
-from modularforge.data.special_tokens import guard_special_tokens
 from modularforge.errors import DataError, one_line
 from modularforge.log import logger
 
@@ -27,6 +33,10 @@ PAD, UNK, BOS, EOS = range(4)
 LONGEST_WORD = 1024  # characters; only while a vocabulary is learned
 WORD_LETTERS = (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]", r"\s")  # what words are of, for the byte-level pre-tokenizer
 MAX_VOCABULARY = 1_000_000  # as data.vocab_size
+# Where a spelling may stand: alone, within words, after a blank, twice.
+CONTEXTS = ("{0}", "a{0}b", "a {0} b", "{0}{0}", ".{0}.")
+COPIED = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+SETTINGS_NAME = "tokenizer_config.json"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -168,3 +178,126 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int | Non
         settings["model_max_length"] = context_length
     settings |= {f"{token.strip('<>')}_token": token for token in SPECIAL_TOKENS}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+class SpecialTokenError(ValueError):
+    """A tokenizer makes special tokens of text whatever is done; says which."""
+
+
+def guard_special_tokens(tokenizer: Tokenizer) -> None:
+    """Change a tokenizer in place so that no text becomes a special token; raises SpecialTokenError.
+
+    One whose model does not do that (any byte-level BPE) stays as it is, and as fast.
+    """
+    tokenizer.encode_special_tokens = True
+    special = _special_tokens(tokenizer)
+    _require_own_ids(tokenizer, special)
+    if typed := [text for text, index in special.items() if _becomes(tokenizer, text, index)]:
+        cut = pre_tokenizers.Split(Regex("|".join(_first_letter(text) for text in typed)), "isolated")
+        own: Any = tokenizer.pre_tokenizer
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([own, cut]) if own else cut
+    for text in typed:
+        if _becomes(tokenizer, text, special[text]):
+            raise SpecialTokenError(f"it turns the text {text!r:.80} into its special token {special[text]}")
+
+
+def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """Spelling and id, without the token for what is unknown, which stands for any text; Unigram hides which it is."""
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    added = tokenizer.get_added_tokens_decoder()
+    found = {token.content: index for index, token in added.items() if token.special and token.content}
+    return {text: index for text, index in found.items() if text != unknown and "unk" not in text.lower()}
+
+
+def _require_own_ids(tokenizer: Tokenizer, special: dict[str, int]) -> None:
+    shared = {index: text for text, index in tokenizer.get_vocab().items() if special.get(text) != index}
+    for text, index in special.items():
+        if index in shared:
+            raise SpecialTokenError(f"its special token {text!r:.80} has the id {index} of {shared[index]!r:.80}")
+
+
+def _becomes(tokenizer: Tokenizer, text: str, index: int) -> bool:
+    texts = (context.format(text) for context in CONTEXTS)
+    return any(index in tokenizer.encode(typed, add_special_tokens=False).ids for typed in texts)
+
+
+def _first_letter(text: str) -> str:
+    """A pattern for the first letter of a spelling where the others follow."""
+    first, *rest = (f"\\x{{{ord(letter):x}}}" for letter in text)
+    return f"{first}(?={''.join(rest)})"
+
+
+def adopt_tokenizer(source: Path, output: Path) -> tuple[Tokenizer, int]:
+    """Copy the tokenizer of the model folder `source`; returns it and the id of its end of text. Raises DataError."""
+    if not (source / "tokenizer.json").is_file():
+        raise DataError(
+            f"{source} must hold tokenizer.json, but does not; load its tokenizer with transformers' AutoTokenizer and "
+            "save it there with save_pretrained"
+        )
+    tokenizer = load_tokenizer(source)
+    end_token = find_end_token(source, tokenizer)
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, output / name)
+    if not _is_special(tokenizer, end_token):
+        _mark_special(output / "tokenizer.json", str(tokenizer.id_to_token(end_token)), end_token)
+        tokenizer = load_tokenizer(output)
+    settings = portable_settings(_read(source / SETTINGS_NAME))
+    (output / SETTINGS_NAME).write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return tokenizer, end_token
+
+
+def find_end_token(folder: Path, tokenizer: Tokenizer) -> int:
+    """The id of the token that ends a text: by the tokenizer's settings, else by the model's config.json."""
+    for name in (SETTINGS_NAME, "special_tokens_map.json"):
+        token = _read(folder / name).get("eos_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        index = tokenizer.token_to_id(content) if isinstance(content, str) else None
+        if index is not None:
+            return int(index)
+    index = _read(folder / "config.json").get("eos_token_id")
+    index = index[0] if isinstance(index, list) and index else index
+    if type(index) is int and 0 <= index < vocabulary_size(tokenizer):
+        return index
+    raise DataError(
+        f"{folder} must name the token that ends a text (eos_token in {SETTINGS_NAME}), but names none that its "
+        "tokenizer has; add it"
+    )
+
+
+def portable_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json in words that transformers 4 and 5 both know."""
+    if settings.get("tokenizer_class") in (None, "TokenizersBackend"):  # the name that 5 gave PreTrainedTokenizerFast
+        settings = {**settings, "tokenizer_class": "PreTrainedTokenizerFast"}
+    extra = settings.get("extra_special_tokens")
+    if isinstance(extra, list):  # 4 wants names for them there
+        settings = {key: value for key, value in settings.items() if key != "extra_special_tokens"}
+        settings |= {"additional_special_tokens": extra} if extra else {}
+    return settings
+
+
+def _is_special(tokenizer: Tokenizer, index: int) -> bool:
+    token = tokenizer.get_added_tokens_decoder().get(index)
+    return token is not None and token.special
+
+
+def _mark_special(file: Path, content: str, index: int) -> None:
+    """Mark a token as special in ``tokenizer.json``."""
+    values = _read(file)
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    others = [token for token in values.get("added_tokens") or [] if token["id"] != index]
+    added = [*others, {"id": index, "content": content, **plain, "special": True}]
+    values["added_tokens"] = sorted(added, key=lambda token: int(token["id"]))
+    file.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        return parse_object(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} must be a JSON object, but cannot be read ({one_line(error)}); fetch the model again"
+        ) from error

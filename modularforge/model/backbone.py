@@ -279,11 +279,6 @@ def _yarn(plain: Tensor, scaling: RopeScalingConfig, original: int, theta: float
 
 
 def _yarn_attention_factor(scaling: RopeScalingConfig) -> float:
-    def of_scale(scale: float) -> float:
-        return 1.0 if scaling.factor <= 1 else 0.1 * scale * math.log(scaling.factor) + 1.0
-
     if scaling.attention_factor is not None:
         return scaling.attention_factor
-    if scaling.mscale and scaling.mscale_all_dim:
-        return of_scale(scaling.mscale) / of_scale(scaling.mscale_all_dim)
-    return of_scale(1.0)
+    return 1.0 if scaling.factor <= 1 else 0.1 * math.log(scaling.factor) + 1.0

@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from checkpoints.safetensors import weight_files
 from modularforge.errors import DataError, MismatchError
 from modularforge.model import names
 from modularforge.model.backbone import Decoder, build_backbone
 from modularforge.model.hub_config import TABLES_NAME, experts_of, is_moe, model_config_of, read_config
 from modularforge.model.moe import build_moe, moe_layers
 from modularforge.model.text_router import load_text_router
-from modularforge.model.weight_files import weight_files
 
 
 def backbone_tensors(decoder: Decoder) -> dict[str, Tensor]:

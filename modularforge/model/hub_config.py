@@ -1,7 +1,7 @@
 """config.json and generation_config.json in the spelling of transformers 4 and 5 at once; needs no torch.
 
 What is written can be read by both generations, and what is read may come from either, or from other people's models as
-long as our decoder computes the same as theirs (hub_support.py).
+long as our decoder computes the same as theirs (supported.py).
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from pydantic import ValidationError
 from checkpoints.parsing import parse_object
 from modularforge.config import ModelConfig, RopeScalingConfig
 from modularforge.errors import DataError, one_line
-from modularforge.model.hub_support import DENSE_TYPES, MOE_TYPES, check_supported
 from modularforge.model.names import family_of
+from modularforge.model.supported import DENSE_TYPES, MOE_TYPES, check_supported
 
 CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 TABLES_NAME = "text_router.tables"
 """What ModularForge routes by: safetensors by another name, since servers take every `.safetensors` for weights."""
 TABLES_FORMAT = 1

@@ -26,21 +26,13 @@ from matplotlib.transforms import Bbox
 
 from modularforge.observe.metrics import Metric
 from modularforge.observe.table import rough
+from modularforge.pipeline import STAGES
 
 INK, GREY, PALE, PAPER = "#1b1b1f", "#6b6f76", "#d9dbdf", "#ffffff"
 EXPERT_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#332288", "#882255")
 RUN_COLOURS = ("#1b1b1f", *EXPERT_COLOURS)
 BAD = "#d55e00"
-JOB_COLOURS = {
-    "backbone": INK,
-    "public": INK,
-    "dense": GREY,
-    "dense_wide": "#9aa0a8",
-    "joint": "#6f4e37",
-    "joint_evidence": "#b08968",
-    "btx": "#7f7f2a",
-    "calibration": "#44475a",
-}
+JOB_COLOURS = {"public": INK, **{name: stage.colour for name, stage in STAGES.items() if stage.colour}}
 WIDTH_INCHES, DPI = 11.0, 144
 SETTINGS: dict[str, Any] = {
     "font.family": "DejaVu Sans",

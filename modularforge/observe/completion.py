@@ -5,19 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from modularforge.config import TRAINED_ON_ALL, joined_batches
+from modularforge.config import joined_batches
 from modularforge.observe.metrics import JobMetrics
-from modularforge.observe.run import MOST_EXPERTS, STAGE_OF_JOB, WORKER_NAME, Run
+from modularforge.observe.run import MOST_EXPERTS, Run
 from modularforge.observe.table import duration
+from modularforge.pipeline import STAGES, JobName
 
 State = Literal["finished", "running", "silent", "waiting"]
 # A job that has written no line for this long has probably stopped: longer than a validation and a checkpoint take.
 SILENT_AFTER_SECONDS = 900.0
-TRAINING_SECTIONS: dict[str, str] = {
-    "backbone": "backbone",
-    **dict.fromkeys(TRAINED_ON_ALL, "experts"),
-    "calibrated": "calibration",
-}
 MOST_STEPS, MOST_JOINED = 10**12, 10**6  # so that no recorded number keeps us counting
 LONGEST_SECONDS = 1e9  # 30 years: a speed of nearly nothing, and no number that a date cannot hold
 
@@ -55,13 +51,14 @@ def parts_of(run: Run) -> list[Part]:
     """All stages and jobs in the order of the pipeline, those that have not begun too."""
     wanted: list[str] = run.setting("evaluation.baselines", [])
     begun = {*run.artifacts, *run.jobs}
-    names = ["corpus", "partitions", "backbone", *(f"expert-{index}" for index in range(run.num_experts))]
-    names += [name for name in TRAINED_ON_ALL if name in wanted or name in begun]
-    if "btx" in wanted or any(name.startswith("branch-") for name in begun):
-        names += [f"branch-{index}" for index in range(run.num_experts)]
-    known = [*names, "assembled", "calibrated", "evaluation"]
-    jobs = {STAGE_OF_JOB.get(name, name): job for name, job in run.jobs.items()}
-    return [_part(run, name, jobs.get(name)) for name in [*known, *(name for name in jobs if name not in known)]]
+    known: list[str] = []
+    for name, stage in STAGES.items():
+        names = [f"{name}-{index}" for index in range(run.num_experts)] if stage.is_indexed else [name]
+        is_wanted = stage.baseline is None or stage.baseline in wanted
+        known += names if is_wanted or any(JobName.parse(job).stage == name for job in begun) else []
+    return [
+        _part(run, name, run.jobs.get(name)) for name in [*known, *(name for name in run.jobs if name not in known)]
+    ]
 
 
 def _part(run: Run, name: str, job: JobMetrics | None) -> Part:
@@ -82,9 +79,10 @@ def _part(run: Run, name: str, job: JobMetrics | None) -> Part:
 
 def _length(run: Run, name: str) -> tuple[int | None, int]:
     """Steps of a training and tokens per step, from the settings; None and 0 for stages that do not train."""
-    section = "experts" if WORKER_NAME.fullmatch(name) else TRAINING_SECTIONS.get(name, name)
+    stage = STAGES.get(JobName.parse(name).stage)
+    section = stage.schedule if stage else name
     steps, batch_size = run.setting(f"{section}.steps", 0), run.setting(f"{section}.batch_size", 1)
-    if name in TRAINED_ON_ALL and steps and batch_size:
+    if stage and stage.panel == "baselines" and section == "experts" and steps and batch_size:
         count = min(MOST_EXPERTS, run.setting("experts.count", 1))
         wanted = run.setting(f"{name}.batch_size", 0) or run.setting("joint.batch_size", 0)
         steps, batch_size = joined_batches(

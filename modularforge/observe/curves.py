@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from modularforge.config import TRAINED_ON_ALL
 from modularforge.observe.canvas import (
     EXPERT_COLOURS,
     GREY,
@@ -30,14 +29,14 @@ from modularforge.observe.canvas import (
 )
 from modularforge.observe.completion import parts_of
 from modularforge.observe.metrics import CURVES, Curve, Floats, Metric
-from modularforge.observe.run import STAGE_OF_JOB, WORKER_NAME, Run, kind_of, without_members
+from modularforge.observe.run import WORKER_NAME, Run, kind_of, without_members
 from modularforge.observe.table import rough
+from modularforge.pipeline import STAGES, JobName
 
 if TYPE_CHECKING:  # the report of a run compares nothing, and need not wait for scipy
     from modularforge.observe.comparison import Comparison, MetricComparison
 
-PANELS = ("backbone", "experts", "branches", "baselines", "calibration")
-PANEL_OF_JOB = {"expert": "experts", "branch": "branches", **dict.fromkeys((*TRAINED_ON_ALL, "btx"), "baselines")}
+PANELS = tuple(dict.fromkeys(stage.panel for stage in reversed(STAGES.values()) if stage.panel))[::-1]
 PANEL_WEIGHTS = {"backbone": 1.4, "experts": 1.6, "branches": 1.6, "baselines": 1.0, "calibration": 0.75}
 PANELS_OF_A_ROW, ROW_INCHES = 4, 3.6
 NOISY_POINTS = 60  # more than these hide each other: a smoothed line is drawn over them
@@ -74,9 +73,8 @@ def _panels(run: Run, column: str) -> dict[str, dict[str, Curve]]:
     for name, job in run.jobs.items():
         curve = job.curves.get(column)
         if curve is not None and len(curve.finite()):
-            match = WORKER_NAME.fullmatch(name)
-            kind = match[1] if match else name
-            found.setdefault(PANEL_OF_JOB.get(kind, kind), {})[name] = curve.finite()
+            stage = STAGES.get(JobName.parse(name).stage)
+            found.setdefault(stage.panel if stage else name, {})[name] = curve.finite()
     ordered = [*PANELS, *(name for name in found if name not in PANELS)]
     return {name: found[name] for name in ordered if name in found}
 
@@ -92,7 +90,7 @@ def _draw(run: Run, metric: Metric, panels: dict[str, dict[str, Curve]]) -> Figu
             _draw_curve(axes, metric, curve, colour_of(job, run.num_experts), width, noise)
         axes.set_title(_title(name, list(curves)), fontweight="bold", y=1.0)  # fixed: the key stands beside it
         axes.set_xlabel("step")
-        ends = [max(planned.get(STAGE_OF_JOB.get(job, job), 0), curve.steps[-1]) for job, curve in curves.items()]
+        ends = [max(planned.get(job, 0), curve.steps[-1]) for job, curve in curves.items()]
         axes.set_xlim(0, max(ends))
         axes.patch.set_visible(False)  # labels of the panel before may reach in here
         shape_steps(axes)
@@ -129,7 +127,7 @@ def _add_panels(figure: Figure, rows: list[list[str]]) -> list[Any]:
 def _title(panel: str, jobs: list[str]) -> str:
     """How many there are of what, or which baseline it is."""
     if len(jobs) == 1:
-        return f"{jobs[0]} baseline" if panel == "baselines" else jobs[0]
+        return {"baselines": f"{jobs[0]} baseline", "calibration": panel}.get(panel, jobs[0])
     return f"{len(jobs)} {panel}" if panel in ("experts", "branches") else panel
 
 

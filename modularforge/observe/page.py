@@ -23,7 +23,7 @@ from modularforge.observe.completion import Part, headline, is_finished, parts_o
 from modularforge.observe.evaluation import model_table, samples_of
 from modularforge.observe.findings import chat_table, finding_tables
 from modularforge.observe.metrics import CURVES, JobMetrics, Metric
-from modularforge.observe.run import STAGE_OF_JOB, Run, flatten, made_with
+from modularforge.observe.run import Run, flatten, made_with
 from modularforge.observe.table import Column, Table, duration, fixed, listing, rough
 from modularforge.observe.timeline import commit_time, timeline
 
@@ -121,14 +121,13 @@ def _share(run: Run) -> float | None:
 
 def job_table(run: Run) -> Table:
     """One record for each stage and job: state, steps, last values and the time it took."""
-    jobs = {STAGE_OF_JOB.get(name, name): job for name, job in run.jobs.items()}
     spent = {row.name: sum(s.end - s.start for s in row.spans if s.kind == "running") for row in timeline(run)}
     shown = [metric for metric in CURVES if metric.in_table]
     columns = [
         Column("part", lambda part: part.name, is_text=True),
         Column("state", _state, is_text=True),
         Column("step", _steps),
-        *(Column(metric.axis, functools.partial(_last, metric, jobs)) for metric in shown),
+        *(Column(metric.axis, functools.partial(_last, metric, run.jobs)) for metric in shown),
         Column("time running", lambda part: duration(spent[part.name]) if spent.get(part.name) else ""),
     ]
     return Table(columns, parts_of(run))

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from matplotlib.figure import Figure
 
 from checkpoints import paths
-from checkpoints.names import UnsafeNameError, checked_part, safe_part
 from checkpoints.parallel import in_order
+from checkpoints.urls import UnsafeNameError, checked_part, safe_part
 from modularforge.observe.canvas import house_style, png_bytes
 from modularforge.observe.completion import headline
 from modularforge.observe.curves import curve_figures

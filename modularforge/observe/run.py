@@ -13,12 +13,11 @@ from typing import Any, TypeVar
 
 from checkpoints import Artifact, StoreError, find_artifact, paths
 from checkpoints.parallel import in_order
-from modularforge.config import TRAINED_ON_ALL
 from modularforge.errors import ConfigError, DataError
 from modularforge.evaluation.results import parse_results
 from modularforge.json_lines import moment, objects_in
 from modularforge.observe.metrics import JobMetrics, parse_metrics
-from modularforge.pipeline import CHOSEN_FACT, STAGES
+from modularforge.pipeline import CHOSEN_FACT, OLD_NAMES, STAGES
 from modularforge.provenance import SETTINGS_NAME
 from modularforge.settings import make_config, read_yaml
 
@@ -29,16 +28,12 @@ RECORDS_NAME = "jobs.jsonl"
 RESULTS_NAME = "results.json"
 EVENTS_FOLDER = "cluster/events"
 # Jobs of which there is one for each partition, and where their artifacts lie.
-WORKER_FOLDERS = {"expert": "experts", "branch": "baselines/branches"}
-WORKER_NAME = re.compile(r"(expert|branch)-(\d{1,5})", re.ASCII)
+WORKER_FOLDERS = {name: stage.folder.rpartition("/")[0] for name, stage in STAGES.items() if stage.is_indexed}
+WORKER_NAME = re.compile(rf"({'|'.join(WORKER_FOLDERS)})-(\d{{1,5}})", re.ASCII)
 MOST_EXPERTS, MOST_COUNT = 10_000, 2**53  # what is read may be wrong, and is counted with
-JOB_ORDER = {
-    name: order for order, name in enumerate(("backbone", "expert", *TRAINED_ON_ALL, "branch", "btx", "calibration"))
-}
+STAGE_ORDER = {name: order for order, name in enumerate(STAGES)}
 # What the mean over all experts, or branches, is called, which is compared as a job of its own.
-MEANS = {"expert": "mean expert", "branch": "mean branch"}
-# The job that trains a stage bears the stage's name, but for this one.
-STAGE_OF_JOB = {"calibration": "calibrated"}
+MEANS = {name: f"mean {name}" for name in WORKER_FOLDERS}
 
 
 @dataclass(frozen=True)
@@ -169,18 +164,18 @@ def _newest_config(url: str, artifacts: dict[str, Artifact], problems: list[str]
 
 def _read_jobs(url: str, problems: list[str]) -> dict[str, JobMetrics]:
     folder = _metrics_folder(url)
-    names = [name.removesuffix(".jsonl") for name in paths.list_folder(folder) if name.endswith(".jsonl")]
-    files = [paths.join(folder, f"{name}.jsonl") for name in names]
-    contents = in_order(lambda file: _read(file, problems), files, READS_AT_ONCE)
+    files = [name for name in paths.list_folder(folder) if name.endswith(".jsonl")]
+    contents = in_order(lambda name: _read(paths.join(folder, name), problems), files, READS_AT_ONCE)
+    names = [OLD_NAMES.get(name, name) for name in (file.removesuffix(".jsonl") for file in files)]
     jobs = {name: parse_metrics(name, content) for name, content in zip(names, contents, strict=True)}
     return {name: jobs[name] for name in sorted(jobs, key=job_order)}
 
 
 def job_order(name: str) -> tuple[int, int, str]:
-    """Sorts jobs as the pipeline runs them: backbone, experts by index, baselines, calibration, the rest."""
+    """Sorts stages and jobs as the table of stages has them, experts by index, then the rest."""
     match = WORKER_NAME.fullmatch(name)
     kind, index = (match[1], int(match[2])) if match else (name, 0)
-    return JOB_ORDER.get(kind, len(JOB_ORDER)), index, name
+    return STAGE_ORDER.get(kind, len(STAGE_ORDER)), index, name
 
 
 def kind_of(job: str) -> str | None:

@@ -20,12 +20,13 @@ from checkpoints import Artifact
 from modularforge.json_lines import moment
 from modularforge.observe.canvas import BAD, GREY, INK, PALE, WIDTH_INCHES, colour_of, new_figure
 from modularforge.observe.metrics import JobMetrics
-from modularforge.observe.run import JOB_ORDER, STAGE_OF_JOB, WORKER_NAME, Run, job_order
+from modularforge.observe.run import WORKER_NAME, Run, job_order
 from modularforge.observe.table import duration
+from modularforge.pipeline import OLD_NAMES, STAGES
 
 Kind = Literal["queued", "running", "interrupted"]
 # The launcher's names of jobs that make several stages, by the row that shows them.
-ROW_OF_RECORD = {"prepare-data": "corpus", "assemble": "assembled", "calibrate": "calibrated", "evaluate": "evaluation"}
+ROW_OF_RECORD = {stage.job_name: name for name, stage in reversed(STAGES.items()) if not stage.is_indexed} | OLD_NAMES
 # A pause that is an interruption: longer than a validation or a checkpoint takes, and than its steps may have varied.
 PAUSE_SECONDS = 60.0
 PAUSE_RATIO = 4.0
@@ -60,14 +61,14 @@ def timeline(run: Run) -> list[Row]:
     for name, artifact in run.artifacts.items():
         rows[name] = _row_of_artifact(name, artifact, run)
     for name, job in run.jobs.items():
-        row = rows.setdefault(STAGE_OF_JOB.get(name, name), Row(STAGE_OF_JOB.get(name, name)))
+        row = rows.setdefault(name, Row(name))
         if row.committed is not None and job.last_time is not None:
             row.committed = max(row.committed, job.last_time)  # manifests tell whole seconds, rounded down
         row.spans = spans_of_metrics(job, row.committed)
     for name, records in _by_row(run.records).items():
         row = rows.setdefault(name, Row(name))
         row.spans, row.requeued = spans_of_records(records, run.read_at)
-    return sorted((row for row in rows.values() if row.spans or row.committed), key=lambda row: _place(row.name))
+    return sorted((row for row in rows.values() if row.spans or row.committed), key=lambda row: job_order(row.name))
 
 
 def spans_of_metrics(job: JobMetrics, committed: float | None = None) -> list[Span]:
@@ -145,16 +146,8 @@ def _by_row(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     rows: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         name = str(record["job"])
-        rows.setdefault(ROW_OF_RECORD.get(name, STAGE_OF_JOB.get(name, name)), []).append(record)
+        rows.setdefault(ROW_OF_RECORD.get(name, name), []).append(record)
     return rows
-
-
-def _place(name: str) -> tuple[float, int, str]:
-    """Order of the rows."""
-    end = JOB_ORDER["calibration"]
-    fixed = {"corpus": -2, "partitions": -1, "assembled": end - 0.7, "calibrated": end - 0.4, "evaluation": end - 0.1}
-    first, second, third = job_order(name)
-    return fixed.get(name, first), second, third
 
 
 def timeline_figure(run: Run) -> Figure | None:

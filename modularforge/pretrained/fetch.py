@@ -2,6 +2,10 @@
 
 Nothing half-downloaded looks finished, because the manifest is written last. A copy that is there already is used;
 a broken one is made again. Large files of the Hub are linked from Hugging Face's cache, not copied, where that works.
+
+What a pretrained model is called in a fingerprint is a hash of its files' bytes, wherever they lie. A file is hashed
+once; the result is kept in our cache with the file's size, time and inode, and in the manifest of a model that was
+fetched.
 """
 
 from __future__ import annotations
@@ -24,19 +28,28 @@ from checkpoints import (
     paths,
     write_artifact,
 )
-from checkpoints.artifact import cache_folder
-from checkpoints.commands import shown_command
+from checkpoints.environment import cache_folder
 from checkpoints.redact import redact
+from checkpoints.screen import shown_command
 from modularforge.errors import DataError, MismatchError, StoreError
 from modularforge.log import logger
+from modularforge.model.hub_config import read_config
 from modularforge.pretrained import hub
-from modularforge.pretrained.other_formats import require_no_file
-from modularforge.pretrained.sources import HubName, folder_files, hub_name, is_folder, model_files
-from modularforge.pretrained.weights import check_weights
+from modularforge.pretrained.sources import (
+    HubName,
+    check_weights,
+    folder_files,
+    hub_name,
+    is_folder,
+    model_files,
+    require_no_file,
+)
 
 KIND = "pretrained"
 CACHE_FACT = "from_cache"  # copied without a network, so that the Hub's hashes were not asked for
 PART_BYTES = 16 << 20
+TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+CHUNK_BYTES = 1 << 20
 
 
 def fetch(model: str, output: str | None = None, verify: bool = False) -> Artifact:
@@ -228,3 +241,47 @@ def local_model(model: str) -> Path:
         return folder
     require_no_file(model, "model.pretrained")
     return fetch(model).local_folder(verify=False)
+
+
+def model_identity(model: str) -> str:
+    """Identity of all files of a model that we read, 32 hexadecimal digits."""
+    folder = local_model(model)
+    return _digest(_hashes(folder, folder_files(folder, model)))
+
+
+def tokenizer_identity(model: str) -> str:
+    """Identity of a model's tokenizer and of what its config.json says about the end of a text."""
+    folder = local_model(model)
+    present = [name for name in TOKENIZER_NAMES if (folder / name).is_file()]
+    return _digest({**_hashes(folder, present), "eos_token_id": read_config(folder).get("eos_token_id")})
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _hashes(folder: Path, names: list[str]) -> dict[str, str]:
+    artifact = find_artifact(str(folder))
+    known = artifact.manifest.files if artifact else {}
+    return {name: known[name].sha256 if name in known else _hash_once(folder / name) for name in names}
+
+
+def _hash_once(path: Path) -> str:
+    """sha256 of a file, from the cache unless the file changed since."""
+    path = path.resolve()
+    status = path.stat()
+    stamp = [str(path), status.st_size, status.st_mtime_ns, status.st_ino]
+    record = cache_folder() / "hashes" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
+    try:
+        found = json.loads(record.read_text())
+        if found["stamp"] == stamp:
+            return str(found["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not hashed yet, or by another version
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    content = json.dumps({"stamp": stamp, "sha256": digest.hexdigest()}).encode()
+    paths.replace_bytes(str(record), content)
+    return digest.hexdigest()

@@ -135,7 +135,7 @@ def _explained(name: HubName) -> Iterator[None]:
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError) as error:
         raise DataError(
             f"{name.repository} at {name.revision} must be a model on the Hub or a folder here, but is neither (or is "
-            "private: set HF_TOKEN); mend the name"
+            "private: set HF_TOKEN); fix the name"
         ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from checkpoints import find_artifact, paths
-from checkpoints.commands import shown_command
 from checkpoints.redact import redact
+from checkpoints.screen import shown_command
 from modularforge.errors import ConfigError, StoreError
 from modularforge.model.hub_config import CONFIG_NAME, model_config_of, parse_config
 from modularforge.pretrained import hub
 from modularforge.pretrained.fetch import cached_url
-from modularforge.pretrained.other_formats import require_no_other_format
-from modularforge.pretrained.sources import hub_name, is_folder
+from modularforge.pretrained.sources import hub_name, is_folder, require_no_other_format
 
 OWN = ("pretrained", "context_length")
 """Settings of the model that are the user's beside a pretrained one."""

@@ -1,27 +1,37 @@
 """Where a pretrained model may be: a folder or URL, or a name on the Hub; and which of its files make a model.
 
 `model.pretrained` and `modularforge fetch` take the same names: `models/qwen3`, `s3://bucket/qwen3`, `Qwen/Qwen3-0.6B`,
-`Qwen/Qwen3-0.6B@revision`.
+`Qwen/Qwen3-0.6B@revision`. Whether its weight files are whole and have the tensors that its config.json says is told by
+their headers. Needs no torch.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints import find_artifact, paths
 from checkpoints.redact import redact
+from checkpoints.safetensors import FLOATS, INDEX_NAME, WEIGHTS_NAME, TensorSpan, read_spans, shard_names, weight_files
 from modularforge.errors import DataError
-from modularforge.model.hub_config import CONFIG_NAME, GENERATION_NAME, INDEX_NAME, TOKENIZER_FILES, WEIGHTS_NAME
-from modularforge.model.weight_files import shard_names
-from modularforge.pretrained.other_formats import require_no_file, require_no_other_format
+from modularforge.model import names
+from modularforge.model.hub_config import (
+    CONFIG_NAME,
+    GENERATION_NAME,
+    TOKENIZER_FILES,
+    is_dense,
+    model_config_of,
+    read_config,
+)
+from modularforge.model.sizes import dense_shapes
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 NEEDED = (CONFIG_NAME, "tokenizer.json")
+SAVE_AGAIN = "load it with transformers and save it with save_pretrained, which writes safetensors"
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,7 @@ def hub_name(model: str) -> HubName:
     if not HUB_NAME.fullmatch(model):
         raise DataError(
             f"{model:.200} must be a model folder, a URL or a name on the Hub such as Qwen/Qwen3-0.6B, but there is no "
-            "such folder; mend the path"
+            "such folder; fix the path"
         )
     repository, _, revision = model.partition("@")
     return HubName(repository, revision or "main")
@@ -104,3 +114,87 @@ def _weight_names(present: set[str], model: str, read: Callable[[str], bytes] | 
             f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}; copy or fetch it whole"
         )
     return [INDEX_NAME, *shards]
+
+
+@dataclass(frozen=True)
+class OtherFormat:
+    """Weights in files that we do not read: how they end, what they are, and what makes a model of them."""
+
+    endings: tuple[str, ...]
+    what: str
+    cure: str
+
+    def fits(self, name: str) -> bool:
+        """Whether a file's name ends so."""
+        return name.lower().endswith(self.endings)
+
+
+OTHER_FORMATS = (
+    OtherFormat(
+        (".gguf", ".ggml"),
+        "a GGUF file (llama.cpp), mostly quantised",
+        "name the folder or Hub name of the model it was made from, or convert it to safetensors (transformers: "
+        "from_pretrained(FOLDER, gguf_file=NAME), then save_pretrained)",
+    ),
+    OtherFormat(
+        ("pytorch_model.bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin"),
+        "a pickle of PyTorch, which can run code when it is loaded",
+        SAVE_AGAIN,
+    ),
+    OtherFormat((".h5", ".msgpack", ".onnx", ".tflite"), "weights of another framework", SAVE_AGAIN),
+)
+
+
+def require_no_file(model: str, setting: str = "a pretrained model") -> None:
+    """Raise DataError if a model's name is a file of this machine, with what it is and what is wanted instead."""
+    if not paths.is_local(model) or not os.path.isfile(paths.local_path(model)):
+        return
+    kind = next((kind for kind in OTHER_FORMATS if kind.fits(model)), None)
+    what, cure = (kind.what, kind.cure) if kind else ("a file", f"name the folder that holds it and {CONFIG_NAME}")
+    raise DataError(f"{setting} must be a model folder with safetensors weights, but {model} is {what}; {cure}")
+
+
+def require_no_other_format(names: Iterable[str], model: str) -> None:
+    """Raise DataError if a folder without safetensors has weights that we do not read."""
+    for name in sorted(names):
+        for kind in OTHER_FORMATS:
+            if kind.fits(name):
+                raise DataError(
+                    f"{model} must hold its weights as safetensors ({WEIGHTS_NAME}, or {INDEX_NAME} and its shards), "
+                    f"but has {name}: {kind.what}; {kind.cure}"
+                )
+
+
+def check_weights(folder: Path) -> dict[str, TensorSpan]:
+    """Spans of all tensors of a dense model by name, a tied head left out; raises DataError on what does not fit."""
+    values = read_config(folder)
+    if not is_dense(values):
+        raise DataError(
+            f"{folder} must hold a dense model to be a backbone, but is a mixture of experts ({values['model_type']}); "
+            "choose a model of type llama, mistral or qwen3"
+        )
+    spans: dict[str, TensorSpan] = {}
+    for path in weight_files(folder):
+        spans.update(read_spans(str(path)))
+    model = model_config_of(values)
+    kept = {name: span for name, span in spans.items() if not names.is_redundant(name, model.tied_head)}
+    _check_tensors(folder, kept, dense_shapes(model, values["vocab_size"]))
+    return kept
+
+
+def _check_tensors(folder: Path, spans: Mapping[str, TensorSpan], expected: Mapping[str, tuple[int, ...]]) -> None:
+    found = {name: span.shape for name, span in spans.items()}
+    wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        raise DataError(
+            f"{name} in {folder} must have shape {expected.get(name, 'of no tensor: it has none such')}, "
+            f"but has {found.get(name, 'none, as it is missing')} ({len(wrong)} tensors differ); fetch it again, "
+            "or choose another"
+        )
+    types = sorted({span.dtype for span in spans.values()} - {*FLOATS})
+    if types:
+        raise DataError(
+            f"{folder} must have weights of type {', '.join(FLOATS)}, but has {', '.join(types)}; choose a "
+            "version that is not quantised"
+        )

@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from checkpoints.hashing import describe_file
-from modularforge.assembly.plan import OutputTensor, TensorSpan, read_header
+from checkpoints.safetensors import TensorSpan, read_spans
+from modularforge.assembly.plan import OutputTensor
 from modularforge.assembly.values import rms_of_rows, values_of
 from modularforge.config import ModelConfig
 from modularforge.model import names
@@ -153,7 +154,7 @@ def widen(
             new[name] = _gains(values_of(tensor.span), widening, is_final=name == names.FINAL_NORM)
     path = scratch / "evidence.safetensors"
     save_file({name: np.ascontiguousarray(values, dtype=np.float32) for name, values in new.items()}, path)
-    spans = read_header(str(path), describe_file(path).tensors)
+    spans = read_spans(str(path), describe_file(path).tensors)
     return {name: _grown(name, tensor, widening, spans) for name, tensor in tensors.items()}
 
 

@@ -48,7 +48,7 @@ def _calibrate(run: Run, assembled: Artifact, fingerprint: str) -> Calibration:
             "or leave it out (assemble --no-calibrate, run-all --skip-calibration)"
         )
     model = load_model(assembled.local_folder()).to(default_device())
-    places = (None, metrics_url(config, "calibration"), config.metrics.tensorboard)
-    job = Job("calibration", config.calibration, config.training, fingerprint, *places)
+    places = (None, metrics_url(config, "calibrated"), config.metrics.tensorboard)
+    job = Job("calibrated", config.calibration, config.training, fingerprint, *places)
     seed = derived_seed(config.seed, "calibration order")
     return calibrate(model, config, even_mixture(fit_half), decide_half, job, seed)

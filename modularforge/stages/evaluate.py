@@ -10,7 +10,7 @@ import time
 from functools import partial
 
 from checkpoints import Artifact, paths
-from checkpoints.commands import shown_command
+from checkpoints.screen import shown_command
 from modularforge.artifacts import Backbone
 from modularforge.errors import MismatchError
 from modularforge.evaluation.baselines import build_btx, build_soup, solved_router

@@ -19,8 +19,8 @@ from functools import cached_property
 from typing import Any
 
 from checkpoints import Artifact, MissingArtifactError, find_artifact, paths
-from checkpoints.commands import shown_command
 from checkpoints.copying import copy_artifact
+from checkpoints.screen import shown_command
 from modularforge.artifacts import Backbone, Corpus
 from modularforge.config import Config
 from modularforge.errors import ConfigError, TrainingError

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from checkpoints.safetensors import WEIGHTS_NAME
 from modularforge.artifacts import Backbone, derived_seed
 from modularforge.assembly.card import copy_text_files
 from modularforge.config import Config
-from modularforge.data.adopted_tokenizer import adopt_tokenizer
-from modularforge.data.tokenizer import save_tokenizer
+from modularforge.data.tokenizer import adopt_tokenizer, save_tokenizer
 from modularforge.errors import MismatchError
 from modularforge.experts.trainable import Loss, trainable
 from modularforge.model import names
@@ -22,7 +22,6 @@ from modularforge.model.folder import backbone_tensors, cast_like, load_pretrain
 from modularforge.model.hub_config import (
     CONFIG_NAME,
     GENERATION_NAME,
-    WEIGHTS_NAME,
     backbone_config,
     generation_config,
     model_config_of,

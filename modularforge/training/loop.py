@@ -12,10 +12,10 @@ from contextlib import AbstractContextManager, closing, nullcontext
 import torch
 from torch import Tensor, nn
 
+from checkpoints.screen import progress
 from modularforge.config import TrainingConfig
 from modularforge.errors import Interrupted
 from modularforge.experts.trainable import Trainable
-from modularforge.log import progress
 from modularforge.model.backbone import perplexity
 from modularforge.tasks.task import Batch, Examples
 from modularforge.training.checkpointing import Checkpointing, StopFlag, stop_on_signals

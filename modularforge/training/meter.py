@@ -13,8 +13,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from checkpoints.screen import Progress
 from modularforge.errors import TrainingError
-from modularforge.log import MetricsLog, Progress, logger
+from modularforge.log import MetricsLog, logger
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.optimizer import Trainer

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import open_artifact
-from launcher.local import LocalLauncher
+from launcher.processes import LocalLauncher
 from launcher.tasks import build_tasks
 from tests.cluster.conftest import NODES, Launched
 from tests.cluster.slurm import Cluster

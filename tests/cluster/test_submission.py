@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import open_artifact
-from checkpoints.commands import shown_command
+from checkpoints.screen import shown_command
 from launcher.lock import submission_lock
 from modularforge.run import Run
 from tests.cluster.conftest import Launched

@@ -23,8 +23,8 @@ from typing import Any
 
 import yaml
 
-from checkpoints import open_artifact, paths, sweep
-from checkpoints.catalog import CHECKPOINT_KIND, examine
+from checkpoints import garbage, open_artifact, paths
+from checkpoints.artifact import CHECKPOINT_KIND, examine
 from checkpoints.errors import MissingArtifactError
 from modularforge.config import Config
 from modularforge.settings import make_config
@@ -138,7 +138,7 @@ def _command(words: list[str], log: str, environment: dict[str, str]) -> None:
         os.dup2(descriptor, number)
     os.environ.update({"OMP_NUM_THREADS": "1", **environment})
     sys.argv = ["modularforge", *words]
-    sweep.STARTED = time.time()  # it was imported before this process began
+    garbage.STARTED = time.time()  # it was imported before this process began
     from modularforge.__main__ import main
 
     main()

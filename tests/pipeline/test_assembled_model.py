@@ -13,9 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from checkpoints import open_artifact, paths, plain_folder
+from checkpoints.safetensors import read_spans
 from modularforge.artifacts import Backbone
 from modularforge.assembly.assemble import assemble
-from modularforge.assembly.plan import output_tensors, plan_merge, read_header
+from modularforge.assembly.plan import output_tensors, plan_merge
 from modularforge.assembly.stream import execute
 from modularforge.config import Config, RouterKind
 from modularforge.model.folder import load_model, read_tensors
@@ -114,7 +115,7 @@ def test_the_assembled_file_equals_a_naive_merge_byte_for_byte(finished_run: Con
 
 def test_shards_hold_the_same_tensors_and_an_index(finished_run: Config, tmp_path) -> None:
     whole = merged_in_one_file(finished_run, tmp_path / "merged") / "model.safetensors"
-    plan = plan_merge(output_tensors(read_header(str(whole))), max_shard_bytes=50_000)
+    plan = plan_merge(output_tensors(read_spans(str(whole))), max_shard_bytes=50_000)
     execute(plan, plain_folder(tmp_path))
     assert len(plan.files) > 2
     assert plan.index is not None

@@ -22,7 +22,7 @@ from checkpoints import (
     plain_folder,
     write_artifact,
 )
-from checkpoints.manifest import MANIFEST_NAME
+from checkpoints.urls import MANIFEST_NAME
 from modularforge.artifacts import Backbone
 from modularforge.assembly.assemble import assemble
 from modularforge.config import Config

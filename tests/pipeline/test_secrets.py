@@ -15,8 +15,7 @@ import pytest
 import yaml
 
 from checkpoints import open_artifact
-from modularforge.data.files import find_files
-from modularforge.data.locations import real_location
+from modularforge.data.files import find_files, real_location
 from modularforge.errors import ConfigError, DataError
 from modularforge.run import Run
 from modularforge.settings import load_config, make_config, to_yaml

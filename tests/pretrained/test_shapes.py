@@ -12,14 +12,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from modularforge.assembly.plan import read_header
+from checkpoints.safetensors import read_spans
 from modularforge.errors import DataError
 from modularforge.model.folder import load_model, load_pretrained, save_tensors
 from modularforge.model.hub_config import backbone_config, end_tokens, model_config_of, moe_config, read_config
 from modularforge.model.moe import build_moe
 from modularforge.model.sizes import dense_shapes
-from modularforge.pretrained.sources import hub_name, model_files
-from modularforge.pretrained.weights import check_weights
+from modularforge.pretrained.sources import check_weights, hub_name, model_files
 from tests.pretrained import models
 
 TOLERANCE = 1e-5
@@ -27,7 +26,7 @@ KINDS: list[tuple[Any, dict[str, Any]]] = [
     (models.llama, {}),
     (models.llama, {"rope_parameters": models.LINEAR, "head_dim": 12}),
     (models.llama, {"rope_parameters": models.YARN, "tie_word_embeddings": True}),
-    (models.llama, {"rope_parameters": {**models.YARN, "mscale": 0.7, "mscale_all_dim": 1.0, "truncate": False}}),
+    (models.llama, {"rope_parameters": {**models.YARN, "truncate": False}}),
     (models.llama, {"rope_parameters": {**models.YARN, "attention_factor": 1.3, "beta_fast": 8.0, "beta_slow": 2.0}}),
     (models.mistral, {}),
     (models.qwen3, {}),
@@ -119,6 +118,10 @@ def changed(folder: Path, **values: Any) -> Path:
         ({"rope_scaling": {"type": "longrope"}}, "but has 'longrope'"),
         ({"rope_scaling": {"type": "linear"}}, "a number factor for its rope_type linear, but has None"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0, "twist": 1}}, "rope settings that are known .* has twist"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 0.7}},
+            "rope settings that are known .* has mscale",
+        ),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "full attention in every layer"),
         ({"model_type": "mistral"}, "full attention in every layer, but has a sliding window"),
         ({"quantization_config": {"bits": 4}}, "plain weights"),
@@ -174,7 +177,7 @@ def write_header(folder: Path, entry: dict[str, Any], length: int) -> Path:
 def test_a_damaged_header_is_told_with_its_file(entry: Any, tmp_path: Path) -> None:
     path = write_header(tmp_path, entry, 8)
     with pytest.raises(DataError, match=r"model\.safetensors must be .*make it again"):
-        read_header(str(path))
+        read_spans(str(path))
 
 
 def test_quantised_weights_are_refused_by_their_type(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from benchmarks.real_model.gguf import Gguf
 from modularforge.evaluation.generation import Sampling, generate
 from modularforge.model.backbone import Decoder, cross_entropy
 from modularforge.model.folder import load_model
-from modularforge.pretrained.weights import check_weights
+from modularforge.pretrained.sources import check_weights
 
 TEXTS = Path(__file__).parents[2] / "texts"
 # Perplexity of the first 1,024 test tokens in windows of 512, nothing between documents; measured before, with another

@@ -11,11 +11,9 @@ import pytest
 
 from checkpoints import StoreError
 from modularforge.errors import ConfigError, DataError
-from modularforge.pretrained.fetch import fetch, local_model
-from modularforge.pretrained.identity import model_identity
+from modularforge.pretrained.fetch import fetch, local_model, model_identity
 from modularforge.pretrained.shape import read_pretrained_config
-from modularforge.pretrained.sources import model_files
-from modularforge.pretrained.weights import check_weights
+from modularforge.pretrained.sources import check_weights, model_files
 from modularforge.stored_models import stored_model
 from tests.pretrained import models
 

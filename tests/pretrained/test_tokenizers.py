@@ -9,8 +9,14 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from modularforge.data.adopted_tokenizer import adopt_tokenizer, portable_settings
-from modularforge.data.tokenizer import encode_texts, load_tokenizer, token_byte_lengths, vocabulary_size
+from modularforge.data.tokenizer import (
+    adopt_tokenizer,
+    encode_texts,
+    load_tokenizer,
+    portable_settings,
+    token_byte_lengths,
+    vocabulary_size,
+)
 from modularforge.errors import DataError
 
 

@@ -15,7 +15,7 @@ import pytest
 from rich.filesize import decimal
 
 from checkpoints import ArtifactExistsError, CorruptArtifactError, StoreError, open_artifact, paths
-from checkpoints.catalog import find_artifacts
+from checkpoints.artifact import find_artifacts
 from checkpoints.copying import copy_artifact
 from checkpoints.garbage import delete_garbage, find_garbage
 from checkpoints.owners import locked
@@ -148,7 +148,7 @@ def test_copies_go_on_past_what_is_damaged_and_list_it(verb: str, s3: str, tmp_p
     assert "backbone/manifest.json must be an undamaged manifest" in said
     assert "tensor first" in said
     assert "but holds another artifact" in said
-    assert "3 not copied, all others are; mend them and run it again" in said
+    assert "3 not copied, all others are; fix them and run it again" in said
     assert len(json.loads(command(verb, source, target, "--json", code=1))["problems"]) == 3
     paths.replace_bytes(manifest, whole)
     paths.replace_bytes(url, weights)
@@ -232,7 +232,7 @@ def test_settings_that_make_no_client_are_named(s3: str, monkeypatch: pytest.Mon
     monkeypatch.setenv(variable, "nonsense")
     said = command("ls", s3, code=2)
     assert "nonsense" in said
-    assert "mend AWS_ENDPOINT_URL, AWS_PROFILE" in said
+    assert "fix AWS_ENDPOINT_URL, AWS_PROFILE" in said
 
 
 def test_an_interrupted_pull_goes_on_where_it_stopped(proxy: FaultProxy, proxied: str, tmp_path: Path) -> None:
@@ -390,6 +390,6 @@ def test_gc_aborts_unfinished_uploads(s3: str) -> None:
 
 
 def test_the_command_starts_without_torch_and_network_code() -> None:
-    code = "import sys, checkpoints.cli; print({'torch', 's3fs', 'botocore', 'aiohttp'} & set(sys.modules))"
+    code = "import sys, checkpoints.__main__; print({'torch', 's3fs', 'botocore', 'aiohttp'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import Artifact, ArtifactExistsError, exchange, find_artifact, open_artifact, paths, write_artifact
+from checkpoints import Artifact, ArtifactExistsError, find_artifact, folder, open_artifact, paths, write_artifact
 
 EXCHANGES = 150
 
@@ -76,7 +76,7 @@ def test_a_reader_finds_a_whole_artifact_at_every_moment(tmp_path: Path) -> None
 def test_without_an_exchange_of_the_system_it_takes_two_steps_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(exchange, "_exchanged", lambda *_: False)
+    monkeypatch.setattr(folder, "_exchanged", lambda *_: False)
     url = str(tmp_path / "model")
     write(url, "new", write(url, "old"))
     assert open_artifact(url).manifest.facts == {"text": "new"}
@@ -114,7 +114,7 @@ def test_an_exchange_that_fails_keeps_the_old_one(tmp_path: Path, monkeypatch: p
     def refuse(*_: object) -> bool:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(exchange, "_exchanged", refuse)
+    monkeypatch.setattr(folder, "_exchanged", refuse)
     with pytest.raises(Exception, match="cannot replace"):
         write(url, "new", old)
     assert open_artifact(url).read_json("a.json") == "old"

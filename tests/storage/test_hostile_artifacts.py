@@ -24,7 +24,7 @@ from checkpoints import (
     paths,
     write_artifact,
 )
-from checkpoints.cli import list_command, pull, push, verify
+from checkpoints.__main__ import list_command, pull, push, verify
 from checkpoints.journal import Journal
 from checkpoints.manifest import NO_HASH
 from checkpoints.training import load_checkpoint, save_checkpoint

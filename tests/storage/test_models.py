@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from checkpoints import open_artifact, paths, write_artifact
-from checkpoints.artifact import cache_folder
+from checkpoints.environment import cache_folder
 from modularforge.config import ModelConfig
 from modularforge.model import names
 from modularforge.model.folder import backbone_tensors, save_tensors

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints import open_artifact, paths, write_artifact
-from checkpoints.cli import pull
+from checkpoints.__main__ import pull
 from checkpoints.training import save_checkpoint
 from tests.conftest import run_every_stage, tiny_config
 from tests.storage.test_artifacts import make

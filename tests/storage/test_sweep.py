@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import AccessError, open_artifact, paths, sweep, write_artifact
+from checkpoints import AccessError, garbage, open_artifact, paths, write_artifact
 from checkpoints.owners import Owner, claimed, owner_of, this_machine
 from checkpoints.training import set_aside
 from modularforge.settings import to_yaml
@@ -31,7 +31,7 @@ DAY = 86400.0
 @pytest.fixture(autouse=True)
 def later(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process counts as one that started after all that the test does."""
-    monkeypatch.setattr(sweep, "STARTED", time.time() + 3600)
+    monkeypatch.setattr(garbage, "STARTED", time.time() + 3600)
 
 
 def hidden(run: Path) -> list[str]:
@@ -77,7 +77,7 @@ def test_a_killed_writers_folder_is_removed_and_a_living_writers_stays(tmp_path:
     make(str(run / "backbone"))
     left = leave(str(run / "experts" / "expert-0"))
     with writer_process(str(run / "experts" / "expert-1")) as living:
-        assert sweep.sweep(str(run)) == [str(left)]
+        assert garbage.sweep(str(run)) == [str(left)]
         assert len(hidden(run)) == 1
         assert living.stdin
         living.communicate(b"\n")
@@ -105,7 +105,7 @@ def test_a_writer_that_is_stopped_for_a_while_is_not_taken_for_dead(tmp_path: Pa
         os.kill(living.pid, signal.SIGSTOP)
         (folder,) = (tmp_path / "run").iterdir()
         grow_old(folder, 30 * DAY)
-        assert sweep.sweep(str(tmp_path / "run")) == []
+        assert garbage.sweep(str(tmp_path / "run")) == []
         os.kill(living.pid, signal.SIGCONT)
         living.communicate(b"\n")
         assert living.returncode == 0
@@ -114,10 +114,10 @@ def test_a_writer_that_is_stopped_for_a_while_is_not_taken_for_dead(tmp_path: Pa
 
 def test_what_was_written_since_this_process_started_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = leave(str(tmp_path / "run" / "expert"))
-    monkeypatch.setattr(sweep, "STARTED", left.stat().st_mtime - 1)
-    assert sweep.sweep(str(tmp_path / "run")) == []
-    monkeypatch.setattr(sweep, "STARTED", time.time() + 1)
-    assert sweep.sweep(str(tmp_path / "run")) == [str(left)]
+    monkeypatch.setattr(garbage, "STARTED", left.stat().st_mtime - 1)
+    assert garbage.sweep(str(tmp_path / "run")) == []
+    monkeypatch.setattr(garbage, "STARTED", time.time() + 1)
+    assert garbage.sweep(str(tmp_path / "run")) == [str(left)]
 
 
 @pytest.mark.parametrize("machine", ["another-machine", None])
@@ -126,9 +126,9 @@ def test_a_folder_of_another_machine_stays_for_a_day(machine: str | None, tmp_pa
     left = leave(str(tmp_path / "run" / "expert"))
     say_owner(left, machine) if machine else (left / ".owner.json").unlink()
     grow_old(left, 0.9 * DAY)
-    assert sweep.sweep(str(tmp_path / "run")) == []
+    assert garbage.sweep(str(tmp_path / "run")) == []
     grow_old(left, 1.1 * DAY)
-    assert sweep.sweep(str(tmp_path / "run")) == [str(left)]
+    assert garbage.sweep(str(tmp_path / "run")) == [str(left)]
 
 
 def test_where_no_locks_are_known_only_age_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,16 +138,16 @@ def test_where_no_locks_are_known_only_age_counts(tmp_path: Path, monkeypatch: p
         raise OSError(9, "Bad file descriptor")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    assert sweep.sweep(str(tmp_path / "run")) == []
+    assert garbage.sweep(str(tmp_path / "run")) == []
     grow_old(left, 1.1 * DAY)
-    assert sweep.sweep(str(tmp_path / "run")) == [str(left)]
+    assert garbage.sweep(str(tmp_path / "run")) == [str(left)]
 
 
 def test_what_a_later_writer_goes_on_with_stays_until_its_artifact_is_finished(tmp_path: Path) -> None:
     url = str(tmp_path / "run" / "assembled")
     left = leave(url, resume="0123456789abcdef")
     assert owner_of(left) == Owner(this_machine(), resumes=True)
-    assert sweep.sweep(str(tmp_path / "run")) == []
+    assert garbage.sweep(str(tmp_path / "run")) == []
     make(url)
     assert not left.exists()
 
@@ -171,9 +171,9 @@ def test_a_deletion_that_was_cut_short_is_ended_and_a_damaged_checkpoint_kept(
         patch.setattr("checkpoints.folder.shutil.rmtree", lambda *_, **__: None)
         paths.remove(str(tmp_path / "run" / "old"))
     left, kept = hidden(tmp_path / "run")
-    assert sweep.sweep(str(tmp_path / "run")) == [str(tmp_path / "run" / left)]
+    assert garbage.sweep(str(tmp_path / "run")) == [str(tmp_path / "run" / left)]
     grow_old(tmp_path / "run" / kept, 30 * DAY)
-    assert sweep.sweep(str(tmp_path / "run")) == []
+    assert garbage.sweep(str(tmp_path / "run")) == []
 
 
 def test_a_hidden_file_stays_while_it_is_written_and_for_an_hour(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_hidden_file_stays_while_it_is_written_and_for_an_hour(tmp_path: Path)
         yield b"x"
         (scratch,) = run.iterdir()
         grow_old(scratch, 30 * DAY)
-        seen.append(sweep.sweep(str(run)))
+        seen.append(garbage.sweep(str(run)))
         yield b"y"
 
     paths.upload(str(run / "metrics.jsonl"), parts())
@@ -193,9 +193,9 @@ def test_a_hidden_file_stays_while_it_is_written_and_for_an_hour(tmp_path: Path)
     left = run / ".config.yaml.attempt-0123456789ab"
     left.write_bytes(b"")
     grow_old(left, 3000)
-    assert sweep.sweep(str(run)) == []
+    assert garbage.sweep(str(run)) == []
     grow_old(left, 4000)
-    assert sweep.sweep(str(run)) == [str(left)]
+    assert garbage.sweep(str(run)) == [str(left)]
     assert (run / "metrics.jsonl").read_bytes() == b"xy"
 
 
@@ -208,14 +208,14 @@ def test_nothing_of_the_users_and_no_link_is_touched(tmp_path: Path) -> None:
     for name in (".hidden.attempt-x", "attempt-0123456789ab", ".attempt-0123456789ab", ".x.attempt-0123456789ab.bak"):
         (run / name).mkdir()
         grow_old(run / name, 30 * DAY)
-    assert sweep.sweep(str(run)) == []
+    assert garbage.sweep(str(run)) == []
     assert left.exists()
 
 
 def test_a_clock_that_jumps_keeps_more_and_never_less(tmp_path: Path) -> None:
     left = leave(str(tmp_path / "run" / "expert"))
     grow_old(left, -30 * DAY)
-    assert sweep.sweep(str(tmp_path / "run")) == []
+    assert garbage.sweep(str(tmp_path / "run")) == []
 
 
 def test_a_hostile_note_is_no_note(tmp_path: Path) -> None:
@@ -232,17 +232,17 @@ def test_a_hostile_note_is_no_note(tmp_path: Path) -> None:
 def test_on_an_object_store_only_what_is_a_week_old_is_removed(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make(f"{s3}/backbone")
     paths.replace_bytes(f"{s3}/expert/attempt-0123456789ab/a.bin", b"x")
-    assert sweep.sweep(s3) == []
-    monkeypatch.setattr(sweep, "OBJECT_SECONDS", -5.0)
-    assert sweep.sweep(s3) == [f"{s3}/expert/attempt-0123456789ab"]
+    assert garbage.sweep(s3) == []
+    monkeypatch.setattr(garbage, "OBJECT_SECONDS", -5.0)
+    assert garbage.sweep(s3) == [f"{s3}/expert/attempt-0123456789ab"]
     open_artifact(f"{s3}/backbone").verify()
 
 
 def test_the_scratch_of_a_killed_writer_to_an_object_store_is_removed(s3: str, scratch: Path) -> None:
     with writer_process(f"{s3}/expert") as living:
-        assert sweep.sweep(s3) == []
+        assert garbage.sweep(s3) == []
         living.kill()
-    assert len(sweep.sweep(s3)) == 1
+    assert len(garbage.sweep(s3)) == 1
     assert not list(scratch.glob("modularforge-upload-*"))
 
 
@@ -250,8 +250,8 @@ def test_a_store_that_refuses_fails_no_stage(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*_: object) -> None:
         raise AccessError("no")
 
-    monkeypatch.setattr(sweep, "find_garbage", refuse)
-    assert sweep.sweep("memory://run") == []
+    monkeypatch.setattr(garbage, "find_garbage", refuse)
+    assert garbage.sweep("memory://run") == []
 
 
 def test_a_writer_goes_elsewhere_while_its_place_is_swept(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_after_sigkills_at_random_times_nothing_stays(times: int, tmp_path: Path
     run, notes = tmp_path / "run", tmp_path / "notes"
     killed_jobs(str(run / "checkpoints" / "expert-0"), notes, times)
     before = hidden(run)
-    sweep.sweep(str(run))
+    garbage.sweep(str(run))
     assert [name for name in hidden(run) if (run / name).is_dir()] == []
     print(f"{times} SIGKILLs left {len(before)} folders and files")
 

@@ -18,16 +18,14 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from checkpoints.safetensors import shard_names
 from modularforge.config import ModelConfig, SourceConfig
-from modularforge.data.adopted_tokenizer import adopt_tokenizer
 from modularforge.data.formats import read_file
-from modularforge.data.metadata import check_metadata, read_partitions
-from modularforge.data.token_files import TokenFileWriter, open_token_file
-from modularforge.data.tokenizer import token_byte_lengths, train_tokenizer
+from modularforge.data.token_files import TokenFileWriter, check_metadata, open_token_file, read_partitions
+from modularforge.data.tokenizer import adopt_tokenizer, token_byte_lengths, train_tokenizer
 from modularforge.errors import UserError
 from modularforge.model.hub_config import backbone_config, end_tokens, moe_config, parse_config
 from modularforge.model.sizes import dense_shapes
-from modularforge.model.weight_files import shard_names
 from tests.mutation import FUZZ_INPUTS, texts, values
 
 SECONDS = 20.0  # far above what any input takes; a machine may be busy

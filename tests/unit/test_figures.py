@@ -123,7 +123,7 @@ def test_baselines_have_panels_of_their_own_and_branches_the_colours_of_their_ex
     assert sorted(labels[2]) == ["0", "1", "2", "3"]
     assert sorted(labels[3]) == ["dense", "joint"]
     assert colour_of("branch-2", 4) == colour_of("expert-2", 4)
-    assert len({colour_of(job, 4) for job in ("backbone", "dense", "joint", "calibration")}) == 4
+    assert len({colour_of(job, 4) for job in ("backbone", "dense", "joint", "calibrated")}) == 4
 
 
 def test_one_baseline_is_named_in_the_title(tmp_path: Path) -> None:
@@ -155,8 +155,8 @@ def test_an_unfinished_run_counts_the_baselines_it_wants(tmp_path: Path) -> None
 
 
 def test_jobs_are_ordered_by_number() -> None:
-    jobs = ["calibration", "branch-10", "branch-2", "joint", "expert-10", "expert-9", "dense", "backbone"]
-    expected = ["backbone", "expert-9", "expert-10", "dense", "joint", "branch-2", "branch-10", "calibration"]
+    jobs = ["calibrated", "branch-10", "branch-2", "joint", "expert-10", "expert-9", "dense", "backbone"]
+    expected = ["backbone", "expert-9", "expert-10", "dense", "joint", "branch-2", "branch-10", "calibrated"]
     assert sorted(jobs, key=job_order) == expected
 
 

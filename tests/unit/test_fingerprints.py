@@ -44,6 +44,16 @@ def test_a_setting_that_came_later_counts_only_where_it_changes_something(
     assert of(balance_loss=0.0)["joint.balance_loss"] == 0.0
 
 
+def test_a_backbone_with_stretched_positions_keeps_the_fingerprint_it_had_with_settings_that_are_gone() -> None:
+    """Taken at commit 589989d, where `mscale` and `mscale_all_dim` were settings; recorded ones are read as well."""
+    stretch = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    stretch["original_max_position_embeddings"] = 64
+    for recorded in (stretch, {**stretch, "mscale": None, "mscale_all_dim": None}):
+        config = load_config(str(ROOT / "configs/default.yaml"), [("model.rope_scaling", recorded)])
+        settings = stage_settings(config, "backbone")
+        assert fingerprint("backbone", settings, {}) == "4b6cba7fe2bfd461c5c3037ce972fba9"
+
+
 def test_what_came_later_is_a_setting() -> None:
     assert CAME_LATER.keys() <= set(setting_names())
 

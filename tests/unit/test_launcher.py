@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 
 from checkpoints import paths
 from launcher import slurm
-from launcher.attempts import Ended, decide
-from launcher.carrier import Request, dependency, script_of
-from launcher.environment import job_environment
-from launcher.finish import lost_steps, sessions
+from launcher.arrays import cut, ranges
+from launcher.command import job_environment
+from launcher.layout import log_file
 from launcher.lock import BusyError, submission_lock
-from launcher.pieces import cut, ranges
-from launcher.places import log_file
 from launcher.plan import describe_plan
 from launcher.preflight import _node_problems, _queue_limit, _storage_problems
 from launcher.record import beside, check_same_run, new_record, run_id_of
+from launcher.report import lost_steps, sessions
+from launcher.retry_policy import Ended, decide
+from launcher.sbatch import Request, dependency, script_of
 from launcher.slurm import QueuedJob, SlurmError, minutes
 from launcher.submit import find_job, live_tasks
 from launcher.tasks import build_groups, build_tasks, nodes_of

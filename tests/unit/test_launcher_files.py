@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from launcher.events import append_event, merge_events, read_all_events
-from launcher.finish import end_report
-from launcher.lock import _holder, _is_alive, submission_lock
-from launcher.places import events_url, lock_url, record_url
-from launcher.progress import progress_of
+from launcher.events import append_event, merge_events, progress_of, read_all_events
+from launcher.layout import events_url, lock_url, record_url
+from launcher.lock import is_alive, read_holder, submission_lock
 from launcher.record import Record, Submission, load_record, new_record, save_record
+from launcher.report import end_report
 from launcher.slurm import QueuedJob
 from launcher.status import as_json, describe, read_status
 from modularforge.config import Config
@@ -116,7 +115,7 @@ def test_mutated_locks_are_judged(config: Config) -> None:
 
     def read(broken: bytes) -> None:
         path.write_bytes(broken)
-        _is_alive(_holder(str(path)))
+        is_alive(read_holder(str(path)))
 
     allows_only((), mutated(good), read)
 

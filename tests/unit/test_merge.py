@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import ArtifactWriter, paths, plain_folder, write_artifact
-from checkpoints.durable import DurableFile
+from checkpoints.folder import DurableFile
 from checkpoints.hashing import describe_file
+from checkpoints.safetensors import read_spans
 from modularforge.assembly.parts import Source, group, part_key, write_parts
-from modularforge.assembly.plan import OutputTensor, output_tensors, plan_merge, plan_parts, read_header
+from modularforge.assembly.plan import OutputTensor, output_tensors, plan_merge, plan_parts
 from modularforge.assembly.stream import execute
 from modularforge.assembly.values import converted
 from modularforge.errors import DataError, MismatchError
@@ -71,7 +72,7 @@ def naive_merge(
 def spans_of(folder: Path, experts: int, layers: int) -> dict[str, object]:
     def read(name: str) -> object:
         path = folder / f"{name}.safetensors"
-        return read_header(str(path), describe_file(path).tensors)
+        return read_spans(str(path), describe_file(path).tensors)
 
     return merged_spans(read("backbone"), {e + 1: read(str(e)) for e in range(experts)}, layers, 0)
 
@@ -126,7 +127,7 @@ def test_conversions_have_the_bits_of_torch(source: str, target: str) -> None:
 def test_matrices_grow_by_zeros_and_by_what_lies_beside_and_below(tmp_path: Path) -> None:
     matrix, beside, below = torch.randn(7, 5), torch.randn(7, 3), torch.randn(2, 8)
     save_file({"m": matrix.bfloat16(), "beside": beside, "below": below}, tmp_path / "in.safetensors")
-    spans = read_header(str(tmp_path / "in.safetensors"))
+    spans = read_spans(str(tmp_path / "in.safetensors"))
     tensors = {
         "zeros": OutputTensor(spans["m"], "BF16", columns=3, rows=2),
         "given": OutputTensor(spans["m"], "BF16", columns=3, rows=2, beside=spans["beside"], below=spans["below"]),
@@ -162,7 +163,7 @@ class Killed(BaseException):
 def experts_files(folder: Path, experts: int) -> dict[str, Source]:
     """The weight files of the experts as sources of parts."""
     entries = {folder / f"{slot}.safetensors": describe_file(folder / f"{slot}.safetensors") for slot in range(experts)}
-    keys = {path: part_key(output_tensors(read_header(str(path), e.tensors)).items()) for path, e in entries.items()}
+    keys = {path: part_key(output_tensors(read_spans(str(path), e.tensors)).items()) for path, e in entries.items()}
     return {keys[path]: Source(str(path), entry) for path, entry in entries.items()}
 
 

@@ -13,8 +13,7 @@ import pytest
 
 from checkpoints import StoreError, paths
 from checkpoints.manifest import Manifest
-from launcher.events import append_event, merge_events, read_all_events
-from launcher.progress import progress_of
+from launcher.events import append_event, merge_events, progress_of, read_all_events
 from modularforge.errors import DataError, UserError
 from modularforge.evaluation.results import checked_results, parse_results
 from modularforge.log import MetricsLog

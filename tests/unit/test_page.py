@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import paths
-from checkpoints.names import safe_part
+from checkpoints.urls import safe_part
 from modularforge.observe.compare import compare_runs
 from modularforge.observe.page import make_page
 from modularforge.observe.report import Plot, report_runs, write_report

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from sklearn.feature_extraction.text import HashingVectorizer
 
 from modularforge.config import PartitionConfig
-from modularforge.data.clusters import WORD, _analyzer, cluster_documents
 from modularforge.data.partition import (
+    WORD,
+    _analyzer,
     add_overlap,
+    cluster_documents,
     curriculum_partitions,
     document_chunks,
     document_difficulty,

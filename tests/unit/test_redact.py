@@ -10,7 +10,7 @@ from urllib.parse import quote
 import fsspec
 import pytest
 
-from checkpoints import explain, paths
+from checkpoints import paths, retry
 from checkpoints.errors import StoreError
 from checkpoints.redact import has_secret, is_redacted, redact, redact_urls, redact_values
 from modularforge.errors import one_line
@@ -106,8 +106,8 @@ def test_a_secret_that_is_cut_is_taken_out_before() -> None:
 def test_errors_that_take_a_url_apart_show_no_part_of_its_secret() -> None:
     url = "sftp://user:Pl4nted@host/run"
     for error in (PermissionError("no"), OSError("odd"), ConnectionError("gone")):
-        assert "Pl4nted" not in str(explain.explain(error, "read", url))
-    assert "Pl4nted" not in explain.place(url) + str(explain.missing_bucket("read", url))
+        assert "Pl4nted" not in str(retry.explain(error, "read", url))
+    assert "Pl4nted" not in retry.place(url) + str(retry.missing_bucket("read", url))
     assert short_names([url, "sftp://user:Pl4nted@other/run"]) == {
         url: "***@host/run", "sftp://user:Pl4nted@other/run": "***@other/run",
     }  # fmt: skip

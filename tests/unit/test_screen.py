@@ -16,7 +16,7 @@ import pytest
 import typer
 from rich.console import Console
 
-import checkpoints.cli
+import checkpoints.__main__
 import launcher.__main__
 import modularforge.cli
 from checkpoints import screen, write_artifact
@@ -58,7 +58,7 @@ def helps(command: Any) -> Iterator[str]:
         yield from helps(below)
 
 
-@pytest.mark.parametrize("program", [modularforge.cli, launcher.__main__, checkpoints.cli])
+@pytest.mark.parametrize("program", [modularforge.cli, launcher.__main__, checkpoints.__main__])
 def test_no_help_has_what_would_be_read_as_markup(program: Any) -> None:
     """typer gives its help to rich as markup; these texts are ours, so that they only must have none."""
     assert [text for text in helps(typer.main.get_command(program.app)) if "[" in text] == []
@@ -77,9 +77,10 @@ def test_a_table_shows_names_as_they_are(name: str) -> None:
 def test_a_bar_shows_its_name_and_note_as_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.StringIO()
     monkeypatch.setattr(screen, "console", lambda **_: Console(file=file, width=200, force_terminal=True))
-    with screen.step_bar(name, 3, "steps", 0) as advance:
-        advance(1, name)
-        advance(1, "")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with screen.progress(name, 3, "steps", 0) as bar:
+        bar.advance(1, name)
+        bar.advance(1, "")
     assert screen.literal(name) in file.getvalue()
     assert "\x1b[2Jgone" not in file.getvalue()
 

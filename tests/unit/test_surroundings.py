@@ -15,7 +15,7 @@ import pytest
 
 from checkpoints import StoreError, paths
 from checkpoints.environment import cache_folder
-from launcher.local import LocalLauncher
+from launcher.processes import LocalLauncher
 from launcher.tasks import build_tasks
 from modularforge.errors import ConfigError
 from modularforge.log import configure_logging

@@ -13,11 +13,12 @@ from rich.console import Console
 from torch import nn
 
 from checkpoints import screen
+from checkpoints.screen import Progress
 from launcher.status import _steps
 from launcher.tasks import build_tasks
 from modularforge.config import PhaseConfig, TrainingConfig
 from modularforge.experts.trainable import trainable
-from modularforge.log import Progress, logger
+from modularforge.log import logger
 from modularforge.observe.completion import parts_of
 from modularforge.observe.report import draw_run
 from modularforge.observe.run import Run, read_run

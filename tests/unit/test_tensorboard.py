@@ -11,8 +11,7 @@ import pytest
 
 from checkpoints import paths
 from modularforge.errors import ConfigError
-from modularforge.log import MetricsLog
-from modularforge.tensorboard import events_beside
+from modularforge.log import MetricsLog, events_beside
 
 tensorboard = pytest.importorskip("tensorboard")
 
@@ -62,7 +61,7 @@ def test_an_object_store_gets_the_whole_file_at_every_flush(tmp_path: Path) -> N
 
 
 def test_without_tensorboard_auto_writes_nothing_and_on_says_what_to_install(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     url = str(tmp_path / "backbone.jsonl")
     assert events_beside(url, "auto") is None
     assert events_beside(url, "off") is None

@@ -18,10 +18,9 @@ from safetensors.torch import save, save_file
 
 from checkpoints import CorruptArtifactError, UserError, plain_folder, write_artifact
 from checkpoints.hashing import describe_file
-from checkpoints.safetensors import BITS, Header, header_bytes, read_header
+from checkpoints.safetensors import BITS, Header, header_bytes, read_header, read_spans
 from checkpoints.tensors import read_weight_file
 from modularforge.assembly.plan import output_tensors, plan_merge
-from modularforge.assembly.plan import read_header as read_spans
 from modularforge.assembly.stream import execute
 from modularforge.errors import DataError
 from modularforge.model.folder import read_tensors

@@ -15,20 +15,15 @@ from safetensors.numpy import save_file
 
 from checkpoints import Artifact
 from checkpoints.hashing import describe_file
+from checkpoints.safetensors import WEIGHTS_NAME, TensorSpan, read_spans
 from modularforge.assembly import parts
-from modularforge.assembly.plan import OutputTensor, TensorSpan, output_tensors, read_header, spans_of
+from modularforge.assembly.plan import OutputTensor, output_tensors, spans_of
 from modularforge.config import Config, ModelConfig
 from modularforge.errors import ConfigError, MismatchError
 from modularforge.experts.ffn import EXPERT_NAME
 from modularforge.log import logger
 from modularforge.model import names
-from modularforge.model.hub_config import (
-    CONFIG_NAME,
-    TABLES_NAME,
-    WEIGHTS_NAME,
-    model_config_of,
-    moe_config,
-)
+from modularforge.model.hub_config import CONFIG_NAME, TABLES_NAME, model_config_of, moe_config
 from modularforge.model.sizes import model_sizes
 from modularforge.routing import evidence
 from modularforge.routing.solvers import all_statistics, router_rows, widening_of
@@ -129,7 +124,7 @@ class _Mixture:
             kept = evidence.widen(kept, widening, all_statistics(self.experts), self.texts.token_VE, scratch)
         router_file = scratch / "router.safetensors"
         save_file(router_rows(self.config, self.experts, self.dense, self.texts), router_file)
-        routers = read_header(str(router_file), describe_file(router_file).tensors)
+        routers = read_spans(str(router_file), describe_file(router_file).tensors)
         return {**kept, **output_tensors(routers, next(iter(kept.values())).dtype)}
 
     def _facts(self, written: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Decision:
 def decide(ended: Ended, history: list[Event], cluster: ClusterConfig) -> Decision:
     """What to do about a program that ended without its artifact; `history` holds the events of this submission."""
     if ended.state != "RUNNING":
-        return Decision(False, "cancelled", f"Slurm is ending this job (its state is {ended.state})")
+        return Decision(False, "cancelled", f"it is being ended (its state is {ended.state})")
     if ended.code in STOPPED_CODES:
         return _after_a_stop(ended, history, cluster)
     return _after_a_crash(ended, history, cluster)
@@ -67,7 +67,7 @@ def _after_a_stop(ended: Ended, history: list[Event], cluster: ClusterConfig) ->
 def _after_a_crash(ended: Ended, history: list[Event], cluster: ClusterConfig) -> Decision:
     crashes = [event for event in history if event["event"] == "requeued" and event.get("reason") == "crashed"]
     if ended.code == USER_ERROR and ended.step == ended.first_step:
-        return Decision(False, "failed", "it ended with an error that starting again does not mend")
+        return Decision(False, "failed", "it ended with an error that starting again does not fix")
     if crashes and ended.step <= int(crashes[-1].get("step", 0)):
         return Decision(False, "failed", f"it crashed twice without progress, last with code {ended.code}")
     if len(crashes) >= cluster.max_crashes:

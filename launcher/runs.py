@@ -1,4 +1,4 @@
-"""What `python -m launcher --cluster` and its subcommands do with a run on Slurm."""
+"""What `python -m launcher` and its subcommands do with a run, on Slurm or on this machine."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from checkpoints.commands import shown_command
-from launcher.carrier import comment_of, job_names
+from checkpoints.screen import shown_command
 from launcher.events import merge_events, read_all_events
-from launcher.finish import describe as describe_report
-from launcher.finish import end_report
 from launcher.lock import submission_lock
 from launcher.preflight import fingerprint_of, preflight
+from launcher.processes import LocalLauncher, stop_here
 from launcher.record import Record, beside, check_same_run, load_record, new_record, require_record, save_record
+from launcher.report import describe as describe_report
+from launcher.report import end_report
+from launcher.sbatch import comment_of, job_names
 from launcher.slurm import SlurmError, queue, run_slurm
 from launcher.status import Row, describe, is_going_on, is_success, read_status
 from launcher.submit import Submitter
 from launcher.tasks import build_groups, build_tasks
-from launcher.unsaved import require_open_places, require_readable_settings
+from launcher.trust import check_commands, require_open_places, require_readable_settings
 from modularforge.config import Config
-from modularforge.errors import ConfigError
+from modularforge.errors import ConfigError, UserError
 
 Say = Callable[[str], None]
 logger = logging.getLogger(__name__)
@@ -32,11 +33,8 @@ LOG_SECONDS = 0.5
 
 
 def launch(config: Config, say: Say, new_run: bool = False, check: bool = True) -> Config:
-    """Submit what is missing of the run, or attach to one that needs nothing; returns its settings."""
-    require_open_places(config)
-    old = load_record(config)
-    if old and new_run:
-        config = beside(config, old)
+    """Submit what is missing of the run to Slurm, or attach to one that needs nothing; returns its settings."""
+    config = _chosen(config, new_run)
     require_readable_settings(config)
     record = load_record(config)
     if record:
@@ -53,6 +51,31 @@ def launch(config: Config, say: Say, new_run: bool = False, check: bool = True) 
     return config
 
 
+def launch_here(config: Config, say: Say, new_run: bool = False) -> None:
+    """Run what is missing as processes of this machine, to the end, and print the table of the evaluation."""
+    config = _chosen(config, new_run)
+    launcher = LocalLauncher(config, build_tasks(config), say)
+    launcher.run()
+    say(launcher.output_of("evaluate"))
+
+
+def resume(config: Config, say: Say) -> None:
+    """Go on with a run where it was last started, on Slurm or here, with the settings it was started with."""
+    submitted, record = recorded(config)
+    check_commands(config, submitted)
+    if record.is_local:
+        launch_here(submitted, say)
+    else:
+        launch(submitted, say)
+
+
+def _chosen(config: Config, new_run: bool) -> Config:
+    """The run to launch: at `output_dir`, or beside the one that lies there."""
+    require_open_places(config)
+    old = load_record(config) if new_run else None
+    return beside(config, old) if old else config
+
+
 def _outcome(config: Config, record: Record, count: int) -> str:
     if count:
         return f"{count} submission(s); nothing needs to stay here, `{_next(config, 'status')}` tells how it stands"
@@ -67,7 +90,7 @@ def _next(config: Config, command: str) -> str:
 
 
 def recorded(config: Config) -> tuple[Config, Record]:
-    """The record of the run at `output_dir` and the settings it was submitted with."""
+    """The record of the run at `output_dir` and the settings it was started with."""
     record = require_record(config)
     settings = record.settings()
     # The folder may have been moved or copied since.
@@ -75,8 +98,26 @@ def recorded(config: Config) -> tuple[Config, Record]:
 
 
 def cancel(config: Config, say: Say) -> None:
-    """Cancel all jobs of the run, the last stage first, and wait until they have ended."""
-    config, _ = recorded(config)
+    """Stop all jobs of the run, the last stage first, and wait until they have ended."""
+    config, record = recorded(config)
+    if record.is_local:
+        running = stop_here(config, record, say)
+    else:
+        record = _withdraw(config, say)
+        running = _live_jobs(record)
+    left: list[str] = []
+    for _, left in zip(polls(CANCEL_SECONDS), running, strict=False):
+        if not left:
+            say(f"all jobs have ended; `{_next(config, 'resume')}` continues from what is committed")
+            return
+    where = "ps" if record.is_local else "squeue"
+    raise UserError(
+        f"the jobs must end within {CANCEL_SECONDS:.0f} s, but {', '.join(left)} did not; look at them with {where}"
+    )
+
+
+def _withdraw(config: Config, say: Say) -> Record:
+    """Take back every submission to Slurm: those that come to run all the same end at once."""
     with submission_lock(config):
         record = require_record(config)
         jobs = _jobs_by_group(record)
@@ -87,12 +128,13 @@ def cancel(config: Config, say: Say) -> None:
         for item in record.submissions:
             item.withdrawn = True
         save_record(config, record)
-    for _ in polls(CANCEL_SECONDS):
-        if not (jobs := _jobs_by_group(record)):
-            say(f"all jobs have ended; `{_next(config, 'resume')}` continues from what is committed")
-            return
-    left = ", ".join(job for found in jobs.values() for job in found)
-    raise SlurmError(f"the jobs must end within {CANCEL_SECONDS:.0f} s, but {left} did not; look at them with squeue")
+    return record
+
+
+def _live_jobs(record: Record) -> Iterator[list[str]]:
+    """Jobs of the run in Slurm's queue, asked for again and again."""
+    while True:
+        yield [job for jobs in _jobs_by_group(record).values() for job in jobs]
 
 
 def _jobs_by_group(record: Record) -> dict[str, list[str]]:

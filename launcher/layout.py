@@ -47,7 +47,7 @@ def old_folder_name(run: str) -> str:
 
 
 def work_folder(config: Config, name: str = "") -> Path:
-    """Logs, scripts and frozen code, on a disk that all nodes see; a folder of the run's own, of this name if given."""
+    """Logs, scripts and code, on a disk that all nodes see; a folder of the run's own, of this name if given."""
     run = run_path(config)
     if paths.is_local(run) and not config.cluster.work_dir:
         return Path(run) / FOLDER

@@ -1,4 +1,4 @@
-"""Cut an array into pieces that the site accepts; indices stay global, and one throttle holds for all pieces. Pure."""
+"""Cut an array into parts that the site accepts; indices stay global, and one throttle holds for all parts. Pure."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from itertools import groupby
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One array: the global `indices`, of which `offset` is array task 0; it follows piece `after` in its lane."""
+class ArrayPart:
+    """One array: the global `indices`, of which `offset` is array task 0; it follows part `after` in its lane."""
 
     indices: tuple[int, ...]
     offset: int
@@ -22,21 +22,21 @@ class Piece:
         return ranges([index - self.offset for index in self.indices]) + limit
 
 
-def cut(indices: list[int], max_array_size: int, throttle: int | None) -> list[Piece]:
+def cut(indices: list[int], max_array_size: int, throttle: int | None) -> list[ArrayPart]:
     """Arrays for these global indices; the highest index of an array is `max_array_size` - 1.
 
-    The throttle is divided among lanes of pieces; pieces of one lane run one after another, so that the sum never
+    The throttle is divided among lanes of parts; parts of one lane run one after another, so that the sum never
     exceeds it.
     """
     chunks = [list(found) for _, found in groupby(sorted(indices), key=lambda index: index // max_array_size)]
     lanes = len(chunks) if throttle is None else min(len(chunks), throttle)
-    pieces = []
+    parts = []
     for number, chunk in enumerate(chunks):
         lane = number % lanes
         share = None if throttle is None else throttle // lanes + int(lane < throttle % lanes)
         after = number - lanes if number >= lanes else None
-        pieces.append(Piece(tuple(chunk), chunk[0] // max_array_size * max_array_size, share, after))
-    return pieces
+        parts.append(ArrayPart(tuple(chunk), chunk[0] // max_array_size * max_array_size, share, after))
+    return parts
 
 
 def ranges(indices: list[int]) -> str:

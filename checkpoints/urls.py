@@ -1,17 +1,31 @@
-"""Names that somebody else wrote, turned into relative paths that stay where they are joined.
+"""URLs and names as words: joining, local or not, and the names that unfinished work carries. Touches no storage.
 
-Manifests, listings, indices of weight files, archives and event files may come from a bucket that others can write.
-Every name in them goes through `checked_path` before it is joined to a folder or a URL; nothing else decides what is
-safe.
+Names that somebody else wrote are turned into relative paths that stay where they are joined. Manifests, listings,
+indices of weight files, archives and event files may come from a bucket that others can write: every name in them goes
+through `checked_path` before it is joined to a folder or a URL; nothing else decides what is safe.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from checkpoints.errors import StoreError
+
+MANIFEST_NAME = "manifest.json"
+JOURNAL_NAME = ".journal.json"  # finished files of an unfinished artifact
+OWNER_NAME = ".owner.json"  # who writes an unfinished artifact
+OWN_NAMES = (MANIFEST_NAME, JOURNAL_NAME, OWNER_NAME)  # of the store itself, beside an artifact's files
+ATTEMPT = re.compile(r"attempt-[0-9a-f]{12}")
+UPLOAD_SCRATCH = "modularforge-upload-"  # folders of writers to object stores, in the temporary folder
+# In hidden names: on its way to be deleted; set aside because it is damaged.
+DELETED, DAMAGED = "deleted", "damaged"
+HIDDEN = re.compile(r"\..+\.attempt-[0-9a-f]{12}")
 MAX_PART_BYTES = 255  # the limit of ext4, XFS, APFS and NTFS; a longer part could be written nowhere
 MAX_PATH_BYTES = 1024  # the limit of an S3 key
 # Devices on Windows, whatever their ending; a folder that was pulled on Linux may be copied there.
@@ -22,6 +36,57 @@ DRIVE = re.compile(r"[A-Za-z]:")
 # Control characters, line and paragraph separators, half surrogate pairs: they end a line, hide what follows, or cannot
 # be encoded.
 REFUSED_CATEGORIES = frozenset({"Cc", "Zl", "Zp", "Cs"})
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file that a listing found: where, how large, and when it was last written (seconds since 1970)."""
+
+    url: str
+    size: int
+    modified: float
+
+
+def join(url: str, *parts: str) -> str:
+    """Append path parts to a URL with single slashes; empty parts are skipped."""
+    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts if part)])
+
+
+def is_local(url: str) -> bool:
+    """Whether the URL is a folder of this machine."""
+    return "://" not in url or url.startswith("file://")
+
+
+def local_path(url: str) -> Path:
+    """The folder behind a local URL; `~x` that exists, or is written `./~x`, is a name and nobody's home."""
+    name = url.removeprefix("file://")
+    path = Path(name)
+    if str(path).startswith("~") and (not name.startswith("~") or (path.parts[0] != "~" and os.path.lexists(path))):
+        return path.absolute()
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise StoreError(
+            f"{path} must begin with a known home folder, but {path.parts[0]} is none; write it out"
+        ) from error
+
+
+def relative(url: str, root: str) -> str:
+    """The part of a URL below a root URL."""
+    if is_local(root):
+        below = local_path(url).relative_to(local_path(root)).as_posix()
+        return "" if below == "." else below
+    return url.removeprefix(root.rstrip("/")).strip("/")
+
+
+def new_attempt() -> str:
+    """A name that no other writer has: the folder of one writer's files within an artifact."""
+    return f"attempt-{os.urandom(6).hex()}"
+
+
+def hidden_name(name: str) -> str:
+    """A hidden name beside a file or folder for unfinished work; readers skip it and `gc` removes old ones."""
+    return f".{name}.{new_attempt()}"
 
 
 class UnsafeNameError(ValueError):

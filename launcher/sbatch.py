@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoints.names import has_control_characters
 from checkpoints.redact import redact
-from launcher.environment import job_environment
-from launcher.frozen import CONFIG_NAME, ENTRY_NAME
-from launcher.pieces import Piece
-from launcher.places import log_file, log_pattern, work_folder
+from checkpoints.urls import has_control_characters
+from launcher.arrays import ArrayPart
+from launcher.command import job_environment
+from launcher.layout import log_file, log_pattern, work_folder
 from launcher.slurm import SlurmError, run_slurm
+from launcher.snapshot import node_words
 from launcher.tasks import nodes_of
 from modularforge.config import Config
 from modularforge.errors import ConfigError
@@ -28,13 +28,13 @@ from modularforge.errors import ConfigError
 
 @dataclass(frozen=True)
 class Request:
-    """One job or array to submit: its group, its key, the frozen code it runs, and the job ids it waits for."""
+    """One job or array to submit: its group, its key, the snapshot that it runs, and the job ids it waits for."""
 
     group: str
     key: str
     run_id: str
-    frozen: Path
-    piece: Piece | None = None
+    snapshot: Path
+    part: ArrayPart | None = None
     after_success: tuple[str, ...] = ()
     after_end: tuple[str, ...] = ()
 
@@ -73,12 +73,9 @@ def submit(config: Config, request: Request) -> str:
 def node_command(config: Config, request: Request) -> str:
     """The line that the batch script runs on its first node."""
     python = config.cluster.python or sys.executable
-    words = [
-        python, "-u", str(request.frozen / ENTRY_NAME), "launcher.node", request.group,
-        "--config", str(request.frozen / CONFIG_NAME), "--key", request.key,
-    ]  # fmt: skip
-    if request.piece:
-        words += ["--offset", str(request.piece.offset)]
+    words = node_words(python, request.snapshot, request.group, request.key)
+    if request.part:
+        words += ["--offset", str(request.part.offset)]
     return f"exec {shlex.join([_plain('the command of the job', word) for word in words])}"
 
 
@@ -96,9 +93,9 @@ def _plain(name: str, value: Any) -> Any:
 def parameters_of(config: Config, request: Request) -> dict[str, Any]:
     """submitit's parameters, which become the options of sbatch."""
     cluster, nodes = config.cluster, nodes_of(config, request.group)
-    offset = request.piece.offset if request.piece else 0
+    offset = request.part.offset if request.part else 0
     more: dict[str, Any] = {
-        "output": log_pattern(config, request.group, offset, request.piece is not None),
+        "output": log_pattern(config, request.group, offset, request.part is not None),
         "requeue": True,
         "kill-on-invalid-dep": "yes",
         "chdir": str(Path.cwd()),
@@ -106,8 +103,8 @@ def parameters_of(config: Config, request: Request) -> dict[str, Any]:
     # submitit writes an option without a value for True, and False would become a value.
     more |= {_spelt(name): value for name, value in cluster.sbatch_options.items()}
     more = {name: value for name, value in more.items() if value is not False}
-    if request.piece:
-        more["array"] = request.piece.array
+    if request.part:
+        more["array"] = request.part.array
     return {
         "job_name": job_names(request.run_id, [request.group])[0],
         "comment": comment_of(request.run_id, request.key),

@@ -10,12 +10,12 @@ import json
 from dataclasses import asdict, dataclass
 
 from checkpoints import paths
-from launcher.events import Event, merge_events, read_all_events
-from launcher.places import FOLDER
-from launcher.progress import metrics_line, number_in
+from launcher.events import Event, merge_events, number_in, read_all_events
+from launcher.layout import FOLDER
 from launcher.record import load_record
 from launcher.tasks import Group, build_groups, build_tasks
 from modularforge.config import Config
+from modularforge.json_lines import objects_in
 from modularforge.pipeline import metrics_url
 
 
@@ -125,11 +125,11 @@ def lost_steps(events: list[Event]) -> int:
 def useful_seconds(config: Config, job: str) -> float:
     """Time in which the steps in a job's metrics were computed."""
     try:
-        content = paths.read_bytes(metrics_url(config, job)).decode(errors="replace")
+        content = paths.read_bytes(metrics_url(config, job))
     except (FileNotFoundError, NotADirectoryError):
         return 0.0
     total, tokens = 0.0, 0.0
-    for line in map(metrics_line, content.splitlines()):
+    for line in objects_in(content)[0]:
         speed, count = number_in(line, "tokens_per_second"), number_in(line, "tokens")
         if speed and count is not None:
             total += (count - tokens) / speed

@@ -1,14 +1,20 @@
-"""Reads files that a manifest names and compares them with it while they pass: size, sha256, tensor by tensor."""
+"""Files as streams of their bytes, hashed on the way, by others where there are cores for it.
+
+What is read is compared with the entry of a manifest while it passes: size, sha256, tensor by tensor. What is written
+comes in pieces that stay as they are, and is flushed while it still comes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
 from checkpoints import paths
 from checkpoints.errors import CorruptArtifactError
+from checkpoints.folder import DurableFile
 from checkpoints.hashing import CHUNK_BYTES, FileEntry, FileHasher, hash_file
 from checkpoints.parallel import in_order
 from checkpoints.retry import call
@@ -17,6 +23,7 @@ PART_BYTES = 16 << 20
 READS_IN_FLIGHT = 8
 NAMES_IN_MESSAGE = 3
 REMEDY = "restore it from a copy (python -m checkpoints pull), or delete the artifact and make it again"
+Chunk = bytes | memoryview
 
 
 def stream_file(url: str, entry: FileEntry, hasher: FileHasher | None = None) -> Iterator[bytes]:
@@ -100,3 +107,69 @@ def check_local_file(path: Path, entry: FileEntry) -> Path:
 @lru_cache(maxsize=4096)
 def _hash_once(path: Path, size: int, modified: int, inode: int) -> FileHasher:
     return hash_file(path)
+
+
+def write_local(path: Path, chunks: Iterable[Chunk], hasher: FileHasher) -> None:
+    """Write and flush in this thread while others hash, so that hashing costs no time where there are cores for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file, hasher.in_background() as hash_later, DurableFile(file) as target:
+        for piece in steady_pieces(chunks):
+            hash_later(piece)
+            target.write(piece)
+
+
+def continue_local(path: Path, chunks: Iterable[Chunk], size: int) -> None:
+    """Write a file, or the rest of it: bytes that an interrupted writer left are read and compared instead."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and paths.check_regular(path).st_nlink > 1:
+        path.unlink()  # another name of another artifact's file, which must stay as it is
+    with open(path, "r+b" if path.exists() else "w+b", buffering=0) as file, DurableFile(file) as target:
+        left = os.fstat(file.fileno()).st_size
+        for chunk in chunks:
+            if left:
+                found = file.read(len(chunk))
+                if found == chunk:
+                    left -= len(found)
+                    continue
+                left = 0
+                file.seek(-len(found), os.SEEK_CUR)
+            target.write(chunk)
+        file.truncate(size)
+
+
+def in_parts(chunks: Iterable[Chunk], part_bytes: int) -> Iterator[bytes]:
+    """The same bytes in parts of one size, the last one shorter; chunks must stay as they are until the next part."""
+    pieces: list[memoryview] = []
+    missing = part_bytes
+    for chunk in chunks:
+        rest = memoryview(chunk)
+        while len(rest) >= missing:
+            yield b"".join([*pieces, rest[:missing]])
+            rest, pieces, missing = rest[missing:], [], part_bytes
+        if len(rest):
+            pieces.append(rest)
+            missing -= len(rest)
+    if pieces:
+        yield b"".join(pieces)
+
+
+def passed_to(update: Callable[[Chunk], None], pieces: Iterable[Chunk]) -> Iterator[Chunk]:
+    """The same pieces, each shown to `update` first."""
+    for piece in pieces:
+        update(piece)
+        yield piece
+
+
+def steady_pieces(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+    """The same bytes in pieces of at most 1 MiB that stay as they are when the caller fills its buffer again."""
+    for chunk in chunks:
+        for start in range(0, len(chunk), CHUNK_BYTES):
+            piece = memoryview(chunk)[start : start + CHUNK_BYTES]
+            yield piece if piece.readonly else bytes(piece)
+
+
+def read_chunks(path: Path) -> Iterator[bytes]:
+    """The bytes of a local file."""
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
