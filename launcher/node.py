@@ -23,7 +23,7 @@ from launcher.command import child_environment, processes_of, training_command
 from launcher.events import Event, append_event, newest_checkpoint, progress_of, read_events
 from launcher.record import load_record
 from launcher.report import finish_run
-from launcher.retry_policy import Decision, Ended, count_requeues, decide
+from launcher.retry_policy import ASKED_TO_STOP, Decision, Ended, count_requeues, decide
 from launcher.slurm import SlurmError, job_fields, minutes, run_slurm
 from launcher.tasks import Task, build_tasks, is_finished
 from modularforge.config import Config
@@ -85,7 +85,8 @@ def run_task(
     step = newest_checkpoint(config, task.name)[0]
     first_step = int(history[-1].get("step", 0))
     if allocation.is_local:
-        ended = Ended(code or 1, "CANCELLED" if was_stopped else "RUNNING", first_step=first_step, step=step)
+        state = ASKED_TO_STOP if was_stopped else "RUNNING"
+        ended = Ended(code or 1, state, first_step=first_step, step=step)
     else:
         ended = _how_it_ended(allocation, code or 1, first_step, step)
     return _follow_up(config, task, allocation, history, ended)

@@ -16,6 +16,8 @@ from modularforge.exits import INTERRUPTED, USER_ERROR
 STOPPED_CODES = (INTERRUPTED, 129, 140, 143)
 # Slurm sends the warning up to a minute early.
 WARNING_SLACK_MINUTES = 1.5
+# The state of a job here whose launcher passed a stop on, where Slurm would say CANCELLED or COMPLETING.
+ASKED_TO_STOP = "ASKED_TO_STOP"
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,10 @@ class Decision:
 
 def decide(ended: Ended, history: list[Event], cluster: ClusterConfig) -> Decision:
     """What to do about a program that ended without its artifact; `history` holds the events of this submission."""
+    if ended.state == ASKED_TO_STOP:
+        return Decision(False, "cancelled", "it was asked to stop")
     if ended.state != "RUNNING":
-        return Decision(False, "cancelled", f"it is being ended (its state is {ended.state})")
+        return Decision(False, "cancelled", f"Slurm is ending this job (its state is {ended.state})")
     if ended.code in STOPPED_CODES:
         return _after_a_stop(ended, history, cluster)
     return _after_a_crash(ended, history, cluster)

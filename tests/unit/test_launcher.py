@@ -95,6 +95,7 @@ def test_ranges_are_written_as_sbatch_reads_them() -> None:
         (replace(STOP, run_minutes=58, limit_minutes=60), [requeued("time limit")], False, "time limit"),
         (replace(STOP, run_minutes=5, limit_minutes=60), [requeued("time limit")], True, "stopped by a signal"),
         (replace(STOP, state="COMPLETING"), [], False, "cancelled"),
+        (replace(STOP, state="ASKED_TO_STOP"), [], False, "cancelled"),
         (replace(STOP, code=143), [], True, "stopped by a signal"),
         (CRASH, [], True, "crashed"),
         (CRASH, [requeued("crashed")], False, "failed"),
