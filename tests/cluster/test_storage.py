@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from checkpoints import paths
+from launcher.layout import folder_name
 from modularforge.config import Config
 from modularforge.observe.report import write_report
 from modularforge.observe.timeline import timeline
@@ -66,7 +67,7 @@ def test_a_run_on_s3_goes_through_the_cluster_and_gives_the_bytes_of_one_on_a_fo
     rows = run.rows()
     assert {row["state"] for row in rows.values()} == {"committed"}
     assert rows["expert-1"]["step"] == rows["expert-1"]["steps"]
-    assert Path(rows["expert-1"]["log"]).parent == work / "s3-runs-tiny" / "logs"
+    assert Path(rows["expert-1"]["log"]).parent == work / folder_name("s3://runs/tiny") / "logs"
     assert "finished: s3://runs/tiny/experts/expert-1" in run.launcher("logs", "expert/1")
     assert "finished; nothing to do" in run.launcher("--cluster")
     record = json.loads(paths.read_bytes("s3://runs/tiny/cluster/run.json"))
