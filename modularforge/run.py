@@ -58,8 +58,14 @@ class Run:
     def finished(self, plan: Plan) -> Artifact | None:
         """The committed artifact of a plan, or None; raises MismatchError when another config's lies there."""
         artifact = self.find(plan.url)
-        if artifact is None:
-            _require_free_place(plan.url)
+        if artifact is None and (occupant := _occupant(plan.url)):
+            self.forget(plan.url)  # a job elsewhere may have committed since, between the two looks
+            artifact = self.find(plan.url)
+            if artifact is None:
+                raise MismatchError(
+                    f"{plan.url} must be free or a committed artifact, but it is {occupant} without a manifest; move "
+                    "it away, or use another --output-dir"
+                )
         if artifact is None or artifact.manifest.fingerprint == plan.fingerprint:
             return artifact
         if plan.is_outgrown(artifact):
@@ -181,11 +187,9 @@ def _pretrained_input(config: Config, needed: str) -> dict[str, str]:
     return {needed: identity(config.model.pretrained)}
 
 
-def _require_free_place(url: str) -> None:
-    """Refuse a folder of somebody's files before the work, not when its result finds no place."""
+def _occupant(url: str) -> str:
+    """What lies at a place: somebody's files are refused before the work, not when its result finds no place."""
     path = paths.local_path(url) if paths.is_local(url) else None
-    if path is not None and path.exists() and (path.is_file() or any(path.iterdir())):
-        raise MismatchError(
-            f"{url} must be free or a committed artifact, but it is {'a file' if path.is_file() else 'a folder'} "
-            "without a manifest; move it away, or use another --output-dir"
-        )
+    if path is None or not path.exists():
+        return ""
+    return "a file" if path.is_file() else "a folder" if any(path.iterdir()) else ""

@@ -1,6 +1,7 @@
 """All metrics with their units, and those of one job as curves: JSON lines in, steps and values per column out.
 
-A metric is one entry in one of two tables: CURVES are what jobs log by step, MEASURED what an evaluation finds out.
+A metric is one entry in one of two tables: CURVES are what jobs log by step, MEASURED what an evaluation finds out, as
+the task lists it.
 
 Training and validation lines are interleaved and columns may be missing, so each column keeps its own steps. A torn
 last line (the job is writing it, or was killed) is skipped and counted.
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modularforge.json_lines import MOST, moment, number_of, objects_in
+from modularforge.tasks.task import TEXT_METRICS
 
 MOST_STEPS = 2.0**53  # beyond, a float holds not every whole number
 Floats = npt.NDArray[np.float64]
@@ -61,12 +63,14 @@ CURVES = (
     ),
     Metric("peak_memory_bytes", "peak memory", "GiB", 2.0**-30, "from_zero", "lower", logged="bytes"),
 )
-MEASURED = (
-    Metric("mean_loss", "mean loss", "nats per token", better="lower", learns=True, decides=True),
-    Metric("perplexity", "perplexity", "", better="lower", learns=True, digits=2),
-    # A terminal has no room for it; files and the page show it.
-    Metric("bits_per_byte", "bits/byte", "", better="lower", learns=True, in_table=False),
-)
+COLUMN_OF = {"loss": "mean_loss"}  # of results.json, where it is not the metric's own name
+MEASURED = tuple(
+    Metric(
+        COLUMN_OF.get(one.name, one.name), one.title, "" if one.unit == "bits" else one.unit, better=one.better,
+        learns=True, digits=one.digits, decides=one.decides, in_table=one.in_table,
+    )
+    for one in TEXT_METRICS
+)  # fmt: skip
 DECISIVE = next(metric for metric in MEASURED if metric.decides)
 CURVE_OF_COLUMN = {metric.column: metric for metric in CURVES}
 NOT_VALUES = frozenset({"job", "step", "time"})

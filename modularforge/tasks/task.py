@@ -60,12 +60,26 @@ class Validation(Protocol):
 
 @dataclass(frozen=True)
 class Metric:
-    """A column of results: its unit, which direction is better, and whether it decides between models (one does)."""
+    """A column of results: its unit, which direction is better, and whether it decides between models (one does).
+
+    `in_table`: a terminal has room for few; files and the page show all. Tables have so many `digits`.
+    """
 
     name: str
     unit: str
     better: Literal["lower", "higher"]
     decides: bool = False
+    title: str = ""
+    digits: int = 4
+    in_table: bool = True
+
+
+TEXT_METRICS = (
+    Metric("loss", "nats per token", "lower", decides=True, title="mean loss"),
+    Metric("perplexity", "", "lower", title="perplexity", digits=2),
+    Metric("bits_per_byte", "bits", "lower", title="bits/byte", in_table=False),
+)
+"""What `text` measures; here, where whoever shows results needs no torch."""
 
 
 class Task(Protocol):

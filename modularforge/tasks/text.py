@@ -23,7 +23,7 @@ from modularforge.model.backbone import Decoder, cross_entropy
 from modularforge.routing.gathering import gather_statistics
 from modularforge.routing.statistics import RouterStatistics
 from modularforge.routing.text_counts import counts_of, save_counts
-from modularforge.tasks.task import Batch, Examples, Metric
+from modularforge.tasks.task import TEXT_METRICS, Batch, Examples, Metric
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,7 @@ class TextTask:
     """The task `text`; `task.py` says what each method answers."""
 
     name, unit = "text", "tokens"
-    table: tuple[Metric, ...] = (
-        Metric("loss", "nats per token", "lower", decides=True),
-        Metric("perplexity", "", "lower"),
-        Metric("bits_per_byte", "bits", "lower"),
-    )
+    table: tuple[Metric, ...] = TEXT_METRICS
 
     def everything(self, config: Config, corpus: Corpus) -> TextExamples:
         """All training text."""

@@ -48,3 +48,11 @@ def test_an_evaluation_reads_each_manifest_once(finished_run: Config, reads: Cou
     run.make("evaluation")
     assert len(reads) >= 8
     assert set(reads.values()) == {1}, reads
+
+
+def test_an_artifact_that_is_committed_between_two_looks_is_found(finished_run: Config) -> None:
+    """`wait` and `status` look while jobs commit: the first look may find nothing and the second a full folder."""
+    run = Run(finished_run)
+    run.require("expert", 1)
+    run._found[run.url("expert", 1)] = None
+    assert run.require("expert", 1).manifest.kind == "expert"
