@@ -307,10 +307,10 @@ def compare(
         str | None, typer.Option(help="Folder or URL for the plots, compare.txt and compare.json.")
     ] = None,
     base_dir: Annotated[str, typer.Option(help="Where runs are looked for: a folder or URL.")] = "runs",
-    band: Annotated[float, typer.Option(min=1.000001, help="Curves part where their ratio leaves 1/BAND…BAND.")] = 2.0,
+    band: Annotated[float, typer.Option(min=1.000001, help="They diverge where their ratio leaves 1/BAND…BAND.")] = 2.0,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
 ) -> None:
-    """Compare runs with the first one: differences with intervals, where curves part, what looks wrong in them.
+    """Compare runs with the first one: differences with intervals, where curves diverge, what looks wrong in them.
 
     Prints the report and writes it as compare.txt and compare.json, with a plot per metric and an overview.
     """
