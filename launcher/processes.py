@@ -311,7 +311,7 @@ def jobs_here(config: Config, record: Record) -> list[QueuedJob]:
             own = [event for event in events.get(name, []) if event.get("slurm_job") == item.job_name(name)]
             last: Event = own[-1] if own else {"event": "submitted"}
             if state := _state(last, item.key, has_launcher):
-                index = int(name.rsplit("-", 1)[1]) - item.offset if item.indices else None
+                index = item.place_of(name)
                 found.append(QueuedJob(str(item.job), index, state, str(last.get("nodes", "")), "", "None", item.key))
     return found
 

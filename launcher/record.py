@@ -27,7 +27,7 @@ from modularforge.config import Config
 from modularforge.config_files import make_config
 from modularforge.errors import DataError, MismatchError
 from modularforge.mistakes import config_error, shown
-from modularforge.pipeline import STAGES, stage_settings
+from modularforge.pipeline import STAGES, JobName, stage_settings
 
 # A record may come from a bucket that others write, and its words go into paths, and to squeue and scancel.
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
@@ -60,16 +60,21 @@ class Submission:
     @property
     def task_names(self) -> list[str]:
         """Names of the tasks it carries."""
-        return [f"{self.group}-{index}" for index in self.indices] if self.indices else [self.group]
+        return [str(JobName(self.group, index)) for index in self.indices] if self.indices else [self.group]
 
     @property
     def is_local(self) -> bool:
         """Whether processes of a local launcher run it, not Slurm."""
         return (self.job or "").startswith(LOCAL)
 
+    def place_of(self, task_name: str) -> int | None:
+        """Which one of its array a task is for Slurm; None for what is no array."""
+        index = JobName.parse(task_name).index
+        return index - self.offset if self.indices and index is not None else None
+
     def job_name(self, task_name: str) -> str:
         """The job of one of its tasks, once it has a job: `12`, or `12_4` for a task of an array."""
-        index = int(task_name.rsplit("-", 1)[1]) - self.offset if self.indices else None
+        index = self.place_of(task_name)
         return f"{self.job}" if index is None else f"{self.job}_{index}"
 
     def events(self) -> list[Event]:

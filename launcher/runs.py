@@ -23,6 +23,7 @@ from launcher.tasks import build_groups, build_tasks
 from launcher.trust import check_commands, require_open_places, require_readable_settings
 from modularforge.config import Config
 from modularforge.errors import ConfigError, UserError
+from modularforge.pipeline import JobName
 
 Say = Callable[[str], None]
 logger = logging.getLogger(__name__)
@@ -215,8 +216,7 @@ def polls(seconds: float, first: float = 0.2) -> Iterator[None]:
 def find_log(config: Config, what: str) -> Path:
     """The log of STAGE or STAGE/INDEX; raises ConfigError with the names there are."""
     config, record = recorded(config)
-    stage, _, index = what.partition("/")
-    wanted = f"{stage}-{index}" if index else stage
+    wanted = str(JobName.parse(what))
     rows = {row.task: row for row in read_status(config, record)}
     if wanted not in rows or not rows[wanted].log:
         known = ", ".join(name for name, row in rows.items() if row.log)

@@ -150,7 +150,7 @@ def live_tasks(record: Record, jobs: list[QueuedJob], events: dict[str, list[Eve
     found = {}
     for item in record.live:
         for name in item.task_names:
-            index = int(name.rsplit("-", 1)[1]) - item.offset if item.indices else None
+            index = item.place_of(name)
             state = states.get((str(item.job), index))
             if state == "PENDING" or (state and not _has_ended(events.get(name, []), str(item.job), index)):
                 found[name] = str(item.job)

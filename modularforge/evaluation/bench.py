@@ -35,6 +35,7 @@ from modularforge.log import logger
 from modularforge.model.backbone import Decoder, perplexity
 from modularforge.model.moe import moe_layers, shape_without_channels
 from modularforge.model.sizes import model_sizes
+from modularforge.pipeline import JobName
 from modularforge.training.distributed import default_device
 from modularforge.training.meter import peak_memory_bytes
 
@@ -214,7 +215,7 @@ def compare(results: Results) -> Results:
 
 def is_expert(name: str) -> bool:
     """Whether a model is one of the experts alone."""
-    return name.startswith("expert-")
+    return JobName.parse(name).stage == "expert"
 
 
 def sizes_of(model: Decoder) -> dict[str, int]:

@@ -23,7 +23,7 @@ from modularforge.observe.canvas import (
     png_bytes,
 )
 from modularforge.observe.metrics import Floats
-from modularforge.observe.run import Run
+from modularforge.observe.run import Run, kind_of
 from modularforge.observe.table import rough
 
 # As many as have room in a figure of our width: columns with numbers in them, of two maps beside each other, and rows.
@@ -118,8 +118,8 @@ def evaluation_figure(run: Run) -> Figure | None:
     _name_columns(axes, domains)
     axes.set_yticks(range(len(names)), names)
     for tick, name in zip(axes.get_yticklabels(), names, strict=True):
-        tick.set_color(colour_of(name, run.num_experts) if name.startswith("expert-") else INK)
-        tick.set_fontweight("bold" if name.startswith("expert-") or name == results.get("chosen") else "normal")
+        tick.set_color(colour_of(name, run.num_experts) if kind_of(name) == "expert" else INK)
+        tick.set_fontweight("bold" if kind_of(name) == "expert" or name == results.get("chosen") else "normal")
     _no_frame(axes)
     _caption(
         axes,
@@ -150,8 +150,8 @@ def _number(label: str, place: int) -> int:
 
 def _shown_models(results: dict[str, Any]) -> list[str]:
     names = list(results["models"])
-    crowded = sum(name.startswith("expert-") for name in names) > SHOWN_EXPERTS
-    return [name for name in names if not (crowded and name.startswith("expert-"))]
+    crowded = sum(kind_of(name) == "expert" for name in names) > SHOWN_EXPERTS
+    return [name for name in names if not (crowded and kind_of(name) == "expert")]
 
 
 def _loss(results: dict[str, Any], model: str, label: str) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from checkpoints.markdown import plain
+from modularforge.observe.run import kind_of
 from modularforge.observe.table import MISSING, Column, Table, count, fixed, listing, name_column, named, signed
 
 Results = Mapping[str, Any]
@@ -146,7 +147,7 @@ def _size(item: Mapping[str, Any]) -> str:
 
 def finding_tables(results: Results) -> list[Table]:
     """All tables of an evaluation that have records."""
-    shown = {name: row for name, row in results["models"].items() if not name.startswith("expert-")}
+    shown = {name: row for name, row in results["models"].items() if kind_of(name) != "expert"}
     chosen, anchors = results["chosen"], ("backbone", "oracle")  # the oracle stands for the single experts
     found = [
         probe_table(shown, "model", "Other text than the domains' own", f"Mean loss in nats per token. {SWITCH_WORDS}"),

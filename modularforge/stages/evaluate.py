@@ -109,8 +109,8 @@ def _measure(run: Run, artifacts: dict[str, Artifact], extras: Extras) -> Result
     results = measure_models(config, run.corpus, _loaders(run, artifacts), shown, extras)
     for routing in results["routing"].values():
         public = ["public"] if config.has_public_expert else []
-        members = artifacts["assembled"].manifest.inputs
-        routing["experts"] = public + [f"expert-{k}" for k in range(config.experts.count) if f"expert-{k}" in members]
+        names = [str(JobName("expert", index)) for index in range(config.experts.count)]
+        routing["experts"] = public + [name for name in names if name in artifacts["assembled"].manifest.inputs]
     add_oracle(config, results)
     calibrated = run.find(run.url("calibrated"))
     facts = calibrated.manifest.facts if calibrated else {}

@@ -35,6 +35,7 @@ from modularforge.evaluation.scoring import Row, means, posterior_ensemble, scor
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import load_model
 from modularforge.model.moe import moe_layers, restrict_routing
+from modularforge.pipeline import JobName
 from modularforge.study.runs import StudyRun
 from modularforge.study.study_file import NEEDS, Variant
 from modularforge.training.distributed import default_device
@@ -55,7 +56,7 @@ def needed_artifacts(run: StudyRun, variant: Variant) -> dict[str, Artifact]:
     found = {"backbone": run.backbone.artifact}
     stage = NEEDS[variant.kind]
     if stage in ("expert", "branch"):
-        found |= {f"{stage}-{index}": artifact for index, artifact in enumerate(run.obtain_each(stage))}
+        found |= {str(JobName(stage, k)): artifact for k, artifact in enumerate(run.obtain_each(stage))}
     elif stage is not None:
         found[stage] = run.obtain(stage)
     return found
@@ -66,7 +67,7 @@ def build_model(run: StudyRun, config: Config, variant: Variant, parts: Mapping[
 
     `config` holds the variant's settings, `parts` its artifacts.
     """
-    members = [artifact for name, artifact in parts.items() if name.startswith(("expert-", "branch-"))]
+    members = [artifact for name, artifact in parts.items() if JobName.parse(name).index is not None]
     if variant.kind == "assembled":
         return _assembled(config, parts["backbone"], members)
     if variant.kind == "btx":
@@ -191,7 +192,7 @@ class RunBench:
         domains: dict[str, Row] = {}
         documents: Row = {"shares_documents": False, "tokens": {}, "losses": {}}
         for label in probe.labels:
-            foreign = [f"expert-{index}" for index, mine in enumerate(own) if label not in mine]
+            foreign = [str(JobName("expert", index)) for index, mine in enumerate(own) if label not in mine]
             kept = {name: part for name, part in parts.items() if not is_expert(name) or name in foreign}
             model = build_model(self.run, _with_experts(config, len(foreign)), variant, kept)
             alone = probe.only(label)
@@ -212,7 +213,7 @@ class RunBench:
         for index in range(config.experts.count):
             restrict_routing(model, [slot for slot in slots if slot != first + index])
             found = self.bench.summarise(self.bench.score(model, [TEXT]))["domains"]
-            changes[f"expert-{index}"] = {
+            changes[str(JobName("expert", index))] = {
                 label: item["loss"] / whole["domains"][label]["loss"] - 1 for label, item in found.items()
             }
         restrict_routing(model, None)
