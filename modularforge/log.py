@@ -25,12 +25,11 @@ from checkpoints.redact import redact_values
 from checkpoints.retry import logger as store_logger
 from checkpoints.screen import LogFormatter
 from modularforge.errors import ConfigError
-from modularforge.json_lines import number_of, object_in
+from modularforge.json_lines import moment, number_of, object_in
 
 logger = logging.getLogger("modularforge")
 Mode = Literal["auto", "on", "off"]
 FOLDER = "tensorboard"
-NOT_FINITE = ("inf", "-inf", "nan")
 MOST_STEPS = 2.0**53
 NOT_SCALARS = ("job", "step", "time")
 
@@ -208,15 +207,5 @@ class EventFile:
     def _add(self, values: dict[str, Any]) -> None:
         step = int(min(MOST_STEPS, max(0.0, float(values["step"]))))  # a line may be of another program
         for name, value in values.items():
-            if name not in NOT_SCALARS and (number := _number(value)) is not None:
-                self._writer.add_scalar(name, number, step, walltime=_number(values.get("time")) or 0.0)
-
-
-def _number(value: Any) -> float | None:
-    """A scalar; JSON holds those that are not finite as text."""
-    if not isinstance(value, int | float) and value not in NOT_FINITE:
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return None
+            if name not in NOT_SCALARS and (number := number_of(value)) is not None:
+                self._writer.add_scalar(name, number, step, walltime=moment(values.get("time")) or 0.0)
