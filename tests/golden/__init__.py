@@ -30,6 +30,7 @@ BASELINES = ["dense", "dense_wide", "soup", "joint", "joint_evidence", "btx"]
 ANCHORED = "anchored, learned router, all baselines"
 FIFTY_STEPS = "fifty steps of a backbone"
 NAMES = (*SHIPPED, ANCHORED, FIFTY_STEPS)
+MODEL_CARD = "README.md"  # names the versions of packages
 TOLERANCE = 1e-3  # of a loss on another processor
 
 
@@ -44,7 +45,7 @@ def config_of(name: str, folder: Path) -> Config:
 
 
 def computed(name: str) -> dict[str, Any]:
-    """What a run leaves: by folder the fingerprint and the hashes of all files but those that hold times."""
+    """What a run leaves: by folder the fingerprint and the hashes of all files but those that hold times or versions."""
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(name, Path(folder))
         if name == FIFTY_STEPS:
@@ -59,7 +60,7 @@ def computed(name: str) -> dict[str, Any]:
             files = {} if place == "evaluation" else artifact.manifest.files
             found[place] = {
                 "fingerprint": artifact.manifest.fingerprint,
-                "files": {name: entry.sha256[:16] for name, entry in sorted(files.items())},
+                "files": {name: entry.sha256[:16] for name, entry in sorted(files.items()) if name != MODEL_CARD},
             }
     return {"artifacts": found, "losses": {name: row["mean_loss"] for name, row in losses.items()}}
 
