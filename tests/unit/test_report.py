@@ -212,11 +212,8 @@ def test_records_of_the_launcher_give_queue_run_and_requeue() -> None:
     events = [("submitted", 0), ("started", 100), ("requeued", 300), ("started", 420), ("ended", 500)]
     records = [{"job": "backbone", "event": event, "time": time} for event, time in events]
     spans, requeued = spans_of_records(records, now=900)
-    first, second = (
-        [Span("queued", 0, 100), Span("running", 100, 300)],
-        [Span("queued", 300, 420), Span("running", 420, 500)],
-    )
-    assert spans == first + second
+    first = [Span("queued", 0, 100), Span("running", 100, 300)]
+    assert spans == [*first, Span("queued", 300, 420), Span("running", 420, 500)]
     assert requeued == [300]
     assert spans_of_records(records[:2], now=900)[0][-1] == Span("running", 100, 900)
 
