@@ -111,9 +111,9 @@ def speed(folder: Path, backbone: Artifact, experts: list[Artifact], rounds: int
             seconds.setdefault(name, []).append(found["seconds"])
         seconds.setdefault("cp + fsync", []).append(copy_all(folder, backbone, experts))
     reference = statistics.median(seconds["cp + fsync"])
-    for name, found in seconds.items():
-        median = statistics.median(found)
-        print(f"{name:16s} {median:7.2f} s   {median / reference:5.2f} x cp + fsync   {[round(x, 2) for x in found]}")
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        print(f"{name:16s} {median:7.2f} s   {median / reference:5.2f} x cp + fsync   {[round(x, 2) for x in times]}")
     print("target: merge at most 1.15 x cp; link independent of size")
 
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("sbatch", "squeue", "scontrol", "scancel", "srun", "sacct", "sinfo")
@@ -97,8 +98,8 @@ def covered(spans: list[tuple[float, float]]) -> float:
     return total
 
 
-def _spans(lines: list[dict]) -> Iterator[tuple[dict, dict]]:
-    started: dict[str, dict] = {}
+def _spans(lines: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    started: dict[str, dict[str, Any]] = {}
     for line in lines:
         if line["event"] == "started":
             started[line["job"]] = line

@@ -147,6 +147,9 @@ def plain_trials(trial: Trial) -> None:
         ridge = x[..., : rows[layer].shape[1]] @ rows[layer].T
         return logits + weight * (ridge - ridge.mean(-1, keepdim=True)).cumsum(1) / place_T
 
+    def shrunk_by(logits: Tensor, _x: Tensor, _layer: int, tokens: float) -> Tensor:
+        return logits * place_T / (place_T + tokens)
+
     trial.show(
         "all experts' outputs by posterior (ensemble)",
         {name: posterior_ensemble(scores) for name, scores in trial.scores.items()},
@@ -157,9 +160,9 @@ def plain_trials(trial: Trial) -> None:
     for tokens in (2.0, 4.0):
         trial.show(
             f"evidence shrunk as by {tokens:.0f} tokens without any",
-            trial.changed(trial.model(), lambda logits, _x, _layer, n=tokens: logits * place_T / (place_T + n)),
+            trial.changed(trial.model(), partial(shrunk_by, tokens=tokens)),
         )
-    shrunk = trial.changed(trial.model(**every), lambda logits, _x, _layer: logits * place_T / (place_T + 4.0))
+    shrunk = trial.changed(trial.model(**every), partial(shrunk_by, tokens=4.0))
     trial.show("evidence shrunk as by 4 tokens, all visited", shrunk)
     for weight in (1.25, 2.5, 5.0):
         model = trial.changed(trial.model(), partial(with_ridge, weight=weight))

@@ -143,7 +143,7 @@ def into_a_folder(big: Path, folder: Path, options: argparse.Namespace) -> None:
         with open(target, "rb") as file:
             os.fsync(file.fileno())
 
-    contenders = {"write_chunks": ours, "file, then commit": stage, "cp and fsync": copy}
+    contenders: Contenders = {"write_chunks": ours, "file, then commit": stage, "cp and fsync": copy}
     compare(f"write {options.size_mb} MiB into a folder", contenders, options, turn.clean)
 
 

@@ -54,7 +54,7 @@ def run_command(*arguments: str, check: bool = True, **options: Any) -> subproce
     return done
 
 
-class FileScheduling(LoadScopeScheduling):
+class FileScheduling(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
     """Where several files are tested at a time, tests of one stay together, as do all that share the Slurm cluster."""
 
     def _split_scope(self, nodeid: str) -> str:

@@ -28,7 +28,7 @@ def write_report(rows: dict[str, Row], notes: dict[str, Any], split: str, output
         ("Answers", *_answers(rows)),
         ("Trials", ["trial", "validation loss"], [[key, f"{item['loss']:.4f}"] for key, item in notes.items()]),
     ]
-    lines = [line for title, *found in sections for line in (f"## {title}", "", *table(*found), "")]
+    lines = [line for title, header, cells in sections for line in (f"## {title}", "", *table(header, cells), "")]
     file = output / f"report-{split}.md"
     file.write_text("\n".join(lines), encoding="utf-8")
     return file
@@ -98,7 +98,7 @@ def _domains(rows: dict[str, Row], probe: str, labels: tuple[str, ...]) -> tuple
 def _answers(rows: dict[str, Row]) -> tuple[list[str], list[list[str]]]:
     """One line a question, one column a model; what is wrong is marked."""
     answered = {name: row["answers"] for name, row in rows.items() if "answers" in row}
-    questions = next(iter(answered.values()), [])
+    questions: list[Row] = next(iter(answered.values()), [])
     lines = [
         [plain(item["question"]), *(_answer(found[place]) for found in answered.values())]
         for place, item in enumerate(questions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,20 +21,28 @@ SECRET = "do-not-show-this-anywhere"
 STAGES = ("prepare-data", "backbone", "expert", "assemble", "evaluate")
 
 
+@dataclass
+class Finished(Launched):
+    """A run that was launched with the preflight and waited for, and what both commands printed."""
+
+    output: str = ""
+    waited: str = ""
+
+
 @pytest.fixture(scope="module")
-def finished(session_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Launched:
+def finished(session_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("pipeline")
     values = tiny_values(
         folder / "run", evaluation={"baselines": []}, cluster=NODES, launcher={"backbone_processes": 2}
     )
     environment = {"AWS_SECRET_ACCESS_KEY": SECRET, "MY_PASSWORD": SECRET, "RANK": "3", "MASTER_ADDR": "elsewhere"}
-    run = Launched(session_cluster, values, environment)
+    run = Finished(session_cluster, values, environment)
     run.output = run.launcher("--cluster")
     run.waited = run.launcher("wait")
     return run
 
 
-def test_the_weights_are_those_of_the_local_launcher(finished: Launched, tmp_path: Path) -> None:
+def test_the_weights_are_those_of_the_local_launcher(finished: Finished, tmp_path: Path) -> None:
     here = Launched(finished.cluster, {**finished.values, "output_dir": str(tmp_path / "local")})
     shutil.copytree(finished.folder / "data", here.folder / "data")
     training = [task for task in build_tasks(here.config) if task.group in ("prepare-data", "backbone", "expert")]
@@ -45,22 +54,22 @@ def test_the_weights_are_those_of_the_local_launcher(finished: Launched, tmp_pat
         assert {name: files[name].sha256 for name in weights} == {name: same[name].sha256 for name in weights}, folder
 
 
-def test_the_preflight_tried_a_node(finished: Launched) -> None:
+def test_the_preflight_tried_a_node(finished: Finished) -> None:
     assert "on a node: python 3" in finished.output
 
 
-def test_every_stage_is_one_submission(finished: Launched) -> None:
+def test_every_stage_is_one_submission(finished: Finished) -> None:
     assert [item["group"] for item in finished.submissions()] == list(STAGES)
 
 
-def test_run_again_does_nothing_within_two_seconds(finished: Launched) -> None:
+def test_run_again_does_nothing_within_two_seconds(finished: Finished) -> None:
     start = time.perf_counter()
     assert "finished; nothing to do" in finished.launcher("--cluster")
     assert time.perf_counter() - start < 2.0
     assert len(finished.submissions()) == len(STAGES)
 
 
-def test_wait_tells_the_end_report(finished: Launched) -> None:
+def test_wait_tells_the_end_report(finished: Finished) -> None:
     report = {line.split()[0]: line.split() for line in finished.waited.splitlines() if line.startswith(STAGES)}
     assert report["expert"][1] == "3"
     assert report["backbone"][-1].endswith("%")
@@ -68,13 +77,13 @@ def test_wait_tells_the_end_report(finished: Launched) -> None:
     assert {row["stage"] for row in kept} == set(STAGES)
 
 
-def test_the_events_of_all_jobs_are_in_one_file(finished: Launched) -> None:
+def test_the_events_of_all_jobs_are_in_one_file(finished: Finished) -> None:
     lines = [json.loads(line) for line in (finished.folder / "jobs.jsonl").read_text().splitlines()]
     for job in ("prepare-data", "backbone", "expert-0", "expert-1", "expert-2", "assemble", "evaluate"):
         assert [line["event"] for line in lines if line["job"] == job] == ["submitted", "started", "ended"], job
 
 
-def test_status_shows_all_committed_with_step_loss_and_checkpoint(finished: Launched) -> None:
+def test_status_shows_all_committed_with_step_loss_and_checkpoint(finished: Finished) -> None:
     rows = finished.rows()
     assert {row["state"] for row in rows.values()} == {"committed"}
     assert rows["expert-1"]["step"] == rows["expert-1"]["steps"] == 10
@@ -85,12 +94,12 @@ def test_status_shows_all_committed_with_step_loss_and_checkpoint(finished: Laun
     assert "goodput" in finished.launcher("status", "--watch"), "it ends when nothing goes on, with the report"
 
 
-def test_logs_prints_the_log_of_a_job(finished: Launched) -> None:
+def test_logs_prints_the_log_of_a_job(finished: Finished) -> None:
     assert "finished: " in finished.launcher("logs", "expert/1")
     assert "'expert/9' is none; there are prepare-data" in finished.launcher("logs", "expert/9", code=2)
 
 
-def test_code_and_settings_are_frozen_and_recorded(finished: Launched) -> None:
+def test_code_and_settings_are_frozen_and_recorded(finished: Finished) -> None:
     frozen = list((finished.folder / "cluster" / "frozen").iterdir())
     assert len(frozen) == 1
     assert (frozen[0] / "launcher" / "node.py").read_text() == (ROOT / "launcher" / "node.py").read_text()
@@ -101,19 +110,19 @@ def test_code_and_settings_are_frozen_and_recorded(finished: Launched) -> None:
     assert {name: provenance[name] for name in ("commit", "uncommitted_sha256")} == recorded
 
 
-def test_no_secret_is_in_scripts_logs_or_what_slurm_shows(finished: Launched) -> None:
+def test_no_secret_is_in_scripts_logs_or_what_slurm_shows(finished: Finished) -> None:
     shown = finished.cluster.run("scontrol", "show", "job")
     written = [path.read_bytes() for path in finished.folder.rglob("*") if path.is_file()]
     assert not [text for text in [shown.encode(), *written] if SECRET.encode() in text]
 
 
-def test_changed_settings_are_refused_with_the_difference(finished: Launched) -> None:
+def test_changed_settings_are_refused_with_the_difference(finished: Finished) -> None:
     said = finished.launcher("--cluster", "--set", "experts.peak_learning_rate=0.5", code=2)
     assert "experts.peak_learning_rate: 0.001 in the run, 0.5 now" in said
     assert "--new-run" in said
 
 
-def test_a_dry_run_prints_all_scripts_and_touches_nothing(finished: Launched, tmp_path: Path) -> None:
+def test_a_dry_run_prints_all_scripts_and_touches_nothing(finished: Finished, tmp_path: Path) -> None:
     finished_environment, finished.environment = finished.environment, {"SLURM_CONF": "/nowhere", "PATH": "/nowhere"}
     try:
         said = finished.launcher("plan", "-o", str(tmp_path / "planned"), "--set", "cluster.expert.gpus=2")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,7 +132,7 @@ def test_sbatch_by_hand_gives_the_same_experts(trained_run: Make, finished_run: 
     run = trained_run()
     environment = {
         **run.cluster.environ, "CONFIG": str(run.config_file), "OUTPUT_DIR": str(run.folder),
-        "VIRTUAL_ENV": str(Path(os.sys.prefix)), "RANK": "7", "SLURM_JOB_ID": "1",
+        "VIRTUAL_ENV": str(Path(sys.prefix)), "RANK": "7", "SLURM_JOB_ID": "1",
     }  # fmt: skip
     done = subprocess.run(
         ["sbatch", "--parsable", "--array=0-1", "--cpus-per-task=1", "--mem=0", f"--output={run.folder}/%a.log",

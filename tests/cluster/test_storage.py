@@ -21,8 +21,10 @@ from tests.conftest import tiny_values
 from tests.storage.conftest import use_environment
 from tests.storage.server import SECRET, start_server
 
-ARTIFACTS = [("corpus", None), ("partitions", None), ("backbone", None), ("assembled", None), ("calibrated", None)]
-ARTIFACTS += [("expert", index) for index in range(3)]
+ARTIFACTS: list[tuple[str, int | None]] = [
+    *((stage, None) for stage in ("corpus", "partitions", "backbone", "assembled", "calibrated")),
+    *(("expert", index) for index in range(3)),
+]
 
 
 class RemoteRun(Launched):

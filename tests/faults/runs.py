@@ -24,8 +24,9 @@ from typing import Any
 import yaml
 
 from checkpoints import garbage, open_artifact, paths
-from checkpoints.artifact import CHECKPOINT_KIND, examine
+from checkpoints.artifact import examine
 from checkpoints.errors import MissingArtifactError
+from checkpoints.manifest import CHECKPOINT_KIND
 from modularforge.config import Config
 from modularforge.config_files import make_config
 from tests.conftest import tiny_values
@@ -203,8 +204,8 @@ def kill_until_finished(run: Run, start: Callable[[], Any], luck: random.Random,
     for _ in range(400):
         process = start()
         process.join(luck.expovariate(1 / luck.choice((0.1, 0.5, 2.0))))
-        if process.exitcode is not None:
-            assert process.exitcode == 0, f"ended with {process.exitcode}:\n{run.said()[-3000:]}"
+        if (code := process.exitcode) is not None:
+            assert code == 0, f"ended with {code}:\n{run.said()[-3000:]}"
             return
         stage = run.stage_at_work()
         with contextlib.suppress(ProcessLookupError):

@@ -45,7 +45,7 @@ def config_of(name: str, folder: Path) -> Config:
 
 
 def computed(name: str) -> dict[str, Any]:
-    """What a run leaves: by folder the fingerprint and the hashes of all files but those that hold times or versions."""
+    """What a run leaves: by folder the fingerprint, and the hashes of all files but those with times or versions."""
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(name, Path(folder))
         if name == FIFTY_STEPS:

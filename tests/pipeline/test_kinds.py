@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from modularforge.model import names
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.run import Run
 from modularforge.stages import assemble, calibrate, expert
-from modularforge.training import loop
+from modularforge.training.checkpointing import Checkpointing
 from tests import gains_kind
 
 
@@ -64,15 +65,15 @@ def test_an_expert_of_another_kind_resumes_in_every_phase(
     Path(again.output_dir).mkdir()
     (Path(again.output_dir) / "backbone").symlink_to(Path(config.output_dir) / "backbone")
     with monkeypatch.context() as stopped:
-        stopped.setattr(loop.Checkpointing, "agree_to_stop", lambda self, _wants: self.seen() == step)
-        stopped.setattr(loop.Checkpointing, "seen", counter(), raising=False)
+        stopped.setattr(Checkpointing, "agree_to_stop", lambda self, _wants: self.seen() == step)
+        stopped.setattr(Checkpointing, "seen", counter(), raising=False)
         with pytest.raises(Interrupted):
             expert.run(Run(again), 0)
     expert.run(Run(again), 0)
     assert Run(again).require("expert", 0).manifest.files == whole.manifest.files
 
 
-def counter():  # type: ignore[no-untyped-def]
+def counter() -> Callable[[Checkpointing], int]:
     count = iter(range(1, 1000))
     return lambda _self: next(count)
 

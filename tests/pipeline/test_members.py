@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from modularforge.assembly.assemble import assemble
 from modularforge.config import Config
 from modularforge.errors import DataError, MismatchError
 from modularforge.experts.ffn import EXPERT_NAME
+from modularforge.model.backbone import Decoder
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.hub_config import TABLES_NAME, model_config_of
 from modularforge.model.moe import moe_layers, observe_routing, restrict_routing
@@ -37,7 +39,7 @@ from modularforge.pipeline import stage_url
 from modularforge.routing import evidence
 from modularforge.routing.kernel import angles_of, bell
 from modularforge.routing.statistics import ROUTER_NAME, STATISTICS_NAME, load_statistics
-from modularforge.routing.text_evidence import texts_of
+from modularforge.routing.text_evidence import TIE, texts_of
 from modularforge.run import Run
 from modularforge.stages import assemble as assemble_stage
 from modularforge.stages import calibrate as calibrate_stage
@@ -223,10 +225,17 @@ def test_the_rows_of_the_evidence_router_read_a_mean_over_the_text_in_which_rece
     logits = moe_layers(model)[1].observed_logits
     assert logits is not None
     found = logits.view(2, 33, 4) * 0.5 * rms_BT1 * typical
-    assert (found[..., :1] - evidence.TIE).abs().max() < 0.1 * evidence.TIE  # the public expert, before all ties
+    assert (found[..., :1] - TIE).abs().max() < 0.1 * TIE  # the public expert, before all ties
     # A single token's evidence has 1/64 of the weight of the mean, over the stream's rms; ties are less than that.
     assert (found[..., 1:] - mean_BTE).abs().max() < 0.1 * mean_BTE.abs().max()
     assert torch.corrcoef(torch.stack([found[..., 1:].flatten(), mean_BTE.flatten()]))[0, 1] > 0.995
+
+
+def observed_logits(model: Decoder) -> Iterator[torch.Tensor]:
+    """Router logits of the last forward pass, layer by layer."""
+    for layer in moe_layers(model):
+        assert layer.observed_logits is not None
+        yield layer.observed_logits
 
 
 def test_the_tables_outrank_the_rows_here_and_are_no_weights_elsewhere(finished_run: Config, tmp_path: Path) -> None:
@@ -241,11 +250,11 @@ def test_the_tables_outrank_the_rows_here_and_are_no_weights_elsewhere(finished_
     with torch.no_grad():
         model(tokens_BT)
     routed = model.text_router(tokens_BT)[0].flatten(0, 1)
-    assert all(torch.equal(layer.observed_logits, routed) for layer in moe_layers(model))
+    assert all(torch.equal(logits, routed) for logits in observed_logits(model))
     model.text_router = None
     with torch.no_grad():
         model(tokens_BT)
-    assert not any(torch.equal(layer.observed_logits, routed) for layer in moe_layers(model))
+    assert not any(torch.equal(logits, routed) for logits in observed_logits(model))
     (tmp_path / TABLES_NAME).write_bytes(b"")
     with pytest.raises(DataError, match="delete it to route by the model's own rows"):
         load_model(tmp_path)

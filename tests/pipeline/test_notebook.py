@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from modularforge import Evaluator, LayerNormCalibrator, ModuleTrainer, SharedTrainer, StreamingAssembler, open_run
 from modularforge.artifacts import token_file
@@ -36,7 +37,7 @@ def test_from_texts_to_an_evaluated_model(config: Config, tmp_path: Path) -> Non
     tokenizer = train_tokenizer(everything, 300)
     ids = np.concatenate([found.ids for found in tokenizer.encode_batch(everything)])
     rows = torch.from_numpy(ids[: len(ids) // 65 * 65].astype(np.int64)).view(-1, 65)
-    loader = torch.utils.data.DataLoader(rows, batch_size=4)
+    loader: DataLoader[torch.Tensor] = DataLoader(rows, batch_size=4)  # type: ignore[arg-type]  # any sequence will do
 
     shared = SharedTrainer(config, vocab_size=tokenizer.get_vocab_size())
     losses = shared.train(loader, [rows[:4]], str(tmp_path / "shared-run"))

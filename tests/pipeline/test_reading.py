@@ -78,8 +78,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         model.model.embed_tokens.weight.abs_()  # so that the mean of a router's input is far from zero
         for layer in moe_layers(model):
-            layer.gate.weight[3] = 1.0
-            layer.gate.weight[5] = 0.9
+            rows_ED = layer.gate.get_parameter("weight")
+            rows_ED[3], rows_ED[5] = 1.0, 0.9
     with write_artifact(str(folder), "assembled", "test") as writer:
         save_tensors(backbone_tensors(model), writer.folder / "model.safetensors")
         write_json(writer.folder / "config.json", moe_config(LARGE, VOCABULARY, EXPERTS, ACTIVE))

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from checkpoints import artifact as artifacts
+from checkpoints import paths
 from modularforge.config import Config
 from modularforge.pipeline import STAGES
 from modularforge.run import Run
@@ -17,14 +17,14 @@ from modularforge.stages.evaluate import where
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each manifest is read."""
     found: Counter[str] = Counter()
-    read_bytes = artifacts.paths.read_bytes
+    read_bytes = paths.read_bytes
 
     def counted(url: str, *arguments: int | None) -> bytes:
         if url.endswith("manifest.json"):
             found[url] += 1
         return read_bytes(url, *arguments)
 
-    monkeypatch.setattr(artifacts.paths, "read_bytes", counted)
+    monkeypatch.setattr(paths, "read_bytes", counted)
     return found
 
 
@@ -39,12 +39,14 @@ def test_all_finished_stages_read_each_manifest_once(finished_run: Config, reads
     assert set(reads.values()) == {1}
 
 
-def test_an_evaluation_reads_each_manifest_once(finished_run: Config, reads: Counter[str]) -> None:
+def test_an_evaluation_reads_each_manifest_once(
+    finished_run: Config, reads: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     few = finished_run.evaluation.model_copy(update={"tokens_per_domain": 64, "prompts": []})
     other = finished_run.model_copy(update={"evaluation": few})
     run = Run(other)
-    url = run.url("evaluation")
-    run.url = lambda stage, index=None: f"{url}-again" if stage == "evaluation" else Run.url(run, stage, index)
+    url_of = run.url
+    monkeypatch.setattr(run, "url", lambda stage, *index: url_of(stage, *index) + "-again" * (stage == "evaluation"))
     run.make("evaluation")
     assert len(reads) >= 8
     assert set(reads.values()) == {1}, reads

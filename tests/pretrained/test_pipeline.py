@@ -35,7 +35,7 @@ from tests.pretrained import models
 TOLERANCE = 1e-5
 
 
-def values_on(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
+def values_on(folder: Path | str, output: Path, **changes: Any) -> dict[str, Any]:
     values = tiny_values(output, **{"backbone": {"steps": 0}, **changes})
     values["model"] = {"pretrained": str(folder), "context_length": models.CONTEXT}
     return values

@@ -55,7 +55,7 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         finished: Config = request.getfixturevalue("finished_run")
         run = Path(finished.output_dir)
     else:
-        scaled = {"rope_parameters": models.YARN} if kind == "qwen3-scaled" else {}
+        scaled: dict[str, Any] = {"rope_parameters": models.YARN} if kind == "qwen3-scaled" else {}
         source = models.llama(root / "model") if kind == "llama" else models.qwen3(root / "model", **scaled)
         run_every_stage(complete_config(values_on(source, root / "run"), "tests"))
         run = root / "run"

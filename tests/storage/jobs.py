@@ -8,12 +8,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from checkpoints.saver import CheckpointSaver
 from checkpoints.training import Checkpoint, load_newest_checkpoint, save_checkpoint
+
+if TYPE_CHECKING:
+    from _typeshed import FileDescriptorLike
 
 FINGERPRINT = "f"
 KILLED = 137
@@ -93,9 +96,9 @@ def die_at_call(number: int, url: str, notes: Path) -> None:
 
     sync = os.fsync
 
-    def counted_sync(descriptor: int) -> None:
+    def counted_sync(fd: FileDescriptorLike) -> None:
         count()
-        sync(descriptor)
+        sync(fd)
 
     os.fsync = counted_sync
     sys.addaudithook(audit)

@@ -96,7 +96,8 @@ def test_c3_of_many_writers_at_once_exactly_one_wins(place: str) -> None:
     def compete(value: int) -> int | None:
         barrier.wait()
         try:
-            return make(paths.join(place, "expert"), value) and value
+            make(paths.join(place, "expert"), value)
+            return value
         except ArtifactExistsError:
             return None
 

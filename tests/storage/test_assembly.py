@@ -74,12 +74,17 @@ def test_on_s3_finished_files_are_not_sent_again(s3: str, finished_run: Config, 
         patch.setattr(stream, "write_file", write_file)
         with pytest.raises(Killed):
             merge()
-    first, again = list(written), []
-    monkeypatch.setattr(stream, "write_file", lambda file, *rest: again.append(file.name) or original(file, *rest))
+    again: list[str] = []
+
+    def write_again(file, *rest):
+        again.append(file.name)
+        return original(file, *rest)
+
+    monkeypatch.setattr(stream, "write_file", write_again)
     artifact = merge()
-    assert len(first) == 2
+    assert len(written) == 2
     assert again
-    assert not set(first) & set(again)
+    assert not set(written) & set(again)
     artifact.verify()
     assert not [info.url for info in paths.walk(f"{s3}/assembled") if "journal" in info.url]
 

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def test_keys_of_a_bucket_lead_nowhere_else(tmp_path: Path, capsys: pytest.Captu
     assert "must have a plain name" in ending(lambda: list_command(root))
 
 
-WRONG_FORMS = {
+WRONG_FORMS: dict[str, list[Any]] = {
     "kind": [None, 3, [], {}, "", "a\nb", "x" * 5000],
     "fingerprint": [None, 3, [], "", "\x1b[31m"],
     "attempt": [None, 3, [], {}],
@@ -388,12 +389,12 @@ def test_a_manifest_is_parsed_or_refused_whatever_its_values(tmp_path: Path) -> 
     good = manifest_values(make(str(tmp_path / "expert")).url)
     for name in good:
         for value in VALUES:
-            ending(lambda name=name, value=value: Manifest.from_json(signed({**good, name: value}), "x/manifest.json"))
+            ending(partial(Manifest.from_json, signed({**good, name: value}), "x/manifest.json"))
     for name, entry in good["files"].items():
         for key in entry:
             for value in VALUES:
                 files = {**good["files"], name: {**entry, key: value}}
-                ending(lambda files=files: Manifest.from_json(signed({**good, "files": files}), "x/manifest.json"))
+                ending(partial(Manifest.from_json, signed({**good, "files": files}), "x/manifest.json"))
 
 
 def test_a_hostile_journal_is_no_journal(tmp_path: Path) -> None:

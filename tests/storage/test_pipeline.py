@@ -14,8 +14,10 @@ from modularforge.run import Run
 from modularforge.stages import evaluate
 from tests.conftest import run_command, run_every_stage, tiny_config
 
-STAGES = [("corpus", None), ("partitions", None), ("backbone", None), ("dense", None), ("assembled", None)]
-STAGES += [("calibrated", None), *(("expert", index) for index in range(3))]
+STAGES: list[tuple[str, int | None]] = [
+    *((stage, None) for stage in ("corpus", "partitions", "backbone", "dense", "assembled", "calibrated")),
+    *(("expert", index) for index in range(3)),
+]
 
 
 @pytest.mark.parametrize("kind", ["memory", "s3"])

@@ -46,6 +46,7 @@ def test_known_perplexities_diverge_at_step_1500_and_end_at_ratio_16_83() -> Non
     assert pair.final_ratio == pytest.approx(16.83, abs=0.005)
     back = pair_curves(curve(FAST, steps), curve(SLOW, steps), band=2.0)
     assert back.divergence(2.0).step == 1500, "the ratio may leave the band downwards as well"  # type: ignore[union-attr]
+    assert pair.final_ratio is not None
     assert back.final_ratio == pytest.approx(1 / pair.final_ratio)
 
 
@@ -87,6 +88,8 @@ def test_tests_of_means_are_those_of_the_textbook(seed: int, count: int) -> None
     random = np.random.default_rng(seed)
     first, second = random.normal(3, 1, count), random.normal(3.2, 2, count)
     paired, welch = divergence.paired_t_test(first, second), divergence.welch_t_test(first, second)
+    assert paired is not None
+    assert welch is not None
     changes = second - first
     assert paired.statistic == pytest.approx(changes.mean() / (changes.std(ddof=1) / count**0.5))
     assert paired.degrees_of_freedom == count - 1
@@ -95,7 +98,9 @@ def test_tests_of_means_are_those_of_the_textbook(seed: int, count: int) -> None
     assert welch.degrees_of_freedom == pytest.approx((a + b) ** 2 / ((a * a + b * b) / (count - 1)))
     for found in (paired, welch):
         assert found.p == pytest.approx(p_by_integration(found.statistic, found.degrees_of_freedom), abs=1e-9)
-    low, high = divergence.welch_interval(first, second)
+    interval = divergence.welch_interval(first, second)
+    assert interval is not None
+    low, high = interval
     assert (low + high) / 2 == pytest.approx(second.mean() - first.mean())
     reach = (high - low) / 2 / (a + b) ** 0.5
     assert p_by_integration(reach, welch.degrees_of_freedom) == pytest.approx(0.05, abs=1e-9)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
+from collections.abc import Callable
 
 import fsspec
 import pyarrow
@@ -23,7 +24,7 @@ from modularforge.data.cutting import split_articles, split_pieces
 from modularforge.data.files import find_files, read_text
 from modularforge.errors import DataError
 
-COMPRESS = {
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".gz": gzip.compress,
     ".bz2": bz2.compress,
@@ -37,9 +38,9 @@ HELD_OUT = {"validation": None, "test": None}
 def read(train, split="train", *, data=None, dropped=None, **source):
     """Documents of a split; nothing is held out of the training files unless `validation` or `test` is None."""
     train = train if isinstance(train, list) else str(train)
-    source = SourceConfig(**{"name": "web", "train": train, "validation": train, "test": train} | source)
-    settings = DataConfig(sources=[source], **{"min_article_length": 0} | (data or {}))
-    return list(read_documents(source, split, settings, dropped))
+    chosen = SourceConfig(**{"name": "web", "train": train, "validation": train, "test": train} | source)
+    settings = DataConfig(sources=[chosen], **{"min_article_length": 0} | (data or {}))
+    return list(read_documents(chosen, split, settings, dropped))
 
 
 def texts(*arguments, **settings):
@@ -185,7 +186,7 @@ def test_pieces_join_to_the_text():
 
 def test_short_documents_are_dropped_and_counted(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * n} for n in (5, 10, 15)])
-    dropped = Counter()
+    dropped: Counter[str] = Counter()
     assert texts(path, data={"min_article_length": 10}, dropped=dropped) == ["x" * 10, "x" * 15]
     assert dropped == {"web": 1}
 

@@ -19,7 +19,7 @@ import pytest
 import zstandard
 
 from checkpoints.safetensors import shard_names
-from modularforge.config import ModelConfig, SourceConfig
+from modularforge.config import ModelConfig, RopeScalingConfig, SourceConfig
 from modularforge.data.formats import read_file
 from modularforge.data.token_files import TokenFileWriter, check_metadata, open_token_file, read_partitions
 from modularforge.data.tokenizer import adopt_tokenizer, token_byte_lengths, train_tokenizer
@@ -129,7 +129,7 @@ def test_descriptions_of_prepared_data_and_weight_files(good: Any, read: Callabl
 
 CONFIGS = [
     backbone_config(ModelConfig(), 400),
-    moe_config(ModelConfig(rope_scaling={"rope_type": "yarn", "factor": 2.0}), 400, 3, 2),
+    moe_config(ModelConfig(rope_scaling=RopeScalingConfig(rope_type="yarn", factor=2.0)), 400, 3, 2),
     moe_config(ModelConfig(family="qwen3"), 400, 3, 2),
 ]
 

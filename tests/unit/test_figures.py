@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from modularforge.observe.canvas import colour_of, house_style
@@ -45,7 +46,8 @@ def two_curves(steps: int, seed: int, end: float = 2.6) -> tuple[dict[int, float
 
 def drawn_texts(figure: Figure) -> Iterator[Any]:
     """Every text that the figure shows."""
-    for axes in figure.findobj(lambda one: hasattr(one, "get_xaxis")):
+    found: list[Any] = figure.findobj(lambda one: hasattr(one, "get_xaxis"))
+    for axes in found:
         yield from (axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label, *axes.texts)
         if axes.axison:
             for axis in (axes.xaxis, axes.yaxis):
@@ -202,7 +204,7 @@ def test_the_overview_shows_every_point_and_every_value_axis(tmp_path: Path) -> 
     figure.canvas.draw()
     for axes in figure.axes:
         low, high = axes.get_ylim()
-        assert all(low <= value <= high for line in axes.lines for value in line.get_ydata())
+        assert all(low <= value <= high for line in axes.lines for value in np.asarray(line.get_ydata()))
     labels = [axes.get_ylabel().replace("\n", " ") for axes in figure.axes if axes.axison and axes.get_ylabel()]
     assert labels == [metric.axis for metric in CURVES]
     labelled = [axes for axes in figure.axes if axes.axison and axes.get_ylabel()]
@@ -218,5 +220,6 @@ def test_a_zero_on_a_log_axis_does_not_stretch_the_figure(tmp_path: Path) -> Non
     metric = next(metric for metric in CURVES if metric.scale == "log" and metric.column == "gradient_norm")
     with house_style():
         for figure in (_metric_figure(compare(runs), metric), curve_figures(runs["a"])["gradient_norm"]):
+            assert isinstance(figure.canvas, FigureCanvasAgg)
             drawn = figure.get_tightbbox(figure.canvas.get_renderer())
             assert -1 < drawn.y0 < drawn.y1 < 5

@@ -38,8 +38,8 @@ RECORDS = "".join(json.dumps({"text": f"The otter {n} waits.", "lang": "en"}) + 
 def read(location, **source):
     location = location if isinstance(location, list) else str(location)
     held_out = {"validation": location, "test": location}
-    source = SourceConfig(**{"name": "web", "train": location, **held_out, **source})
-    return list(read_documents(source, "train", DataConfig(sources=[source], min_article_length=0)))
+    chosen = SourceConfig(**{"name": "web", "train": location, **held_out, **source})
+    return list(read_documents(chosen, "train", DataConfig(sources=[chosen], min_article_length=0)))
 
 
 def texts(location, **source):

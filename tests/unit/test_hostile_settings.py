@@ -30,6 +30,7 @@ from modularforge.config import Config
 from modularforge.config_files import make_config
 from modularforge.errors import ConfigError
 from modularforge.exits import run_app
+from modularforge.run import Run
 from tests.conftest import tiny_config, tiny_values
 
 CANARY = "canary"
@@ -327,6 +328,6 @@ def test_the_command_to_try_names_a_run_with_blanks_so_that_a_shell_takes_it(
 
     (tmp_path / "a run's").symlink_to(finished_run.output_dir)
     moved = finished_run.model_copy(update={"output_dir": str(tmp_path / "a run's")})
-    line = next(line for line in where(moved).splitlines() if line.startswith("try it:"))
+    line = next(line for line in where(Run(moved)).splitlines() if line.startswith("try it:"))
     words = shlex.split(line.removeprefix("try it:"))
     assert Path(words[words.index("--model") + 1]).is_dir()

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,9 +76,7 @@ def test_frozen_parameters_are_not_in_the_optimizer() -> None:
     assert [len(group["params"]) for group in optimizer.param_groups] == [1]
 
 
-def train_a_line(
-    tmp_path: Path, training: TrainingConfig, steps: int = 40, rate: float = 0.1
-) -> list[dict[str, object]]:
+def train_a_line(tmp_path: Path, training: TrainingConfig, steps: int = 40, rate: float = 0.1) -> list[dict[str, Any]]:
     """Fit y = 2x by the loop; returns the metrics lines."""
     torch.manual_seed(0)
     model, url = nn.Linear(1, 1), str(tmp_path / "metrics.jsonl")

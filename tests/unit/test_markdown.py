@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import yaml
 from markdown_it import MarkdownIt
 
+from checkpoints import Artifact
+from checkpoints.manifest import Manifest
 from checkpoints.markdown import code, plain, table
 from modularforge.assembly.card import _front_matter, model_card
 from modularforge.observe.evaluation import markdown
 from modularforge.observe.table import listing
-from tests.synthetic_runs import evaluation, tiny_config
+from tests.conftest import tiny_config
+from tests.synthetic_runs import evaluation
 
 HOSTILE = [
     "a|b", "`a`", "``", "**bold**", "_a_", "a_b_c", "__x__", "[v2](http://x)", "![x](http://t/y.png)", "<img src=x>",
@@ -79,8 +80,8 @@ def test_ordinary_names_stay_as_they_are() -> None:
     assert listing(["variant", "a"], [["x", "1"]]).markdown() == ["| variant | a |", "| --- | ---: |", "| x | 1 |"]
 
 
-def artifact(**facts: object) -> SimpleNamespace:
-    return SimpleNamespace(manifest=SimpleNamespace(facts=facts, fingerprint="f" * 32))
+def artifact(**facts: object) -> Artifact:
+    return Artifact("run/part", Manifest("part", "f" * 32, facts=facts))
 
 
 @pytest.mark.parametrize("name", [*HOSTILE, "org/model", "yes", "1e3", "@x", "a: b", "---", "null"])

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints import ArtifactWriter, paths, plain_folder, write_artifact
 from checkpoints.folder import DurableFile
-from checkpoints.hashing import describe_file
-from checkpoints.safetensors import read_spans
+from checkpoints.hashing import FileEntry, describe_file
+from checkpoints.safetensors import TensorSpan, read_spans
 from modularforge.assembly.parts import Source, group, part_key, write_parts
 from modularforge.assembly.plan import OutputTensor, output_tensors, plan_merge, plan_parts
 from modularforge.assembly.stream import execute
@@ -69,8 +69,8 @@ def naive_merge(
     return {name: tensor.to(dtype or tensor.dtype) for name, tensor in merged.items()}
 
 
-def spans_of(folder: Path, experts: int, layers: int) -> dict[str, object]:
-    def read(name: str) -> object:
+def spans_of(folder: Path, experts: int, layers: int) -> dict[str, TensorSpan]:
+    def read(name: str) -> dict[str, TensorSpan]:
         path = folder / f"{name}.safetensors"
         return read_spans(str(path), describe_file(path).tensors)
 
@@ -193,7 +193,7 @@ def test_killed_at_every_write_the_assembly_continues_to_the_same_bytes(
     for owner, name in ((DurableFile, "write"), (paths, "replace_bytes"), (paths, "upload")):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
 
-    def merge(url: str) -> dict[str, object]:
+    def merge(url: str) -> dict[str, FileEntry]:
         with write_artifact(url, "assembled", "0123456789abcdef", resume="0123456789abcdef") as writer:
             if mode == "merge":
                 execute(plan_merge(tensors, shard_bytes), writer)

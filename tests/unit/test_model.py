@@ -56,7 +56,7 @@ def test_the_mixture_equals_transformers_mixtral(
     torch.manual_seed(0)
     decoder = build_moe(config, VOCABULARY, experts, active).eval()
     for layer in moe_layers(decoder):
-        torch.nn.init.normal_(layer.gate.weight)
+        torch.nn.init.normal_(layer.gate.get_parameter("weight"))
     folder = save(decoder, config, tmp_path, moe_config(config, VOCABULARY, experts, active))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert type(theirs).__name__ == "MixtralForCausalLM"
@@ -111,7 +111,7 @@ def test_an_anchored_pair_gives_the_public_expert_a_logit_of_zero() -> None:
     decoder = build_anchored_pair(config, VOCABULARY)
     observe_routing(decoder)
     for layer in moe_layers(decoder):
-        torch.nn.init.zeros_(layer.gate.weight)
+        torch.nn.init.zeros_(layer.gate.get_parameter("weight"))
     decoder(ids(config))
     for layer in moe_layers(decoder):
         assert layer.observed_logits is not None

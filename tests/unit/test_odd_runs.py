@@ -28,7 +28,8 @@ from modularforge.observe.report import draw_run, write_report
 from modularforge.observe.run import Run, read_run
 from modularforge.observe.timeline import timeline_figure
 from tests import mutation
-from tests.synthetic_runs import evaluation, tiny_config, training_line, validation_line, write_run
+from tests.conftest import tiny_config
+from tests.synthetic_runs import evaluation, training_line, validation_line, write_run
 
 LINES = [line for step in range(5, 45, 5) for line in (training_line("b", step, 5.0), validation_line("b", step, 4.5))]
 METRICS = "".join(json.dumps(line) + "\n" for line in LINES).encode()

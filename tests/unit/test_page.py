@@ -10,10 +10,11 @@ import pytest
 from checkpoints import paths
 from checkpoints.urls import safe_part
 from modularforge.observe.compare import compare_runs
-from modularforge.observe.page import make_page
-from modularforge.observe.report import Plot, report_runs, write_report
+from modularforge.observe.page import Plot, make_page
+from modularforge.observe.report import report_runs, write_report
 from modularforge.observe.run import Run, read_run
 from tests import synthetic_runs
+from tests.conftest import tiny_config
 from tests.synthetic_runs import evaluation, training_line, write_stage
 
 HOSTILE = [
@@ -77,7 +78,7 @@ def test_a_plot_is_a_file_in_its_folder_whatever_its_name(name: str) -> None:
 
 
 def write_hostile_run(url: str, name: str) -> None:
-    config = synthetic_runs.tiny_config(url, name=name)
+    config = tiny_config(url, name=name)
     results = evaluation(2, domains=[name, "a|b"])
     results["routing"] = {name: results["routing"]["assembled"]}
     results |= {"name": name, "samples": {name: [{"prompt": name, "greedy": name, "sampled": name}]}}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Generator
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ PREPARE = """
 @pytest.fixture
 def config(tmp_path):
     """Two domains of short documents in JSONL files."""
-    sources = []
+    sources: list[dict[str, str]] = []
     for name, words in WORDS.items():
         generator = np.random.default_rng(len(sources))
         source = {"name": name}
@@ -89,7 +90,7 @@ def test_every_document_is_bos_text_eos(config, tmp_path):
     tokenizer = load_tokenizer(folder)
     for split in SPLITS:
         file = open_token_file(folder, split)
-        documents = [file.document(index) for index in range(file.num_documents)]
+        documents = [file.document(index).tolist() for index in range(file.num_documents)]
         assert all(document[0] == BOS and document[-1] == EOS for document in documents)
         assert tokenizer.decode_batch(documents) == texts_of(config, split)
     assert metadata["vocab_size"] == tokenizer.get_vocab_size() <= 300
@@ -188,6 +189,7 @@ def test_a_consumer_that_stops_early_ends_the_thread_and_closes_the_source():
 
     before = threading.active_count()
     items = in_background(numbers())
+    assert isinstance(items, Generator)
     assert [next(items), next(items)] == [0, 1]
     items.close()
     assert closed.is_set()

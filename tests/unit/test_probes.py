@@ -64,7 +64,7 @@ def test_plain_text_predicts_every_token_once_with_the_document_it_is_of() -> No
 
 def test_behind_a_switch_only_the_second_half_counts_and_the_first_is_of_another_domain() -> None:
     probe = switch_probe(STREAMS, T, END, 1000)
-    rows_of: dict[int, list[int]] = {}
+    rows_of: dict[int, list[list[int]]] = {}
     before = set()
     for row in range(len(probe.inputs_RT)):
         inputs, targets, labels = (item[row].tolist() for item in (probe.inputs_RT, probe.targets_RT, probe.labels_RT))
@@ -142,7 +142,8 @@ def test_what_training_sums_by_batch_is_what_the_scorer_gives_by_target() -> Non
     torch.manual_seed(0)
     model = build_backbone(ModelConfig(width=8, layers=1, heads=2, kv_heads=1, ffn_width=12, context_length=T), 400)
     lengths, limit = torch.full((400,), 3), 30
-    found, naive = (call(model, STREAMS, lengths, 2, limit) for call in (measure, naive_losses))
+    asked = (model, STREAMS, lengths, 2, limit)
+    found, naive = measure(*asked), naive_losses(*asked)
     assert even_loss(model, STREAMS, T, 2, limit) == pytest.approx(found.mean_loss, abs=1e-6)
     assert found.mean_loss == pytest.approx(naive.mean_loss, abs=1e-6)
     assert found.mean_bits_per_byte == pytest.approx(naive.mean_bits_per_byte, abs=1e-6)

@@ -17,14 +17,15 @@ from benchmarks.report import MOST_MEGABYTES, measure, write_large_run
 from checkpoints import paths
 from modularforge.errors import DataError, UserError
 from modularforge.observe.canvas import EXPERT_COLOURS, colour_of, spread
-from modularforge.observe.completion import duration, headline, parts_of
+from modularforge.observe.completion import headline, parts_of
 from modularforge.observe.discover import choose_runs, find_runs, resolve, short_names
 from modularforge.observe.metrics import parse_metrics
 from modularforge.observe.report import write_report
 from modularforge.observe.run import Run, read_run
+from modularforge.observe.table import duration
 from modularforge.observe.timeline import Span, spans_of_metrics, spans_of_records, timeline
 from tests import synthetic_runs
-from tests.conftest import run_command
+from tests.conftest import run_command, tiny_config
 from tests.synthetic_runs import START, training_line, validation_line, write_metrics, write_run, write_stage
 
 PLOTS = {
@@ -109,7 +110,7 @@ def test_a_report_is_read_from_and_written_to_an_object_store() -> None:
 
 def test_an_unfinished_run_says_how_far_it_is(tmp_path: Path) -> None:
     url = str(tmp_path / "run")
-    config = synthetic_runs.tiny_config(url, backbone={"steps": 100, "batch_size": 4})
+    config = tiny_config(url, backbone={"steps": 100, "batch_size": 4})
     write_stage(url, "data", "corpus", config)
     write_metrics(url, "backbone", dict.fromkeys(range(10, 41, 10), 5.0))
     run = read_run(url)
@@ -211,9 +212,8 @@ def test_records_of_the_launcher_give_queue_run_and_requeue() -> None:
     events = [("submitted", 0), ("started", 100), ("requeued", 300), ("started", 420), ("ended", 500)]
     records = [{"job": "backbone", "event": event, "time": time} for event, time in events]
     spans, requeued = spans_of_records(records, now=900)
-    kinds = ("queued", "running", "queued", "running")
-    limits = ((0, 100), (100, 300), (300, 420), (420, 500))
-    assert spans == [Span(kind, *limit) for kind, limit in zip(kinds, limits, strict=True)]
+    first = [Span("queued", 0, 100), Span("running", 100, 300)]
+    assert spans == [*first, Span("queued", 300, 420), Span("running", 420, 500)]
     assert requeued == [300]
     assert spans_of_records(records[:2], now=900)[0][-1] == Span("running", 100, 900)
 

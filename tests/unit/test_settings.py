@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -114,7 +115,7 @@ def test_a_file_that_holds_no_settings_is_refused(content: str, tmp_path: Path) 
 
 
 def test_every_setting_is_documented_and_there_are_not_too_many() -> None:
-    sections = [Config, *(field.annotation for field in Config.model_fields.values())]
+    sections: list[Any] = [Config, *(field.annotation for field in Config.model_fields.values())]
     for section in sections:
         for name, field in getattr(section, "model_fields", {}).items():
             described = field.description or getattr(field.annotation, "__doc__", None)

@@ -136,7 +136,12 @@ def test_slurm_is_asked_for_jobs_without_the_users_name(monkeypatch: pytest.Monk
     from launcher import slurm
 
     asked: list[str] = []
-    monkeypatch.setattr(slurm, "run_slurm", lambda *command: asked.extend(command) or "")
+
+    def run_slurm(*command: str) -> str:
+        asked.extend(command)
+        return ""
+
+    monkeypatch.setattr(slurm, "run_slurm", run_slurm)
     assert slurm.queue(["x"]) == []
     assert f"--user={os.getuid()}" in asked
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,19 +17,19 @@ from checkpoints import screen
 from checkpoints.screen import Progress
 from launcher.status import _steps
 from launcher.tasks import build_tasks
-from modularforge.config import PhaseConfig, TrainingConfig
+from modularforge.config import PhaseConfig, TrainedOnAll, TrainingConfig
 from modularforge.experts.trainable import trainable
 from modularforge.log import logger
 from modularforge.observe.completion import parts_of
 from modularforge.observe.report import draw_run
 from modularforge.observe.run import Run, read_run
-from modularforge.training import meter
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
 from modularforge.training.meter import Reporter, clock, count
 from modularforge.training.optimizer import Trainer, build_optimizer
-from tests.synthetic_runs import tiny_config, write_metrics
+from tests.conftest import tiny_config
+from tests.synthetic_runs import write_metrics
 from tests.unit.test_loop import Lines, squared_error
 
 PHASE = PhaseConfig(steps=800, batch_size=8, peak_learning_rate=0.1, warmup_steps=1)
@@ -57,7 +58,7 @@ def test_a_log_gets_a_line_every_two_seconds_at_the_most_and_one_at_the_end(
     log: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = iter([0.0, 18.0, 19.9, 20.5, 72.0, 252.0])
-    monkeypatch.setattr(meter.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
     told = Reporter(Job("backbone", PHASE, TrainingConfig()), Progress(), 0, speaks=True)
     told.report(trainer_at(200, 4.31), 2.1e-3, 36_040)
     told.report(trainer_at(201, 4.30), 2.1e-3, 36_040)
@@ -118,7 +119,7 @@ def test_the_note_stays_behind_the_bar_on_a_terminal(log: io.StringIO, monkeypat
 @pytest.mark.parametrize("batch_size", [None, 4, 8, 24, 100])
 @pytest.mark.parametrize("baseline", ["dense", "dense_wide", "joint"])
 def test_a_baseline_is_as_long_in_the_report_as_it_trains(
-    tmp_path: Path, baseline: str, batch_size: int | None
+    tmp_path: Path, baseline: TrainedOnAll, batch_size: int | None
 ) -> None:
     experts = {"count": 4, "steps": 250, "batch_size": 4}
     config = tiny_config(

@@ -27,6 +27,7 @@ from modularforge.data.tokenizer import (
     train_tokenizer,
 )
 from modularforge.errors import DataError
+from modularforge.log import logger
 
 TEXTS = ["the cat sat on the mat , the <unk> too\n" * 3, "déjà vu à la carte", "日本語 text <eos> <bos>"] * 4
 TOKENIZER = train_tokenizer(TEXTS, 300)
@@ -154,7 +155,7 @@ def test_words_of_up_to_a_kilobyte_are_learned_whole(text, monkeypatch):
 def test_a_long_silent_call_is_told_while_it_runs(caplog, monkeypatch):
     monkeypatch.setattr(background, "SILENCE_SECONDS", 0.01)
     said = threading.Event()
-    monkeypatch.setattr(background.logger, "info", lambda *_: said.set())
+    monkeypatch.setattr(logger, "info", lambda *_: said.set())
     before = threading.active_count()
     with background.still_at_it("learning"):
         assert said.wait(10)
