@@ -24,11 +24,11 @@ Output = Annotated[str | None, typer.Option("--output", help="Where the new mode
 def list_members(model: Model, as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False) -> None:
     """The experts of a model: slot, index, where each lies."""
     from checkpoints import open_artifact
+    from modularforge import edit_experts
     from modularforge.facts import fact
-    from modularforge.stages import members
 
     artifact = open_artifact(model)
-    found = members.members_of(artifact)
+    found = edit_experts.members_of(artifact)
     if as_json:
         say(json.dumps([vars(member) for member in found], indent=1))
         return
@@ -42,25 +42,25 @@ def list_members(model: Model, as_json: Annotated[bool, typer.Option("--json", h
 @app.command()
 def remove(model: Model, member: Member, output: Output = None) -> None:
     """Take an expert out of a model; the result is the model that would have been assembled without it."""
-    from modularforge.stages import members
+    from modularforge import edit_experts
 
     configure_logging()
-    members.remove(model, member, output)
+    edit_experts.remove(model, member, output)
 
 
 @app.command()
 def add(model: Model, expert: Expert, output: Output = None) -> None:
     """Put one more expert into a model."""
-    from modularforge.stages import members
+    from modularforge import edit_experts
 
     configure_logging()
-    members.add(model, expert, output)
+    edit_experts.add(model, expert, output)
 
 
 @app.command()
 def replace(model: Model, member: Member, expert: Expert, output: Output = None) -> None:
     """Put another expert in the place of one."""
-    from modularforge.stages import members
+    from modularforge import edit_experts
 
     configure_logging()
-    members.replace(model, member, expert, output)
+    edit_experts.replace(model, member, expert, output)

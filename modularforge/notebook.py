@@ -24,7 +24,6 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoints import Artifact, ArtifactWriter, open_artifact, paths, write_artifact
-from modularforge.artifacts import Backbone, derived_seed
 from modularforge.assembly.assemble import assemble
 from modularforge.calibration.calibrator import Calibration, calibrate, even_mixture, write_calibrated
 from modularforge.config import Config
@@ -42,6 +41,7 @@ from modularforge.model.hub_config import CONFIG_NAME, end_tokens, read_config
 from modularforge.pipeline import JobName, Plan, stage_settings
 from modularforge.routing.gathering import gather_statistics
 from modularforge.run import Run
+from modularforge.stage_outputs import Backbone, derived_seed
 from modularforge.tasks.task import Batch
 from modularforge.tasks.text import TEXT, TextValidation, text_batches
 from modularforge.training.backbone_job import save_backbone, train_backbone

@@ -12,7 +12,7 @@ from modularforge.errors import MismatchError
 from modularforge.pipeline import CHOSEN_FACT, STAGES, JobName, Plan, contents, stage_settings, stage_url
 
 if TYPE_CHECKING:
-    from modularforge.artifacts import Backbone, Corpus
+    from modularforge.stage_outputs import Backbone, Corpus
 
 
 class Run:
@@ -109,14 +109,14 @@ class Run:
     @cached_property
     def corpus(self) -> Corpus:
         """The prepared data."""
-        from modularforge.artifacts import Corpus
+        from modularforge.stage_outputs import Corpus
 
         return Corpus(self.require("corpus"))
 
     @cached_property
     def backbone(self) -> Backbone:
         """The trained backbone."""
-        from modularforge.artifacts import Backbone
+        from modularforge.stage_outputs import Backbone
 
         return Backbone(self.require("backbone"))
 

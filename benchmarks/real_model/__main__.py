@@ -17,10 +17,10 @@ from benchmarks.real_model.measure import Measurements, assembled
 from benchmarks.real_model.report import write_report
 from benchmarks.real_model.settings import Scale, Trial, run_config
 from benchmarks.real_model.train import Trainings
-from modularforge.artifacts import Backbone
 from modularforge.config import Config
 from modularforge.model.folder import load_model
 from modularforge.run import Run
+from modularforge.stage_outputs import Backbone
 
 BASELINES = ("dense", "lora")
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -18,7 +18,6 @@ import numpy as np
 from benchmarks.real_model.chat import is_right, read_questions
 from benchmarks.real_model.settings import CONTEXT, DOMAINS, GENERAL_TEXTS, Scale
 from checkpoints import Artifact, plain_folder
-from modularforge.artifacts import Corpus
 from modularforge.assembly.assemble import assemble
 from modularforge.config import Config
 from modularforge.data.token_files import Tokens
@@ -29,6 +28,7 @@ from modularforge.evaluation.probes import CHAT, GENERAL, Probe, domain_probes, 
 from modularforge.evaluation.scoring import full_row, oracle, score
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import load_model
+from modularforge.stage_outputs import Corpus
 
 FILES = {"validation": "valid", "test": "test"}
 PROBE_SHARE = 4  # of the tokens of a domain, as many behind a switch, and as many in mixed documents

@@ -18,13 +18,13 @@ import torch
 from torch import nn
 
 from benchmarks.real_model.settings import CONTEXT, DOMAINS, TUNED_ON, Scale, Trial
-from modularforge.artifacts import derived_seed, even_streams, token_file
 from modularforge.config import Config, PhaseConfig
 from modularforge.experts.job import train_expert
 from modularforge.experts.kind import ExpertJob
 from modularforge.experts.trainable import trainable
 from modularforge.model.backbone import Decoder
 from modularforge.run import Run
+from modularforge.stage_outputs import derived_seed, even_streams, token_file
 from modularforge.tasks.text import TEXT, MixedText, TextValidation
 from modularforge.training.backbone_job import save_trained_on
 from modularforge.training.distributed import World

@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoints import Artifact
-from modularforge.artifacts import Backbone
 from modularforge.config import TRAINED_ROUTERS, Config
 from modularforge.errors import ConfigError
 from modularforge.experts.ffn import EXPERT_NAME
@@ -19,6 +18,7 @@ from modularforge.model.folder import fill, read_tensors
 from modularforge.model.hub_config import model_config_of
 from modularforge.model.moe import build_moe
 from modularforge.routing.solvers import router_rows
+from modularforge.stage_outputs import Backbone
 
 
 def build_btx(config: Config, backbone: Backbone, branches: Sequence[Artifact]) -> Decoder:

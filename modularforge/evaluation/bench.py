@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor
 
-from modularforge.artifacts import Corpus
 from modularforge.config import Config
 from modularforge.data.token_files import Tokens
 from modularforge.errors import DataError
@@ -36,6 +35,7 @@ from modularforge.model.backbone import Decoder, perplexity
 from modularforge.model.moe import moe_layers, shape_without_channels
 from modularforge.model.sizes import model_sizes
 from modularforge.pipeline import JobName
+from modularforge.stage_outputs import Corpus
 from modularforge.training.distributed import default_device
 from modularforge.training.meter import peak_memory_bytes
 

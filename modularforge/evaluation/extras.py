@@ -24,7 +24,6 @@ from tokenizers import Tokenizer
 
 from checkpoints.parsing import parse_json
 from checkpoints.redact import redact
-from modularforge.artifacts import Corpus
 from modularforge.config import Config, SourceConfig
 from modularforge.data.files import find_files, read_text
 from modularforge.data.formats import read_file
@@ -36,6 +35,7 @@ from modularforge.errors import DataError, one_line
 from modularforge.evaluation.generation import Sampling, continue_tokens
 from modularforge.evaluation.probes import CHAT, UNCOUNTED, Probe, make_probe
 from modularforge.model.backbone import Decoder
+from modularforge.stage_outputs import Corpus
 from modularforge.yaml_text import parse_yaml
 
 Texts = dict[str, list[str]]

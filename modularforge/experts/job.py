@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from checkpoints.safetensors import WEIGHTS_NAME
-from modularforge.artifacts import derived_seed
 from modularforge.experts.kind import KIND_FACT, ExpertJob, frozen_hashes, kind_of
+from modularforge.stage_outputs import derived_seed
 from modularforge.tasks.task import Validation
 from modularforge.training.distributed import World
 from modularforge.training.job import Job

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from modularforge.artifacts import Backbone
     from modularforge.assembly.parts import Merged
     from modularforge.config import CalibrationConfig, Config
     from modularforge.experts.trainable import Trainable
     from modularforge.model.backbone import Decoder
+    from modularforge.stage_outputs import Backbone
     from modularforge.tasks.task import Examples, Task
 
 GROUP = "modularforge.experts"

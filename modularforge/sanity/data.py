@@ -18,7 +18,6 @@ import torch
 from tokenizers import Tokenizer
 
 from checkpoints import find_artifact
-from modularforge.artifacts import Corpus
 from modularforge.config import Config
 from modularforge.data.corpus import SPLITS, read_documents
 from modularforge.data.loader import batches
@@ -27,6 +26,7 @@ from modularforge.data.tokenizer import BOS, EOS, train_tokenizer
 from modularforge.errors import DataError
 from modularforge.pipeline import stage_url
 from modularforge.sanity.checks import SanityError
+from modularforge.stage_outputs import Corpus
 
 # Few and short, so that M1 takes seconds of one core.
 QUICK_DOCUMENTS, DOCUMENTS = 8, 60

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from checkpoints import Artifact
-from modularforge.artifacts import derived_seed, token_file
 from modularforge.assembly.card import special_tokens
 from modularforge.config import Config
 from modularforge.evaluation.baselines import build_btx, solved_router
@@ -38,6 +37,7 @@ from modularforge.routing.statistics import STATISTICS_NAME, save_statistics
 from modularforge.routing.text_counts import COUNTS_NAME, counts_of, load_counts
 from modularforge.routing.text_evidence import Texts, write_tables
 from modularforge.run import Run
+from modularforge.stage_outputs import derived_seed, token_file
 from modularforge.tasks.task import task_of
 from modularforge.training.backbone_job import save_mixture, save_trained_on
 from modularforge.training.distributed import joined_world

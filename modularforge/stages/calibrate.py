@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from checkpoints import Artifact
-from modularforge.artifacts import derived_seed
 from modularforge.calibration.calibrator import Calibration, calibrate, even_mixture, split_documents, write_calibrated
 from modularforge.errors import DataError
 from modularforge.log import logger
@@ -11,6 +10,7 @@ from modularforge.model.folder import load_model
 from modularforge.pipeline import metrics_url
 from modularforge.provenance import commit, making
 from modularforge.run import Run
+from modularforge.stage_outputs import derived_seed
 from modularforge.training.distributed import default_device
 from modularforge.training.job import Job
 

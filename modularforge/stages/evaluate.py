@@ -11,7 +11,6 @@ from functools import partial
 
 from checkpoints import Artifact, paths
 from checkpoints.screen import shown_command
-from modularforge.artifacts import Backbone
 from modularforge.errors import MismatchError
 from modularforge.evaluation.baselines import build_btx, build_soup, solved_router
 from modularforge.evaluation.bench import Loader, Results, add_oracle, compare, measure_models
@@ -22,6 +21,7 @@ from modularforge.observe.evaluation import markdown
 from modularforge.pipeline import STAGES, JobName, contents, wanted_stages
 from modularforge.provenance import commit, making
 from modularforge.run import Run, is_kept
+from modularforge.stage_outputs import Backbone
 from modularforge.stored_models import StoredModel, stored_model
 
 RESULTS_NAME = "results.json"

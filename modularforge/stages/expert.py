@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from checkpoints import Artifact
-from modularforge.artifacts import partition_rows
 from modularforge.errors import ConfigError
 from modularforge.experts.job import save_expert, train_expert
 from modularforge.experts.kind import ExpertJob
@@ -11,6 +10,7 @@ from modularforge.log import logger
 from modularforge.pipeline import JobName
 from modularforge.provenance import commit, making, save_settings
 from modularforge.run import Run
+from modularforge.stage_outputs import partition_rows
 from modularforge.tasks.task import task_of
 from modularforge.training.distributed import joined_world
 from modularforge.training.job import Job

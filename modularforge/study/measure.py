@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from checkpoints import Artifact, plain_folder
-from modularforge.artifacts import derived_seed, partition_rows
 from modularforge.assembly.assemble import assemble
 from modularforge.calibration.calibrator import calibrate, even_mixture, split_documents
 from modularforge.config import Config
@@ -36,6 +35,7 @@ from modularforge.model.backbone import Decoder
 from modularforge.model.folder import load_model
 from modularforge.model.moe import moe_layers, restrict_routing
 from modularforge.pipeline import JobName
+from modularforge.stage_outputs import derived_seed, partition_rows
 from modularforge.study.runs import StudyRun
 from modularforge.study.study_file import NEEDS, Variant
 from modularforge.training.distributed import default_device

@@ -21,7 +21,6 @@ from typing import Any
 from checkpoints import Artifact, MissingArtifactError, find_artifact, paths
 from checkpoints.copying import copy_artifact
 from checkpoints.screen import shown_command
-from modularforge.artifacts import Backbone, Corpus
 from modularforge.config import Config
 from modularforge.config_files import load_config, to_yaml
 from modularforge.errors import ConfigError, TrainingError
@@ -29,6 +28,7 @@ from modularforge.log import logger
 from modularforge.pipeline import MADE_BY, NEVER, STAGES, JobName, Plan, fingerprint, stage_settings, stage_url
 from modularforge.provenance import save_settings
 from modularforge.run import Run
+from modularforge.stage_outputs import Backbone, Corpus
 from modularforge.study.study_file import NEEDS, StudyFile, Variant
 
 SETTINGS_NAME = "launch.yaml"

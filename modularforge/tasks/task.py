@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from checkpoints import Artifact
-    from modularforge.artifacts import Corpus
     from modularforge.config import Config, PhaseConfig
     from modularforge.model.backbone import Decoder
     from modularforge.routing.statistics import RouterStatistics
+    from modularforge.stage_outputs import Corpus
 
 GROUP = "modularforge.tasks"
 OWN = {"text": "modularforge.tasks.text:TEXT"}

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints import Artifact
-from modularforge.artifacts import Corpus, derived_seed, even_streams, token_file
 from modularforge.config import Config, PhaseConfig
 from modularforge.data.loader import batches, evaluation_batches, mixed_batches
 from modularforge.data.token_files import Tokens
@@ -23,6 +22,7 @@ from modularforge.model.backbone import Decoder, cross_entropy
 from modularforge.routing.gathering import gather_statistics
 from modularforge.routing.statistics import RouterStatistics
 from modularforge.routing.text_counts import counts_of, save_counts
+from modularforge.stage_outputs import Corpus, derived_seed, even_streams, token_file
 from modularforge.tasks.task import TEXT_METRICS, Batch, Examples, Metric
 
 

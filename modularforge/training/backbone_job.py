@@ -10,7 +10,6 @@ import torch
 from tokenizers import Tokenizer
 
 from checkpoints.safetensors import WEIGHTS_NAME
-from modularforge.artifacts import Backbone, derived_seed
 from modularforge.assembly.card import copy_text_files
 from modularforge.config import Config
 from modularforge.data.tokenizer import adopt_tokenizer, save_tokenizer
@@ -32,6 +31,7 @@ from modularforge.model.hub_config import (
 from modularforge.model.moe import moe_layers
 from modularforge.model.sizes import model_sizes
 from modularforge.routing.statistics import STATISTICS_NAME, RouterStatistics, save_statistics
+from modularforge.stage_outputs import Backbone, derived_seed
 from modularforge.tasks.task import Examples, Validation
 from modularforge.training.distributed import World
 from modularforge.training.job import Job

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints import open_artifact, paths, plain_folder
 from checkpoints.safetensors import read_spans
-from modularforge.artifacts import Backbone
 from modularforge.assembly.assemble import assemble
 from modularforge.assembly.plan import output_tensors, plan_merge
 from modularforge.assembly.stream import execute
@@ -25,6 +24,7 @@ from modularforge.pipeline import stage_url
 from modularforge.routing.solvers import router_rows
 from modularforge.routing.text_evidence import texts_of
 from modularforge.run import Run
+from modularforge.stage_outputs import Backbone
 
 TOLERANCE = 1e-5
 

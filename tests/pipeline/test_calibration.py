@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from checkpoints import paths
-from modularforge.artifacts import Corpus
 from modularforge.calibration.calibrator import choose_parameters, split_documents
 from modularforge.config import Config
 from modularforge.data.token_files import TokenFile
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.pipeline import stage_url
 from modularforge.run import Run
+from modularforge.stage_outputs import Corpus
 from modularforge.stages import calibrate, evaluate
 from tests.naive import naive_losses
 

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 
 from checkpoints import StoreError, find_artifact, paths
 from checkpoints.training import Checkpoint, list_checkpoints, save_checkpoint
-from modularforge.artifacts import Backbone
 from modularforge.config import Config
 from modularforge.errors import ConfigError, MismatchError, TrainingError
 from modularforge.experts.ffn.training import build_expert
 from modularforge.pipeline import checkpoint_url, stage_url
 from modularforge.run import Run
+from modularforge.stage_outputs import Backbone
 from modularforge.stages import assemble, expert
 from tests.conftest import tiny_config
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from checkpoints import UserError, open_artifact
+from modularforge import edit_experts
 from modularforge.assembly.assemble import check_same_backbone
 from modularforge.assembly.card import model_card
 from modularforge.assembly.parts import parts_of
@@ -16,9 +17,9 @@ from modularforge.config import Config
 from modularforge.experts.ffn import FFN
 from modularforge.facts import KINDS, fact
 from modularforge.run import Run
-from modularforge.stages import assemble, members
+from modularforge.stages import assemble
 from tests.mutation import FUZZ_INPUTS, values
-from tests.pipeline.test_members import copy_of_run
+from tests.pipeline.test_edit_experts import copy_of_run
 from tests.storage.test_hostile_artifacts import signed
 
 PARTS = ("backbone", "experts/expert-0", "assembled")
@@ -48,13 +49,13 @@ def test_hostile_facts_end_in_a_sentence(part: str, finished_run: Config, tmp_pa
             continue
         try:
             backbone, expert, assembled = (open_artifact(f"{run.output_dir}/{name}") for name in PARTS)
-            members.members_of(assembled)
+            edit_experts.members_of(assembled)
             parts_of(assembled)
             check_same_backbone(FFN, backbone, [expert])
             assert model_card(run, backbone, [expert], card_facts, "A model.")
             if number % 100 == 0:
-                members.remove(f"{run.output_dir}/assembled", 1, str(tmp_path / f"without-{number}"))
+                edit_experts.remove(f"{run.output_dir}/assembled", 1, str(tmp_path / f"without-{number}"))
         except UserError:
             continue
     path.write_bytes(signed(good))
-    members.members_of(open_artifact(f"{run.output_dir}/assembled"))
+    edit_experts.members_of(open_artifact(f"{run.output_dir}/assembled"))

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoints import paths
-from modularforge.artifacts import Backbone
 from modularforge.config import Config
 from modularforge.errors import Interrupted, MismatchError
 from modularforge.experts import kind
 from modularforge.model import names
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.run import Run
+from modularforge.stage_outputs import Backbone
 from modularforge.stages import assemble, calibrate, expert
 from modularforge.training.checkpointing import Checkpointing
 from tests import gains_kind

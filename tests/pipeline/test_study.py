@@ -19,7 +19,6 @@ import torch
 import yaml
 
 from checkpoints import find_artifact, open_artifact, paths, plain_folder
-from modularforge.artifacts import Backbone, Corpus
 from modularforge.assembly.assemble import assemble as put_together
 from modularforge.calibration.calibrator import split_documents
 from modularforge.config_files import to_yaml
@@ -32,6 +31,7 @@ from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.moe import load_balance_loss, observe_routing
 from modularforge.model.upcycling import build_joint
 from modularforge.run import Run
+from modularforge.stage_outputs import Backbone, Corpus
 from modularforge.stages import assemble, calibrate, evaluate
 from modularforge.stages.baselines import choose_trained
 from modularforge.study.runs import Runs

@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers
 
-from modularforge.artifacts import Corpus
 from modularforge.config import Config
 from modularforge.config_files import complete_config
 from modularforge.errors import DataError
@@ -16,6 +15,7 @@ from modularforge.evaluation.extras import prepare_chat, read_questions
 from modularforge.evaluation.scoring import score
 from modularforge.model.folder import load_model
 from modularforge.run import Run
+from modularforge.stage_outputs import Corpus
 from modularforge.stages import backbone, evaluate
 from tests.conftest import prepare_data, tiny_values
 from tests.pretrained import models

@@ -15,7 +15,6 @@ import transformers
 from safetensors.torch import load_file
 
 from checkpoints.errors import UserError
-from modularforge.artifacts import Backbone, Corpus
 from modularforge.calibration.calibrator import split_documents
 from modularforge.config import Config
 from modularforge.config_files import complete_config, load_config, to_yaml
@@ -26,6 +25,7 @@ from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.moe import restrict_routing
 from modularforge.pipeline import stage_url
 from modularforge.run import Run
+from modularforge.stage_outputs import Backbone, Corpus
 from modularforge.stages import assemble, backbone, expert
 from modularforge.stored_models import stored_model
 from tests.conftest import prepare_data, run_every_stage, tiny_values

@@ -11,6 +11,7 @@ from benchmarks.assembly import assemble_once
 from checkpoints import Artifact, open_artifact, paths, plain_folder, write_artifact
 from checkpoints.copying import copy_artifact
 from checkpoints.s3 import S3Store
+from modularforge import edit_experts
 from modularforge.assembly import stream
 from modularforge.assembly.assemble import assemble
 from modularforge.config import Config, ModelConfig
@@ -18,7 +19,6 @@ from modularforge.errors import MismatchError
 from modularforge.experts.ffn import EXPERT_NAME
 from modularforge.run import Run
 from modularforge.stages import assemble as assemble_stage
-from modularforge.stages import members
 from tests.synthetic_models import describe, write_parts
 
 
@@ -140,10 +140,10 @@ def test_a_model_pulled_elsewhere_can_still_be_changed(s3: str, finished_run: Co
     (tmp_path / "old").rename(tmp_path / "moved")
     for name in ("backbone", "assembled", *(f"experts/expert-{index}" for index in range(3))):
         copy_artifact(open_artifact(str(tmp_path / "moved" / name)), f"{s3}/run/{name}", lambda _: None)
-    on_s3 = members.remove(f"{s3}/run/assembled", 1, f"{s3}/two")
-    on_disk = members.remove(str(tmp_path / "moved/assembled"), 1, str(tmp_path / "two"))
+    on_s3 = edit_experts.remove(f"{s3}/run/assembled", 1, f"{s3}/two")
+    on_disk = edit_experts.remove(str(tmp_path / "moved/assembled"), 1, str(tmp_path / "two"))
     assert on_s3.manifest.files == on_disk.manifest.files
     assert on_s3.manifest.facts["backbone"]["url"] == f"{s3}/run/backbone"
     shutil.rmtree(tmp_path / "moved/backbone")
     with pytest.raises(MismatchError, match=r"that is neither there nor at .*moved/backbone; bring it back"):
-        members.remove(str(tmp_path / "moved/assembled"), 1, str(tmp_path / "again"))
+        edit_experts.remove(str(tmp_path / "moved/assembled"), 1, str(tmp_path / "again"))

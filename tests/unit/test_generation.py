@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from checkpoints import plain_folder
-from modularforge.artifacts import Corpus
 from modularforge.assembly.assemble import assemble
 from modularforge.config import Config, ModelConfig
 from modularforge.data.tokenizer import EOS
@@ -18,6 +17,7 @@ from modularforge.evaluation.generation import _continue as continue_ids
 from modularforge.model.backbone import build_backbone
 from modularforge.model.folder import load_model
 from modularforge.run import Run
+from modularforge.stage_outputs import Corpus
 
 LOGITS = torch.tensor([0.5, 3.0, -1.0, 2.0, 1.0]).log_softmax(dim=-1)
 

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from checkpoints import Artifact
-from modularforge.artifacts import Backbone
 from modularforge.assembly.card import special_tokens
 from modularforge.config import CalibrationConfig, ExpertsConfig
 from modularforge.errors import ConfigError
@@ -35,6 +34,7 @@ from modularforge.routing.statistics import (
     save_statistics,
 )
 from modularforge.routing.text_counts import COUNTS_NAME
+from modularforge.stage_outputs import Backbone
 from modularforge.training.losses import RoutedLoss
 
 

@@ -24,7 +24,7 @@ from checkpoints import (
     write_artifact,
 )
 from checkpoints.urls import MANIFEST_NAME
-from modularforge.artifacts import Backbone
+from modularforge import edit_experts
 from modularforge.assembly.assemble import assemble
 from modularforge.config import Config
 from modularforge.errors import DataError, MismatchError
@@ -41,9 +41,9 @@ from modularforge.routing.kernel import angles_of, bell
 from modularforge.routing.statistics import ROUTER_NAME, STATISTICS_NAME, load_statistics
 from modularforge.routing.text_evidence import TIE, texts_of
 from modularforge.run import Run
+from modularforge.stage_outputs import Backbone
 from modularforge.stages import assemble as assemble_stage
 from modularforge.stages import calibrate as calibrate_stage
-from modularforge.stages import members
 from tests.conftest import run_command
 
 
@@ -65,7 +65,7 @@ def copy_of_run(run: Config, folder: Path, **changes: object) -> Config:
 def test_a_report_says_that_the_evaluation_is_of_the_old_model(finished_run: Config, tmp_path: Path) -> None:
     shutil.copytree(paths.local_path(finished_run.output_dir), tmp_path / "run")
     assert not any("evaluation" in problem for problem in read_run(str(tmp_path / "run")).problems)
-    members.remove(str(tmp_path / "run" / "assembled"), 1)
+    edit_experts.remove(str(tmp_path / "run" / "assembled"), 1)
     run = read_run(str(tmp_path / "run"))
     assert any("evaluation is of an assembled model that has been replaced" in problem for problem in run.problems)
     assert run.config["experts"]["count"] == 3
@@ -88,10 +88,10 @@ def test_a_removed_expert_leaves_the_model_that_never_had_it(
     backbone, experts = parts_of(run)
     (tmp_path / "without").mkdir()
     assemble(run, backbone, [experts[0], experts[2]], plain_folder(tmp_path / "without"))
-    changed = members.remove(url, 1)
+    changed = edit_experts.remove(url, 1)
     assert weights(url) == weights(str(tmp_path / "without"))
-    assert [member.index for member in members.members_of(changed)] == [0, 2]
-    members.add(url, stage_url(run, "expert", 1))
+    assert [member.index for member in edit_experts.members_of(changed)] == [0, 2]
+    edit_experts.add(url, stage_url(run, "expert", 1))
     (tmp_path / "whole").mkdir()
     assemble(run, backbone, experts, plain_folder(tmp_path / "whole"))
     assert weights(url) == weights(str(tmp_path / "whole"))
@@ -103,7 +103,7 @@ def test_only_what_changes_is_written(finished_run: Config, tmp_path: Path) -> N
     assemble_stage.run(Run(run))
     url = stage_url(run, "assembled")
     before = {path.name: path.stat().st_ino for path in Path(url).iterdir()}
-    changed = members.remove(url, 2)
+    changed = edit_experts.remove(url, 2)
     after = {path.name: path.stat().st_ino for path in Path(url).iterdir()}
     same = {name for name in after if name.startswith("expert-")}
     assert same == {"expert-000.safetensors", "expert-001.safetensors", "expert-002.safetensors"}
@@ -154,10 +154,10 @@ def test_a_model_keeps_as_many_experts_as_each_token_visits(finished_run: Config
     run = copy_of_run(finished_run, tmp_path / "run", experts_per_token=3)
     assemble_stage.run(Run(run))
     url = stage_url(run, "assembled")
-    members.remove(url, 1)
+    edit_experts.remove(url, 1)
     with pytest.raises(MismatchError, match=r"must keep 3 experts, .*, but without 2 it has 2; add another one first"):
-        members.remove(url, 2)
-    assert [member.index for member in members.members_of(open_artifact(url))] == [0, 2]
+        edit_experts.remove(url, 2)
+    assert [member.index for member in edit_experts.members_of(open_artifact(url))] == [0, 2]
 
 
 def test_a_plain_experts_file_is_linked_too(tmp_path: Path, finished_run: Config) -> None:
@@ -413,8 +413,8 @@ def test_the_command_lists_and_changes_members_and_says_what_is_wrong(finished_r
     assert [(entry["slot"], entry["index"]) for entry in listed] == [(1, 0), (2, 1), (3, 2)]
     output = str(tmp_path / "two")
     run_command("modularforge", "experts", "remove", url, "1", "--output", output)
-    assert [member.index for member in members.members_of(open_artifact(output))] == [0, 2]
-    assert len(members.members_of(open_artifact(url))) == 3
+    assert [member.index for member in edit_experts.members_of(open_artifact(output))] == [0, 2]
+    assert len(edit_experts.members_of(open_artifact(url))) == 3
     wrong = run_command("modularforge", "experts", "remove", url, "7", check=False)
     assert wrong.returncode == 2
     assert "must have an expert 7, but has 0, 1, 2" in wrong.stderr
@@ -428,21 +428,21 @@ def test_the_command_lists_and_changes_members_and_says_what_is_wrong(finished_r
 def test_a_chosen_membership_is_kept_when_the_pipeline_runs_again(finished_run: Config, tmp_path: Path) -> None:
     run = copy_of_run(finished_run, tmp_path / "run", router="data_stats")
     assemble_stage.run(Run(run))
-    members.remove(stage_url(run, "assembled"), 0)
+    edit_experts.remove(stage_url(run, "assembled"), 0)
     assemble_stage.run(Run(run))
-    assert [member.index for member in members.members_of(Run(run).require("assembled"))] == [1, 2]
+    assert [member.index for member in edit_experts.members_of(Run(run).require("assembled"))] == [1, 2]
 
 
 def test_a_replaced_expert_may_come_from_another_run(finished_run: Config, tmp_path: Path) -> None:
     run = copy_of_run(finished_run, tmp_path / "run", router="data_stats")
     assemble_stage.run(Run(run))
     newer = damaged(Run(run).require("expert", 1), tmp_path / "newer", lambda t: t[first_key(t)].add_(1))
-    changed = members.replace(stage_url(run, "assembled"), 1, newer.url, str(tmp_path / "new-model"))
+    changed = edit_experts.replace(stage_url(run, "assembled"), 1, newer.url, str(tmp_path / "new-model"))
     assert changed.manifest.files["expert-002.safetensors"] == newer.manifest.files[EXPERT_NAME]
     old = Run(run).require("assembled").manifest.files
     assert changed.manifest.files["expert-001.safetensors"] == old["expert-001.safetensors"]
     with pytest.raises((MismatchError, ArtifactExistsError)):
-        members.replace(stage_url(run, "assembled"), 2, newer.url, str(tmp_path / "new-model"))
+        edit_experts.replace(stage_url(run, "assembled"), 2, newer.url, str(tmp_path / "new-model"))
 
 
 def test_of_experts_with_the_same_index_one_is_named_by_its_place(finished_run: Config, tmp_path: Path) -> None:
@@ -450,11 +450,11 @@ def test_of_experts_with_the_same_index_one_is_named_by_its_place(finished_run: 
     assemble_stage.run(Run(run))
     url = stage_url(run, "assembled")
     newer = damaged(Run(run).require("expert", 1), tmp_path / "newer", lambda t: t[first_key(t)].add_(1))
-    members.add(url, newer.url)
+    edit_experts.add(url, newer.url)
     with pytest.raises(MismatchError, match=r"1 must name one expert .*, but names .*expert-1, .*newer; write one"):
-        members.remove(url, 1)
-    changed = members.remove(url, stage_url(run, "expert", 1))
-    assert [member.url for member in members.members_of(changed) if member.index == 1] == [newer.url]
+        edit_experts.remove(url, 1)
+    changed = edit_experts.remove(url, stage_url(run, "expert", 1))
+    assert [member.url for member in edit_experts.members_of(changed) if member.index == 1] == [newer.url]
 
 
 def test_info_counts_the_widened_model_exactly(finished_run: Config, tmp_path: Path) -> None:
