@@ -5,7 +5,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_CONSTRAINTS ?= --constraint constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_CONSTRAINTS)
-SOURCES := modularforge launcher checkpoints
 PYTEST_ARGS ?=
 # Tests mostly wait for processes, so two files are tested at a time; 0 tests in this process alone.
 PYTEST_WORKERS ?= 2
