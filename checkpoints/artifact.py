@@ -7,27 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from checkpoints import paths
 from checkpoints.errors import CorruptArtifactError, MissingArtifactError
 from checkpoints.hashing import FileEntry
-from checkpoints.manifest import Manifest
+from checkpoints.manifest import CHECKPOINT_KIND, Manifest
 from checkpoints.options import cache_folder
+from checkpoints.parallel import in_order
 from checkpoints.parsing import parse_json
 from checkpoints.streams import check_local_file, check_size, stream_file
-from checkpoints.urls import HIDDEN, MANIFEST_NAME, OWNER_NAME
-
-if TYPE_CHECKING:
-    pass
-from collections.abc import Iterable
-
-from checkpoints.manifest import CHECKPOINT_KIND
-from checkpoints.parallel import in_order
-from checkpoints.urls import ATTEMPT, UnsafeNameError, checked_path
+from checkpoints.urls import ATTEMPT, HIDDEN, MANIFEST_NAME, OWNER_NAME, UnsafeNameError, checked_path
 
 READS_AT_ONCE = 8
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 import sys
 import traceback
 import unicodedata
@@ -20,7 +21,6 @@ from checkpoints.redact import redact
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-import shlex
 
 # Control characters, separators of lines, half surrogate pairs: they move the cursor, hide text, or cannot be encoded.
 ESCAPED_CATEGORIES = frozenset({"Cc", "Zl", "Zp", "Cs"})

@@ -248,7 +248,7 @@ def tail(config: Config, what: str, follow: bool) -> Iterator[str]:
 
 def _is_live(config: Config, what: str) -> bool:
     config, record = recorded(config)
-    name = what.replace("/", "-")
+    name = str(JobName.parse(what))
     try:
         return is_going_on([row for row in read_status(config, record) if row.task == name])
     except SlurmError as error:

@@ -58,7 +58,8 @@ def read_status(config: Config, record: Record) -> list[Row]:
     done |= finished_tasks(Run(config), late)
     live = live_tasks(record, jobs, events)
     queued = {(job.job, job.index): job for job in jobs}
-    carriers = {name: item for item in record.live for name in item.task_names}
+    # Taken back ones too: what an earlier launch finished keeps its job and its log.
+    carriers = {name: item for item in record.submissions if item.job for name in item.task_names}
     return [
         _row(config, task, events.get(task.name, []), carriers.get(task.name), live, queued, done, spared)
         for task in tasks

@@ -29,6 +29,8 @@ app = typer.Typer(
 app.add_typer(experts_app, name="experts")
 
 
+PRODUCT = ("prepare-data", "backbone", "expert", "assemble")
+"""The jobs that make the model; what other measured rows there are is what it is compared with."""
 INDEX = typer.Option(help="Which one of the partitions' jobs, from 0.")
 
 
@@ -139,7 +141,7 @@ def _evaluate(run: Run) -> None:
     from modularforge.stages.evaluate import where
 
     for stage in wanted_stages(run.config):
-        if stage.baseline is not None:
+        if stage.is_measured and stage.job_name not in PRODUCT:
             _make(run, stage.job_name)
     print_table(run.make("evaluation"))
     say(where(run))
@@ -158,7 +160,7 @@ def run_all(
 ) -> None:
     """Prepare data, train backbone and experts, assemble, calibrate and evaluate; finished stages are skipped."""
     run = Run(settings)
-    skipped = {"prepare-data": skip_data, "backbone": skip_backbone, "expert": skip_experts, "assemble": skip_assembly}
+    skipped = dict(zip(PRODUCT, (skip_data, skip_backbone, skip_experts, skip_assembly), strict=True))
     for job in [job for job, skip in skipped.items() if not skip]:
         _make(run, job, but=("calibrated",) if skip_calibration else ())
     if not skip_evaluation:

@@ -290,6 +290,8 @@ class ExpertsConfig(PhaseConfig):
 
     count: int = Field(5, ge=1)
     """Experts to train, one per partition; the assembled model has the public FFN beside them."""
+    kind: str = Field("ffn", pattern=NAME)
+    """What an expert is: `ffn`, or a kind that an installed package adds (entry points `modularforge.experts`)."""
     anchored: bool = False
     """Train beside the frozen public FFN with a router row of its own (FlexOlmo); false trains a plain FFN alone, which
     was better in our runs (docs/method.md)."""
@@ -517,6 +519,8 @@ class Config(SafeSection):
 
     name: Annotated[Line, Field(max_length=200)] = "modularforge"
     """Title of reports and of the model card."""
+    task: str = Field("text", pattern=NAME)
+    """What is learned: `text`, or a task that an installed package adds (entry points `modularforge.tasks`)."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Every random choice follows from it."""
     data_seed: int | None = Field(None, ge=0, lt=2**31)

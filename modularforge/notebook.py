@@ -197,7 +197,7 @@ class LayerNormCalibrator:
         end = _end_token(artifact.read_json(CONFIG_NAME))
         decide, fitted = (encode(self.tokenizer, validation_texts[start::2], end) for start in (0, 1))
         model = load_model(artifact.local_folder()).to(default_device())
-        job = Job("calibration", self.config.calibration, self.config.training)
+        job = Job("calibrated", self.config.calibration, self.config.training)
         seed = derived_seed(self.config.seed, "calibration order")
         result = calibrate(model, self.config, even_mixture({"": fitted}), {"": decide}, job, seed)
         if output_dir is not None and result.kept:

@@ -17,6 +17,7 @@ from typing import Any
 
 from checkpoints import Artifact, paths
 from modularforge.config import GONE_FROM_ROPE, TRAINED_ON_ALL, Config, PhaseConfig
+from modularforge.experts.kind import kind_of
 
 NEVER = "never"  # `Stage.baseline` of what no run makes by itself, only a study
 EVERY = "*"
@@ -235,6 +236,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "experts.count": ("expert", "branch"),
     # What experts have and baselines have not: where an FFN starts, a public FFN beside it, a router's loss, sums.
     "experts.init": ALL_BASELINES,
+    "experts.kind": ALL_BASELINES,
     "experts.anchored": ("dense", "dense_wide", "branch"),
     "experts.z_loss": ("dense", "dense_wide", "joint_evidence", "branch"),
     "experts.statistics_tokens": (*TRAINED_ON_ALL, "btx"),
@@ -252,7 +254,11 @@ STANDS_FOR = {
 }
 """By stage, its settings that outrank general ones. A stage's settings have the value that counts, under the general
 name: whoever says it, the artifact is the same."""
+EVERYWHERE = ("task",)
+"""Settings that every stage depends on."""
 CAME_LATER: dict[str, Any] = {
+    "experts.kind": "ffn",
+    "task": "text",
     "experts.counted_tokens": 20_000_000,
     "experts.counted_pairs": 1_000_000,
     "evaluation.general": None,
@@ -324,7 +330,8 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
     if "{data}" in stage.folder:
         values["seed"] = config.preparation_seed
     found: dict[str, Any] = {}
-    for setting in (*stage.sections, *stage.also):
+    sections = stage.sections if name != "expert" else {*stage.sections, kind_of(config).settings}
+    for setting in (*sections, *stage.also, *EVERYWHERE):
         found.update(_flatten(setting, _value(values, setting)))
     if "model" in stage.sections and config.model.rope_scaling:
         found |= dict.fromkeys(GONE)

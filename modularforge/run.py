@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,15 @@ from modularforge.pipeline import CHOSEN_FACT, STAGES, JobName, Plan, contents, 
 if TYPE_CHECKING:
     from modularforge.stage_outputs import Backbone, Corpus
 
+LOOKS, SECONDS_BETWEEN_LOOKS = 30, 2.0  # attribute caches of NFS last up to a minute
+
 
 class Run:
     """A run's artifacts by stage and index. What was found, or found missing, is remembered while the command lasts.
 
-    Artifacts are immutable, so that only what this process commits or removes itself is told to it (`forget`); a
-    command that waits for other processes looks with a new `Run`.
+    Artifacts are immutable, so that only what this process commits or removes itself is told to it (`forget`). What is
+    missing is looked for again after it was asked for in vain (`require`) and when something is made, not for each of
+    ten thousand experts that lack a backbone. A command that waits for other processes looks with a new `Run`.
     """
 
     def __init__(self, config: Config) -> None:
@@ -70,6 +74,7 @@ class Run:
             return artifact
         if plan.is_outgrown(artifact):
             return None
+        self.forget(plan.url)  # it may be deleted, as the sentence says, while a notebook keeps this run
         raise MismatchError(
             f"{plan.url} must have been made with these settings and inputs, but {plan.difference(artifact)}; "
             "use another --output-dir, or delete that folder to make it again"
@@ -84,6 +89,16 @@ class Run:
 
     def require(self, stage: str, index: int | None = None) -> Artifact:
         """The artifact of an earlier stage; raises MissingArtifactError with the command that makes it."""
+        try:
+            return self._required(stage, index)
+        except MissingArtifactError:
+            self._forget_missing()
+            raise
+
+    def _forget_missing(self) -> None:
+        self._found = {url: artifact for url, artifact in self._found.items() if artifact is not None}
+
+    def _required(self, stage: str, index: int | None = None) -> Artifact:
         artifact = self.finished(self.plan(stage, index))
         if artifact is None:
             where = STAGES[stage].job_name + ("" if index is None else f" --index {index}")
@@ -94,12 +109,20 @@ class Run:
         return artifact
 
     def made(self, stage: str, index: int | None = None) -> Artifact:
-        """The artifact that was made just now, perhaps by another rank, after this one had found it missing."""
-        self.forget(self.url(stage, index))
+        """The artifact that was made just now, perhaps by rank 0 on another node, where storage may show it later.
+
+        Caches of network file systems remember for seconds that a file was not there.
+        """
+        for _ in range(LOOKS):
+            self.forget(self.url(stage, index))
+            if found := self.artifact(stage, index):
+                return found
+            time.sleep(SECONDS_BETWEEN_LOOKS)
         return self.require(stage, index)
 
     def make(self, stage: str, index: int | None = None) -> Any:
         """Run what makes a stage, unless that is done; returns what it returns, mostly the artifact."""
+        self._forget_missing()
         return STAGES[stage].function()(self, *([] if index is None else [index]))
 
     def require_each(self, stage: str) -> list[Artifact]:
@@ -159,16 +182,16 @@ class Run:
 
     def _input(self, needed: str, index: int | None) -> dict[str, str]:
         if needed == "partition":
-            return {needed: self.require("partitions").manifest.files[f"partition-{index}.tokens.bin"].sha256[:32]}
+            return {needed: self._required("partitions").manifest.files[f"partition-{index}.tokens.bin"].sha256[:32]}
         if needed == "experts":
             chosen = self.chosen_experts()
             return {str(JobName("expert", k)): artifact.manifest.fingerprint for k, artifact in chosen.items()}
         if needed == "branches":
-            branches = enumerate(self.require_each("branch"))
+            branches = enumerate(self._required("branch", k) for k in STAGES["branch"].indices(self.config))
             return {str(JobName("branch", k)): artifact.manifest.fingerprint for k, artifact in branches}
         if needed in ("tokenizer", "pretrained"):
             return _pretrained_input(self.config, needed)
-        artifact = self.require(needed)
+        artifact = self._required(needed)
         return {needed: contents(artifact) if needed == "corpus" else artifact.manifest.fingerprint}
 
 

@@ -105,8 +105,8 @@ def find_kind(name: str) -> Kind:
 
 
 def kind_of(config: Config) -> Kind:
-    """The kind of a run's experts: `ffn`, as long as there is no setting to name another."""
-    return find_kind(getattr(config.experts, "kind", "ffn"))
+    """The kind of a run's experts, `experts.kind`."""
+    return find_kind(config.experts.kind)
 
 
 def kind_of_artifact(artifact: Artifact) -> Kind:

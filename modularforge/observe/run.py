@@ -165,6 +165,8 @@ def _newest_config(url: str, artifacts: dict[str, Artifact], problems: list[str]
 def _read_jobs(url: str, problems: list[str]) -> dict[str, JobMetrics]:
     folder = _metrics_folder(url)
     files = [name for name in paths.list_folder(folder) if name.endswith(".jsonl")]
+    # A run that an earlier version calibrated, and this one again, has both: the old one is of a model that is gone.
+    files = [name for name in files if f"{OLD_NAMES.get(name.removesuffix('.jsonl'))}.jsonl" not in files]
     contents = in_order(lambda name: _read(paths.join(folder, name), problems), files, READS_AT_ONCE)
     names = [OLD_NAMES.get(name, name) for name in (file.removesuffix(".jsonl") for file in files)]
     jobs = {name: parse_metrics(name, content) for name, content in zip(names, contents, strict=True)}

@@ -127,7 +127,8 @@ def _loaders(run: Run, artifacts: dict[str, Artifact]) -> dict[str, Loader]:
         return {job: StoredModel(artifacts[job].url, artifacts[job]).load for job in jobs}
 
     experts, branches = ([artifacts[job] for job in of_stage[name]] for name in ("expert", "branch"))
-    whole = [name for name, stage in STAGES.items() if stage.panel == "baselines"]
+    own = ("backbone", "assembled", "calibrated")  # which have their place in the table
+    whole = [name for name, stage in STAGES.items() if stage.is_measured and not stage.is_indexed and name not in own]
     loaders = folders(["backbone", *(job for name in whole for job in of_stage[name])])
     loaders |= {job: partial(backbone.expert, artifacts[job]) for job in of_stage["expert"]}
     if "soup" in config.evaluation.baselines and len(experts) == config.experts.count:

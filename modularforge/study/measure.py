@@ -90,7 +90,7 @@ def calibrate_model(run: StudyRun, config: Config, model: Decoder, fresh: Decode
     fit_half, decide_half = split_documents(corpus.tokens("validation"), corpus.labels)
     if not fit_half:
         raise DataError("calibration needs two validation documents of a domain, but there are fewer; add some")
-    job = Job("calibration", config.calibration, config.training)
+    job = Job("calibrated", config.calibration, config.training)
     seed = derived_seed(config.seed, "calibration order")
     result = calibrate(model.to(default_device()), config, even_mixture(fit_half), decide_half, job, seed)
     facts = {"kept": result.kept, "loss_before": result.before, "loss_after": result.after}

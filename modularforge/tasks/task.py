@@ -126,8 +126,8 @@ def find_task(name: str) -> Task:
 
 
 def task_of(config: Config) -> Task:
-    """The task of a run: text, as long as there is no setting to name another."""
-    return find_task(getattr(config, "task", "text"))
+    """The task of a run, `task`."""
+    return find_task(config.task)
 
 
 def deciding(table: tuple[Metric, ...]) -> Metric:

@@ -26,9 +26,9 @@ from tests import gains_kind
 def config(finished_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """The finished run's data and backbone, with experts of the other kind."""
     row = "tests.gains_kind:GAINS"
-    monkeypatch.setattr(kind, "OWN", {"ffn": row, "gains": row})
+    monkeypatch.setattr(kind, "OWN", {**kind.OWN, "gains": row})
     (tmp_path / "backbone").symlink_to(paths.local_path(finished_run.output_dir) / "backbone")
-    experts = finished_run.experts.model_copy(update={"steps": 8})
+    experts = finished_run.experts.model_copy(update={"steps": 8, "kind": "gains"})
     training = finished_run.training.model_copy(update={"checkpoint_every": 2})
     changes = {"experts": experts, "training": training}
     return finished_run.model_copy(update={**changes, "output_dir": str(tmp_path), "data_dir": finished_run.data_url})

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from checkpoints import paths
+from checkpoints import Artifact, MissingArtifactError, find_artifact, paths
+from launcher.tasks import build_tasks, finished_tasks
 from modularforge.config import Config
 from modularforge.pipeline import STAGES
 from modularforge.run import Run
@@ -58,3 +61,30 @@ def test_an_artifact_that_is_committed_between_two_looks_is_found(finished_run: 
     run.require("expert", 1)
     run._found[run.url("expert", 1)] = None
     assert run.require("expert", 1).manifest.kind == "expert"
+
+
+def test_what_was_missing_is_looked_for_again_after_it_was_asked_for_in_vain(
+    finished_run: Config, tmp_path: Path
+) -> None:
+    """A notebook keeps its run for days, while other jobs go on."""
+    run = Run(finished_run.model_copy(update={"output_dir": str(tmp_path / "run"), "data_dir": finished_run.data_url}))
+    with pytest.raises(MissingArtifactError, match="backbone must be finished first"):
+        run.require("expert", 0)
+    for folder in ("backbone", "experts"):
+        shutil.copytree(f"{finished_run.output_dir}/{folder}", tmp_path / "run" / folder)
+    assert run.require("expert", 0).manifest.kind == "expert"
+
+
+def test_a_run_without_a_backbone_is_not_asked_for_it_by_every_expert(
+    finished_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: Counter[str] = Counter()
+
+    def counted(url: str) -> Artifact | None:
+        looks[url] += 1
+        return find_artifact(url)
+
+    monkeypatch.setattr("modularforge.run.find_artifact", counted)
+    config = finished_run.model_copy(update={"output_dir": str(tmp_path / "run"), "data_dir": finished_run.data_url})
+    assert finished_tasks(Run(config), build_tasks(config)) == {"prepare-data"}
+    assert max(looks.values()) == 1, looks

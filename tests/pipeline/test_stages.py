@@ -103,3 +103,12 @@ def test_every_row_names_a_function_and_sections_that_there_are(name: str, tmp_p
 def test_a_jobs_name_is_read_back(text: str) -> None:
     assert str(JobName.parse(text)) == text
     assert JobName.parse("expert/3") == JobName("expert", 3)
+
+
+def test_run_all_makes_and_measures_a_new_row(config: Config, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    done = CliRunner().invoke(cli.app, ["run-all", "--config", str(path)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert Run(config).artifact("parrot") is not None
+    assert "parrot" in Run(config).make("evaluation")["models"]

@@ -8,15 +8,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from checkpoints.saver import CheckpointSaver
 from checkpoints.training import Checkpoint, load_newest_checkpoint, save_checkpoint
-
-if TYPE_CHECKING:
-    from _typeshed import FileDescriptorLike
 
 FINGERPRINT = "f"
 KILLED = 137
@@ -96,7 +93,7 @@ def die_at_call(number: int, url: str, notes: Path) -> None:
 
     sync = os.fsync
 
-    def counted_sync(fd: FileDescriptorLike) -> None:
+    def counted_sync(fd: Any) -> None:
         count()
         sync(fd)
 

@@ -11,7 +11,7 @@ import pytest
 from modularforge import pipeline
 from modularforge.config import Config
 from modularforge.config_files import load_config, setting_names
-from modularforge.pipeline import CAME_LATER, EVERY, OUTSIDE, STAGES, fingerprint, stage_settings
+from modularforge.pipeline import CAME_LATER, EVERY, EVERYWHERE, OUTSIDE, STAGES, fingerprint, stage_settings
 from tests.conftest import ROOT, tiny_config
 
 # Of the settings alone (no inputs), for every stage that there was, taken at commit 7c36fa4: of the shipped files, and
@@ -63,7 +63,9 @@ def test_every_setting_counts_for_the_stages_of_its_section_or_is_on_the_list(tm
     sections = {section for stage in STAGES.values() for section in stage.sections}
     for setting in setting_names():
         section = setting.split(".")[0]
-        used = {name for name, stage in STAGES.items() if section in stage.sections or setting in stage.also}
+        used = {
+            name for name, stage in STAGES.items() if section in stage.sections or setting in (*stage.also, *EVERYWHERE)
+        }
         is_known = section in (*OUTSIDE, "data", "seed", "partition") or used - silent(setting)
         assert is_known, f"{setting} changes no artifact: put it under a stage, or say why on the list"
     assert sections <= set(Config.model_fields)
