@@ -123,6 +123,8 @@ def assert_record_events_and_logs_are_as_on_a_cluster(run: Run) -> None:
     kept = json.loads((run.folder / "cluster" / "report.json").read_text())
     assert {row["stage"] for row in kept} == {"expert", "assemble", "evaluate"}
     assert "all jobs have ended" in launcher(run, "cancel")
+    run.launch(None)  # which has nothing left to do but the evaluation
+    assert "finished: " in launcher(run, "logs", "expert/1"), "an earlier launch keeps its logs"
 
 
 def launcher(run: Run, *arguments: str, code: int = 0) -> str:
