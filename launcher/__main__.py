@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from checkpoints.screen import say
 from modularforge.config import Config
+from modularforge.errors import ConfigError
 from modularforge.exits import run_app
 from modularforge.options import with_settings, with_settings_of_a_run
 
@@ -52,6 +53,10 @@ def launch(
     """
     from launcher import runs
 
+    if cluster and max_workers is not None:
+        raise ConfigError(
+            "--max-workers is for processes here and excludes --cluster; there, cluster.array_throttle limits the experts"
+        )
     if dry_run:
         plan_of(settings)
     elif cluster:

@@ -265,6 +265,8 @@ def settings(
     """Print every setting with its type, its default and what it does."""
     from modularforge import settings_page
 
+    if schema and (pattern or markdown):
+        raise ConfigError("--schema is of all settings and excludes PATTERN and --markdown; give it alone")
     say(settings_page.schema() if schema else settings_page.page(pattern, markdown))
 
 

@@ -165,3 +165,9 @@ def test_only_commands_that_use_a_users_file_ask_for_the_shape(tmp_path: Path) -
         done = CliRunner().invoke(launcher, [command, *(["backbone"] if command == "logs" else []), "-c", str(path)])
         assert isinstance(done.exception, UserError), command
         assert "must hold a run" in str(done.exception), command
+
+
+def test_workers_are_for_processes_here() -> None:
+    done = CliRunner().invoke(launcher, ["--cluster", "--max-workers", "2", "-c", QUICKSTART])
+    assert isinstance(done.exception, ConfigError)
+    assert "array_throttle" in str(done.exception)

@@ -41,3 +41,8 @@ def test_the_schema_knows_what_settings_files_may_hold() -> None:
         values = yaml.safe_load((ROOT / f"configs/{file}.yaml").read_text())
         assert list(validator.iter_errors(values)) == []
         assert list(validator.iter_errors({**values, "backbone": {"stepz": 5}}))
+
+
+def test_the_schema_is_of_all_settings() -> None:
+    done = CliRunner().invoke(app, ["settings", "router", "--schema"])
+    assert isinstance(done.exception, ConfigError)
