@@ -55,7 +55,7 @@ def launch(
 
     if cluster and max_workers is not None:
         raise ConfigError(
-            "--max-workers is for processes here and excludes --cluster; there, cluster.array_throttle limits the experts"
+            "--max-workers is for processes here and excludes --cluster; there, set cluster.array_throttle"
         )
     if dry_run:
         plan_of(settings)
