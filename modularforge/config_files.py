@@ -17,7 +17,10 @@ from pydantic import BaseModel, ValidationError
 from checkpoints import StoreError, paths
 from modularforge.config import TRAINED_ON_ALL, Config, ModelConfig
 from modularforge.errors import ConfigError
+from modularforge.experts import kind
 from modularforge.mistakes import config_error, shown
+from modularforge.plugins import entry
+from modularforge.tasks import task
 from modularforge.yaml_text import MAX_BYTES, parse_yaml, to_yaml_text
 
 MOST_PARTS = 8  # settings have three at the most
@@ -71,7 +74,11 @@ def load_config(
         values["data_dir"] = data_dir
     if output_dir is not None:
         values["output_dir"] = output_dir
-    return complete_config(values, path) if asks_for_shape else make_config(values, path)
+    config = complete_config(values, path) if asks_for_shape else make_config(values, path)
+    # Now, and not when a backbone has been trained for days.
+    entry(kind.GROUP, kind.OWN, config.experts.kind, "kind of expert")
+    entry(task.GROUP, task.OWN, config.task, "task")
+    return config
 
 
 def _without_pretrained(model: Any) -> Any:

@@ -14,8 +14,13 @@ def find(group: str, own: Mapping[str, str], name: str, what: str) -> Any:
 
     Raises ConfigError with the names that there are. `what` stands for such an object in the message.
     """
+    return entry(group, own, name, what).load()
+
+
+def entry(group: str, own: Mapping[str, str], name: str, what: str) -> EntryPoint:
+    """The same, not loaded yet: whether there is such an object is known without its imports."""
     if name in own:
-        return EntryPoint(name, own[name], group).load()
+        return EntryPoint(name, own[name], group)
     known = {point.name: point for point in entry_points(group=group)}
     if name not in known:
         names = ", ".join(sorted({*own, *known}))
@@ -23,4 +28,4 @@ def find(group: str, own: Mapping[str, str], name: str, what: str) -> Any:
             f"a {what} must be one of {names}, but is {name!r:.60}; choose one of these, or install the package that "
             f"has it (entry points of the group {group})"
         )
-    return known[name].load()
+    return known[name]

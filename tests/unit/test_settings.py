@@ -171,3 +171,9 @@ def test_workers_are_for_processes_here() -> None:
     done = CliRunner().invoke(launcher, ["--cluster", "--max-workers", "2", "-c", QUICKSTART])
     assert isinstance(done.exception, ConfigError)
     assert "array_throttle" in str(done.exception)
+
+
+@pytest.mark.parametrize(("change", "known"), [("experts.kind=lora", "ffn"), ("task=speech", "text")])
+def test_a_kind_or_task_that_is_not_installed_is_refused_before_anything_is_trained(change: str, known: str) -> None:
+    with pytest.raises(ConfigError, match=f"must be one of {known}, but is"):
+        load_config(QUICKSTART, [change])
