@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from checkpoints import paths
 from checkpoints.parsing import parse_object
@@ -56,26 +59,48 @@ def read_holder(url: str) -> dict[str, object]:
 
 
 def is_alive(holder: dict[str, object]) -> bool:
-    """Whether there is a holder, and it lives: here its process is looked for; elsewhere it must not be silent long."""
+    """Whether there is a holder, and it lives: here its process is looked for; elsewhere it must not be silent long.
+
+    Ids of processes are given again, after a restart of the machine soon: the command must be the holder's too.
+    """
     if holder.get("host") == socket.gethostname():
-        return isinstance(pid := holder.get("pid"), int) and _exists(pid)
+        is_there = isinstance(pid := holder.get("pid"), int) and _exists(pid)
+        return is_there and holder.get("command") in (None, _digest(command_of(int(str(pid)))))
     return time.time() - (number_in(holder, "time") or 0) < STALE_SECONDS
 
 
 def _exists(pid: int) -> bool:
-    """Whether there is such a process, whoever's it is; numbers below 1 would mean groups of processes."""
+    """Whether there is such a process, whoever's it is."""
+    if pid < 1:  # which would mean groups of processes
+        return False
     try:
-        os.kill(max(pid, 1), 0)
+        os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
-    return pid > 0
+    return True
+
+
+def command_of(pid: int) -> str:
+    """The command line of a process; empty when there is none."""
+    listed = Path("/proc")
+    try:
+        if listed.is_dir():  # not on macOS
+            return (listed / str(pid) / "cmdline").read_text(errors="replace")
+        return subprocess.run(["ps", "-o", "command=", "-p", str(pid)], capture_output=True, text=True).stdout
+    except OSError:
+        return ""
+
+
+def _digest(command: str) -> str:
+    """A command as the lock has it: others may read the lock, and a command may hold a password."""
+    return hashlib.sha256(command.encode()).hexdigest()[:16]
 
 
 def _mark(token: str) -> bytes:
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "token": token}
-    return json.dumps(holder).encode()
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "command": _digest(command_of(os.getpid()))}
+    return json.dumps({**holder, "time": time.time(), "token": token}).encode()
 
 
 def _beat(url: str, token: str, ended: threading.Event) -> None:

@@ -27,7 +27,7 @@ from launcher.allocation import LOCAL, Allocation
 from launcher.command import without_torch_variables
 from launcher.events import Event, append_event, merge_events, read_all_events, read_events
 from launcher.layout import lock_url, log_file, work_folder
-from launcher.lock import BusyError, is_alive, read_holder, submission_lock
+from launcher.lock import BusyError, command_of, is_alive, read_holder, submission_lock
 from launcher.node import end_with_parent
 from launcher.record import Record, Submission, load_record, new_key, new_record, save_record
 from launcher.sbatch import job_names
@@ -145,12 +145,12 @@ class LocalLauncher:
 
     def _start_ready(self) -> bool:
         """Start every task that can start now; whether any was started."""
-        started = False
+        started, run = False, Run(self.config)
         for task in self.tasks:
             if self.stop_signal or not self._is_ready(task) or (slot := self._free_slot(task)) is None:
                 continue
             started = True
-            if not _is_always_run(task) and is_finished(Run(self.config), task):
+            if not _is_always_run(task) and is_finished(run, task):
                 self.say(f"{task.name}: finished before")
                 self.done.add(task.name)
             else:
@@ -367,18 +367,7 @@ def _orphans(config: Config, record: Record) -> list[int]:
 
 def _runs(pid: object, word: str) -> bool:
     """Whether a process of this machine has this id and this word in its command line: ids are given again."""
-    return isinstance(pid, int) and pid > 0 and word in _command_of(pid)
-
-
-def _command_of(pid: int) -> str:
-    """The command line of a process; empty when there is none."""
-    listed = Path("/proc")
-    try:
-        if listed.is_dir():  # not on macOS
-            return (listed / str(pid) / "cmdline").read_text(errors="replace")
-        return subprocess.run(["ps", "-o", "command=", "-p", str(pid)], capture_output=True, text=True).stdout
-    except OSError:
-        return ""
+    return isinstance(pid, int) and pid > 0 and word in command_of(pid)
 
 
 def _is_always_run(task: Task) -> bool:

@@ -676,8 +676,6 @@ def _impossible_combinations(config: Config) -> Any:
             f"cluster.min_experts must be at most experts.count ({experts.count}), but is {config.needed_experts}; "
             "lower it"
         )
-    if config.assembled_experts < 1:
-        yield "experts.count must be at least 1, but is 0; add experts"
     sources = config.data.sources
     names = [source.name for source in sources]
     for name in sorted({name for name in names if names.count(name) > 1}):

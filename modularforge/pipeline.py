@@ -2,7 +2,7 @@
 
 An artifact's identity is the fingerprint of (stage, its settings, the fingerprints of its inputs). A stage whose
 artifact is committed under the same fingerprint is done; under another one it belongs to another config and is refused.
-Command line, launcher, status, study, evaluation and reports are loops over these rows. `Run` finds the artifacts.
+Command line, launcher, status, evaluation and reports are loops over these rows. `Run` finds the artifacts.
 """
 
 from __future__ import annotations

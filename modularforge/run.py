@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from checkpoints import Artifact, find_artifact, paths
 from checkpoints.errors import MissingArtifactError
 from modularforge.config import Config
-from modularforge.errors import MismatchError
+from modularforge.errors import ConfigError, MismatchError
 from modularforge.pipeline import CHOSEN_FACT, STAGES, JobName, Plan, contents, stage_settings, stage_url
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class Run:
         self.config = config
         self._found: dict[str, Artifact | None] = {}
         self._settings: dict[str, dict[str, Any]] = {}
+        self._pretrained: dict[str, dict[str, str]] = {}
 
     def find(self, url: str) -> Artifact | None:
         """The committed artifact at a URL, or None."""
@@ -52,8 +53,15 @@ class Run:
     def plan(self, stage: str, index: int | None = None, inputs: dict[str, str] | None = None) -> Plan:
         """What a stage will make; raises MissingArtifactError when an input is not there yet.
 
-        `inputs` are given only for the evaluation, which reads whatever models there are.
+        `inputs` are given only for the evaluation, which reads whatever models there are. Raises ConfigError for an
+        index that no partition has.
         """
+        count = self.config.experts.count
+        if index is not None and not 0 <= index < count:
+            raise ConfigError(
+                f"--index must be between 0 and {count - 1} (experts.count is {count}), but is {index}; choose one of "
+                "these"
+            )
         found = self._inputs(stage, index) if inputs is None else inputs
         if stage not in self._settings:  # alike for all of ten thousand experts
             self._settings[stage] = stage_settings(self.config, stage)
@@ -190,7 +198,9 @@ class Run:
             branches = enumerate(self._required("branch", k) for k in STAGES["branch"].indices(self.config))
             return {str(JobName("branch", k)): artifact.manifest.fingerprint for k, artifact in branches}
         if needed in ("tokenizer", "pretrained"):
-            return _pretrained_input(self.config, needed)
+            if needed not in self._pretrained:  # hashes of whole models, and a look at the Hub's cache
+                self._pretrained[needed] = _pretrained_input(self.config, needed)
+            return self._pretrained[needed]
         artifact = self._required(needed)
         return {needed: contents(artifact) if needed == "corpus" else artifact.manifest.fingerprint}
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from modularforge.config import Config
 from modularforge.config_files import section_type
 from modularforge.errors import ConfigError
-from modularforge.yaml_text import to_yaml_text
 
 HEAD = """# Settings
 
 Written by `modularforge settings --markdown`. A settings file is YAML in these sections; `--set NAME=VALUE` changes one
-for a command. `configs/settings.schema.json` is the same for editors: begin a file with
+for a command, but none in an entry of a list (`data.sources.…`). What is required in a section that may be left out is
+so only where the section is given. `configs/settings.schema.json` is the same for editors: begin a file with
 `# yaml-language-server: $schema=settings.schema.json`.
 """
 
@@ -37,14 +39,17 @@ class Setting:
 
 
 def all_settings(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[Setting]:
-    """Every setting in the order of the file; those of a list's entries under `list.name`."""
+    """Every setting in the order of the file; those of a list's entries under `list.name`.
+
+    A section that may be left out, or of which there are many, has a row of its own before those in it.
+    """
     for name, field in section.model_fields.items():
         inner = section_type(field.annotation)
-        if inner is not None:
-            yield from all_settings(inner, f"{prefix}{name}.")
-        else:
+        if inner is not field.annotation:
             sentence = " ".join((field.description or "").split())
             yield Setting(prefix + name, type_text(field), _default(field), sentence)
+        if inner is not None:
+            yield from all_settings(inner, f"{prefix}{name}.")
 
 
 BOUNDS = {"Ge": "≥", "Gt": ">", "Le": "≤", "Lt": "<"}
@@ -69,6 +74,8 @@ def _words(annotation: Any) -> str:
         return f"{_words(inner[0])}: {_words(inner[1])}"
     if inner:
         return " or ".join(dict.fromkeys(_words(part) for part in inner))
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
     names = {str: "text", int: "int", float: "number", bool: "true | false", type(None): "null"}
     return names.get(annotation, str(getattr(annotation, "__name__", annotation)))
 
@@ -77,7 +84,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    return to_yaml_text({"x": value}).removeprefix("x:").strip().replace("\n", " ") if value != [] else "[]"
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n").removesuffix("\n...")
 
 
 def page(pattern: str | None, as_markdown: bool) -> str:

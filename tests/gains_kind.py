@@ -27,6 +27,10 @@ GAINS = Kind("gains", "experts", WEIGHTS, "tests.gains_kind", "tests.gains_kind"
 LAST_FROM = 4
 
 
+def watch(_step: int) -> None:
+    """For tests: the steps that begin."""
+
+
 def prepare(expert: ExpertJob) -> Any:
     from modularforge.experts.trainable import ParameterGroup, Trainable
 
@@ -35,6 +39,7 @@ def prepare(expert: ExpertJob) -> Any:
     last = {names.FINAL_NORM: gains.pop(names.FINAL_NORM)}
 
     def before_step(step: int) -> None:
+        watch(step)
         for parameters, learns in ((gains, step < LAST_FROM), (last, step >= LAST_FROM)):
             for weight in parameters.values():
                 weight.requires_grad_(learns)

@@ -63,6 +63,10 @@ def job_of(folder: Path, training: TrainingConfig) -> Job:
     )
 
 
+SEEN: list[int] = []
+"""The steps that this process began: a job that goes on does not begin at 0."""
+
+
 def trainable(kill_before: int | None = None) -> Trainable:
     """The job's parameters in two groups; the process is killed before a step when that is asked for."""
     torch.manual_seed(0)
@@ -70,6 +74,7 @@ def trainable(kill_before: int | None = None) -> Trainable:
     parts = {"projector": model.projector, "adapter": model.adapter}
 
     def before_step(step: int) -> None:
+        SEEN.append(step)
         if step == kill_before:
             os.kill(os.getpid(), signal.SIGKILL)
         model.projector.requires_grad_(step < ADAPTER_FROM or step >= BOTH_FROM)

@@ -1,4 +1,4 @@
-"""The files that CONTRIBUTING.md and the pages of docs/ name are there."""
+"""The files that README.md, CONTRIBUTING.md and the pages of docs/ name are there."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import pytest
 from tests.conftest import ROOT
 
 NAMED = re.compile(r"`((?:modularforge|launcher|checkpoints|tests|docs|configs|slurm|benchmarks)/[\w./-]*)`")
-PAGES = ("CONTRIBUTING.md", "README.md", "docs/design.md")
+PAGES = ("CONTRIBUTING.md", "README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+NAMES_NONE = ("docs/settings.md", "docs/observing.md", "docs/study.md", "docs/text.md", "docs/log.md")
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_files_that_a_page_names_are_there(page: str) -> None:
     named = set(NAMED.findall((ROOT / page).read_text(encoding="utf-8")))
-    assert named, "a page that names nothing is read wrongly"
+    assert named or page in NAMES_NONE, "a page that names nothing is read wrongly"
     assert sorted(name for name in named if not (ROOT / name).exists()) == []
 
 

@@ -21,7 +21,7 @@ from modularforge.config import ModelConfig, RopeScalingConfig
 Values = NDArray[np.float32]
 
 # A a squared, the bell's curvature: weights are near exp(-0.001 D squared), half at D = 26. Narrower means are noisier,
-# wider ones stay longer in a domain that the text has left (docs/method.md).
+# wider ones stay longer in a domain that the text has left (filters in docs/log.md).
 CURVATURE = 0.002
 USUAL_ANGLE = 0.01  # a turn of 628 tokens
 ANGLES = (0.003, 0.05)  # outside, the bell would need scores that bf16 cannot hold, or return at once

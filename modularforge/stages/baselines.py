@@ -32,13 +32,13 @@ from modularforge.model.folder import with_text_router
 from modularforge.model.hub_config import TABLES_NAME, end_tokens
 from modularforge.model.upcycling import build_joint, build_wide, without_rows
 from modularforge.pipeline import STAGES, JobName
-from modularforge.provenance import commit, making
+from modularforge.provenance import commit, making, save_settings
 from modularforge.routing.statistics import STATISTICS_NAME, save_statistics
 from modularforge.routing.text_counts import COUNTS_NAME, counts_of, load_counts
 from modularforge.routing.text_evidence import Texts, write_tables
 from modularforge.run import Run
 from modularforge.stage_outputs import derived_seed, token_file
-from modularforge.tasks.task import task_of
+from modularforge.tasks.task import Examples, task_of
 from modularforge.training.backbone_job import save_mixture, save_trained_on
 from modularforge.training.distributed import joined_world
 from modularforge.training.job import Job
@@ -48,10 +48,11 @@ from modularforge.training.losses import RoutedLoss, mean_loss
 
 @dataclass(frozen=True)
 class Start:
-    """What a baseline trains, and how the trained model is written into a folder."""
+    """What a baseline trains, how the trained model is written into a folder, and examples if they are its own."""
 
     trainable: Trainable
     save: Callable[[Path], None]
+    examples: Examples | None = None
 
 
 def dense(run: Run) -> Artifact:
@@ -61,7 +62,7 @@ def dense(run: Run) -> Artifact:
         model = run.backbone.model().float()
         return Start(trainable(model, task_of(run.config).loss), partial(save_trained_on, model, run.backbone))
 
-    return _train_on_all(run, "dense", start)
+    return _train(run, JobName("dense"), start)
 
 
 def dense_wide(run: Run) -> Artifact:
@@ -73,7 +74,7 @@ def dense_wide(run: Run) -> Artifact:
         model = build_wide(backbone.tensors, backbone.values, run.config.assembly.experts_per_token)
         return Start(trainable(model, task_of(run.config).loss), partial(save_trained_on, model, backbone))
 
-    return _train_on_all(run, "dense_wide", start)
+    return _train(run, JobName("dense_wide"), start)
 
 
 def joint(run: Run) -> Artifact:
@@ -83,7 +84,7 @@ def joint(run: Run) -> Artifact:
         model = _joint_model(run)
         return Start(trainable(model, _routed_loss(run, model)), partial(save_mixture, model, run.backbone))
 
-    return _train_on_all(run, "joint", start)
+    return _train(run, JobName("joint"), start)
 
 
 def joint_evidence(run: Run) -> Artifact:
@@ -103,7 +104,7 @@ def joint_evidence(run: Run) -> Artifact:
         # Tables send all layers the same way, so that an expert may get no token of a rank's batch in any of them.
         return Start(trainable(model, task_of(run.config).loss, may_skip_parameters=True), save)
 
-    return _train_on_all(run, "joint_evidence", start)
+    return _train(run, JobName("joint_evidence"), start)
 
 
 def _routed_loss(run: Run, model: Decoder) -> RoutedLoss:
@@ -134,26 +135,19 @@ def _tables(run: Run) -> bytes:
 
 def branch(run: Run, index: int) -> Artifact:
     """One branch of BTX: the whole backbone trained on, alone, on one partition."""
-    config, name = run.config, JobName("branch", index)
-    plan = run.plan("branch", index)
-    if found := run.finished(plan):
-        logger.info("%s is finished: %s", name, plan.url)
-        return found
-    task, phase, context = task_of(config), config.experts, config.model.context_length
-    examples = task.part(config, run.require("partitions"), index)
-    held_out = task.validation(config, run.corpus)
-    job = Job.of_run(config, str(name), phase, plan.fingerprint)
-    model = run.backbone.model().float()
-    with joined_world() as world:
-        losses = fit(trainable(model, task.loss), examples, job, partial(mean_loss, model, held_out, world), world)
-        if world.is_main:
-            with making(plan) as writer:
-                save_trained_on(model, run.backbone, writer.folder)
-                save_statistics(writer.folder / STATISTICS_NAME, task.statistics(model, examples, world.device))
-                tokens_seen = phase.steps * phase.batch_size * context
-                commit(writer, plan, run, {**losses, "training_tokens": tokens_seen})
-        world.barrier()
-    return run.made("branch", index)
+    task = task_of(run.config)
+
+    def start() -> Start:
+        model, examples = run.backbone.model().float(), task.part(run.config, run.require("partitions"), index)
+
+        def save(folder: Path) -> None:
+            save_trained_on(model, run.backbone, folder)
+            statistics = task.statistics(model, examples, next(model.parameters()).device)
+            save_statistics(folder / STATISTICS_NAME, statistics)
+
+        return Start(trainable(model, task.loss), save, examples)
+
+    return _train(run, JobName("branch", index), start)
 
 
 def btx(run: Run) -> Artifact:
@@ -166,7 +160,7 @@ def btx(run: Run) -> Artifact:
         choose_trained(model, config.btx.trains)
         return Start(trainable(model, _routed_loss(run, model)), partial(save_mixture, model, run.backbone))
 
-    return _train_on_all(run, "btx", start, skipped_windows=config.experts.steps * config.experts.batch_size)
+    return _train(run, JobName("btx"), start, skipped_windows=config.experts.steps * config.experts.batch_size)
 
 
 def choose_trained(model: Decoder, trains: str) -> None:
@@ -176,26 +170,32 @@ def choose_trained(model: Decoder, trains: str) -> None:
         weight.requires_grad_(trains == "all" or names.is_gate(name) or (trains == "shared" and not is_expert))
 
 
-def _train_on_all(run: Run, name: str, start: Callable[[], Start], skipped_windows: int = 0) -> Artifact:
-    """Train a stage on all partitions at once; of each, windows are taken after the first `skipped_windows`."""
-    plan, config = run.plan(name), run.config
+def _train(run: Run, name: JobName, start: Callable[[], Start], skipped_windows: int = 0) -> Artifact:
+    """Train a baseline and commit it: on examples of its own, or else on all partitions mixed.
+
+    Of each partition, windows are then taken after the first `skipped_windows`.
+    """
+    plan, config, task = run.plan(name.stage, name.index), run.config, task_of(run.config)
     if found := run.finished(plan):
         logger.info("%s baseline is finished: %s", name, plan.url)
         return found
-    phase, context = _phase(config, name), config.model.context_length
-    held_out = task_of(config).validation(config, run.corpus)
-    job = Job.of_run(config, name, phase, plan.fingerprint)
+    phase, held_out = _phase(config, name.stage), task.validation(config, run.corpus)
+    job = Job.of_run(config, str(name), phase, plan.fingerprint)
     begun = start()
-    examples = task_of(config).mixture(config, run.require("partitions"), name, phase, skipped_windows)
+    examples = begun.examples
+    if examples is None:
+        examples = task.mixture(config, run.require("partitions"), name.stage, phase, skipped_windows)
     with joined_world() as world:
+        if world.is_main:
+            save_settings(config)
         losses = fit(begun.trainable, examples, job, partial(mean_loss, begun.trainable.model, held_out, world), world)
         if world.is_main:
             with making(plan) as writer:
                 begun.save(writer.folder)
-                facts = {"training_tokens": phase.steps * phase.batch_size * context}
+                facts = {"training_tokens": phase.steps * phase.batch_size * config.model.context_length}
                 commit(writer, plan, run, {**losses, **facts})
         world.barrier()
-    return run.made(name)
+    return run.made(name.stage, name.index)
 
 
 def _phase(config: Config, name: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from checkpoints import Artifact
-from modularforge.errors import ConfigError
 from modularforge.experts.job import save_expert, train_expert
 from modularforge.experts.kind import ExpertJob
 from modularforge.log import logger
@@ -21,11 +20,6 @@ SMALL_SHARE = 0.05
 def run(run: Run, index: int) -> Artifact:
     """Train and commit expert `index` unless it is done (called on every rank; rank 0 writes)."""
     config, name = run.config, JobName("expert", index)
-    if not 0 <= index < config.experts.count:
-        raise ConfigError(
-            f"--index must be between 0 and {config.experts.count - 1} (experts.count is {config.experts.count}), "
-            f"but is {index}; choose one of these"
-        )
     plan = run.plan("expert", index)
     if found := run.finished(plan):
         logger.info("%s is finished: %s", name, plan.url)

@@ -128,8 +128,3 @@ def find_task(name: str) -> Task:
 def task_of(config: Config) -> Task:
     """The task of a run, `task`."""
     return find_task(config.task)
-
-
-def deciding(table: tuple[Metric, ...]) -> Metric:
-    """The metric by which one model is better than another."""
-    return next(metric for metric in table if metric.decides)

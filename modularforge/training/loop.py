@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from checkpoints.screen import progress
 from modularforge.config import TrainingConfig
-from modularforge.errors import Interrupted
+from modularforge.errors import Interrupted, TrainingError
 from modularforge.experts.trainable import Trainable
 from modularforge.model.backbone import perplexity
 from modularforge.tasks.task import Batch, Examples
@@ -123,7 +123,17 @@ def _step(
 
 
 def _pieces(tensors: Mapping[str, Tensor], count: int) -> Iterator[dict[str, Tensor]]:
-    """The batch in `count` pieces along its first axis."""
+    """The batch in `count` pieces along its first axis; raises TrainingError when they would not be alike.
+
+    Fewer pieces than `count` would never reach the one in which ranks exchange their gradients, and larger ones would
+    weigh as much as smaller ones.
+    """
+    share = len(next(iter(tensors.values())))
+    if share % count:
+        raise TrainingError(
+            f"accumulation_steps must divide the {share} sequences of a step that each process has, but is {count}; "
+            "change it, batch_size, or the number of processes"
+        )
     chunks = {name: tensor.chunk(count) for name, tensor in tensors.items()}
     return (dict(zip(chunks, piece, strict=True)) for piece in zip(*chunks.values(), strict=True))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -126,5 +127,8 @@ def test_an_expert_of_another_backbone_is_refused_by_the_assembler(finished_run:
 
 
 def test_an_index_out_of_range_is_refused(finished_run: Config) -> None:
-    with pytest.raises(ConfigError, match="between 0 and 2"):
-        expert.run(Run(finished_run), 3)
+    run = Run(finished_run)
+    for ask in (partial(expert.run, run), partial(run.make, "branch"), partial(run.require, "expert")):
+        for index in (3, -1):
+            with pytest.raises(ConfigError, match="between 0 and 2"):
+                ask(index)

@@ -69,7 +69,10 @@ def test_an_expert_of_another_kind_resumes_in_every_phase(
         stopped.setattr(Checkpointing, "seen", counter(), raising=False)
         with pytest.raises(Interrupted):
             expert.run(Run(again), 0)
+    again_from: list[int] = []
+    monkeypatch.setattr(gains_kind, "watch", again_from.append)
     expert.run(Run(again), 0)
+    assert again_from[0] == step, "it goes on, and does not start over"
     assert Run(again).require("expert", 0).manifest.files == whole.manifest.files
 
 

@@ -1,4 +1,4 @@
-"""A stage is its module, its row and its test: commands, jobs, identity, study and evaluation follow from the row."""
+"""A stage is its module, its row and its test: commands, jobs, identity and evaluation follow from the row."""
 
 from __future__ import annotations
 

@@ -348,3 +348,17 @@ def test_node_programs_refuse_to_run_outside_of_a_job(monkeypatch: pytest.Monkey
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(ConfigError, match="must run in a Slurm job"):
         Allocation.of_this_job(None)
+
+
+@pytest.mark.parametrize("change", [{"pid": 0}, {"pid": -1}, {"command": "of another program"}])
+def test_a_lock_of_this_machine_counts_only_while_its_own_process_lives(tmp_path: Path, change: dict[str, Any]) -> None:
+    """After a restart of the machine another program may have the number that the launcher had."""
+    config, lock = tiny_config(tmp_path / "run"), tmp_path / "run" / "cluster" / "lock.json"
+    with submission_lock(config):
+        holder = json.loads(lock.read_text())
+    lock.write_text(json.dumps(holder))
+    with pytest.raises(BusyError), submission_lock(config):
+        pass
+    lock.write_text(json.dumps({**holder, **change}))
+    with submission_lock(config):
+        assert json.loads(lock.read_text())["token"] != holder["token"]

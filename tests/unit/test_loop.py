@@ -24,7 +24,7 @@ from modularforge.log import MetricsLog, json_safe
 from modularforge.tasks.task import Batch
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
-from modularforge.training.loop import fit
+from modularforge.training.loop import _pieces, fit
 from modularforge.training.optimizer import build_optimizer, learning_rate
 
 
@@ -193,3 +193,11 @@ def test_json_can_hold_every_number() -> None:
         "a": ["inf", "-inf", "nan", 1.5],
         "b": [1, {"c": "inf"}],
     }
+
+
+@pytest.mark.parametrize(("share", "count"), [(2, 4), (3, 2)])
+def test_a_share_that_cannot_be_cut_into_equal_pieces_is_refused(share: int, count: int) -> None:
+    """Fewer pieces than expected would never let ranks exchange their gradients."""
+    assert len(list(_pieces({"inputs": torch.zeros(4, 5), "targets": torch.zeros(4, 5)}, 2))) == 2
+    with pytest.raises(TrainingError, match=f"must divide the {share} sequences .* but is {count}"):
+        _pieces({"inputs": torch.zeros(share, 5)}, count)

@@ -58,8 +58,11 @@ def assert_same(folder: Path, whole: Path) -> None:
 def test_a_job_killed_in_any_of_its_phases_resumes_bit_for_bit(step: int, tmp_path: Path, uninterrupted: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "tests.phases", str(tmp_path), str(step)], cwd=ROOT, check=False)
     assert done.returncode == -9
-    assert load_newest_checkpoint(str(tmp_path / "checkpoints"), "f") is not None
+    newest = load_newest_checkpoint(str(tmp_path / "checkpoints"), "f")
+    assert newest is not None
+    phases.SEEN.clear()
     phases.train(tmp_path, World())
+    assert phases.SEEN[0] == newest.step > 0, "it goes on, and does not start over"
     assert_same(tmp_path, uninterrupted)
 
 
@@ -72,7 +75,9 @@ def test_a_job_whose_checkpoint_lies_between_two_phases_resumes_bit_for_bit(
     (tmp_path / "checkpoints" / found.name).symlink_to(found)
     lines = (uninterrupted / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:step]))
+    phases.SEEN.clear()
     phases.train(tmp_path, World())
+    assert phases.SEEN[0] == step
     assert_same(tmp_path, uninterrupted)
 
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import jsonschema
 import yaml
 from typer.testing import CliRunner
 
 from modularforge.cli import app
-from modularforge.config_files import setting_names
+from modularforge.config import Config
+from modularforge.config_files import sample_sources, setting_names
 from modularforge.errors import ConfigError
 from modularforge.settings_page import all_settings, page, schema
-from tests.conftest import ROOT
+from modularforge.yaml_text import parse_yaml
+from tests.conftest import ROOT, tiny_values
 
 
 def test_every_setting_has_a_sentence_a_type_and_a_default() -> None:
     found = list(all_settings())
-    assert [item.name for item in found] == setting_names()
+    sections = ["data.sources", "model.rope_scaling"]  # of which there may be none, or many
+    assert [item.name for item in found if item.name not in sections] == setting_names()
     assert [item.name for item in found if not (item.sentence and item.type and item.default)] == []
 
 
@@ -25,6 +29,17 @@ def test_the_shipped_page_and_schema_are_those_of_this_program() -> None:
     """Write them anew: `modularforge settings --markdown > docs/settings.md`, and --schema in the same way."""
     assert (ROOT / "docs/settings.md").read_text() == page(None, as_markdown=True) + "\n"
     assert json.loads((ROOT / "configs/settings.schema.json").read_text()) == json.loads(schema())
+
+
+def test_a_default_can_be_pasted_into_a_file() -> None:
+    config = Config.model_validate(tiny_values("run", data={"sources": sample_sources()}))
+    given = Config.model_construct(data=config.data)
+    for item in all_settings():
+        value: Any = given
+        for part in item.name.split("."):
+            value = getattr(value, part, None)
+        if item.default != "required" and not item.name.startswith(("data.", "model.rope_scaling.")):
+            assert parse_yaml(item.default) == value, item.name
 
 
 def test_a_pattern_finds_settings_by_name_and_sentence() -> None:
@@ -43,6 +58,6 @@ def test_the_schema_knows_what_settings_files_may_hold() -> None:
         assert list(validator.iter_errors({**values, "backbone": {"stepz": 5}}))
 
 
-def test_the_schema_is_of_all_settings() -> None:
+def test_a_pattern_and_a_schema_exclude_each_other() -> None:
     done = CliRunner().invoke(app, ["settings", "router", "--schema"])
     assert isinstance(done.exception, ConfigError)
