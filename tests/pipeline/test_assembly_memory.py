@@ -11,7 +11,8 @@ from benchmarks.assembly import assemble_once
 from modularforge.config import ModelConfig
 from tests.synthetic_models import describe, write_parts
 
-MOST_MEGABYTES, MOST_GROWTH = 300, 25
+# Megabytes. What grows with the number of experts is their manifests: 0.25 MB each were measured.
+MOST_MEGABYTES, MOST_GROWTH = 300, 15
 COUNTS = (2, 8, 32)
 
 
@@ -23,10 +24,11 @@ def test_peak_anonymous_memory_is_flat_in_the_number_of_experts(router: str, tmp
     peaks = []
     for count in COUNTS:
         describe(tmp_path, backbone, experts[:count])
-        found = assemble_once(tmp_path, "merge", router)
+        found = assemble_once(tmp_path, "merge", router, trace=True)
         assert found["bytes"] > count * experts[0].manifest.files["expert.safetensors"].size
-        peaks.append(found["peak_mb"])
-    assert max(peaks) < MOST_MEGABYTES, peaks
+        # Growth is read from counted allocations: samples of the kernel's figure may miss the moment of a peak.
+        peaks.append(found["traced_mb"])
+        assert found["peak_mb"] < MOST_MEGABYTES
     assert peaks[-1] - peaks[0] < MOST_GROWTH, peaks
     # The largest model is many times larger than what is allowed to be in memory.
     assert found["bytes"] / 1e6 > 3 * MOST_MEGABYTES
