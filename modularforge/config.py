@@ -514,6 +514,100 @@ class ClusterConfig(Section):
     """Folder that nodes share, in which each run has one for logs, scripts and code; null: in the run's own folder."""
 
 
+class SpeechDataConfig(Section):
+    """How audio is read and becomes features, for `task: speech`; `data.sources` say where it lies."""
+
+    audio_field: Text = "audio"
+    """Column that holds the audio: a path, beside the file that names it, a URL, or the bytes themselves."""
+    prompt_field: Text | None = None
+    """Column of the text that the language model reads between audio and answer; null is `speech.model.prompt`."""
+    split_field: Text | None = None
+    """Column that says in which split a record of the training files is: `train`, `validation` (`valid`, `dev`), `test`;
+    null holds out `heldout_fraction` of them where a source names no such files."""
+    heldout_fraction: float = Field(0.05, gt=0, lt=0.5)
+    """Share of the utterances held out for validation, and again for test, where a source says nothing of it."""
+    features: Literal["whisper", "fbank"] = "whisper"
+    """Whisper's log-mel spectrogram, or Kaldi's log filter banks (25 ms every 10 ms)."""
+    bins: int = Field(80, ge=8, le=256)
+    """Bins of the features, as many as the encoder reads."""
+    normalise: Literal["none", "utterance", "corpus"] = "none"
+    """Features less their mean over their standard deviation (CMVN): of each utterance, or of all training utterances."""
+    min_seconds: float = Field(0.1, gt=0)
+    """Shorter recordings are left out."""
+    max_seconds: float = Field(30.0, gt=0)
+    """Longer recordings are left out."""
+    max_text: int = Field(1000, ge=1)
+    """Utterances with longer texts, in characters, are left out, as those with an empty one are."""
+    refuses_clipped: bool = False
+    """Leave out recordings of which 1 % of the samples is at full scale."""
+    unusable: Literal["skip", "refuse"] = "skip"
+    """Recordings that are missing, corrupt or silent are counted and left out, or stop the preparation."""
+
+
+class SpeechModelConfig(Section):
+    """What stands between audio and language model, for `task: speech`; `model.pretrained` is that language model."""
+
+    encoder: Text | None = None
+    """Whisper model whose encoder is taken, frozen: a folder, a URL, or `name/on-the-hub`; null is a random one."""
+    encoder_width: int = Field(64, ge=8)
+    """Width of a random encoder, which is for tests."""
+    encoder_layers: int = Field(2, ge=1)
+    """Layers of a random encoder."""
+    pool_kernel: int = Field(4, ge=1)
+    """Frames of 20 ms that become one position of the language model."""
+    pool_kind: Literal["stack", "mean", "max"] = "stack"
+    """What becomes of them: joined, their mean, or their maximum."""
+    pool_layer: int | None = Field(None, ge=0)
+    """Encoder layer behind which frames are pooled (0: before the first); null is behind the final norm."""
+    projector_width: int = Field(1024, ge=1)
+    """Inner width of the projector."""
+    prompt: Prose = ""
+    """Text that the language model reads between audio and answer, in training and evaluation."""
+
+
+class SpeechDecodingConfig(Section):
+    """How transcripts are written and measured, for `task: speech`."""
+
+    max_tokens: int = Field(64, ge=1)
+    """Tokens of a transcript at the most."""
+    max_utterances: int = Field(1000, ge=1)
+    """Test utterances of each domain at the most."""
+    batch_size: int = Field(16, ge=1)
+    """Utterances per batch, the same for every model."""
+    listed: int = Field(20, ge=0)
+    """Worst utterances of each domain that are listed with audio, reference and hypothesis."""
+
+
+class SpeechConfig(Section):
+    """The task `speech`: a frozen speech encoder, a projector and a frozen language model."""
+
+    data: SpeechDataConfig = SpeechDataConfig()
+    model: SpeechModelConfig = SpeechModelConfig()
+    decoding: SpeechDecodingConfig = SpeechDecodingConfig()
+
+
+class SteeringConfig(Section):
+    """Experts of kind `steering`: vectors between the frozen layers of a speech encoder (arXiv 2510.13558)."""
+
+    variant: Literal["layerwise", "aligner", "hybrid"] = "layerwise"
+    """`layerwise`: behind every layer, scaled; `aligner`: behind the encoder alone, without scale and without a prompt;
+    `hybrid`: the same with the prompt."""
+    vectors: int = Field(8, ge=1)
+    """Vectors of one expert at each place, mixed by a gate for every frame."""
+    start_scale: float = 0.1
+    """What scales start at."""
+    scale_bound: float | None = Field(None, gt=0)
+    """Scales stay below this, by a tanh; null leaves them free."""
+    active: int | None = Field(None, ge=1)
+    """Vectors that are added to a frame, those with the largest gates; null adds all."""
+    vector_rate: float = Field(10.0, gt=0)
+    """Learning rate of vectors and scales, as a multiple of `experts.peak_learning_rate`."""
+    gate_rate: float = Field(1.0, gt=0)
+    """Learning rate of gates, as such a multiple."""
+    routing: Literal["frame", "utterance"] = "utterance"
+    """Experts of an assembled model weigh anew at each frame, or alike at all frames of an utterance."""
+
+
 class Config(SafeSection):
     """A whole run."""
 
@@ -543,6 +637,8 @@ class Config(SafeSection):
     assembly: AssemblyConfig = AssemblyConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    speech: SpeechConfig = SpeechConfig()
+    steering: SteeringConfig = SteeringConfig()
     metrics: MetricsConfig = MetricsConfig()
     launcher: LauncherConfig = LauncherConfig()
     cluster: ClusterConfig = ClusterConfig()

@@ -189,23 +189,16 @@ class Decoder(nn.Module):
                 cache.text = text
         for block in self.blocks:
             block.route_by(routing_BTE)
-        logits_BTV: Tensor = self.lm_head(self.hidden(self.model.embed_tokens(tokens_BT), cache))
-        for block in self.blocks:
-            block.route_by(None)  # of these tokens only
-        return logits_BTV
-
-    def hidden(self, x_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """What the head reads [B, T, D], from embeddings, or from anything of their width, at T positions.
-
-        With a cache these follow the positions that it holds. A text router is not asked: it reads ids.
-        """
         start = cache.length if cache is not None else 0
-        positions = range(start, start + x_BTD.shape[1])
+        positions = range(start, start + tokens_BT.shape[1])
         cos_TH, sin_TH = rotary_angles(self.get_buffer("frequencies"), positions, self.angle_scale)
+        x_BTD = self.model.embed_tokens(tokens_BT)
         for block in self.blocks:
             x_BTD = block(x_BTD, cos_TH, sin_TH, cache)
-        hidden_BTD: Tensor = self.model.norm(x_BTD)
-        return hidden_BTD
+        for block in self.blocks:
+            block.route_by(None)  # of these tokens only
+        logits_BTV: Tensor = self.lm_head(self.model.norm(x_BTD))
+        return logits_BTV
 
 
 def build_backbone(config: ModelConfig, vocab_size: int) -> Decoder:

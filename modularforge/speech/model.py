@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from modularforge.errors import ConfigError
-from modularforge.model.backbone import Decoder, KeyValueCache
+from modularforge.model.backbone import Decoder, KeyValueCache, rotary_angles
 from modularforge.speech.encoder import Encoder, frame_mask
 from modularforge.speech.low_rank import add_low_rank
 from modularforge.speech.projector import Pooling, Projector, pool, pooled_lengths
@@ -121,7 +121,7 @@ class SpeechModel(nn.Module):
         answers = [answer_A[answer_A != NO_TOKEN] for answer_A in answer_BA]
         embed = self.decoder.model.embed_tokens
         joined = [torch.cat([row, embed(ids[:-1]).to(row.dtype)]) for row, ids in zip(rows, answers, strict=True)]
-        hidden_BSW = self.decoder.hidden(pad_sequence(joined, batch_first=True))
+        hidden_BSW = read(self.decoder, pad_sequence(joined, batch_first=True))
         ends = [len(row) - 1 for row in rows]  # where the first id of an answer is predicted
         seen = [hidden_BSW[k, end : end + len(ids)] for k, (end, ids) in enumerate(zip(ends, answers, strict=True))]
         return self.decoder.lm_head(torch.cat(seen)), torch.cat(answers)
@@ -162,12 +162,25 @@ class SpeechModel(nn.Module):
         cache, columns = KeyValueCache(), list[Tensor]()
         is_over_B = torch.zeros(len(x_BSW), dtype=torch.bool, device=x_BSW.device)
         while len(columns) < max_tokens and not is_over_B.all():
-            next_B = self.decoder.lm_head(self.decoder.hidden(x_BSW, cache)[:, -1]).argmax(dim=-1)
+            next_B = self.decoder.lm_head(read(self.decoder, x_BSW, cache)[:, -1]).argmax(dim=-1)
             columns.append(next_B)
             is_over_B |= next_B == end_token
             x_BSW = self.decoder.model.embed_tokens(next_B)[:, None].to(x_BSW.dtype)
         rows = torch.stack(columns, dim=1).tolist() if columns else [[] for _ in range(len(x_BSW))]
         return [row[: row.index(end_token)] if end_token in row else row for row in rows]
+
+
+def read(decoder: Decoder, x_BSW: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    """What the decoder's head reads [B, S, W], from S embeddings, or anything of their width, behind those in a cache.
+
+    A text router is not asked: it reads ids.
+    """
+    start = cache.length if cache is not None else 0
+    positions = range(start, start + x_BSW.shape[1])
+    cos_SH, sin_SH = rotary_angles(decoder.get_buffer("frequencies"), positions, decoder.angle_scale)
+    for block in decoder.blocks:
+        x_BSW = block(x_BSW, cos_SH, sin_SH, cache)
+    return cast("Tensor", decoder.model.norm(x_BSW))
 
 
 def speech_loss(model: nn.Module, tensors: Tensors) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modularforge.errors import ConfigError, DataError
 from modularforge.speech.encoder import WhisperEncoder, frame_mask, whisper_shape, whisper_tensors
-from modularforge.speech.model import SpeechModel, learning_parameters, speech_loss
+from modularforge.speech.model import SpeechModel, learning_parameters, read, speech_loss
 from modularforge.speech.projector import Pooling, pool, pooled_lengths
 from modularforge.speech.steering import Steering, SteeringShape, usage
 from tests.speech.tiny import ENCODER, LAST, one_of, tiny_batch, tiny_model
@@ -182,10 +182,15 @@ def test_the_loss_is_of_the_answer_alone() -> None:
     audio_BTW, length_B = model.encode(batch["features"], batch["frames"])
     ids = torch.cat([batch["prompt"], batch["answer"]], dim=1)
     x_BSW = torch.cat([audio_BTW[:, : int(length_B)], model.decoder.model.embed_tokens(ids)], dim=1)
-    everywhere = model.decoder.lm_head(model.decoder.hidden(x_BSW))[0]
+    everywhere = model.decoder.lm_head(read(model.decoder, x_BSW))[0]
     start = int(length_B) + batch["prompt"].shape[1] - 1
     assert torch.allclose(logits_NV, everywhere[start : start + len(target_N)], atol=1e-5)
     assert torch.isclose(speech_loss(model, batch), F.cross_entropy(logits_NV, target_N))
+
+
+def test_embeddings_are_read_as_the_decoder_reads_ids() -> None:
+    decoder, ids_BT = tiny_model().decoder, torch.arange(8).view(2, 4)
+    assert torch.equal(decoder.lm_head(read(decoder, decoder.model.embed_tokens(ids_BT))), decoder(ids_BT))
 
 
 def greedy(model: SpeechModel, batch: dict[str, Tensor], tokens: int) -> list[int]:

@@ -32,7 +32,9 @@ def tiny_decoder() -> Decoder:
     return decoder
 
 
-def tiny_model(variant: Any = "layerwise", pooling: Pooling | None = None, seed: int = 0, **steering: Any) -> SpeechModel:
+def tiny_model(
+    variant: Any = "layerwise", pooling: Pooling | None = None, seed: int = 0, **steering: Any
+) -> SpeechModel:
     torch.manual_seed(seed)
     encoder, decoder = tiny_encoder(), tiny_decoder()
     place = STEERED_AT.get(variant)
