@@ -522,8 +522,8 @@ class SpeechDataConfig(Section):
     prompt_field: Text | None = None
     """Column of the text that the language model reads between audio and answer; null is `speech.model.prompt`."""
     split_field: Text | None = None
-    """Column that says in which split a record of the training files is: `train`, `validation` (`valid`, `dev`), `test`;
-    null holds out `heldout_fraction` of them where a source names no such files."""
+    """Column that says in which split a record of the training files is: `train`, `validation` (`valid`, `dev`) or
+    `test`; null holds out `heldout_fraction` of them where a source names no such files."""
     heldout_fraction: float = Field(0.05, gt=0, lt=0.5)
     """Share of the utterances held out for validation, and again for test, where a source says nothing of it."""
     features: Literal["whisper", "fbank"] = "whisper"
@@ -531,7 +531,7 @@ class SpeechDataConfig(Section):
     bins: int = Field(80, ge=8, le=256)
     """Bins of the features, as many as the encoder reads."""
     normalise: Literal["none", "utterance", "corpus"] = "none"
-    """Features less their mean over their standard deviation (CMVN): of each utterance, or of all training utterances."""
+    """Features less their mean over their standard deviation (CMVN): of each utterance, or of all of training."""
     min_seconds: float = Field(0.1, gt=0)
     """Shorter recordings are left out."""
     max_seconds: float = Field(30.0, gt=0)

@@ -38,9 +38,9 @@ def decode(content: bytes) -> Samples:
     return resampled(samples_NC.mean(axis=1), int(rate))
 
 
-def resampled(samples: Any, rate: int) -> Samples:
+def resampled(values: Any, rate: int) -> Samples:
     """Samples at 16 kHz; raises UnusableAudio for none, for a rate that no recording has, and for what is no number."""
-    samples = np.asarray(samples, np.float32)
+    samples: Samples = np.asarray(values, np.float32)
     if not len(samples):
         raise UnusableAudio("empty", "it has no samples")
     if not 1000 <= rate <= 768_000:
@@ -49,7 +49,7 @@ def resampled(samples: Any, rate: int) -> Samples:
         raise UnusableAudio("corrupt", "some of its samples are no numbers")
     if rate == SAMPLE_RATE:
         return samples
-    found: Samples = require_package("soxr").resample(samples, rate, SAMPLE_RATE)
+    found = np.asarray(require_package("soxr").resample(samples, rate, SAMPLE_RATE), np.float32)
     if not len(found):
         raise UnusableAudio("empty", "it has no samples at 16 kHz")
     return found

@@ -120,7 +120,7 @@ class WhisperAttention(nn.Module):
     def forward(self, x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         """Mix the frames that are there."""
         query, key, value = (
-            projection(x_BTD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            projection(x_BTD).view(*x_BTD.shape[:2], self.heads, -1).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         mixed_BNTH = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_BT[:, None, None])

@@ -83,11 +83,8 @@ def fbank(samples: Samples, bins: int) -> Features:
     return np.asarray(rows, np.float32).reshape(-1, bins)
 
 
-def normalised(
-    features_FM: Features, mean_M: NDArray[Any] | None = None, std_M: NDArray[Any] | None = None
-) -> Features:
-    """Features less the mean over the standard deviation (CMVN): of a corpus where they are given, else their own."""
-    mean_M = features_FM.mean(axis=0, dtype=np.float64) if mean_M is None else mean_M
-    std_M = features_FM.std(axis=0, dtype=np.float64) if std_M is None else std_M
+def normalised(features_FM: Features) -> Features:
+    """Features less their mean over their standard deviation, bin by bin (CMVN of one utterance)."""
+    mean_M, std_M = features_FM.mean(axis=0, dtype=np.float64), features_FM.std(axis=0, dtype=np.float64)
     found: Features = ((features_FM - mean_M) / np.maximum(std_M, 1e-5)).astype(np.float32)
     return found

@@ -1,4 +1,4 @@
-"""Low-rank adapters (arXiv 2106.09685) in a frozen speech encoder: the variant `lora`, which steering is compared with."""
+"""Low-rank adapters (arXiv 2106.09685) in a frozen speech encoder: the variant `lora`, a baseline."""
 
 # D input width  O output width  R rank
 

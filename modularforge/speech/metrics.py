@@ -125,7 +125,7 @@ def pooled(pairs: Sequence[Pair]) -> dict[str, float]:
 
 
 def worst(pairs: Sequence[Pair], most: int) -> list[dict[str, Any]]:
-    """The utterances with the most word errors, those of equal ones with the higher rate first; right ones are left out."""
+    """Utterances with errors, those with the most first, of equal ones those with the higher rate."""
     found = [(word_errors(pair.reference, pair.hypothesis), pair) for pair in pairs]
     wrong = sorted(
         ((errors, pair) for errors, pair in found if errors.count),

@@ -1,7 +1,7 @@
 """The speech model: frozen encoder, steering, projector, frozen language model; only the answer has a loss.
 
-Utterances of a batch are joined without gaps as [audio; prompt; answer] and padded behind, which a causal language model
-does not see: a padded batch computes what single utterances do.
+Utterances of a batch are joined without gaps as [audio; prompt; answer] and padded behind, which a causal language
+model does not see: a padded batch computes what single utterances do.
 """
 
 # B batch  F feature frames  M bins  T frames  S positions  P prompt ids  A answer ids  W width of the language model
@@ -29,7 +29,7 @@ NO_TOKEN = -1
 Variant = Literal["layerwise", "aligner", "hybrid", "static", "prompt", "lora"]
 Tensors = Mapping[str, Tensor]
 STEERED_AT: Mapping[Variant, str] = {"layerwise": "layers", "prompt": "layers", "aligner": "output", "hybrid": "output"}
-"""Where vectors are added: behind every layer of the encoder, or behind its final norm; the other variants have none."""
+"""Where vectors are added: behind every layer of the encoder, or its final norm; the other variants have none."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,17 @@ class SpeechModel(nn.Module):
         return self.projector.fc1.weight.device
 
     def check_pooling(self) -> None:
-        """Raise ConfigError where frames would be pooled at a layer that is not there, or stacked within the encoder."""
+        """Raise ConfigError where frames would be pooled at a layer that is not there, or stacked between layers."""
         pooling, layers = self.shape.pooling, self.frozen.num_layers
         if pooling.layer is not None and not 0 <= pooling.layer <= layers:
             raise ConfigError(
                 f"speech.model.pool_layer must be between 0 and {layers}, the layers of the encoder, but is "
                 f"{pooling.layer}; change it, or leave it null"
+            )
+        if pooling.layer is not None and pooling.kind == "stack" and pooling.kernel > 1:
+            raise ConfigError(
+                "speech.model.pool_kind must be mean or max where frames are pooled between layers, which have one "
+                "width, but is stack; change it, or leave speech.model.pool_layer null"
             )
 
     def train(self, mode: bool = True) -> SpeechModel:
@@ -143,19 +148,19 @@ class SpeechModel(nn.Module):
         x_BTD = pool(x_BTD, frame_mask(length_B, x_BTD.shape[1]), pooling)
         return x_BTD, pooled_lengths(length_B, pooling.kernel)
 
-    @torch.inference_mode()
     def transcribe(
         self, features_BFM: Tensor, frames_B: Tensor, prompt_BP: Tensor, end_token: int, max_tokens: int
     ) -> list[list[int]]:
         """The likeliest ids one after another, of each utterance up to its end or `max_tokens`."""
-        audio_BTW, length_B = self.encode(features_BFM, frames_B)
-        rows = list(self._prefixes(audio_BTW, length_B, prompt_BP))
-        found: list[list[int]] = [[] for _ in rows]
-        for size in sorted({len(row) for row in rows}):  # those of one length share a batch without masks
-            same = [index for index, row in enumerate(rows) if len(row) == size]
-            written = self._continued(torch.stack([rows[index] for index in same]), end_token, max_tokens)
-            for index, ids in zip(same, written, strict=True):
-                found[index] = ids
+        with torch.inference_mode():
+            audio_BTW, length_B = self.encode(features_BFM, frames_B)
+            rows = list(self._prefixes(audio_BTW, length_B, prompt_BP))
+            found: list[list[int]] = [[] for _ in rows]
+            for size in sorted({len(row) for row in rows}):  # those of one length share a batch without masks
+                same = [index for index, row in enumerate(rows) if len(row) == size]
+                written = self._continued(torch.stack([rows[index] for index in same]), end_token, max_tokens)
+                for index, ids in zip(same, written, strict=True):
+                    found[index] = ids
         return found
 
     def _continued(self, x_BSW: Tensor, end_token: int, max_tokens: int) -> list[list[int]]:

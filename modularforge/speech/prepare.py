@@ -166,7 +166,7 @@ class _Writer:
         counts = sum(total["documents"] for total in totals.values())
         logger.info("%s: %d utterances, %.1f minutes", split, counts, sum(t["seconds"] for t in totals.values()) / 60)
         for total in totals.values():
-            total["seconds"] = round(total["seconds"], 3)  # type: ignore[call-overload]
+            total["seconds"] = round(total["seconds"], 3)
         return {label: dict(totals[label]) for label in self.labels if label in totals}
 
     def check(self) -> None:

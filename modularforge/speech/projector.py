@@ -43,8 +43,8 @@ def pool(x_BTD: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
     x_BTD = F.pad(x_BTD, (0, 0, 0, missing)) * mask_BT1
     if pooling.kind == "stack":
         return x_BTD.reshape(x_BTD.shape[0], -1, pooling.kernel * x_BTD.shape[2])
-    windows = (x_BTD.shape[1] // pooling.kernel, pooling.kernel)
-    x_BTkD, mask_BTk1 = x_BTD.unflatten(1, windows), mask_BT1.unflatten(1, windows)
+    windows = (x_BTD.shape[0], -1, pooling.kernel, x_BTD.shape[2])
+    x_BTkD, mask_BTk1 = x_BTD.reshape(windows), mask_BT1.reshape(*windows[:3], 1)
     if pooling.kind == "mean":
         return x_BTkD.sum(dim=2) / mask_BTk1.sum(dim=2).clamp(min=1)
     return x_BTkD.masked_fill(~mask_BTk1, LOWEST).amax(dim=2).masked_fill(~mask_BTk1.any(dim=2), 0.0)

@@ -60,7 +60,7 @@ def utterances(config: Config, source: SourceConfig, split: Split) -> Iterator[U
     locations = getattr(source, split) or source.train
     if source.hub is not None:
         names = [locations] if isinstance(locations, str) else locations
-        rows = (row for name in names for row in _hub_rows(source, name))
+        rows: Iterator[Row] = (row for name in names for row in _hub_rows(source, name))
     else:
         rows = _rows(source, locations, config.speech.data)
     for row in rows:
@@ -115,8 +115,8 @@ def _utterance(settings: SpeechDataConfig, source: SourceConfig, row: Row) -> Ut
     text = values[source.text_field]
     if not isinstance(text, str):
         raise DataError(
-            f"{row.origin} must have text in column {source.text_field}, but has {type(text).__name__}; fix the record, "
-            f"or set text_field of source {source.name}"
+            f"{row.origin} must have text in column {source.text_field}, but has {type(text).__name__}; fix the "
+            f"record, or set text_field of source {source.name}"
         )
     return _with_audio(row, values[settings.audio_field], Utterance(text, label, row.origin, prompt=prompt))
 
@@ -212,11 +212,12 @@ def _parquet_rows(url: str, source: SourceConfig, settings: SpeechDataConfig) ->
             existing = pyarrow.parquet.ParquetFile(file).schema_arrow.names
         except (pyarrow.ArrowException, OSError, ValueError):
             existing = []  # the reader has a sentence for it
-    wanted = [settings.audio_field, source.text_field, source.label_field, settings.prompt_field, settings.split_field]
+    own = (settings.audio_field, source.text_field, source.label_field, settings.prompt_field, settings.split_field)
+    wanted = [name for name in own if name]
     if all(name in existing for name in PREPARED):
         columns = [name for name in (*PREPARED, *wanted) if name in existing]
     else:
-        columns = [name for name in wanted if name]
+        columns = wanted
     for number, record in enumerate(parquet_rows(url, list(dict.fromkeys(columns))), start=1):
         yield Row(record, f"{redact(url)}:{number}", partial(_open_beside, url))
 
@@ -269,8 +270,8 @@ def _audio_row(
         text = open_path(text_name).decode("utf-8-sig").strip()
     except (UnusableAudio, DataError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{origin} must have its text in a file beside it that ends in .txt, but has none that can be read; add it, "
-            "or name a JSONL or Parquet file with the columns audio and text"
+            f"{origin} must have its text in a file beside it that ends in .txt, but has none that can be read; add "
+            "it, or name a JSONL or Parquet file with the columns audio and text"
         ) from error
     return Row({settings.audio_field: name, source.text_field: text}, origin, open_path)
 
@@ -319,8 +320,8 @@ def _hub_rows(source: SourceConfig, split: str) -> Iterator[Row]:
         raise
     except Exception as error:  # data sets, Arrow and HTTP clients each have their own classes
         raise DataError(
-            f"{name} must be a data set of the Hugging Face Hub, but cannot be read ({one_line(str(error))}); check hub, "
-            f"hub_config and split of source {source.name}, and the network"
+            f"{name} must be a data set of the Hugging Face Hub, but cannot be read ({one_line(str(error))}); check "
+            f"hub, hub_config and split of source {source.name}, and the network"
         ) from error
 
 

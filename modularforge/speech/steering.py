@@ -23,8 +23,8 @@ Routing = Literal["frame", "utterance"]
 class SteeringShape:
     """Sizes of a model's steering, and how its gates work.
 
-    `vectors` are those of each of the `experts`. `routing` says whether the weights of experts are chosen for each frame
-    or for an utterance by the mean of its frames. `is_scaled`: whether what the vectors add is scaled, per site.
+    `vectors` are those of each of the `experts`. `routing` says whether the weights of experts are chosen for each
+    frame, or for an utterance by the mean of its frames. `is_scaled`: whether what the vectors add is scaled, per site.
     `active` vectors with the largest gates are kept, null keeps all; `scale_bound` bounds scales by a tanh.
     """
 
@@ -73,7 +73,7 @@ class Steering(nn.Module):
         """How much each vector weighs at each frame [B, T, E]; all of a frame add up to one."""
         x_BTD = u_BTD.float()
         logits_BTE = x_BTD @ self.gate_weight[site].float().T + self.gate_bias[site]
-        logits_BTKv = logits_BTE.unflatten(-1, (self.shape.experts, self.shape.vectors))
+        logits_BTKv = logits_BTE.view(*logits_BTE.shape[:2], self.shape.experts, self.shape.vectors)
         gate_BTKv = logits_BTKv.softmax(dim=-1)
         if self.shape.experts > 1:
             gate_BTKv = gate_BTKv * self.expert_weights(site, x_BTD, mask_BT)[..., None]

@@ -302,7 +302,7 @@ def test_prompts_are_those_of_the_records_or_of_the_settings(tmp_path: Path) -> 
     records = [{"audio": f"{i}.wav", "text": WORDS[i], "ask": f"question {i}?"} for i in range(4)]
     table = write_table(tmp_path / "w", records)
     held_out = {"validation": str(table), "test": str(table)}
-    file, metadata = prepare(config_of(table, prompt_field="ask", source=held_out), tmp_path / "a")
+    file, _ = prepare(config_of(table, prompt_field="ask", source=held_out), tmp_path / "a")
     config = config_of(table, source=held_out)
     model = config.speech.model.model_copy(update={"prompt": "Write: "})
     speech = config.speech.model_copy(update={"model": model})
@@ -310,7 +310,9 @@ def test_prompts_are_those_of_the_records_or_of_the_settings(tmp_path: Path) -> 
     from modularforge.data.tokenizer import load_tokenizer
 
     for found, output, expected in ((file, "a", "question 2?"), (fixed, "b", "Write: ")):
-        assert load_tokenizer(tmp_path / output / "tokenizer.json").decode(found.prompts.document(2)) == expected
+        assert (
+            load_tokenizer(tmp_path / output / "tokenizer.json").decode(found.prompts.document(2).tolist()) == expected
+        )
 
 
 def test_features_of_a_corpus_are_normalised_by_its_training_part(tmp_path: Path) -> None:
