@@ -291,7 +291,8 @@ class ExpertsConfig(PhaseConfig):
     count: int = Field(5, ge=1)
     """Experts to train, one per partition; the assembled model has the public FFN beside them."""
     kind: str = Field("ffn", pattern=NAME)
-    """What an expert is: `ffn`, or a kind that an installed package adds (entry points `modularforge.experts`)."""
+    """What an expert is: `ffn`, `steering` (of the task `speech`), or a kind that an installed package adds (entry
+    points `modularforge.experts`)."""
     anchored: bool = False
     """Train beside the frozen public FFN with a router row of its own (FlexOlmo); false trains a plain FFN alone, which
     was better in our runs (docs/method.md)."""
@@ -614,7 +615,8 @@ class Config(SafeSection):
     name: Annotated[Line, Field(max_length=200)] = "modularforge"
     """Title of reports and of the model card."""
     task: str = Field("text", pattern=NAME)
-    """What is learned: `text`, or a task that an installed package adds (entry points `modularforge.tasks`)."""
+    """What is learned: `text`, `speech` (transcripts of audio), or a task that an installed package adds (entry points
+    `modularforge.tasks`)."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Every random choice follows from it."""
     data_seed: int | None = Field(None, ge=0, lt=2**31)
@@ -767,6 +769,7 @@ def _impossible_combinations(config: Config) -> Any:
             "evaluation.chat must be null without model.pretrained, since a new model has no chat template; unset it, "
             "or name an instruct model"
         )
+    yield from _impossible_speech(config)
     if config.needed_experts > experts.count:
         yield (
             f"cluster.min_experts must be at most experts.count ({experts.count}), but is {config.needed_experts}; "
@@ -776,3 +779,37 @@ def _impossible_combinations(config: Config) -> Any:
     names = [source.name for source in sources]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"data.sources must have names of their own, but {name!r} occurs {names.count(name)} times; rename one"
+
+
+def _impossible_speech(config: Config) -> Any:
+    """The same of speech, whose experts are steering vectors, and of steering, which is for speech alone."""
+    kind, speech = config.experts.kind, config.speech
+    if (config.task == "speech") != (kind == "steering"):
+        yield (
+            f"experts.kind must be steering with task speech, and with no other, but is {kind} with task "
+            f"{config.task}; change one of them"
+        )
+    if config.task != "speech":
+        return
+    if config.assembly.router not in ("data_stats", "centred_means", "uniform"):
+        yield (
+            "assembly.router must be data_stats, centred_means or uniform with task speech, whose experts are chosen "
+            f"by what the encoder hears, but is {config.assembly.router}; change it"
+        )
+    if others := sorted({*config.evaluation.baselines} - {"dense", "joint"}):
+        yield (
+            f"evaluation.baselines must be dense and joint at the most with task speech, but has {', '.join(others)}; "
+            "leave the others out"
+        )
+    if config.steering.variant == "aligner" and (speech.model.prompt or speech.data.prompt_field):
+        yield (
+            "speech.model.prompt and speech.data.prompt_field must be left out with steering.variant aligner, which "
+            "reads no prompt; remove them, or set it to hybrid"
+        )
+    if speech.model.pool_layer is not None and speech.model.pool_kind == "stack" and speech.model.pool_kernel > 1:
+        yield (
+            "speech.model.pool_kind must be mean or max where speech.model.pool_layer is set, since the encoder's "
+            "layers have one width, but is stack; change it"
+        )
+    if speech.model.encoder is None and speech.data.features != "whisper":
+        yield "speech.data.features must be whisper, whose encoder is the only one so far, but is fbank; change it"

@@ -22,7 +22,7 @@ OURS = {"modularforge", "launcher", "checkpoints", "tests", "benchmarks"}
 DISTRIBUTIONS = {"markdown_it": "markdown-it-py", "yaml": "pyyaml", "sklearn": "scikit-learn"}
 # What belongs to a distribution that is declared and cannot be there without it.
 PART_OF = {"markupsafe": "jinja2", "pydantic_core": "pydantic", "xdist": "pytest-xdist"}
-IMPORT_BY_NAME = re.compile(r'import_module\("([a-z_]+)"\)')
+IMPORT_BY_NAME = re.compile(r'(?:import_module|require_package)\("([a-z_]+)"\)')
 LIBRARY = ("modularforge", "launcher", "checkpoints")
 
 
@@ -44,13 +44,13 @@ def foreign(folders: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def test_the_library_imports_only_what_is_declared() -> None:
-    known = declared("embeddings", "tensorboard", "transformers")
+    known = declared("embeddings", "speech", "tensorboard", "transformers")
     assert [f"{name} at {place}" for name, place in foreign(LIBRARY) if name not in known] == []
 
 
 def test_what_only_an_extra_declares_is_imported_where_it_is_wanted_and_never_with_a_module() -> None:
     """An extra may be missing: a top-level import of it would break a program that needs no such thing."""
-    extras = declared("embeddings", "tensorboard", "transformers") - declared()
+    extras = declared("embeddings", "speech", "tensorboard", "transformers") - declared()
     found = []
     for path in (path for folder in LIBRARY for path in python_files(folder)):
         top = ast.parse(path.read_text(encoding="utf-8")).body

