@@ -549,7 +549,8 @@ class SpeechModelConfig(Section):
     """What stands between audio and language model, for `task: speech`; `model.pretrained` is that language model."""
 
     encoder: Text | None = None
-    """Whisper model whose encoder is taken, frozen: a folder, a URL, or `name/on-the-hub`; null is a random one."""
+    """Whisper or Wav2Vec2-BERT (a conformer, which reads `fbank`) whose encoder is taken, frozen: a folder, a URL, or
+    `name/on-the-hub`; null is a random one."""
     encoder_width: int = Field(64, ge=8)
     """Width of a random encoder, which is for tests."""
     encoder_layers: int = Field(2, ge=1)
@@ -812,4 +813,4 @@ def _impossible_speech(config: Config) -> Any:
             "layers have one width, but is stack; change it"
         )
     if speech.model.encoder is None and speech.data.features != "whisper":
-        yield "speech.data.features must be whisper, whose encoder is the only one so far, but is fbank; change it"
+        yield "speech.data.features must be whisper without speech.model.encoder, but is fbank; name one"

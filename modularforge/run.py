@@ -187,9 +187,9 @@ class Run:
         for needed in STAGES[stage].inputs:
             found |= self._input(needed, index)
         if stage == "backbone" and self.config.task == "speech" and self.config.speech.model.encoder:
-            from modularforge.pretrained.fetch import model_identity
+            from modularforge.speech.encoder_files import encoder_identity
 
-            found["encoder"] = model_identity(self.config.speech.model.encoder)
+            found["encoder"] = encoder_identity(self.config.speech.model.encoder)
         return found
 
     def _input(self, needed: str, index: int | None) -> dict[str, str]:

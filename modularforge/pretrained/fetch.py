@@ -256,6 +256,11 @@ def tokenizer_identity(model: str) -> str:
     return _digest({**_hashes(folder, present), "eos_token_id": read_config(folder).get("eos_token_id")})
 
 
+def files_identity(folder: Path, names: list[str]) -> str:
+    """Identity of some files of a folder, 32 hexadecimal digits."""
+    return _digest(_hashes(folder, names))
+
+
 def _digest(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from checkpoints.parsing import parse_object
 from checkpoints.redact import redact
 from checkpoints.safetensors import WEIGHTS_NAME
 from modularforge.config import Config, ModelConfig
@@ -23,7 +24,10 @@ from modularforge.model.backbone import Decoder, build_backbone
 from modularforge.model.folder import load_pretrained, read_tensors, save_tensors
 from modularforge.model.hub_config import CONFIG_NAME, write_json
 from modularforge.pretrained.fetch import local_model, model_identity
+from modularforge.speech.conformer import MODEL_TYPE as CONFORMER
+from modularforge.speech.conformer import ConformerEncoder, conformer_tensors
 from modularforge.speech.encoder import WhisperEncoder, WhisperShape, whisper_shape, whisper_tensors
+from modularforge.speech.encoder_files import encoder_folder, encoder_identity
 from modularforge.speech.model import SpeechModel, SpeechShape
 from modularforge.speech.projector import Pooling
 from modularforge.speech.steering import SteeringShape
@@ -55,14 +59,11 @@ def parts_of(config: Config, vocab_size: int) -> Parts:
     width = settings.encoder_width
     encoder = WhisperShape(config.speech.data.bins, width, settings.encoder_layers, max(1, width // 32), 4 * width)
     decoder = {**config.model.model_dump(mode="json"), "pretrained": None}
+    random = Parts(Part(None, None, asdict(encoder)), Part(None, None, {"model": decoder, "vocab_size": vocab_size}))
     return Parts(
-        _part(settings.encoder, asdict(encoder)),
-        _part(pretrained, {"model": decoder, "vocab_size": vocab_size}),
+        Part(settings.encoder, encoder_identity(settings.encoder), {}) if settings.encoder else random.encoder,
+        Part(pretrained, model_identity(pretrained), {}) if pretrained else random.decoder,
     )
-
-
-def _part(source: str | None, sizes: Mapping[str, Any]) -> Part:
-    return Part(None, None, sizes) if source is None else Part(source, model_identity(source), {})
 
 
 def build_speech(
@@ -111,27 +112,34 @@ def _is_frozen(name: str) -> bool:
 
 def encoder_sizes(parts: Parts) -> tuple[int, int]:
     """Width and layers of the encoder."""
-    shape = _encoder_shape(parts.encoder)
-    return shape.width, shape.layers
+    encoder = _new_encoder(parts.encoder)
+    return encoder.width, encoder.num_layers
 
 
-def _encoder_shape(part: Part) -> WhisperShape:
+def _new_encoder(part: Part) -> WhisperEncoder | ConformerEncoder:
+    """The encoder with any weights."""
     if part.source is None:
-        return WhisperShape(**part.sizes)
-    folder = _checked_folder(part, "encoder")
-    return whisper_shape(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")), str(folder))
+        return WhisperEncoder(WhisperShape(**part.sizes))
+    folder = encoder_folder(part.source)
+    _check(part.source, part.identity, encoder_identity(part.source), "encoder")
+    values = parse_object((folder / CONFIG_NAME).read_bytes())
+    if values.get("model_type") == CONFORMER:
+        return ConformerEncoder(values)
+    return WhisperEncoder(whisper_shape(values, str(folder)))
 
 
 def _encoder(part: Part, tensors: Mapping[str, Tensor]) -> nn.Module:
-    encoder = WhisperEncoder(_encoder_shape(part))
+    encoder = _new_encoder(part)
     if part.source is None:
         return _filled(encoder, tensors, "encoder.")
-    folder = local_model(part.source)
-    weights = whisper_tensors(read_tensors(folder), str(folder))
+    folder = encoder_folder(part.source)
+    found, name = read_tensors(folder), str(folder)
+    is_strict = isinstance(encoder, WhisperEncoder)
+    weights = whisper_tensors(found, name) if is_strict else conformer_tensors(found, encoder, name)
     try:
-        encoder.load_state_dict(weights)
+        encoder.load_state_dict(weights, strict=is_strict)
     except RuntimeError as error:
-        raise DataError(f"{folder} must hold the weights that its config.json says, but does not ({error})") from error
+        raise DataError(f"{name} must hold the weights that its config.json says, but does not ({error})") from error
     return encoder.float()
 
 
@@ -156,14 +164,18 @@ def _filled(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> nn
 
 
 def _checked_folder(part: Part, what: str) -> Path:
-    """The local folder of a pretrained part; raises MismatchError when its bytes are others than those trained with."""
+    """The local folder of a pretrained language model; raises MismatchError when it is not that trained with."""
     assert part.source is not None
-    if (found := model_identity(part.source)) != part.identity:
-        raise MismatchError(
-            f"the {what} at {redact(part.source)} must be the one that was trained with ({part.identity}), but is "
-            f"another ({found}); put that one there again"
-        )
+    _check(part.source, part.identity, model_identity(part.source), what)
     return local_model(part.source)
+
+
+def _check(source: str, expected: str | None, found: str, what: str) -> None:
+    if found != expected:
+        raise MismatchError(
+            f"the {what} at {redact(source)} must be the one that was trained with ({expected}), but is another "
+            f"({found}); put that one there again"
+        )
 
 
 def save_speech(model: SpeechModel, parts: Parts, folder: Path, features: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modularforge.errors import ConfigError, DataError
+from modularforge.speech.conformer import ConformerEncoder, conformer_tensors
 from modularforge.speech.encoder import WhisperEncoder, frame_mask, whisper_shape, whisper_tensors
 from modularforge.speech.model import SpeechModel, learning_parameters, read, speech_loss
 from modularforge.speech.projector import Pooling, pool, pooled_lengths
@@ -271,3 +272,34 @@ def test_usage_says_how_gates_are_used_at_each_site() -> None:
     for row in found:
         assert sum(row["share"]) == pytest.approx(1, abs=1e-5)
         assert 0 < row["entropy"] <= 1.0001
+
+
+def test_a_conformer_computes_what_transformers_computes_and_knows_the_true_length() -> None:
+    from transformers import Wav2Vec2BertConfig, Wav2Vec2BertModel
+
+    torch.manual_seed(5)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+    config = Wav2Vec2BertConfig(feature_projection_input_dim=20, conv_depthwise_kernel_size=5, **sizes)
+    theirs = Wav2Vec2BertModel(config).eval()
+    ours = ConformerEncoder(config.to_dict()).eval()
+    ours.load_state_dict(conformer_tensors(dict(theirs.state_dict()), ours, "theirs"), strict=False)
+    features_BFM, frames_B = torch.randn(2, 14, 10), torch.tensor([14, 9])
+    features_BFM[1, 9:] = 0
+    with torch.no_grad():
+        mask_BT = frame_mask(torch.tensor([7, 5]), 7)
+        expected = theirs(features_BFM.reshape(2, 7, 20), attention_mask=mask_BT.long()).last_hidden_state
+        found = encoded(ours, features_BFM, frames_B)
+        single = encoded(ours, features_BFM[1:, :9], frames_B[1:])
+    assert torch.allclose(found[mask_BT], expected[mask_BT], atol=1e-4)
+    assert torch.allclose(found[1, :5], single[0], atol=1e-5)
+    with pytest.raises(DataError, match=r"speech.data.bins must be 10 for this encoder, but is 8"):
+        ours.embed(torch.zeros(1, 4, 8), torch.tensor([4]))
+    with pytest.raises(DataError, match=r"must hold the weights of its encoder, but lacks model\.encoder"):
+        conformer_tensors({}, ours, "x")
+
+
+def encoded(encoder: ConformerEncoder, features_BFM: Tensor, frames_B: Tensor) -> Tensor:
+    x_BTD, length_B = encoder.embed(features_BFM, frames_B)
+    for index in range(encoder.num_layers):
+        x_BTD = encoder.layer(index, x_BTD, frame_mask(length_B, x_BTD.shape[1]))
+    return encoder.finish(x_BTD)
