@@ -16,11 +16,14 @@ from modularforge.errors import ConfigError, Interrupted, MismatchError
 from modularforge.experts.kind import find_kind
 from modularforge.pipeline import stage_settings
 from modularforge.run import Run
+from modularforge.speech.audio import decode
+from modularforge.speech.features import log_mel
 from modularforge.speech.folder import load_speech
 from modularforge.speech.model import SpeechModel
 from modularforge.stage_outputs import Backbone
 from modularforge.tasks.speech import SPEECH, arguments, held_out_speech
 from modularforge.training.checkpointing import Checkpointing
+from tests.conftest import run_command
 from tests.speech.runs import run_all, speech_config
 
 
@@ -217,3 +220,21 @@ def test_statistics_are_sums_that_add_up(finished: Config) -> None:
         assert sums[0].count == sums[1].count + sums[2].count
         assert np.allclose(sums[0].outer_DD, sums[1].outer_DD + sums[2].outer_DD)
     assert both.utterances.layers[0].count == 8
+
+
+def test_a_finished_run_transcribes_recordings(finished: Config, sounds: Path) -> None:
+    settings = paths.local_path(finished.output_dir) / "config.yaml"
+    model, recording = Run(finished).require("assembled").local_folder(), sounds / "low/1.wav"
+    held_out = held_out_speech(finished, Run(finished).corpus)
+    by_folder = run_command("modularforge", "transcribe", "--model", str(model), "--prompt", "text: ", str(recording))
+    by_run = run_command("modularforge", "transcribe", "--config", str(settings), str(recording))
+    assert by_folder.stdout == by_run.stdout
+    speech = load_speech(model)
+    samples = decode(recording.read_bytes())
+    features_BFM = torch.from_numpy(log_mel(samples, 80))[None]
+    ids = held_out.corpus.tokenizer.encode("text: ", add_special_tokens=False).ids
+    inputs = features_BFM, torch.tensor([features_BFM.shape[1]]), torch.tensor([ids])
+    (expected,) = speech.transcribe(*inputs, held_out.corpus.end_token, 64)
+    assert by_run.stdout.strip() == held_out.corpus.tokenizer.decode(expected).strip()
+    refused = run_command("modularforge", "transcribe", "--model", str(model), __file__, check=False)
+    assert "must be a recording that can be used, but it cannot be decoded" in refused.stderr + refused.stdout

@@ -13,7 +13,7 @@ import transformers
 from modularforge.config import Config
 from modularforge.config_files import complete_config
 from modularforge.errors import DataError, MismatchError
-from modularforge.model.folder import read_tensors
+from modularforge.model.folder import read_tensors, save_tensors
 from modularforge.run import Run
 from modularforge.speech.encoder_files import encoder_folder
 from modularforge.speech.folder import load_speech
@@ -66,24 +66,20 @@ def test_a_run_on_pretrained_parts_saves_what_it_trained_and_names_the_rest(save
     assert model.steering.shape.sites == 3
     for name, tensors in frozen.items():
         assert all(torch.equal(tensor, tensors[key]) for key, tensor in read_tensors(tmp_path / name).items())
-    own = {
-        name.removeprefix("model.encoder.").removeprefix("model."): t for name, t in model.encoder.state_dict().items()
-    }
-    theirs = {name.removeprefix("model.encoder."): tensor for name, tensor in frozen["encoder"].items()}
+    theirs = {bare(name): tensor for name, tensor in frozen["encoder"].items()}
+    own = {bare(name): tensor for name, tensor in model.encoder.state_dict().items()}
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in own.items())
     shutil.rmtree(tmp_path / "encoder")
     save(tmp_path / "encoder")
     load_speech(folder)  # the same bytes elsewhere or again are the same encoder
-    changed = read_tensors(tmp_path / "encoder")
-    first = next(iter(changed))
-    changed[first] = changed[first] + 1
-    from modularforge.model.folder import save_tensors
-
-    save_tensors(
-        {name: tensor.contiguous().clone() for name, tensor in changed.items()}, tmp_path / "encoder/model.safetensors"
-    )
-    with pytest.raises(MismatchError, match="the encoder at .* must be the one that was trained with"):
+    changed = {name: tensor + 1 for name, tensor in read_tensors(tmp_path / "encoder").items()}
+    save_tensors(changed, tmp_path / "encoder/model.safetensors")
+    with pytest.raises(MismatchError, match=r"the encoder at .* must be the one that was trained with"):
         load_speech(folder)
+
+
+def bare(name: str) -> str:
+    return name.removeprefix("model.").removeprefix("encoder.")
 
 
 def test_another_encoder_makes_another_backbone(tmp_path: Path) -> None:
