@@ -49,6 +49,27 @@ TRAINED_ON_ALL: tuple[TrainedOnAll, ...] = typing.get_args(TrainedOnAll)
 """Baselines that one job trains on the windows of all experts together."""
 
 
+def baseline_names() -> tuple[str, ...]:
+    """What `evaluation.baselines` may name: the table of stages says it, and reads this file itself."""
+    from modularforge.pipeline import baseline_names as of_rows
+
+    return of_rows()
+
+
+def _known_baseline(name: str) -> str:
+    if name not in (known := baseline_names()):
+        *others, last = map(repr, known)
+        raise PydanticCustomError("baseline", "Input should be {names}", {"names": f"{', '.join(others)} or {last}"})
+    return name
+
+
+def _list_baselines(schema: dict[str, Any]) -> None:
+    schema["enum"] = list(baseline_names())
+
+
+Baseline = Annotated[str, AfterValidator(_known_baseline), Field(json_schema_extra=_list_baselines)]
+
+
 class Section(BaseModel):
     """A group of settings: unknown names are refused, values are checked and never changed afterwards.
 
@@ -396,7 +417,7 @@ class EvaluationConfig(Section):
     """Sequences per batch, the same for every model."""
     tokens_per_domain: int = Field(200_000, ge=1)
     """Test tokens of each domain at the most."""
-    baselines: list[Literal["dense", "dense_wide", "soup", "joint", "joint_evidence", "btx"]] = ["dense", "soup"]
+    baselines: list[Baseline] = ["dense", "soup"]
     """`dense`: the backbone trained on with all the experts' tokens; `dense_wide`: the same with as wide an FFN as a
     token visits; `soup`: the mean of the experts' weights; `joint`: a mixture trained on the same tokens;
     `joint_evidence`: the same, routed by evidence; `btx`: whole models trained alone, FFNs stacked, the rest mean."""

@@ -20,6 +20,7 @@ from modularforge.config import GONE_FROM_ROPE, TRAINED_ON_ALL, Config, PhaseCon
 from modularforge.experts.kind import kind_of
 
 NEVER = "never"  # `Stage.baseline` of what no run makes by itself, only a study
+UNTRAINED_BASELINES = ("soup",)  # made where they are measured, so that no row makes them
 EVERY = "*"
 
 
@@ -305,6 +306,12 @@ _INDEXED = re.compile(r"(.+?)[-/](\d{1,9})", re.ASCII)
 def wanted_stages(config: Config) -> Iterator[Stage]:
     """The rows that a run with these settings makes, each after those it reads."""
     return (stage for stage in STAGES.values() if stage.is_wanted(config))
+
+
+def baseline_names() -> tuple[str, ...]:
+    """What `evaluation.baselines` may name: the rows that say so, and what is made of the experts without training."""
+    found = {stage.baseline: None for stage in STAGES.values() if stage.baseline and stage.baseline != NEVER}
+    return (*found, *UNTRAINED_BASELINES)
 
 
 def stage_url(config: Config, name: str, index: int | None = None) -> str:
