@@ -66,8 +66,8 @@ def _words(annotation: Any) -> str:
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         # Names that come from a table of another file, such as those of baselines, are in the schema alone.
-        names: list[str] = TypeAdapter(annotation).json_schema().get("enum", [])
-        return " | ".join(names) or _words(inner[0])
+        listed: list[str] = TypeAdapter[Any](annotation).json_schema().get("enum", [])
+        return " | ".join(listed) or _words(inner[0])
     if origin is typing.Literal:
         return " | ".join(str(value) for value in inner)
     if origin in (list, tuple):

@@ -17,7 +17,7 @@ from modularforge.observe.anomalies import convergence, find_anomalies, overfitt
 from modularforge.observe.compare import as_text
 from modularforge.observe.comparison import compare, compare_seeds, group_by_settings
 from modularforge.observe.divergence import pair_curves
-from modularforge.observe.metrics import Curve
+from modularforge.observe.metrics import MEASURED, Curve, Metric
 from modularforge.observe.run import MEANS, Run, read_run
 from tests.conftest import run_command
 from tests.synthetic_runs import falling, validation_line, write_metrics, write_run
@@ -331,6 +331,29 @@ def test_branches_are_compared_by_their_mean_too(tmp_path: Path) -> None:
     assert "== branch-3 ==" not in text
     assert "== expert-1 ==" in text
     assert "single branches" in text
+
+
+def test_evaluations_are_compared_by_every_metric_of_the_tasks_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: dict[str, Run] = {}
+    for name in ("a", "b"):
+        write_run(str(tmp_path / name), seed=len(runs))
+        runs[name] = read_run(str(tmp_path / name))
+    new = Metric("accuracy", "right answers", "%", better="higher")
+    for file in ("comparison", "compare"):
+        monkeypatch.setattr(f"modularforge.observe.{file}.MEASURED", (*MEASURED, new))
+    assert runs["b"].evaluation
+    runs["b"].evaluation["models"]["backbone"]["accuracy"] = 97.5
+    found = compare(runs)
+    assert [*found.evaluation] == [*(one.column for one in MEASURED), "accuracy"]
+    assert found.evaluation["accuracy"]["backbone"] == {"b": 97.5}
+    loss = runs["a"].evaluation["models"]["backbone"]["mean_loss"]  # type: ignore[index]
+    assert found.evaluation["mean_loss"]["backbone"]["a"] == pytest.approx(loss)
+    lines = as_text(found).splitlines()
+    table = lines[lines.index("Test: right answers (%)") + 1 :]
+    assert next(line for line in table if line.split()[:1] == ["backbone"]).split() == ["backbone", "–", "97.5"]
+    assert "Test: mean loss (nats per token)" in lines
 
 
 def test_the_command_writes_text_json_and_plots(tmp_path: Path) -> None:
