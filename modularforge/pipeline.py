@@ -336,6 +336,7 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
     stage, values = STAGES[name], config.model_dump(mode="json")
     if "{data}" in stage.folder:
         values["seed"] = config.preparation_seed
+    values["assembly"]["router"] = config.assembly.recorded_router
     found: dict[str, Any] = {}
     sections = stage.sections if name != "expert" else {*stage.sections, kind_of(config).settings}
     for setting in (*sections, *stage.also, *EVERYWHERE):

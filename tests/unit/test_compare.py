@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from checkpoints import paths
+from modularforge.config_files import to_yaml
 from modularforge.observe import divergence
 from modularforge.observe.anomalies import convergence, find_anomalies, overfitting, running_median
 from modularforge.observe.compare import as_text
@@ -19,7 +21,7 @@ from modularforge.observe.comparison import compare, compare_seeds, group_by_set
 from modularforge.observe.divergence import pair_curves
 from modularforge.observe.metrics import MEASURED, Curve, Metric
 from modularforge.observe.run import MEANS, Run, read_run
-from tests.conftest import run_command
+from tests.conftest import run_command, tiny_config
 from tests.synthetic_runs import falling, validation_line, write_metrics, write_run
 
 STEPS = np.arange(1.0, 401.0)
@@ -304,6 +306,19 @@ def test_a_seed_that_is_run_again_is_no_further_seed() -> None:
     assert compare_seeds({name: runs[name] for name in ("a0", "b0")}, {"backbone": {"a0": 3.0, "b0": 3.0}}) is None
     unknown = {name: Run(name) for name in ("x", "y")}
     assert group_by_settings(unknown) == {"x": ["x"], "y": ["y"]}
+
+
+def test_runs_recorded_under_old_names_of_routers_are_the_same_experiment(tmp_path: Path) -> None:
+    runs = {}
+    for name, router in (("old", "data_stats"), ("new", "ridge")):
+        paths.replace_bytes(str(tmp_path / name / "config.yaml"), to_yaml(tiny_config(tmp_path)).encode())
+        recorded = (tmp_path / name / "config.yaml").read_text()
+        assert "router: trained\n" in recorded
+        (tmp_path / name / "config.yaml").write_text(recorded.replace("router: trained\n", f"router: {router}\n"))
+        write_metrics(str(tmp_path / name), "backbone", {1: 3.0})
+        runs[name] = read_run(str(tmp_path / name))
+    assert runs["old"].setting("assembly.router", "") == "ridge"
+    assert not compare(runs).settings
 
 
 def test_many_experts_are_compared_by_their_mean(tmp_path: Path) -> None:
