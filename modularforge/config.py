@@ -41,12 +41,42 @@ PartitionMethod = Literal["random", "clustered", "curriculum", "domain"]
 Line = Annotated[str, Field(pattern=ONE_LINE)]
 Text = Annotated[str, Field(pattern=ONE_LINE, min_length=1)]
 Prose = Annotated[str, Field(pattern=r"^[^\x00]*$")]
-RouterKind = Literal["evidence", "data_stats", "centred_means", "learned", "equalised", "kaiming", "uniform"]
+# Each is named by what its rows are.
+RouterKind = Literal["evidence", "ridge", "means", "trained", "trained_equalised", "random", "uniform"]
+RECORDED_ROUTERS = {
+    "ridge": "data_stats",
+    "means": "centred_means",
+    "trained": "learned",
+    "trained_equalised": "equalised",
+    "random": "kaiming",
+}
+"""By name, the one of earlier versions: in identities and facts of artifacts for good, and still read in settings."""
 LARGEST_NUMBER = 2**63  # what files, tensors and Slurm can hold
-TRAINED_ROUTERS = ("learned", "equalised")  # their rows are trained with the experts
+TRAINED_ROUTERS = ("trained", "trained_equalised")  # their rows are trained with the experts
 TrainedOnAll = Literal["dense", "dense_wide", "joint", "joint_evidence"]
 TRAINED_ON_ALL: tuple[TrainedOnAll, ...] = typing.get_args(TrainedOnAll)
 """Baselines that one job trains on the windows of all experts together."""
+
+
+def baseline_names() -> tuple[str, ...]:
+    """What `evaluation.baselines` may name: the table of stages says it, and reads this file itself."""
+    from modularforge.pipeline import baseline_names as of_rows
+
+    return of_rows()
+
+
+def _known_baseline(name: str) -> str:
+    if name not in (known := baseline_names()):
+        *others, last = map(repr, known)
+        raise PydanticCustomError("baseline", "Input should be {names}", {"names": f"{', '.join(others)} or {last}"})
+    return name
+
+
+def _list_baselines(schema: dict[str, Any]) -> None:
+    schema["enum"] = list(baseline_names())
+
+
+Baseline = Annotated[str, AfterValidator(_known_baseline), Field(json_schema_extra=_list_baselines)]
 
 
 class Section(BaseModel):
@@ -348,9 +378,9 @@ class AssemblyConfig(Section):
     """How backbone and experts become one model."""
 
     router: RouterKind = "evidence"
-    """`evidence`: which partition the text so far resembles, from counts of tokens and their pairs; `data_stats`: ridge
-    regression from sums; `centred_means`; `learned`: rows trained with the experts; `equalised`: the same at one
-    length; `kaiming`: random; `uniform`: all experts alike."""
+    """What its rows are. `evidence`: which partition the text so far resembles, from counts of tokens and their pairs;
+    `ridge`: ridge regression from sums; `means`: of each expert's inputs, centred; `trained` with the experts;
+    `trained_equalised`: the same at one length; `random`; `uniform`: all experts alike."""
     experts_per_token: int = Field(2, ge=1)
     """Experts that each token visits."""
     public_expert: bool | None = None
@@ -364,9 +394,9 @@ class AssemblyConfig(Section):
     head_multiple: int = Field(1, ge=1, le=1024)
     """And the number of key-value heads a multiple of this, such as the processes of tensor parallelism."""
     ridge_penalty: float = Field(1e-2, gt=0)
-    """Ridge penalty of `data_stats`, as a share of the mean diagonal of the second moments."""
+    """Ridge penalty of `ridge`, as a share of the mean diagonal of the second moments."""
     router_temperature: float = Field(0.2, gt=0)
-    """Router logits of `evidence`, `data_stats` and `centred_means` are divided by this."""
+    """Router logits of `evidence`, `ridge` and `means` are divided by this."""
     mode: Literal["auto", "merge", "link"] = "auto"
     """`merge` writes all weights into files of `max_shard_bytes`. `auto` makes a file per part and takes over unchanged
     experts without moving their bytes (hard links, server-side copies) where it can; `link` refuses where it cannot."""
@@ -374,6 +404,16 @@ class AssemblyConfig(Section):
     """Type of the assembled weights; `same` keeps the backbone's."""
     max_shard_bytes: int = Field(5_000_000_000, ge=1_000_000)
     """Weight files that are written, and would be larger than this, are split, as Hugging Face does."""
+
+    @field_validator("router", mode="before")
+    @classmethod
+    def _by_its_name(cls, value: Any) -> Any:
+        return next((name for name, recorded in RECORDED_ROUTERS.items() if recorded == value), value)
+
+    @property
+    def recorded_router(self) -> str:
+        """The router as artifacts record it."""
+        return RECORDED_ROUTERS.get(self.router, self.router)
 
 
 class CalibrationConfig(PhaseConfig):
@@ -396,7 +436,7 @@ class EvaluationConfig(Section):
     """Sequences per batch, the same for every model."""
     tokens_per_domain: int = Field(200_000, ge=1)
     """Test tokens of each domain at the most."""
-    baselines: list[Literal["dense", "dense_wide", "soup", "joint", "joint_evidence", "btx"]] = ["dense", "soup"]
+    baselines: list[Baseline] = ["dense", "soup"]
     """`dense`: the backbone trained on with all the experts' tokens; `dense_wide`: the same with as wide an FFN as a
     token visits; `soup`: the mean of the experts' weights; `joint`: a mixture trained on the same tokens;
     `joint_evidence`: the same, routed by evidence; `btx`: whole models trained alone, FFNs stacked, the rest mean."""
@@ -664,7 +704,7 @@ def _impossible_combinations(config: Config) -> Any:
     if assembly.router in TRAINED_ROUTERS and not experts.anchored:
         yield (
             f"assembly.router must not be {assembly.router} when experts.anchored is false, because plain experts "
-            "train no router rows; use data_stats or centred_means"
+            "train no router rows; use ridge or means"
         )
     if config.evaluation.chat and config.model.pretrained is None:
         yield (

@@ -9,15 +9,17 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from checkpoints import StoreError, paths
-from modularforge.config import TRAINED_ON_ALL, Config, ModelConfig
+from modularforge.config import RECORDED_ROUTERS, TRAINED_ON_ALL, Config, ModelConfig
 from modularforge.errors import ConfigError
 from modularforge.experts import kind
+from modularforge.log import logger
 from modularforge.mistakes import config_error, shown
 from modularforge.plugins import entry
 from modularforge.tasks import task
@@ -74,11 +76,31 @@ def load_config(
         values["data_dir"] = data_dir
     if output_dir is not None:
         values["output_dir"] = output_dir
+    if (router := _section(values, "assembly").get("router")) in RECORDED_ROUTERS.values():
+        _say_new_name(router)
     config = complete_config(values, path) if asks_for_shape else make_config(values, path)
     # Now, and not when a backbone has been trained for days.
     entry(kind.GROUP, kind.OWN, config.experts.kind, "kind of expert")
     entry(task.GROUP, task.OWN, config.task, "task")
     return config
+
+
+def in_new_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings as an earlier version recorded them, by today's names, so that runs of both can be compared."""
+    assembly = _section(values, "assembly")
+    now = next((name for name, old in RECORDED_ROUTERS.items() if old == assembly.get("router")), None)
+    return {**values, "assembly": {**assembly, "router": now}} if now else values
+
+
+@cache  # once for a command, which may read many settings
+def _say_new_name(router: str) -> None:
+    now = next(name for name, old in RECORDED_ROUTERS.items() if old == router)
+    logger.warning("assembly.router: %s is called %s now; its old name still works in this version", router, now)
+
+
+def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = values.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _without_pretrained(model: Any) -> Any:

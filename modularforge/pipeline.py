@@ -20,6 +20,7 @@ from modularforge.config import GONE_FROM_ROPE, TRAINED_ON_ALL, Config, PhaseCon
 from modularforge.experts.kind import kind_of
 
 NEVER = "never"  # `Stage.baseline` of what no run makes by itself, only a study
+UNTRAINED_BASELINES = ("soup",)  # made where they are measured, so that no row makes them
 EVERY = "*"
 
 
@@ -307,6 +308,12 @@ def wanted_stages(config: Config) -> Iterator[Stage]:
     return (stage for stage in STAGES.values() if stage.is_wanted(config))
 
 
+def baseline_names() -> tuple[str, ...]:
+    """What `evaluation.baselines` may name: the rows that say so, and what is made of the experts without training."""
+    found = {stage.baseline: None for stage in STAGES.values() if stage.baseline and stage.baseline != NEVER}
+    return (*found, *UNTRAINED_BASELINES)
+
+
 def stage_url(config: Config, name: str, index: int | None = None) -> str:
     """URL of a stage's artifact."""
     folder = STAGES[name].folder
@@ -329,6 +336,7 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
     stage, values = STAGES[name], config.model_dump(mode="json")
     if "{data}" in stage.folder:
         values["seed"] = config.preparation_seed
+    values["assembly"]["router"] = config.assembly.recorded_router
     found: dict[str, Any] = {}
     sections = stage.sections if name != "expert" else {*stage.sections, kind_of(config).settings}
     for setting in (*sections, *stage.also, *EVERYWHERE):

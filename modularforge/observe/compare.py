@@ -18,6 +18,7 @@ from modularforge.observe.completion import headline
 from modularforge.observe.curves import draw_comparison
 from modularforge.observe.discover import short_names
 from modularforge.observe.divergence import CAVEAT, Pair
+from modularforge.observe.metrics import MEASURED
 from modularforge.observe.run import kind_of, read_run, without_members
 from modularforge.observe.table import Column, Table, listing, name_column, number, of
 
@@ -60,7 +61,8 @@ def as_json(comparison: Comparison) -> bytes:
         "caveat": CAVEAT,
         "runs": {name: {"url": run.url, "state": headline(run)} for name, run in comparison.runs.items()},
         "settings": comparison.settings,
-        "test_perplexity": comparison.evaluation,
+        "test_perplexity": comparison.evaluation.get("perplexity", {}),
+        "evaluation": comparison.evaluation,
         "seeds": asdict(comparison.seeds) if comparison.seeds else None,
         "jobs": {name: _job_values(job) for name, job in comparison.jobs.items()},
     }
@@ -160,10 +162,12 @@ def _settings(comparison: Comparison) -> list[str]:
 
 
 def _evaluation(comparison: Comparison) -> list[str]:
-    if not comparison.evaluation:
-        return []
-    rows = [[model, *map(number, map(found.get, comparison.runs))] for model, found in comparison.evaluation.items()]
-    return ["", "Test perplexity", *listing(["model", *comparison.runs], rows).text()]
+    lines = []
+    for metric in MEASURED if comparison.evaluation else ():
+        found = comparison.evaluation[metric.column]
+        rows = [[model, *map(number, map(values.get, comparison.runs))] for model, values in found.items()]
+        lines += ["", f"Test: {metric.axis}", *listing(["model", *comparison.runs], rows).text()]
+    return lines
 
 
 def _seeds(comparison: Comparison) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from checkpoints.markdown import plain
 from checkpoints.screen import say
 from modularforge.observe.findings import chat_table, doubts, finding_tables, routing_lines
-from modularforge.observe.metrics import DECISIVE, MEASURED
+from modularforge.observe.metrics import MEASURED, standing
 from modularforge.observe.table import Column, Table, count, decimals, fixed, listing, name_column, named
 
 Results = dict[str, Any]
@@ -47,8 +47,7 @@ def _of_domain(label: str, key: str) -> Callable[[tuple[str, Any]], Any]:
 
 def print_table(results: Results) -> None:
     """The table without the columns that 80 columns have no room for, its best model marked, and the verdict."""
-    sign = -1 if DECISIVE.better == "higher" else 1
-    models = [(sign * float(row[DECISIVE.column]), name) for name, row in results["models"].items()]
+    models = [(standing(row), name) for name, row in results["models"].items()]
     best = min(((value, place) for place, (value, name) in enumerate(models) if name != "oracle"), default=None)
     model_table(results).show(best[1] if best else None)
     say(verdict(results))

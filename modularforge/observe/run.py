@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from checkpoints import Artifact, StoreError, find_artifact, paths
 from checkpoints.parallel import in_order
-from modularforge.config_files import make_config, read_yaml
+from modularforge.config_files import in_new_names, make_config, read_yaml
 from modularforge.errors import ConfigError, DataError
 from modularforge.evaluation.results import parse_results
 from modularforge.json_lines import moment, objects_in
@@ -150,13 +150,13 @@ def _newest_config(url: str, artifacts: dict[str, Artifact], problems: list[str]
     newest = max(made or artifacts.values(), key=lambda artifact: artifact.manifest.created, default=None)
     if newest is not None:
         config = made_with(newest).get("config")
-        return config if isinstance(config, dict) else {}
+        return in_new_names(config) if isinstance(config, dict) else {}
     path = paths.join(url, SETTINGS_NAME)
     try:
         values = read_yaml(path) if paths.exists(path) else {}
         if values:
             make_config(values, path)
-        return values
+        return in_new_names(values)
     except ConfigError as error:
         problems.append(str(error))
         return {}

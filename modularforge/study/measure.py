@@ -34,6 +34,7 @@ from modularforge.evaluation.scoring import Row, means, posterior_ensemble, scor
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import load_model
 from modularforge.model.moe import moe_layers, restrict_routing
+from modularforge.observe.metrics import standing
 from modularforge.pipeline import JobName
 from modularforge.stage_outputs import derived_seed, partition_rows
 from modularforge.study.runs import StudyRun
@@ -163,7 +164,7 @@ class RunBench:
             name: self.bench.summarise({probe: scores_KRT[index] for probe, scores_KRT in scores.items()}) | about
             for index, name in enumerate(experts)
         }
-        best = min(rows.values(), key=lambda row: float(row["mean_loss"]))
+        best = min(rows.values(), key=standing)
         alone = {name: {key: value for key, value in row.items() if key != "documents"} for name, row in rows.items()}
         return {"rows": {"best expert": best, "oracle": oracle_row(config, rows)}, "experts": alone}
 
