@@ -294,6 +294,9 @@ class TrainingConfig(Section):
     """Compile the model with torch.compile."""
     log_every: int = Field(10, ge=1)
     """Steps between lines of metrics."""
+    gradient_norms: int | None = Field(0, ge=0)
+    """Steps between measurements of the gradients' norms by group and layer (docs/observing.md); 0 or null measures
+    none."""
     validate_every: int = Field(200, ge=1)
     """Steps between validations."""
     validation_tokens: int = Field(65_536, ge=1)

@@ -225,6 +225,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     # How often something is said, measured or saved, and how: the weights are the same.
     "training.compile": (EVERY,),
     "training.log_every": (EVERY,),
+    "training.gradient_norms": (EVERY,),
     "training.validate_every": (EVERY,),
     "training.validation_tokens": (EVERY,),
     "training.checkpoint_every": (EVERY,),

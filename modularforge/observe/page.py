@@ -31,6 +31,7 @@ SECTIONS = {
     "progress": "Progress",
     "timeline": "Timeline",
     "training": "Training",
+    "gradients": "Gradients",
     "evaluation": "Evaluation",
     "routing": "Routing",
     "samples": "Samples",
