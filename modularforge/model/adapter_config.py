@@ -1,4 +1,7 @@
-"""`adapter_config.json` as PEFT writes and reads it, and what of it our adapters compute; needs no torch.
+"""What lies beside adapters, and what of it ours compute; needs no torch.
+
+PEFT's `adapter_config.json` is of one adapter; our `adapters.json` says of a model with several where they are and how
+a text chooses among them.
 
 Fields that are left out have PEFT's defaults, so that versions that know fewer or more of them read the file alike.
 """
@@ -8,14 +11,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from checkpoints.parsing import parse_object
 from modularforge.config import MODULES, LoraConfig
-from modularforge.errors import DataError, one_line
+from modularforge.errors import DataError, MismatchError, one_line
+from modularforge.model import names
+
+Item = TypeVar("Item")
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTERS_NAME = "adapters.json"
+COMPOSITE_FORMAT = 1
+CHOICES = ("token", "sequence", None)
 MUST_BE: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
@@ -48,6 +57,29 @@ class AdapterShape:
         """The shape of another rank that multiplies by the same."""
         alpha = self.scale * (math.sqrt(rank) if self.rslora else rank)
         return AdapterShape(rank, alpha, self.modules, self.dropout, self.rslora)
+
+
+@dataclass(frozen=True)
+class Composite:
+    """Adapters beside one backbone.
+
+    `folders` are those of the adapters, inside the model's. A token visits `active` slots, of which the first is the
+    backbone alone where it is `public`; they are chosen for each `token`, once for a `sequence`, or (None) always all.
+    """
+
+    folders: tuple[str, ...]
+    active: int
+    public: bool
+    choice: str | None
+
+    @property
+    def slots(self) -> int:
+        """Adapters, and the backbone alone where it can be chosen."""
+        return len(self.folders) + int(self.public)
+
+    def blocks_visited(self, has_mlp: bool) -> int:
+        """How often a token runs a feed-forward block: for each slot, where adapters stand in such blocks."""
+        return self.active if has_mlp and self.choice is not None else 1
 
 
 def shape_of(lora: LoraConfig) -> AdapterShape:
@@ -90,3 +122,75 @@ def parse_adapter_config(content: bytes, origin: str) -> AdapterShape:
             f"{origin} must be that of a plain LoRA adapter of PEFT, but is not ({one_line(error)}); choose another "
             "adapter, or train it without such options"
         ) from error
+
+
+def composite_json(composite: Composite) -> dict[str, Any]:
+    """adapters.json of a model with adapters."""
+    return {
+        "format": COMPOSITE_FORMAT,
+        "adapters": list(composite.folders),
+        "experts_per_token": composite.active,
+        "backbone_alone": composite.public,
+        "choice": composite.choice,
+    }
+
+
+def parse_composite(content: bytes, origin: str) -> Composite:
+    """What the bytes of an adapters.json say; raises DataError."""
+    try:
+        values = parse_object(content)
+        if values.get("format") != COMPOSITE_FORMAT:
+            raise ValueError(f"its format is {values.get('format')!r:.20}, not {COMPOSITE_FORMAT}")
+        folders = [inner_path(folder) for folder in values["adapters"]]
+        found = Composite(
+            tuple(folders), int(values["experts_per_token"]), values["backbone_alone"] is True, values["choice"]
+        )
+        if found.choice not in CHOICES or not 1 <= found.active <= found.slots:
+            raise ValueError("its choice or number of experts is none of a model's")
+        if found.choice is None and len(folders) != 1:
+            raise ValueError("several adapters are always visited")
+        return found
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{origin} must say which adapters a model has, but does not ({one_line(error)}); assemble the model again"
+        ) from error
+
+
+def inner_path(folder: Any) -> str:
+    """The name of a folder inside a model's; raises ValueError for one that leads out of it."""
+    if not isinstance(folder, str) or not all(part.strip(".") for part in folder.split("/")) or "\\" in folder:
+        raise ValueError(f"{folder!r:.60} is no folder inside it")
+    return folder
+
+
+def paired(tensors: Mapping[str, Item], origin: str) -> dict[str, tuple[Item, Item]]:
+    """A and B of an adapter by the name of the backbone's matrix, in order of names; raises MismatchError.
+
+    `tensors` are by the names that PEFT gave them.
+    """
+    found: dict[str, dict[str, Item]] = {}
+    for stored, tensor in sorted(tensors.items()):
+        place = names.adapted(stored)
+        if place is None:
+            raise MismatchError(
+                f"{origin} must hold A and B of adapters on projections of a decoder, but has {stored:.80}; choose an "
+                "adapter of the backbone that the run has"
+            )
+        found.setdefault(place[0], {})[place[1]] = tensor
+    for name, pair in found.items():
+        if len(pair) < 2:
+            raise MismatchError(f"{origin} must hold A and B of every adapter, but has one for {name}; save it again")
+    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
+
+
+def check_fits(
+    origin: str, name: str, a: tuple[int, ...], b: tuple[int, ...], matrix: tuple[int, ...] | None, rank: int
+) -> None:
+    """Raise MismatchError unless A [R, I] and B [O, R] of an adapter stand beside a matrix [O, I]."""
+    if matrix is not None and (tuple(a), tuple(b)) == ((rank, matrix[1]), (matrix[0], rank)):
+        return
+    there = "has no such matrix" if matrix is None else f"has {tuple(matrix)}"
+    raise MismatchError(
+        f"{origin} must be an adapter of rank {rank} for this backbone, but for {name} it has {tuple(b)} times "
+        f"{tuple(a)}, and the backbone {there}; use the model that the adapter was trained on"
+    )

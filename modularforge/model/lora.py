@@ -15,27 +15,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modularforge.errors import MismatchError
 from modularforge.model import names
-from modularforge.model.adapter_config import AdapterShape
+from modularforge.model.adapter_config import AdapterShape, check_fits, paired
 from modularforge.model.backbone import Decoder
+from modularforge.model.sizes import AdapterCounts
 
 PARTS = ("lora_A", "lora_B")
 
 
 class LoraLinear(nn.Linear):
-    """A matrix and what an adapter adds to it: scale · B A x, with dropout on x while it trains."""
+    """A matrix and what an adapter adds to it: scale · B A x.
 
-    def __init__(self, matrix: nn.Linear, shape: AdapterShape) -> None:
+    A new adapter adds nothing yet, and drops inputs while it trains; a `stored` one (A [R, I], B [O, R]) drops none.
+    """
+
+    def __init__(self, matrix: nn.Linear, shape: AdapterShape, stored: tuple[Tensor, Tensor] | None = None) -> None:
         with torch.device("meta"):
             super().__init__(matrix.in_features, matrix.out_features, bias=False)
+            self.lora_A = nn.Linear(matrix.in_features, shape.rank, bias=False)
+            self.lora_B = nn.Linear(shape.rank, matrix.out_features, bias=False)
         self.weight = matrix.weight
-        self.scale, self.dropout = shape.scale, shape.dropout
-        self.lora_A = nn.Linear(matrix.in_features, shape.rank, bias=False)
-        self.lora_B = nn.Linear(shape.rank, matrix.out_features, bias=False)
-        # PEFT's start: it adds nothing yet, and A is drawn from torch's global generator.
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B.weight)
+        self.scale, self.dropout = shape.scale, 0.0 if stored else shape.dropout
+        a_RI, b_OR = stored or new_adapter(matrix, shape)
+        self.lora_A.weight, self.lora_B.weight = nn.Parameter(a_RI.float()), nn.Parameter(b_OR.float())
 
     def forward(self, x: Tensor) -> Tensor:
         """The matrix's output [..., O] of inputs [..., I], in its own type."""
@@ -43,6 +45,12 @@ class LoraLinear(nn.Linear):
         inputs = F.dropout(x.to(self.lora_A.weight.dtype), self.dropout, self.training)
         added: Tensor = self.lora_B(self.lora_A(inputs)) * self.scale
         return (output + added).to(output.dtype)
+
+
+def new_adapter(matrix: nn.Linear, shape: AdapterShape) -> tuple[Tensor, Tensor]:
+    """A and B as PEFT starts them: B is zero, and A is drawn from torch's global generator."""
+    a_RI = nn.init.kaiming_uniform_(torch.empty(shape.rank, matrix.in_features), a=math.sqrt(5))
+    return a_RI, torch.zeros(matrix.out_features, shape.rank)
 
 
 def add_adapters(decoder: Decoder, shape: AdapterShape) -> dict[str, nn.Parameter]:
@@ -74,41 +82,23 @@ def with_adapter(decoder: Decoder, shape: AdapterShape, tensors: Mapping[str, Te
 
     An adapter need not stand beside every layer.
     """
-    found = paired(tensors, origin)
-    matrices = {f"{place}.weight": matrix for place, matrix in _matrices(decoder)}
-    for name, (a_RI, b_OR) in found.items():
-        check_fits(origin, name, a_RI.shape, b_OR.shape, matrices[name].weight.shape if name in matrices else None)
-        adapted = LoraLinear(matrices[name], shape)
-        adapted.lora_A.weight.data, adapted.lora_B.weight.data = a_RI.float(), b_OR.float()
-        decoder.set_submodule(name.removesuffix(".weight"), adapted)
-    return decoder.requires_grad_(False).eval()  # nothing is dropped
+    pairs, matrices = fitting_pairs(decoder, shape, tensors, origin), dict(_matrices(decoder))
+    for name, pair in pairs.items():
+        place = name.removesuffix(".weight")
+        decoder.set_submodule(place, LoraLinear(matrices[place], shape, pair))
+    decoder.adapters = AdapterCounts((sum(tensor.numel() for pair in pairs.values() for tensor in pair),), 1, 1)
+    return decoder.requires_grad_(False)
 
 
-def paired(tensors: Mapping[str, Tensor], origin: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """A [R, I] and B [O, R] of an adapter by the name of their matrix, in order of names; raises MismatchError."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for stored, tensor in sorted(tensors.items()):
-        place = names.adapted(stored)
-        if place is None:
-            raise MismatchError(
-                f"{origin} must hold A and B of adapters on projections of a decoder, but has {stored}; choose an "
-                "adapter of the backbone that the run has"
-            )
-        found.setdefault(place[0], {})[place[1]] = tensor
-    for name, pair in found.items():
-        if len(pair) < 2:
-            raise MismatchError(f"{origin} must hold A and B of every adapter, but has one for {name}; save it again")
-    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
-
-
-def check_fits(origin: str, name: str, a: tuple[int, ...], b: tuple[int, ...], matrix: tuple[int, ...] | None) -> None:
-    """Raise MismatchError unless an adapter's A and B have the shapes that stand beside a matrix."""
-    if matrix is None or len(a) != 2 or len(b) != 2 or (b[0], a[1]) != tuple(matrix) or a[0] != b[1]:
-        there = "has no such matrix" if matrix is None else f"has {tuple(matrix)}"
-        raise MismatchError(
-            f"{origin} must be an adapter of this backbone, but for {name} it has {tuple(b)} times {tuple(a)}, and the "
-            f"backbone {there}; use the model that the adapter was trained on"
-        )
+def fitting_pairs(
+    decoder: Decoder, shape: AdapterShape, tensors: Mapping[str, Tensor], origin: str
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """A [R, I] and B [O, R] of a stored adapter by the name of their matrix; raises MismatchError for another base."""
+    pairs, matrices = paired(tensors, origin), {f"{place}.weight": matrix for place, matrix in _matrices(decoder)}
+    for name, (a_RI, b_OR) in pairs.items():
+        matrix = tuple(matrices[name].weight.shape) if name in matrices else None
+        check_fits(origin, name, tuple(a_RI.shape), tuple(b_OR.shape), matrix, shape.rank)
+    return pairs
 
 
 def _matrices(decoder: Decoder) -> list[tuple[str, nn.Linear]]:

@@ -58,6 +58,12 @@ def adapter(name: str) -> str:
     return f"base_model.model.{name}"
 
 
+def adapter_pair(matrix: str) -> tuple[str, str]:
+    """The names that PEFT gives A and B of an adapter beside a matrix of the backbone."""
+    stem = adapter(matrix.removesuffix(".weight"))
+    return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+
+
 def adapted(name: str) -> tuple[str, str] | None:
     """(the backbone's matrix, A or B) for a tensor of a PEFT adapter on our decoder, or None for other names."""
     match = _PEFT.match(name)

@@ -17,13 +17,17 @@ from checkpoints import Artifact, paths
 from modularforge.config import Config
 from modularforge.config_files import make_config
 from modularforge.errors import ConfigError, Interrupted
+from modularforge.evaluation.baselines import build_soup
 from modularforge.experts.lora import training
 from modularforge.experts.lora.phases import phase_at
-from modularforge.model.folder import read_tensors
+from modularforge.model import names
+from modularforge.model.folder import fill, load_model, read_tensors
+from modularforge.model.moe import restrict_routing
 from modularforge.pipeline import ALL_BASELINES, stage_settings, stage_url
 from modularforge.run import Run
 from modularforge.stage_outputs import Backbone
-from modularforge.stages import expert
+from modularforge.stages import assemble, expert
+from modularforge.stored_models import stored_model
 from modularforge.training import loop
 from modularforge.training.checkpointing import Checkpointing
 from tests.conftest import tiny_config, tiny_values
@@ -244,3 +248,98 @@ def test_settings_of_adapters_are_the_identity_of_lora_experts_alone() -> None:
     for stage in ("backbone", "assembled", *ALL_BASELINES):
         assert of(stage, rank=4) == set(), stage
     assert of("expert") == set()
+
+
+def assembled(finished_run: Config, folder: Path, form: str, targets: Any, **settings: Any) -> Config:
+    """A run of LoRA experts, trained and assembled."""
+    lora = {**LORA, "targets": targets, "alpha": 48}
+    assembly = {"router": "evidence", "lora": form, **settings}
+    config = lora_config(finished_run, folder, lora, assembly=assembly)
+    for index in range(config.experts.count):
+        made(config, index)
+    assemble.run(Run(config))
+    return config
+
+
+TOKENS_BT = torch.arange(2, 50).view(2, 24)
+
+
+def logits(config: Config) -> Tensor:
+    with torch.no_grad():
+        return stored_model(stage_url(config, "assembled")).load()(TOKENS_BT)
+
+
+@pytest.mark.parametrize("active", [1, 2, 4])
+@pytest.mark.parametrize("mode", ["auto", "merge"])
+def test_folded_experts_are_the_same_model_as_adapters_of_feed_forward_blocks(
+    active: int, mode: str, finished_run: Config, tmp_path: Path
+) -> None:
+    settings = {"experts_per_token": active, "mode": mode}
+    folded, beside = (
+        assembled(finished_run, tmp_path / form, form, "mlp", **settings) for form in ("fold", "adapters")
+    )
+    # Folded, the router's channels ride in the residual stream, and shift the last digits of its norms.
+    assert (logits(folded) - logits(beside)).abs().max() < 1e-4
+    plain = Run(folded).backbone.model()(TOKENS_BT)
+    assert not torch.allclose(logits(folded), plain, atol=1e-3)
+    values = Run(folded).require("assembled").read_json("config.json")
+    assert values["model_type"] == "mixtral"
+    assert values["num_local_experts"] == folded.experts.count + 1
+
+
+def test_folded_weights_are_those_of_the_backbone_and_the_product(finished_run: Config, tmp_path: Path) -> None:
+    config = assembled(finished_run, tmp_path, "fold", ["up_proj", "down_proj"])
+    run = Run(config)
+    found, dense = read_tensors(run.require("assembled").local_folder()), run.backbone.tensors
+    adapter = load_file(run.require("expert", 1).local_file(WEIGHTS))
+    for layer in range(config.model.layers):
+        for part, matrix in (("w3", "up_proj"), ("w2", "down_proj"), ("w1", "gate_proj")):
+            wanted = dense[names.dense_ffn(layer, part)]
+            stem = f"base_model.model.model.layers.{layer}.mlp.{matrix}"
+            if matrix != "gate_proj":
+                wanted = wanted + 16.0 * adapter[f"{stem}.lora_B.weight"] @ adapter[f"{stem}.lora_A.weight"]
+            rows, columns = wanted.shape
+            assert torch.allclose(found[names.expert_ffn(layer, 2, part)][:rows, :columns], wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("targets", ["attention", "mlp", "both"])
+def test_adapters_beside_a_backbone_are_linked_and_load_alone_in_peft(
+    targets: str, finished_run: Config, tmp_path: Path
+) -> None:
+    config = assembled(finished_run, tmp_path, "adapters", targets, mode="link", experts_per_token=1)
+    run = Run(config)
+    artifact = run.require("assembled")
+    folder = artifact.local_folder()
+    same = (folder / "model.safetensors").samefile(run.require("backbone").local_file("model.safetensors"))
+    assert same, "not a byte of the backbone is written"
+    assert artifact.manifest.facts["bytes_written"] == 0
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    theirs = PeftModel.from_pretrained(base, folder / "adapters" / "expert-001").eval()
+    model = load_model(folder)
+    restrict_routing(model, [2])  # behind the backbone alone, which is slot 0
+    with torch.no_grad():
+        assert torch.allclose(model(TOKENS_BT), theirs(TOKENS_BT).logits, atol=2e-5)
+        restrict_routing(model, [0])
+        assert torch.allclose(model(TOKENS_BT), run.backbone.model()(TOKENS_BT), atol=1e-6)
+        restrict_routing(model, None)
+        assert not torch.allclose(model(TOKENS_BT), run.backbone.model()(TOKENS_BT), atol=1e-4)
+
+
+def test_the_average_is_one_adapter_that_adds_the_mean_of_the_products(finished_run: Config, tmp_path: Path) -> None:
+    config = assembled(finished_run, tmp_path, "average", "both")
+    run, tensors = Run(config), dict(Run(config).backbone.tensors)
+    for index in range(config.experts.count):
+        adapter = load_file(run.require("expert", index).local_file(WEIGHTS))
+        for name in [name for name in adapter if name.endswith("lora_A.weight")]:
+            matrix = name.removeprefix("base_model.model.").replace("lora_A.", "")
+            b = adapter[name.replace("lora_A", "lora_B")]
+            tensors[matrix] = tensors[matrix] + 16.0 * b @ adapter[name] / config.experts.count
+    mean = fill(run.backbone.model(), tensors)
+    base = AutoModelForCausalLM.from_pretrained(run.require("assembled").local_folder())
+    theirs = PeftModel.from_pretrained(base, run.require("assembled").local_folder() / "adapters" / "average").eval()
+    with torch.no_grad():
+        expected = mean(TOKENS_BT)
+        assert torch.allclose(logits(config), expected, atol=2e-5)
+        assert torch.allclose(theirs(TOKENS_BT).logits, expected, atol=2e-5)
+        soup = build_soup(config, run.backbone, run.require_each("expert"))
+        assert torch.allclose(soup(TOKENS_BT), expected, atol=2e-5)

@@ -69,9 +69,11 @@ def test_modules_of_a_kind_answer_what_its_page_says(row: str) -> None:
     found = EntryPoint("", row, kind.GROUP).load()
     methods = {name: method for name, method in vars(kind.Kind).items() if inspect.isfunction(method)}
     answers = {name: method for name, method in methods.items() if not name.startswith("_")}
-    assert len(answers) == 7
+    assert len(answers) == 8
     for name, method in answers.items():
         module = import_module(found.merging if name in ("freezes", "merge", "part_of") else found.training)
+        if name == "soup" and not hasattr(module, name):
+            continue  # the one that may be left out
         wanted = list(inspect.signature(method).parameters)[1:]
         assert list(inspect.signature(getattr(module, name)).parameters) == wanted, f"{module.__name__}.{name}"
 

@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from checkpoints import Artifact
+from checkpoints.safetensors import WEIGHTS_NAME
 from modularforge.assembly.card import special_tokens
-from modularforge.config import CalibrationConfig
-from modularforge.errors import ConfigError
+from modularforge.assembly.plan import spans_of
+from modularforge.experts.calibrated import calibrates as calibrates
 from modularforge.experts.kind import ExpertJob
+from modularforge.experts.lora.adapters import Mean, adapter_of, base_name
 from modularforge.experts.lora.phases import Phase, phase_at, phases_of
 from modularforge.experts.trainable import Loss, ParameterGroup, Trainable
-from modularforge.facts import fact
 from modularforge.model import names
 from modularforge.model.adapter_config import (
     ADAPTER_CONFIG,
@@ -84,8 +85,7 @@ def save(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:
 def write_adapter(model: Decoder, shape: AdapterShape, backbone: Artifact, folder: Path) -> None:
     """Write a model's adapters into a folder from which PEFT loads them."""
     save_tensors(adapter_tensors(model), folder / ADAPTER_WEIGHTS)
-    base = (fact(backbone, "pretrained", None) or {}).get("hub")
-    write_json(folder / ADAPTER_CONFIG, adapter_config(shape, base))
+    write_json(folder / ADAPTER_CONFIG, adapter_config(shape, base_name(backbone)))
 
 
 def load(backbone: Backbone, artifact: Artifact) -> Decoder:
@@ -95,12 +95,11 @@ def load(backbone: Backbone, artifact: Artifact) -> Decoder:
     return with_adapter(backbone.model(), shape, tensors, artifact.file_url(ADAPTER_WEIGHTS))
 
 
-def calibrates(model: Decoder, settings: CalibrationConfig) -> dict[str, nn.Parameter]:
-    """Norm gains of an assembled model, where the settings want them."""
-    found = {name: weight for name, weight in model.named_parameters() if names.is_norm(name)} if settings.norms else {}
-    if not found:
-        raise ConfigError(
-            "calibration must train norms, since adapters have no router rows, but calibration.norms is false; set it "
-            "to true, or leave calibration out"
-        )
-    return found
+def soup(backbone: Backbone, experts: Sequence[Artifact]) -> Decoder:
+    """The backbone with the mean of what the adapters add."""
+    spans = spans_of(backbone.artifact, WEIGHTS_NAME)
+    mean = Mean([adapter_of(expert, spans) for expert in experts])
+    tensors: dict[str, Tensor] = {}
+    for name, pair in mean.values():
+        tensors |= dict(zip(names.adapter_pair(name), map(torch.from_numpy, pair), strict=True))
+    return with_adapter(backbone.model(), mean.shape, tensors, "the mean of the adapters")
