@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import types
 import typing
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -51,6 +52,11 @@ RECORDED_ROUTERS = {
     "random": "kaiming",
 }
 """By name, the one of earlier versions: in identities and facts of artifacts for good, and still read in settings."""
+Module = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MODULES: tuple[Module, ...] = typing.get_args(Module)
+"""Matrices of a layer that an adapter can stand beside."""
+MLP_MODULES = MODULES[4:]
+PhaseNames = Literal["attn->mlp->both", "both->mlp->attn", "both->mlp->both", "early->late"]
 LARGEST_NUMBER = 2**63  # what files, tensors and Slurm can hold
 TRAINED_ROUTERS = ("trained", "trained_equalised")  # their rows are trained with the experts
 TrainedOnAll = Literal["dense", "dense_wide", "joint", "joint_evidence"]
@@ -318,13 +324,51 @@ class BackboneConfig(PhaseConfig):
     """Decoupled weight decay of matrices; norm gains and embeddings never decay."""
 
 
+class LoraPhaseConfig(Section):
+    """One phase of a LoRA expert's training: which adapters learn in it; the others stay as they are."""
+
+    until: int | None = Field(None, ge=1)
+    """Steps that are done when it ends; null is the end of training, for the last phase."""
+    train: list[Literal["attention", "mlp"]] = Field(["attention", "mlp"], min_length=1)
+    """The adapters that learn: those of attention, of the feed-forward block, or both."""
+    layers: Literal["all", "early", "late"] | list[Annotated[int, Field(ge=0)]] = "all"
+    """The layers whose adapters learn: `all`, the first half (`early`), the second (`late`), or numbers from 0."""
+
+
+class LoraConfig(Section):
+    """Experts of kind `lora`: low-rank adapters (arXiv 2106.09685) beside frozen matrices, in PEFT's format."""
+
+    rank: int = Field(8, ge=1, le=65_536)
+    """Rank of each adapter."""
+    alpha: float = Field(16.0, gt=0)
+    """What an adapter adds is multiplied by `alpha` / `rank`."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of an adapter's inputs that are dropped in training."""
+    targets: Literal["attention", "mlp", "both"] | Annotated[list[Module], Field(min_length=1)] = "attention"
+    """Matrices that get an adapter: `attention` (q_proj, v_proj), `mlp` (gate_proj, up_proj, down_proj), `both` (all
+    seven, with k_proj and o_proj), or a list of names."""
+    rslora: bool = False
+    """Multiply by `alpha` / sqrt(`rank`) instead (rank-stabilised LoRA, arXiv 2312.03732)."""
+    phases: PhaseNames | list[LoraPhaseConfig] | None = None
+    """Which adapters learn when: null all of them always; a name for phases of equal length, such as `attn->mlp->both`
+    or `early->late` (first half of the layers, then the second); or a list of `until`, `train` and `layers`."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the matrices that get an adapter, in the order of a layer."""
+        groups = {"attention": ("q_proj", "v_proj"), "mlp": MLP_MODULES, "both": MODULES}
+        wanted = groups[self.targets] if isinstance(self.targets, str) else self.targets
+        return tuple(name for name in MODULES if name in wanted)
+
+
 class ExpertsConfig(PhaseConfig):
     """The experts: how many, what each starts from, and how it trains."""
 
     count: int = Field(5, ge=1)
     """Experts to train, one per partition; the assembled model has the public FFN beside them."""
     kind: str = Field("ffn", pattern=NAME)
-    """What an expert is: `ffn`, or a kind that an installed package adds (entry points `modularforge.experts`)."""
+    """What an expert is: `ffn`, a feed-forward block; `lora`, adapters; or a kind that an installed package adds (entry
+    points `modularforge.experts`)."""
     anchored: bool = False
     """Train beside the frozen public FFN with a router row of its own (FlexOlmo); false trains a plain FFN alone, which
     was better in our runs (docs/method.md)."""
@@ -339,6 +383,7 @@ class ExpertsConfig(PhaseConfig):
     counted_pairs: int = Field(1_000_000, ge=0, le=2**27)
     """Pairs of tokens of them whose counts are kept, the commonest; 0 counts none. They tell which words follow which
     (docs/method.md)."""
+    lora: LoraConfig = LoraConfig()
 
 
 class BaselineConfig(Section):
@@ -403,6 +448,11 @@ class AssemblyConfig(Section):
     mode: Literal["auto", "merge", "link"] = "auto"
     """`merge` writes all weights into files of `max_shard_bytes`. `auto` makes a file per part and takes over unchanged
     experts without moving their bytes (hard links, server-side copies) where it can; `link` refuses where it cannot."""
+    lora: Literal["adapters", "fold", "average"] = "adapters"
+    """What LoRA experts become: `adapters`, the backbone with all of them and what chooses among them; `fold`, an
+    ordinary mixture (adapters of feed-forward blocks only); `average`, one adapter that adds their mean."""
+    lora_choice: Literal["token", "sequence"] = "token"
+    """`adapters`: which of them a token visits is chosen for each token, or once for a sequence by its beginning."""
     dtype: Literal["same", "fp32", "bf16", "fp16"] = "same"
     """Type of the assembled weights; `same` keeps the backbone's."""
     max_shard_bytes: int = Field(5_000_000_000, ge=1_000_000)
@@ -714,6 +764,10 @@ def _impossible_combinations(config: Config) -> Any:
             "evaluation.chat must be null without model.pretrained, since a new model has no chat template; unset it, "
             "or name an instruct model"
         )
+    yield from _settings_of_other_kinds(config)
+    if experts.kind == "lora":
+        yield from _impossible_phases(config)
+        yield from _impossible_composites(config)
     if config.needed_experts > experts.count:
         yield (
             f"cluster.min_experts must be at most experts.count ({experts.count}), but is {config.needed_experts}; "
@@ -723,3 +777,83 @@ def _impossible_combinations(config: Config) -> Any:
     names = [source.name for source in sources]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"data.sources must have names of their own, but {name!r} occurs {names.count(name)} times; rename one"
+
+
+def _settings_of_other_kinds(config: Config) -> Iterator[str]:
+    """One sentence per setting that only experts of another kind have."""
+    kind, defaults = config.experts.kind, {name: field.default for name, field in ExpertsConfig.model_fields.items()}
+    if kind == "lora":
+        for name in ("anchored", "init", "z_loss"):
+            if (value := getattr(config.experts, name)) != defaults[name]:
+                yield (
+                    f"experts.{name} must be left out with experts.kind lora, since only ffn experts have it, but is "
+                    f"{value}; remove it, or set experts.kind to ffn"
+                )
+        return
+    for name in ("lora", "lora_choice"):
+        if (value := getattr(config.assembly, name)) != AssemblyConfig.model_fields[name].default:
+            yield (
+                f"assembly.{name} must be left out unless experts.kind is lora, but is {value} with experts.kind "
+                f"{kind}; remove it, or set experts.kind to lora"
+            )
+    for name, field in LoraConfig.model_fields.items():
+        if getattr(config.experts.lora, name) != field.default:
+            yield (
+                f"experts.lora.{name} must be left out unless experts.kind is lora, but experts.kind is {kind}; remove "
+                "it, or set experts.kind to lora"
+            )
+
+
+def _impossible_phases(config: Config) -> Iterator[str]:
+    """One sentence per phase in which nothing, or what there is not, would learn."""
+    lora, layers, steps = config.experts.lora, config.model.layers, config.experts.steps
+    if lora.phases is None:
+        return
+    if layers < 2 and "early" in str(lora.phases):
+        yield "experts.lora.phases must not name early layers where model.layers is 1, since there are none; leave them"
+    groups = {"mlp" if name in MLP_MODULES else "attention" for name in lora.modules}
+    if isinstance(lora.phases, str):
+        if lora.phases != "early->late" and len(groups) < 2:
+            yield (
+                f"experts.lora.phases must not be {lora.phases} where experts.lora.targets are all of "
+                f"{next(iter(groups))}, since a phase would train nothing; set targets to both"
+            )
+        return
+    ends = [phase.until for phase in lora.phases]
+    known = [end for end in ends if end is not None]
+    if not ends or None in ends[:-1] or known != sorted(set(known)):
+        yield (
+            f"experts.lora.phases must end later and later, the last one at null, but end at {ends}; put them in order"
+        )
+    elif ends[-1] is not None and ends[-1] < steps:
+        yield (
+            f"experts.lora.phases must reach experts.steps ({steps}), but end at {ends[-1]}; leave until out of the "
+            "last one"
+        )
+    for number, phase in enumerate(lora.phases):
+        if not groups & set(phase.train):
+            yield (
+                f"experts.lora.phases.{number}.train must name adapters that experts.lora.targets have "
+                f"({', '.join(sorted(groups))}), but names {', '.join(phase.train)}; change one of them"
+            )
+        if not isinstance(phase.layers, str) and (not phase.layers or max(phase.layers) >= layers):
+            yield (
+                f"experts.lora.phases.{number}.layers must be numbers below model.layers ({layers}), but is "
+                f"{phase.layers}; change it"
+            )
+
+
+def _impossible_composites(config: Config) -> Iterator[str]:
+    """One sentence per form of the assembled model that these adapters cannot take."""
+    assembly, lora = config.assembly, config.experts.lora
+    attention = [name for name in lora.modules if name not in MLP_MODULES]
+    if assembly.lora == "fold" and attention:
+        yield (
+            f"assembly.lora must not be fold where experts.lora.targets have {', '.join(attention)}, since experts of "
+            "a mixture are feed-forward blocks; use adapters, or set targets to mlp"
+        )
+    if assembly.lora == "adapters" and assembly.router not in ("evidence", "uniform"):
+        yield (
+            "assembly.router must be evidence or uniform with assembly.lora adapters, since adapters of attention come "
+            f"before what other routers read, but is {assembly.router}; change it, or fold adapters of mlp"
+        )

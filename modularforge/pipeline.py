@@ -247,6 +247,8 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
 }
 """By setting, the stages in whose sections it is and whose output it does not change. What is not here counts: a new
 setting changes the identity of what reads its section, unless it is written here or in `CAME_LATER`."""
+OF_ONE_KIND = {"experts.lora": ("expert", "joint_lora", "joint_lora_wide")}
+"""Sections of one kind of expert, each with the stages that it counts for where experts are of that kind."""
 OUTSIDE = ("name", "output_dir", "data_dir", "data_seed", "metrics", "launcher", "cluster")
 """Sections and settings of no stage: where and how a run is computed, and what it is called."""
 
@@ -261,6 +263,8 @@ EVERYWHERE = ("task",)
 CAME_LATER: dict[str, Any] = {
     "experts.kind": "ffn",
     "task": "text",
+    "assembly.lora": "adapters",
+    "assembly.lora_choice": "token",
     "experts.counted_tokens": 20_000_000,
     "experts.counted_pairs": 1_000_000,
     "evaluation.general": None,
@@ -345,6 +349,9 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
     if "model" in stage.sections and config.model.rope_scaling:
         found |= dict.fromkeys(GONE)
     found = {setting: value for setting, value in found.items() if has_effect(setting, name)}
+    for section, stages in OF_ONE_KIND.items():
+        if name not in stages or kind_of(config).settings != section:
+            found = {setting: value for setting, value in found.items() if not setting.startswith(f"{section}.")}
     for own, general in STANDS_FOR.get(name, {}).items():
         value = _value(values, own)
         found.pop(own, None)

@@ -20,9 +20,9 @@ from modularforge.errors import ConfigError
 HEAD = """# Settings
 
 Written by `modularforge settings --markdown`. A settings file is YAML in these sections; `--set NAME=VALUE` changes one
-for a command, but none in an entry of a list (`data.sources.…`). What is required in a section that may be left out is
-so only where the section is given. `configs/settings.schema.json` is the same for editors: begin a file with
-`# yaml-language-server: $schema=settings.schema.json`.
+for a command, but none in an entry of a list (`data.sources.…`, `experts.lora.phases.…`). What is required in a section
+that may be left out is so only where the section is given. `configs/settings.schema.json` is the same for editors:
+begin a file with `# yaml-language-server: $schema=settings.schema.json`.
 """
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"

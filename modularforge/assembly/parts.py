@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from checkpoints import Artifact, ArtifactWriter, FileEntry
-from checkpoints.safetensors import INDEX_NAME, TensorSpan
+from checkpoints.safetensors import INDEX_NAME, WEIGHTS_NAME, TensorSpan
 from checkpoints.screen import progress
 from modularforge.assembly.plan import (
     MergePlan,
@@ -75,6 +75,8 @@ def part_key(tensors: Iterable[tuple[str, OutputTensor]]) -> str:
     rows = []
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         grown = [span and span.sha256 for span in (tensor.beside, tensor.below)]
+        if added := tensor.added:
+            grown += [added.a.sha256, added.b.sha256, f"{added.scale!r}"]
         if not tensor.span.sha256 or "" in grown:
             return ""
         rows.append([name, tensor.span.sha256, tensor.dtype, tensor.columns, tensor.rows, *grown])
@@ -110,7 +112,9 @@ def write_weights(
         execute(plan, writer)
         facts: dict[str, Any] = {"bytes_written": plan.size, "bytes_linked": 0}
     else:
-        whole = plan_parts(group(tensors, part_of))
+        parts = group(tensors, part_of)
+        # A model of one part is one file, which programs look for under this name.
+        whole = plan_parts(parts if len(parts) > 1 else {WEIGHTS_NAME: dict(tensors)})
         plan, keys, written = write_parts(whole, writer, sources, mode == "link", max_shard_bytes)
         facts = {"bytes_written": written, "bytes_linked": plan.size - written, KEYS_FACT: keys}
     if plan.index:

@@ -118,7 +118,8 @@ def even_mixture(streams: Mapping[str, Tokens]) -> Tokens:
 def write_calibrated(assembled: Artifact, result: Calibration, writer: ArtifactWriter, max_shard_bytes: int) -> None:
     """Stream the assembled weights to the writer, with the calibrated tensors in place of the old ones."""
     files, has_parts = assembled.manifest.files, parts.KEYS_FACT in assembled.manifest.facts
-    spans = [spans_of(assembled, name) for name in files if name.endswith(".safetensors")]
+    weights = [name for name in files if name.endswith(".safetensors") and "/" not in name]  # deeper lie adapters
+    spans = [spans_of(assembled, name) for name in weights]
     tensors = output_tensors({name: span for found in spans for name, span in found.items()})
     with tempfile.TemporaryDirectory() as scratch:
         changed = Path(scratch) / "changed.safetensors"
@@ -128,7 +129,8 @@ def write_calibrated(assembled: Artifact, result: Calibration, writer: ArtifactW
         part_of, mode = kind_of_artifact(assembled).part_of, MODE_OF[has_parts]
         parts.write_weights(tensors, part_of, parts.parts_of(assembled), writer, mode, max_shard_bytes)
     for name in files:
-        if not name.endswith(".safetensors") and name != INDEX_NAME:
+        if name not in (*weights, INDEX_NAME):
+            (writer.folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(assembled.local_file(name), writer.folder / name)
     with open(writer.folder / CARD_NAME, "a", encoding="utf-8") as card:
         card.write(calibration_note(result.before, result.after))

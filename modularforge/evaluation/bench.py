@@ -33,7 +33,7 @@ from modularforge.evaluation.scoring import (
 from modularforge.log import logger
 from modularforge.model.backbone import Decoder, perplexity
 from modularforge.model.moe import moe_layers, shape_without_channels
-from modularforge.model.sizes import model_sizes
+from modularforge.model.sizes import Sizes, lora_sizes, model_sizes
 from modularforge.pipeline import JobName
 from modularforge.stage_outputs import Corpus
 from modularforge.training.distributed import default_device
@@ -221,8 +221,13 @@ def is_expert(name: str) -> bool:
 def sizes_of(model: Decoder) -> dict[str, int]:
     """Sizes as the model runs: an anchored expert's own model is a mixture of two."""
     layers = moe_layers(model)
+    if model.adapters:
+        return _as_row(lora_sizes(model.config, model.vocab_size, model.adapters))
     experts, active = (len(layers[0].experts), layers[0].experts_per_token) if layers else (1, 1)
-    sizes = model_sizes(model.config, model.vocab_size, experts, active, shape_without_channels(model))
+    return _as_row(model_sizes(model.config, model.vocab_size, experts, active, shape_without_channels(model)))
+
+
+def _as_row(sizes: Sizes) -> dict[str, int]:
     return {
         "parameters": sizes.parameters,
         "active_parameters": sizes.active_parameters,

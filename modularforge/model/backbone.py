@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modularforge.config import ModelConfig, RopeScalingConfig
+from modularforge.model.sizes import AdapterCounts
 from modularforge.model.text_router import TextRouter, TextState
 
 INITIAL_STD = 0.02  # GPT-2's, section 2.3
@@ -164,6 +165,8 @@ class Decoder(nn.Module):
         if config.tied_head:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.text_router: TextRouter | None = None
+        self.adapters: AdapterCounts | None = None  # where there are some beside its matrices
+        self.holds_choice = False  # whether a text router chooses among them once for a sequence
         self.restore_positions()
 
     def restore_positions(self) -> None:

@@ -39,6 +39,7 @@ _EXPERT = re.compile(
     r"^model\.layers\.(\d+)\.(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(w[123]|gate_proj|up_proj|down_proj)\.weight$"
 )
 _ATTENTION = re.compile(r"^model\.layers\.\d+\.self_attn\.([qkvo]_proj)\.weight$")
+_PEFT = re.compile(r"^base_model\.model\.(model\.layers\.\d+\.(?:self_attn|mlp)\.[a-z]+_proj)\.lora_([AB])\.weight$")
 _GATE = re.compile(r"^model\.layers\.(\d+)\.(?:block_sparse_moe|mlp)\.gate\.weight$")
 
 
@@ -61,6 +62,23 @@ def gate(layer: int, family: Family = "llama") -> str:
 def attention(layer: int, part: str) -> str:
     """Name of a layer's q_proj, k_proj, v_proj or o_proj, or of Qwen3's norm over a head's queries or keys (q_norm)."""
     return f"model.layers.{layer}.self_attn.{part}.weight"
+
+
+def adapter(name: str) -> str:
+    """The name that PEFT gives a parameter of an adapter, such as `model.layers.0.mlp.up_proj.lora_A.weight`."""
+    return f"base_model.model.{name}"
+
+
+def adapter_pair(matrix: str) -> tuple[str, str]:
+    """The names that PEFT gives A and B of an adapter beside a matrix of the backbone."""
+    stem = adapter(matrix.removesuffix(".weight"))
+    return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+
+
+def adapted(name: str) -> tuple[str, str] | None:
+    """(the backbone's matrix, A or B) for a tensor of a PEFT adapter on our decoder, or None for other names."""
+    match = _PEFT.match(name)
+    return (f"{match[1]}.weight", match[2]) if match else None
 
 
 def is_dense_ffn(name: str) -> bool:

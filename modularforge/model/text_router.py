@@ -11,7 +11,7 @@ grows too sure to leave a domain. All layers route by the posterior's logarithm.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from modularforge.model.hub_config import TABLES_FORMAT
 
 NO_TOKEN = -1
 MOST_EVIDENCE = 100.0
+DECIDED_WITHIN = 32  # tokens of a document by which a router that holds its choice has made it
 SETTINGS = ("strength", "switch", "switch_at_end", "sharpness")
 TABLES = ("token", "context", "keys", "pair", "prior", "ends")
 
@@ -46,10 +47,16 @@ class FilterSettings:
 
 @dataclass(frozen=True)
 class TextState:
-    """What is known of a text after some tokens: the posterior [B, R] in float64, and the last token [B] (-1: none)."""
+    """What is known of a text after some tokens: the posterior [B, R] in float64, and the last token [B] (-1: none).
+
+    A router that holds its choice also knows the tokens of the document so far [B], and the logits [B, R] that it holds
+    if these are enough.
+    """
 
     probability_BR: Tensor
     previous_B: Tensor
+    read_B: Tensor | None = None
+    held_BR: Tensor | None = None
 
 
 class TextRouter(nn.Module):
@@ -58,6 +65,7 @@ class TextRouter(nn.Module):
     def __init__(self, tables: Mapping[str, Tensor], settings: FilterSettings) -> None:
         super().__init__()
         self.settings = settings
+        self.holds = False
         # A last row of zeros: the pair of those that have none.
         none_1E = torch.zeros(1, tables["token"].shape[1])
         buffers = {
@@ -110,13 +118,32 @@ class TextRouter(nn.Module):
             probability_BR = weight_BR / weight_BR.sum(dim=-1, keepdim=True)
             found.append(probability_BR)
         logits_BTR = torch.stack(found, dim=1).log().float() * self.settings.sharpness
-        return logits_BTR, TextState(probability_BR, tokens_BT[:, -1])
+        after = TextState(probability_BR, tokens_BT[:, -1])
+        return self._held(logits_BTR, is_behind_end_BT, state, after) if self.holds else (logits_BTR, after)
 
     @torch.no_grad()
     def over_windows(self, tokens_BT: Tensor, state: TextState | None = None) -> tuple[Tensor, TextState]:
         """The same where row after row is one text: logits [B, T, R], and the state [1, R] behind the last row."""
         logits_1NR, state = self(tokens_BT.reshape(1, -1), state)
         return logits_1NR.view(*tokens_BT.shape, -1), state
+
+    def _held(
+        self, logits_BTR: Tensor, is_behind_end_BT: Tensor, before: TextState, after: TextState
+    ) -> tuple[Tensor, TextState]:
+        """The logits as they are at a document's first tokens, and those of the last of these from then on.
+
+        No token is routed by a later one, so losses are as honest as with a choice for each token.
+        """
+        B, T, R = logits_BTR.shape
+        place_T = torch.arange(T, device=logits_BTR.device)
+        read_B = torch.zeros(B, dtype=torch.long, device=place_T.device) if before.read_B is None else before.read_B
+        held_BR = logits_BTR[:, 0] if before.held_BR is None else before.held_BR
+        # Where the document began that each token is of, from the first token here; in front of it, below zero.
+        begins_BT = torch.where(is_behind_end_BT, place_T, -read_B[:, None]).cummax(dim=1).values
+        from_BT = torch.minimum(place_T.expand(B, T), begins_BT + DECIDED_WITHIN - 1)
+        own_BTR = logits_BTR.gather(1, from_BT.clamp(min=0)[..., None].expand(B, T, R))
+        found_BTR = torch.where((from_BT < 0)[..., None], held_BR[:, None], own_BTR)
+        return found_BTR, replace(after, read_B=T - begins_BT[:, -1], held_BR=found_BTR[:, -1])
 
     def _evidence(self, before_BT: Tensor, tokens_BT: Tensor) -> Tensor:
         """Evidence [B, T, R] of each token behind the one before it; zero for the public expert."""

@@ -21,8 +21,8 @@ from modularforge.observe.completion import headline
 from modularforge.observe.curves import MOST_PANELS, draw_comparison
 from modularforge.observe.discover import short_names
 from modularforge.observe.divergence import CAVEAT, Pair
-from modularforge.observe.metrics import MEASURED
 from modularforge.observe.gradient_figures import norm_figures, norms_of_jobs
+from modularforge.observe.metrics import MEASURED
 from modularforge.observe.run import kind_of, read_run, without_members
 from modularforge.observe.table import Column, Table, listing, name_column, number, of
 

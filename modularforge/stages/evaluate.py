@@ -132,7 +132,7 @@ def _loaders(run: Run, artifacts: dict[str, Artifact]) -> dict[str, Loader]:
     loaders = folders(["backbone", *(job for name in whole for job in of_stage[name])])
     loaders |= {job: partial(backbone.expert, artifacts[job]) for job in of_stage["expert"]}
     if "soup" in config.evaluation.baselines and len(experts) == config.experts.count:
-        loaders["soup"] = partial(build_soup, backbone, experts)
+        loaders["soup"] = partial(build_soup, config, backbone, experts)
     if len(branches) == config.experts.count:
         loaders["btx"] = partial(build_btx, solved_router(config), backbone, branches)
     return loaders | folders([*of_stage["assembled"], *of_stage["calibrated"]])

@@ -74,7 +74,7 @@ def build_model(run: StudyRun, config: Config, variant: Variant, parts: Mapping[
     if variant.kind == "btx":
         return build_btx(config, run.backbone, members)
     if variant.kind == "soup":
-        return build_soup(run.backbone, members)
+        return build_soup(config, run.backbone, members)
     return load_model(parts[NEEDS[variant.kind] or "backbone"].local_folder())
 
 

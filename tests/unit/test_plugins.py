@@ -50,8 +50,8 @@ def test_a_kind_of_another_package_is_found_by_its_entry_point(installed: None) 
 
 
 def test_an_unknown_name_is_refused_with_those_that_there_are(installed: None) -> None:
-    with pytest.raises(ConfigError, match=r"a kind of expert must be one of ffn, steering, but is 'lora'"):
-        kind.find_kind("lora")
+    with pytest.raises(ConfigError, match=r"a kind of expert must be one of ffn, lora, steering, but is 'speech'"):
+        kind.find_kind("speech")
     with pytest.raises(ConfigError, match=r"a task must be one of text, but is 'speech'.*modularforge\.tasks"):
         task.find_task("speech")
 
@@ -69,9 +69,11 @@ def test_modules_of_a_kind_answer_what_its_page_says(row: str) -> None:
     found = EntryPoint("", row, kind.GROUP).load()
     methods = {name: method for name, method in vars(kind.Kind).items() if inspect.isfunction(method)}
     answers = {name: method for name, method in methods.items() if not name.startswith("_")}
-    assert len(answers) == 7
+    assert len(answers) == 8
     for name, method in answers.items():
         module = import_module(found.merging if name in ("freezes", "merge", "part_of") else found.training)
+        if name == "soup" and not hasattr(module, name):
+            continue  # the one that may be left out
         wanted = list(inspect.signature(method).parameters)[1:]
         assert list(inspect.signature(getattr(module, name)).parameters) == wanted, f"{module.__name__}.{name}"
 
