@@ -93,6 +93,34 @@ class SafeSection(Section):
         return values
 
 
+class ExampleConfig(Section):
+    """How the records of a source become examples of what is asked and what is answered (`task: instruction`)."""
+
+    preset: Text | None = None
+    """A task that is known by name (docs/tasks.md): what is null here is as it says."""
+    prompt: Prose | None = None
+    """Jinja template of the prompt, of a record's fields, such as `"Question: {{ question }}\\nAnswer: "`; null takes
+    the field `prompt_field` as it is."""
+    response: Prose | None = None
+    """Jinja template of the response; null takes the field `response_field`."""
+    prompt_field: Text | None = None
+    """Field that is the prompt; null is `prompt`."""
+    response_field: Text | None = None
+    """Field that is the response; null is `response`. A list of texts there is an example for each, of one prompt."""
+    messages_field: Text | None = None
+    """Field that holds a chat, a list of `{role, content}`, in place of prompt and response; the tokenizer's chat
+    template writes it, and all turns of the assistant are learned."""
+    system: Prose | None = None
+    """Message of the system before every chat that has none; prompts and responses become chats by it."""
+    as_chat: bool | None = None
+    """Write prompt and response as a chat, with the tokenizer's chat template; null is false."""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the tokenizer's chat template writes the examples."""
+        return bool(self.as_chat or self.system or self.messages_field)
+
+
 class SourceConfig(SafeSection):
     """One labelled part of the corpus: a Hub data set, or files at any URL that fsspec knows."""
 
@@ -118,6 +146,15 @@ class SourceConfig(SafeSection):
     label_field: Text | None = None
     """Column whose value labels each document instead of `name`: a text, a number or a date. Documents without a value
     (null, NaN, empty) keep `name`."""
+    example: ExampleConfig | None = None
+    """How records become prompts and responses, for `task: instruction`; null takes the fields `prompt` and
+    `response`."""
+
+    @model_serializer(mode="wrap")
+    def _without_secrets(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = redact_values(serialize(self), redact_urls)
+        # Sources of text are recorded, and hashed, as they were before there were examples.
+        return {name: value for name, value in values.items() if name != "example" or value is not None}
 
 
 class DataConfig(Section):
@@ -126,7 +163,7 @@ class DataConfig(Section):
     sources: list[SourceConfig] = Field(min_length=1)
     """The labelled parts of the corpus."""
     min_article_length: int = Field(100, ge=0)
-    """Documents shorter than this many characters are dropped."""
+    """Documents of text shorter than this many characters are dropped."""
     max_documents_per_source: int | None = Field(None, ge=1)
     """Read at most this many training documents of each source; null reads all. Validation and test files that a source
     names are read whole; where they are taken from its training documents, a tenth of this many is."""
@@ -274,6 +311,8 @@ class TrainingConfig(Section):
     """Training checkpoints of a job that are kept; the newest good one always is."""
     keep_checkpoints_every: int = Field(0, ge=0)
     """Checkpoints at multiples of this many steps are kept as well; 0 keeps only the newest."""
+    packing: bool = True
+    """Examples of `task: instruction` share a sequence where they fit, without seeing each other; false pads each."""
     checkpoint_fallback: bool = False
     """Where the newest checkpoint is damaged, set it aside and go on from an older one; false stops the job."""
 
@@ -520,7 +559,8 @@ class Config(SafeSection):
     name: Annotated[Line, Field(max_length=200)] = "modularforge"
     """Title of reports and of the model card."""
     task: str = Field("text", pattern=NAME)
-    """What is learned: `text`, or a task that an installed package adds (entry points `modularforge.tasks`)."""
+    """What is learned: `text`, `instruction` (responses to prompts), or a task that an installed package adds (entry
+    points `modularforge.tasks`)."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Every random choice follows from it."""
     data_seed: int | None = Field(None, ge=0, lt=2**31)
@@ -546,6 +586,15 @@ class Config(SafeSection):
     metrics: MetricsConfig = MetricsConfig()
     launcher: LauncherConfig = LauncherConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def learns_responses(self) -> bool:
+        """Whether the data are examples, of which responses alone are learned."""
+        return self.task == "instruction"
+
+    def example(self, source: SourceConfig) -> ExampleConfig | None:
+        """How records of a source become examples; None where they are plain text."""
+        return (source.example or ExampleConfig()) if self.learns_responses else None
 
     @property
     def needed_experts(self) -> int:
@@ -678,5 +727,17 @@ def _impossible_combinations(config: Config) -> Any:
         )
     sources = config.data.sources
     names = [source.name for source in sources]
+    for source in sources:
+        example = config.example(source)
+        if example and example.is_chat and config.model.pretrained is None:
+            yield (
+                f"data.sources must have no chat without model.pretrained, since a new model has no chat template, but "
+                f"the example of {source.name} is one; name an instruct model, or write prompts and responses"
+            )
+        if source.example is not None and not config.learns_responses:
+            yield (
+                f"data.sources must have no example under task {config.task}, but {source.name} has one; set task to "
+                "instruction"
+            )
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"data.sources must have names of their own, but {name!r} occurs {names.count(name)} times; rename one"

@@ -259,6 +259,7 @@ EVERYWHERE = ("task",)
 CAME_LATER: dict[str, Any] = {
     "experts.kind": "ffn",
     "task": "text",
+    "training.packing": True,
     "experts.counted_tokens": 20_000_000,
     "experts.counted_pairs": 1_000_000,
     "evaluation.general": None,

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from modularforge.config import Config
-from modularforge.data.token_files import Tokens
+from modularforge.data.token_files import Stream
 from modularforge.errors import DataError
 from modularforge.evaluation.extras import Chat, Extras, prepare_chat, token_streams
 from modularforge.evaluation.generation import Sampling, generate
@@ -57,7 +57,7 @@ class Bench:
 
     config: Config
     corpus: Corpus
-    domains: Mapping[str, Tokens]
+    domains: Mapping[str, Stream]
     limit: int
     probe_limit: int
     extras: Extras = field(default_factory=Extras)
@@ -154,7 +154,7 @@ def measure_models(
 def _row(bench: Bench, model: Decoder, visits: Visits | None) -> Row:
     """Losses of one model on every probe."""
     row = _with_perplexity(bench.summarise(bench.score(model, visits=visits), model))
-    if model.text_router is not None:
+    if model.text_router is not None and bench.probes(model)[TEXT].examples_RT is None:
         probe, lengths = bench.probes(model)[TEXT], bench.corpus.byte_lengths
         row["carried_loss"] = summarise(probe, bench.carried(model), lengths)["mean_loss"]
     return row
