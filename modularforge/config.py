@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from checkpoints.redact import redact_urls, redact_values
+from modularforge.presets import preset_example, preset_names
 from modularforge.yaml_text import plain_number
 
 ONE_LINE = r"^[^\p{Cc}\p{Zl}\p{Zp}]*$"
@@ -104,9 +105,11 @@ class ExampleConfig(Section):
     response: Prose | None = None
     """Jinja template of the response; null takes the field `response_field`."""
     prompt_field: Text | None = None
-    """Field that is the prompt; null is `prompt`."""
+    """Field that is the prompt; null is `prompt`. Of several names (`question|query`) the first that a record has."""
     response_field: Text | None = None
     """Field that is the response; null is `response`. A list of texts there is an example for each, of one prompt."""
+    unlabelled: list[Text] | None = None
+    """Responses that stand for none, such as `-`: they are left out."""
     messages_field: Text | None = None
     """Field that holds a chat, a list of `{role, content}`, in place of prompt and response; the tokenizer's chat
     template writes it, and all turns of the assistant are learned."""
@@ -114,6 +117,20 @@ class ExampleConfig(Section):
     """Message of the system before every chat that has none; prompts and responses become chats by it."""
     as_chat: bool | None = None
     """Write prompt and response as a chat, with the tokenizer's chat template; null is false."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, values: Any) -> Any:
+        """What a preset says where the settings say nothing; resolved settings say all of it."""
+        if not isinstance(values, dict) or not isinstance(values.get("preset"), str):
+            return values
+        if values["preset"] not in preset_names():
+            names = ", ".join(preset_names())
+            raise PydanticCustomError("preset", "Input should name a preset of {names}", {"names": names})
+        given = {name: value for name, value in values.items() if value is not None}
+        replaced = {name.removesuffix("_field") for name in given if name.endswith("_field")}
+        known = {name: value for name, value in preset_example(values["preset"]).items() if name not in replaced}
+        return {**known, **given}
 
     @property
     def is_chat(self) -> bool:

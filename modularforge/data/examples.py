@@ -23,6 +23,7 @@ from modularforge.errors import DataError, one_line
 
 ROLES = ("system", "user", "assistant", "tool")
 Segments = tuple[Segment, ...]
+BETWEEN = "|"  # names of a field, of which a record has one
 Encoded = tuple[list[int], list[int]]
 """Ids, and for each whether it is learned (1 or 0)."""
 
@@ -36,10 +37,10 @@ class ExampleWriter:
 
     @property
     def columns(self) -> list[str]:
-        """The fields of a record that are read."""
+        """The fields of a record that are read, as far as it has them."""
         example = self.example
         if example.messages_field:
-            return [example.messages_field]
+            return example.messages_field.split(BETWEEN)
         sides = ((example.prompt, example.prompt_field or "prompt"), (example.response, response_field(example)))
         return list(dict.fromkeys(name for template, field in sides for name in _names(template, field)))
 
@@ -54,6 +55,8 @@ class ExampleWriter:
             return
         prompt = self._prompt(record, origin)
         for response in self._responses(record, origin):
+            if response in (self.example.unlabelled or ()):
+                continue
             if self.chat is None:
                 yield Segment(prompt, False), Segment(response, True)
             else:
@@ -178,11 +181,12 @@ def _is_message(item: Any) -> bool:
     return isinstance(item, Mapping) and all(isinstance(item.get(name), str) for name in ("role", "content"))
 
 
-def _field(record: Mapping[str, Any], field: str, what: str, origin: str) -> Any:
-    if field not in record:
+def _field(record: Mapping[str, Any], fields: str, what: str, origin: str) -> Any:
+    field = next((name for name in fields.split(BETWEEN) if name in record), None)
+    if field is None:
         there = one_line(", ".join(map(str, record))) or "none"
         raise DataError(
-            f"{origin} must have the {what} in a field {field}, but has {there:.200}; "
+            f"{origin} must have the {what} in a field {fields.replace(BETWEEN, ' or ')}, but has {there:.200}; "
             f"set {what}_field in the example of this source, or a template"
         )
     return record[field]
@@ -222,9 +226,9 @@ def _rendered(template: str, record: Mapping[str, Any], what: str, origin: str) 
 
 
 def _names(template: str | None, field: str) -> list[str]:
-    """The fields that a template names, or the field in its place."""
+    """The fields that a template names, or those in its place."""
     if template is None:
-        return [field]
+        return field.split(BETWEEN)
     try:
         return sorted(meta.find_undeclared_variables(_engine().parse(template)) - _engine().globals.keys())
     except TemplateError as error:

@@ -97,9 +97,9 @@ def _read_parquet(url: str, source: SourceConfig) -> Iterator[Labelled]:
     return (fields(record, source, origin) for record, origin in _parquet_records(url, wanted_fields(source)))
 
 
-def _parquet_records(url: str, wanted: list[str]) -> Iterator[tuple[Any, str]]:
+def _parquet_records(url: str, wanted: list[str], needs_all: bool = True) -> Iterator[tuple[Any, str]]:
     """Each row's wanted columns, and what names the row."""
-    for number, record in enumerate(parquet_rows(url, wanted), start=1):
+    for number, record in enumerate(parquet_rows(url, wanted, needs_all), start=1):
         yield record, f"{redact(url)}, row {number}"
 
 
@@ -107,7 +107,7 @@ def read_records(url: str, source: SourceConfig, columns: list[str]) -> Iterator
     """The records of a file of JSON lines or of Parquet, each with what names it; raises DataError."""
     kind = _format_of(url, source)
     if kind == "parquet":
-        return _parquet_records(url, [*columns, source.label_field] if source.label_field else columns)
+        return _parquet_records(url, [*columns, source.label_field] if source.label_field else columns, False)
     if kind == "jsonl":
         return _jsonl_records(url)
     raise DataError(
@@ -219,8 +219,8 @@ def hub_records(split: str, source: SourceConfig) -> Iterator[tuple[Any, str]]:
         ) from error
 
 
-def parquet_rows(url: str, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """The wanted columns of all rows; raises DataError."""
+def parquet_rows(url: str, columns: list[str], needs_all: bool = True) -> Iterator[dict[str, Any]]:
+    """The wanted columns of all rows, or those of them that there are; raises DataError."""
     import pyarrow
     import pyarrow.parquet
 
@@ -229,7 +229,9 @@ def parquet_rows(url: str, columns: list[str]) -> Iterator[dict[str, Any]]:
         _require_parquet(file, name)
         try:
             table = pyarrow.parquet.ParquetFile(file)
-            require_columns(columns, table.schema_arrow.names, name)
+            if needs_all:
+                require_columns(columns, table.schema_arrow.names, name)
+            columns = [column for column in columns if column in table.schema_arrow.names]
             for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns):
                 yield from _records(batch, first, name)
                 first += batch.num_rows
