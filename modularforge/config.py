@@ -445,6 +445,31 @@ class CalibrationConfig(PhaseConfig):
     """Train the router rows, where they route: not beside the tables of the evidence router."""
 
 
+class TaskConfig(Section):
+    """Prompts of a source that models answer, and how their replies are measured (docs/tasks.md)."""
+
+    source: Text
+    """Label of the test examples: the name of a source of `task: instruction`, or what its `label_field` says."""
+    metrics: list[Literal["bleu", "rouge", "meteor", "exact_match", "accuracy"]] | None = None
+    """What is measured (extra `tasks`); null is what the preset of the source says, or else `rouge`."""
+    labels: list[Text] | None = None
+    """Responses that there are, for `accuracy`; null is those of the test examples."""
+    answer_mark: Text | None = None
+    """`exact_match` compares what stands behind the last of these, such as `####`; null compares all."""
+    new_tokens: int | None = Field(None, ge=1)
+    """Tokens of a reply at the most; null is what the preset says, or else 128."""
+    prompts: int = Field(200, ge=1)
+    """Different prompts at the most, from the beginning of the test examples."""
+    temperature: float = Field(0.0, ge=0)
+    """Sampling temperature, with `evaluation.top_k` and `top_p`; 0 is greedy."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_name(cls, values: Any) -> Any:
+        """The name of a source alone is enough."""
+        return {"source": values} if isinstance(values, str) else values
+
+
 class EvaluationConfig(Section):
     """What is measured, on what, and beside which baselines."""
 
@@ -466,6 +491,8 @@ class EvaluationConfig(Section):
     """Sample among the k likeliest tokens; 0 takes all."""
     top_p: float = Field(0.95, gt=0, le=1)
     """Sample among the likeliest tokens that together hold this probability."""
+    tasks: list[TaskConfig] | None = None
+    """Sources of `task: instruction` whose test prompts all models answer, by name or with settings."""
     general: list[Text] | None = None
     """Files of text of no domain (paths, URLs or patterns, read like `data.sources`) to measure models on too."""
     chat: Text | None = None
@@ -751,6 +778,18 @@ def _impossible_combinations(config: Config) -> Any:
                 f"data.sources must have no chat without model.pretrained, since a new model has no chat template, but "
                 f"the example of {source.name} is one; name an instruct model, or write prompts and responses"
             )
+    asked = [task.source for task in config.evaluation.tasks or ()]
+    if asked and not config.learns_responses:
+        yield f"evaluation.tasks must be null under task {config.task}, which has no prompts; set task to instruction"
+    known = {source.name for source in sources}
+    if unknown := [name for name in asked if name not in known and not any(source.label_field for source in sources)]:
+        yield (
+            f"evaluation.tasks must name data.sources ({', '.join(sorted(known))}), but names {unknown[0]!r:.60}; "
+            "name one of these"
+        )
+    for name in sorted({name for name in asked if asked.count(name) > 1}):
+        yield f"evaluation.tasks must name each source once, but names {name!r:.60} twice; leave one out"
+    for source in sources:
         if source.example is not None and not config.learns_responses:
             yield (
                 f"data.sources must have no example under task {config.task}, but {source.name} has one; set task to "

@@ -59,6 +59,13 @@ class KeyValueCache:
         self.layers[layer] = (key_BKTH, value_BKTH)
         return key_BKTH, value_BKTH
 
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows of the batch but these."""
+        self.layers = {layer: (key[rows], value[rows]) for layer, (key, value) in self.layers.items()}
+        self.examples_BS = None if self.examples_BS is None else self.examples_BS[rows]
+        if self.text is not None:
+            self.text = TextState(self.text.probability_BR[rows], self.text.previous_B[rows])
+
 
 def rotate(x_BNTH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     """Turn each pair (i, i + H/2) of a head by its position's angle."""
