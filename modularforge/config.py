@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from checkpoints.redact import redact_urls, redact_values
+from modularforge.presets import preset_example, preset_names
 from modularforge.yaml_text import plain_number
 
 ONE_LINE = r"^[^\p{Cc}\p{Zl}\p{Zp}]*$"
@@ -129,6 +130,50 @@ class SafeSection(Section):
         return values
 
 
+class ExampleConfig(Section):
+    """How the records of a source become examples of what is asked and what is answered (`task: instruction`)."""
+
+    preset: Text | None = None
+    """A task that is known by name (docs/tasks.md): what is null here is as it says."""
+    prompt: Prose | None = None
+    """Jinja template of the prompt, of a record's fields, such as `"Question: {{ question }}\\nAnswer: "`; null takes
+    the field `prompt_field` as it is."""
+    response: Prose | None = None
+    """Jinja template of the response; null takes the field `response_field`."""
+    prompt_field: Text | None = None
+    """Field that is the prompt; null is `prompt`. Of several names (`question|query`) the first that a record has."""
+    response_field: Text | None = None
+    """Field that is the response; null is `response`. A list of texts there is an example for each, of one prompt."""
+    unlabelled: list[Text] | None = None
+    """Responses that stand for none, such as `-`: they are left out."""
+    messages_field: Text | None = None
+    """Field that holds a chat, a list of `{role, content}`, in place of prompt and response; the tokenizer's chat
+    template writes it, and all turns of the assistant are learned."""
+    system: Prose | None = None
+    """Message of the system before every chat that has none; prompts and responses become chats by it."""
+    as_chat: bool | None = None
+    """Write prompt and response as a chat, with the tokenizer's chat template; null is false."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, values: Any) -> Any:
+        """What a preset says where the settings say nothing; resolved settings say all of it."""
+        if not isinstance(values, dict) or not isinstance(values.get("preset"), str):
+            return values
+        if values["preset"] not in preset_names():
+            names = ", ".join(preset_names())
+            raise PydanticCustomError("preset", "Input should name a preset of {names}", {"names": names})
+        given = {name: value for name, value in values.items() if value is not None}
+        replaced = {name.removesuffix("_field") for name in given if name.endswith("_field")}
+        known = {name: value for name, value in preset_example(values["preset"]).items() if name not in replaced}
+        return {**known, **given}
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the tokenizer's chat template writes the examples."""
+        return bool(self.as_chat or self.system or self.messages_field)
+
+
 class SourceConfig(SafeSection):
     """One labelled part of the corpus: a Hub data set, or files at any URL that fsspec knows."""
 
@@ -154,6 +199,15 @@ class SourceConfig(SafeSection):
     label_field: Text | None = None
     """Column whose value labels each document instead of `name`: a text, a number or a date. Documents without a value
     (null, NaN, empty) keep `name`."""
+    example: ExampleConfig | None = None
+    """How records become prompts and responses, for `task: instruction`; null takes the fields `prompt` and
+    `response`."""
+
+    @model_serializer(mode="wrap")
+    def _without_secrets(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = redact_values(serialize(self), redact_urls)
+        # Sources of text are recorded, and hashed, as they were before there were examples.
+        return {name: value for name, value in values.items() if name != "example" or value is not None}
 
 
 class DataConfig(Section):
@@ -162,7 +216,7 @@ class DataConfig(Section):
     sources: list[SourceConfig] = Field(min_length=1)
     """The labelled parts of the corpus."""
     min_article_length: int = Field(100, ge=0)
-    """Documents shorter than this many characters are dropped."""
+    """Documents of text shorter than this many characters are dropped."""
     max_documents_per_source: int | None = Field(None, ge=1)
     """Read at most this many training documents of each source; null reads all. Validation and test files that a source
     names are read whole; where they are taken from its training documents, a tenth of this many is."""
@@ -313,6 +367,8 @@ class TrainingConfig(Section):
     """Training checkpoints of a job that are kept; the newest good one always is."""
     keep_checkpoints_every: int = Field(0, ge=0)
     """Checkpoints at multiples of this many steps are kept as well; 0 keeps only the newest."""
+    packing: bool = True
+    """Examples of `task: instruction` share a sequence where they fit, without seeing each other; false pads each."""
     checkpoint_fallback: bool = False
     """Where the newest checkpoint is damaged, set it aside and go on from an older one; false stops the job."""
 
@@ -482,6 +538,31 @@ class CalibrationConfig(PhaseConfig):
     """Train the router rows, where they route: not beside the tables of the evidence router."""
 
 
+class TaskConfig(Section):
+    """Prompts of a source that models answer, and how their replies are measured (docs/tasks.md)."""
+
+    source: Text
+    """Label of the test examples: the name of a source of `task: instruction`, or what its `label_field` says."""
+    metrics: list[Literal["bleu", "rouge", "meteor", "exact_match", "accuracy"]] | None = None
+    """What is measured (extra `tasks`); null is what the preset of the source says, or else `rouge`."""
+    labels: list[Text] | None = None
+    """Responses that there are, for `accuracy`; null is those of the test examples."""
+    answer_mark: Text | None = None
+    """`exact_match` compares what stands behind the last of these, such as `####`; null compares all."""
+    new_tokens: int | None = Field(None, ge=1)
+    """Tokens of a reply at the most; null is what the preset says, or else 128."""
+    prompts: int = Field(200, ge=1)
+    """Different prompts at the most, from the beginning of the test examples."""
+    temperature: float = Field(0.0, ge=0)
+    """Sampling temperature, with `evaluation.top_k` and `top_p`; 0 is greedy."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_name(cls, values: Any) -> Any:
+        """The name of a source alone is enough."""
+        return {"source": values} if isinstance(values, str) else values
+
+
 class EvaluationConfig(Section):
     """What is measured, on what, and beside which baselines."""
 
@@ -503,6 +584,8 @@ class EvaluationConfig(Section):
     """Sample among the k likeliest tokens; 0 takes all."""
     top_p: float = Field(0.95, gt=0, le=1)
     """Sample among the likeliest tokens that together hold this probability."""
+    tasks: list[TaskConfig] | None = None
+    """Sources of `task: instruction` whose test prompts all models answer, by name or with settings."""
     general: list[Text] | None = None
     """Files of text of no domain (paths, URLs or patterns, read like `data.sources`) to measure models on too."""
     chat: Text | None = None
@@ -613,7 +696,8 @@ class Config(SafeSection):
     name: Annotated[Line, Field(max_length=200)] = "modularforge"
     """Title of reports and of the model card."""
     task: str = Field("text", pattern=NAME)
-    """What is learned: `text`, or a task that an installed package adds (entry points `modularforge.tasks`)."""
+    """What is learned: `text`, `instruction` (responses to prompts), or a task that an installed package adds (entry
+    points `modularforge.tasks`)."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Every random choice follows from it."""
     data_seed: int | None = Field(None, ge=0, lt=2**31)
@@ -639,6 +723,15 @@ class Config(SafeSection):
     metrics: MetricsConfig = MetricsConfig()
     launcher: LauncherConfig = LauncherConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def learns_responses(self) -> bool:
+        """Whether the data are examples, of which responses alone are learned."""
+        return self.task == "instruction"
+
+    def example(self, source: SourceConfig) -> ExampleConfig | None:
+        """How records of a source become examples; None where they are plain text."""
+        return (source.example or ExampleConfig()) if self.learns_responses else None
 
     @property
     def needed_experts(self) -> int:
@@ -775,6 +868,30 @@ def _impossible_combinations(config: Config) -> Any:
         )
     sources = config.data.sources
     names = [source.name for source in sources]
+    for source in sources:
+        example = config.example(source)
+        if example and example.is_chat and config.model.pretrained is None:
+            yield (
+                f"data.sources must have no chat without model.pretrained, since a new model has no chat template, but "
+                f"the example of {source.name} is one; name an instruct model, or write prompts and responses"
+            )
+    asked = [task.source for task in config.evaluation.tasks or ()]
+    if asked and not config.learns_responses:
+        yield f"evaluation.tasks must be null under task {config.task}, which has no prompts; set task to instruction"
+    known = {source.name for source in sources}
+    if unknown := [name for name in asked if name not in known and not any(source.label_field for source in sources)]:
+        yield (
+            f"evaluation.tasks must name data.sources ({', '.join(sorted(known))}), but names {unknown[0]!r:.60}; "
+            "name one of these"
+        )
+    for name in sorted({name for name in asked if asked.count(name) > 1}):
+        yield f"evaluation.tasks must name each source once, but names {name!r:.60} twice; leave one out"
+    for source in sources:
+        if source.example is not None and not config.learns_responses:
+            yield (
+                f"data.sources must have no example under task {config.task}, but {source.name} has one; set task to "
+                "instruction"
+            )
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"data.sources must have names of their own, but {name!r} occurs {names.count(name)} times; rename one"
 

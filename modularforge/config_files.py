@@ -22,11 +22,13 @@ from modularforge.experts import kind
 from modularforge.log import logger
 from modularforge.mistakes import config_error, shown
 from modularforge.plugins import entry
+from modularforge.presets import preset_names
 from modularforge.tasks import task
 from modularforge.yaml_text import MAX_BYTES, parse_yaml, to_yaml_text
 
 MOST_PARTS = 8  # settings have three at the most
 
+SMOKE_REPLIES = {"prompts": 3, "new_tokens": 8}
 SAMPLE_DOMAINS = ("c_code", "english_novels", "french_novels", "law", "standards")
 SMOKE_PHASE = {"batch_size": 4, "accumulation_steps": 1, "warmup_steps": 2, "peak_learning_rate": 1e-3}
 SMOKE_TEST: dict[str, Any] = {
@@ -49,6 +51,15 @@ def sample_sources() -> list[dict[str, str]]:
     return [{"name": name, **{split: f"sample:{name}/{split}.jsonl.gz" for split in splits}} for name in SAMPLE_DOMAINS]
 
 
+def sample_tasks() -> list[dict[str, Any]]:
+    """The examples in the package, a few dozen of each preset, as `data.sources`."""
+    splits = ("train", "validation", "test")
+    return [
+        {"name": name, "example": {"preset": name}, **{split: f"sample:tasks/{name}/{split}.jsonl" for split in splits}}
+        for name in preset_names()
+    ]
+
+
 def load_config(
     path: str,
     overrides: Iterable[str | tuple[str, Any]] = (),
@@ -68,6 +79,8 @@ def load_config(
         values["model"] = _without_pretrained(values.get("model"))
         _merge(values, SMOKE_TEST)
         values["data"]["sources"] = sample_sources()
+        if values.get("task") == "instruction":
+            _take_sample_tasks(values)
         values["output_dir"] = f"{str(values.get('output_dir', 'runs/default')).rstrip('/')}-smoke-test"
         values["data_dir"] = None
     for override in overrides:
@@ -101,6 +114,14 @@ def _say_new_name(router: str) -> None:
 def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     found = values.get(name)
     return found if isinstance(found, dict) else {}
+
+
+def _take_sample_tasks(values: dict[str, Any]) -> None:
+    """As many sources of examples as there are of text, and of some of them replies where replies are asked for."""
+    sources = sample_tasks()[: len(SAMPLE_DOMAINS)]
+    values["data"]["sources"] = sources
+    if values["evaluation"].get("tasks"):
+        values["evaluation"]["tasks"] = [{"source": one["name"], **SMOKE_REPLIES} for one in sources]
 
 
 def _without_pretrained(model: Any) -> Any:

@@ -265,10 +265,12 @@ CAME_LATER: dict[str, Any] = {
     "task": "text",
     "assembly.lora": "adapters",
     "assembly.lora_choice": "token",
+    "training.packing": True,
     "experts.counted_tokens": 20_000_000,
     "experts.counted_pairs": 1_000_000,
     "evaluation.general": None,
     "evaluation.chat": None,
+    "evaluation.tasks": None,
 }
 """Settings that stages learned after artifacts had been made without them, by dotted name, each with the value under
 which a stage does what it did before. With that value they are no part of a stage's settings, so that the artifact that

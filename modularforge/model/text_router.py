@@ -99,10 +99,14 @@ class TextRouter(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would unroll the loop over tokens
     @torch.no_grad()
-    def forward(self, tokens_BT: Tensor, state: TextState | None = None) -> tuple[Tensor, TextState]:
-        """Logits [B, T, R] after each token, and the state behind the last one."""
+    def forward(
+        self, tokens_BT: Tensor, state: TextState | None = None, starts_BT: Tensor | None = None
+    ) -> tuple[Tensor, TextState]:
+        """Logits [B, T, R] after each token, and the state behind the last one; all is forgotten before `starts`."""
         state = state or self.start(len(tokens_BT))
         before_BT = torch.cat([state.previous_B[:, None], tokens_BT[:, :-1]], dim=1)
+        if starts_BT is not None:
+            before_BT = before_BT.masked_fill(starts_BT, NO_TOKEN)
         evidence_BTR = self._evidence(before_BT, tokens_BT).double() * self.settings.strength
         # At most one: what matters is the ratio, and the share of the prior keeps the sum above zero.
         likelihood_TBR = (evidence_BTR - evidence_BTR.amax(dim=-1, keepdim=True)).exp().transpose(0, 1)
@@ -110,6 +114,8 @@ class TextRouter(nn.Module):
         share_TB1 = (
             torch.where(is_behind_end_BT, self.settings.switch_at_end, self.settings.switch).double().T[..., None]
         )
+        if starts_BT is not None:
+            share_TB1 = share_TB1.masked_fill(starts_BT.T[..., None], 1.0)
         turned_TBR = share_TB1 * self.get_buffer("prior_R").double().exp()
         probability_BR, found = state.probability_BR, []
         # One small step a token: few operations each, since on short texts they cost more than what they compute.

@@ -11,7 +11,7 @@ from typing import Any
 
 from checkpoints.markdown import plain
 from checkpoints.screen import say
-from modularforge.observe.findings import chat_table, doubts, finding_tables, routing_lines
+from modularforge.observe.findings import chat_table, doubts, finding_tables, routing_lines, task_tables
 from modularforge.observe.metrics import MEASURED, standing
 from modularforge.observe.table import Column, Table, count, decimals, fixed, listing, name_column, named
 
@@ -72,7 +72,7 @@ def markdown(results: Results) -> str:
         *byte_table(results).markdown(),
     ]
     chat = chat_table(results)
-    for found in [*finding_tables(results), *([chat] if chat.records else [])]:
+    for found in [*finding_tables(results), *task_tables(results), *([chat] if chat.records else [])]:
         lines += ["", f"## {plain(found.title)}", "", plain(found.words), "", *found.markdown()]
     for name, routing in results["routing"].items():
         lines += ["", f"## Where {plain(name)} routes", *_routing_lines(routing)]

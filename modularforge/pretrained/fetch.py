@@ -256,6 +256,12 @@ def tokenizer_identity(model: str) -> str:
     return _digest({**_hashes(folder, present), "eos_token_id": read_config(folder).get("eos_token_id")})
 
 
+def template_identity(model: str) -> str:
+    """Identity of the chat template in a file of its own; one in the tokenizer's settings is the tokenizer's."""
+    folder, name = local_model(model), "chat_template.jinja"
+    return _digest(_hashes(folder, [name] if (folder / name).is_file() else []))
+
+
 def _digest(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -23,7 +23,7 @@ from checkpoints import Artifact, plain_folder
 from modularforge.assembly.assemble import assemble
 from modularforge.calibration.calibrator import calibrate, even_mixture, split_documents
 from modularforge.config import Config
-from modularforge.data.token_files import Tokens
+from modularforge.data.token_files import Stream
 from modularforge.errors import ConfigError, DataError
 from modularforge.evaluation.baselines import build_btx, build_soup
 from modularforge.evaluation.bench import Bench, Scores, is_expert, oracle_row, sizes_of, training_tokens
@@ -118,7 +118,7 @@ class RunBench:
         return Bench(self.run.config, self.run.corpus, self._domains, self.limit, share, Extras(self.texts))
 
     @property
-    def _domains(self) -> dict[str, Tokens]:
+    def _domains(self) -> dict[str, Stream]:
         """The token stream of each domain that is measured on."""
         corpus = self.run.corpus
         if self.split == "test":
