@@ -58,7 +58,7 @@ def launch(
             "--max-workers is for processes here and excludes --cluster; there, set cluster.array_throttle"
         )
     if dry_run:
-        plan_of(settings)
+        plan_of(runs.chosen_run(settings, new_run))
     elif cluster:
         runs.launch(settings, say, new_run, preflight)
     else:

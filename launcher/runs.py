@@ -35,7 +35,7 @@ LOG_SECONDS = 0.5
 
 def launch(config: Config, say: Say, new_run: bool = False, check: bool = True) -> Config:
     """Submit what is missing of the run to Slurm, or attach to one that needs nothing; returns its settings."""
-    config = _chosen(config, new_run)
+    config = chosen_run(config, new_run)
     require_readable_settings(config)
     record = load_record(config)
     if record:
@@ -54,7 +54,7 @@ def launch(config: Config, say: Say, new_run: bool = False, check: bool = True) 
 
 def launch_here(config: Config, say: Say, new_run: bool = False) -> None:
     """Run what is missing as processes of this machine, to the end, and print the table of the evaluation."""
-    config = _chosen(config, new_run)
+    config = chosen_run(config, new_run)
     launcher = LocalLauncher(config, build_tasks(config), say)
     launcher.run()
     say(launcher.output_of("evaluate"))
@@ -70,7 +70,7 @@ def resume(config: Config, say: Say) -> None:
         launch(submitted, say)
 
 
-def _chosen(config: Config, new_run: bool) -> Config:
+def chosen_run(config: Config, new_run: bool) -> Config:
     """The run to launch: at `output_dir`, or beside the one that lies there."""
     require_open_places(config)
     old = load_record(config) if new_run else None

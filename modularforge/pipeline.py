@@ -340,14 +340,14 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     sections = stage.sections if name != "expert" else {*stage.sections, kind_of(config).settings}
     for setting in (*sections, *stage.also, *EVERYWHERE):
-        found.update(_flatten(setting, _value(values, setting)))
+        found.update(_flatten(setting, value_of(values, setting)))
     if "model" in stage.sections and config.model.rope_scaling:
         found |= dict.fromkeys(GONE)
     found = {setting: value for setting, value in found.items() if has_effect(setting, name)}
     for own, general in STANDS_FOR.get(name, {}).items():
-        value = _value(values, own)
+        value = value_of(values, own)
         found.pop(own, None)
-        found[general] = _value(values, general) if value is None else value
+        found[general] = value_of(values, general) if value is None else value
     if name == "assembled" and config.assembly.router != "evidence":
         found = {setting: value for setting, value in found.items() if setting not in OF_EVIDENCE}
     return {name: value for name, value in found.items() if name not in CAME_LATER or CAME_LATER[name] != value}
@@ -407,7 +407,8 @@ class Plan:
         return "; ".join(changed[:4]) + more
 
 
-def _value(values: Any, setting: str) -> Any:
+def value_of(values: Any, setting: str) -> Any:
+    """The value of a setting by its dotted name."""
     for part in setting.split("."):
         values = values[part]
     return values
