@@ -23,7 +23,7 @@ from launcher.tasks import build_groups, build_tasks
 from launcher.trust import check_commands, require_open_places, require_readable_settings
 from modularforge.config import Config
 from modularforge.errors import ConfigError, UserError
-from modularforge.pipeline import JobName
+from modularforge.pipeline import job_named
 
 Say = Callable[[str], None]
 logger = logging.getLogger(__name__)
@@ -216,7 +216,7 @@ def polls(seconds: float, first: float = 0.2) -> Iterator[None]:
 def find_log(config: Config, what: str) -> Path:
     """The log of STAGE or STAGE/INDEX; raises ConfigError with the names there are."""
     config, record = recorded(config)
-    wanted = str(JobName.parse(what))
+    wanted = str(job_named(what))
     rows = {row.task: row for row in read_status(config, record)}
     if wanted not in rows or not rows[wanted].log:
         known = ", ".join(name for name, row in rows.items() if row.log)
@@ -248,7 +248,7 @@ def tail(config: Config, what: str, follow: bool) -> Iterator[str]:
 
 def _is_live(config: Config, what: str) -> bool:
     config, record = recorded(config)
-    name = str(JobName.parse(what))
+    name = str(job_named(what))
     try:
         return is_going_on([row for row in read_status(config, record) if row.task == name])
     except SlurmError as error:

@@ -303,6 +303,13 @@ OLD_NAMES = {"calibration": "calibrated", "calibrate": "calibrated"}
 _INDEXED = re.compile(r"(.+?)[-/](\d{1,9})", re.ASCII)
 
 
+def job_named(text: str) -> JobName:
+    """The job that somebody means: by its own name, or by that of a stage which it makes, as reports have it."""
+    name = JobName.parse(text)
+    stage = STAGES.get(OLD_NAMES.get(name.stage, name.stage))
+    return name if stage is None else JobName(stage.job_name, name.index)
+
+
 def wanted_stages(config: Config) -> Iterator[Stage]:
     """The rows that a run with these settings makes, each after those it reads."""
     return (stage for stage in STAGES.values() if stage.is_wanted(config))
