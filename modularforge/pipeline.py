@@ -310,6 +310,13 @@ OLD_NAMES = {"calibration": "calibrated", "calibrate": "calibrated"}
 _INDEXED = re.compile(r"(.+?)[-/](\d{1,9})", re.ASCII)
 
 
+def job_named(text: str) -> JobName:
+    """The job that somebody means: by its own name, or by that of a stage which it makes, as reports have it."""
+    name = JobName.parse(text)
+    stage = STAGES.get(OLD_NAMES.get(name.stage, name.stage))
+    return name if stage is None else JobName(stage.job_name, name.index)
+
+
 def wanted_stages(config: Config) -> Iterator[Stage]:
     """The rows that a run with these settings makes, each after those it reads."""
     return (stage for stage in STAGES.values() if stage.is_wanted(config))
@@ -347,7 +354,7 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     sections = stage.sections if name != "expert" else {*stage.sections, kind_of(config).settings}
     for setting in (*sections, *stage.also, *EVERYWHERE):
-        found.update(_flatten(setting, _value(values, setting)))
+        found.update(_flatten(setting, value_of(values, setting)))
     if "model" in stage.sections and config.model.rope_scaling:
         found |= dict.fromkeys(GONE)
     found = {setting: value for setting, value in found.items() if has_effect(setting, name)}
@@ -355,9 +362,9 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
         if name not in stages or kind_of(config).settings != section:
             found = {setting: value for setting, value in found.items() if not setting.startswith(f"{section}.")}
     for own, general in STANDS_FOR.get(name, {}).items():
-        value = _value(values, own)
+        value = value_of(values, own)
         found.pop(own, None)
-        found[general] = _value(values, general) if value is None else value
+        found[general] = value_of(values, general) if value is None else value
     if name == "assembled" and config.assembly.router != "evidence":
         found = {setting: value for setting, value in found.items() if setting not in OF_EVIDENCE}
     return {name: value for name, value in found.items() if name not in CAME_LATER or CAME_LATER[name] != value}
@@ -417,7 +424,8 @@ class Plan:
         return "; ".join(changed[:4]) + more
 
 
-def _value(values: Any, setting: str) -> Any:
+def value_of(values: Any, setting: str) -> Any:
+    """The value of a setting by its dotted name."""
     for part in setting.split("."):
         values = values[part]
     return values

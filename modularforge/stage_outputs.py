@@ -107,6 +107,17 @@ def partition_rows(partitions: Artifact) -> list[PartitionRow]:
     return read_partitions(partitions.read_bytes(name), partitions.file_url(name))
 
 
+OWN_SHARE = 0.05  # clusters take stray documents of every domain, which none of them stands for
+
+
+def own_domains(partitions: Artifact) -> list[list[str]]:
+    """By partition: the labels of more than a trace of its tokens, which are its expert's own domains."""
+    return [
+        [label for label, count in row.tokens_by_label.items() if count >= OWN_SHARE * row.tokens]
+        for row in partition_rows(partitions)
+    ]
+
+
 def even_streams(domains: Mapping[str, Stream], max_tokens: int) -> Stream:
     """The streams one after another, each cut to the same length, together at most `max_tokens`."""
     return joined_beginnings(domains, max(2, max_tokens // max(1, len(domains))))

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -23,12 +24,13 @@ from modularforge.assembly.card import CARD_NAME, calibration_note
 from modularforge.assembly.plan import OutputTensor, output_tensors, spans_of
 from modularforge.config import Config
 from modularforge.data.token_files import ExampleTokens, Stream, TokenFile
+from modularforge.errors import DataError
 from modularforge.evaluation.scoring import even_loss
 from modularforge.experts.kind import kind_of, kind_of_artifact
 from modularforge.experts.trainable import ParameterGroup, Trainable
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import save_tensors
-from modularforge.stage_outputs import joined_beginnings
+from modularforge.stage_outputs import Corpus, derived_seed, joined_beginnings
 from modularforge.tasks.instruction import InstructionExamples
 from modularforge.tasks.task import Examples, task_of
 from modularforge.tasks.text import TextExamples
@@ -52,6 +54,11 @@ class Calibration:
     def kept(self) -> bool:
         """Whether the held-out loss improved."""
         return self.after < self.before
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What manifests and studies say of it."""
+        return {"kept": self.kept, "loss_before": self.before, "loss_after": self.after}
 
 
 def split_documents(file: TokenFile, labels: list[str]) -> tuple[dict[str, Stream], dict[str, Stream]]:
@@ -121,6 +128,18 @@ def choose_parameters(model: Decoder, config: Config) -> Mapping[str, nn.Paramet
 def even_mixture(streams: Mapping[str, Stream]) -> Stream:
     """The streams one after another, each cut to the length of the shortest, so that all domains weigh alike."""
     return joined_beginnings(streams, min(len(tokens) for tokens in streams.values()))
+
+
+def calibrate_on_validation(model: Decoder, config: Config, corpus: Corpus, job: Job) -> Calibration:
+    """Calibrate on one half of the validation documents, judged by the other; raises DataError for too few."""
+    fit_half, decide_half = split_documents(corpus.tokens("validation"), corpus.labels)
+    if not fit_half:
+        raise DataError(
+            "calibration needs at least two validation documents of a domain, but there are fewer; add validation text "
+            "or leave it out (assemble --no-calibrate, run-all --skip-calibration)"
+        )
+    seed = derived_seed(config.seed, "calibration order")
+    return calibrate(model, config, even_mixture(fit_half), decide_half, job, seed)
 
 
 def write_calibrated(assembled: Artifact, result: Calibration, writer: ArtifactWriter, max_shard_bytes: int) -> None:

@@ -19,7 +19,7 @@ from modularforge import cli, settings_page
 from modularforge.config import Config
 from modularforge.config_files import make_config, to_yaml
 from modularforge.errors import ConfigError, MismatchError
-from modularforge.pipeline import STAGES, JobName, Stage, stage_settings, wanted_stages
+from modularforge.pipeline import STAGES, JobName, Stage, job_named, stage_settings, wanted_stages
 from modularforge.provenance import commit, making
 from modularforge.run import Run
 from tests.conftest import tiny_values
@@ -105,6 +105,14 @@ def test_every_row_names_a_function_and_sections_that_there_are(name: str, tmp_p
 def test_a_jobs_name_is_read_back(text: str) -> None:
     assert str(JobName.parse(text)) == text
     assert JobName.parse("expert/3") == JobName("expert", 3)
+
+
+@pytest.mark.parametrize("word", ["assemble", "assembled", "calibrated", "calibrate", "calibration"])
+def test_a_job_is_found_by_its_own_word_and_by_those_of_what_it_makes(word: str) -> None:
+    assert job_named(word) == JobName("assemble")
+    assert (job_named("evaluation"), job_named("corpus")) == (JobName("evaluate"), JobName("prepare-data"))
+    assert (job_named("expert/3"), job_named("branch-0")) == (JobName("expert", 3), JobName("branch", 0))
+    assert job_named("nothing") == JobName("nothing")
 
 
 def test_run_all_makes_and_measures_a_new_row(config: Config, tmp_path: Path) -> None:
