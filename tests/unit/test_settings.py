@@ -53,7 +53,7 @@ def test_a_setting_in_the_wrong_section_is_named_in_the_right_one() -> None:
         ("model", {"width": 36, "heads": 12, "kv_heads": 12}, "must be even for rotary positions, but is 3"),
         ("backbone", {"batch_size": 5, "accumulation_steps": 2}, "backbone.batch_size must be a multiple of"),
         ("assembly", {"experts_per_token": 9}, "must be at most the number of experts (4), but is 9"),
-        ("experts", {"anchored": False}, "assembly.router must not be learned when experts.anchored is false"),
+        ("experts", {"anchored": False}, "assembly.router must not be trained when experts.anchored is false"),
     ],
 )
 def test_impossible_combinations_are_refused(section: str, change: dict[str, object], message: str) -> None:
