@@ -13,16 +13,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from checkpoints import Artifact, paths
+from checkpoints import Artifact, open_artifact, paths
+from modularforge import edit_experts
 from modularforge.config import Config
 from modularforge.config_files import make_config
 from modularforge.errors import ConfigError, Interrupted
 from modularforge.evaluation.baselines import build_soup
+from modularforge.evaluation.generation import Sampling, continue_text, load_for_generation
 from modularforge.experts.lora import training
 from modularforge.experts.lora.phases import phase_at
 from modularforge.model import names
 from modularforge.model.folder import fill, load_model, read_tensors
 from modularforge.model.moe import restrict_routing
+from modularforge.observe.report import report_runs
 from modularforge.pipeline import ALL_BASELINES, stage_settings, stage_url
 from modularforge.run import Run
 from modularforge.stage_outputs import Backbone
@@ -343,3 +346,59 @@ def test_the_average_is_one_adapter_that_adds_the_mean_of_the_products(finished_
         assert torch.allclose(theirs(TOKENS_BT).logits, expected, atol=2e-5)
         soup = build_soup(config, run.backbone, run.require_each("expert"))
         assert torch.allclose(soup(TOKENS_BT), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(("form", "targets"), [("adapters", "both"), ("fold", "mlp"), ("average", "attention")])
+def test_every_form_calibrates_and_is_evaluated_generated_from_and_reported(
+    form: str, targets: str, finished_run: Config, tmp_path: Path
+) -> None:
+    config = assembled(finished_run, tmp_path, form, targets)
+    run = Run(config)
+    run.make("calibrated")
+    results = run.make("evaluation")
+    models = results["models"]
+    assert set(models) >= {"backbone", "expert-0", "oracle", "soup", "assembled"}
+    losses = {name: row["mean_loss"] for name, row in models.items()}
+    assert losses["assembled"] < losses["backbone"]
+    assert abs(losses["soup"] - losses["assembled"]) < 1e-5 if form == "average" else True
+    facts = run.require("assembled").manifest.facts
+    assert models["assembled"]["parameters"] == facts["parameters"]
+    assert models["assembled"]["active_parameters"] == facts["active_parameters"]
+    assert ("assembled" in results["routing"]) == (form != "average")
+    loaded = load_for_generation(stage_url(config, "assembled"))
+    assert continue_text(loaded, "The", 5, Sampling(0.0))
+    assert report_runs([config.output_dir], None)
+
+
+def test_a_calibrated_model_keeps_its_adapters(finished_run: Config, tmp_path: Path) -> None:
+    config = assembled(finished_run, tmp_path, "adapters", "both", mode="auto")
+    config = config.model_copy(update={"calibration": config.calibration.model_copy(update={"steps": 20})})
+    run = Run(config)
+    calibrated = run.make("calibrated")
+    assert calibrated.manifest.facts["kept"]
+    found, before = (load_model(run.require(stage).local_folder()) for stage in ("calibrated", "assembled"))
+    gains = {name for name, weight in before.named_parameters() if not torch.equal(weight, found.get_parameter(name))}
+    assert gains
+    assert all(names.is_norm(name) for name in gains)
+    assert found.text_router is not None
+
+
+@pytest.mark.parametrize(("form", "targets"), [("adapters", "both"), ("fold", "mlp"), ("average", "attention")])
+def test_experts_are_removed_added_and_replaced_in_every_form(
+    form: str, targets: str, finished_run: Config, tmp_path: Path
+) -> None:
+    config = assembled(finished_run, tmp_path, form, targets, experts_per_token=1)
+    run, url = Run(config), stage_url(config, "assembled")
+    whole = open_artifact(url)
+    without = edit_experts.remove(url, 1, f"{tmp_path}/without")
+    assert [member.index for member in edit_experts.members_of(without)] == [0, 2]
+    again = edit_experts.add(without.url, stage_url(config, "expert", 1), f"{tmp_path}/again")
+    assert again.manifest.files == whole.manifest.files, "the model that has it from the start"
+    twice = edit_experts.replace(url, 0, stage_url(config, "expert", 0), f"{tmp_path}/twice")
+    assert twice.manifest.files == whole.manifest.files
+    weights = {name for name in whole.manifest.files if name.endswith(".safetensors") and "/" not in name}
+    if form != "fold":
+        assert again.manifest.facts["bytes_written"] == 0
+        assert weights == {"model.safetensors"}
+    assert not torch.equal(load_model(without.local_folder())(TOKENS_BT), logits(config))
+    assert run.require("assembled").manifest.fingerprint == whole.manifest.fingerprint

@@ -106,7 +106,8 @@ class _Beside:
         facts = self._facts(values)
         sources = whole_file(self.backbone, WEIGHTS_NAME, spans)
         changed = {"dtype": dtype, "torch_dtype": dtype} if self.config.assembly.dtype != "same" else {}
-        return Merged(tensors, part_of, sources, {**values, **changed}, facts, _summary(facts), self._write)
+        said = _summary(facts), self._write, _loading(self.composite.folders[0])
+        return Merged(tensors, part_of, sources, {**values, **changed}, facts, *said)
 
     @property
     def is_average(self) -> bool:
@@ -173,6 +174,19 @@ def _write_mean(folder: Path, adapters: Sequence[Adapter], base: str | None) -> 
     for name, pair in mean.values():
         tensors |= dict(zip(names.adapter_pair(name), pair, strict=True))
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def _loading(folder: str) -> str:
+    """How one adapter is loaded, for the card."""
+    return (
+        "ModularForge loads the folder as one model. In plain transformers it is the backbone alone; PEFT puts one "
+        "adapter beside it:\n\n"
+        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'folder = "."  # where this file lies\n'
+        'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")\n'
+        f'model = PeftModel.from_pretrained(model, f"{{folder}}/{folder}")\n'
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n```"
+    )
 
 
 def _summary(facts: Mapping[str, Any]) -> str:
