@@ -12,20 +12,24 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from checkpoints import Artifact, open_artifact, paths
 from modularforge import edit_experts
+from modularforge.cli import app
 from modularforge.config import Config
 from modularforge.config_files import make_config
-from modularforge.errors import ConfigError, Interrupted
+from modularforge.errors import ConfigError, DataError, Interrupted
 from modularforge.evaluation.baselines import build_soup
 from modularforge.evaluation.generation import Sampling, continue_text, load_for_generation
+from modularforge.evaluation.routes import routes_of, slot_names
 from modularforge.experts.lora import training
 from modularforge.experts.lora.phases import phase_at
 from modularforge.model import names
 from modularforge.model.folder import fill, load_model, read_tensors
 from modularforge.model.moe import restrict_routing
 from modularforge.observe.report import report_runs
+from modularforge.observe.routes import show_routes
 from modularforge.pipeline import ALL_BASELINES, stage_settings, stage_url
 from modularforge.run import Run
 from modularforge.stage_outputs import Backbone
@@ -402,3 +406,26 @@ def test_experts_are_removed_added_and_replaced_in_every_form(
         assert weights == {"model.safetensors"}
     assert not torch.equal(load_model(without.local_folder())(TOKENS_BT), logits(config))
     assert run.require("assembled").manifest.fingerprint == whole.manifest.fingerprint
+
+
+def test_route_says_where_a_text_goes_and_why(
+    finished_run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = assembled(finished_run, tmp_path, "adapters", "both")
+    model, run = stage_url(config, "assembled"), Run(config)
+    text = "if (fd < 0) return -1; /* static int main(void) */ struct file *fp = NULL; for (i = 0; i < n; i++)"
+    loaded = load_for_generation(model)
+    found = routes_of(loaded, slot_names(stored_model(model), 4), text)
+    assert [slot.name for slot in found.slots] == ["public", "expert-0", "expert-1", "expert-2"]
+    assert sum(slot.visits for slot in found.slots) == pytest.approx(1)
+    assert found.ranked[0].name == "expert-0", "the one of C code"
+    assert found.slots[1].evidence == max(slot.evidence or 0 for slot in found.slots)
+    assert all(token in text and nats > 0 for token, nats in found.telling)
+    done = CliRunner().invoke(app, ["route", "--model", model, "--prompt", text])
+    assert done.exit_code == 0
+    assert "It suits expert-0 best. What speaks most for it against the next" in done.output
+    with pytest.raises(DataError, match="must be a model that chooses among experts, but has none"):
+        show_routes(run.url("backbone"), text)
+    anchored = stage_url(finished_run, "assembled")  # routed by learned rows
+    done = CliRunner().invoke(app, ["route", "--model", anchored, "--prompt", text])
+    assert "Each layer routes by rows" in done.output
