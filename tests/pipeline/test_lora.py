@@ -429,3 +429,27 @@ def test_route_says_where_a_text_goes_and_why(
     anchored = stage_url(finished_run, "assembled")  # routed by learned rows
     done = CliRunner().invoke(app, ["route", "--model", anchored, "--prompt", text])
     assert "Each layer routes by rows" in done.output
+
+
+def test_one_adapter_trained_on_all_partitions_is_a_baseline(finished_run: Config, tmp_path: Path) -> None:
+    wanted = {"baselines": ["joint_lora", "joint_lora_wide"]}
+    lora = {**LORA, "targets": "mlp", "rank": 2, "phases": [{"until": 5, "layers": [0]}, {}]}
+    config = lora_config(finished_run, tmp_path, lora, evaluation=wanted, experts={"steps": 6, "lora": lora})
+    run = Run(config)
+    results = run.make("joint_lora"), run.make("joint_lora_wide")
+    for artifact, rank in zip(results, (2, 6), strict=True):
+        values = artifact.read_json("adapters/joint/adapter_config.json")
+        assert (values["r"], values["lora_alpha"]) == (rank, 6.0 * rank), "the same scale"
+        assert artifact.manifest.facts["training_tokens"] == 3 * 6 * 4 * 64
+        folder = artifact.local_folder()
+        assert (folder / "model.safetensors").samefile(run.require("backbone").local_file("model.safetensors"))
+        base = AutoModelForCausalLM.from_pretrained(folder)
+        theirs = PeftModel.from_pretrained(base, folder / "adapters" / "joint").eval()
+        assert torch.allclose(load_model(folder)(TOKENS_BT), theirs(TOKENS_BT).logits, atol=2e-5)
+    models = run.make("evaluation")["models"]
+    assert models["joint_lora"]["mean_loss"] < models["backbone"]["mean_loss"]
+    assert models["joint_lora"]["training_tokens"] == models["joint_lora_wide"]["training_tokens"]
+    added = [models[name]["parameters"] - models["backbone"]["parameters"] for name in wanted["baselines"]]
+    assert added[1] == 3 * added[0] > 0
+    with pytest.raises(ConfigError, match=r"baselines must not name joint_lora unless experts\.kind is lora"):
+        tiny_config("run", evaluation=wanted)

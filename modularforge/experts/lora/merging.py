@@ -26,6 +26,7 @@ from modularforge.model import names
 from modularforge.model.adapter_config import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    ADAPTERS_FOLDER,
     ADAPTERS_NAME,
     Composite,
     adapter_config,
@@ -34,8 +35,6 @@ from modularforge.model.adapter_config import (
 from modularforge.model.hub_config import CONFIG_NAME, TABLES_NAME, model_config_of, write_json
 from modularforge.model.sizes import AdapterCounts, lora_sizes
 from modularforge.routing.text_evidence import texts_of, write_tables
-
-FOLDER = "adapters"
 
 
 def merge(config: Config, backbone: Artifact, experts: Sequence[Artifact], scratch: Path) -> Merged:
@@ -119,8 +118,8 @@ class _Beside:
         """What is where, and how it is chosen from."""
         settings, count = self.config.assembly, len(self.adapters)
         if self.is_average:
-            return Composite((f"{FOLDER}/average",), 1, public=False, choice=None)
-        folders = tuple(f"{FOLDER}/expert-{index:03d}" for index in range(count))
+            return Composite((f"{ADAPTERS_FOLDER}/average",), 1, public=False, choice=None)
+        folders = tuple(f"{ADAPTERS_FOLDER}/expert-{index:03d}" for index in range(count))
         public = self.config.has_public_expert
         active = count + int(public) if settings.router == "uniform" else settings.experts_per_token
         return Composite(folders, active, public, settings.lora_choice)
