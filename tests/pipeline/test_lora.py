@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -19,8 +21,9 @@ from modularforge import edit_experts
 from modularforge.cli import app
 from modularforge.config import Config
 from modularforge.config_files import make_config
-from modularforge.errors import ConfigError, DataError, Interrupted
+from modularforge.errors import ConfigError, DataError, Interrupted, MismatchError
 from modularforge.evaluation.baselines import build_soup
+from modularforge.evaluation.extras import read_texts
 from modularforge.evaluation.generation import Sampling, continue_text, load_for_generation
 from modularforge.evaluation.routes import routes_of, slot_names
 from modularforge.experts.lora import training
@@ -35,6 +38,7 @@ from modularforge.run import Run
 from modularforge.stage_outputs import Backbone
 from modularforge.stages import assemble, expert
 from modularforge.stored_models import stored_model
+from modularforge.taking import take_in
 from modularforge.training import loop
 from modularforge.training.checkpointing import Checkpointing
 from tests.conftest import tiny_config, tiny_values
@@ -453,3 +457,74 @@ def test_one_adapter_trained_on_all_partitions_is_a_baseline(finished_run: Confi
     assert added[1] == 3 * added[0] > 0
     with pytest.raises(ConfigError, match=r"baselines must not name joint_lora unless experts\.kind is lora"):
         tiny_config("run", evaluation=wanted)
+
+
+def peft_adapter(config: Config, folder: Path, **changes: Any) -> Path:
+    """An adapter made by PEFT on the run's backbone, with weights that change something."""
+    base = AutoModelForCausalLM.from_pretrained(Run(config).require("backbone").local_folder())
+    torch.manual_seed(5)
+    wanted = {"r": 2, "lora_alpha": 9, "target_modules": ["v_proj", "up_proj"], "init_lora_weights": False}
+    get_peft_model(base, LoraConfig(**{**wanted, **changes})).save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_that_peft_trained_is_taken_in_as_an_expert(finished_run: Config, tmp_path: Path) -> None:
+    config = assembled(finished_run, tmp_path, "adapters", "both")
+    folder = peft_adapter(config, tmp_path / "peft")
+    url = stage_url(config, "assembled")
+    with pytest.raises(ConfigError, match=r"--text must name files of the domain"):
+        edit_experts.add(url, str(folder))
+    done = CliRunner().invoke(
+        app, ["experts", "add", url, str(folder), "--text", "sample:law/train.jsonl.gz", "--output", f"{tmp_path}/m"]
+    )
+    assert done.exit_code == 0, done.output
+    more = open_artifact(f"{tmp_path}/m")
+    members = edit_experts.members_of(more)
+    assert [member.index for member in members] == [0, 1, 2, 3]
+    assert members[3].url == f"{config.output_dir}/experts/taken-3"
+    base = AutoModelForCausalLM.from_pretrained(Run(config).require("backbone").local_folder())
+    theirs = PeftModel.from_pretrained(base, folder).eval()(TOKENS_BT).logits
+    alone = Run(config).backbone.expert(open_artifact(members[3].url))
+    assert torch.allclose(alone(TOKENS_BT), theirs, atol=2e-5)
+    model = load_model(more.local_folder())
+    restrict_routing(model, [4])
+    assert torch.allclose(model(TOKENS_BT), theirs, atol=2e-5)
+    text = read_texts(["sample:law/test.jsonl.gz"])["test"][0][:600]
+    found = routes_of(load_for_generation(more.url), [str(slot) for slot in range(5)], text)
+    assert found.ranked[0].name == "4", "its texts send such text to it"
+
+
+def test_an_adapter_of_another_base_or_kind_is_refused_in_one_sentence(finished_run: Config, tmp_path: Path) -> None:
+    config = assembled(finished_run, tmp_path, "average", "mlp")
+    url, folder = stage_url(config, "assembled"), peft_adapter(config, tmp_path / "peft")
+    weights, settings = folder / WEIGHTS, folder / "adapter_config.json"
+    tensors, values = load_file(weights), json.loads(settings.read_text())
+    wider = {name: torch.cat([t, t], dim=1) if "lora_A" in name else t for name, t in tensors.items()}
+    save_file(wider, weights)
+    with pytest.raises(MismatchError, match=r"must be an adapter of rank 2 for this backbone, but for .* it has"):
+        edit_experts.add(url, str(folder))
+    save_file({**tensors, "base_model.model.model.norm.weight": torch.ones(2)}, weights)
+    with pytest.raises(MismatchError, match=r"must hold A and B of adapters on projections of a decoder, but has"):
+        edit_experts.add(url, str(folder))
+    save_file(tensors, weights)
+    for change, message in (
+        ({"use_dora": True}, "its use_dora is True"),
+        ({"peft_type": "IA3"}, "its peft_type is 'IA3'"),
+        ({"rank_pattern": {"v_proj": 4}}, "its rank_pattern is"),
+        ({"r": "many"}, "invalid literal"),
+    ):
+        settings.write_text(json.dumps({**values, **change}))
+        with pytest.raises(DataError, match=message):
+            edit_experts.add(url, str(folder))
+    settings.write_text(json.dumps({**values, "base_model_name_or_path": "somebody/other"}))
+    monkey = {"hub": "somebody/this", "identity": "x"}
+    backbone = Run(config).require("backbone")
+    named = replace(
+        backbone, manifest=replace(backbone.manifest, facts={**backbone.manifest.facts, "pretrained": monkey})
+    )
+    with pytest.raises(
+        MismatchError, match=r"must be an adapter of somebody/this, as the backbone is, but was trained on"
+    ):
+        take_in(str(folder), config, named, 7, [], f"{tmp_path}/x")
+    settings.write_text(json.dumps(values))
+    assert edit_experts.add(url, str(folder), f"{tmp_path}/more").manifest.facts["lora_form"] == "average"
