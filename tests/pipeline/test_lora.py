@@ -31,6 +31,7 @@ from modularforge.experts.lora.phases import phase_at
 from modularforge.model import names
 from modularforge.model.folder import fill, load_model, read_tensors
 from modularforge.model.moe import restrict_routing
+from modularforge.model.text_router import DECIDED_WITHIN
 from modularforge.observe.report import report_runs
 from modularforge.observe.routes import show_routes
 from modularforge.pipeline import ALL_BASELINES, stage_settings, stage_url
@@ -528,3 +529,39 @@ def test_an_adapter_of_another_base_or_kind_is_refused_in_one_sentence(finished_
         take_in(str(folder), config, named, 7, [], f"{tmp_path}/x")
     settings.write_text(json.dumps(values))
     assert edit_experts.add(url, str(folder), f"{tmp_path}/more").manifest.facts["lora_form"] == "average"
+
+
+def test_the_choice_for_a_sequence_is_made_by_its_beginning_and_stays(finished_run: Config, tmp_path: Path) -> None:
+    config = assembled(finished_run, tmp_path, "adapters", "both", lora_choice="sequence")
+    model = load_model(Run(config).require("assembled").local_folder())
+    router = model.text_router
+    assert router is not None
+    end = int(router.get_buffer("ends")[0])
+    tokens_BT = torch.randint(4, 500, (2, 100), generator=torch.Generator().manual_seed(0))
+    tokens_BT[1, 60] = end
+    held_BTR, state = router(tokens_BT)
+    router.holds = False
+    free_BTR, _ = router(tokens_BT)
+    router.holds = True
+    first = DECIDED_WITHIN
+    assert torch.equal(held_BTR[:, :first], free_BTR[:, :first])
+    assert torch.equal(held_BTR[0, first:], free_BTR[0, first - 1].expand(100 - first, -1))
+    assert torch.equal(held_BTR[1, first:61], free_BTR[1, first - 1].expand(61 - first, -1))
+    assert torch.equal(held_BTR[1, 61 : 61 + first], free_BTR[1, 61 : 61 + first]), "another document begins"
+    assert torch.equal(held_BTR[1, 61 + first :], free_BTR[1, 60 + first].expand(39 - first, -1))
+    for cuts in ([10, 50, 70], [1, 2, 31, 32, 33, 61, 62, 92]):  # read piece by piece, as in generation
+        found, state = [], None
+        for piece_BT in tokens_BT.tensor_split(cuts, dim=1):
+            logits_BTR, state = router(piece_BT, state)
+            found.append(logits_BTR)
+        assert torch.allclose(torch.cat(found, dim=1), held_BTR, atol=1e-5)
+
+
+def test_without_a_router_every_token_visits_all_adapters_alike(finished_run: Config, tmp_path: Path) -> None:
+    """Of matrices whose output is linear in them, that is the average."""
+    even, mean = (
+        assembled(finished_run, tmp_path / form, form, "attention", router=router)
+        for form, router in (("adapters", "uniform"), ("average", "evidence"))
+    )
+    assert torch.allclose(logits(even), logits(mean), atol=2e-5)
+    assert Run(even).require("assembled").manifest.facts["experts_per_token"] == 3
