@@ -225,6 +225,23 @@ def generate(
 
 
 @app.command()
+@with_lazy_settings
+def route(
+    load_settings: Callable[[], Config],
+    prompt: Annotated[str, typer.Option(help="The text.")],
+    model: Annotated[str | None, typer.Option(help="Model folder; without it the run's best model.")] = None,
+) -> None:
+    """Say which experts a text goes to, and which of its tokens speak for them."""
+    from modularforge.observe.routes import show_routes
+
+    if model is None:
+        from modularforge.stages.evaluate import chosen_model
+
+        model = chosen_model(Run(load_settings())).url
+    show_routes(model, prompt)
+
+
+@app.command()
 def fetch(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Name on the Hub (name@revision), folder, or URL.")],
     output: Annotated[str | None, typer.Option(help="Folder or URL; without it, the cache.")] = None,

@@ -60,7 +60,7 @@ MLP_MODULES = MODULES[4:]
 PhaseNames = Literal["attn->mlp->both", "both->mlp->attn", "both->mlp->both", "early->late"]
 LARGEST_NUMBER = 2**63  # what files, tensors and Slurm can hold
 TRAINED_ROUTERS = ("trained", "trained_equalised")  # their rows are trained with the experts
-TrainedOnAll = Literal["dense", "dense_wide", "joint", "joint_evidence"]
+TrainedOnAll = Literal["dense", "dense_wide", "joint", "joint_evidence", "joint_lora", "joint_lora_wide"]
 TRAINED_ON_ALL: tuple[TrainedOnAll, ...] = typing.get_args(TrainedOnAll)
 """Baselines that one job trains on the windows of all experts together."""
 
@@ -573,7 +573,8 @@ class EvaluationConfig(Section):
     baselines: list[Baseline] = ["dense", "soup"]
     """`dense`: the backbone trained on with all the experts' tokens; `dense_wide`: the same with as wide an FFN as a
     token visits; `soup`: the mean of the experts' weights; `joint`: a mixture trained on the same tokens;
-    `joint_evidence`: the same, routed by evidence; `btx`: whole models trained alone, FFNs stacked, the rest mean."""
+    `joint_evidence`: the same, routed by evidence; `btx`: whole models trained alone, FFNs stacked, the rest mean;
+    `joint_lora`: one adapter trained on the same tokens, and `joint_lora_wide`, of the rank of all experts together."""
     prompts: list[Prose] = ["The", "In the beginning"]
     """Texts that each model continues in the report."""
     sample_tokens: int = Field(60, ge=1)
@@ -716,6 +717,8 @@ class Config(SafeSection):
     dense_wide: BaselineConfig = BaselineConfig()
     joint: JointConfig = JointConfig()
     joint_evidence: BaselineConfig = BaselineConfig()
+    joint_lora: BaselineConfig = BaselineConfig()
+    joint_lora_wide: BaselineConfig = BaselineConfig()
     btx: BtxConfig = BtxConfig()
     assembly: AssemblyConfig = AssemblyConfig()
     calibration: CalibrationConfig = CalibrationConfig()
@@ -907,6 +910,12 @@ def _settings_of_other_kinds(config: Config) -> Iterator[str]:
                     f"{value}; remove it, or set experts.kind to ffn"
                 )
         return
+    for name in ("joint_lora", "joint_lora_wide"):
+        if name in config.evaluation.baselines:
+            yield (
+                f"evaluation.baselines must not name {name} unless experts.kind is lora, but experts.kind is {kind}; "
+                "leave it, or set experts.kind to lora"
+            )
     for name in ("lora", "lora_choice"):
         if (value := getattr(config.assembly, name)) != AssemblyConfig.model_fields[name].default:
             yield (

@@ -107,7 +107,14 @@ def _baseline(name: Any, also: tuple[str, ...]) -> Stage:
     )
 
 
-BASELINE_COLOURS = {"dense": "#6b6f76", "dense_wide": "#9aa0a8", "joint": "#6f4e37", "joint_evidence": "#b08968"}
+BASELINE_COLOURS = {
+    "dense": "#6b6f76",
+    "dense_wide": "#9aa0a8",
+    "joint": "#6f4e37",
+    "joint_evidence": "#b08968",
+    "joint_lora": "#4a6670",
+    "joint_lora_wide": "#7d98a1",
+}
 
 
 STAGES: dict[str, Stage] = {
@@ -160,6 +167,8 @@ STAGES: dict[str, Stage] = {
         _baseline("dense_wide", ("joint.batch_size", "assembly.experts_per_token")),
         _baseline("joint", ROUTED),
         _baseline("joint_evidence", ("joint.batch_size", "joint.freeze_shared", *ROUTED, "assembly.token_pairs")),
+        _baseline("joint_lora", ("joint.batch_size",)),
+        _baseline("joint_lora_wide", ("joint.batch_size",)),
         Stage(
             "branch",
             "baselines/branches/branch-{index}",
@@ -220,6 +229,7 @@ STAGES: dict[str, Stage] = {
 }
 """The rows, each after those it reads."""
 
+JOINT_LORA = ("joint_lora", "joint_lora_wide")
 ALL_BASELINES = (*TRAINED_ON_ALL, "branch", "btx")
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     # How often something is said, measured or saved, and how: the weights are the same.
@@ -239,15 +249,15 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     # What experts have and baselines have not: where an FFN starts, a public FFN beside it, a router's loss, sums.
     "experts.init": ALL_BASELINES,
     "experts.kind": ALL_BASELINES,
-    "experts.anchored": ("dense", "dense_wide", "branch"),
-    "experts.z_loss": ("dense", "dense_wide", "joint_evidence", "branch"),
+    "experts.anchored": ("dense", "dense_wide", *JOINT_LORA, "branch"),
+    "experts.z_loss": ("dense", "dense_wide", "joint_evidence", *JOINT_LORA, "branch"),
     "experts.statistics_tokens": (*TRAINED_ON_ALL, "btx"),
-    "experts.counted_tokens": ("dense", "dense_wide", "joint", "branch", "btx"),
-    "experts.counted_pairs": ("dense", "dense_wide", "joint", "branch", "btx"),
+    "experts.counted_tokens": ("dense", "dense_wide", "joint", *JOINT_LORA, "branch", "btx"),
+    "experts.counted_pairs": ("dense", "dense_wide", "joint", *JOINT_LORA, "branch", "btx"),
 }
 """By setting, the stages in whose sections it is and whose output it does not change. What is not here counts: a new
 setting changes the identity of what reads its section, unless it is written here or in `CAME_LATER`."""
-OF_ONE_KIND = {"experts.lora": ("expert", "joint_lora", "joint_lora_wide")}
+OF_ONE_KIND = {"experts.lora": ("expert", *JOINT_LORA)}
 """Sections of one kind of expert, each with the stages that it counts for where experts are of that kind."""
 OUTSIDE = ("name", "output_dir", "data_dir", "data_seed", "metrics", "launcher", "cluster")
 """Sections and settings of no stage: where and how a run is computed, and what it is called."""

@@ -49,7 +49,8 @@ class Merged:
 
     `tensors` are all of the model's, `part_of` names the weight file that one belongs to when parts have files of
     their own, and `sources` are committed files that are parts already, by their keys. `config` is config.json,
-    `summary` says in a sentence what the model is, and `facts` go to its manifest, with those of `write_files`, which
+    `summary` says in a sentence what the model is, `loading` how other programs load it where that is not as a whole
+    model, and `facts` go to its manifest, with those of `write_files`, which
     writes what lies beside the weights.
     """
 
@@ -60,6 +61,7 @@ class Merged:
     facts: Mapping[str, Any]
     summary: str
     write_files: Callable[[Path], Mapping[str, Any]]
+    loading: str = ""
 
 
 def group(tensors: Mapping[str, OutputTensor], part_of: Callable[[str], str]) -> dict[str, dict[str, OutputTensor]]:

@@ -217,11 +217,12 @@ def texts_identity(texts: Mapping[str, Sequence[str]]) -> str:
 def token_streams(texts: Mapping[str, Sequence[str]], corpus: Corpus, max_tokens: int) -> dict[str, Tokens]:
     """The documents as tokens one after another, each with its end, in streams of about `max_tokens`."""
     return {
-        name: _stream(documents, corpus.tokenizer, corpus.end_token, max_tokens) for name, documents in texts.items()
+        name: stream_of(documents, corpus.tokenizer, corpus.end_token, max_tokens) for name, documents in texts.items()
     }
 
 
-def _stream(documents: Sequence[str], tokenizer: Tokenizer, end_token: int, max_tokens: int) -> Tokens:
+def stream_of(documents: Sequence[str], tokenizer: Tokenizer, end_token: int, max_tokens: int) -> Tokens:
+    """Documents as tokens one after another, each with its end; ends behind the one that reaches `max_tokens`."""
     ids: list[int] = []
     for text in documents:
         ids += encode_texts(tokenizer, [text])[0].ids

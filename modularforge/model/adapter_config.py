@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTERS_NAME = "adapters.json"
+ADAPTERS_NAME, ADAPTERS_FOLDER = "adapters.json", "adapters"
 COMPOSITE_FORMAT = 1
 CHOICES = ("token", "sequence", None)
 MUST_BE: Mapping[str, tuple[Any, ...]] = {

@@ -107,7 +107,7 @@ class TextRouter(nn.Module):
         before_BT = torch.cat([state.previous_B[:, None], tokens_BT[:, :-1]], dim=1)
         if starts_BT is not None:
             before_BT = before_BT.masked_fill(starts_BT, NO_TOKEN)
-        evidence_BTR = self._evidence(before_BT, tokens_BT).double() * self.settings.strength
+        evidence_BTR = self.evidence(before_BT, tokens_BT).double() * self.settings.strength
         # At most one: what matters is the ratio, and the share of the prior keeps the sum above zero.
         likelihood_TBR = (evidence_BTR - evidence_BTR.amax(dim=-1, keepdim=True)).exp().transpose(0, 1)
         is_behind_end_BT = torch.isin(before_BT, self.get_buffer("ends"))
@@ -151,8 +151,8 @@ class TextRouter(nn.Module):
         found_BTR = torch.where((from_BT < 0)[..., None], held_BR[:, None], own_BTR)
         return found_BTR, replace(after, read_B=T - begins_BT[:, -1], held_BR=found_BTR[:, -1])
 
-    def _evidence(self, before_BT: Tensor, tokens_BT: Tensor) -> Tensor:
-        """Evidence [B, T, R] of each token behind the one before it; zero for the public expert."""
+    def evidence(self, before_BT: Tensor, tokens_BT: Tensor) -> Tensor:
+        """Evidence [B, T, R] in nats of each token behind the one before it (-1: none); zero for the public expert."""
         token_VE, keys_P = self.get_buffer("token_VE"), self.get_buffer("keys_P")
         # Ids of a padded vocabulary that no text has are as neutral as special tokens.
         known_BT = tokens_BT.clamp(max=len(token_VE) - 1)

@@ -26,6 +26,7 @@ from modularforge.model import names
 from modularforge.model.adapter_config import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    ADAPTERS_FOLDER,
     ADAPTERS_NAME,
     Composite,
     adapter_config,
@@ -34,8 +35,6 @@ from modularforge.model.adapter_config import (
 from modularforge.model.hub_config import CONFIG_NAME, TABLES_NAME, model_config_of, write_json
 from modularforge.model.sizes import AdapterCounts, lora_sizes
 from modularforge.routing.text_evidence import texts_of, write_tables
-
-FOLDER = "adapters"
 
 
 def merge(config: Config, backbone: Artifact, experts: Sequence[Artifact], scratch: Path) -> Merged:
@@ -106,7 +105,8 @@ class _Beside:
         facts = self._facts(values)
         sources = whole_file(self.backbone, WEIGHTS_NAME, spans)
         changed = {"dtype": dtype, "torch_dtype": dtype} if self.config.assembly.dtype != "same" else {}
-        return Merged(tensors, part_of, sources, {**values, **changed}, facts, _summary(facts), self._write)
+        said = _summary(facts), self._write, _loading(self.composite.folders[0])
+        return Merged(tensors, part_of, sources, {**values, **changed}, facts, *said)
 
     @property
     def is_average(self) -> bool:
@@ -118,8 +118,8 @@ class _Beside:
         """What is where, and how it is chosen from."""
         settings, count = self.config.assembly, len(self.adapters)
         if self.is_average:
-            return Composite((f"{FOLDER}/average",), 1, public=False, choice=None)
-        folders = tuple(f"{FOLDER}/expert-{index:03d}" for index in range(count))
+            return Composite((f"{ADAPTERS_FOLDER}/average",), 1, public=False, choice=None)
+        folders = tuple(f"{ADAPTERS_FOLDER}/expert-{index:03d}" for index in range(count))
         public = self.config.has_public_expert
         active = count + int(public) if settings.router == "uniform" else settings.experts_per_token
         return Composite(folders, active, public, settings.lora_choice)
@@ -173,6 +173,19 @@ def _write_mean(folder: Path, adapters: Sequence[Adapter], base: str | None) -> 
     for name, pair in mean.values():
         tensors |= dict(zip(names.adapter_pair(name), pair, strict=True))
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def _loading(folder: str) -> str:
+    """How one adapter is loaded, for the card."""
+    return (
+        "ModularForge loads the folder as one model. In plain transformers it is the backbone alone; PEFT puts one "
+        "adapter beside it:\n\n"
+        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'folder = "."  # where this file lies\n'
+        'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")\n'
+        f'model = PeftModel.from_pretrained(model, f"{{folder}}/{folder}")\n'
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n```"
+    )
 
 
 def _summary(facts: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from modularforge.config import MLP_MODULES, LoraConfig, LoraPhaseConfig
 
@@ -43,6 +43,11 @@ def phases_of(lora: LoraConfig, steps: int, layers: int) -> list[Phase]:
     return [
         Phase(end, NAMED.get(part, everything), _layers(part, layers)) for part, end in zip(parts, ends, strict=True)
     ]
+
+
+def stretched(phases: Iterable[Phase], factor: float) -> list[Phase]:
+    """The phases of a training that is so many times as long."""
+    return [replace(phase, until=round(phase.until * factor)) for phase in phases]
 
 
 def phase_at(phases: Iterable[Phase], step: int) -> tuple[int, Phase]:

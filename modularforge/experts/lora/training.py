@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from checkpoints import Artifact
 from checkpoints.safetensors import WEIGHTS_NAME
-from modularforge.assembly.card import special_tokens
+from modularforge.assembly.card import copy_text_files, special_tokens
 from modularforge.assembly.plan import spans_of
 from modularforge.experts.calibrated import calibrates as calibrates
 from modularforge.experts.kind import ExpertJob
@@ -23,14 +23,18 @@ from modularforge.model import names
 from modularforge.model.adapter_config import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    ADAPTERS_FOLDER,
+    ADAPTERS_NAME,
     AdapterShape,
+    Composite,
     adapter_config,
+    composite_json,
     parse_adapter_config,
     shape_of,
 )
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import save_tensors
-from modularforge.model.hub_config import write_json
+from modularforge.model.hub_config import CONFIG_NAME, write_json
 from modularforge.model.lora import adapter_tensors, add_adapters, with_adapter
 from modularforge.ranks import own_rank
 from modularforge.routing.statistics import STATISTICS_NAME, save_statistics
@@ -86,6 +90,15 @@ def write_adapter(model: Decoder, shape: AdapterShape, backbone: Artifact, folde
     """Write a model's adapters into a folder from which PEFT loads them."""
     save_tensors(adapter_tensors(model), folder / ADAPTER_WEIGHTS)
     write_json(folder / ADAPTER_CONFIG, adapter_config(shape, base_name(backbone)))
+
+
+def write_beside(model: Decoder, shape: AdapterShape, backbone: Artifact, folder: Path) -> None:
+    """Write all of a model folder but the weights, which are the backbone's: what one adapter beside it makes of it."""
+    composite = Composite((f"{ADAPTERS_FOLDER}/joint",), 1, public=False, choice=None)
+    write_adapter(model, shape, backbone, folder / composite.folders[0])
+    write_json(folder / ADAPTERS_NAME, composite_json(composite))
+    (folder / CONFIG_NAME).write_bytes(backbone.read_bytes(CONFIG_NAME))
+    copy_text_files(backbone, folder)
 
 
 def load(backbone: Backbone, artifact: Artifact) -> Decoder:
