@@ -152,6 +152,25 @@ def test_parquet_gives_the_same_examples_and_only_the_fields_that_are_named(tmp_
     assert [document.text for document in plain] == ["1: ONE", "2: TWO"]
 
 
+def test_csv_gives_the_same_examples_and_names_a_row_that_does_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "records.csv"
+    path.write_text('mr,ref\n"name[A], food[B]","It is ""A"",\nwith B."\nname[C],C\n')
+    values = config_of([{"prompt": "a", "response": "b"}], tmp_path, preset="e2e_nlg").model_dump(exclude_none=True)
+    values["data"]["sources"][0]["test"] = str(path)
+    found = documents(make_config(values, "tests"))
+    assert [item.segments[1].text for item in found] == ['It is "A",\nwith B.', "C"]
+    assert "name[A], food[B]" in found[0].text
+    path.write_text("mr,ref\na,b\na,b,c\n")
+    with pytest.raises(
+        DataError, match=r"records\.csv:3 must be a row of CSV with commas, but is not .it has not the 2"
+    ):
+        documents(make_config(values, "tests"))
+    path.write_text("plain text")
+    values["data"]["sources"][0]["format"] = "text"
+    with pytest.raises(DataError, match=r"must hold records with a prompt and a response.* but is taken for text"):
+        documents(make_config(values, "tests"))
+
+
 def test_all_responses_to_a_prompt_are_in_one_split(tmp_path: Path) -> None:
     records = [{"prompt": f"number {k % 40}", "response": f"answer {k}"} for k in range(200)]
     config = config_of(records, tmp_path)
