@@ -249,6 +249,23 @@ def transcribe(
 
 
 @app.command()
+@with_lazy_settings
+def route(
+    load_settings: Callable[[], Config],
+    prompt: Annotated[str, typer.Option(help="The text.")],
+    model: Annotated[str | None, typer.Option(help="Model folder; without it the run's best model.")] = None,
+) -> None:
+    """Say which experts a text goes to, and which of its tokens speak for them."""
+    from modularforge.observe.routes import show_routes
+
+    if model is None:
+        from modularforge.stages.evaluate import chosen_model
+
+        model = chosen_model(Run(load_settings())).url
+    show_routes(model, prompt)
+
+
+@app.command()
 def fetch(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Name on the Hub (name@revision), folder, or URL.")],
     output: Annotated[str | None, typer.Option(help="Folder or URL; without it, the cache.")] = None,
@@ -266,6 +283,19 @@ def fetch(
 
     configure_logging()
     say(fetch_model(model, output, verify).url)
+
+
+@app.command()
+def wikisql(
+    archive: Annotated[str, typer.Argument(metavar="ARCHIVE", help="WikiSQL's data.tar.bz2: a path or URL.")],
+    output: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder or URL for the files of the three splits.")],
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
+) -> None:
+    """Write the questions, columns and SQL of WikiSQL's archive as JSON lines, for the preset `wikisql`."""
+    from modularforge.data.wikisql import convert_wikisql
+
+    for split, count in convert_wikisql(archive, output).items():
+        say(f"{split}: {count} questions")
 
 
 @app.command()

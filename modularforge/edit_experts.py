@@ -13,7 +13,7 @@ from checkpoints import Artifact, find_artifact, open_artifact, paths
 from modularforge.assembly.assemble import assemble
 from modularforge.config import Config
 from modularforge.config_files import make_config
-from modularforge.errors import MismatchError
+from modularforge.errors import ConfigError, MismatchError
 from modularforge.facts import fact
 from modularforge.log import json_safe, logger
 from modularforge.pipeline import CHOSEN_FACT, JobName, Plan, stage_settings
@@ -58,16 +58,23 @@ def remove(model_url: str, name: int | str, output: str | None = None) -> Artifa
     return _assemble_again(model, [_open(model, member) for member in kept], output)
 
 
-def add(model_url: str, expert_url: str, output: str | None = None) -> Artifact:
-    """The model with one more expert, trained on the same backbone."""
-    model, expert = open_artifact(model_url), _open_expert(expert_url)
+def add(model_url: str, expert_url: str, output: str | None = None, texts: Sequence[str] = ()) -> Artifact:
+    """The model with one more expert, trained on the same backbone.
+
+    That may be an adapter of PEFT for a model of LoRA experts; `texts` are then files of its domain.
+    """
+    model = open_artifact(model_url)
+    expert = _open_expert(model, expert_url, texts)
     experts = [_open(model, member) for member in members_of(model)]
     return _assemble_again(model, _in_order([*experts, expert]), output)
 
 
-def replace(model_url: str, name: int | str, expert_url: str, output: str | None = None) -> Artifact:
-    """The model with another expert in the place of one."""
-    model, expert = open_artifact(model_url), _open_expert(expert_url)
+def replace(
+    model_url: str, name: int | str, expert_url: str, output: str | None = None, texts: Sequence[str] = ()
+) -> Artifact:
+    """The model with another expert in the place of one; `texts` as for `add`."""
+    model = open_artifact(model_url)
+    expert = _open_expert(model, expert_url, texts)
     members = members_of(model)
     gone = _member(model, members, name)
     experts = [expert if member is gone else _open(model, member) for member in members]
@@ -145,7 +152,19 @@ def _open_part(model: Artifact, entry: dict[str, str], place: str) -> Artifact:
     )
 
 
-def _open_expert(url: str) -> Artifact:
+def _open_expert(model: Artifact, url: str, texts: Sequence[str]) -> Artifact:
+    if fact(model, "expert_kind", "ffn") == "lora":
+        from modularforge.taking import is_adapter, take_in  # which loads torch
+
+        if is_adapter(url):
+            backbone, members = _open_part(model, fact(model, "backbone"), "backbone"), members_of(model)
+            index = 1 + max(member.index for member in members)
+            place = paths.join(model.url.rstrip("/").rsplit("/", 1)[0], "experts", f"taken-{index}")
+            return take_in(url, _config_of(model, len(members)), backbone, index, texts, place)
+    if texts:
+        raise ConfigError(
+            f"--text is for adapters of PEFT, but {url} is none, or the model is not of adapters; leave it"
+        )
     expert = open_artifact(url)
     if expert.manifest.kind != "expert":
         raise MismatchError(f"{url} must be an expert, but is of kind {expert.manifest.kind}; name experts/expert-K")

@@ -16,7 +16,12 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="The assembled model: a folder or URL.")]
 Member = Annotated[str, typer.Argument(help="Which expert: its number or its place, as `experts list` shows them.")]
-Expert = Annotated[str, typer.Argument(help="A trained expert of the same backbone: a folder or URL.")]
+Expert = Annotated[
+    str, typer.Argument(help="A trained expert of the same backbone, or PEFT's folder of an adapter: a folder or URL.")
+]
+Texts = Annotated[
+    list[str] | None, typer.Option("--text", help="Files of text of the domain of PEFT's adapter. Repeatable.")
+]
 Output = Annotated[str | None, typer.Option("--output", help="Where the new model goes; else in the old one's place.")]
 
 
@@ -49,18 +54,18 @@ def remove(model: Model, member: Member, output: Output = None) -> None:
 
 
 @app.command()
-def add(model: Model, expert: Expert, output: Output = None) -> None:
+def add(model: Model, expert: Expert, output: Output = None, text: Texts = None) -> None:
     """Put one more expert into a model."""
     from modularforge import edit_experts
 
     configure_logging()
-    edit_experts.add(model, expert, output)
+    edit_experts.add(model, expert, output, text or ())
 
 
 @app.command()
-def replace(model: Model, member: Member, expert: Expert, output: Output = None) -> None:
+def replace(model: Model, member: Member, expert: Expert, output: Output = None, text: Texts = None) -> None:
     """Put another expert in the place of one."""
     from modularforge import edit_experts
 
     configure_logging()
-    edit_experts.replace(model, member, expert, output)
+    edit_experts.replace(model, member, expert, output, text or ())

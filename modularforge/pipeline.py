@@ -20,6 +20,7 @@ from modularforge.config import GONE_FROM_ROPE, TRAINED_ON_ALL, Config, PhaseCon
 from modularforge.experts.kind import kind_of
 
 NEVER = "never"  # `Stage.baseline` of what no run makes by itself, only a study
+UNTRAINED_BASELINES = ("soup",)  # made where they are measured, so that no row makes them
 EVERY = "*"
 
 
@@ -106,7 +107,14 @@ def _baseline(name: Any, also: tuple[str, ...]) -> Stage:
     )
 
 
-BASELINE_COLOURS = {"dense": "#6b6f76", "dense_wide": "#9aa0a8", "joint": "#6f4e37", "joint_evidence": "#b08968"}
+BASELINE_COLOURS = {
+    "dense": "#6b6f76",
+    "dense_wide": "#9aa0a8",
+    "joint": "#6f4e37",
+    "joint_evidence": "#b08968",
+    "joint_lora": "#4a6670",
+    "joint_lora_wide": "#7d98a1",
+}
 
 
 STAGES: dict[str, Stage] = {
@@ -159,6 +167,8 @@ STAGES: dict[str, Stage] = {
         _baseline("dense_wide", ("joint.batch_size", "assembly.experts_per_token")),
         _baseline("joint", ROUTED),
         _baseline("joint_evidence", ("joint.batch_size", "joint.freeze_shared", *ROUTED, "assembly.token_pairs")),
+        _baseline("joint_lora", ("joint.batch_size",)),
+        _baseline("joint_lora_wide", ("joint.batch_size",)),
         Stage(
             "branch",
             "baselines/branches/branch-{index}",
@@ -240,11 +250,13 @@ SETTINGS_FOR: dict[str, dict[str, tuple[str, ...]]] = {
 """By task and stage, settings that count there beside the row's own."""
 STACKED = ("joint", "assembled")
 """Stages on which the settings of a kind count too that are a section of their own."""
+JOINT_LORA = ("joint_lora", "joint_lora_wide")
 ALL_BASELINES = (*TRAINED_ON_ALL, "branch", "btx")
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     # How often something is said, measured or saved, and how: the weights are the same.
     "training.compile": (EVERY,),
     "training.log_every": (EVERY,),
+    "training.gradient_norms": (EVERY,),
     "training.validate_every": (EVERY,),
     "training.validation_tokens": (EVERY,),
     "training.checkpoint_every": (EVERY,),
@@ -258,16 +270,18 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     # What experts have and baselines have not: where an FFN starts, a public FFN beside it, a router's loss, sums.
     "experts.init": ALL_BASELINES,
     "experts.kind": ALL_BASELINES,
-    "experts.anchored": ("dense", "dense_wide", "branch"),
-    "experts.z_loss": ("dense", "dense_wide", "joint_evidence", "branch"),
+    "experts.anchored": ("dense", "dense_wide", *JOINT_LORA, "branch"),
+    "experts.z_loss": ("dense", "dense_wide", "joint_evidence", *JOINT_LORA, "branch"),
     "experts.statistics_tokens": (*TRAINED_ON_ALL, "btx"),
-    "experts.counted_tokens": ("dense", "dense_wide", "joint", "branch", "btx"),
-    "experts.counted_pairs": ("dense", "dense_wide", "joint", "branch", "btx"),
+    "experts.counted_tokens": ("dense", "dense_wide", "joint", *JOINT_LORA, "branch", "btx"),
+    "experts.counted_pairs": ("dense", "dense_wide", "joint", *JOINT_LORA, "branch", "btx"),
     # How experts weigh beside each other, which one alone does not know.
     "steering.routing": ("expert", "joint"),
 }
 """By setting, the stages in whose sections it is and whose output it does not change. What is not here counts: a new
 setting changes the identity of what reads its section, unless it is written here or in `CAME_LATER`."""
+OF_ONE_KIND = {"experts.lora": ("expert", *JOINT_LORA)}
+"""Sections of one kind of expert, each with the stages that it counts for where experts are of that kind."""
 OUTSIDE = ("name", "output_dir", "data_dir", "data_seed", "metrics", "launcher", "cluster")
 """Sections and settings of no stage: where and how a run is computed, and what it is called."""
 
@@ -282,10 +296,14 @@ EVERYWHERE = ("task",)
 CAME_LATER: dict[str, Any] = {
     "experts.kind": "ffn",
     "task": "text",
+    "assembly.lora": "adapters",
+    "assembly.lora_choice": "token",
+    "training.packing": True,
     "experts.counted_tokens": 20_000_000,
     "experts.counted_pairs": 1_000_000,
     "evaluation.general": None,
     "evaluation.chat": None,
+    "evaluation.tasks": None,
 }
 """Settings that stages learned after artifacts had been made without them, by dotted name, each with the value under
 which a stage does what it did before. With that value they are no part of a stage's settings, so that the artifact that
@@ -325,9 +343,22 @@ OLD_NAMES = {"calibration": "calibrated", "calibrate": "calibrated"}
 _INDEXED = re.compile(r"(.+?)[-/](\d{1,9})", re.ASCII)
 
 
+def job_named(text: str) -> JobName:
+    """The job that somebody means: by its own name, or by that of a stage which it makes, as reports have it."""
+    name = JobName.parse(text)
+    stage = STAGES.get(OLD_NAMES.get(name.stage, name.stage))
+    return name if stage is None else JobName(stage.job_name, name.index)
+
+
 def wanted_stages(config: Config) -> Iterator[Stage]:
     """The rows that a run with these settings makes, each after those it reads."""
     return (stage for stage in STAGES.values() if stage.is_wanted(config))
+
+
+def baseline_names() -> tuple[str, ...]:
+    """What `evaluation.baselines` may name: the rows that say so, and what is made of the experts without training."""
+    found = {stage.baseline: None for stage in STAGES.values() if stage.baseline and stage.baseline != NEVER}
+    return (*found, *UNTRAINED_BASELINES)
 
 
 def stage_url(config: Config, name: str, index: int | None = None) -> str:
@@ -352,19 +383,23 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
     stage, values = STAGES[name], config.model_dump(mode="json")
     if "{data}" in stage.folder:
         values["seed"] = config.preparation_seed
+    values["assembly"]["router"] = config.assembly.recorded_router
     found: dict[str, Any] = {}
     own, also = kind_of(config).settings, SETTINGS_FOR.get(config.task, {}).get(name, ())
     counts = name == "expert" or (name in STACKED and own != "experts")
     sections = {*stage.sections, own} if counts else stage.sections
     for setting in (*sections, *stage.also, *also, *EVERYWHERE):
-        found.update(_flatten(setting, _value(values, setting)))
+        found.update(_flatten(setting, value_of(values, setting)))
     if "model" in stage.sections and config.model.rope_scaling:
         found |= dict.fromkeys(GONE)
     found = {setting: value for setting, value in found.items() if has_effect(setting, name)}
+    for section, stages in OF_ONE_KIND.items():
+        if name not in stages or kind_of(config).settings != section:
+            found = {setting: value for setting, value in found.items() if not setting.startswith(f"{section}.")}
     for own, general in STANDS_FOR.get(name, {}).items():
-        value = _value(values, own)
+        value = value_of(values, own)
         found.pop(own, None)
-        found[general] = _value(values, general) if value is None else value
+        found[general] = value_of(values, general) if value is None else value
     if name == "assembled" and config.assembly.router != "evidence":
         found = {setting: value for setting, value in found.items() if setting not in OF_EVIDENCE}
     return {name: value for name, value in found.items() if name not in CAME_LATER or CAME_LATER[name] != value}
@@ -424,7 +459,8 @@ class Plan:
         return "; ".join(changed[:4]) + more
 
 
-def _value(values: Any, setting: str) -> Any:
+def value_of(values: Any, setting: str) -> Any:
+    """The value of a setting by its dotted name."""
     for part in setting.split("."):
         values = values[part]
     return values

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from modularforge.config import Config
@@ -20,9 +20,9 @@ from modularforge.errors import ConfigError
 HEAD = """# Settings
 
 Written by `modularforge settings --markdown`. A settings file is YAML in these sections; `--set NAME=VALUE` changes one
-for a command, but none in an entry of a list (`data.sources.…`). What is required in a section that may be left out is
-so only where the section is given. `configs/settings.schema.json` is the same for editors: begin a file with
-`# yaml-language-server: $schema=settings.schema.json`.
+for a command, but none in an entry of a list (`data.sources.…`, `experts.lora.phases.…`). What is required in a section
+that may be left out is so only where the section is given. `configs/settings.schema.json` is the same for editors:
+begin a file with `# yaml-language-server: $schema=settings.schema.json`.
 """
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -65,7 +65,9 @@ def type_text(field: FieldInfo) -> str:
 def _words(annotation: Any) -> str:
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        return _words(inner[0])
+        # Names that come from a table of another file, such as those of baselines, are in the schema alone.
+        listed: list[str] = TypeAdapter[Any](annotation).json_schema().get("enum", [])
+        return " | ".join(listed) or _words(inner[0])
     if origin is typing.Literal:
         return " | ".join(str(value) for value in inner)
     if origin in (list, tuple):

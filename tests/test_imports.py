@@ -175,6 +175,7 @@ def test_there_are_no_import_cycles() -> None:
         "modularforge.assembly.assemble",
         "modularforge.experts.ffn.merging",
         "modularforge.experts.steering.merging",
+        "modularforge.experts.lora.merging",
     ],
 )
 def test_importing_loads_neither_torch_nor_network_code(module: str) -> None:

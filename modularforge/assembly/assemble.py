@@ -40,7 +40,7 @@ def assemble(
     write_json(writer.folder / CONFIG_NAME, dict(merged.config))
     copy_text_files(backbone, writer.folder)
     facts |= {**merged.write_files(writer.folder), **merged.facts, KIND_FACT: kind.name, **_origin(backbone, experts)}
-    card = model_card(config, backbone, experts, facts, merged.summary)
+    card = model_card(config, backbone, experts, facts, merged.summary, merged.loading)
     (writer.folder / CARD_NAME).write_text(card, encoding="utf-8")
     return facts
 

@@ -23,15 +23,24 @@ CARD_NAME = "README.md"
 
 
 def model_card(
-    config: Config, backbone: Artifact, experts: Sequence[Artifact], facts: Mapping[str, Any], summary: str
+    config: Config,
+    backbone: Artifact,
+    experts: Sequence[Artifact],
+    facts: Mapping[str, Any],
+    summary: str,
+    loading: str = "",
 ) -> str:
-    """README.md of the model folder; `facts` are those of the assembled model's manifest, `summary` says what it is."""
+    """README.md of the model folder.
+
+    `facts` are those of the assembled model's manifest, `summary` says what it is, and `loading` how it is loaded where
+    that is not in plain transformers.
+    """
     blocks = [
         _front_matter(backbone, facts.get("library") == "modularforge"),
         f"# {plain(config.name)}",
         f"{summary} Every expert was trained alone on its own part of the data, on top of {_origin(backbone)}, and "
         "merged with ModularForge.",
-        _how_to_load(facts),
+        loading or _how_to_load(facts),
         "## What it was made from",
         _table(["part", "trained on", "training loss", "validation loss", "fingerprint"], _parts(backbone, experts)),
         "Losses are in nats per token, as they were when each part was finished; the backbone is validated on all "

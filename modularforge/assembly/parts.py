@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from checkpoints import Artifact, ArtifactWriter, FileEntry
-from checkpoints.safetensors import INDEX_NAME, TensorSpan
+from checkpoints.safetensors import INDEX_NAME, WEIGHTS_NAME, TensorSpan
 from checkpoints.screen import progress
 from modularforge.assembly.plan import (
     MergePlan,
@@ -49,7 +49,8 @@ class Merged:
 
     `tensors` are all of the model's, `part_of` names the weight file that one belongs to when parts have files of
     their own, and `sources` are committed files that are parts already, by their keys. `config` is config.json,
-    `summary` says in a sentence what the model is, and `facts` go to its manifest, with those of `write_files`, which
+    `summary` says in a sentence what the model is, `loading` how other programs load it where that is not as a whole
+    model, and `facts` go to its manifest, with those of `write_files`, which
     writes what lies beside the weights.
     """
 
@@ -60,6 +61,7 @@ class Merged:
     facts: Mapping[str, Any]
     summary: str
     write_files: Callable[[Path], Mapping[str, Any]]
+    loading: str = ""
 
 
 def group(tensors: Mapping[str, OutputTensor], part_of: Callable[[str], str]) -> dict[str, dict[str, OutputTensor]]:
@@ -75,6 +77,8 @@ def part_key(tensors: Iterable[tuple[str, OutputTensor]]) -> str:
     rows = []
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         grown = [span and span.sha256 for span in (tensor.beside, tensor.below)]
+        if added := tensor.added:
+            grown += [added.a.sha256, added.b.sha256, f"{added.scale!r}"]
         if not tensor.span.sha256 or "" in grown:
             return ""
         rows.append([name, tensor.span.sha256, tensor.dtype, tensor.columns, tensor.rows, *grown])
@@ -110,7 +114,9 @@ def write_weights(
         execute(plan, writer)
         facts: dict[str, Any] = {"bytes_written": plan.size, "bytes_linked": 0}
     else:
-        whole = plan_parts(group(tensors, part_of))
+        parts = group(tensors, part_of)
+        # A model of one part is one file, which programs look for under this name.
+        whole = plan_parts(parts if len(parts) > 1 else {WEIGHTS_NAME: dict(tensors)})
         plan, keys, written = write_parts(whole, writer, sources, mode == "link", max_shard_bytes)
         facts = {"bytes_written": written, "bytes_linked": plan.size - written, KEYS_FACT: keys}
     if plan.index:

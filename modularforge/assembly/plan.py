@@ -19,11 +19,21 @@ METADATA = {"format": "pt"}  # what transformers expects
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """A matrix of low rank, `scale` · B A: B is [rows, R] and A [R, columns]."""
+
+    a: TensorSpan
+    b: TensorSpan
+    scale: float
+
+
+@dataclass(frozen=True)
 class OutputTensor:
     """One tensor to write: where its bytes come from, and what becomes of them on the way.
 
-    The values of `span` are converted to `dtype`. A matrix may grow: `columns` more at the end of every row, those of
-    `beside` or zeros, then `rows` more rows, those of `below` or zeros; both float32.
+    The values of `span` are converted to `dtype`, after those of `added` were added to them in float32. A matrix may
+    grow: `columns` more at the end of every row, those of `beside` or zeros, then `rows` more rows, those of `below` or
+    zeros; both float32.
     """
 
     span: TensorSpan
@@ -32,11 +42,12 @@ class OutputTensor:
     rows: int = 0
     beside: TensorSpan | None = None
     below: TensorSpan | None = None
+    added: LowRank | None = None
 
     @property
     def is_copy(self) -> bool:
         """Whether its bytes are those of the source, so that its hash is known too."""
-        return self.dtype == self.span.dtype and not self.columns and not self.rows
+        return self.dtype == self.span.dtype and not self.columns and not self.rows and self.added is None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from checkpoints import ArtifactWriter, FileEntry, paths
 from checkpoints.parallel import consumer, in_order
 from checkpoints.safetensors import ITEM_BYTES, TensorSpan
 from checkpoints.screen import Progress, progress
-from modularforge.assembly.plan import MergePlan, OutputFile, OutputTensor
-from modularforge.assembly.values import converted, widened
+from modularforge.assembly.plan import LowRank, MergePlan, OutputFile, OutputTensor
+from modularforge.assembly.values import converted, values_of, widened
 from modularforge.errors import DataError, MismatchError
 
 LOCAL_CHUNK = 1 << 20  # stays in the processor's cache between reading, hashing and writing
@@ -30,11 +31,12 @@ CHUNKS_AHEAD = 16  # that wait to be hashed: what bounds memory where the disk i
 OPEN_FILES = 64  # of any number of experts; a process may often have no more than 1024
 
 Data = bytes | memoryview
+LowRankValues = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes [start, end) of a tensor's source; of whole rows where the tensor grows."""
+    """Bytes [start, end) of a tensor's source; of whole rows where the tensor grows or something is added."""
 
     name: str
     tensor: OutputTensor
@@ -48,7 +50,7 @@ class Piece:
 
     @property
     def rows(self) -> tuple[int, int]:
-        """The rows it holds of a growing matrix."""
+        """The rows it holds of a matrix that is read by rows."""
         width = self.tensor.span.shape[1] * ITEM_BYTES[self.tensor.span.dtype]
         return self.start // width, self.end // width
 
@@ -94,7 +96,8 @@ def _pieces(file: OutputFile) -> Iterator[Piece]:
     for name, tensor in file.tensors:
         span = tensor.span
         size = REMOTE_CHUNK if not paths.is_local(span.url) else LOCAL_CHUNK
-        unit = ITEM_BYTES[span.dtype] * (span.shape[1] if tensor.columns or tensor.rows else 1)
+        has_rows = tensor.columns or tensor.rows or tensor.added
+        unit = ITEM_BYTES[span.dtype] * (span.shape[1] if has_rows else 1)
         step = max(size // unit, 1) * unit
         for start in range(0, max(span.length, 1), step):
             yield Piece(name, tensor, start, min(start + step, span.length))
@@ -106,13 +109,24 @@ def _on_the_way(piece: Piece, content: Data, sources: Sources) -> Iterator[tuple
     if tensor.is_copy:
         yield content, piece.is_last
         return
-    values = converted(content, tensor.span.dtype, tensor.dtype)
+    if tensor.added:
+        content, source = _with_added(piece, content, sources.low_rank(tensor.added)), "F32"
+    else:
+        source = tensor.span.dtype
+    values = converted(content, source, tensor.dtype)
     if tensor.columns:
         beside = _beside(piece, sources) if tensor.beside else None
         values = widened(values.reshape(-1, tensor.span.shape[1]), tensor.columns, beside)
     yield _bytes_of(values), piece.is_last and not tensor.rows
     if piece.is_last and tensor.rows:
         yield _below(tensor, sources), True
+
+
+def _with_added(piece: Piece, content: Data, low_rank: LowRankValues) -> Data:
+    """A piece's values in float32 with those of a low-rank matrix added."""
+    (a_RI, b_OR), (first, end) = low_rank, piece.rows
+    rows_PI = converted(content, piece.tensor.span.dtype, "F32").reshape(end - first, piece.tensor.span.shape[1])
+    return _bytes_of(rows_PI + b_OR[first:end] @ a_RI)
 
 
 def _below(tensor: OutputTensor, sources: Sources) -> Data:
@@ -184,6 +198,7 @@ class Sources:
 
     def __init__(self) -> None:
         self._open: dict[str, BinaryIO] = {}
+        self._low_rank: tuple[LowRank, LowRankValues] | None = None
 
     def __enter__(self) -> Sources:
         return self
@@ -217,6 +232,13 @@ class Sources:
             missing = length - len(content)
             raise DataError(f"{span.url} must be a whole weight file, but ends {missing} bytes early; make it again")
         return content
+
+    def low_rank(self, matrix: LowRank) -> LowRankValues:
+        """A [R, I] and scale · B [O, R] in float32; those of the tensor that is being written are kept."""
+        if self._low_rank is None or self._low_rank[0] is not matrix:
+            a_RI, b_OR = (values_of(span).reshape(span.shape) for span in (matrix.a, matrix.b))
+            self._low_rank = matrix, (a_RI, b_OR * np.float32(matrix.scale))
+        return self._low_rank[1]
 
     def _read_remote(self, pieces: list[Piece]) -> Iterator[tuple[Piece, Data]]:
         contents = in_order(lambda p: self.bytes_of(p.tensor.span, p.start, p.end), pieces, READS_AHEAD)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoints import Artifact
 from modularforge.config import TRAINED_ROUTERS, Config
 from modularforge.errors import ConfigError
-from modularforge.experts.ffn import EXPERT_NAME
+from modularforge.experts.kind import common_kind
 from modularforge.model import names
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import fill, read_tensors
@@ -30,7 +29,7 @@ def build_btx(config: Config, backbone: Backbone, branches: Sequence[Artifact]) 
     if config.assembly.router in ("evidence", *TRAINED_ROUTERS):
         raise ConfigError(
             f"assembly.router must be one that is solved from sums for a BTX merge, but is {config.assembly.router}; "
-            "use data_stats or centred_means"
+            "use ridge or means"
         )
     model, kept = model_config_of(backbone.values), config.joint_experts > config.experts.count
     tensors: dict[str, Tensor] = {}
@@ -54,15 +53,9 @@ def build_btx(config: Config, backbone: Backbone, branches: Sequence[Artifact]) 
 
 def solved_router(config: Config) -> Config:
     """The settings with a router that can be solved for branches, which train no rows, whatever the run's own is."""
-    return config.model_copy(update={"assembly": config.assembly.model_copy(update={"router": "data_stats"})})
+    return config.model_copy(update={"assembly": config.assembly.model_copy(update={"router": "ridge"})})
 
 
-def build_soup(backbone: Backbone, experts: Sequence[Artifact]) -> Decoder:
-    """The weight soup (arXiv 2203.05482): the backbone with the experts' mean FFN; two are in memory at a time."""
-    total: dict[str, Tensor] = {}
-    for expert in experts:
-        for name, tensor in load_file(expert.local_file(EXPERT_NAME)).items():
-            dense = names.expert_to_dense(name)
-            total[dense] = total[dense] + tensor if dense in total else tensor.float()
-    mean = {name: (tensor / len(experts)).to(backbone.tensors[name].dtype) for name, tensor in total.items()}
-    return fill(backbone.model(), {**backbone.tensors, **mean})
+def build_soup(config: Config, backbone: Backbone, experts: Sequence[Artifact]) -> Decoder:
+    """The weight soup (arXiv 2203.05482): the mean of what the experts' kind trains."""
+    return common_kind(config, experts).soup(backbone, experts)

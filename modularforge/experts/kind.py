@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 from checkpoints import Artifact
-from modularforge.errors import MismatchError
+from modularforge.errors import ConfigError, MismatchError
 from modularforge.facts import fact
 from modularforge.plugins import find
 
@@ -31,7 +31,11 @@ if TYPE_CHECKING:
     from modularforge.tasks.task import Examples, Task
 
 GROUP = "modularforge.experts"
-OWN = {"ffn": "modularforge.experts.ffn:FFN", "steering": "modularforge.experts.steering:STEERING"}
+OWN = {
+    "ffn": "modularforge.experts.ffn:FFN",
+    "lora": "modularforge.experts.lora:LORA",
+    "steering": "modularforge.experts.steering:STEERING",
+}
 KIND_FACT = "expert_kind"
 """In the manifest of an expert and of an assembled model; those of earlier versions have none and are of kind `ffn`."""
 
@@ -77,6 +81,18 @@ class Kind:
     def load(self, backbone: Backbone, artifact: Artifact) -> Decoder:
         """How one expert runs alone."""
         return cast("Decoder", import_module(self.training).load(backbone, artifact))
+
+    def soup(self, backbone: Backbone, experts: Sequence[Artifact]) -> Decoder:
+        """The mean of what experts trained, which assembly is compared with; raises ConfigError where kinds have none.
+
+        The function may be left out.
+        """
+        module = import_module(self.training)
+        if not hasattr(module, "soup"):
+            raise ConfigError(
+                f"evaluation.baselines must not name soup for experts of kind {self.name}, which have no mean; leave it"
+            )
+        return cast("Decoder", module.soup(backbone, experts))
 
     def calibrates(self, model: Decoder, settings: CalibrationConfig) -> Mapping[str, nn.Parameter]:
         """The parameters of an assembled model that a calibration may touch, by name; raises ConfigError for none."""

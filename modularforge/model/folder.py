@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from checkpoints.safetensors import weight_files
 from modularforge.errors import DataError, MismatchError
 from modularforge.model import names
+from modularforge.model.adapter_config import ADAPTERS_NAME
 from modularforge.model.backbone import Decoder, build_backbone
 from modularforge.model.hub_config import TABLES_NAME, experts_of, is_moe, model_config_of, read_config
+from modularforge.model.lora_mixture import load_adapters
 from modularforge.model.moe import build_moe, moe_layers
 from modularforge.model.text_router import load_text_router
 
@@ -60,7 +62,10 @@ def load_model(folder: Path) -> Decoder:
             decoder = build_moe(model, vocab_size, experts_of(values), values["num_experts_per_tok"])
         else:
             decoder = build_backbone(model, vocab_size)
-    return with_text_router(fill(decoder, read_tensors(folder)), folder / TABLES_NAME)
+    decoder = fill(decoder, read_tensors(folder))
+    if (folder / ADAPTERS_NAME).is_file():
+        decoder = load_adapters(decoder, folder)
+    return with_text_router(decoder, folder / TABLES_NAME)
 
 
 def with_text_router(decoder: Decoder, path: Path) -> Decoder:
@@ -75,6 +80,7 @@ def with_text_router(decoder: Decoder, path: Path) -> Decoder:
             "again, or delete it to route by the model's own rows"
         )
     decoder.text_router = router
+    router.holds = decoder.holds_choice
     return decoder
 
 

@@ -23,11 +23,23 @@ HEAD = "lm_head.weight"
 MOE_BLOCK: dict[Family, str] = {"llama": "block_sparse_moe", "qwen3": "mlp"}
 """What the mixture is called in a layer of the assembled model."""
 
+MODULE_GROUPS = ("embedding", "attention", "mlp", "head", "other")
+"""The parts of a decoder that people tell apart when they ask what learns; gains of norms are among the others."""
+_GROUP_OF_MODULE = {
+    "embed_tokens": "embedding",
+    "self_attn": "attention",
+    "mlp": "mlp",
+    "block_sparse_moe": "mlp",
+    "lm_head": "head",
+}
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
 _DENSE = re.compile(r"^model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight$")
 _EXPERT = re.compile(
     r"^model\.layers\.(\d+)\.(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(w[123]|gate_proj|up_proj|down_proj)\.weight$"
 )
 _ATTENTION = re.compile(r"^model\.layers\.\d+\.self_attn\.([qkvo]_proj)\.weight$")
+_PEFT = re.compile(r"^base_model\.model\.(model\.layers\.\d+\.(?:self_attn|mlp)\.[a-z]+_proj)\.lora_([AB])\.weight$")
 _GATE = re.compile(r"^model\.layers\.(\d+)\.(?:block_sparse_moe|mlp)\.gate\.weight$")
 
 
@@ -50,6 +62,23 @@ def gate(layer: int, family: Family = "llama") -> str:
 def attention(layer: int, part: str) -> str:
     """Name of a layer's q_proj, k_proj, v_proj or o_proj, or of Qwen3's norm over a head's queries or keys (q_norm)."""
     return f"model.layers.{layer}.self_attn.{part}.weight"
+
+
+def adapter(name: str) -> str:
+    """The name that PEFT gives a parameter of an adapter, such as `model.layers.0.mlp.up_proj.lora_A.weight`."""
+    return f"base_model.model.{name}"
+
+
+def adapter_pair(matrix: str) -> tuple[str, str]:
+    """The names that PEFT gives A and B of an adapter beside a matrix of the backbone."""
+    stem = adapter(matrix.removesuffix(".weight"))
+    return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+
+
+def adapted(name: str) -> tuple[str, str] | None:
+    """(the backbone's matrix, A or B) for a tensor of a PEFT adapter on our decoder, or None for other names."""
+    match = _PEFT.match(name)
+    return (f"{match[1]}.weight", match[2]) if match else None
 
 
 def is_dense_ffn(name: str) -> bool:
@@ -92,6 +121,16 @@ def is_shared(name: str) -> bool:
 def is_redundant(name: str, tied_head: bool) -> bool:
     """Whether a pretrained file may hold the tensor although the model does not need it: a tied head, old positions."""
     return (tied_head and name == HEAD) or name.endswith("rotary_emb.inv_freq")
+
+
+def module_group(name: str) -> tuple[str, int | None]:
+    """The group of `MODULE_GROUPS` and the layer of a parameter; an adapter's are those of the matrix that it changes.
+
+    Names may have a prefix and an ending, as PEFT's have (`base_model.model.model.layers.3.mlp.up_proj.lora_A.weight`).
+    """
+    found = [group for module, group in _GROUP_OF_MODULE.items() if module in name.split(".")]
+    layer = _LAYER.search(name)
+    return (found[0] if found else "other"), int(layer[1]) if layer else None
 
 
 def expert_position(name: str) -> tuple[int, int, str] | None:

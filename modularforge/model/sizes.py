@@ -63,6 +63,27 @@ def model_sizes(
     return Sizes(parameters, active, routing, flops, 3 * flops)
 
 
+@dataclass(frozen=True)
+class AdapterCounts:
+    """Adapters of so many parameters each, beside one backbone.
+
+    A token visits at most `visited` of them, and runs the feed-forward block `blocks` times: once for each slot that it
+    visits where adapters stand in that block.
+    """
+
+    parameters: tuple[int, ...]
+    visited: int
+    blocks: int
+
+
+def lora_sizes(model: ModelConfig, vocab_size: int, adapters: AdapterCounts) -> Sizes:
+    """Sizes of a backbone with adapters. What a training of adapters alone costs is not said: three passes at most."""
+    dense, active = model_sizes(model, vocab_size), adapters.visited * max(adapters.parameters, default=0)
+    again = (adapters.blocks - 1) * model.layers * 2 * ffn_parameters(model)
+    flops = dense.flops_per_token + again + 2 * active
+    return Sizes(dense.parameters + sum(adapters.parameters), dense.active_parameters + active, 0, flops, 3 * flops)
+
+
 def dense_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors of a backbone; a tied head is none of its own."""
     queries, keys = model.heads * model.width_per_head, model.kv_heads * model.width_per_head

@@ -11,7 +11,7 @@ grows too sure to leave a domain. All layers route by the posterior's logarithm.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from modularforge.model.hub_config import TABLES_FORMAT
 
 NO_TOKEN = -1
 MOST_EVIDENCE = 100.0
+DECIDED_WITHIN = 32  # tokens of a document by which a router that holds its choice has made it
 SETTINGS = ("strength", "switch", "switch_at_end", "sharpness")
 TABLES = ("token", "context", "keys", "pair", "prior", "ends")
 
@@ -46,10 +47,16 @@ class FilterSettings:
 
 @dataclass(frozen=True)
 class TextState:
-    """What is known of a text after some tokens: the posterior [B, R] in float64, and the last token [B] (-1: none)."""
+    """What is known of a text after some tokens: the posterior [B, R] in float64, and the last token [B] (-1: none).
+
+    A router that holds its choice also knows the tokens of the document so far [B], and the logits [B, R] that it holds
+    if these are enough.
+    """
 
     probability_BR: Tensor
     previous_B: Tensor
+    read_B: Tensor | None = None
+    held_BR: Tensor | None = None
 
 
 class TextRouter(nn.Module):
@@ -58,6 +65,7 @@ class TextRouter(nn.Module):
     def __init__(self, tables: Mapping[str, Tensor], settings: FilterSettings) -> None:
         super().__init__()
         self.settings = settings
+        self.holds = False
         # A last row of zeros: the pair of those that have none.
         none_1E = torch.zeros(1, tables["token"].shape[1])
         buffers = {
@@ -91,17 +99,23 @@ class TextRouter(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would unroll the loop over tokens
     @torch.no_grad()
-    def forward(self, tokens_BT: Tensor, state: TextState | None = None) -> tuple[Tensor, TextState]:
-        """Logits [B, T, R] after each token, and the state behind the last one."""
+    def forward(
+        self, tokens_BT: Tensor, state: TextState | None = None, starts_BT: Tensor | None = None
+    ) -> tuple[Tensor, TextState]:
+        """Logits [B, T, R] after each token, and the state behind the last one; all is forgotten before `starts`."""
         state = state or self.start(len(tokens_BT))
         before_BT = torch.cat([state.previous_B[:, None], tokens_BT[:, :-1]], dim=1)
-        evidence_BTR = self._evidence(before_BT, tokens_BT).double() * self.settings.strength
+        if starts_BT is not None:
+            before_BT = before_BT.masked_fill(starts_BT, NO_TOKEN)
+        evidence_BTR = self.evidence(before_BT, tokens_BT).double() * self.settings.strength
         # At most one: what matters is the ratio, and the share of the prior keeps the sum above zero.
         likelihood_TBR = (evidence_BTR - evidence_BTR.amax(dim=-1, keepdim=True)).exp().transpose(0, 1)
         is_behind_end_BT = torch.isin(before_BT, self.get_buffer("ends"))
         share_TB1 = (
             torch.where(is_behind_end_BT, self.settings.switch_at_end, self.settings.switch).double().T[..., None]
         )
+        if starts_BT is not None:
+            share_TB1 = share_TB1.masked_fill(starts_BT.T[..., None], 1.0)
         turned_TBR = share_TB1 * self.get_buffer("prior_R").double().exp()
         probability_BR, found = state.probability_BR, []
         # One small step a token: few operations each, since on short texts they cost more than what they compute.
@@ -110,7 +124,8 @@ class TextRouter(nn.Module):
             probability_BR = weight_BR / weight_BR.sum(dim=-1, keepdim=True)
             found.append(probability_BR)
         logits_BTR = torch.stack(found, dim=1).log().float() * self.settings.sharpness
-        return logits_BTR, TextState(probability_BR, tokens_BT[:, -1])
+        after = TextState(probability_BR, tokens_BT[:, -1])
+        return self._held(logits_BTR, is_behind_end_BT, state, after) if self.holds else (logits_BTR, after)
 
     @torch.no_grad()
     def over_windows(self, tokens_BT: Tensor, state: TextState | None = None) -> tuple[Tensor, TextState]:
@@ -118,8 +133,26 @@ class TextRouter(nn.Module):
         logits_1NR, state = self(tokens_BT.reshape(1, -1), state)
         return logits_1NR.view(*tokens_BT.shape, -1), state
 
-    def _evidence(self, before_BT: Tensor, tokens_BT: Tensor) -> Tensor:
-        """Evidence [B, T, R] of each token behind the one before it; zero for the public expert."""
+    def _held(
+        self, logits_BTR: Tensor, is_behind_end_BT: Tensor, before: TextState, after: TextState
+    ) -> tuple[Tensor, TextState]:
+        """The logits as they are at a document's first tokens, and those of the last of these from then on.
+
+        No token is routed by a later one, so losses are as honest as with a choice for each token.
+        """
+        B, T, R = logits_BTR.shape
+        place_T = torch.arange(T, device=logits_BTR.device)
+        read_B = torch.zeros(B, dtype=torch.long, device=place_T.device) if before.read_B is None else before.read_B
+        held_BR = logits_BTR[:, 0] if before.held_BR is None else before.held_BR
+        # Where the document began that each token is of, from the first token here; in front of it, below zero.
+        begins_BT = torch.where(is_behind_end_BT, place_T, -read_B[:, None]).cummax(dim=1).values
+        from_BT = torch.minimum(place_T.expand(B, T), begins_BT + DECIDED_WITHIN - 1)
+        own_BTR = logits_BTR.gather(1, from_BT.clamp(min=0)[..., None].expand(B, T, R))
+        found_BTR = torch.where((from_BT < 0)[..., None], held_BR[:, None], own_BTR)
+        return found_BTR, replace(after, read_B=T - begins_BT[:, -1], held_BR=found_BTR[:, -1])
+
+    def evidence(self, before_BT: Tensor, tokens_BT: Tensor) -> Tensor:
+        """Evidence [B, T, R] in nats of each token behind the one before it (-1: none); zero for the public expert."""
         token_VE, keys_P = self.get_buffer("token_VE"), self.get_buffer("keys_P")
         # Ids of a padded vocabulary that no text has are as neutral as special tokens.
         known_BT = tokens_BT.clamp(max=len(token_VE) - 1)

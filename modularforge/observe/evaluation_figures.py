@@ -38,10 +38,16 @@ LANDMARKS = ("backbone", "dense", "joint")
 COLOURS = {
     "assembled": EXPERT_COLOURS[0],
     **dict.fromkeys(("btx", "btx_trained"), EXPERT_COLOURS[3]),
-    **dict.fromkeys(("joint", "joint_evidence"), EXPERT_COLOURS[4]),
+    **dict.fromkeys(("joint", "joint_evidence", "joint_lora", "joint_lora_wide"), EXPERT_COLOURS[4]),
     "experts": EXPERT_COLOURS[2],
 }
-MARKERS = {"assembled": "o", "btx": "^", "btx_trained": "^", "joint": "D", "joint_evidence": "d", "experts": "v"}
+MARKERS = {
+    "assembled": "o",
+    **dict.fromkeys(("btx", "btx_trained"), "^"),
+    **dict.fromkeys(("joint", "joint_lora_wide"), "D"),
+    **dict.fromkeys(("joint_evidence", "joint_lora"), "d"),
+    "experts": "v",
+}
 
 
 def routing_figures(run: Run) -> dict[str, Figure]:

@@ -5,12 +5,14 @@ model has: its FFN is widened, without a change of what it computes, to the widt
 mixtures have the assembled model's shape and are trained as one model: `joint` with a router, `joint_evidence` with the
 assembled model's own, so that the two differ in nothing but whether the experts were trained together. BTX (arXiv
 2403.07816) trains whole models apart, its branches, merges them, and trains the result on all partitions mixed; its
-rows start from the solved ones of the merge, not from random ones, which can only help it.
+rows start from the solved ones of the merge, not from random ones, which can only help it. Beside LoRA experts stand
+`joint_lora`, one such adapter, and `joint_lora_wide`, one of the rank of all experts together.
 """
 
 from __future__ import annotations
 
 import copy
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,13 +22,17 @@ from typing import Any
 
 import torch
 
-from checkpoints import Artifact
+from checkpoints import Artifact, ArtifactWriter
+from checkpoints.safetensors import WEIGHTS_NAME
 from modularforge.assembly.card import special_tokens
-from modularforge.config import Config
+from modularforge.config import Config, TrainedOnAll
 from modularforge.evaluation.baselines import build_btx, solved_router
+from modularforge.experts.lora.phases import phases_of, stretched
+from modularforge.experts.lora.training import adapters, write_beside
 from modularforge.experts.trainable import Trainable, trainable
 from modularforge.log import logger
 from modularforge.model import names
+from modularforge.model.adapter_config import shape_of
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import with_text_router
 from modularforge.model.hub_config import TABLES_NAME, end_tokens
@@ -53,6 +59,8 @@ class Start:
     trainable: Trainable
     save: Callable[[Path], None]
     examples: Examples | None = None
+    weights: Artifact | None = None
+    """Whose weight file belongs to what is written, where that holds only what lies beside it."""
 
 
 def dense(run: Run) -> Artifact:
@@ -105,6 +113,32 @@ def joint_evidence(run: Run) -> Artifact:
         return Start(trainable(model, task_of(run.config).loss, may_skip_parameters=True), save)
 
     return _train(run, JobName("joint_evidence"), start)
+
+
+def joint_lora(run: Run) -> Artifact:
+    """One adapter of the experts' shape."""
+    return _joint_lora(run, "joint_lora", times=1)
+
+
+def joint_lora_wide(run: Run) -> Artifact:
+    """One adapter of as many times their rank as there are experts, with the same scale."""
+    return _joint_lora(run, "joint_lora_wide", times=run.config.experts.count)
+
+
+def _joint_lora(run: Run, name: TrainedOnAll, times: int) -> Artifact:
+    config, lora = run.config, run.config.experts.lora
+
+    def start() -> Start:
+        backbone, shape, steps = run.backbone, shape_of(lora), config.baseline_phase(name).steps
+        shape = shape.with_rank(times * shape.rank)
+        torch.manual_seed(derived_seed(config.seed, f"{name} weights"))
+        model, seed = backbone.model(), derived_seed(config.seed, f"{name} dropout")
+        # A phase ends at the same share of the training as the experts' does.
+        phases = stretched(phases_of(lora, config.experts.steps, model.config.layers), steps / config.experts.steps)
+        found = adapters(model, shape, task_of(config).loss, phases, seed)
+        return Start(found, partial(write_beside, model, shape, backbone.artifact), weights=backbone.artifact)
+
+    return _train(run, JobName(name), start)
 
 
 def _routed_loss(run: Run, model: Decoder) -> RoutedLoss:
@@ -192,10 +226,18 @@ def _train(run: Run, name: JobName, start: Callable[[], Start], skipped_windows:
         if world.is_main:
             with making(plan) as writer:
                 begun.save(writer.folder)
+                if begun.weights:
+                    take_weights(begun.weights, writer)
                 facts = {"training_tokens": phase.steps * phase.batch_size * config.model.context_length}
                 commit(writer, plan, run, {**losses, **facts})
         world.barrier()
     return run.made(name.stage, name.index)
+
+
+def take_weights(artifact: Artifact, writer: ArtifactWriter) -> None:
+    """Take over a model's weight file, without moving its bytes where that can be."""
+    if not writer.link(WEIGHTS_NAME, artifact.file_url(WEIGHTS_NAME), artifact.entry(WEIGHTS_NAME)):
+        shutil.copyfile(artifact.local_file(WEIGHTS_NAME), writer.folder / WEIGHTS_NAME)
 
 
 def _phase(config: Config, name: str) -> Any:

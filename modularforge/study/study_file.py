@@ -28,6 +28,8 @@ Kind = Literal[
     "ensemble_posterior",
     "joint",
     "joint_evidence",
+    "joint_lora",
+    "joint_lora_wide",
     "btx",
     "btx_trained",
     "assembled",

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
     from modularforge.stage_outputs import Corpus
 
 GROUP = "modularforge.tasks"
-OWN = {"text": "modularforge.tasks.text:TEXT", "speech": "modularforge.tasks.speech:SPEECH"}
+OWN = {
+    "text": "modularforge.tasks.text:TEXT",
+    "instruction": "modularforge.tasks.instruction:INSTRUCTION",
+    "speech": "modularforge.tasks.speech:SPEECH",
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,14 @@ class Examples(Protocol):
 
         Raises TrainingError when there are too few for a batch.
         """
+
+
+def examples_facts(examples: Examples) -> dict[str, Any]:
+    """What a job's manifest says of its examples, such as how many were cut; a source that has nothing to say needs no
+    method `facts`.
+    """
+    facts = getattr(examples, "facts", None)
+    return dict(facts()) if facts else {}
 
 
 class Validation(Protocol):

@@ -135,7 +135,8 @@ def test_an_artifact_of_another_config_is_refused_and_kept(copied_run: tuple[Con
         (["study", "nowhere.yaml"], "error: nowhere.yaml must be a YAML file, but does not exist"),
         (
             ["train", "--only", "experts"],
-            "--only must be one of backbone, expert, dense, dense_wide, joint, joint_evidence, branch, btx, but is",
+            "--only must be one of backbone, expert, dense, dense_wide, joint, joint_evidence, joint_lora, "
+            "joint_lora_wide, branch, btx, but is",
         ),
         (["train", "--only", "expert"], "--only expert and --index K go together"),
         (["train", "--index", "1"], "--only expert and --index K go together"),

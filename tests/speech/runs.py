@@ -31,7 +31,7 @@ def speech_config(folder: Path, sounds: Path, **changes: Any) -> Config:
         "experts": {**PHASE, "count": 2, "kind": "steering", "statistics_tokens": 2000},
         "steering": {"vectors": 3},
         "training": {"log_every": 4, "validate_every": 8, "checkpoint_every": 3},
-        "assembly": {"router": "data_stats"},
+        "assembly": {"router": "ridge"},
         "evaluation": {"baselines": ["dense", "joint"]},
         "speech": {
             "data": {"split_field": "split"},

@@ -22,7 +22,7 @@ from modularforge.assembly.stream import execute
 from modularforge.assembly.values import converted
 from modularforge.errors import DataError, MismatchError
 from modularforge.experts.ffn import FFN
-from modularforge.experts.ffn.merging import merged_spans
+from modularforge.experts.mixture import merged_spans
 from modularforge.model import names
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

@@ -142,7 +142,7 @@ def test_the_filter_is_the_posterior_of_a_text_that_may_switch(tmp_path: Path) -
     tokens = STREAMS[1][:30].copy()
     tokens[12] = END
     logits_1TR, _ = router(torch.from_numpy(tokens)[None])
-    evidence_1TR = router._evidence(torch.tensor([[-1, *tokens[:-1]]]), torch.from_numpy(tokens)[None])
+    evidence_1TR = router.evidence(torch.tensor([[-1, *tokens[:-1]]]), torch.from_numpy(tokens)[None])
     prior_R = router.get_buffer("prior_R").double().exp().numpy()
     probability_R = prior_R
     for place in range(len(tokens)):

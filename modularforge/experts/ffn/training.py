@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from checkpoints import Artifact
 from modularforge.assembly.card import special_tokens
-from modularforge.config import CalibrationConfig, ExpertsConfig
-from modularforge.errors import ConfigError
+from modularforge.config import ExpertsConfig
+from modularforge.experts.calibrated import calibrates as calibrates
 from modularforge.experts.ffn import EXPERT_NAME
 from modularforge.experts.kind import ExpertJob
 from modularforge.experts.trainable import Trainable, trainable
@@ -71,25 +71,15 @@ def load(backbone: Backbone, artifact: Artifact) -> Decoder:
     return load_expert(backbone.tensors, backbone.values, tensors, anchored)
 
 
-def calibrates(model: Decoder, settings: CalibrationConfig) -> dict[str, nn.Parameter]:
-    """Norm gains and router rows of an assembled model, as the settings say."""
-    rows = settings.router and model.text_router is None  # which routes in their place
-    found = {
-        name: weight
-        for name, weight in model.named_parameters()
-        if (settings.norms and names.is_norm(name)) or (rows and names.is_gate(name))
-    }
-    if not found:
-        raise ConfigError(
-            "calibration must train norms or a router's rows, but calibration.norms is false and the model routes by "
-            "tables; set calibration.norms to true, assembly.token_pairs to 0, or leave calibration out"
-        )
-    if names.FINAL_NORM in found:
-        # Zero gains hide the evidence router's channels from the head, and must stay so: others would add what the
-        # routers read to the logits.
-        is_seen_D = found[names.FINAL_NORM].detach() != 0
-        found[names.FINAL_NORM].requires_grad_(True).register_hook(lambda gradient_D: gradient_D * is_seen_D)  # type: ignore[no-untyped-call]
-    return found
+def soup(backbone: Backbone, experts: Sequence[Artifact]) -> Decoder:
+    """The backbone with the experts' mean FFN; two are in memory at a time."""
+    total: dict[str, Tensor] = {}
+    for expert in experts:
+        for name, tensor in load_file(expert.local_file(EXPERT_NAME)).items():
+            dense = names.expert_to_dense(name)
+            total[dense] = total[dense] + tensor if dense in total else tensor.float()
+    mean = {name: (tensor / len(experts)).to(backbone.tensors[name].dtype) for name, tensor in total.items()}
+    return fill(backbone.model(), {**backbone.tensors, **mean})
 
 
 def build_expert(

@@ -25,13 +25,13 @@ from modularforge.errors import ConfigError, MismatchError
 from modularforge.experts.steering import FROZEN_FACT, STEERING_NAME, UTTERANCES_NAME
 from modularforge.facts import fact
 from modularforge.model.hub_config import CONFIG_NAME
-from modularforge.routing.solvers import centred_means, ridge
+from modularforge.routing.solvers import means, ridge
 from modularforge.routing.statistics import STATISTICS_NAME, RouterStatistics, load_statistics
 
 Arrays = dict[str, NDArray[np.float32]]
 STACKED = ("vectors", "gate_weight", "gate_bias", "scale")
 """Of each expert at each site; the experts' rows follow each other along the second axis."""
-ROUTERS = ("data_stats", "centred_means", "uniform")
+ROUTERS = ("ridge", "means", "uniform")
 
 
 def freezes(name: str) -> bool:
@@ -92,9 +92,9 @@ def _rows(config: Config, statistics: Sequence[RouterStatistics], site: int) -> 
     sums, settings = [item.layers[site] for item in statistics], config.assembly
     if settings.router == "uniform":
         return np.zeros((len(sums), len(sums[0].sum_D)))
-    if settings.router == "data_stats":
+    if settings.router == "ridge":
         return ridge(sums, settings.ridge_penalty, settings.router_temperature)
-    return centred_means(sums, settings.router_temperature)
+    return means(sums, settings.router_temperature)
 
 
 def _common_shape(backbone: Artifact, experts: Sequence[Artifact]) -> dict[str, Any]:

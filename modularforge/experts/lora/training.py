@@ -1,0 +1,118 @@
+"""A LoRA expert's job: adapters beside the frozen backbone, in phases; and how the expert runs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from checkpoints import Artifact
+from checkpoints.safetensors import WEIGHTS_NAME
+from modularforge.assembly.card import copy_text_files, special_tokens
+from modularforge.assembly.plan import spans_of
+from modularforge.experts.calibrated import calibrates as calibrates
+from modularforge.experts.kind import ExpertJob
+from modularforge.experts.lora.adapters import Mean, adapter_of, base_name
+from modularforge.experts.lora.phases import Phase, phase_at, phases_of
+from modularforge.experts.trainable import Loss, ParameterGroup, Trainable
+from modularforge.model import names
+from modularforge.model.adapter_config import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    ADAPTERS_FOLDER,
+    ADAPTERS_NAME,
+    AdapterShape,
+    Composite,
+    adapter_config,
+    composite_json,
+    parse_adapter_config,
+    shape_of,
+)
+from modularforge.model.backbone import Decoder
+from modularforge.model.folder import save_tensors
+from modularforge.model.hub_config import CONFIG_NAME, write_json
+from modularforge.model.lora import adapter_tensors, add_adapters, with_adapter
+from modularforge.ranks import own_rank
+from modularforge.routing.statistics import STATISTICS_NAME, save_statistics
+from modularforge.routing.text_counts import COUNTS_NAME
+from modularforge.stage_outputs import Backbone, derived_seed
+
+
+def prepare(expert: ExpertJob) -> Trainable:
+    """The adapters beside the backbone, which is frozen and stays in its own type."""
+    config, model = expert.config, expert.backbone.model()
+    lora = config.experts.lora
+    phases = phases_of(lora, config.experts.steps, model.config.layers)
+    seed = derived_seed(config.seed, "lora dropout", expert.index)
+    return adapters(model, shape_of(lora), expert.task.loss, phases, seed)
+
+
+def adapters(model: Decoder, shape: AdapterShape, loss: Loss, phases: Sequence[Phase], seed: int) -> Trainable:
+    """What trains new adapters beside a model: all are in the optimizer from the start, whichever learn at a step.
+
+    Paused ones get no gradient, so that AdamW leaves them and their moments alone, decay included.
+    """
+    learns, rank = add_adapters(model, shape), own_rank()[0]
+    at = {"phase": 0}
+
+    def before_step(step: int) -> None:
+        at["phase"], phase = phase_at(phases, step)
+        for name, weight in learns.items():
+            weight.requires_grad_(phase.trains(name))
+        if (
+            shape.dropout
+        ):  # what is dropped follows from the step, on every device, so that a resumed job drops the same
+            torch.manual_seed(derived_seed(seed, step, rank))
+
+    def observations() -> Mapping[str, float]:
+        return {"phase": float(at["phase"])} if len(phases) > 1 else {}
+
+    before_step(0)
+    return Trainable(model, loss, [ParameterGroup(learns)], before_step, observations)
+
+
+def save(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:
+    """Write the adapter as PEFT does, statistics and counts; returns facts for the manifest."""
+    assert isinstance(model, Decoder)
+    backbone, shape = expert.backbone, shape_of(expert.config.experts.lora)
+    write_adapter(model, shape, backbone.artifact, folder)
+    save_statistics(folder / STATISTICS_NAME, expert.task.statistics(model, expert.examples, expert.device))
+    special = special_tokens(backbone.artifact)
+    expert.task.save_counts(expert.config, expert.examples, model.vocab_size, special, folder / COUNTS_NAME)
+    return {"trained_parameters": sum(tensor.numel() for tensor in adapter_tensors(model).values())}
+
+
+def write_adapter(model: Decoder, shape: AdapterShape, backbone: Artifact, folder: Path) -> None:
+    """Write a model's adapters into a folder from which PEFT loads them."""
+    save_tensors(adapter_tensors(model), folder / ADAPTER_WEIGHTS)
+    write_json(folder / ADAPTER_CONFIG, adapter_config(shape, base_name(backbone)))
+
+
+def write_beside(model: Decoder, shape: AdapterShape, backbone: Artifact, folder: Path) -> None:
+    """Write all of a model folder but the weights, which are the backbone's: what one adapter beside it makes of it."""
+    composite = Composite((f"{ADAPTERS_FOLDER}/joint",), 1, public=False, choice=None)
+    write_adapter(model, shape, backbone, folder / composite.folders[0])
+    write_json(folder / ADAPTERS_NAME, composite_json(composite))
+    (folder / CONFIG_NAME).write_bytes(backbone.read_bytes(CONFIG_NAME))
+    copy_text_files(backbone, folder)
+
+
+def load(backbone: Backbone, artifact: Artifact) -> Decoder:
+    """The backbone with one expert's adapter."""
+    shape = parse_adapter_config(artifact.read_bytes(ADAPTER_CONFIG), artifact.file_url(ADAPTER_CONFIG))
+    tensors = load_file(artifact.local_file(ADAPTER_WEIGHTS))
+    return with_adapter(backbone.model(), shape, tensors, artifact.file_url(ADAPTER_WEIGHTS))
+
+
+def soup(backbone: Backbone, experts: Sequence[Artifact]) -> Decoder:
+    """The backbone with the mean of what the adapters add."""
+    spans = spans_of(backbone.artifact, WEIGHTS_NAME)
+    mean = Mean([adapter_of(expert, spans) for expert in experts])
+    tensors: dict[str, Tensor] = {}
+    for name, pair in mean.values():
+        tensors |= dict(zip(names.adapter_pair(name), map(torch.from_numpy, pair), strict=True))
+    return with_adapter(backbone.model(), mean.shape, tensors, "the mean of the adapters")
