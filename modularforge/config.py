@@ -783,6 +783,8 @@ class SteeringConfig(Section):
     """Learning rate of vectors and scales, as a multiple of `experts.peak_learning_rate`."""
     gate_rate: float = Field(1.0, gt=0)
     """Learning rate of gates, as such a multiple."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Gradients of vectors, and of gates, are each scaled down to this norm; null leaves `training.clip_norm` alone."""
     routing: Literal["frame", "utterance"] = "utterance"
     """Experts of an assembled model weigh anew at each frame, or alike at all frames of an utterance."""
 

@@ -58,7 +58,8 @@ def groups_of(model: SpeechModel, settings: SteeringConfig) -> list[ParameterGro
     named = {f"{PREFIX}{name}": weight for name, weight in model.steering.named_parameters()}
     gates = {name: weight for name, weight in named.items() if ".gate_" in name}
     vectors = {name: weight for name, weight in named.items() if name not in gates}
-    return [ParameterGroup(vectors, settings.vector_rate, 0.0), ParameterGroup(gates, settings.gate_rate, 0.0)]
+    rates = ((vectors, settings.vector_rate), (gates, settings.gate_rate))
+    return [ParameterGroup(weights, rate, 0.0, settings.clip_norm) for weights, rate in rates]
 
 
 def observations(model: SpeechModel) -> dict[str, float]:
