@@ -9,8 +9,9 @@ a router solved from what the jobs counted says how much each job weighs; forced
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,13 +60,13 @@ class Steering(nn.Module):
             self.register_buffer("router_weight", torch.zeros(sites, shape.experts, width))
             self.register_buffer("router_bias", torch.zeros(sites, shape.experts))
         self.forced: int | None = None
-        self.observed: list[Tensor] | None = None
+        self.observed: GateUsage | None = None
 
     def forward(self, site: int, u_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         """Frames with what the vectors add; `mask` says which frames are there. Gates are computed in float32."""
         gate_BTE = self.gates(site, u_BTD, mask_BT)
         if self.observed is not None:
-            self.observed.append(gate_BTE[mask_BT].detach())
+            self.observed.add(site, gate_BTE[mask_BT].detach())
         weight_BTE = gate_BTE * self.scales(site) if self.shape.is_scaled else gate_BTE
         return u_BTD + (weight_BTE @ self.vectors[site].float()).to(u_BTD.dtype)
 
@@ -109,11 +110,32 @@ def masked_mean(x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     return (x_BTD * weight_BT1).sum(dim=1) / weight_BT1.sum(dim=1).clamp(min=1)
 
 
-def usage(steering: Steering) -> list[dict[str, Any]]:
-    """Of each observed site: mean gate of every vector and the mean entropy of a frame's gates over its maximum."""
-    found = []
-    for gate_NE in steering.observed or []:
-        entropy = -(gate_NE * gate_NE.clamp(min=1e-30).log()).sum(dim=-1).mean()
-        largest = torch.log(torch.tensor(float(max(2, gate_NE.shape[-1]))))
-        found.append({"share": gate_NE.mean(dim=0).tolist(), "entropy": float(entropy / largest)})
-    return found
+class GateUsage:
+    """What a model's gates did while it ran, site by site: sums over frames, so that any number of them can be seen."""
+
+    def __init__(self, shape: SteeringShape) -> None:
+        self.shape, self.frames_L = shape, torch.zeros(shape.sites, dtype=torch.float64)
+        self.sum_LE = torch.zeros(shape.sites, shape.total, dtype=torch.float64)
+        self.entropy_L = torch.zeros(shape.sites, dtype=torch.float64)
+
+    def add(self, site: int, gate_NE: Tensor) -> None:
+        """Count the gates of frames at a site."""
+        gate_NE = gate_NE.double().cpu()
+        self.frames_L[site] += len(gate_NE)
+        self.sum_LE[site] += gate_NE.sum(dim=0)
+        self.entropy_L[site] -= (gate_NE * gate_NE.clamp(min=1e-30).log()).sum()
+
+    @property
+    def share_LE(self) -> Tensor:
+        """Mean gate of every vector."""
+        return self.sum_LE / self.frames_L.clamp(min=1)[:, None]
+
+    @property
+    def share_LK(self) -> Tensor:
+        """Mean weight of every expert."""
+        return self.share_LE.view(self.shape.sites, self.shape.experts, self.shape.vectors).sum(dim=-1)
+
+    @property
+    def evenness_L(self) -> Tensor:
+        """Mean entropy of a frame's gates over its maximum: 1 where all weigh alike, 0 where one alone does."""
+        return self.entropy_L / self.frames_L.clamp(min=1) / math.log(max(2, self.shape.total))

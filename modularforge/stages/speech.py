@@ -35,7 +35,7 @@ from modularforge.speech.folder import Parts, build_speech, load_speech, parts_i
 from modularforge.speech.model import SpeechModel
 from modularforge.speech.prepare import prepare_speech
 from modularforge.stage_outputs import derived_seed
-from modularforge.tasks.speech import SPEECH, HeldOutSpeech, held_out_speech, listing, measure
+from modularforge.tasks.speech import SPEECH, HeldOutSpeech, gate_usage, held_out_speech, listing, measure
 from modularforge.tasks.task import Examples
 from modularforge.training.distributed import default_device, joined_world
 from modularforge.training.job import Job
@@ -230,7 +230,12 @@ def _measured(run: Run, models: dict[str, Artifact]) -> tuple[Row, Row]:
         "chosen": "assembled" if "assembled" in rows else None,
         "peak_memory_bytes": peak_memory_bytes(device),
     }
-    empty: Row = {"routing": {}, "samples": {}, "differences": {}, "calibration": None}
+    routing: Row = {}
+    if "assembled" in models:
+        names = [str(JobName("expert", index)) for index in range(config.experts.count)]
+        kept = [name for name in names if name in models["assembled"].manifest.inputs]
+        routing = _routing(load_speech(models["assembled"].local_folder()), held_out, device, kept)
+    empty: Row = {"routing": routing, "samples": {}, "differences": {}, "calibration": None}
     return {**found, **empty}, listings
 
 
@@ -242,6 +247,24 @@ def _row(model: Any, held_out: HeldOutSpeech, device: torch.device) -> tuple[Row
     return {**_means(domains), "parameters": learned, "active_parameters": learned, "training_tokens": None}, listing(
         measured, held_out.listed
     )
+
+
+def _routing(model: SpeechModel, held_out: HeldOutSpeech, device: torch.device, experts: list[str]) -> Row:
+    """How much each expert weighs, by domain and by site; nothing for a model of one expert."""
+    if model.steering is None or model.steering.shape.experts < 2:
+        return {}
+    found = gate_usage(model, held_out, device)
+    shares = torch.stack([usage.share_LK for usage in found.values()])
+    balance_L = torch.stack([usage.evenness_L for usage in found.values()]).mean(dim=0)
+    by_domain = {label: usage.share_LK.mean(dim=0).tolist() for label, usage in found.items()}
+    summary = {
+        "share_per_layer_and_expert": shares.mean(dim=0).tolist(),
+        "share_per_domain_and_expert": by_domain,
+        "weight_per_domain_and_expert": by_domain,
+        "balance_per_layer": balance_L.tolist(),
+        "experts": experts,
+    }
+    return {"assembled": summary}
 
 
 FROZEN_NAMES = ("encoder.", "decoder.")

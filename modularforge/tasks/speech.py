@@ -23,6 +23,7 @@ from modularforge.routing.statistics import RouterStatistics
 from modularforge.speech.feature_files import SpeechFile, file_names, open_speech_file
 from modularforge.speech.metrics import Pair, pooled, worst
 from modularforge.speech.model import NO_TOKEN, SpeechModel, speech_loss
+from modularforge.speech.steering import GateUsage
 from modularforge.speech.sums import gather_sums
 from modularforge.stage_outputs import Corpus, derived_seed
 from modularforge.tasks.task import SPEECH_METRICS, Batch, Examples, Metric
@@ -219,6 +220,21 @@ def _measured(model: SpeechModel, held_out: HeldOutSpeech, indices: Indices) -> 
     mean = loss / max(1, count)
     row = {"loss": mean, "perplexity": perplexity(mean), "bits_per_byte": loss / max(1, size) / float(np.log(2))}
     return {**row, **pooled(pairs), "token_accuracy": right / max(1, count), "tokens": count, "bytes": size}, pairs
+
+
+def gate_usage(model: SpeechModel, held_out: HeldOutSpeech, device: torch.device) -> dict[str, GateUsage]:
+    """What a steered model's gates do on each domain."""
+    assert model.steering is not None
+    model.to(device).eval()
+    found: dict[str, GateUsage] = {}
+    for label, indices in held_out.domains.items():
+        found[label] = model.steering.observed = GateUsage(model.steering.shape)
+        with torch.inference_mode():
+            for start in range(0, len(indices), held_out.batch_size):
+                batch = batch_of(held_out.file, indices[start : start + held_out.batch_size], 0)
+                model.encode(*arguments(batch.tensors, model.device)[:2])
+    model.steering.observed = None
+    return found
 
 
 def listing(measured: Mapping[str, tuple[Mapping[str, float], list[Pair]]], most: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from modularforge.speech.conformer import ConformerEncoder, conformer_tensors
 from modularforge.speech.encoder import WhisperEncoder, frame_mask, whisper_shape, whisper_tensors
 from modularforge.speech.model import SpeechModel, learning_parameters, read, speech_loss
 from modularforge.speech.projector import Pooling, pool, pooled_lengths
-from modularforge.speech.steering import Steering, SteeringShape, usage
+from modularforge.speech.steering import GateUsage, Steering, SteeringShape
 from tests.speech.tiny import ENCODER, LAST, one_of, tiny_batch, tiny_model
 
 VARIANTS = ["layerwise", "aligner", "hybrid", "static", "prompt", "lora"]
@@ -262,16 +263,21 @@ def test_bounded_scales_stay_within_their_bound() -> None:
 
 
 def test_usage_says_how_gates_are_used_at_each_site() -> None:
-    model, batch = tiny_model(), tiny_batch()
+    model, batch = tiny_model(experts=2), tiny_batch()
     assert model.steering is not None
-    model.steering.observed = []
+    model.steering.get_buffer("router_weight").normal_()
+    usage = model.steering.observed = GateUsage(model.steering.shape)
     model(*arguments(batch))
-    found = usage(model.steering)
-    assert [len(gates) for gates in model.steering.observed] == [5 + 11 + 7] * ENCODER.layers
-    assert len(found) == ENCODER.layers
-    for row in found:
-        assert sum(row["share"]) == pytest.approx(1, abs=1e-5)
-        assert 0 < row["entropy"] <= 1.0001
+    assert usage.frames_L.tolist() == [5 + 11 + 7] * ENCODER.layers
+    assert torch.allclose(usage.share_LE.sum(dim=1), torch.ones(ENCODER.layers, dtype=torch.float64))
+    assert torch.allclose(usage.share_LK[:, 0], usage.share_LE[:, :5].sum(dim=1))
+    u_BTD, mask_BT = torch.randn(1, 4, 16), torch.ones(1, 4, dtype=torch.bool)
+    gate_NE = model.steering.gates(0, u_BTD, mask_BT)[0].detach()
+    single = GateUsage(model.steering.shape)
+    single.add(0, gate_NE)
+    expected = -(gate_NE * gate_NE.log()).sum(dim=1).mean() / math.log(10)
+    assert float(single.evenness_L[0]) == pytest.approx(float(expected), rel=1e-4)
+    assert torch.allclose(single.share_LE[0].float(), gate_NE.mean(dim=0), atol=1e-6)
 
 
 def test_a_conformer_computes_what_transformers_computes_and_knows_the_true_length() -> None:

@@ -20,6 +20,7 @@ from modularforge.speech.audio import decode
 from modularforge.speech.features import log_mel
 from modularforge.speech.folder import load_speech
 from modularforge.speech.model import SpeechModel
+from modularforge.speech.steering import GateUsage
 from modularforge.stage_outputs import Backbone
 from modularforge.tasks.speech import SPEECH, arguments, held_out_speech
 from modularforge.training.checkpointing import Checkpointing
@@ -58,6 +59,11 @@ def test_a_run_ends_with_error_rates_of_every_model(finished: Config) -> None:
     folder = paths.local_path(finished.output_dir) / "evaluation"
     report = (folder / "report.md").read_text()
     assert "## Error rates" in report
+    assert "## Where assembled routes" in report
+    routing = results["routing"]["assembled"]
+    assert routing["experts"] == ["expert-0", "expert-1"]
+    for index, label in enumerate(("low", "high")):
+        assert routing["share_per_domain_and_expert"][label][index] > 0.6
     listed = json.loads((folder / "utterances.json").read_text())["assembled"]["low"]
     wrong = round(results["models"]["assembled"]["domains"]["low"]["wer"] * 8)
     assert len(listed) == 0 if not wrong else listed[0]["audio"].endswith(".wav")
@@ -114,11 +120,10 @@ def test_the_router_sends_utterances_to_the_expert_of_their_domain(finished: Con
     partitions = run.require("partitions")
     for index in range(2):
         batch = next(SPEECH.part(finished, partitions, index).batches())
-        model.steering.observed = []
+        usage = model.steering.observed = GateUsage(model.steering.shape)
         with torch.no_grad():
             model.encode(batch.tensors["features"], batch.tensors["frames"])
-        share = model.steering.observed[0].mean(dim=0)[3 * index : 3 * index + 3].sum()
-        assert share > 0.6, (index, float(share))
+        assert usage.share_LK[0, index] > 0.6, (index, usage.share_LK)
 
 
 def test_experts_trained_in_any_order_and_company_have_the_same_bytes(finished: Config, tmp_path: Path) -> None:
