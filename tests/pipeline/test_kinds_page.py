@@ -6,10 +6,13 @@ import os
 import re
 import shlex
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from modularforge.model import names
@@ -58,7 +61,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_model_has_the_mean_gains_of_its_experts(run: Path) -> None:
-    backbone, model = {}, {}
+    backbone: dict[str, Any] = {}
+    model: dict[str, Any] = {}
     for found, stage in ((backbone, "backbone"), (model, "assembled")):
         for path in (run / stage).glob("*.safetensors"):
             found.update(load_file(path) if "statistics" not in path.name else {})
@@ -82,11 +86,9 @@ def test_the_run_is_evaluated_and_its_experts_are_of_that_kind_and_task(run: Pat
 
 def test_smoothed_targets_are_what_is_minimised(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of logits that know the target, plain loss is 0, and smoothed loss is not."""
-    import torch
-
     monkeypatch.syspath_prepend(str(run.parent))
-    import smooth  # type: ignore[import-not-found]
-
+    name = "smooth"
+    smooth = import_module(name)
     targets_BT = torch.tensor([[1, 2]])
     logits = torch.nn.functional.one_hot(targets_BT, 4).float() * 100
     assert float(smooth.SMOOTH.loss(lambda _: logits, {"inputs": targets_BT, "targets": targets_BT})) > 1
