@@ -225,6 +225,10 @@ class RunBench:
 
         `others` is the largest change among the domains that are not the removed expert's own.
         """
+        if not moe_layers(model):
+            raise ConfigError(
+                "removal needs a model that chooses among experts, but assembly.lora average has one adapter; leave it"
+            )
         own, slots = own_domains(self.run.obtain("partitions")), range(len(moe_layers(model)[0].experts))
         first = len(slots) - config.experts.count  # behind the public expert, which stays
         changes: dict[str, dict[str, float]] = {}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from checkpoints import Artifact, open_artifact, paths
 from modularforge import edit_experts
 from modularforge.cli import app
 from modularforge.config import Config
-from modularforge.config_files import make_config
+from modularforge.config_files import make_config, to_yaml
 from modularforge.errors import ConfigError, DataError, Interrupted, MismatchError
 from modularforge.evaluation.baselines import build_soup
 from modularforge.evaluation.extras import read_texts
@@ -28,6 +29,7 @@ from modularforge.evaluation.generation import Sampling, continue_text, load_for
 from modularforge.evaluation.routes import routes_of, slot_names
 from modularforge.experts.lora import training
 from modularforge.experts.lora.phases import phase_at
+from modularforge.info import describe
 from modularforge.model import names
 from modularforge.model.folder import fill, load_model, read_tensors
 from modularforge.model.moe import restrict_routing
@@ -39,10 +41,13 @@ from modularforge.run import Run
 from modularforge.stage_outputs import Backbone
 from modularforge.stages import assemble, expert
 from modularforge.stored_models import stored_model
+from modularforge.study.runs import Runs
+from modularforge.study.study import run_study
+from modularforge.study.study_file import load_study
 from modularforge.taking import take_in
 from modularforge.training import loop
 from modularforge.training.checkpointing import Checkpointing
-from tests.conftest import tiny_config, tiny_values
+from tests.conftest import run_command, tiny_config, tiny_values
 
 WEIGHTS = "adapter_model.safetensors"
 KIND_LORA = {"kind": "lora", "anchored": False}
@@ -373,6 +378,10 @@ def test_every_form_calibrates_and_is_evaluated_generated_from_and_reported(
     facts = run.require("assembled").manifest.facts
     assert models["assembled"]["parameters"] == facts["parameters"]
     assert models["assembled"]["active_parameters"] == facts["active_parameters"]
+    # A small corpus fills less of the vocabulary than was wished, so the page is of the vocabulary that it has.
+    size = config.data.model_copy(update={"vocab_size": run.corpus.vocab_size})
+    said = describe(config.model_copy(update={"data": size}))
+    assert f"{facts['parameters']:,} parameters, {facts['active_parameters']:,} active" in said
     assert ("assembled" in results["routing"]) == (form != "average")
     loaded = load_for_generation(stage_url(config, "assembled"))
     assert continue_text(loaded, "The", 5, Sampling(0.0))
@@ -565,3 +574,44 @@ def test_without_a_router_every_token_visits_all_adapters_alike(finished_run: Co
     )
     assert torch.allclose(logits(even), logits(mean), atol=2e-5)
     assert Run(even).require("assembled").manifest.facts["experts_per_token"] == 3
+
+
+def test_a_study_measures_all_forms_beside_their_baselines(tmp_path: Path) -> None:
+    base, file = tmp_path / "base.yaml", tmp_path / "study.yaml"
+    plain = {"assembly": {"router": "evidence"}, "experts": {"anchored": False}}
+    base.write_text(to_yaml(tiny_config(tmp_path / "unused", **plain)))
+    lora = {"experts.kind": "lora", "experts.lora.targets": "mlp", "experts.lora.rank": 2}
+    forms = {"assembly.lora": ["adapters", "fold", "average"]}
+    variants: dict[str, Any] = {
+        "backbone": {"kind": "backbone"},
+        "experts": {"kind": "experts"},
+        "soup": {"kind": "soup"},
+        "one": {"kind": "joint_lora"},
+        "wide": {"kind": "joint_lora_wide"},
+        "lora": {"kind": "assembled", "set": forms},
+        "removal": {"kind": "assembled", "removal": True, "without": True, "carry": True},
+        "calibrated": {"kind": "assembled", "calibrate": True},
+    }
+    values = {"name": "tiny", "base": str(base), "output_dir": str(tmp_path / "out"), "recipes": {"plain": lora}}
+    file.write_text(yaml.safe_dump({**values, "validation_tokens_per_domain": 700, "variants": variants}))
+    runs = Runs(load_study(str(file)))
+    run_study(runs, "validation")
+    rows = json.loads(paths.read_bytes(f"{runs.root}/table-validation.json"))["rows"]
+    losses = {name: row["mean_loss"] for name, row in rows.items()}
+    assert losses["lora-lora_fold"] == pytest.approx(losses["lora-lora_adapters"], abs=1e-4)
+    assert losses["lora-lora_average"] == pytest.approx(losses["soup"], abs=1e-5)
+    assert losses["experts: oracle"] <= losses["experts: best expert"]
+    assert rows["lora-lora_average"]["parameters"] == rows["wide"]["parameters"] > rows["one"]["parameters"]
+    assert rows["lora-lora_fold"]["active_parameters"] > rows["lora-lora_adapters"]["active_parameters"]
+    assert {"removal: without own expert", "removal: carried over windows", "calibrated"} <= rows.keys()
+
+
+def test_two_ranks_train_adapters_in_phases_as_one_process_does(finished_run: Config, tmp_path: Path) -> None:
+    lora = {**LORA, "dropout": 0.0, "phases": "early->late"}
+    alone, two = (lora_config(finished_run, tmp_path / name, lora) for name in ("alone", "two"))
+    expected, file = load_file(made(alone).local_file(WEIGHTS)), tmp_path / "two.yaml"
+    file.write_text(to_yaml(two))
+    run = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "modularforge", "expert"]
+    run_command(*run, "--index", "0", "--config", str(file))
+    found = load_file(Run(two).require("expert", 0).local_file(WEIGHTS))
+    assert all(torch.allclose(found[name], tensor, atol=1e-4) for name, tensor in expected.items())
