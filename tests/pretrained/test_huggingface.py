@@ -162,10 +162,12 @@ def test_the_measuring_trainer_measures_the_whole_batch_before_clipping(pieces: 
     assert json.loads((tmp_path / "gradient_norms" / "summary.json").read_text())["measurements"] == STEPS
 
 
+@pytest.mark.slow
 def test_two_processes_go_through_the_phases_and_measure_their_common_gradient(tmp_path: Path) -> None:
-    for name, processes, batch in (("one", "1", 2), ("two", "2", 1)):
-        command = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        run_command(*command, "-m", "tests.pretrained.trainer_job", str(tmp_path / name), str(batch))
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.pretrained.trainer_job"]
+    run_command(*command, str(tmp_path / "two"))
+    options, callbacks = arguments(tmp_path / "one"), [DynamicLoRACallback("attn->mlp->both")]
+    GradientMeasuringTrainer(adapted(), options, train_dataset=Same(), callbacks=callbacks, norms_every=1).train()
     one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
     assert [row["step"] for row in two] == list(range(1, STEPS + 1))
     for group in ("attention", "mlp", "total"):
