@@ -260,3 +260,19 @@ def test_a_study_measures_replies_on_the_test_split(tmp_path: Path) -> None:
     assert asked == {"backbone", "experts: best expert", "experts: oracle", "evidence", "calibrated"}
     assert set(table["experts: oracle"]["tasks"]) == {"e2e_nlg", "banking77"}
     assert table["evidence"]["tasks"]["banking77"].keys() == {"accuracy"}
+
+
+def test_adapters_learn_responses_too_and_their_models_reply(tmp_path: Path) -> None:
+    """A kind of expert knows no task: LoRA on examples, one choice of adapters for each of them."""
+    experts = {"kind": "lora", "anchored": False, "lora": {"targets": "both", "rank": 2}}
+    assembly = {"router": "evidence", "lora": "adapters", "lora_choice": "sequence"}
+    evaluation = {"tasks": [{"source": "banking77", "new_tokens": 4}], "baselines": ["joint_lora"]}
+    config = config_of(tmp_path / "run", experts=experts, assembly=assembly, evaluation=evaluation)
+    results = run_every_stage(config)
+    assert {"assembled", "joint_lora", "expert-2"} <= set(results["tasks"]["banking77"]["models"])
+    run = Run(config)
+    model = load_model(run.require("assembled").local_folder())
+    (task,) = prepare_tasks(config, run.corpus)
+    task.ask("assembled", model, {run.corpus.end_token})
+    alone = [continue_tokens(model, ids, 4, Sampling(temperature=0), {run.corpus.end_token}) for ids in task.prompts]
+    assert task.replies["assembled"] == [run.corpus.tokenizer.decode(ids).strip() for ids in alone]
