@@ -105,10 +105,10 @@ def speed(folder: Path, backbone: Artifact, experts: list[Artifact], rounds: int
     seconds: dict[str, list[float]] = {}
     for _ in range(rounds):
         for name, mode, router in (
-            ("merge", "merge", "data_stats"),
+            ("merge", "merge", "ridge"),
             ("merge, evidence", "merge", "evidence"),
-            ("link", "link", "kaiming"),
-            ("link, ridge", "link", "data_stats"),
+            ("link", "link", "random"),
+            ("link, ridge", "link", "ridge"),
         ):
             found = assemble_once(folder, mode, router)
             seconds.setdefault(name, []).append(found["seconds"])
@@ -163,7 +163,7 @@ def link_of_many(folder: Path) -> None:
     experts = write_sparse_experts(many, backbone, model, 64)
     for count in (8, 64):
         describe(many, backbone, experts[:count])
-        found = assemble_once(many, "link", "kaiming")
+        found = assemble_once(many, "link", "random")
         print(f"link, {count} experts of {experts[0].manifest.size / 1e9:.2f} GB: {found['seconds']:.2f} s")
     print("target: 64 experts of 1 GB in under 2 s")
 
@@ -176,7 +176,7 @@ def memory(folder: Path, options: argparse.Namespace) -> None:
         width=2048, layers=2, heads=32, kv_heads=4, ffn_width=5632, context_length=2048, tied_head=False
     )
     backbone, members = write_parts(small, model, 32_000, options.most_experts)
-    for router in ("data_stats", "evidence"):
+    for router in ("ridge", "evidence"):
         for count in sorted({2, 8, options.most_experts}):
             describe(small, backbone, members[:count])
             found = assemble_once(small, "merge", router)

@@ -133,7 +133,7 @@ class Trial:
 
 def plain_trials(trial: Trial) -> None:
     """What a better router could bring, and what other statistics bring."""
-    config = trial.config(**{"assembly.router": "data_stats", "assembly.router_temperature": 1.0})
+    config = trial.config(**{"assembly.router": "ridge", "assembly.router_temperature": 1.0})
     rows = [
         torch.from_numpy(item)
         for item in router_rows(config, trial.experts, trial.run.backbone.model().config).values()
@@ -181,7 +181,7 @@ def anchored_trials(trial: Trial) -> None:
     def anchor(logits: Tensor, _x: Tensor, _layer: int) -> Tensor:
         return torch.cat([logits[..., 1:].amax(-1, keepdim=True), logits[..., 1:]], dim=-1)
 
-    for router in ("evidence", "data_stats"):
+    for router in ("evidence", "ridge"):
         settings = {"assembly.router": router, "assembly.public_expert": True}
         trial.show(f"{router}, public expert always visited", trial.changed(trial.model(**settings), anchor))
 

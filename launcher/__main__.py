@@ -58,7 +58,7 @@ def launch(
             "--max-workers is for processes here and excludes --cluster; there, set cluster.array_throttle"
         )
     if dry_run:
-        plan_of(settings)
+        plan_of(runs.chosen_run(settings, new_run))
     elif cluster:
         runs.launch(settings, say, new_run, preflight)
     else:
@@ -115,7 +115,7 @@ def status(
 @with_settings_of_a_run
 def logs(
     settings: Config,
-    stage: Annotated[str, typer.Argument(help="STAGE or STAGE/INDEX: backbone, expert/3.")],
+    stage: Annotated[str, typer.Argument(help="STAGE or STAGE/INDEX: backbone, expert/3; or a job: assemble.")],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
 ) -> None:
     """Print the log of a job."""

@@ -203,10 +203,9 @@ class LocalLauncher:
         return Allocation(job, job, task.index, restarts, 1, socket.gethostname(), self._cores(task), gpus, processes)
 
     def _environment(self, task: Task, slot: int) -> dict[str, str]:
-        """Each worker gets its share of the cores, and one GPU of its own where there are several."""
-        processes = self.config.launcher.backbone_processes if task.name == "backbone" else 1
-        threads = max(1, self._cores(task) // processes)
-        environment = {**without_torch_variables(), "OMP_NUM_THREADS": str(threads)}
+        """One GPU of its own for each worker, where there are several. How many threads, its node program says."""
+        environment = without_torch_variables()
+        environment.pop("OMP_NUM_THREADS", None)
         gpus = _gpus()
         if task.is_worker and gpus:
             environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]

@@ -27,7 +27,7 @@ from modularforge.config import Config
 from modularforge.config_files import make_config
 from modularforge.errors import DataError, MismatchError
 from modularforge.mistakes import config_error, shown
-from modularforge.pipeline import STAGES, JobName, stage_settings
+from modularforge.pipeline import STAGES, STANDS_FOR, JobName, stage_settings, value_of
 
 # A record may come from a bucket that others write, and its words go into paths, and to squeue and scancel.
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
@@ -119,11 +119,18 @@ RECORD = TypeAdapter(Record)
 
 
 def identity_of(config: Config) -> dict[str, Any]:
-    """The settings that decide what the run's artifacts are, by dotted name; the evaluation may change."""
-    found: dict[str, Any] = {}
+    """The settings that decide what the run's artifacts are, by dotted name; the evaluation may change.
+
+    A stage's own value of a general setting stands under its own name, beside the general one that others have.
+    """
+    values, found = config.model_dump(mode="json"), {}
     for stage in STAGES:
         if stage != "evaluation":
-            found.update(stage_settings(config, stage))
+            settings = stage_settings(config, stage)
+            for own, general in STANDS_FOR.get(stage, {}).items():
+                if settings.get(general) != value_of(values, general):
+                    settings[own] = settings.pop(general)
+            found.update(settings)
     return {name: value for name, value in sorted(found.items()) if name not in GROWING}
 
 
@@ -184,6 +191,8 @@ def save_record(config: Config, record: Record) -> None:
 def check_same_run(config: Config, record: Record) -> None:
     """Raise MismatchError with the difference when a run with other settings lies there."""
     here, there = identity_of(config), record.identity
+    if here != there:  # earlier versions recorded a baseline's own value in the place of the general one
+        there = identity_of(record.settings())
     lines = [
         f"  {name}: {shown(there.get(name))} in the run, {shown(here.get(name))} now"
         for name in sorted({*here, *there})

@@ -23,7 +23,7 @@ from launcher.tasks import build_groups, build_tasks
 from launcher.trust import check_commands, require_open_places, require_readable_settings
 from modularforge.config import Config
 from modularforge.errors import ConfigError, UserError
-from modularforge.pipeline import JobName
+from modularforge.pipeline import job_named
 
 Say = Callable[[str], None]
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ LOG_SECONDS = 0.5
 
 def launch(config: Config, say: Say, new_run: bool = False, check: bool = True) -> Config:
     """Submit what is missing of the run to Slurm, or attach to one that needs nothing; returns its settings."""
-    config = _chosen(config, new_run)
+    config = chosen_run(config, new_run)
     require_readable_settings(config)
     record = load_record(config)
     if record:
@@ -54,7 +54,7 @@ def launch(config: Config, say: Say, new_run: bool = False, check: bool = True) 
 
 def launch_here(config: Config, say: Say, new_run: bool = False) -> None:
     """Run what is missing as processes of this machine, to the end, and print the table of the evaluation."""
-    config = _chosen(config, new_run)
+    config = chosen_run(config, new_run)
     launcher = LocalLauncher(config, build_tasks(config), say)
     launcher.run()
     say(launcher.output_of("evaluate"))
@@ -70,7 +70,7 @@ def resume(config: Config, say: Say) -> None:
         launch(submitted, say)
 
 
-def _chosen(config: Config, new_run: bool) -> Config:
+def chosen_run(config: Config, new_run: bool) -> Config:
     """The run to launch: at `output_dir`, or beside the one that lies there."""
     require_open_places(config)
     old = load_record(config) if new_run else None
@@ -216,7 +216,7 @@ def polls(seconds: float, first: float = 0.2) -> Iterator[None]:
 def find_log(config: Config, what: str) -> Path:
     """The log of STAGE or STAGE/INDEX; raises ConfigError with the names there are."""
     config, record = recorded(config)
-    wanted = str(JobName.parse(what))
+    wanted = str(job_named(what))
     rows = {row.task: row for row in read_status(config, record)}
     if wanted not in rows or not rows[wanted].log:
         known = ", ".join(name for name, row in rows.items() if row.log)
@@ -248,7 +248,7 @@ def tail(config: Config, what: str, follow: bool) -> Iterator[str]:
 
 def _is_live(config: Config, what: str) -> bool:
     config, record = recorded(config)
-    name = str(JobName.parse(what))
+    name = str(job_named(what))
     try:
         return is_going_on([row for row in read_status(config, record) if row.task == name])
     except SlurmError as error:

@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from checkpoints.redact import redact_urls, redact_values
+from modularforge.presets import preset_example, preset_names
 from modularforge.yaml_text import plain_number
 
 ONE_LINE = r"^[^\p{Cc}\p{Zl}\p{Zp}]*$"
@@ -42,17 +43,47 @@ PartitionMethod = Literal["random", "clustered", "curriculum", "domain"]
 Line = Annotated[str, Field(pattern=ONE_LINE)]
 Text = Annotated[str, Field(pattern=ONE_LINE, min_length=1)]
 Prose = Annotated[str, Field(pattern=r"^[^\x00]*$")]
-RouterKind = Literal["evidence", "data_stats", "centred_means", "learned", "equalised", "kaiming", "uniform"]
+# Each is named by what its rows are.
+RouterKind = Literal["evidence", "ridge", "means", "trained", "trained_equalised", "random", "uniform"]
+RECORDED_ROUTERS = {
+    "ridge": "data_stats",
+    "means": "centred_means",
+    "trained": "learned",
+    "trained_equalised": "equalised",
+    "random": "kaiming",
+}
+"""By name, the one of earlier versions: in identities and facts of artifacts for good, and still read in settings."""
 Module = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MODULES: tuple[Module, ...] = typing.get_args(Module)
 """Matrices of a layer that an adapter can stand beside."""
 MLP_MODULES = MODULES[4:]
 PhaseNames = Literal["attn->mlp->both", "both->mlp->attn", "both->mlp->both", "early->late"]
 LARGEST_NUMBER = 2**63  # what files, tensors and Slurm can hold
-TRAINED_ROUTERS = ("learned", "equalised")  # their rows are trained with the experts
+TRAINED_ROUTERS = ("trained", "trained_equalised")  # their rows are trained with the experts
 TrainedOnAll = Literal["dense", "dense_wide", "joint", "joint_evidence", "joint_lora", "joint_lora_wide"]
 TRAINED_ON_ALL: tuple[TrainedOnAll, ...] = typing.get_args(TrainedOnAll)
 """Baselines that one job trains on the windows of all experts together."""
+
+
+def baseline_names() -> tuple[str, ...]:
+    """What `evaluation.baselines` may name: the table of stages says it, and reads this file itself."""
+    from modularforge.pipeline import baseline_names as of_rows
+
+    return of_rows()
+
+
+def _known_baseline(name: str) -> str:
+    if name not in (known := baseline_names()):
+        *others, last = map(repr, known)
+        raise PydanticCustomError("baseline", "Input should be {names}", {"names": f"{', '.join(others)} or {last}"})
+    return name
+
+
+def _list_baselines(schema: dict[str, Any]) -> None:
+    schema["enum"] = list(baseline_names())
+
+
+Baseline = Annotated[str, AfterValidator(_known_baseline), Field(json_schema_extra=_list_baselines)]
 
 
 class Section(BaseModel):
@@ -99,6 +130,50 @@ class SafeSection(Section):
         return values
 
 
+class ExampleConfig(Section):
+    """How the records of a source become examples of what is asked and what is answered (`task: instruction`)."""
+
+    preset: Text | None = None
+    """A task that is known by name (docs/tasks.md): what is null here is as it says."""
+    prompt: Prose | None = None
+    """Jinja template of the prompt, of a record's fields, such as `"Question: {{ question }}\\nAnswer: "`; null takes
+    the field `prompt_field` as it is."""
+    response: Prose | None = None
+    """Jinja template of the response; null takes the field `response_field`."""
+    prompt_field: Text | None = None
+    """Field that is the prompt; null is `prompt`. Of several names (`question|query`) the first that a record has."""
+    response_field: Text | None = None
+    """Field that is the response; null is `response`. A list of texts there is an example for each, of one prompt."""
+    unlabelled: list[Text] | None = None
+    """Responses that stand for none, such as `-`: they are left out."""
+    messages_field: Text | None = None
+    """Field that holds a chat, a list of `{role, content}`, in place of prompt and response; the tokenizer's chat
+    template writes it, and all turns of the assistant are learned."""
+    system: Prose | None = None
+    """Message of the system before every chat that has none; prompts and responses become chats by it."""
+    as_chat: bool | None = None
+    """Write prompt and response as a chat, with the tokenizer's chat template; null is false."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, values: Any) -> Any:
+        """What a preset says where the settings say nothing; resolved settings say all of it."""
+        if not isinstance(values, dict) or not isinstance(values.get("preset"), str):
+            return values
+        if values["preset"] not in preset_names():
+            names = ", ".join(preset_names())
+            raise PydanticCustomError("preset", "Input should name a preset of {names}", {"names": names})
+        given = {name: value for name, value in values.items() if value is not None}
+        replaced = {name.removesuffix("_field") for name in given if name.endswith("_field")}
+        known = {name: value for name, value in preset_example(values["preset"]).items() if name not in replaced}
+        return {**known, **given}
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the tokenizer's chat template writes the examples."""
+        return bool(self.as_chat or self.system or self.messages_field)
+
+
 class SourceConfig(SafeSection):
     """One labelled part of the corpus: a Hub data set, or files at any URL that fsspec knows."""
 
@@ -124,6 +199,15 @@ class SourceConfig(SafeSection):
     label_field: Text | None = None
     """Column whose value labels each document instead of `name`: a text, a number or a date. Documents without a value
     (null, NaN, empty) keep `name`."""
+    example: ExampleConfig | None = None
+    """How records become prompts and responses, for `task: instruction`; null takes the fields `prompt` and
+    `response`."""
+
+    @model_serializer(mode="wrap")
+    def _without_secrets(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = redact_values(serialize(self), redact_urls)
+        # Sources of text are recorded, and hashed, as they were before there were examples.
+        return {name: value for name, value in values.items() if name != "example" or value is not None}
 
 
 class DataConfig(Section):
@@ -132,7 +216,7 @@ class DataConfig(Section):
     sources: list[SourceConfig] = Field(min_length=1)
     """The labelled parts of the corpus."""
     min_article_length: int = Field(100, ge=0)
-    """Documents shorter than this many characters are dropped."""
+    """Documents of text shorter than this many characters are dropped."""
     max_documents_per_source: int | None = Field(None, ge=1)
     """Read at most this many training documents of each source; null reads all. Validation and test files that a source
     names are read whole; where they are taken from its training documents, a tenth of this many is."""
@@ -270,6 +354,9 @@ class TrainingConfig(Section):
     """Compile the model with torch.compile."""
     log_every: int = Field(10, ge=1)
     """Steps between lines of metrics."""
+    gradient_norms: int | None = Field(0, ge=0)
+    """Steps between measurements of the gradients' norms by group and layer (docs/observing.md); 0 or null measures
+    none."""
     validate_every: int = Field(200, ge=1)
     """Steps between validations."""
     validation_tokens: int = Field(65_536, ge=1)
@@ -280,6 +367,8 @@ class TrainingConfig(Section):
     """Training checkpoints of a job that are kept; the newest good one always is."""
     keep_checkpoints_every: int = Field(0, ge=0)
     """Checkpoints at multiples of this many steps are kept as well; 0 keeps only the newest."""
+    packing: bool = True
+    """Examples of `task: instruction` share a sequence where they fit, without seeing each other; false pads each."""
     checkpoint_fallback: bool = False
     """Where the newest checkpoint is damaged, set it aside and go on from an older one; false stops the job."""
 
@@ -393,9 +482,9 @@ class AssemblyConfig(Section):
     """How backbone and experts become one model."""
 
     router: RouterKind = "evidence"
-    """`evidence`: which partition the text so far resembles, from counts of tokens and their pairs; `data_stats`: ridge
-    regression from sums; `centred_means`; `learned`: rows trained with the experts; `equalised`: the same at one
-    length; `kaiming`: random; `uniform`: all experts alike."""
+    """What its rows are. `evidence`: which partition the text so far resembles, from counts of tokens and their pairs;
+    `ridge`: ridge regression from sums; `means`: of each expert's inputs, centred; `trained` with the experts;
+    `trained_equalised`: the same at one length; `random`; `uniform`: all experts alike."""
     experts_per_token: int = Field(2, ge=1)
     """Experts that each token visits."""
     public_expert: bool | None = None
@@ -409,9 +498,9 @@ class AssemblyConfig(Section):
     head_multiple: int = Field(1, ge=1, le=1024)
     """And the number of key-value heads a multiple of this, such as the processes of tensor parallelism."""
     ridge_penalty: float = Field(1e-2, gt=0)
-    """Ridge penalty of `data_stats`, as a share of the mean diagonal of the second moments."""
+    """Ridge penalty of `ridge`, as a share of the mean diagonal of the second moments."""
     router_temperature: float = Field(0.2, gt=0)
-    """Router logits of `evidence`, `data_stats` and `centred_means` are divided by this."""
+    """Router logits of `evidence`, `ridge` and `means` are divided by this."""
     mode: Literal["auto", "merge", "link"] = "auto"
     """`merge` writes all weights into files of `max_shard_bytes`. `auto` makes a file per part and takes over unchanged
     experts without moving their bytes (hard links, server-side copies) where it can; `link` refuses where it cannot."""
@@ -424,6 +513,16 @@ class AssemblyConfig(Section):
     """Type of the assembled weights; `same` keeps the backbone's."""
     max_shard_bytes: int = Field(5_000_000_000, ge=1_000_000)
     """Weight files that are written, and would be larger than this, are split, as Hugging Face does."""
+
+    @field_validator("router", mode="before")
+    @classmethod
+    def _by_its_name(cls, value: Any) -> Any:
+        return next((name for name, recorded in RECORDED_ROUTERS.items() if recorded == value), value)
+
+    @property
+    def recorded_router(self) -> str:
+        """The router as artifacts record it."""
+        return RECORDED_ROUTERS.get(self.router, self.router)
 
 
 class CalibrationConfig(PhaseConfig):
@@ -439,6 +538,31 @@ class CalibrationConfig(PhaseConfig):
     """Train the router rows, where they route: not beside the tables of the evidence router."""
 
 
+class TaskConfig(Section):
+    """Prompts of a source that models answer, and how their replies are measured (docs/tasks.md)."""
+
+    source: Text
+    """Label of the test examples: the name of a source of `task: instruction`, or what its `label_field` says."""
+    metrics: list[Literal["bleu", "rouge", "meteor", "exact_match", "accuracy"]] | None = None
+    """What is measured (extra `tasks`); null is what the preset of the source says, or else `rouge`."""
+    labels: list[Text] | None = None
+    """Responses that there are, for `accuracy`; null is those of the test examples."""
+    answer_mark: Text | None = None
+    """`exact_match` compares what stands behind the last of these, such as `####`; null compares all."""
+    new_tokens: int | None = Field(None, ge=1)
+    """Tokens of a reply at the most; null is what the preset says, or else 128."""
+    prompts: int = Field(200, ge=1)
+    """Different prompts at the most, from the beginning of the test examples."""
+    temperature: float = Field(0.0, ge=0)
+    """Sampling temperature, with `evaluation.top_k` and `top_p`; 0 is greedy."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_name(cls, values: Any) -> Any:
+        """The name of a source alone is enough."""
+        return {"source": values} if isinstance(values, str) else values
+
+
 class EvaluationConfig(Section):
     """What is measured, on what, and beside which baselines."""
 
@@ -446,7 +570,7 @@ class EvaluationConfig(Section):
     """Sequences per batch, the same for every model."""
     tokens_per_domain: int = Field(200_000, ge=1)
     """Test tokens of each domain at the most."""
-    baselines: list[TrainedOnAll | Literal["soup", "btx"]] = ["dense", "soup"]
+    baselines: list[Baseline] = ["dense", "soup"]
     """`dense`: the backbone trained on with all the experts' tokens; `dense_wide`: the same with as wide an FFN as a
     token visits; `soup`: the mean of the experts' weights; `joint`: a mixture trained on the same tokens;
     `joint_evidence`: the same, routed by evidence; `btx`: whole models trained alone, FFNs stacked, the rest mean;
@@ -461,6 +585,8 @@ class EvaluationConfig(Section):
     """Sample among the k likeliest tokens; 0 takes all."""
     top_p: float = Field(0.95, gt=0, le=1)
     """Sample among the likeliest tokens that together hold this probability."""
+    tasks: list[TaskConfig] | None = None
+    """Sources of `task: instruction` whose test prompts all models answer, by name or with settings."""
     general: list[Text] | None = None
     """Files of text of no domain (paths, URLs or patterns, read like `data.sources`) to measure models on too."""
     chat: Text | None = None
@@ -571,7 +697,8 @@ class Config(SafeSection):
     name: Annotated[Line, Field(max_length=200)] = "modularforge"
     """Title of reports and of the model card."""
     task: str = Field("text", pattern=NAME)
-    """What is learned: `text`, or a task that an installed package adds (entry points `modularforge.tasks`)."""
+    """What is learned: `text`, `instruction` (responses to prompts), or a task that an installed package adds (entry
+    points `modularforge.tasks`)."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Every random choice follows from it."""
     data_seed: int | None = Field(None, ge=0, lt=2**31)
@@ -599,6 +726,15 @@ class Config(SafeSection):
     metrics: MetricsConfig = MetricsConfig()
     launcher: LauncherConfig = LauncherConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def learns_responses(self) -> bool:
+        """Whether the data are examples, of which responses alone are learned."""
+        return self.task == "instruction"
+
+    def example(self, source: SourceConfig) -> ExampleConfig | None:
+        """How records of a source become examples; None where they are plain text."""
+        return (source.example or ExampleConfig()) if self.learns_responses else None
 
     @property
     def needed_experts(self) -> int:
@@ -717,7 +853,7 @@ def _impossible_combinations(config: Config) -> Any:
     if assembly.router in TRAINED_ROUTERS and not experts.anchored:
         yield (
             f"assembly.router must not be {assembly.router} when experts.anchored is false, because plain experts "
-            "train no router rows; use data_stats or centred_means"
+            "train no router rows; use ridge or means"
         )
     if config.evaluation.chat and config.model.pretrained is None:
         yield (
@@ -735,6 +871,30 @@ def _impossible_combinations(config: Config) -> Any:
         )
     sources = config.data.sources
     names = [source.name for source in sources]
+    for source in sources:
+        example = config.example(source)
+        if example and example.is_chat and config.model.pretrained is None:
+            yield (
+                f"data.sources must have no chat without model.pretrained, since a new model has no chat template, but "
+                f"the example of {source.name} is one; name an instruct model, or write prompts and responses"
+            )
+    asked = [task.source for task in config.evaluation.tasks or ()]
+    if asked and not config.learns_responses:
+        yield f"evaluation.tasks must be null under task {config.task}, which has no prompts; set task to instruction"
+    known = {source.name for source in sources}
+    if unknown := [name for name in asked if name not in known and not any(source.label_field for source in sources)]:
+        yield (
+            f"evaluation.tasks must name data.sources ({', '.join(sorted(known))}), but names {unknown[0]!r:.60}; "
+            "name one of these"
+        )
+    for name in sorted({name for name in asked if asked.count(name) > 1}):
+        yield f"evaluation.tasks must name each source once, but names {name!r:.60} twice; leave one out"
+    for source in sources:
+        if source.example is not None and not config.learns_responses:
+            yield (
+                f"data.sources must have no example under task {config.task}, but {source.name} has one; set task to "
+                "instruction"
+            )
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"data.sources must have names of their own, but {name!r} occurs {names.count(name)} times; rename one"
 

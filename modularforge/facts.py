@@ -95,6 +95,7 @@ KINDS: dict[str, Any] = {
     "data": Data | None,
     "expert_kind": str,
     "experts_per_token": Count,
+    "gguf_sha256": str,
     "index": Count,
     "members": list[IndexedPart],
     "part_keys": dict[str, str],

@@ -20,6 +20,7 @@ from modularforge.config import GONE_FROM_ROPE, TRAINED_ON_ALL, Config, PhaseCon
 from modularforge.experts.kind import kind_of
 
 NEVER = "never"  # `Stage.baseline` of what no run makes by itself, only a study
+UNTRAINED_BASELINES = ("soup",)  # made where they are measured, so that no row makes them
 EVERY = "*"
 
 
@@ -234,6 +235,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     # How often something is said, measured or saved, and how: the weights are the same.
     "training.compile": (EVERY,),
     "training.log_every": (EVERY,),
+    "training.gradient_norms": (EVERY,),
     "training.validate_every": (EVERY,),
     "training.validation_tokens": (EVERY,),
     "training.checkpoint_every": (EVERY,),
@@ -273,10 +275,12 @@ CAME_LATER: dict[str, Any] = {
     "task": "text",
     "assembly.lora": "adapters",
     "assembly.lora_choice": "token",
+    "training.packing": True,
     "experts.counted_tokens": 20_000_000,
     "experts.counted_pairs": 1_000_000,
     "evaluation.general": None,
     "evaluation.chat": None,
+    "evaluation.tasks": None,
 }
 """Settings that stages learned after artifacts had been made without them, by dotted name, each with the value under
 which a stage does what it did before. With that value they are no part of a stage's settings, so that the artifact that
@@ -316,9 +320,22 @@ OLD_NAMES = {"calibration": "calibrated", "calibrate": "calibrated"}
 _INDEXED = re.compile(r"(.+?)[-/](\d{1,9})", re.ASCII)
 
 
+def job_named(text: str) -> JobName:
+    """The job that somebody means: by its own name, or by that of a stage which it makes, as reports have it."""
+    name = JobName.parse(text)
+    stage = STAGES.get(OLD_NAMES.get(name.stage, name.stage))
+    return name if stage is None else JobName(stage.job_name, name.index)
+
+
 def wanted_stages(config: Config) -> Iterator[Stage]:
     """The rows that a run with these settings makes, each after those it reads."""
     return (stage for stage in STAGES.values() if stage.is_wanted(config))
+
+
+def baseline_names() -> tuple[str, ...]:
+    """What `evaluation.baselines` may name: the rows that say so, and what is made of the experts without training."""
+    found = {stage.baseline: None for stage in STAGES.values() if stage.baseline and stage.baseline != NEVER}
+    return (*found, *UNTRAINED_BASELINES)
 
 
 def stage_url(config: Config, name: str, index: int | None = None) -> str:
@@ -343,10 +360,11 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
     stage, values = STAGES[name], config.model_dump(mode="json")
     if "{data}" in stage.folder:
         values["seed"] = config.preparation_seed
+    values["assembly"]["router"] = config.assembly.recorded_router
     found: dict[str, Any] = {}
     sections = stage.sections if name != "expert" else {*stage.sections, kind_of(config).settings}
     for setting in (*sections, *stage.also, *EVERYWHERE):
-        found.update(_flatten(setting, _value(values, setting)))
+        found.update(_flatten(setting, value_of(values, setting)))
     if "model" in stage.sections and config.model.rope_scaling:
         found |= dict.fromkeys(GONE)
     found = {setting: value for setting, value in found.items() if has_effect(setting, name)}
@@ -354,9 +372,9 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
         if name not in stages or kind_of(config).settings != section:
             found = {setting: value for setting, value in found.items() if not setting.startswith(f"{section}.")}
     for own, general in STANDS_FOR.get(name, {}).items():
-        value = _value(values, own)
+        value = value_of(values, own)
         found.pop(own, None)
-        found[general] = _value(values, general) if value is None else value
+        found[general] = value_of(values, general) if value is None else value
     if name == "assembled" and config.assembly.router != "evidence":
         found = {setting: value for setting, value in found.items() if setting not in OF_EVIDENCE}
     return {name: value for name, value in found.items() if name not in CAME_LATER or CAME_LATER[name] != value}
@@ -416,7 +434,8 @@ class Plan:
         return "; ".join(changed[:4]) + more
 
 
-def _value(values: Any, setting: str) -> Any:
+def value_of(values: Any, setting: str) -> Any:
+    """The value of a setting by its dotted name."""
     for part in setting.split("."):
         values = values[part]
     return values

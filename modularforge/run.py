@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -190,7 +191,7 @@ class Run:
 
     def _input(self, needed: str, index: int | None) -> dict[str, str]:
         if needed == "partition":
-            return {needed: self._required("partitions").manifest.files[f"partition-{index}.tokens.bin"].sha256[:32]}
+            return {needed: _partition_input(self._required("partitions"), f"partition-{index}")}
         if needed == "experts":
             chosen = self.chosen_experts()
             return {str(JobName("expert", k)): artifact.manifest.fingerprint for k, artifact in chosen.items()}
@@ -210,14 +211,29 @@ def is_kept(artifact: Artifact) -> bool:
     return bool(artifact.manifest.facts.get("kept", True))
 
 
+def _partition_input(partitions: Artifact, name: str) -> str:
+    """Identity of the bytes of a partition; of examples, where each begins and what is learned count as well."""
+    files = partitions.manifest.files
+    tokens = files[f"{name}.tokens.bin"].sha256
+    if f"{name}.learned.bin" not in files:
+        return tokens[:32]
+    hashes = [tokens, *(files[f"{name}.{ending}"].sha256 for ending in ("offsets.npy", "learned.bin"))]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:32]
+
+
 def _pretrained_input(config: Config, needed: str) -> dict[str, str]:
     """Identity of the pretrained model or of its tokenizer; nothing where the run starts from random weights."""
     if config.model.pretrained is None:
         return {}
-    from modularforge.pretrained.fetch import model_identity, tokenizer_identity
+    from modularforge.pretrained.fetch import model_identity, template_identity, tokenizer_identity
 
     identity: Any = tokenizer_identity if needed == "tokenizer" else model_identity
-    return {needed: identity(config.model.pretrained)}
+    found = {needed: identity(config.model.pretrained)}
+    if needed == "tokenizer" and any(
+        example and example.is_chat for example in map(config.example, config.data.sources)
+    ):
+        found["chat_template"] = template_identity(config.model.pretrained)
+    return found
 
 
 def _occupant(url: str) -> str:

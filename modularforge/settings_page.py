@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from modularforge.config import Config
@@ -65,7 +65,9 @@ def type_text(field: FieldInfo) -> str:
 def _words(annotation: Any) -> str:
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        return _words(inner[0])
+        # Names that come from a table of another file, such as those of baselines, are in the schema alone.
+        listed: list[str] = TypeAdapter[Any](annotation).json_schema().get("enum", [])
+        return " | ".join(listed) or _words(inner[0])
     if origin is typing.Literal:
         return " | ".join(str(value) for value in inner)
     if origin in (list, tuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +17,10 @@ from torch import Tensor
 from checkpoints import Artifact
 from modularforge.data.loader import label_tokens
 from modularforge.data.token_files import (
+    ExampleTokens,
     PartitionRow,
+    Stream,
     TokenFile,
-    Tokens,
     check_metadata,
     open_token_file,
     read_partitions,
@@ -81,7 +83,7 @@ class Corpus:
         """Bytes that each token stands for, [V]."""
         return torch.from_numpy(token_byte_lengths(self.tokenizer))
 
-    def domains(self, split: str, max_tokens: int | None = None) -> dict[str, Tokens]:
+    def domains(self, split: str, max_tokens: int | None = None) -> dict[str, Stream]:
         """The token stream of each domain that has documents in the split."""
         file = self.tokens(split)
         streams = {label: label_tokens(file, index, max_tokens) for index, label in enumerate(self.labels)}
@@ -90,7 +92,9 @@ class Corpus:
 
 def token_file(artifact: Artifact, name: str) -> TokenFile:
     """A token file of an artifact, memory-mapped; from an object store its three files are fetched first."""
-    parts = [artifact.local_file(f"{name}.{part}") for part in ("tokens.bin", "offsets.npy", "labels.npy")]
+    endings = ["tokens.bin", "offsets.npy", "labels.npy"]
+    endings += ["learned.bin"] if f"{name}.learned.bin" in artifact.manifest.files else []
+    parts = [artifact.local_file(f"{name}.{part}") for part in endings]
     folder = parts[0].parent
     if any(part.parent != folder for part in parts):
         folder = artifact.local_folder()
@@ -103,10 +107,29 @@ def partition_rows(partitions: Artifact) -> list[PartitionRow]:
     return read_partitions(partitions.read_bytes(name), partitions.file_url(name))
 
 
-def even_streams(domains: dict[str, Tokens], max_tokens: int) -> Tokens:
+OWN_SHARE = 0.05  # clusters take stray documents of every domain, which none of them stands for
+
+
+def own_domains(partitions: Artifact) -> list[list[str]]:
+    """By partition: the labels of more than a trace of its tokens, which are its expert's own domains."""
+    return [
+        [label for label, count in row.tokens_by_label.items() if count >= OWN_SHARE * row.tokens]
+        for row in partition_rows(partitions)
+    ]
+
+
+def even_streams(domains: Mapping[str, Stream], max_tokens: int) -> Stream:
     """The streams one after another, each cut to the same length, together at most `max_tokens`."""
-    share = max(2, max_tokens // max(1, len(domains)))
-    return np.concatenate([tokens[:share] for tokens in domains.values()])
+    return joined_beginnings(domains, max(2, max_tokens // max(1, len(domains))))
+
+
+def joined_beginnings(domains: Mapping[str, Stream], tokens: int) -> Stream:
+    """About so many tokens of each stream, one after another; examples are not cut."""
+    streams = list(domains.values())
+    examples = [stream.first(tokens) for stream in streams if isinstance(stream, ExampleTokens)]
+    if examples:
+        return ExampleTokens.joined(examples)
+    return np.concatenate([stream[:tokens] for stream in streams if not isinstance(stream, ExampleTokens)])
 
 
 @dataclass(frozen=True)

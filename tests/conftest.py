@@ -29,7 +29,7 @@ def tiny_values(output_dir: Path | str, **changes: Any) -> dict[str, Any]:
     values["data"]["max_documents_per_source"] = 20
     values["experts"] |= {"count": 3, "anchored": True}
     values["partition"] = {"method": "domain"}
-    values["assembly"] = {"router": "learned"}
+    values["assembly"] = {"router": "trained"}
     values["output_dir"] = str(output_dir)
     for name, change in changes.items():
         values[name] = {**values.get(name, {}), **change} if isinstance(change, dict) else change

@@ -24,6 +24,7 @@ DISTRIBUTIONS = {"markdown_it": "markdown-it-py", "yaml": "pyyaml", "sklearn": "
 PART_OF = {"markupsafe": "jinja2", "pydantic_core": "pydantic", "xdist": "pytest-xdist"}
 IMPORT_BY_NAME = re.compile(r'import_module\("([a-z_]+)"\)')
 LIBRARY = ("modularforge", "launcher", "checkpoints")
+EXTRAS = ("embeddings", "gguf", "tensorboard", "transformers")
 
 
 def declared(*extras: str) -> set[str]:
@@ -44,13 +45,13 @@ def foreign(folders: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def test_the_library_imports_only_what_is_declared() -> None:
-    known = declared("embeddings", "tensorboard", "transformers")
+    known = declared(*EXTRAS)
     assert [f"{name} at {place}" for name, place in foreign(LIBRARY) if name not in known] == []
 
 
 def test_what_only_an_extra_declares_is_imported_where_it_is_wanted_and_never_with_a_module() -> None:
     """An extra may be missing: a top-level import of it would break a program that needs no such thing."""
-    extras = declared("embeddings", "tensorboard", "transformers") - declared()
+    extras = declared(*EXTRAS) - declared()
     found = []
     for path in (path for folder in LIBRARY for path in python_files(folder)):
         top = ast.parse(path.read_text(encoding="utf-8")).body
@@ -62,7 +63,7 @@ def test_what_only_an_extra_declares_is_imported_where_it_is_wanted_and_never_wi
 
 @pytest.mark.parametrize(("folder", "extra"), [("tests", "tests"), ("benchmarks", "benchmarks")])
 def test_tests_and_benchmarks_import_only_what_is_declared(folder: str, extra: str) -> None:
-    known = declared("embeddings", "tensorboard", "transformers", extra)
+    known = declared(*EXTRAS, extra)
     assert [f"{name} at {place}" for name, place in foreign([folder]) if name not in known] == []
 
 

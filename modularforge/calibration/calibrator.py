@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -22,13 +23,17 @@ from modularforge.assembly import parts
 from modularforge.assembly.card import CARD_NAME, calibration_note
 from modularforge.assembly.plan import OutputTensor, output_tensors, spans_of
 from modularforge.config import Config
-from modularforge.data.token_files import TokenFile, Tokens
+from modularforge.data.token_files import ExampleTokens, Stream, TokenFile
+from modularforge.errors import DataError
 from modularforge.evaluation.scoring import even_loss
 from modularforge.experts.kind import kind_of, kind_of_artifact
 from modularforge.experts.trainable import ParameterGroup, Trainable
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import save_tensors
-from modularforge.tasks.text import TEXT, TextExamples
+from modularforge.stage_outputs import Corpus, derived_seed, joined_beginnings
+from modularforge.tasks.instruction import InstructionExamples
+from modularforge.tasks.task import Examples, task_of
+from modularforge.tasks.text import TextExamples
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
@@ -50,28 +55,33 @@ class Calibration:
         """Whether the held-out loss improved."""
         return self.after < self.before
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What manifests and studies say of it."""
+        return {"kept": self.kept, "loss_before": self.before, "loss_after": self.after}
 
-def split_documents(file: TokenFile, labels: list[str]) -> tuple[dict[str, Tokens], dict[str, Tokens]]:
-    """Two halves of a split by alternating documents, as token streams per label; a lone document decides."""
-    fit_half: dict[str, Tokens] = {}
-    decide_half: dict[str, Tokens] = {}
+
+def split_documents(file: TokenFile, labels: list[str]) -> tuple[dict[str, Stream], dict[str, Stream]]:
+    """Two halves of a split by alternating documents, as streams per label; a lone document decides."""
+    fit_half: dict[str, Stream] = {}
+    decide_half: dict[str, Stream] = {}
     for index, label in enumerate(labels):
-        documents = [file.document(int(i)) for i in np.flatnonzero(file.labels == index)]
+        documents = np.flatnonzero(file.labels == index)
         for half, chosen in ((decide_half, documents[::2]), (fit_half, documents[1::2])):
-            if chosen:
-                half[label] = np.concatenate(chosen)
+            if len(chosen):
+                half[label] = file.stream(chosen)
     return fit_half, decide_half
 
 
 def calibrate(
     model: Decoder,
     config: Config,
-    fit_tokens: Tokens,
-    decide: Mapping[str, Tokens],
+    fit_stream: Stream,
+    decide: Mapping[str, Stream],
     job: Job,
     seed: int,
 ) -> Calibration:
-    """Train the chosen parameters on `fit_tokens`; `decide` holds the streams per domain that judge the result.
+    """Train the chosen parameters on `fit_stream`; `decide` holds the streams per domain that judge the result.
 
     It computes in float32, but what it returns and judges has the types that the model came with.
     """
@@ -87,8 +97,8 @@ def calibrate(
     context = min(config.model.context_length, model.config.positions)
     before, batch = held_out(), config.calibration.batch_size
     fit(
-        Trainable(model, TEXT.loss, [ParameterGroup(learns)]),
-        TextExamples(fit_tokens, context, batch, seed, "the calibration half of validation"),
+        Trainable(model, task_of(config).loss, [ParameterGroup(learns)]),
+        _examples(fit_stream, context, batch, seed, "the calibration half of validation"),
         job,
         held_out,
         world,
@@ -100,6 +110,12 @@ def calibrate(
     return Calibration(before, held_out(), changed)
 
 
+def _examples(stream: Stream, context: int, batch: int, seed: int, name: str) -> Examples:
+    if isinstance(stream, ExampleTokens):
+        return InstructionExamples(stream, context, batch, seed, name)
+    return TextExamples(stream, context, batch, seed, name)
+
+
 def choose_parameters(model: Decoder, config: Config) -> Mapping[str, nn.Parameter]:
     """Let only those parameters learn that the experts' kind lets a calibration touch; returns them by name."""
     model.requires_grad_(False)
@@ -109,10 +125,21 @@ def choose_parameters(model: Decoder, config: Config) -> Mapping[str, nn.Paramet
     return learns
 
 
-def even_mixture(streams: Mapping[str, Tokens]) -> Tokens:
+def even_mixture(streams: Mapping[str, Stream]) -> Stream:
     """The streams one after another, each cut to the length of the shortest, so that all domains weigh alike."""
-    shortest = min(len(tokens) for tokens in streams.values())
-    return np.concatenate([tokens[:shortest] for tokens in streams.values()])
+    return joined_beginnings(streams, min(len(tokens) for tokens in streams.values()))
+
+
+def calibrate_on_validation(model: Decoder, config: Config, corpus: Corpus, job: Job) -> Calibration:
+    """Calibrate on one half of the validation documents, judged by the other; raises DataError for too few."""
+    fit_half, decide_half = split_documents(corpus.tokens("validation"), corpus.labels)
+    if not fit_half:
+        raise DataError(
+            "calibration needs at least two validation documents of a domain, but there are fewer; add validation text "
+            "or leave it out (assemble --no-calibrate, run-all --skip-calibration)"
+        )
+    seed = derived_seed(config.seed, "calibration order")
+    return calibrate(model, config, even_mixture(fit_half), decide_half, job, seed)
 
 
 def write_calibrated(assembled: Artifact, result: Calibration, writer: ArtifactWriter, max_shard_bytes: int) -> None:

@@ -10,12 +10,14 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from checkpoints.redact import redact
 from modularforge.config import DataConfig, SourceConfig
+from modularforge.data.chat_template import Segment
+from modularforge.data.examples import ExampleWriter
 from modularforge.data.files import find_files
-from modularforge.data.formats import Labelled, read_file, read_hub
+from modularforge.data.formats import Labelled, hub_records, label_of, read_file, read_hub, read_records
 from modularforge.errors import DataError
 
 Split = Literal["train", "validation", "test"]
@@ -27,26 +29,37 @@ HELD_OUT_CAP_DIVISOR = 10
 
 @dataclass(frozen=True)
 class Document:
-    """One text of the corpus and the label it is evaluated under."""
+    """One text of the corpus and the label it is evaluated under; an example has its text in segments."""
 
     text: str
     label: str
+    segments: tuple[Segment, ...] = ()
+    is_chat: bool = False
+
+    @property
+    def identity(self) -> str:
+        """What says which split it is in: of an example the prompt, so that a prompt is in one split."""
+        return self.segments[0].text if self.segments else self.text
 
 
 def read_documents(
-    source: SourceConfig, split: Split, data: DataConfig, dropped: Counter[str] | None = None
+    source: SourceConfig,
+    split: Split,
+    data: DataConfig,
+    dropped: Counter[str] | None = None,
+    writer: ExampleWriter | None = None,
 ) -> Iterator[Document]:
     """The documents of one split of one source; raises DataError when there are none.
 
-    `dropped`, when given, counts the documents under `data.min_article_length` by label.
+    `dropped`, when given, counts the texts under `data.min_article_length` by label. A `writer` makes examples of
+    records.
     """
     count, elsewhere, limit = 0, 0, _document_limit(source, split, data)
-    for text, label in _read_split(source, split):
-        document = Document(text, label or source.name)
-        if len(text) < data.min_article_length:
+    for document in _texts(source, split) if writer is None else _examples(source, split, writer):
+        if writer is None and len(document.text) < data.min_article_length:
             if dropped is not None:
                 dropped[document.label] += 1
-        elif _home_split(text, source, split, data) == split:
+        elif _home_split(document.identity, source, split, data) == split:
             yield document
             count += 1
             if count == limit:
@@ -55,6 +68,26 @@ def read_documents(
             elsewhere += 1
     if not count:
         raise _no_documents(source, split, data, elsewhere)
+
+
+def _texts(source: SourceConfig, split: Split) -> Iterator[Document]:
+    return (Document(text, label or source.name) for text, label in _read_split(source, split))
+
+
+def _examples(source: SourceConfig, split: Split, writer: ExampleWriter) -> Iterator[Document]:
+    for record, origin in _read_records(source, split, writer.columns):
+        label = label_of(record, source, origin) or source.name
+        for segments in writer.write(record, origin):
+            text = "".join(segment.text for segment in segments)
+            yield Document(text, label, segments, writer.chat is not None)
+
+
+def _read_records(source: SourceConfig, split: Split, columns: list[str]) -> Iterator[tuple[Any, str]]:
+    locations = getattr(source, split) or source.train
+    if source.hub is not None:
+        names = [locations] if isinstance(locations, str) else locations
+        return (found for name in names for found in hub_records(name, source))
+    return (found for url in find_files(locations) for found in read_records(url, source, columns))
 
 
 def _read_split(source: SourceConfig, split: Split) -> Iterator[Labelled]:

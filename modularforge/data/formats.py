@@ -74,6 +74,11 @@ def _read_wikitext(url: str, source: SourceConfig) -> Iterator[Labelled]:
 
 
 def _read_jsonl(url: str, source: SourceConfig) -> Iterator[Labelled]:
+    return (fields(record, source, origin) for record, origin in _jsonl_records(url))
+
+
+def _jsonl_records(url: str) -> Iterator[tuple[Any, str]]:
+    """Each line's value, and what names the line."""
     name = redact(url)
     for number, line in enumerate(read_lines(url), start=1):
         if not line.strip():
@@ -85,13 +90,38 @@ def _read_jsonl(url: str, source: SourceConfig) -> Iterator[Labelled]:
                 f"{name}:{number} must be one JSON object, but is not ({one_line(error)}); fix the line, or write one "
                 "object a line (jq -c)"
             ) from error
-        yield fields(record, source, f"{name}:{number}")
+        yield record, f"{name}:{number}"
 
 
 def _read_parquet(url: str, source: SourceConfig) -> Iterator[Labelled]:
-    name, wanted = redact(url), wanted_fields(source)
-    for number, record in enumerate(parquet_rows(url, wanted), start=1):
-        yield fields(record, source, f"{name}, row {number}")
+    return (fields(record, source, origin) for record, origin in _parquet_records(url, wanted_fields(source)))
+
+
+def _parquet_records(url: str, wanted: list[str], needs_all: bool = True) -> Iterator[tuple[Any, str]]:
+    """Each row's wanted columns, and what names the row."""
+    for number, record in enumerate(parquet_rows(url, wanted, needs_all), start=1):
+        yield record, f"{redact(url)}, row {number}"
+
+
+def read_records(url: str, source: SourceConfig, columns: list[str]) -> Iterator[tuple[Any, str]]:
+    """The records of a file of JSON lines or of Parquet, each with what names it; raises DataError."""
+    kind = _format_of(url, source)
+    if kind == "parquet":
+        return _parquet_records(url, [*columns, source.label_field] if source.label_field else columns, False)
+    if kind == "jsonl":
+        return _jsonl_records(url)
+    raise DataError(
+        f"{redact(url)} must hold records with a prompt and a response, as JSON lines or Parquet, but is taken for "
+        f"{kind}; set the format of source {source.name}, or write it as JSON lines"
+    )
+
+
+def label_of(record: Any, source: SourceConfig, origin: str) -> str | None:
+    """The label of a record, or None where there is none; raises DataError."""
+    if source.label_field is None:
+        return None
+    require_columns([source.label_field], record, origin)
+    return _label(record[source.label_field], source, origin)
 
 
 _READERS: dict[str, Callable[[str, SourceConfig], Iterator[Labelled]]] = {
@@ -168,13 +198,18 @@ def _is_unicode(text: str) -> bool:
 
 def hub_rows(split: str, source: SourceConfig) -> Iterator[Labelled]:
     """Text and label of the rows of one split; raises DataError."""
+    return (fields(record, source, origin) for record, origin in hub_records(split, source))
+
+
+def hub_records(split: str, source: SourceConfig) -> Iterator[tuple[Any, str]]:
+    """The rows of one split, each with what names it; raises DataError."""
     from datasets import load_dataset
 
     origin = f"{source.hub} ({split})"
     try:
         rows = load_dataset(source.hub, source.hub_config, split=split, streaming=True)
         for number, row in enumerate(rows, start=1):
-            yield fields(row, source, f"{origin}, row {number}")
+            yield row, f"{origin}, row {number}"
     except UserError:
         raise
     except Exception as error:  # data sets, Arrow and HTTP clients each have their own classes
@@ -184,8 +219,8 @@ def hub_rows(split: str, source: SourceConfig) -> Iterator[Labelled]:
         ) from error
 
 
-def parquet_rows(url: str, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """The wanted columns of all rows; raises DataError."""
+def parquet_rows(url: str, columns: list[str], needs_all: bool = True) -> Iterator[dict[str, Any]]:
+    """The wanted columns of all rows, or those of them that there are; raises DataError."""
     import pyarrow
     import pyarrow.parquet
 
@@ -194,7 +229,9 @@ def parquet_rows(url: str, columns: list[str]) -> Iterator[dict[str, Any]]:
         _require_parquet(file, name)
         try:
             table = pyarrow.parquet.ParquetFile(file)
-            require_columns(columns, table.schema_arrow.names, name)
+            if needs_all:
+                require_columns(columns, table.schema_arrow.names, name)
+            columns = [column for column in columns if column in table.schema_arrow.names]
             for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns):
                 yield from _records(batch, first, name)
                 first += batch.num_rows

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from modularforge.data.token_files import TokenFile, Tokens
+from modularforge.data.token_files import ExampleTokens, Stream, TokenFile, Tokens
 from modularforge.data.tokenizer import PAD
 from modularforge.errors import DataError, TrainingError
 
@@ -41,7 +41,7 @@ def batches(
     inputs_WT, targets_WT = _windows(tokens, context_length)
     _require_batch(len(inputs_WT), len(tokens), context_length, batch_size, world, name)
     share = batch_size // world
-    order = _Order(len(inputs_WT), seed)
+    order = Order(len(inputs_WT), seed)
     position = start_position
     while True:
         first = position + rank * share
@@ -68,20 +68,30 @@ def mixed_batches(
     all of them come once, in one order drawn from `seed`, and then the iterator ends.
     """
     pairs = [_windows(tokens, context_length) for tokens in streams]
-    taken_S2: list[npt.NDArray[np.int64]] = []
-    end = first_window + windows_each
-    for k, (inputs_WT, _) in enumerate(pairs):
-        _require_batch(len(inputs_WT), len(streams[k]), context_length, batch_size, world, f"partition {k}")
-        order = _Order(len(inputs_WT), seeds[k])
-        chosen = [order.windows(first, min(first + batch_size, end)) for first in range(first_window, end, batch_size)]
-        windows = np.concatenate(chosen)
-        taken_S2.append(np.stack([np.full_like(windows, k), windows], axis=1))
-    mixed_S2 = np.random.default_rng([seed]).permutation(np.concatenate(taken_S2))
+    counts = [len(inputs_WT) for inputs_WT, _ in pairs]
+    for k, count in enumerate(counts):
+        _require_batch(count, len(streams[k]), context_length, batch_size, world, f"partition {k}")
+    mixed_S2 = mixed_windows(counts, seeds, windows_each, batch_size, seed, first_window)
     share = batch_size // world
     for position in range(start_position, len(mixed_S2), batch_size):
         mine = mixed_S2[position + rank * share : position + (rank + 1) * share]
         inputs_BT, targets_BT = (np.stack([pairs[k][part][w] for k, w in mine]) for part in (0, 1))
         yield _tensor(inputs_BT), _tensor(targets_BT), position + batch_size
+
+
+def mixed_windows(
+    counts: Sequence[int], seeds: Sequence[int], windows_each: int, batch_size: int, seed: int, first_window: int
+) -> npt.NDArray[np.int64]:
+    """Stream and window [S, 2] of all that jobs on streams of so many windows take, in one order drawn from `seed`."""
+    taken_S2: list[npt.NDArray[np.int64]] = []
+    end = first_window + windows_each
+    for k, count in enumerate(counts):
+        order = Order(count, seeds[k])
+        chosen = [order.windows(first, min(first + batch_size, end)) for first in range(first_window, end, batch_size)]
+        windows = np.concatenate(chosen)
+        taken_S2.append(np.stack([np.full_like(windows, k), windows], axis=1))
+    mixed_S2: npt.NDArray[np.int64] = np.random.default_rng([seed]).permutation(np.concatenate(taken_S2))
+    return mixed_S2
 
 
 def evaluation_batches(
@@ -100,8 +110,15 @@ def evaluation_batches(
         yield _rows(piece[:-1], context_length, PAD), _rows(piece[1:], context_length, IGNORED_TARGET)
 
 
-def label_tokens(file: TokenFile, label: int, max_tokens: int | None = None) -> Tokens:
-    """The documents of one label one after another, so that no window mixes domains; cut after `max_tokens` + 1 ids."""
+def label_tokens(file: TokenFile, label: int, max_tokens: int | None = None) -> Stream:
+    """The documents of one label one after another, so that no window mixes domains; cut after `max_tokens` + 1 ids.
+
+    Examples are whole: the last one is not cut.
+    """
+    if file.learned is not None:
+        stream = file.stream(np.flatnonzero(file.labels == label))
+        assert isinstance(stream, ExampleTokens)
+        return stream if max_tokens is None or not len(stream) else stream.first(max_tokens)
     documents: list[Tokens] = []
     missing = file.tokens.size if max_tokens is None else max_tokens + 1
     for index in np.flatnonzero(file.labels == label):
@@ -112,7 +129,7 @@ def label_tokens(file: TokenFile, label: int, max_tokens: int | None = None) -> 
     return np.concatenate(documents) if documents else np.empty(0, file.tokens.dtype)
 
 
-class _Order:
+class Order:
     """Which window stands at a position: a permutation per epoch, of which the newest two are kept."""
 
     def __init__(self, num_windows: int, seed: int) -> None:

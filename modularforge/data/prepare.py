@@ -25,7 +25,9 @@ from checkpoints import paths
 from checkpoints.redact import redact_values
 from checkpoints.screen import progress
 from modularforge.config import Config
+from modularforge.data.chat_template import load_chat_tokenizer
 from modularforge.data.corpus import SPLITS, Document, Split, read_documents
+from modularforge.data.examples import ExampleEncoder, ExampleWriter, example_writers
 from modularforge.data.inputs import file_states, list_matches
 from modularforge.data.shards import Shard, tokenise
 from modularforge.data.token_files import LABEL_LIMIT, TokenFileWriter
@@ -66,7 +68,9 @@ def prepare_corpus(
         save_tokenizer(tokenizer, output)
     labels = [source.name for source in config.data.sources if source.label_field is None]
     dropped: Counter[str] = Counter()
-    encoder = _Encoder(tokenizer, end_token, work)
+    writers = example_writers(config, output if pretrained is not None else None)
+    examples = ExampleEncoder(tokenizer, load_chat_tokenizer(output), end_token) if writers else None
+    encoder = _Encoder(tokenizer, end_token, work, writers, examples)
     splits = {split: _write_split(config, split, encoder, output, labels, dropped) for split in SPLITS}
     metadata = {
         "vocab_size": vocabulary_size(tokenizer),
@@ -88,6 +92,8 @@ class _Encoder:
     tokenizer: Tokenizer
     end_token: int
     work: Path
+    writers: Mapping[str, ExampleWriter]
+    examples: ExampleEncoder | None
 
 
 def describe_corpus(
@@ -97,6 +103,8 @@ def describe_corpus(
     files = file_states(list_matches(config)) if states is None else states
     facts: dict[str, Any] = {"format": FORMAT, "data": config.data.model_dump(), "files": files}
     facts["tokenizers"] = tokenizers.__version__
+    if config.learns_responses:
+        facts["task"] = config.task
     if pretrained is not None:
         facts["tokenizer"] = hashlib.sha256((pretrained / "tokenizer.json").read_bytes()).hexdigest()
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
@@ -131,8 +139,10 @@ def _learn_tokenizer(config: Config, path: Path) -> Tokenizer:
 def _sample_texts(config: Config) -> Iterator[str]:
     """The beginning of each source's training text, in equal shares of `data.tokenizer_sample_bytes`."""
     share = config.data.tokenizer_sample_bytes // len(config.data.sources)
+    writers = example_writers(config, None)
     for source in config.data.sources:
-        yield from take_bytes((document.text for document in read_documents(source, "train", config.data)), share)
+        documents = read_documents(source, "train", config.data, writer=writers.get(source.name))
+        yield from take_bytes((document.text for document in documents), share)
 
 
 def _write_split(
@@ -145,14 +155,14 @@ def _write_split(
 ) -> dict[str, dict[str, int]]:
     """Write one token file and return documents, tokens and bytes by label; labels not seen before join `labels`."""
     totals: dict[str, Counter[str]] = {}
-    documents = _documents(config, split, dropped if split == "train" else None)
+    documents = _documents(config, split, encoder.writers, dropped if split == "train" else None)
     started, done = time.monotonic(), Counter[str]()
     with (
-        TokenFileWriter(output, split, vocabulary_size(encoder.tokenizer)) as writer,
+        TokenFileWriter(output, split, vocabulary_size(encoder.tokenizer), encoder.examples is not None) as writer,
         progress(f"tokenise {split}", None, "documents") as bar,
     ):
-        for shard in tokenise(documents, encoder.tokenizer, encoder.work, split, encoder.end_token):
-            writer.add(shard.tokens, shard.lengths, _global_labels(shard, labels))
+        for shard in tokenise(documents, encoder.tokenizer, encoder.work, split, encoder.end_token, encoder.examples):
+            writer.add(shard.tokens, shard.lengths, _global_labels(shard, labels), shard.learned)
             _count(shard, totals)
             done.update(documents=len(shard.lengths), bytes=int(shard.text_bytes.sum()))
             megabytes = done["bytes"] / 1e6
@@ -164,9 +174,11 @@ def _write_split(
     return {label: dict(totals[label]) for label in labels if label in totals}
 
 
-def _documents(config: Config, split: Split, dropped: Counter[str] | None) -> Iterator[Document]:
+def _documents(
+    config: Config, split: Split, writers: Mapping[str, ExampleWriter], dropped: Counter[str] | None
+) -> Iterator[Document]:
     for source in config.data.sources:
-        yield from read_documents(source, split, config.data, dropped)
+        yield from read_documents(source, split, config.data, dropped, writers.get(source.name))
 
 
 def _global_labels(shard: Shard, labels: list[str]) -> Any:

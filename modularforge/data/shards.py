@@ -21,6 +21,7 @@ from tokenizers import Encoding, Tokenizer
 from checkpoints.paths import write_atomically
 from modularforge.data.background import in_background
 from modularforge.data.corpus import Document
+from modularforge.data.examples import Encoded, ExampleEncoder
 from modularforge.data.token_files import token_dtype
 from modularforge.data.tokenizer import EOS, encode_texts, vocabulary_size
 
@@ -38,6 +39,8 @@ class Shard:
     text_bytes: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     names: list[str]
+    learned: npt.NDArray[np.uint8] | None = None
+    """Of examples: which tokens are learned."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +48,25 @@ class _Group:
     """The documents of a shard before they are tokenised."""
 
     path: Path
-    texts: list[str]
-    labels: list[str]
+    documents: list[Document]
     text_bytes: list[int]
 
 
 def tokenise(
-    documents: Iterable[Document], tokenizer: Tokenizer, folder: Path, name: str, end_token: int = EOS
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    folder: Path,
+    name: str,
+    end_token: int = EOS,
+    examples: ExampleEncoder | None = None,
 ) -> Iterator[Shard]:
     """The shards of a stream of documents, each as the tokenizer encodes it (`<bos>` text) and `end_token`.
 
     Those already in `folder` are only loaded. It belongs to one tokenizer: shards of another must not lie in it.
+    `examples` says how they become tokens where they are examples.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    batches = _encode(in_background(_group(documents, folder, name), depth=1), tokenizer)
+    batches = _encode(in_background(_group(documents, folder, name), depth=1), tokenizer, examples)
     dtype, parts = token_dtype(vocabulary_size(tokenizer)), _Parts(end_token)
     for group, encodings, is_last in in_background(batches):
         parts.add(encodings, dtype)
@@ -73,7 +81,8 @@ def read_shard(path: Path) -> Shard:
     """Load one shard file."""
     with np.load(path) as content:
         names = content["names"].tolist()
-        return Shard(content["tokens"], content["lengths"], content["text_bytes"], content["labels"], names)
+        learned = content.get("learned")
+        return Shard(content["tokens"], content["lengths"], content["text_bytes"], content["labels"], names, learned)
 
 
 @dataclass
@@ -83,10 +92,15 @@ class _Parts:
     end_token: int
     tokens: list[npt.NDArray[Any]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    learned: list[npt.NDArray[np.uint8]] = field(default_factory=list)
 
-    def add(self, encodings: list[Encoding], dtype: np.dtype[Any]) -> None:
+    def add(self, encodings: list[Encoding] | list[Encoded], dtype: np.dtype[Any]) -> None:
         for encoding in encodings:
-            ids = encoding.ids
+            if isinstance(encoding, tuple):
+                ids, learned = encoding
+                self.learned.append(np.array(learned, np.uint8))
+            else:
+                ids = encoding.ids
             if ids[-1:] != [self.end_token]:  # some pretrained tokenizers put it there themselves
                 ids.append(self.end_token)
             self.tokens.append(np.array(ids, dtype))
@@ -95,48 +109,58 @@ class _Parts:
 
 def _group(documents: Iterable[Document], folder: Path, name: str) -> Iterator[_Group]:
     """Cut the stream into shards after the document that fills each, and name them by what they hold."""
-    texts: list[str] = []
-    labels: list[str] = []
+    held: list[Document] = []
     text_bytes: list[int] = []
     digest, filled, index = hashlib.blake2b(digest_size=12), 0, 0
     for document in documents:
         content = document.text.encode()
-        texts.append(document.text)
-        labels.append(document.label)
+        held.append(document)
         text_bytes.append(len(content))
         filled += len(content)
         digest.update(f"{len(content)} {document.label}\n".encode() + content)
+        if document.segments:
+            pieces = [(len(segment.text), segment.is_learned) for segment in document.segments]
+            digest.update(repr((document.is_chat, pieces)).encode())
         if filled >= SHARD_BYTES:
-            yield _Group(folder / f"{name}-{index:06d}-{digest.hexdigest()}.npz", texts, labels, text_bytes)
-            texts, labels, text_bytes = [], [], []
+            yield _Group(folder / f"{name}-{index:06d}-{digest.hexdigest()}.npz", held, text_bytes)
+            held, text_bytes = [], []
             digest, filled, index = hashlib.blake2b(digest_size=12), 0, index + 1
-    if texts:
-        yield _Group(folder / f"{name}-{index:06d}-{digest.hexdigest()}.npz", texts, labels, text_bytes)
+    if held:
+        yield _Group(folder / f"{name}-{index:06d}-{digest.hexdigest()}.npz", held, text_bytes)
 
 
-def _encode(groups: Iterator[_Group], tokenizer: Tokenizer) -> Iterator[tuple[_Group, list[Encoding], bool]]:
+def _encode(
+    groups: Iterator[_Group], tokenizer: Tokenizer, examples: ExampleEncoder | None
+) -> Iterator[tuple[_Group, list[Encoding] | list[Encoded], bool]]:
     """Encodings of each group in batches, and whether a batch is the group's last; none of a finished shard."""
     for group in groups:
         if group.path.exists():
             yield group, [], True
             continue
-        start, filled, last = 0, 0, len(group.texts) - 1
+        start, filled, last = 0, 0, len(group.documents) - 1
         for index, size in enumerate(group.text_bytes):
             filled += size
             if filled >= BATCH_BYTES or index == last:
-                yield group, encode_texts(tokenizer, group.texts[start : index + 1]), index == last
+                batch = group.documents[start : index + 1]
+                if examples is None:
+                    yield group, encode_texts(tokenizer, [document.text for document in batch]), index == last
+                else:
+                    yield group, [examples.encode(item.segments, item.is_chat) for item in batch], index == last
                 start, filled = index + 1, 0
 
 
 def _write_shard(group: _Group, parts: _Parts) -> None:
-    names = sorted(set(group.labels))
+    labels = [document.label for document in group.documents]
+    names = sorted(set(labels))
+    learned: dict[str, Any] = {"learned": np.concatenate(parts.learned)} if parts.learned else {}
     buffer = io.BytesIO()
     np.savez(
         buffer,
         tokens=np.concatenate(parts.tokens),
         lengths=np.array(parts.lengths, np.int64),
         text_bytes=np.array(group.text_bytes, np.int64),
-        labels=np.searchsorted(names, group.labels).astype(np.int64),
+        labels=np.searchsorted(names, labels).astype(np.int64),
         names=np.array(names),
+        **learned,
     )
     write_atomically(group.path, [buffer.getvalue()], replace=True)

@@ -1,13 +1,15 @@
 """Token ids on disk, written once as a stream, read as memory maps; and what describes prepared data beside them.
 
 A token file NAME in a folder is ``NAME.tokens.bin`` (little-endian uint16, or uint32 for vocabularies over 65536),
-``NAME.offsets.npy`` (int64, where each document starts, and the end) and ``NAME.labels.npy`` (uint16 label ids).
+``NAME.offsets.npy`` (int64, where each document starts, and the end) and ``NAME.labels.npy`` (uint16 label ids). Of
+examples, each of which is a document, ``NAME.learned.bin`` says which tokens are learned (a byte each, 1 or 0).
 ``metadata.json`` and ``partitions.json`` are checked before anybody computes with what they say.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +36,7 @@ class TokenFile:
     tokens: Tokens
     offsets: npt.NDArray[np.int64]
     labels: npt.NDArray[np.uint16]
+    learned: Tokens | None = None
 
     @property
     def num_documents(self) -> int:
@@ -49,21 +52,78 @@ class TokenFile:
         """Token ids of one document."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
+    def stream(self, documents: npt.NDArray[np.int64]) -> Tokens | ExampleTokens:
+        """These documents one after another; examples keep their bounds and what of them is learned."""
+        spans = [slice(int(self.offsets[i]), int(self.offsets[i + 1])) for i in documents]
+        tokens = np.concatenate([self.tokens[span] for span in spans]) if spans else np.empty(0, self.tokens.dtype)
+        if self.learned is None:
+            return tokens
+        learned = np.concatenate([self.learned[span] for span in spans]) if spans else np.empty(0, np.uint8)
+        return ExampleTokens(tokens, _offsets(self.lengths[documents]), learned)
+
+    @property
+    def whole(self) -> Tokens | ExampleTokens:
+        """All documents as one stream."""
+        return self.tokens if self.learned is None else ExampleTokens(self.tokens, self.offsets, self.learned)
+
+
+@dataclass(frozen=True)
+class ExampleTokens:
+    """A stream of examples: `tokens` as in a token file, example i between offsets i and i + 1, and what is learned."""
+
+    tokens: Tokens
+    offsets: npt.NDArray[np.int64]
+    learned: Tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_examples(self) -> int:
+        """How many there are."""
+        return len(self.offsets) - 1
+
+    def first(self, tokens: int) -> ExampleTokens:
+        """The first examples that together have about so many tokens, at least one."""
+        count = max(1, int(np.searchsorted(self.offsets, tokens, side="right")) - 1)
+        end = self.offsets[min(count, self.num_examples)]
+        return ExampleTokens(self.tokens[:end], self.offsets[: count + 1], self.learned[:end])
+
+    @staticmethod
+    def joined(parts: Sequence[ExampleTokens]) -> ExampleTokens:
+        """Several streams one after another."""
+        lengths = np.concatenate([np.diff(part.offsets) for part in parts])
+        tokens, learned = (np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "learned"))
+        return ExampleTokens(tokens, _offsets(lengths), learned)
+
+
+Stream = Any
+"""What a model learns from or is measured on: `Tokens`, ids of text without bounds, or `ExampleTokens`."""
+
+
+def _offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
 
 class TokenFileWriter:
     """Writes a token file as its documents come; the offsets are written when the `with` block ends well."""
 
-    def __init__(self, folder: Path, name: str, vocab_size: int) -> None:
+    def __init__(self, folder: Path, name: str, vocab_size: int, has_learned: bool = False) -> None:
         self.folder = folder
         self.name = name
         self.dtype = token_dtype(vocab_size)
         self.offsets = array("q", [0])
         self.labels = array("H")
         self.file = open(folder / f"{name}.tokens.bin", "wb")  # noqa: SIM115 closed by __exit__
+        self.learned = open(folder / f"{name}.learned.bin", "wb") if has_learned else None  # noqa: SIM115
 
-    def add(self, tokens: Tokens, lengths: npt.NDArray[np.int64], labels: npt.NDArray[Any]) -> None:
-        """Append documents: their tokens one after another, and the length and label of each."""
+    def add(
+        self, tokens: Tokens, lengths: npt.NDArray[np.int64], labels: npt.NDArray[Any], learned: Tokens | None = None
+    ) -> None:
+        """Append documents: their tokens one after another, the length and label of each, and what is learned."""
         self.file.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
+        if self.learned is not None:
+            self.learned.write(np.ascontiguousarray(learned, dtype=np.uint8).data)
         self.offsets.extend((self.offsets[-1] + np.cumsum(lengths)).tolist())
         self.labels.extend(labels.tolist())
 
@@ -79,6 +139,8 @@ class TokenFileWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.file.close()
+        if self.learned is not None:
+            self.learned.close()
         if error is None:
             np.save(self.folder / f"{self.name}.offsets.npy", np.array(self.offsets, dtype="<i8"))
             np.save(self.folder / f"{self.name}.labels.npy", np.array(self.labels, dtype="<u2"))
@@ -105,12 +167,27 @@ def open_token_file(folder: Path, name: str) -> TokenFile:
             f"{path} must hold the {count} tokens and {len(labels)} documents that its offsets and labels say, "
             f"but has {size} bytes and {len(offsets) - 1} documents; it is truncated: run prepare-data again"
         )
-    dtype = np.dtype("<u2" if size == 2 * count else "<u4")
+    tokens = _mapped(path, np.dtype("<u2" if size == 2 * count else "<u4"), count)
+    return TokenFile(name, tokens, offsets, labels, _learned(folder / f"{name}.learned.bin", count))
+
+
+def _learned(path: Path, count: int) -> Tokens | None:
+    """Which tokens are learned, where that is said; raises DataError when it is not said of each."""
+    if not path.exists():
+        return None
+    if path.stat().st_size != count:
+        raise DataError(
+            f"{path} must say of each of the {count} tokens whether it is learned, but has {path.stat().st_size} "
+            "bytes; it is truncated: run prepare-data again"
+        )
+    return _mapped(path, np.dtype(np.uint8), count)
+
+
+def _mapped(path: Path, dtype: np.dtype[Any], count: int) -> Tokens:
     try:
-        tokens: Tokens = np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)
+        return np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)
     except OSError as error:
         raise DataError(f"{path} must be readable, but {one_line(error)}; fix its permissions") from error
-    return TokenFile(name, tokens, offsets, labels)
 
 
 def _load_array(path: Path, dtype: str) -> npt.NDArray[Any]:

@@ -29,7 +29,7 @@ def build_btx(config: Config, backbone: Backbone, branches: Sequence[Artifact]) 
     if config.assembly.router in ("evidence", *TRAINED_ROUTERS):
         raise ConfigError(
             f"assembly.router must be one that is solved from sums for a BTX merge, but is {config.assembly.router}; "
-            "use data_stats or centred_means"
+            "use ridge or means"
         )
     model, kept = model_config_of(backbone.values), config.joint_experts > config.experts.count
     tensors: dict[str, Tensor] = {}
@@ -53,7 +53,7 @@ def build_btx(config: Config, backbone: Backbone, branches: Sequence[Artifact]) 
 
 def solved_router(config: Config) -> Config:
     """The settings with a router that can be solved for branches, which train no rows, whatever the run's own is."""
-    return config.model_copy(update={"assembly": config.assembly.model_copy(update={"router": "data_stats"})})
+    return config.model_copy(update={"assembly": config.assembly.model_copy(update={"router": "ridge"})})
 
 
 def build_soup(config: Config, backbone: Backbone, experts: Sequence[Artifact]) -> Decoder:

@@ -15,12 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from modularforge.config import Config
-from modularforge.data.token_files import Tokens
+from modularforge.data.token_files import Stream
 from modularforge.errors import DataError
 from modularforge.evaluation.extras import Chat, Extras, prepare_chat, token_streams
 from modularforge.evaluation.generation import Sampling, generate
 from modularforge.evaluation.paired import differences
 from modularforge.evaluation.probes import CHAT, GENERAL, SPREAD, TEXT, Probe, domain_probes, text_probe
+from modularforge.evaluation.replies import prepare_tasks
 from modularforge.evaluation.scoring import (
     RoutingCount,
     Row,
@@ -57,7 +58,7 @@ class Bench:
 
     config: Config
     corpus: Corpus
-    domains: Mapping[str, Tokens]
+    domains: Mapping[str, Stream]
     limit: int
     probe_limit: int
     extras: Extras = field(default_factory=Extras)
@@ -122,17 +123,19 @@ def measure_models(
     loaders: Mapping[str, Loader],
     with_samples: Collection[str],
     extras: Extras | None = None,
+    ends: Collection[int] = (),
 ) -> Results:
     """Results by model name on the test split, in the order of `loaders`.
 
-    Texts are sampled from the models in `with_samples`. Schema: docs/observing.md. Losses are means over test tokens,
-    domains weigh alike.
+    Texts are sampled from the models in `with_samples`; all answer the prompts of `evaluation.tasks`, where a reply
+    also ends at one of `ends`. Schema: docs/observing.md. Losses are means over test tokens, domains weigh alike.
     """
     device, limit = default_device(), config.evaluation.tokens_per_domain
     streams = corpus.domains("test", limit * SPREAD)
     bench = Bench(config, corpus, streams, limit, limit // PROBE_SHARE, extras or Extras())
     results: Results = {"name": config.name, "domains": list(streams), "models": {}, "routing": {}, "samples": {}}
     replies: dict[str, list[str]] = {}
+    tasks = prepare_tasks(config, corpus)
     for name, load in loaders.items():
         model = load().to(device)
         visits: Visits = {}
@@ -143,10 +146,14 @@ def measure_models(
             results["routing"][name] = routing_summary(visits)
         if name in with_samples:
             results["samples"][name] = sample_texts(config, corpus, model)
+        for task in tasks:
+            task.ask(name, model, {corpus.end_token, *ends})
         if bench.chat and name in with_samples:
             replies[name] = bench.chat.replies(model, config.evaluation.sample_tokens)
     if bench.chat:
         results["chat"] = {"questions": [item.model_dump() for item in bench.chat.questions], "replies": replies}
+    if tasks:
+        results["tasks"] = {task.settings.source: task.results() for task in tasks}
     results["peak_memory_bytes"] = peak_memory_bytes(device)
     return results
 
@@ -154,7 +161,7 @@ def measure_models(
 def _row(bench: Bench, model: Decoder, visits: Visits | None) -> Row:
     """Losses of one model on every probe."""
     row = _with_perplexity(bench.summarise(bench.score(model, visits=visits), model))
-    if model.text_router is not None:
+    if model.text_router is not None and bench.probes(model)[TEXT].examples_RT is None:
         probe, lengths = bench.probes(model)[TEXT], bench.corpus.byte_lengths
         row["carried_loss"] = summarise(probe, bench.carried(model), lengths)["mean_loss"]
     return row

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoints.screen import literal, say
-from modularforge.data.tokenizer import EOS, load_tokenizer
+from modularforge.data.packing import PADDING
+from modularforge.data.tokenizer import EOS, PAD, load_tokenizer
 from modularforge.errors import DataError
 from modularforge.model.backbone import Decoder, KeyValueCache
 from modularforge.model.hub_config import end_tokens as ends_of
@@ -93,6 +94,40 @@ def _continue(
             break
         new.append(token)
         pending = [token]
+    return new
+
+
+def continue_batch(
+    model: Decoder, prompts: Sequence[list[int]], new_tokens: int, sampling: Sampling, end_tokens: Collection[int]
+) -> list[list[int]]:
+    """The tokens that follow each of several prompts, as `continue_tokens` gives them one at a time.
+
+    Rows are padded on the left, and leave the batch when they end. A prompt that leaves no room in the context loses
+    its beginning. What is sampled follows from the seed and the prompt's place alone.
+    """
+    device, room = model.lm_head.weight.device, max(1, model.config.context_length - new_tokens)
+    asked = [ids if len(ids) <= room else [ids[0], *ids[len(ids) - room + 1 :]] for ids in prompts]
+    width = max(map(len, asked))
+    tokens_BT = torch.tensor([[PAD] * (width - len(ids)) + ids for ids in asked], device=device)
+    examples_BT = torch.tensor([[PADDING] * (width - len(ids)) + [0] * len(ids) for ids in asked], device=device)
+    generators = [torch.Generator().manual_seed(sampling.seed + place) for place in range(len(asked))]
+    new: list[list[int]] = [[] for _ in asked]
+    active, cache = list(range(len(asked))), KeyValueCache()
+    model.eval()
+    with torch.inference_mode():
+        for _ in range(min(new_tokens, model.config.context_length - 1)):
+            logits_BV = model(tokens_BT, cache, examples_BT=examples_BT)[:, -1].float().cpu()
+            chosen = [choose_token(logits_BV[i], sampling, generators[row]) for i, row in enumerate(active)]
+            going = [i for i, token in enumerate(chosen) if token not in end_tokens]
+            for i in going:
+                new[active[i]].append(chosen[i])
+            if len(going) < len(active):
+                cache.keep(torch.tensor(going, dtype=torch.long, device=device))
+                active = [active[i] for i in going]
+            if not active:
+                break
+            tokens_BT = torch.tensor([[chosen[i]] for i in going], device=device)
+            examples_BT = torch.zeros_like(tokens_BT)
     return new
 
 

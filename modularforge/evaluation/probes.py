@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from modularforge.data.loader import IGNORED_TARGET, evaluation_batches
-from modularforge.data.token_files import Tokens
+from modularforge.data.packing import Rows
+from modularforge.data.token_files import ExampleTokens, Stream, Tokens
 
 PROBES = TEXT, SWITCH, MIXED, GENERAL, CHAT = "text", "switch", "mixed", "general", "chat"
 FIRST_POSITIONS = 16  # within them no router can know the domain; the ranges behind them double
@@ -48,28 +49,41 @@ class Probe:
     documents_RT: Tensor
     places_RT: Tensor
     shares_documents: bool = False
+    examples_RT: Tensor | None = None
+    """Where rows hold examples that do not see each other: the number of each token's example in its row."""
 
     def only(self, label: str) -> Probe:
         """The windows in which targets of one domain count."""
         rows_R = (self.labels_RT == self.labels.index(label)).any(dim=1)
-        names = ("inputs_RT", "targets_RT", "labels_RT", "documents_RT", "places_RT")
+        names = ["inputs_RT", "targets_RT", "labels_RT", "documents_RT", "places_RT"]
+        names += [] if self.examples_RT is None else ["examples_RT"]
         return replace(self, **{name: getattr(self, name)[rows_R] for name in names})
 
 
 def domain_probes(
-    streams: Mapping[str, Tokens], context_length: int, end_token: int, max_tokens: int, max_probe_tokens: int
+    streams: Mapping[str, Stream], context_length: int, end_token: int, max_tokens: int, max_probe_tokens: int
 ) -> dict[str, Probe]:
     """The text itself, at most `max_tokens` a domain, and the other two with about `max_probe_tokens` targets a domain.
 
     The text is the beginning of each stream, the others are spread over all of it, so that many documents take part.
-    With a single domain there is nothing to switch to.
+    With a single domain there is nothing to switch to. Of examples there is the first alone: what they learn.
     """
-    found = {TEXT: text_probe(TEXT, streams, context_length, end_token, max_tokens)}
-    long_enough = {label: tokens for label, tokens in streams.items() if len(tokens) > context_length}
+    found = {TEXT: plain_probe(streams, context_length, end_token, max_tokens)}
+    texts = {label: tokens for label, tokens in streams.items() if not isinstance(tokens, ExampleTokens)}
+    long_enough = {label: tokens for label, tokens in texts.items() if len(tokens) > context_length}
     if len(long_enough) > 1:
         found[SWITCH] = switch_probe(long_enough, context_length, end_token, max_probe_tokens)
         found[MIXED] = mixed_probe(long_enough, context_length, max_probe_tokens)
     return found
+
+
+def plain_probe(streams: Mapping[str, Stream], context_length: int, end_token: int, max_tokens: int) -> Probe:
+    """The streams as they are, text or examples."""
+    examples = {label: stream for label, stream in streams.items() if isinstance(stream, ExampleTokens)}
+    if examples:
+        return example_probe(examples, context_length, max_tokens)
+    texts = {label: tokens for label, tokens in streams.items() if not isinstance(tokens, ExampleTokens)}
+    return text_probe(TEXT, texts, context_length, end_token, max_tokens)
 
 
 def text_probe(name: str, streams: Mapping[str, Tokens], context_length: int, end_token: int, max_tokens: int) -> Probe:
@@ -84,6 +98,31 @@ def text_probe(name: str, streams: Mapping[str, Tokens], context_length: int, en
         places_RT = np.broadcast_to(np.arange(context_length), labels_RT.shape)
         rows.append((inputs_RT.numpy(), targets_RT.numpy(), labels_RT, documents_RT, places_RT))
     return make_probe(name, tuple(streams), rows)
+
+
+def example_probe(streams: Mapping[str, ExampleTokens], context_length: int, max_tokens: int) -> Probe:
+    """The examples of each stream's beginning, about `max_tokens` of it, in rows; what is learned of them counts.
+
+    An example is a document, and a place is counted from its first token.
+    """
+    blocks = []
+    for index, stream in enumerate(streams.values()):
+        rows = Rows(stream.first(max_tokens), context_length)
+        found = {name: t.numpy() for name, t in rows.tensors(range(len(rows)), context_length).items()}
+        examples_RT, targets_RT = found["examples"], found["targets"]
+        first_R = np.cumsum([0, *map(len, rows.examples)])[:-1]
+        documents_RT = np.where(examples_RT < 0, 0, examples_RT + first_R[:, None])
+        labels_RT = np.where(targets_RT == IGNORED_TARGET, UNCOUNTED, index)
+        blocks.append((found["inputs"], targets_RT, labels_RT, documents_RT, _places(examples_RT), examples_RT))
+    examples = torch.from_numpy(np.concatenate([block[5] for block in blocks]).astype(np.int32))
+    return replace(make_probe(TEXT, tuple(streams), [block[:5] for block in blocks]), examples_RT=examples)
+
+
+def _places(examples_RT: Tokens) -> Tokens:
+    """Places of tokens in their examples."""
+    places_T = np.arange(examples_RT.shape[1])
+    is_first_RT = np.diff(examples_RT, axis=1, prepend=-2) != 0
+    return places_T - np.maximum.accumulate(np.where(is_first_RT, places_T, 0), axis=1)
 
 
 def switch_probe(streams: Mapping[str, Tokens], context_length: int, end_token: int, max_tokens: int) -> Probe:

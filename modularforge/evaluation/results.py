@@ -94,6 +94,19 @@ class _Chat(_Part):
         return self
 
 
+class _TaskExample(_Part):
+    prompt: str
+    references: list[str]
+    replies: dict[str, str]
+
+
+class _Task(_Part):
+    prompts: Count
+    models: dict[str, dict[str, Number]]
+    examples: list[_TaskExample] = []
+    notes: list[str] = []
+
+
 class _Results(_Part):
     name: str
     domains: list[str] = Field(min_length=1)
@@ -101,6 +114,7 @@ class _Results(_Part):
     routing: dict[str, _Routing] = {}
     samples: dict[str, list[_Sample]] = {}
     chat: _Chat | None = None
+    tasks: dict[str, _Task] = {}
     differences: dict[str, dict[str, _Difference]] = {}
     chosen: str | None
     seconds: Annotated[float, Field(ge=0, le=1e9)] = 0.0

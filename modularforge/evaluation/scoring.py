@@ -21,15 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modularforge.data.loader import IGNORED_TARGET, evaluation_batches
-from modularforge.data.token_files import Tokens
+from modularforge.data.packing import Rows, ordered_batches
+from modularforge.data.token_files import ExampleTokens, Stream
 from modularforge.evaluation.paired import document_sums
-from modularforge.evaluation.probes import MIXED, SWITCH, TEXT, UNCOUNTED, Probe, position_ranges, text_probe
+from modularforge.evaluation.probes import MIXED, SWITCH, TEXT, UNCOUNTED, Probe, plain_probe, position_ranges
 from modularforge.model.backbone import Decoder, perplexity
 from modularforge.model.moe import moe_layers, observe_routing
 from modularforge.model.text_router import TextRouter
 
 Row = dict[str, Any]
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batches = Iterable[tuple[Tensor, ...]]
 NO_TOKEN = -1  # an end of documents where nobody asks for documents
 
 
@@ -80,7 +81,7 @@ class Measurement:
 
 def measure(
     model: Decoder,
-    streams: Mapping[str, Tokens],
+    streams: Mapping[str, Stream],
     byte_lengths: Tensor,
     batch_size: int,
     max_tokens: int,
@@ -92,7 +93,7 @@ def measure(
     the model is made for where that is less.
     """
     window = min(context_length or model.config.positions, model.config.positions)
-    probe, routing = text_probe(TEXT, streams, window, NO_TOKEN, max_tokens), dict[str, RoutingCount]()
+    probe, routing = plain_probe(streams, window, NO_TOKEN, max_tokens), dict[str, RoutingCount]()
     row = summarise(probe, score(model, probe, batch_size, routing), byte_lengths)
     domains = {label: DomainLoss(row["loss"], row["tokens"], row["bytes"]) for label, row in row["domains"].items()}
     return Measurement(domains, row["mean_loss"], row["bits_per_byte"], routing)
@@ -101,41 +102,58 @@ def measure(
 def summed_loss(model: Decoder, batches: Batches, device: torch.device) -> tuple[float, float]:
     """Summed loss in nats of a stream's batches, and the targets it was taken over: what training and calibration use.
 
+    A batch is inputs, targets and, of examples, the number of each token's example, all [B, T].
+
     Unlike all else here, a batch is summed by torch, in float32: the last bits of a sum depend on its order, and those
     of validation decide what is recorded of every training, and whether a calibration is kept.
     """
     loss, count = 0.0, 0
     model.eval()
     with torch.no_grad():  # not inference_mode: what a layer remembers of this pass may meet the training's next one
-        for inputs_BT, targets_BT in batches:
+        for inputs_BT, targets_BT, *examples in batches:
             targets = targets_BT.to(device).flatten()
-            logits = model(inputs_BT.to(device)).flatten(0, 1).float()
+            examples_BT = examples[0].to(device) if examples else None
+            logits = model(inputs_BT.to(device), examples_BT=examples_BT).flatten(0, 1).float()
             loss += float(F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum"))
             count += int((targets != IGNORED_TARGET).sum())
     return loss, float(count)
 
 
 def even_loss(
-    model: Decoder, streams: Mapping[str, Tokens], context_length: int, batch_size: int, max_tokens: int
+    model: Decoder, streams: Mapping[str, Stream], context_length: int, batch_size: int, max_tokens: int
 ) -> float:
     """Mean over domains, which weigh alike, of the mean loss of each domain's stream, summed as in training."""
     found = [
-        summed_loss(
-            model, evaluation_batches(tokens, context_length, batch_size, max_tokens), model.lm_head.weight.device
-        )
-        for tokens in streams.values()
+        summed_loss(model, _batches(stream, context_length, batch_size, max_tokens), model.lm_head.weight.device)
+        for stream in streams.values()
     ]
     return sum(loss / count for loss, count in found) / len(found)
 
 
-def score_batch(model: Decoder, inputs_BT: Tensor, targets_BT: Tensor, routing_BTE: Tensor | None = None) -> Tensor:
+def _batches(stream: Stream, context_length: int, batch_size: int, max_tokens: int) -> Batches:
+    """A stream's windows, or its examples in rows, in order; at most about `max_tokens` of it."""
+    if not isinstance(stream, ExampleTokens):
+        return evaluation_batches(stream, context_length, batch_size, max_tokens)
+    rows = ordered_batches(Rows(stream.first(max_tokens), context_length), batch_size)
+    return ((row["inputs"], row["targets"], row["examples"]) for row in rows)
+
+
+def score_batch(
+    model: Decoder,
+    inputs_BT: Tensor,
+    targets_BT: Tensor,
+    routing_BTE: Tensor | None = None,
+    examples_BT: Tensor | None = None,
+) -> Tensor:
     """Log-probability of every target [B, T] in float32 on the CPU; zero where it is to be ignored.
 
     Everything that is measured comes through here, batch after batch in the order of the text. `routing_BTE` outranks
     what the model routes by.
     """
     device = model.lm_head.weight.device
-    logits_BVT = model(inputs_BT.long().to(device), routing_BTE=routing_BTE).float().transpose(1, 2)
+    examples_BT = None if examples_BT is None else examples_BT.to(device)
+    logits_BTV = model(inputs_BT.long().to(device), routing_BTE=routing_BTE, examples_BT=examples_BT)
+    logits_BVT = logits_BTV.float().transpose(1, 2)
     targets_BT = targets_BT.long().to(device)
     return -F.cross_entropy(logits_BVT, targets_BT, ignore_index=IGNORED_TARGET, reduction="none").cpu()
 
@@ -149,8 +167,10 @@ def score(
 ) -> Tensor:
     """Log-probability of every target of a probe, [R, T]; `routing` gets the visits by domain where it is given.
 
-    With `carries`, a text router goes on from window to window of a document, as it does when it generates.
+    With `carries`, a text router goes on from window to window of a document, as it does when it generates; examples
+    are whole, so that there is nothing to carry.
     """
+    carries = carries and probe.examples_RT is None
     found, counts = [], routing if routing is not None and moe_layers(model) else None
     model.eval()
     observe_routing(model, counts is not None)
@@ -159,7 +179,8 @@ def score(
         for first in range(0, len(probe.inputs_RT), batch_size):
             rows = slice(first, first + batch_size)
             routing_BTE = None if routing_RTE is None else routing_RTE[rows]
-            found.append(score_batch(model, probe.inputs_RT[rows], probe.targets_RT[rows], routing_BTE))
+            examples_BT = None if probe.examples_RT is None else probe.examples_RT[rows]
+            found.append(score_batch(model, probe.inputs_RT[rows], probe.targets_RT[rows], routing_BTE, examples_BT))
             if counts is not None:
                 _add_visits(model, probe, probe.labels_RT[rows].flatten(), counts)
     observe_routing(model, False)

@@ -134,7 +134,7 @@ class Mixture:
             "experts": self.count,
             "experts_per_token": self.active,
             "public_expert": self.config.has_public_expert,
-            "router": self.config.assembly.router,
+            "router": self.config.assembly.recorded_router,
             "parameters": sizes.parameters,
             "active_parameters": sizes.active_parameters,
             "routing_parameters": sizes.routing_parameters,

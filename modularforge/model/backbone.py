@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class KeyValueCache:
 
     def __init__(self, text: TextState | None = None) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.examples_BS: Tensor | None = None  # of which example each token is, where that was told
         self.text = text  # what a text router knows of the tokens before, those that left the context included
 
     @property
@@ -57,6 +59,13 @@ class KeyValueCache:
             key_BKTH, value_BKTH = torch.cat([past_key, key_BKTH], 2), torch.cat([past_value, value_BKTH], 2)
         self.layers[layer] = (key_BKTH, value_BKTH)
         return key_BKTH, value_BKTH
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows of the batch but these."""
+        self.layers = {layer: (key[rows], value[rows]) for layer, (key, value) in self.layers.items()}
+        self.examples_BS = None if self.examples_BS is None else self.examples_BS[rows]
+        if self.text is not None:
+            self.text = TextState(self.text.probability_BR[rows], self.text.previous_B[rows])
 
 
 def rotate(x_BNTH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
@@ -81,18 +90,22 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_width, model.norm_epsilon) if normalises else nn.Identity()
         self.k_norm = RMSNorm(self.head_width, model.norm_epsilon) if normalises else nn.Identity()
 
-    def forward(self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor, cache: KeyValueCache | None) -> Tensor:
-        """Mix each position with those before it; `cos`/`sin` are of the T new positions."""
+    def forward(
+        self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor, cache: KeyValueCache | None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Mix each position with those before it; `cos`/`sin` are of the T new positions.
+
+        `mask` [B, 1, T, S] says what each sees where that is not all that came before.
+        """
         B, T, _ = x_BTD.shape
         query = self.q_norm(self.q_proj(x_BTD).view(B, T, self.heads, self.head_width)).transpose(1, 2)
         key = self.k_norm(self.k_proj(x_BTD).view(B, T, self.kv_heads, self.head_width)).transpose(1, 2)
         value = self.v_proj(x_BTD).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)
         query, key = rotate(query, cos_TH, sin_TH), rotate(key, cos_TH, sin_TH)
-        mask = None
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
-            S = key.shape[2]
-            mask = torch.ones(T, S, dtype=torch.bool, device=key.device).tril(S - T)
+            if mask is None:
+                mask = _causal(T, key.shape[2], key.device)
         mixed_BNTH = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
         )
@@ -137,9 +150,11 @@ class Block(nn.Module):
             given: Any = None if logits_BTE is None else logits_BTE.flatten(0, 1).float()
             self.ffn.given_NE = given
 
-    def forward(self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor, cache: KeyValueCache | None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor, cache: KeyValueCache | None, mask: Tensor | None = None
+    ) -> Tensor:
         """Residual stream in, residual stream out."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_TH, sin_TH, cache)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_TH, sin_TH, cache, mask)
         mixed: Tensor = x_BTD + self.ffn(self.post_attention_layernorm(x_BTD))
         return mixed
 
@@ -152,6 +167,37 @@ class Trunk(nn.Module):
         self.embed_tokens = nn.Embedding(vocab_size, model.width)
         self.layers = nn.ModuleList(Block(model, layer, ffn_name, make_ffn()) for layer in range(model.layers))
         self.norm = RMSNorm(model.width, model.norm_epsilon)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tokens of a row see each other, and where each stands in its own example."""
+
+    positions_BT: Tensor
+    mask_B1TS: Tensor
+
+    @staticmethod
+    def of(examples_BT: Tensor, cache: KeyValueCache | None = None) -> Layout:
+        """From the example's number of every token, behind those that a cache holds; neighbours with one number are
+        one example.
+        """
+        if cache is None or cache.examples_BS is None:
+            examples_BS = examples_BT
+        else:
+            examples_BS = torch.cat([cache.examples_BS, examples_BT], dim=1)
+        if cache is not None:
+            cache.examples_BS = examples_BS
+        T, S = examples_BT.shape[1], examples_BS.shape[1]
+        places_S = torch.arange(S, device=examples_BS.device)
+        is_first_BS = F.pad(examples_BS[:, 1:] != examples_BS[:, :-1], (1, 0), value=True)
+        first_BS = (places_S * is_first_BS).cummax(dim=1).values
+        same_BTS = first_BS[:, S - T :, None] == first_BS[:, None, :]
+        return Layout((places_S - first_BS)[:, S - T :], (same_BTS & _causal(T, S, places_S.device))[:, None])
+
+
+def _causal(new: int, all_tokens: int, device: torch.device) -> Tensor:
+    """Which of all tokens [T, S] the newest ones may see."""
+    return torch.ones(new, all_tokens, dtype=torch.bool, device=device).tril(all_tokens - new)
 
 
 class Decoder(nn.Module):
@@ -180,24 +226,32 @@ class Decoder(nn.Module):
         return [layer for layer in self.model.layers if isinstance(layer, Block)]
 
     def forward(
-        self, tokens_BT: Tensor, cache: KeyValueCache | None = None, routing_BTE: Tensor | None = None
+        self,
+        tokens_BT: Tensor,
+        cache: KeyValueCache | None = None,
+        routing_BTE: Tensor | None = None,
+        examples_BT: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, T, V] of the next token at every position; with a cache, T new tokens after those it holds.
 
         Layers with experts route by `routing_BTE`, else by what the text router makes of the ids, else by their rows.
+        `examples_BT` numbers the examples of a row: each is read as if it stood alone.
         """
+        layout = None if examples_BT is None else Layout.of(examples_BT, cache)
         if routing_BTE is None and self.text_router is not None:
-            routing_BTE, text = self.text_router(tokens_BT, cache.text if cache is not None else None)
+            starts_BT = None if layout is None else layout.positions_BT == 0
+            routing_BTE, text = self.text_router(tokens_BT, cache.text if cache is not None else None, starts_BT)
             if cache is not None:
                 cache.text = text
         for block in self.blocks:
             block.route_by(routing_BTE)
         start = cache.length if cache is not None else 0
-        positions = range(start, start + tokens_BT.shape[1])
+        positions = range(start, start + tokens_BT.shape[1]) if layout is None else layout.positions_BT
+        mask = None if layout is None else layout.mask_B1TS
         cos_TH, sin_TH = rotary_angles(self.get_buffer("frequencies"), positions, self.angle_scale)
         x_BTD = self.model.embed_tokens(tokens_BT)
         for block in self.blocks:
-            x_BTD = block(x_BTD, cos_TH, sin_TH, cache)
+            x_BTD = block(x_BTD, cos_TH, sin_TH, cache, mask)
         for block in self.blocks:
             block.route_by(None)  # of these tokens only
         logits_BTV: Tensor = self.lm_head(self.model.norm(x_BTD))
@@ -244,8 +298,15 @@ def rotary_frequencies(model: ModelConfig) -> tuple[Tensor, float]:
     return _yarn(plain, scaling, original, model.rope_theta), _yarn_attention_factor(scaling)
 
 
-def rotary_angles(frequencies: Tensor, positions: range, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, H] of consecutive positions, in Llama's half-split layout, times `scale`."""
+def rotary_angles(frequencies: Tensor, positions: range | Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions, in Llama's half-split layout, times `scale`.
+
+    [T, H] of consecutive ones, or [B, 1, T, H] of those in a tensor [B, T].
+    """
+    if isinstance(positions, Tensor):
+        angles = positions[:, None, :, None].float() * frequencies
+        angles_B1TH = torch.cat([angles, angles], dim=-1)
+        return angles_B1TH.cos() * scale, angles_B1TH.sin() * scale
     steps_T = torch.arange(positions.start, positions.stop, dtype=torch.float32, device=frequencies.device)
     angles = torch.outer(steps_T, frequencies)
     angles_TH = torch.cat([angles, angles], dim=-1)

@@ -23,6 +23,17 @@ HEAD = "lm_head.weight"
 MOE_BLOCK: dict[Family, str] = {"llama": "block_sparse_moe", "qwen3": "mlp"}
 """What the mixture is called in a layer of the assembled model."""
 
+MODULE_GROUPS = ("embedding", "attention", "mlp", "head", "other")
+"""The parts of a decoder that people tell apart when they ask what learns; gains of norms are among the others."""
+_GROUP_OF_MODULE = {
+    "embed_tokens": "embedding",
+    "self_attn": "attention",
+    "mlp": "mlp",
+    "block_sparse_moe": "mlp",
+    "lm_head": "head",
+}
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
 _DENSE = re.compile(r"^model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight$")
 _EXPERT = re.compile(
     r"^model\.layers\.(\d+)\.(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(w[123]|gate_proj|up_proj|down_proj)\.weight$"
@@ -110,6 +121,16 @@ def is_shared(name: str) -> bool:
 def is_redundant(name: str, tied_head: bool) -> bool:
     """Whether a pretrained file may hold the tensor although the model does not need it: a tied head, old positions."""
     return (tied_head and name == HEAD) or name.endswith("rotary_emb.inv_freq")
+
+
+def module_group(name: str) -> tuple[str, int | None]:
+    """The group of `MODULE_GROUPS` and the layer of a parameter; an adapter's are those of the matrix that it changes.
+
+    Names may have a prefix and an ending, as PEFT's have (`base_model.model.model.layers.3.mlp.up_proj.lora_A.weight`).
+    """
+    found = [group for module, group in _GROUP_OF_MODULE.items() if module in name.split(".")]
+    layer = _LAYER.search(name)
+    return (found[0] if found else "other"), int(layer[1]) if layer else None
 
 
 def expert_position(name: str) -> tuple[int, int, str] | None:

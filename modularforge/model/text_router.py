@@ -99,10 +99,14 @@ class TextRouter(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would unroll the loop over tokens
     @torch.no_grad()
-    def forward(self, tokens_BT: Tensor, state: TextState | None = None) -> tuple[Tensor, TextState]:
-        """Logits [B, T, R] after each token, and the state behind the last one."""
+    def forward(
+        self, tokens_BT: Tensor, state: TextState | None = None, starts_BT: Tensor | None = None
+    ) -> tuple[Tensor, TextState]:
+        """Logits [B, T, R] after each token, and the state behind the last one; all is forgotten before `starts`."""
         state = state or self.start(len(tokens_BT))
         before_BT = torch.cat([state.previous_B[:, None], tokens_BT[:, :-1]], dim=1)
+        if starts_BT is not None:
+            before_BT = before_BT.masked_fill(starts_BT, NO_TOKEN)
         evidence_BTR = self.evidence(before_BT, tokens_BT).double() * self.settings.strength
         # At most one: what matters is the ratio, and the share of the prior keeps the sum above zero.
         likelihood_TBR = (evidence_BTR - evidence_BTR.amax(dim=-1, keepdim=True)).exp().transpose(0, 1)
@@ -110,6 +114,8 @@ class TextRouter(nn.Module):
         share_TB1 = (
             torch.where(is_behind_end_BT, self.settings.switch_at_end, self.settings.switch).double().T[..., None]
         )
+        if starts_BT is not None:
+            share_TB1 = share_TB1.masked_fill(starts_BT.T[..., None], 1.0)
         turned_TBR = share_TB1 * self.get_buffer("prior_R").double().exp()
         probability_BR, found = state.probability_BR, []
         # One small step a token: few operations each, since on short texts they cost more than what they compute.
@@ -119,7 +125,8 @@ class TextRouter(nn.Module):
             found.append(probability_BR)
         logits_BTR = torch.stack(found, dim=1).log().float() * self.settings.sharpness
         after = TextState(probability_BR, tokens_BT[:, -1])
-        return self._held(logits_BTR, is_behind_end_BT, state, after) if self.holds else (logits_BTR, after)
+        begins_BT = is_behind_end_BT if starts_BT is None else is_behind_end_BT | starts_BT
+        return self._held(logits_BTR, begins_BT, state, after) if self.holds else (logits_BTR, after)
 
     @torch.no_grad()
     def over_windows(self, tokens_BT: Tensor, state: TextState | None = None) -> tuple[Tensor, TextState]:
@@ -128,7 +135,7 @@ class TextRouter(nn.Module):
         return logits_1NR.view(*tokens_BT.shape, -1), state
 
     def _held(
-        self, logits_BTR: Tensor, is_behind_end_BT: Tensor, before: TextState, after: TextState
+        self, logits_BTR: Tensor, is_first_BT: Tensor, before: TextState, after: TextState
     ) -> tuple[Tensor, TextState]:
         """The logits as they are at a document's first tokens, and those of the last of these from then on.
 
@@ -139,7 +146,7 @@ class TextRouter(nn.Module):
         read_B = torch.zeros(B, dtype=torch.long, device=place_T.device) if before.read_B is None else before.read_B
         held_BR = logits_BTR[:, 0] if before.held_BR is None else before.held_BR
         # Where the document began that each token is of, from the first token here; in front of it, below zero.
-        begins_BT = torch.where(is_behind_end_BT, place_T, -read_B[:, None]).cummax(dim=1).values
+        begins_BT = torch.where(is_first_BT, place_T, -read_B[:, None]).cummax(dim=1).values
         from_BT = torch.minimum(place_T.expand(B, T), begins_BT + DECIDED_WITHIN - 1)
         own_BTR = logits_BTR.gather(1, from_BT.clamp(min=0)[..., None].expand(B, T, R))
         found_BTR = torch.where((from_BT < 0)[..., None], held_BR[:, None], own_BTR)

@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 from checkpoints import paths
 from checkpoints.redact import redact, redact_values
 from checkpoints.screen import literal
+from checkpoints.urls import safe_part
 from modularforge.errors import ConfigError
 from modularforge.log import json_safe
 from modularforge.observe.anomalies import Anomaly, Convergence, Overfitting
+from modularforge.observe.canvas import house_style, png_bytes
 from modularforge.observe.comparison import Comparison, JobComparison, MetricComparison, compare
 from modularforge.observe.completion import headline
-from modularforge.observe.curves import draw_comparison
+from modularforge.observe.curves import MOST_PANELS, draw_comparison
 from modularforge.observe.discover import short_names
 from modularforge.observe.divergence import CAVEAT, Pair
+from modularforge.observe.gradient_figures import norm_figures, norms_of_jobs
+from modularforge.observe.metrics import MEASURED
 from modularforge.observe.run import kind_of, read_run, without_members
 from modularforge.observe.table import Column, Table, listing, name_column, number, of
 
@@ -36,7 +41,7 @@ def compare_runs(urls: list[str], output: str | None = None, band: float = 2.0) 
     names = short_names(list(dict.fromkeys(urls)))
     comparison = compare({name: read_run(url) for url, name in names.items()}, band)
     target = output or paths.join(DEFAULT_FOLDER, "-and-".join(map(_folder, names.values()))[:120])
-    for name, content in draw_comparison(comparison):
+    for name, content in chain(draw_comparison(comparison), draw_norms(comparison)):
         paths.replace_bytes(paths.join(target, "plots", f"{name}.png"), content)
     paths.replace_bytes(paths.join(target, "compare.json"), as_json(comparison))
     paths.replace_bytes(paths.join(target, "compare.txt"), literal(redact(as_text(comparison))).encode())
@@ -44,6 +49,16 @@ def compare_runs(urls: list[str], output: str | None = None, band: float = 2.0) 
         f"every statistic: {paths.join(target, 'compare.txt')} and compare.json; plots: {paths.join(target, 'plots')}"
     )
     return f"{in_short(comparison)}\n\n{where}"
+
+
+def draw_norms(comparison: Comparison) -> Iterator[tuple[str, bytes]]:
+    """File names without ending, and PNG bytes: norms of the gradients of each job that several runs measured."""
+    found = {name: norms_of_jobs(run.norms) for name, run in comparison.runs.items()}
+    with house_style():
+        for job in dict.fromkeys(job for norms in found.values() for job in norms):
+            panels = {name: norms[job] for name, norms in found.items() if job in norms}
+            for name, figure in norm_figures(dict(list(panels.items())[:MOST_PANELS])) if len(panels) > 1 else ():
+                yield safe_part(f"{name}_{job.replace(' ', '-')}"), png_bytes(figure, cut=False)
 
 
 def _folder(name: str) -> str:
@@ -60,7 +75,8 @@ def as_json(comparison: Comparison) -> bytes:
         "caveat": CAVEAT,
         "runs": {name: {"url": run.url, "state": headline(run)} for name, run in comparison.runs.items()},
         "settings": comparison.settings,
-        "test_perplexity": comparison.evaluation,
+        "test_perplexity": comparison.evaluation.get("perplexity", {}),
+        "evaluation": comparison.evaluation,
         "seeds": asdict(comparison.seeds) if comparison.seeds else None,
         "jobs": {name: _job_values(job) for name, job in comparison.jobs.items()},
     }
@@ -160,10 +176,12 @@ def _settings(comparison: Comparison) -> list[str]:
 
 
 def _evaluation(comparison: Comparison) -> list[str]:
-    if not comparison.evaluation:
-        return []
-    rows = [[model, *map(number, map(found.get, comparison.runs))] for model, found in comparison.evaluation.items()]
-    return ["", "Test perplexity", *listing(["model", *comparison.runs], rows).text()]
+    lines = []
+    for metric in MEASURED if comparison.evaluation else ():
+        found = comparison.evaluation[metric.column]
+        rows = [[model, *map(number, map(values.get, comparison.runs))] for model, values in found.items()]
+        lines += ["", f"Test: {metric.axis}", *listing(["model", *comparison.runs], rows).text()]
+    return lines
 
 
 def _seeds(comparison: Comparison) -> list[str]:

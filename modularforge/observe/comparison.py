@@ -15,7 +15,7 @@ import numpy as np
 
 from modularforge.observe.anomalies import Anomaly, Convergence, Overfitting, convergence, find_anomalies, overfitting
 from modularforge.observe.divergence import Pair, Summary, pair_curves, summarise, welch_interval
-from modularforge.observe.metrics import CURVES, Curve, Metric
+from modularforge.observe.metrics import CURVES, MEASURED, Curve, Metric
 from modularforge.observe.run import MEANS, Run, flatten, job_order, kind_of
 
 # Where a run lies and runs says nothing of what it computes.
@@ -73,7 +73,8 @@ class Comparison:
     band: float
     jobs: dict[str, JobComparison]
     settings: dict[str, dict[str, str]]
-    evaluation: dict[str, dict[str, float]]
+    evaluation: dict[str, dict[str, dict[str, float]]]
+    """By metric of the evaluation, model and run."""
     seeds: SeedGroups | None = field(default=None)
 
     @property
@@ -167,13 +168,21 @@ def _compare_metric(metric: Metric, curves: dict[str, Curve], names: list[str], 
     )
 
 
-def _evaluation(runs: Mapping[str, Run]) -> dict[str, dict[str, float]]:
-    """Test perplexity by model and run; models in the order of the longest table."""
+def _evaluation(runs: Mapping[str, Run]) -> dict[str, dict[str, dict[str, float]]]:
+    """What the evaluations measured, by metric, model and run; models in the order of the longest table."""
     models: dict[str, dict[str, Any]] = {name: (run.evaluation or {}).get("models", {}) for name, run in runs.items()}
     order = dict.fromkeys(model for found in sorted(models.values(), key=len, reverse=True) for model in found)
     return {
-        model: {name: float(found[model]["perplexity"]) for name, found in models.items() if model in found}
-        for model in order
+        metric.column: {
+            model: {
+                name: float(found[model][metric.column])
+                for name, found in models.items()
+                if metric.column in found.get(model, {})
+            }
+            for model in order
+        }
+        for metric in MEASURED
+        if order
     }
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from checkpoints.markdown import plain
 from checkpoints.screen import say
-from modularforge.observe.findings import chat_table, doubts, finding_tables, routing_lines
-from modularforge.observe.metrics import DECISIVE, MEASURED
+from modularforge.observe.findings import chat_table, doubts, finding_tables, routing_lines, task_tables
+from modularforge.observe.metrics import MEASURED, standing
 from modularforge.observe.table import Column, Table, count, decimals, fixed, listing, name_column, named
 
 Results = dict[str, Any]
@@ -47,8 +47,7 @@ def _of_domain(label: str, key: str) -> Callable[[tuple[str, Any]], Any]:
 
 def print_table(results: Results) -> None:
     """The table without the columns that 80 columns have no room for, its best model marked, and the verdict."""
-    sign = -1 if DECISIVE.better == "higher" else 1
-    models = [(sign * float(row[DECISIVE.column]), name) for name, row in results["models"].items()]
+    models = [(standing(row), name) for name, row in results["models"].items()]
     best = min(((value, place) for place, (value, name) in enumerate(models) if name != "oracle"), default=None)
     model_table(results).show(best[1] if best else None)
     say(verdict(results))
@@ -73,7 +72,7 @@ def markdown(results: Results) -> str:
         *byte_table(results).markdown(),
     ]
     chat = chat_table(results)
-    for found in [*finding_tables(results), *([chat] if chat.records else [])]:
+    for found in [*finding_tables(results), *task_tables(results), *([chat] if chat.records else [])]:
         lines += ["", f"## {plain(found.title)}", "", plain(found.words), "", *found.markdown()]
     for name, routing in results["routing"].items():
         lines += ["", f"## Where {plain(name)} routes", *_routing_lines(routing)]

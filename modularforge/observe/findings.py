@@ -12,7 +12,18 @@ from typing import Any
 
 from checkpoints.markdown import plain
 from modularforge.observe.run import kind_of
-from modularforge.observe.table import MISSING, Column, Table, count, fixed, listing, name_column, named, signed
+from modularforge.observe.table import (
+    MISSING,
+    Column,
+    Table,
+    count,
+    decimals,
+    fixed,
+    listing,
+    name_column,
+    named,
+    signed,
+)
 
 Results = Mapping[str, Any]
 Rows = Mapping[str, Any]
@@ -32,6 +43,17 @@ WHERE = {
     "chat": "on known answers to chat prompts",
 }
 REFERENCES = {"backbone": "the backbone", "dense": "the continued dense model"}
+TASK_METRICS = {
+    "bleu": "BLEU",
+    **{f"bleu_{n}": f"BLEU-{n}" for n in (1, 2, 3, 4)},
+    "rouge_1": "ROUGE-1",
+    "rouge_2": "ROUGE-2",
+    "rouge_l": "ROUGE-L",
+    "rouge_lsum": "ROUGE-Lsum",
+    "meteor": "METEOR",
+    "exact_match": "exact match",
+    "accuracy": "accuracy",
+}
 SWITCH_WORDS = (
     "Behind a switch: the second half of windows whose first half is another domain's text. Mixed passages: documents "
     "of 16 to 96 tokens of one domain after another."
@@ -209,6 +231,22 @@ def _parts_table(rows: Rows, probe: str, title: str) -> Table:
         if domains
     ]
     return listing(["model", *labels], cells, title=title, words="Mean loss in nats per token.")
+
+
+def task_tables(results: Results) -> Iterator[Table]:
+    """For each task how the models did, then what they replied to a few prompts."""
+    for label, task in (results.get("tasks") or {}).items():
+        metrics = list(dict.fromkeys(name for found in task["models"].values() for name in found))
+        words = " ".join([f"In per cent, over {task['prompts']} prompts; higher is better.", *task["notes"]])
+        columns = [name_column("model"), *(Column(TASK_METRICS.get(m, m), named(m), decimals(1)) for m in metrics)]
+        yield Table(columns, list(task["models"].items()), f"Task {label}", words)
+        models = list(task["models"])
+        rows = [
+            [one["prompt"], " / ".join(one["references"]), *(one["replies"].get(name, MISSING) for name in models)]
+            for one in task["examples"]
+        ]
+        header = ["prompt", "reference", *models]
+        yield listing(header, rows, len(header), f"Replies of task {label}", "The first prompts, of all models.")
 
 
 def chat_table(results: Results) -> Table:

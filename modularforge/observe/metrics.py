@@ -10,6 +10,7 @@ last line (the job is writing it, or was killed) is skipped and counted.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -72,6 +73,14 @@ MEASURED = tuple(
     for one in TEXT_METRICS
 )  # fmt: skip
 DECISIVE = next(metric for metric in MEASURED if metric.decides)
+
+
+def standing(row: Mapping[str, Any]) -> float:
+    """What a row is ranked by, the best one lowest: its value of the metric that decides."""
+    value = float(row[DECISIVE.column])
+    return -value if DECISIVE.better == "higher" else value
+
+
 CURVE_OF_COLUMN = {metric.column: metric for metric in CURVES}
 NOT_VALUES = frozenset({"job", "step", "time"})
 

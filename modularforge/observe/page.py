@@ -21,7 +21,7 @@ from checkpoints.screen import literal
 from modularforge import __version__
 from modularforge.observe.completion import Part, headline, is_finished, parts_of
 from modularforge.observe.evaluation import model_table, samples_of
-from modularforge.observe.findings import chat_table, finding_tables
+from modularforge.observe.findings import chat_table, finding_tables, task_tables
 from modularforge.observe.metrics import CURVES, JobMetrics, Metric
 from modularforge.observe.run import Run, flatten, made_with
 from modularforge.observe.table import Column, Table, duration, fixed, listing, rough
@@ -31,6 +31,7 @@ SECTIONS = {
     "progress": "Progress",
     "timeline": "Timeline",
     "training": "Training",
+    "gradients": "Gradients",
     "evaluation": "Evaluation",
     "routing": "Routing",
     "samples": "Samples",
@@ -73,13 +74,19 @@ def make_page(run: Run, plots: Iterable[Plot]) -> str:
         share=_share(run),
         jobs=job_table(run),
         evaluation=model_table(run.evaluation) if run.evaluation else None,
-        findings=[*(finding_tables(run.evaluation) if run.evaluation else []), *([chat] if chat.records else [])],
+        findings=_findings(run, chat),
         samples=samples,
         provenance=provenance_table(run) if run.artifacts else None,
         versions=versions_table(run),
         settings=settings_table(run.config) if run.config else None,
     )
     return page.strip() + "\n"
+
+
+def _findings(run: Run, chat: Table) -> list[Table]:
+    """What else the evaluation found."""
+    found = [*finding_tables(run.evaluation), *task_tables(run.evaluation)] if run.evaluation else []
+    return [*found, *([chat] if chat.records else [])]
 
 
 @functools.cache

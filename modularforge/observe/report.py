@@ -14,6 +14,7 @@ from modularforge.observe.completion import headline
 from modularforge.observe.curves import curve_figures
 from modularforge.observe.discover import short_names
 from modularforge.observe.evaluation_figures import evaluation_figure, routing_figures
+from modularforge.observe.gradient_figures import TITLES, norm_figures, norms_of_jobs
 from modularforge.observe.metrics import CURVE_OF_COLUMN
 from modularforge.observe.page import Plot, make_page
 from modularforge.observe.run import Run, read_run
@@ -64,6 +65,9 @@ def draw_run(run: Run) -> Iterator[Plot]:
         for column, figure in curve_figures(run).items():
             title = CURVE_OF_COLUMN[column].title.capitalize()
             yield from _plot(column, "training", title, _last_values(run, column), figure, cut=False)
+        for name, figure in norm_figures(norms_of_jobs(run.norms)):
+            text = f"{TITLES[name]}; the numbers are in metrics/gradients of the run."
+            yield from _plot(name, "gradients", TITLES[name], text, figure, cut=False)
         text = "Perplexity of every model on every domain; the table below holds the same numbers."
         yield from _plot("evaluation", "evaluation", "Perplexity by model and domain", text, evaluation_figure(run))
         for name, figure in routing_figures(run).items():

@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 
 from checkpoints import Artifact, StoreError, find_artifact, paths
 from checkpoints.parallel import in_order
-from modularforge.config_files import make_config, read_yaml
+from modularforge.config_files import in_new_names, make_config, read_yaml
 from modularforge.errors import ConfigError, DataError
 from modularforge.evaluation.results import parse_results
 from modularforge.json_lines import moment, objects_in
+from modularforge.norm_files import FOLDER, ROWS_NAME, Norms, parse_norms
 from modularforge.observe.metrics import JobMetrics, parse_metrics
 from modularforge.pipeline import CHOSEN_FACT, OLD_NAMES, STAGES
 from modularforge.provenance import SETTINGS_NAME
@@ -38,7 +39,10 @@ MEANS = {name: f"mean {name}" for name in WORKER_FOLDERS}
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that is known of a run; `artifacts` by stage (`backbone`, `expert-3`), `jobs` by the same names."""
+    """Everything that is known of a run; `artifacts` by stage (`backbone`, `expert-3`), `jobs` by the same names.
+
+    `norms` are those of gradients, of the jobs that measured them.
+    """
 
     url: str
     artifacts: dict[str, Artifact] = field(default_factory=dict)
@@ -47,6 +51,7 @@ class Run:
     evaluation: dict[str, Any] | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    norms: dict[str, Norms] = field(default_factory=dict)
     read_at: float = field(default_factory=time.time)
 
     @property
@@ -78,7 +83,8 @@ def read_run(url: str) -> Run:
     data_dir = config.get("data_dir")
     if data_dir and "corpus" not in artifacts:
         artifacts |= _find_all({"corpus": data_dir, "partitions": paths.join(data_dir, "partitions")}, problems)
-    jobs = _read_jobs(url, problems)
+    logged = paths.list_folder(_metrics_folder(url))
+    jobs = _read_jobs(url, logged, problems)
     if not artifacts and not jobs:
         raise DataError(
             f"{url} must be a run, but holds neither metrics nor a committed stage; name its --output-dir, or look "
@@ -89,7 +95,8 @@ def read_run(url: str) -> Run:
     ]
     evaluation = _read_evaluation(artifacts, problems)
     problems += _outdated(artifacts)
-    return Run(url, artifacts, jobs, config, evaluation, _read_records(url, problems), problems)
+    norms = _read_norms(url, logged, problems)
+    return Run(url, artifacts, jobs, config, evaluation, _read_records(url, problems), problems, norms)
 
 
 def is_run(url: str) -> bool:
@@ -150,27 +157,37 @@ def _newest_config(url: str, artifacts: dict[str, Artifact], problems: list[str]
     newest = max(made or artifacts.values(), key=lambda artifact: artifact.manifest.created, default=None)
     if newest is not None:
         config = made_with(newest).get("config")
-        return config if isinstance(config, dict) else {}
+        return in_new_names(config) if isinstance(config, dict) else {}
     path = paths.join(url, SETTINGS_NAME)
     try:
         values = read_yaml(path) if paths.exists(path) else {}
         if values:
             make_config(values, path)
-        return values
+        return in_new_names(values)
     except ConfigError as error:
         problems.append(str(error))
         return {}
 
 
-def _read_jobs(url: str, problems: list[str]) -> dict[str, JobMetrics]:
+def _read_jobs(url: str, logged: list[str], problems: list[str]) -> dict[str, JobMetrics]:
     folder = _metrics_folder(url)
-    files = [name for name in paths.list_folder(folder) if name.endswith(".jsonl")]
+    files = [name for name in logged if name.endswith(".jsonl")]
     # A run that an earlier version calibrated, and this one again, has both: the old one is of a model that is gone.
     files = [name for name in files if f"{OLD_NAMES.get(name.removesuffix('.jsonl'))}.jsonl" not in files]
     contents = in_order(lambda name: _read(paths.join(folder, name), problems), files, READS_AT_ONCE)
     names = [OLD_NAMES.get(name, name) for name in (file.removesuffix(".jsonl") for file in files)]
     jobs = {name: parse_metrics(name, content) for name, content in zip(names, contents, strict=True)}
     return {name: jobs[name] for name in sorted(jobs, key=job_order)}
+
+
+def _read_norms(url: str, logged: list[str], problems: list[str]) -> dict[str, Norms]:
+    if FOLDER not in logged:
+        return {}
+    folder = paths.join(_metrics_folder(url), FOLDER)
+    names = sorted(paths.list_folder(folder), key=job_order)
+    contents = in_order(lambda name: _read(paths.join(folder, name, ROWS_NAME), problems), names, READS_AT_ONCE)
+    found = {name: parse_norms(content) for name, content in zip(names, contents, strict=True)}
+    return {name: norms for name, norms in found.items() if len(norms)}
 
 
 def job_order(name: str) -> tuple[int, int, str]:

@@ -17,6 +17,7 @@ from modularforge.observe.findings import (
     probes_in,
     routing_lines,
 )
+from modularforge.observe.metrics import DECISIVE, MEASURED
 from modularforge.observe.table import Column, Table, count, decimals, fixed, name_column, named, percent, signed
 
 StudyTable = Mapping[str, Any]
@@ -38,11 +39,16 @@ def variant_table(table: StudyTable) -> Table:
     columns = [
         name_column("variant"),
         Column("seeds", lambda record: len(record[1]["losses"])),
-        Column("mean loss", named("mean_loss"), fixed),
+        Column(DECISIVE.title, named(DECISIVE.column), decimals(DECISIVE.digits)),
         Column("±", named("standard_deviation"), fixed),
         Column("to dense", named("minus_dense"), signed),
         Column("kept", named("kept"), percent),
         Column("worst", named("worst_domain"), lambda worst: f"{worst['domain']} {signed(worst['change'], 3)}"),
+        *(
+            Column(one.title, named(one.column), decimals(one.digits), on_screen=one.in_table)
+            for one in MEASURED
+            if one is not DECISIVE and any(one.column in row for row in table["rows"].values())
+        ),
         Column("total", named("parameters"), count),
         Column("active", named("active_parameters"), count),
         Column("FLOPs/token", named("flops_per_token"), count),

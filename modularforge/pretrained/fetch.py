@@ -14,7 +14,9 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,10 @@ from checkpoints import (
 )
 from checkpoints.options import cache_folder
 from checkpoints.redact import redact
+from checkpoints.safetensors import WEIGHTS_NAME
 from checkpoints.screen import shown_command
 from modularforge.errors import DataError, MismatchError, StoreError
+from modularforge.facts import fact
 from modularforge.log import logger
 from modularforge.model.hub_config import read_config
 from modularforge.pretrained import hub
@@ -41,11 +45,13 @@ from modularforge.pretrained.sources import (
     folder_files,
     hub_name,
     is_folder,
+    is_gguf,
     model_files,
     require_no_file,
 )
 
 KIND = "pretrained"
+GGUF_FACT = "gguf_sha256"  # of the file that a folder was made of
 CACHE_FACT = "from_cache"  # copied without a network, so that the Hub's hashes were not asked for
 PART_BYTES = 16 << 20
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -103,6 +109,8 @@ def _say_what_was_verified(artifact: Artifact, tensors: int) -> None:
 
 def cached_url(model: str) -> str:
     """Where a model is kept that was fetched without `--output`."""
+    if is_gguf(model) and paths.is_local(model):  # another file by that name is another model
+        model = f"{model} {_hash_gguf(model)}"
     readable = "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in redact(model))[-60:]
     return str(cache_folder() / "models" / f"{readable}-{hashlib.sha256(model.encode()).hexdigest()[:8]}")
 
@@ -140,6 +148,8 @@ def _holds_nothing_else(url: str, model: str, artifact: Artifact | None) -> bool
 
 
 def _fetch(model: str, url: str) -> Artifact:
+    if is_gguf(model):
+        return _convert(model, url)
     if is_folder(model):
         return _copy_folder(model, url)
     name = hub_name(model)
@@ -193,6 +203,34 @@ def _copy_folder(source: str, url: str, model: str | None = None, commit: str | 
         return _commit(writer, url, {"commit": commit, CACHE_FACT: True} if commit else {})
 
 
+def _convert(model: str, url: str) -> Artifact:
+    """Make a folder of a GGUF file: its values in float32, its tokenizer, and its settings."""
+    from modularforge.pretrained.gguf_file import GgufFile
+
+    with _local_file(model) as path:
+        file, digest = GgufFile(path, model), _hash_once(path)
+        logger.info("%s: its values in float32, its tokenizer and its settings are written to %s", redact(model), url)
+        with write_artifact(url, KIND, _fingerprint(model, digest), {"model": redact(model)}) as writer:
+            file.write(writer.folder)
+            writer.write_chunks(WEIGHTS_NAME, file.weights())
+            if paths.is_local(url):
+                _check_copy(writer.folder, model)
+            return _commit(writer, url, {GGUF_FACT: digest})
+
+
+@contextmanager
+def _local_file(model: str) -> Iterator[Path]:
+    """A file of this machine: itself, or a copy for as long as the block takes."""
+    if paths.is_local(model):
+        yield paths.local_path(model)
+        return
+    with tempfile.TemporaryDirectory(prefix="modularforge-gguf-", ignore_cleanup_errors=True) as scratch:
+        path = Path(scratch) / "model.gguf"
+        with open(path, "wb") as copy:
+            copy.writelines(_chunks(model))
+        yield path
+
+
 def _check_copy(folder: Path, model: str) -> None:
     """Raise DataError for weights that do not fit, with the model's name: the hidden folder of a copy says nothing."""
     try:
@@ -233,27 +271,50 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 def local_model(model: str) -> Path:
     """A pretrained model as a whole local folder: in place, or fetched into the cache; raises DataError, StoreError."""
-    if "://" in model and find_artifact(model) is not None:
+    if "://" in model and not is_gguf(model) and find_artifact(model) is not None:
         return open_artifact(model).local_folder()
     if paths.is_local(model) and is_folder(model):
         folder = paths.local_path(model)
         folder_files(folder, model)
         return folder
-    require_no_file(model, "model.pretrained")
+    if not is_gguf(model):
+        require_no_file(model, "model.pretrained")
     return fetch(model).local_folder(verify=False)
 
 
 def model_identity(model: str) -> str:
-    """Identity of all files of a model that we read, 32 hexadecimal digits."""
+    """Identity of all files of a model that we read, 32 hexadecimal digits; of a GGUF file, that of its bytes."""
+    if is_gguf(model):
+        return _digest({"gguf": gguf_hash(model)})
     folder = local_model(model)
     return _digest(_hashes(folder, folder_files(folder, model)))
 
 
 def tokenizer_identity(model: str) -> str:
     """Identity of a model's tokenizer and of what its config.json says about the end of a text."""
+    if is_gguf(model):
+        return _digest({"gguf tokenizer": gguf_hash(model)})
     folder = local_model(model)
     present = [name for name in TOKENIZER_NAMES if (folder / name).is_file()]
     return _digest({**_hashes(folder, present), "eos_token_id": read_config(folder).get("eos_token_id")})
+
+
+def template_identity(model: str) -> str:
+    """Identity of the chat template in a file of its own; one in the tokenizer's settings is the tokenizer's."""
+    folder, name = local_model(model), "chat_template.jinja"
+    return _digest(_hashes(folder, [name] if (folder / name).is_file() else []))
+
+
+def gguf_hash(model: str) -> str:
+    """sha256 of a GGUF file, whatever is made of it here: another version of a library may spell a tokenizer anew."""
+    return _hash_gguf(model) if paths.is_local(model) else str(fact(fetch(model), GGUF_FACT))
+
+
+def _hash_gguf(model: str) -> str:
+    path = paths.local_path(model)
+    if not path.is_file():
+        raise DataError(f"{redact(model)} must be a GGUF file, but there is none; fix the path")
+    return _hash_once(path)
 
 
 def _digest(values: dict[str, Any]) -> str:

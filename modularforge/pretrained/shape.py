@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +12,8 @@ from checkpoints.screen import shown_command
 from modularforge.errors import ConfigError, StoreError
 from modularforge.model.hub_config import CONFIG_NAME, model_config_of, parse_config
 from modularforge.pretrained import hub
-from modularforge.pretrained.fetch import cached_url
-from modularforge.pretrained.sources import hub_name, is_folder, require_no_other_format
+from modularforge.pretrained.fetch import cached_url, fetch
+from modularforge.pretrained.sources import hub_name, is_folder, is_gguf, require_no_other_format
 
 OWN = ("pretrained", "context_length")
 """Settings of the model that are the user's beside a pretrained one."""
@@ -47,6 +48,8 @@ def check_shape(given: Mapping[str, Any], found: Mapping[str, Any], model: str) 
 
 def read_pretrained_config(model: str) -> dict[str, Any]:
     """config.json of a pretrained model, without fetching its weights; raises DataError, ConfigError or StoreError."""
+    if is_gguf(model):
+        return parse_config(_of_gguf(model), redact(model))
     if not is_folder(model):
         cached = cached_url(model)
         artifact = find_artifact(cached)
@@ -63,6 +66,15 @@ def read_pretrained_config(model: str) -> dict[str, Any]:
             f"model.pretrained must be a model folder, but {redact(model)} has no {CONFIG_NAME}; name the folder that "
             "holds it"
         ) from error
+
+
+def _of_gguf(model: str) -> bytes:
+    """From the file's metadata, so that its values need not be written yet; a file at a URL is brought here whole."""
+    if not paths.is_local(model) or find_artifact(cached_url(model)) is not None:
+        return fetch(model).read_bytes(CONFIG_NAME)
+    from modularforge.pretrained.gguf_file import GgufFile
+
+    return json.dumps(GgufFile(paths.local_path(model), model).config()).encode()
 
 
 def _from_hub(model: str) -> bytes:

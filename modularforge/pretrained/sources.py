@@ -1,8 +1,8 @@
 """Where a pretrained model may be: a folder or URL, or a name on the Hub; and which of its files make a model.
 
 `model.pretrained` and `modularforge fetch` take the same names: `models/qwen3`, `s3://bucket/qwen3`, `Qwen/Qwen3-0.6B`,
-`Qwen/Qwen3-0.6B@revision`. Whether its weight files are whole and have the tensors that its config.json says is told by
-their headers. Needs no torch.
+`Qwen/Qwen3-0.6B@revision`, `models/llama.gguf`. Whether its weight files are whole and have the tensors that its
+config.json says is told by their headers. Needs no torch.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from modularforge.model.sizes import dense_shapes
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+GGUF = ".gguf"
 NEEDED = (CONFIG_NAME, "tokenizer.json")
 SAVE_AGAIN = "load it with transformers and save it with save_pretrained, which writes safetensors"
 
@@ -47,6 +48,11 @@ def is_folder(model: str) -> bool:
     return not paths.is_local(model) or os.path.isdir(paths.local_path(model))  # False also for what no name can be
 
 
+def is_gguf(model: str) -> bool:
+    """Whether a model's name is that of a GGUF file, here or at a URL."""
+    return model.lower().endswith(GGUF) and not (paths.is_local(model) and os.path.isdir(paths.local_path(model)))
+
+
 def hub_name(model: str) -> HubName:
     """The name on the Hub; raises DataError for a file, or a name that is no folder and cannot be one of the Hub."""
     require_no_file(model)
@@ -61,6 +67,8 @@ def hub_name(model: str) -> HubName:
 
 def published_name(model: str) -> str | None:
     """What a model is called on the Hub, also when it was fetched from there into a folder; None when nobody knows."""
+    if is_gguf(model):
+        return None
     if is_folder(model):
         artifact = find_artifact(model)
         origin = artifact.manifest.settings.get("model") if artifact else None
@@ -131,10 +139,9 @@ class OtherFormat:
 
 OTHER_FORMATS = (
     OtherFormat(
-        (".gguf", ".ggml"),
+        (GGUF, ".ggml"),
         "a GGUF file (llama.cpp), mostly quantised",
-        "name the folder or Hub name of the model it was made from, or convert it to safetensors (transformers: "
-        "from_pretrained(FOLDER, gguf_file=NAME), then save_pretrained)",
+        "name the file itself as model.pretrained, or make a folder of it: `modularforge fetch FILE --output FOLDER`",
     ),
     OtherFormat(
         ("pytorch_model.bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin"),

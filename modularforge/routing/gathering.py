@@ -15,15 +15,25 @@ from modularforge.model.backbone import Block, Decoder
 from modularforge.routing.statistics import LayerStatistics, RouterStatistics
 
 
-def gather_statistics(model: Decoder, batches: Iterable[Tensor], device: torch.device) -> RouterStatistics:
-    """Sums over batches of ids [B, T]: see `RouterStatistics`."""
+def gather_statistics(
+    model: Decoder, batches: Iterable[Tensor | tuple[Tensor, Tensor]], device: torch.device
+) -> RouterStatistics:
+    """Sums over batches of ids [B, T]: see `RouterStatistics`.
+
+    Beside ids may come the number of each token's example [B, T]; those of negative number are padding, not counted.
+    """
     layers = [_LayerSums(block) for block in model.blocks]
     counts_V = torch.zeros(model.vocab_size, dtype=torch.float64)
     model.to(device).eval()
     with torch.inference_mode():
-        for tokens_BT in batches:
-            model(tokens_BT.to(device))
-            counts_V += torch.bincount(tokens_BT.flatten().cpu(), minlength=model.vocab_size)
+        for batch in batches:
+            tokens_BT, examples_BT = batch if isinstance(batch, tuple) else (batch, None)
+            counted_N = None if examples_BT is None else (examples_BT >= 0).flatten()
+            for layer in layers:
+                layer.counted_N = None if counted_N is None else counted_N.to(device)
+            model(tokens_BT.to(device), examples_BT=None if examples_BT is None else examples_BT.to(device))
+            tokens_N = tokens_BT.flatten() if counted_N is None else tokens_BT.flatten()[counted_N]
+            counts_V += torch.bincount(tokens_N.cpu(), minlength=model.vocab_size)
     inverse_rms_L: Any = np.asarray([layer.inverse_rms / max(layer.count, 1) for layer in layers])
     tokens_V: Any = np.asarray(counts_V)
     return RouterStatistics([layer.finish() for layer in layers], tokens_V, inverse_rms_L)
@@ -36,12 +46,15 @@ class _LayerSums:
         self.norm = block.post_attention_layernorm
         width = len(self.norm.weight)
         self.count, self.inverse_rms = 0, 0.0
+        self.counted_N: Tensor | None = None  # tokens of the batch that count, or all
         self.sum_D = torch.zeros(width, dtype=torch.float64)
         self.outer_DD = torch.zeros(width, width, dtype=torch.float64)
         self.hook = self.norm.register_forward_hook(self._add)
 
     def _add(self, _module: nn.Module, arguments: tuple[Tensor, ...], output_BTD: Tensor) -> None:
         stream_ND, x_ND = (x_BTD.reshape(-1, len(self.sum_D)).float() for x_BTD in (arguments[0], output_BTD))
+        if self.counted_N is not None:
+            stream_ND, x_ND = stream_ND[self.counted_N], x_ND[self.counted_N]
         self.count += len(x_ND)
         self.sum_D += x_ND.sum(dim=0).double().cpu()
         self.outer_DD += (x_ND.T @ x_ND).double().cpu()

@@ -1,4 +1,4 @@
-"""Router rows of an assembled model: chosen by the settings, learned by the experts or solved from their statistics.
+"""Router rows of an assembled model: chosen by the settings, trained with the experts or solved from their statistics.
 
 Needs no torch. Sums add up, so routers of any set of experts can be solved at assembly without any data.
 """
@@ -54,7 +54,7 @@ def router_rows(
         solved = evidence.router_rows(widening, statistics, texts.prior_E, settings.router_temperature, public)
         rows = list(solved)
     else:
-        is_solved = settings.router in ("data_stats", "centred_means")
+        is_solved = settings.router in ("ridge", "means")
         statistics = all_statistics(experts) if is_solved else []
         rows = [_layer_rows(config, experts, statistics, layer, model) for layer in range(model.layers)]
     # safetensors writes an array's memory as it lies: a transposed one would be saved scrambled.
@@ -68,19 +68,20 @@ def _layer_rows(
 ) -> Array:
     settings, public = config.assembly, config.has_public_expert
     count = len(experts) + int(public)
-    if settings.router == "kaiming":
-        return kaiming(count, model.width, config.seed * 1000 + layer)
+    if settings.router == "random":
+        return random(count, model.width, config.seed * 1000 + layer)
     if settings.router == "uniform":
         return uniform(count, model.width)
     if settings.router in TRAINED_ROUTERS:
         name = names.gate(layer, model.family)
         rows = [load_file(expert.local_file(ROUTER_NAME))[name] for expert in experts]
-        learned_ED = np.concatenate(rows).astype(np.float64)
-        return with_public(equalised(learned_ED) if settings.router == "equalised" else learned_ED, public)
+        trained_ED = np.concatenate(rows).astype(np.float64)
+        return with_public(equalised(trained_ED) if settings.router == "trained_equalised" else trained_ED, public)
     sums = (item.layers[layer] for item in statistics)
-    if settings.router == "data_stats":
+    if settings.router == "ridge":
         return with_public(ridge(sums, settings.ridge_penalty, settings.router_temperature), public)
-    return with_public(centred_means(sums, settings.router_temperature), public)
+    assert settings.router == "means", settings.router
+    return with_public(means(sums, settings.router_temperature), public)
 
 
 ROWS_AT_ONCE = 256  # of a matrix [D, D] that is added up: without it a second one of float64 would be in memory
@@ -91,7 +92,7 @@ def with_public(rows_ED: Array, public_expert: bool) -> Array:
     return np.concatenate([np.zeros((1, rows_ED.shape[1])), rows_ED]) if public_expert else rows_ED
 
 
-def centred_means(statistics: Iterable[LayerStatistics], temperature: float) -> Array:
+def means(statistics: Iterable[LayerStatistics], temperature: float) -> Array:
     """Rows [E, D]: each expert's mean input less the mean of all, at unit length, over the temperature."""
     means_ED = np.stack([item.mean_D for item in statistics])
     centred_ED = means_ED - means_ED.mean(axis=0)
@@ -101,7 +102,7 @@ def centred_means(statistics: Iterable[LayerStatistics], temperature: float) -> 
 
 
 def equalised(rows_ED: Array) -> Array:
-    """Learned rows at the mean of their lengths: a longer row wins tokens by that alone (PHATGOOSE, 2402.05859)."""
+    """Trained rows at the mean of their lengths: a longer row wins tokens by that alone (PHATGOOSE, 2402.05859)."""
     length_E = np.linalg.norm(rows_ED, axis=1, keepdims=True)
     rows: Array = rows_ED * (length_E.mean() / np.maximum(length_E, 1e-12))
     return rows
@@ -118,15 +119,15 @@ def ridge(statistics: Iterable[LayerStatistics], penalty: float, temperature: fl
     There is no intercept, because no Hugging Face router has a slot for one. Nothing is lost by that: an intercept that
     is folded into the rows along the direction that predicts one from the inputs gives these very rows.
     """
-    means: list[Array] = []
+    of_each: list[Array] = []
     second_DD = np.zeros((0, 0))
     for item in statistics:
-        second_DD = second_DD if means else np.zeros(item.outer_DD.shape)
-        means.append(item.mean_D)
+        second_DD = second_DD if of_each else np.zeros(item.outer_DD.shape)
+        of_each.append(item.mean_D)
         for start in range(0, len(second_DD), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             second_DD[rows] += item.outer_DD[rows] / item.count
-    means_ED, experts, width = np.stack(means), len(means), len(second_DD)
+    means_ED, experts, width = np.stack(of_each), len(of_each), len(second_DD)
     second_DD /= experts
     target_ED = (means_ED - means_ED.mean(axis=0)) / experts
     second_DD[np.diag_indices(width)] += penalty * np.trace(second_DD) / width
@@ -137,7 +138,7 @@ def ridge(statistics: Iterable[LayerStatistics], penalty: float, temperature: fl
     return rows_ED
 
 
-def kaiming(rows: int, width: int, seed: int) -> Array:
+def random(rows: int, width: int, seed: int) -> Array:
     """Random rows, uniform within sqrt(3 / width): what an untrained router has (He et al., arXiv 1502.01852)."""
     bound = np.sqrt(3.0 / width)
     return np.random.default_rng(seed).uniform(-bound, bound, (rows, width))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from checkpoints import Artifact
-from modularforge.calibration.calibrator import Calibration, calibrate, even_mixture, split_documents, write_calibrated
-from modularforge.errors import DataError
+from modularforge.calibration.calibrator import Calibration, calibrate_on_validation, write_calibrated
 from modularforge.log import logger
 from modularforge.model.folder import load_model
 from modularforge.pipeline import metrics_url
 from modularforge.provenance import commit, making
 from modularforge.run import Run
-from modularforge.stage_outputs import derived_seed
 from modularforge.training.distributed import default_device
 from modularforge.training.job import Job
 
@@ -25,7 +23,6 @@ def run(run: Run) -> Artifact:
         return found
     assembled = run.require("assembled")
     result = _calibrate(run, assembled, plan.fingerprint)
-    facts = {"kept": result.kept, "loss_before": result.before, "loss_after": result.after}
     logger.info(
         "calibration: held-out loss %.4f before, %.4f after: %s",
         result.before,
@@ -33,22 +30,14 @@ def run(run: Run) -> Artifact:
         "kept" if result.kept else "not kept",
     )
     with making(plan) as writer:
-        writer.write_json(RESULT_NAME, facts)
+        writer.write_json(RESULT_NAME, result.facts)
         if result.kept:
             write_calibrated(assembled, result, writer, run.config.assembly.max_shard_bytes)
-        return commit(writer, plan, run, facts)
+        return commit(writer, plan, run, result.facts)
 
 
 def _calibrate(run: Run, assembled: Artifact, fingerprint: str) -> Calibration:
-    config, corpus = run.config, run.corpus
-    fit_half, decide_half = split_documents(corpus.tokens("validation"), corpus.labels)
-    if not fit_half:
-        raise DataError(
-            "calibration needs at least two validation documents of a domain, but there are fewer; add validation text "
-            "or leave it out (assemble --no-calibrate, run-all --skip-calibration)"
-        )
-    model = load_model(assembled.local_folder()).to(default_device())
+    config = run.config
     places = (None, metrics_url(config, "calibrated"), config.metrics.tensorboard)
     job = Job("calibrated", config.calibration, config.training, fingerprint, *places)
-    seed = derived_seed(config.seed, "calibration order")
-    return calibrate(model, config, even_mixture(fit_half), decide_half, job, seed)
+    return calibrate_on_validation(load_model(assembled.local_folder()).to(default_device()), config, run.corpus, job)

@@ -15,8 +15,10 @@ from modularforge.errors import MismatchError
 from modularforge.evaluation.baselines import build_btx, build_soup, solved_router
 from modularforge.evaluation.bench import Loader, Results, add_oracle, compare, measure_models
 from modularforge.evaluation.extras import Extras, read_extras
+from modularforge.evaluation.replies import tasks_identity
 from modularforge.evaluation.results import checked_results, parse_results
 from modularforge.log import json_safe, logger
+from modularforge.model.hub_config import end_tokens
 from modularforge.observe.evaluation import markdown
 from modularforge.pipeline import STAGES, JobName, contents, wanted_stages
 from modularforge.provenance import commit, making
@@ -37,6 +39,7 @@ def run(run: Run) -> Results:
     artifacts, extras = find_models(run), read_extras(config)
     inputs = {name: artifact.manifest.fingerprint for name, artifact in artifacts.items()}
     inputs |= {"corpus": contents(run.require("corpus")), "format": RESULTS_FORMAT, **extras.identities}
+    inputs |= tasks_identity(config)
     plan = run.plan("evaluation", inputs=inputs)
     old = run.find(plan.url)
     if old and old.manifest.fingerprint == plan.fingerprint:
@@ -95,7 +98,8 @@ def measure_folder(run: Run, url: str) -> Results:
             f"{url} must use the tokenizer of {corpus.artifact.url}, but has another; name its --data-dir"
         )
     name = url.rstrip("/").rsplit("/", 1)[-1]
-    results = measure_models(config, corpus, {name: stored.load}, {name}, read_extras(config))
+    ends = end_tokens(stored.values)
+    results = measure_models(config, corpus, {name: stored.load}, {name}, read_extras(config), ends)
     results["models"][name]["training_tokens"] = None  # nobody knows what a folder was trained on
     results["models"][name].pop("documents")
     measured: Results = json_safe({**results, "chosen": name, "seconds": round(time.perf_counter() - start, 3)})
@@ -106,7 +110,8 @@ def _measure(run: Run, artifacts: dict[str, Artifact], extras: Extras) -> Result
     config = run.config
     chosen = next((name for name in ("calibrated", "assembled") if name in artifacts), None)
     shown = {name for name in ("backbone", "assembled", "calibrated") if name in artifacts}
-    results = measure_models(config, run.corpus, _loaders(run, artifacts), shown, extras)
+    ends = end_tokens(Backbone(artifacts["backbone"]).values)
+    results = measure_models(config, run.corpus, _loaders(run, artifacts), shown, extras, ends)
     for routing in results["routing"].values():
         public = ["public"] if config.has_public_expert else []
         names = [str(JobName("expert", index)) for index in range(config.experts.count)]

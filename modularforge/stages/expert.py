@@ -9,12 +9,10 @@ from modularforge.log import logger
 from modularforge.pipeline import JobName
 from modularforge.provenance import commit, making, save_settings
 from modularforge.run import Run
-from modularforge.stage_outputs import partition_rows
+from modularforge.stage_outputs import own_domains
 from modularforge.tasks.task import task_of
 from modularforge.training.distributed import joined_world
 from modularforge.training.job import Job
-
-SMALL_SHARE = 0.05
 
 
 def run(run: Run, index: int) -> Artifact:
@@ -26,7 +24,7 @@ def run(run: Run, index: int) -> Artifact:
         return found
     partitions, task = run.require("partitions"), task_of(config)
     examples = task.part(config, partitions, index)
-    held_out = task.validation(config, run.corpus, _domains_of(partitions, index))
+    held_out = task.validation(config, run.corpus, dict(enumerate(own_domains(partitions))).get(index, []))
     job = Job.of_run(config, str(name), config.experts, plan.fingerprint)
     with joined_world() as world:
         if world.is_main:
@@ -39,10 +37,3 @@ def run(run: Run, index: int) -> Artifact:
                 commit(writer, plan, run, {**losses, **facts})
         world.barrier()
     return run.made("expert", index)
-
-
-def _domains_of(partitions: Artifact, index: int) -> list[str]:
-    """Labels that make up more than a trace of a partition's tokens: what its expert is validated on."""
-    rows = partition_rows(partitions)
-    tokens = rows[index].tokens_by_label if index < len(rows) else {}
-    return [label for label, count in tokens.items() if count >= SMALL_SHARE * sum(tokens.values())]

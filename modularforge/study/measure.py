@@ -21,10 +21,10 @@ from torch import Tensor
 
 from checkpoints import Artifact, plain_folder
 from modularforge.assembly.assemble import assemble
-from modularforge.calibration.calibrator import calibrate, even_mixture, split_documents
+from modularforge.calibration.calibrator import calibrate_on_validation, split_documents
 from modularforge.config import Config
-from modularforge.data.token_files import Tokens
-from modularforge.errors import ConfigError, DataError
+from modularforge.data.token_files import Stream
+from modularforge.errors import ConfigError
 from modularforge.evaluation.baselines import build_btx, build_soup
 from modularforge.evaluation.bench import Bench, Scores, is_expert, oracle_row, sizes_of, training_tokens
 from modularforge.evaluation.extras import Extras, Texts
@@ -34,8 +34,9 @@ from modularforge.evaluation.scoring import Row, means, posterior_ensemble, scor
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import load_model
 from modularforge.model.moe import moe_layers, restrict_routing
+from modularforge.observe.metrics import standing
 from modularforge.pipeline import JobName
-from modularforge.stage_outputs import derived_seed, partition_rows
+from modularforge.stage_outputs import own_domains
 from modularforge.study.runs import StudyRun
 from modularforge.study.study_file import NEEDS, Variant
 from modularforge.training.distributed import default_device
@@ -43,8 +44,6 @@ from modularforge.training.job import Job
 
 Split = Literal["validation", "test"]
 ENSEMBLES = {"ensemble_uniform": uniform_ensemble, "ensemble_posterior": posterior_ensemble}
-# Domains that are no more than a trace of a partition are not its expert's own.
-OWN_SHARE = 0.05
 # Of the tokens of a domain, as many targets behind a switch, and as many in mixed documents.
 PROBE_SHARE = 4
 WITHOUT = "without own expert"
@@ -86,15 +85,9 @@ def _assembled(config: Config, backbone: Artifact, experts: list[Artifact]) -> D
 
 def calibrate_model(run: StudyRun, config: Config, model: Decoder, fresh: Decoder) -> tuple[Decoder, dict[str, float]]:
     """Calibrate `model` and return it, or `fresh`, which is the same untouched, when it did not get better."""
-    corpus = run.corpus
-    fit_half, decide_half = split_documents(corpus.tokens("validation"), corpus.labels)
-    if not fit_half:
-        raise DataError("calibration needs two validation documents of a domain, but there are fewer; add some")
     job = Job("calibrated", config.calibration, config.training)
-    seed = derived_seed(config.seed, "calibration order")
-    result = calibrate(model.to(default_device()), config, even_mixture(fit_half), decide_half, job, seed)
-    facts = {"kept": result.kept, "loss_before": result.before, "loss_after": result.after}
-    return (model if result.kept else fresh), facts
+    result = calibrate_on_validation(model.to(default_device()), config, run.corpus, job)
+    return (model if result.kept else fresh), result.facts
 
 
 @dataclass
@@ -117,7 +110,7 @@ class RunBench:
         return Bench(self.run.config, self.run.corpus, self._domains, self.limit, share, Extras(self.texts))
 
     @property
-    def _domains(self) -> dict[str, Tokens]:
+    def _domains(self) -> dict[str, Stream]:
         """The token stream of each domain that is measured on."""
         corpus = self.run.corpus
         if self.split == "test":
@@ -163,7 +156,7 @@ class RunBench:
             name: self.bench.summarise({probe: scores_KRT[index] for probe, scores_KRT in scores.items()}) | about
             for index, name in enumerate(experts)
         }
-        best = min(rows.values(), key=lambda row: float(row["mean_loss"]))
+        best = min(rows.values(), key=standing)
         alone = {name: {key: value for key, value in row.items() if key != "documents"} for name, row in rows.items()}
         return {"rows": {"best expert": best, "oracle": oracle_row(config, rows)}, "experts": alone}
 
@@ -188,7 +181,7 @@ class RunBench:
     def _without(self, variant: Variant, config: Config, parts: Mapping[str, Artifact]) -> Row:
         """Each domain by a model that was assembled from the other experts, so that its router knows nothing of it."""
         probe, lengths = self.bench.probes()[TEXT], self.run.corpus.byte_lengths
-        own, batch_size = self._own_domains(), self.run.config.evaluation.batch_size
+        own, batch_size = own_domains(self.run.obtain("partitions")), self.run.config.evaluation.batch_size
         domains: dict[str, Row] = {}
         documents: Row = {"shares_documents": False, "tokens": {}, "losses": {}}
         for label in probe.labels:
@@ -211,7 +204,7 @@ class RunBench:
             raise ConfigError(
                 "removal needs a model that chooses among experts, but assembly.lora average has one adapter; leave it"
             )
-        own, slots = self._own_domains(), range(len(moe_layers(model)[0].experts))
+        own, slots = own_domains(self.run.obtain("partitions")), range(len(moe_layers(model)[0].experts))
         first = len(slots) - config.experts.count  # behind the public expert, which stays
         changes: dict[str, dict[str, float]] = {}
         for index in range(config.experts.count):
@@ -226,12 +219,6 @@ class RunBench:
         if not others:
             return {"changes": changes, "others": None, "others_mean": None}
         return {"changes": changes, "others": max(others, key=abs), "others_mean": sum(others) / len(others)}
-
-    def _own_domains(self) -> list[set[str]]:
-        return [
-            {label for label, count in row.tokens_by_label.items() if count >= OWN_SHARE * row.tokens}
-            for row in partition_rows(self.run.obtain("partitions"))
-        ]
 
 
 def _with_experts(config: Config, count: int) -> Config:

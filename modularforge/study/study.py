@@ -16,6 +16,7 @@ from modularforge.errors import ConfigError
 from modularforge.evaluation.bench import training_tokens
 from modularforge.evaluation.extras import read_texts, texts_identity
 from modularforge.log import json_safe, logger
+from modularforge.observe.metrics import DECISIVE, standing
 from modularforge.observe.study import write_table
 from modularforge.pipeline import Plan, contents, stage_settings
 from modularforge.provenance import making, provenance
@@ -40,8 +41,8 @@ def run_study(runs: Runs, split: Split, only: Sequence[str] = (), seeds: Sequenc
                 run = runs.run(seed, variant.recipe)
                 benches[variant.recipe] = RunBench(run, split, _limit(runs, run.config, split), texts)
             result, is_new = measure_once(runs, benches[variant.recipe], variant, seed)
-            loss = min(row["mean_loss"] for row in result["rows"].values())
-            logger.info("seed %d, %s: mean %s loss %.4f", seed, variant.name, split, loss)
+            best = min(result["rows"].values(), key=standing)[DECISIVE.column]
+            logger.info("seed %d, %s: %s on %s %.4f", seed, variant.name, DECISIVE.title, split, best)
             if is_new:
                 draw(runs, split, with_plot=False)
         draw(runs, split)
@@ -150,4 +151,4 @@ def _limit(runs: Runs, config: Config, split: Split) -> int:
 
 
 def _losses(result: dict[str, Any]) -> dict[str, float]:
-    return {name: row["mean_loss"] for name, row in result["rows"].items()}
+    return {name: row[DECISIVE.column] for name, row in result["rows"].items()}

@@ -1,7 +1,8 @@
 """The table of a study as numbers: each variant's losses, cost and gains over all seeds.
 
 Gains compare rows of the same seed and of the same tokens for backbone and experts: the share of the oracle's gain over
-the backbone that is kept, the distance to the dense model, and the domain that fares worst against the backbone.
+the backbone that is kept, the distance to the dense model, and the domain that fares worst against the backbone. They
+are of the metric that decides; what is of single documents, places and domains follows from losses.
 Differences are on the same documents, with errors over documents and seeds. Both count: that over documents is of the
 mean over the seeds, which read the same text; that over seeds is what another training would change. A difference is
 clear when it is more than twice the root of their squares' sum.
@@ -16,6 +17,7 @@ from typing import Any
 
 from modularforge.evaluation.paired import CLEAR_ERRORS, Difference, mean_sums, paired_difference
 from modularforge.evaluation.probes import PROBES
+from modularforge.observe.metrics import DECISIVE, MEASURED
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 Row = dict[str, Any]
@@ -82,7 +84,7 @@ def _summary(found: Mapping[int, Row], results: Results, reference: str) -> Row:
         for seed, row in found.items()
     }
     first = next(iter(found.values()))
-    losses = {str(seed): row["mean_loss"] for seed, row in found.items()}
+    losses = {str(seed): row[DECISIVE.column] for seed, row in found.items()}
     domains = {
         label: statistics.fmean(row["domains"][label]["loss"] for row in found.values()) for label in first["domains"]
     }
@@ -92,10 +94,10 @@ def _summary(found: Mapping[int, Row], results: Results, reference: str) -> Row:
     return {
         "kind": first["kind"],
         "recipe": first["recipe"],
-        "mean_loss": statistics.fmean(losses.values()),
+        DECISIVE.column: statistics.fmean(losses.values()),
         "standard_deviation": _spread(list(losses.values())),
         "losses": losses,
-        "bits_per_byte": statistics.fmean(row["bits_per_byte"] for row in found.values()),
+        **_other_metrics([*found.values()]),
         "domains": domains,
         "kept": _mean(kept),
         "kept_spread": _spread([value for value in kept if value is not None]),
@@ -109,6 +111,12 @@ def _summary(found: Mapping[int, Row], results: Results, reference: str) -> Row:
         **{name: first[name] for name in COST},
         "routing_parameters": first.get("routing_parameters"),
     }
+
+
+def _other_metrics(rows: Sequence[Row]) -> dict[str, float]:
+    """The mean over seeds of the metrics that do not decide, as far as these rows have them."""
+    columns = [one.column for one in MEASURED if one is not DECISIVE]
+    return {name: statistics.fmean(row[name] for row in rows) for name in columns if all(name in row for row in rows)}
 
 
 def _differences(
@@ -184,14 +192,14 @@ def _kept(row: Row, anchors: Mapping[str, Row | None], position: str | None = No
     if not backbone or not oracle:
         return None
     mine, start, best = (
-        float(item["mean_loss"] if position is None else item["positions"][position])
+        float(item[DECISIVE.column] if position is None else item["positions"][position])
         for item in (row, backbone, oracle)
     )
     return None if start == best else (start - mine) / (start - best)
 
 
 def _difference(row: Row, other: Row | None) -> float | None:
-    return float(row["mean_loss"] - other["mean_loss"]) if other else None
+    return float(row[DECISIVE.column] - other[DECISIVE.column]) if other else None
 
 
 def _worst(row: Row, backbone: Row | None) -> dict[str, Any] | None:

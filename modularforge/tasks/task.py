@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from modularforge.stage_outputs import Corpus
 
 GROUP = "modularforge.tasks"
-OWN = {"text": "modularforge.tasks.text:TEXT"}
+OWN = {"text": "modularforge.tasks.text:TEXT", "instruction": "modularforge.tasks.instruction:INSTRUCTION"}
 
 
 @dataclass(frozen=True)

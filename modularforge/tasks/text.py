@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from checkpoints import Artifact
 from modularforge.config import Config, PhaseConfig
 from modularforge.data.loader import batches, evaluation_batches, mixed_batches
-from modularforge.data.token_files import Tokens
+from modularforge.data.token_files import ExampleTokens, Stream, Tokens
 from modularforge.evaluation.scoring import measure, summed_loss
 from modularforge.model.backbone import Decoder, cross_entropy
 from modularforge.routing.gathering import gather_statistics
@@ -87,9 +87,9 @@ class TextValidation:
 
 @dataclass(frozen=True)
 class HeldOutText:
-    """Token streams of domains that nothing was trained on, and how they are measured; `byte_lengths` is [V]."""
+    """Streams of domains that nothing was trained on, and how they are measured; `byte_lengths` is [V]."""
 
-    domains: Mapping[str, Tokens]
+    domains: Mapping[str, Stream]
     byte_lengths: Tensor
     context_length: int
     batch_size: int
@@ -141,6 +141,7 @@ class TextTask:
         domains = corpus.domains("validation")
         own = {label: domains[label] for label in labels if label in domains}
         tokens = even_streams(own or domains, config.training.validation_tokens)
+        assert not isinstance(tokens, ExampleTokens)
         return TextValidation(tokens, config.model.context_length, config.evaluation.batch_size)
 
     def loss(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:

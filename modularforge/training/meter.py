@@ -17,6 +17,7 @@ from checkpoints.screen import Progress
 from modularforge.errors import TrainingError
 from modularforge.log import MetricsLog, logger
 from modularforge.training.distributed import World
+from modularforge.training.gradient_norms import NormLog
 from modularforge.training.job import Job
 from modularforge.training.optimizer import Trainer
 
@@ -28,8 +29,8 @@ SPEEDS = {"tokens": "tok/s"}  # what people call units per second
 class Meter:
     """Collects what happened since the last report; losses stay on the device until then."""
 
-    def __init__(self, job: Job, world: World, step: int) -> None:
-        self.job, self.world = job, world
+    def __init__(self, job: Job, world: World, step: int, norms: NormLog | None = None) -> None:
+        self.job, self.world, self._norms = job, world, norms
         self._log = MetricsLog(job.metrics_url, job.tensorboard) if job.metrics_url and world.is_main else None
         if self._log:
             self._log.restart_after(step)
@@ -47,6 +48,11 @@ class Meter:
         start = time.perf_counter()
         yield
         self._data_seconds += time.perf_counter() - start
+
+    def measure_gradients(self, step: int) -> None:
+        """Measure the gradients that the step (1-based) is about to take, if the job wants that now."""
+        if self._norms:
+            self._norms.measure(step)
 
     def count(self, loss: Tensor, norm: Tensor, units: float) -> None:
         """Remember one step's loss and gradient norm (still on the device) and its units on this rank."""
@@ -78,6 +84,8 @@ class Meter:
             peak_memory_bytes=peak_memory_bytes(self.world.device),
             **{name: value / self.world.size for name, value in zip(observed, further, strict=True)},
         )
+        if self._norms:
+            self._norms.write()
         self._restart()
         return mean_loss
 
@@ -102,13 +110,15 @@ class Meter:
 
     def flush(self) -> None:
         """Make the lines visible on an object store."""
-        if self._log:
-            self._log.flush()
+        for log in (self._log, self._norms):
+            if log:
+                log.flush()
 
     def close(self) -> None:
         """Let another process write this job's metrics."""
-        if self._log:
-            self._log.close()
+        for log in (self._log, self._norms):
+            if log:
+                log.close()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

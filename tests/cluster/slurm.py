@@ -52,7 +52,7 @@ GresTypes=gpu
 {more}
 NodeName=node[1-{nodes}] NodeAddr=127.1.0.[1-{nodes}] Port=[{first}-{last}] CPUs={cpus} RealMemory=100000 Gres=gpu:2
 PartitionName=main Nodes=ALL Default=YES PriorityTier=10 PreemptMode=OFF MaxTime=1-00:00:00
-PartitionName=preemptible Nodes=ALL PriorityTier=1 GraceTime=20
+PartitionName=preemptible Nodes=ALL PriorityTier=1 GraceTime=60
 PartitionName=graceless Nodes=ALL PriorityTier=1 GraceTime=0
 """
 

@@ -62,19 +62,22 @@ def test_a_preempted_expert_goes_on_with_equal_losses(trained_run: Make, tmp_pat
 def test_a_preempted_backbone_on_two_nodes_goes_on_and_its_chain_with_it(
     new_run: Make, finished_run: Config, tmp_path: Path
 ) -> None:
-    run = new_run(backbone={"steps": 400}, training=TRAINING, cluster={"queue": "preemptible"})
+    run = new_run(backbone=LONG, training=TRAINING, cluster={"queue": "preemptible"})
     shutil.copytree(Path(finished_run.output_dir) / "data", run.folder / "data")
     run.submit()
-    run.wait_for_step("backbone", 20)
+    run.wait_for_step("backbone", 20, 180)
     run.cluster.preempt()
-    run.wait_for_artifact("backbone", 180)
+    run.wait_for_artifact("backbone", 300)
     requeued = run.events("backbone", "requeued")
     assert [event["reason"] for event in requeued] == ["preempted"]
     assert run.events("backbone", "started")[1]["step"] == requeued[0]["step"] >= 20
-    wait_for(lambda: run.events("expert-0", "started"), "the experts follow", 60)
+    wait_for(lambda: run.events("expert-0", "started"), "the experts follow", 120)
     other = uninterrupted(run, "backbone", tmp_path)
-    mine, alone = dict(run.losses("backbone")[-3:]), dict(other.losses("backbone")[-3:])
-    assert mine == pytest.approx(alone, abs=2e-4), "two ranks equal one up to rounding"
+    # As above: the stop cuts one mean short, and where it fell no two machines agree.
+    later = {step: loss for step, loss in other.losses("backbone") if step > requeued[0]["step"] + 20}
+    mine = {step: loss for step, loss in run.losses("backbone") if step in later}
+    assert later
+    assert mine == pytest.approx(later, abs=2e-4), "two ranks equal one up to rounding"
 
 
 @pytest.mark.slow

@@ -148,7 +148,7 @@ def test_the_solved_router_is_what_the_assembled_file_holds(router: str, finishe
 def test_router_choices_differ_and_have_a_row_per_expert(finished_run: Config) -> None:
     experts = [Run(finished_run).require("expert", index) for index in range(3)]
     found = {}
-    for router in ("learned", "centred_means", "data_stats", "kaiming", "uniform"):
+    for router in ("trained", "means", "ridge", "random", "uniform"):
         assembly = finished_run.assembly.model_copy(update={"router": router})
         config = finished_run.model_copy(update={"assembly": assembly})
         rows = router_rows(config, experts, finished_run.model)
@@ -156,7 +156,7 @@ def test_router_choices_differ_and_have_a_row_per_expert(finished_run: Config) -
         assert found[router].shape == (4, finished_run.model.width)
         assert np.isfinite(found[router]).all()
     assert not found["uniform"].any()
-    assert not np.allclose(found["learned"], found["data_stats"])
+    assert not np.allclose(found["trained"], found["ridge"])
 
 
 def test_weight_files_are_readable_by_safetensors_with_metadata(finished_run: Config) -> None:

@@ -17,7 +17,7 @@ COUNTS = (2, 8, 32)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc/self/smaps_rollup")
-@pytest.mark.parametrize("router", ["data_stats", "evidence"])
+@pytest.mark.parametrize("router", ["ridge", "evidence"])
 def test_peak_anonymous_memory_is_flat_in_the_number_of_experts(router: str, tmp_path: Path) -> None:
     model = ModelConfig(width=768, layers=3, heads=12, kv_heads=4, ffn_width=2048, context_length=64, tied_head=True)
     backbone, experts = write_parts(tmp_path, model, 8_000, max(COUNTS))

@@ -77,7 +77,7 @@ def weights(url: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(url).iterdir() if path.name != MANIFEST_NAME}
 
 
-@pytest.mark.parametrize("router", ["data_stats", "evidence", "learned"])
+@pytest.mark.parametrize("router", ["ridge", "evidence", "trained"])
 @pytest.mark.parametrize("mode", ["auto", "merge"])
 def test_a_removed_expert_leaves_the_model_that_never_had_it(
     router: str, mode: str, finished_run: Config, tmp_path: Path
@@ -117,7 +117,7 @@ def test_parts_that_are_written_are_split_above_the_limit_and_linked_ones_stay_w
     finished_run: Config, tmp_path: Path
 ) -> None:
     limit = 60_000
-    run = copy_of_run(finished_run, tmp_path / "run", router="data_stats", max_shard_bytes=limit)
+    run = copy_of_run(finished_run, tmp_path / "run", router="ridge", max_shard_bytes=limit)
     assemble_stage.run(Run(run))
     calibrate_stage.run(Run(run))
     for stage in ("assembled", "calibrated"):
@@ -164,7 +164,7 @@ def test_a_plain_experts_file_is_linked_too(tmp_path: Path, finished_run: Config
     from tests.conftest import run_every_stage, tiny_config
 
     config = tiny_config(
-        tmp_path / "plain", experts={"anchored": False, "count": 3}, assembly={"router": "data_stats", "mode": "link"}
+        tmp_path / "plain", experts={"anchored": False, "count": 3}, assembly={"router": "ridge", "mode": "link"}
     )
     run_every_stage(config)
     assembled = Run(config).require("assembled")
@@ -406,7 +406,7 @@ def test_a_truncated_expert_is_refused_before_anything_is_written(finished_run: 
 
 
 def test_the_command_lists_and_changes_members_and_says_what_is_wrong(finished_run: Config, tmp_path: Path) -> None:
-    run = copy_of_run(finished_run, tmp_path / "run", router="data_stats")
+    run = copy_of_run(finished_run, tmp_path / "run", router="ridge")
     assemble_stage.run(Run(run))
     url = stage_url(run, "assembled")
     listed = json.loads(run_command("modularforge", "experts", "list", url, "--json").stdout)
@@ -426,7 +426,7 @@ def test_the_command_lists_and_changes_members_and_says_what_is_wrong(finished_r
 
 
 def test_a_chosen_membership_is_kept_when_the_pipeline_runs_again(finished_run: Config, tmp_path: Path) -> None:
-    run = copy_of_run(finished_run, tmp_path / "run", router="data_stats")
+    run = copy_of_run(finished_run, tmp_path / "run", router="ridge")
     assemble_stage.run(Run(run))
     edit_experts.remove(stage_url(run, "assembled"), 0)
     assemble_stage.run(Run(run))
@@ -434,7 +434,7 @@ def test_a_chosen_membership_is_kept_when_the_pipeline_runs_again(finished_run: 
 
 
 def test_a_replaced_expert_may_come_from_another_run(finished_run: Config, tmp_path: Path) -> None:
-    run = copy_of_run(finished_run, tmp_path / "run", router="data_stats")
+    run = copy_of_run(finished_run, tmp_path / "run", router="ridge")
     assemble_stage.run(Run(run))
     newer = damaged(Run(run).require("expert", 1), tmp_path / "newer", lambda t: t[first_key(t)].add_(1))
     changed = edit_experts.replace(stage_url(run, "assembled"), 1, newer.url, str(tmp_path / "new-model"))
@@ -446,7 +446,7 @@ def test_a_replaced_expert_may_come_from_another_run(finished_run: Config, tmp_p
 
 
 def test_of_experts_with_the_same_index_one_is_named_by_its_place(finished_run: Config, tmp_path: Path) -> None:
-    run = copy_of_run(finished_run, tmp_path / "run", router="data_stats")
+    run = copy_of_run(finished_run, tmp_path / "run", router="ridge")
     assemble_stage.run(Run(run))
     url = stage_url(run, "assembled")
     newer = damaged(Run(run).require("expert", 1), tmp_path / "newer", lambda t: t[first_key(t)].add_(1))

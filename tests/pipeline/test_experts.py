@@ -45,7 +45,7 @@ def test_an_experts_bytes_do_not_depend_on_order_or_company(
 
 @pytest.mark.parametrize("anchored", [True, False])
 def test_only_the_new_ffn_and_its_rows_learn(anchored: bool, finished_run: Config, tmp_path: Path) -> None:
-    config = beside(finished_run, tmp_path, experts={"anchored": anchored}, assembly={"router": "data_stats"})
+    config = beside(finished_run, tmp_path, experts={"anchored": anchored}, assembly={"router": "ridge"})
     expert.run(Run(config), 0)
     backbone = Backbone(Run(config).require("backbone"))
     own = backbone.expert(Run(config).require("expert", 0)).state_dict()
@@ -68,7 +68,7 @@ def test_a_fresh_expert_starts_from_other_weights_than_the_backbone(finished_run
 
 
 def test_a_plain_run_assembles_without_the_public_expert(finished_run: Config, tmp_path: Path) -> None:
-    config = beside(finished_run, tmp_path, experts={"anchored": False}, assembly={"router": "data_stats"})
+    config = beside(finished_run, tmp_path, experts={"anchored": False}, assembly={"router": "ridge"})
     for index in range(3):
         expert.run(Run(config), index)
     assemble.run(Run(config))

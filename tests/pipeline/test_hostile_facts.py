@@ -37,7 +37,7 @@ def test_facts_of_an_ordinary_run_are_as_their_stages_record_them(finished_run: 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_hostile_facts_end_in_a_sentence(part: str, finished_run: Config, tmp_path: Path) -> None:
-    run = copy_of_run(finished_run, tmp_path / "run", router="data_stats")
+    run = copy_of_run(finished_run, tmp_path / "run", router="ridge")
     assemble.run(Run(run))
     path = Path(run.output_dir) / part / "manifest.json"
     good: dict[str, Any] = json.loads(path.read_bytes())

@@ -124,6 +124,7 @@ def assert_record_events_and_logs_are_as_on_a_cluster(run: Run) -> None:
     assert {row["stage"] for row in kept} == {"expert", "assemble", "evaluate"}
     assert "all jobs have ended" in launcher(run, "cancel")
     run.launch(None)  # which has nothing left to do but the evaluation
+    assert launcher(run, "logs", "calibrated") == launcher(run, "logs", "assemble"), "a job by what it makes"
     assert "finished: " in launcher(run, "logs", "expert/1"), "an earlier launch keeps its logs"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,11 @@ from typer.testing import CliRunner
 
 from checkpoints import Artifact, find_artifact
 from launcher.tasks import build_groups, build_tasks, is_finished, nodes_of
-from modularforge import cli
+from modularforge import cli, settings_page
 from modularforge.config import Config
-from modularforge.config_files import to_yaml
-from modularforge.errors import MismatchError
-from modularforge.pipeline import STAGES, JobName, Stage, stage_settings
+from modularforge.config_files import make_config, to_yaml
+from modularforge.errors import ConfigError, MismatchError
+from modularforge.pipeline import STAGES, JobName, Stage, job_named, stage_settings, wanted_stages
 from modularforge.provenance import commit, making
 from modularforge.run import Run
 from tests.conftest import tiny_values
@@ -105,6 +107,14 @@ def test_a_jobs_name_is_read_back(text: str) -> None:
     assert JobName.parse("expert/3") == JobName("expert", 3)
 
 
+@pytest.mark.parametrize("word", ["assemble", "assembled", "calibrated", "calibrate", "calibration"])
+def test_a_job_is_found_by_its_own_word_and_by_those_of_what_it_makes(word: str) -> None:
+    assert job_named(word) == JobName("assemble")
+    assert (job_named("evaluation"), job_named("corpus")) == (JobName("evaluate"), JobName("prepare-data"))
+    assert (job_named("expert/3"), job_named("branch-0")) == (JobName("expert", 3), JobName("branch", 0))
+    assert job_named("nothing") == JobName("nothing")
+
+
 def test_run_all_makes_and_measures_a_new_row(config: Config, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
@@ -112,3 +122,18 @@ def test_run_all_makes_and_measures_a_new_row(config: Config, tmp_path: Path) ->
     assert done.exit_code == 0, done.output
     assert Run(config).artifact("parrot") is not None
     assert "parrot" in Run(config).make("evaluation")["models"]
+
+
+def test_a_baseline_is_its_file_and_its_row(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `evaluation.baselines` may name, in settings, their page and their schema, follows from the rows."""
+    rows = {**STAGES, "parrot": dataclasses.replace(ROW, baseline="parrot")}
+    monkeypatch.setattr("modularforge.pipeline.STAGES", rows)
+    named = make_config(tiny_values(tmp_path, evaluation={"baselines": ["parrot", "soup"]}), "tests")
+    assert "parrot" in [stage.name for stage in wanted_stages(named)]
+    assert "parrot" not in [stage.name for stage in wanted_stages(config)]
+    wrong = r"evaluation\.baselines\.0 must be 'dense', .*'parrot' or 'soup', but is 'parott'; change it"
+    with pytest.raises(ConfigError, match=wrong):
+        make_config(tiny_values(tmp_path, evaluation={"baselines": ["parott"]}), "tests")
+    assert "parrot | soup" in settings_page.page("evaluation.baselines", as_markdown=False)
+    schema = json.loads(settings_page.schema())
+    assert "parrot" in schema["$defs"]["EvaluationConfig"]["properties"]["baselines"]["items"]["enum"]

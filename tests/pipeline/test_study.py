@@ -43,7 +43,7 @@ from modularforge.tasks.text import TEXT
 from tests.conftest import ROOT, run_command, tiny_config
 from tests.naive import naive_losses
 
-RIDGE = {"assembly.router": "data_stats"}
+RIDGE = {"assembly.router": "ridge"}
 STUDY: dict[str, Any] = {
     "name": "tiny",
     "seeds": [0, 1],
@@ -85,7 +85,7 @@ STUDY: dict[str, Any] = {
 
 def write_study(folder: Path, **changes: Any) -> Path:
     base = folder / "base.yaml"
-    base.write_text(to_yaml(tiny_config(folder / "unused", assembly={"router": "data_stats"})))
+    base.write_text(to_yaml(tiny_config(folder / "unused", assembly={"router": "ridge"})))
     path = folder / "study.yaml"
     (folder / "readme.txt").write_text("A text of no domain, such as how to build it: make install. " * 20)
     texts = {"validation": [str(folder / "readme.txt")]}

@@ -297,7 +297,7 @@ def test_a_smoke_test_leaves_the_pretrained_model_out(folder: Path, tmp_path: Pa
 
 
 def test_plain_experts_on_a_pretrained_backbone_assemble_too(folder: Path, tmp_path: Path) -> None:
-    values = values_on(folder, tmp_path / "run", assembly={"router": "data_stats"})
+    values = values_on(folder, tmp_path / "run", assembly={"router": "ridge"})
     values["experts"] = {**values["experts"], "anchored": False}
     config = complete_config(values, "tests")
     prepare_data(config)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import struct
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -18,7 +15,6 @@ from tokenizers import Tokenizer
 
 from benchmarks.real_model import smollm2
 from benchmarks.real_model.chat import is_right, read_questions
-from benchmarks.real_model.gguf import Gguf
 from modularforge.evaluation.generation import Sampling, generate
 from modularforge.model.backbone import Decoder, cross_entropy
 from modularforge.model.folder import load_model
@@ -30,66 +26,6 @@ TEXTS = Path(__file__).parents[2] / "texts"
 PERPLEXITIES = {
     "english_novels": 31.7, "c_code": 7.8, "law": 10.0, "dialogue": 11.3, "mathematics": 8.1, "french_novels": 66.2
 }  # fmt: skip
-Tensor = tuple[str, tuple[int, ...], int, bytes]
-
-
-def text(value: str) -> bytes:
-    return struct.pack("<Q", len(value.encode())) + value.encode()
-
-
-def write_gguf(
-    path: Path, metadata: Sequence[bytes], tensors: Sequence[tuple[str, tuple[int, ...], int, bytes]]
-) -> None:
-    """A GGUF file; shapes are given outermost axis first, as we read them."""
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)) + b"".join(metadata)
-    data = b""
-    for name, shape, kind, content in tensors:
-        head += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], kind, len(data))
-        data += content + bytes(-len(content) % 32)
-    path.write_bytes(head + bytes(-len(head) % 32) + data)
-
-
-def test_blocks_of_a_quantised_file_are_read_as_their_format_says(tmp_path: Path) -> None:
-    random = np.random.default_rng(0)
-    blocks = [(0.5, -3.0, random.integers(0, 256, 16)), (0.25, 1.0, random.integers(0, 256, 16))]
-    q4 = b"".join(struct.pack("<ee", scale, least) + bytes(packed.tolist()) for scale, least, packed in blocks)
-    wanted = [
-        [scale * (byte >> shift & 15) + least for shift in (0, 4) for byte in packed.tolist()]
-        for scale, least, packed in blocks
-    ]
-    q8 = struct.pack("<e32b", 0.125, *range(-16, 16))
-    plain = np.arange(6, dtype="<f4")
-    pair = text("pair") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("bé")
-    number = text("number") + struct.pack("<If", 6, 1.5)
-    tensors = [("four", (2, 32), 3, q4), ("eight", (1, 32), 8, q8), ("plain", (3, 2), 0, plain.tobytes())]
-    write_gguf(tmp_path / "small.gguf", [pair, number], tensors)
-
-    file = Gguf(tmp_path / "small.gguf")
-
-    assert file.metadata == {"pair": ["a", "bé"], "number": 1.5}
-    found = dict(file.tensors())
-    np.testing.assert_array_equal(found["four"], np.array(wanted, np.float32))
-    np.testing.assert_array_equal(found["eight"], np.arange(-16, 16, dtype=np.float32)[None] / 8)
-    np.testing.assert_array_equal(found["plain"], plain.reshape(3, 2))
-
-
-def test_another_file_or_type_is_refused_with_a_sentence(tmp_path: Path) -> None:
-    (tmp_path / "other").write_bytes(b"GGML" + bytes(40))
-    with pytest.raises(ValueError, match="must be a GGUF file of version 3"):
-        Gguf(tmp_path / "other")
-    write_gguf(tmp_path / "half.gguf", [], [("half", (2, 2), 1, bytes(8))])
-    with pytest.raises(ValueError, match=r"half in .* must be of type F32, Q4_1, Q8_0"):
-        Gguf(tmp_path / "half.gguf").tensor("half")
-
-
-def test_rows_of_queries_go_back_from_rotary_pairs_to_halves() -> None:
-    """llama.cpp turns neighbouring rows together, Hugging Face row i and row i + half of the head."""
-    heads, width = 2, 8
-    paired = np.arange(heads * width, dtype=np.float32)[:, None]
-    name, found = smollm2._renamed("blk.3.attn_q.weight", paired, {"attn_q": heads})
-    assert name == "model.layers.3.self_attn.q_proj.weight"
-    for head in found.reshape(heads, width):
-        np.testing.assert_array_equal(head[: width // 2] + 1, head[width // 2 :])
 
 
 def test_questions_of_validation_and_test_differ_and_their_answers_are_right() -> None:
@@ -146,6 +82,19 @@ def test_converted_it_reads_as_well_as_was_measured_before(model: Decoder, token
     with torch.inference_mode():
         loss = cross_entropy(model(read[:-1].view(2, 512)), read[1:].view(2, 512))
     assert math.exp(loss) == pytest.approx(PERPLEXITIES[domain], abs=0.06)
+
+
+@pytest.mark.slow
+def test_transformers_reads_the_file_as_we_do(folder: Path, model: Decoder, tokenizer: Tokenizer) -> None:
+    """From the GGUF file itself, beside the folder that was made of it."""
+    name = Path(smollm2.INSIDE).name
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder.parent, gguf_file=name, dtype=torch.float32)
+    by_transformers = transformers.AutoTokenizer.from_pretrained(folder.parent, gguf_file=name)
+    text = "In 1984, x1 += 37; the cafe\u0301 <|im_end|> closed.\n\n\tdef f():"
+    ids = torch.tensor([tokenizer.encode(text).ids])
+    assert by_transformers(text)["input_ids"] == ids[0].tolist()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow

@@ -18,8 +18,7 @@ from modularforge.stored_models import stored_model
 from tests.pretrained import models
 
 OTHER_FILES = [
-    ("model.gguf", "is a GGUF file .*; name the folder or Hub name of the model it was made from, or convert it"),
-    ("model-Q4_K_M.GGUF", "is a GGUF file"),
+    ("model.ggml", "is a GGUF file .*; name the file itself as model.pretrained, or make a folder of it"),
     ("pytorch_model.bin", "is a pickle of PyTorch, which can run code .*save_pretrained"),
     ("last.ckpt", "is a pickle of PyTorch"),
     ("weights.pt", "is a pickle of PyTorch"),

@@ -34,7 +34,7 @@ def parts_on(root: str, run: Config) -> tuple[Artifact, list[Artifact]]:
 
 
 @pytest.mark.parametrize("mode", ["merge", "auto"])
-@pytest.mark.parametrize("router", ["learned", "evidence"])
+@pytest.mark.parametrize("router", ["trained", "evidence"])
 def test_every_store_gets_the_same_bytes(mode: str, router: str, place: str, finished_run: Config, tmp_path) -> None:
     run = with_assembly(finished_run, mode=mode, router=router)
     local = [Run(run).require("expert", index) for index in range(3)]
@@ -126,7 +126,7 @@ def test_memory_is_bounded_on_s3_too(s3: str, tmp_path: Path) -> None:
     model = ModelConfig(width=768, layers=3, heads=12, kv_heads=4, ffn_width=2048, context_length=64, tied_head=True)
     backbone, experts = write_parts(s3, model, 8_000, 12)
     describe(tmp_path, backbone, experts)
-    found = assemble_once(tmp_path, "merge", "data_stats", f"{s3}/out")
+    found = assemble_once(tmp_path, "merge", "ridge", f"{s3}/out")
     assert found["bytes"] > 300e6
     assert found["peak_mb"] < 300
 

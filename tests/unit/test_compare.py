@@ -12,14 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from checkpoints import paths
+from modularforge.config_files import to_yaml
 from modularforge.observe import divergence
 from modularforge.observe.anomalies import convergence, find_anomalies, overfitting, running_median
 from modularforge.observe.compare import as_text
 from modularforge.observe.comparison import compare, compare_seeds, group_by_settings
 from modularforge.observe.divergence import pair_curves
-from modularforge.observe.metrics import Curve
+from modularforge.observe.metrics import MEASURED, Curve, Metric
 from modularforge.observe.run import MEANS, Run, read_run
-from tests.conftest import run_command
+from tests.conftest import run_command, tiny_config
 from tests.synthetic_runs import falling, validation_line, write_metrics, write_run
 
 STEPS = np.arange(1.0, 401.0)
@@ -306,6 +308,19 @@ def test_a_seed_that_is_run_again_is_no_further_seed() -> None:
     assert group_by_settings(unknown) == {"x": ["x"], "y": ["y"]}
 
 
+def test_runs_recorded_under_old_names_of_routers_are_the_same_experiment(tmp_path: Path) -> None:
+    runs = {}
+    for name, router in (("old", "data_stats"), ("new", "ridge")):
+        paths.replace_bytes(str(tmp_path / name / "config.yaml"), to_yaml(tiny_config(tmp_path)).encode())
+        recorded = (tmp_path / name / "config.yaml").read_text()
+        assert "router: trained\n" in recorded
+        (tmp_path / name / "config.yaml").write_text(recorded.replace("router: trained\n", f"router: {router}\n"))
+        write_metrics(str(tmp_path / name), "backbone", {1: 3.0})
+        runs[name] = read_run(str(tmp_path / name))
+    assert runs["old"].setting("assembly.router", "") == "ridge"
+    assert not compare(runs).settings
+
+
 def test_many_experts_are_compared_by_their_mean(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_run(str(tmp_path / name), num_experts=6, steps=40, seed=ord(name))
@@ -331,6 +346,29 @@ def test_branches_are_compared_by_their_mean_too(tmp_path: Path) -> None:
     assert "== branch-3 ==" not in text
     assert "== expert-1 ==" in text
     assert "single branches" in text
+
+
+def test_evaluations_are_compared_by_every_metric_of_the_tasks_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: dict[str, Run] = {}
+    for name in ("a", "b"):
+        write_run(str(tmp_path / name), seed=len(runs))
+        runs[name] = read_run(str(tmp_path / name))
+    new = Metric("accuracy", "right answers", "%", better="higher")
+    for file in ("comparison", "compare"):
+        monkeypatch.setattr(f"modularforge.observe.{file}.MEASURED", (*MEASURED, new))
+    assert runs["b"].evaluation
+    runs["b"].evaluation["models"]["backbone"]["accuracy"] = 97.5
+    found = compare(runs)
+    assert [*found.evaluation] == [*(one.column for one in MEASURED), "accuracy"]
+    assert found.evaluation["accuracy"]["backbone"] == {"b": 97.5}
+    loss = runs["a"].evaluation["models"]["backbone"]["mean_loss"]  # type: ignore[index]
+    assert found.evaluation["mean_loss"]["backbone"]["a"] == pytest.approx(loss)
+    lines = as_text(found).splitlines()
+    table = lines[lines.index("Test: right answers (%)") + 1 :]
+    assert next(line for line in table if line.split()[:1] == ["backbone"]).split() == ["backbone", "–", "97.5"]
+    assert "Test: mean loss (nats per token)" in lines
 
 
 def test_the_command_writes_text_json_and_plots(tmp_path: Path) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from modularforge import pipeline
-from modularforge.config import Config
+from modularforge import config_files, pipeline
+from modularforge.config import RECORDED_ROUTERS, Config, RouterKind
 from modularforge.config_files import load_config, setting_names
 from modularforge.pipeline import CAME_LATER, EVERY, EVERYWHERE, OUTSIDE, STAGES, fingerprint, stage_settings
+from modularforge.settings_page import all_settings
 from tests.conftest import ROOT, tiny_config
 
 # Of the settings alone (no inputs), for every stage that there was, taken at commit 7c36fa4: of the shipped files, and
@@ -26,7 +27,7 @@ def test_stages_keep_the_fingerprints_they_had_before_settings_came(recorded: di
     settings = {**recorded["set"], **CAME_LATER}
     config = load_config(str(ROOT / "configs" / recorded["base"]), list(settings.items()))
     expected = dict(recorded["fingerprints"])
-    ridge = config.model_copy(update={"assembly": config.assembly.model_copy(update={"router": "data_stats"})})
+    ridge = config.model_copy(update={"assembly": config.assembly.model_copy(update={"router": "ridge"})})
     assert fingerprint("assembled", stage_settings(ridge, "assembled"), {}) == expected.pop("assembled")
     assert {stage: fingerprint(stage, stage_settings(config, stage), {}) for stage in expected} == expected
 
@@ -54,8 +55,33 @@ def test_a_backbone_with_stretched_positions_keeps_the_fingerprint_it_had_with_s
         assert fingerprint("backbone", settings, {}) == "4b6cba7fe2bfd461c5c3037ce972fba9"
 
 
+# Of anchored experts with configs/default.yaml, by the router's name at commit 795ecc8, where they were taken.
+OF_ROUTERS = {
+    "evidence": "328af6f8ef253a5c84947946a736be7b",
+    "data_stats": "315c7e5001b3d0cd8a8a4f4dcc4c4cfe",
+    "centred_means": "981538bdd4f7ce893c64bd196a9282f3",
+    "learned": "e7e633d30c96eda4efb65c4d88a9b6a0",
+    "equalised": "588ad56283b05d92d83abe60945c174e",
+    "kaiming": "cd2ca8cfa309be9174f3febac3c638da",
+    "uniform": "0b2a83070d319e7f5e7688619eaeea0b",
+}
+
+
+@pytest.mark.parametrize("router", get_args(RouterKind))
+def test_a_router_has_the_identity_of_its_old_name_under_both(router: str, caplog: pytest.LogCaptureFixture) -> None:
+    config_files._say_new_name.cache_clear()
+    old = RECORDED_ROUTERS.get(router, router)
+    for name in (router, old):
+        settings = {"assembly.router": name, "experts.anchored": True}
+        config = load_config(str(ROOT / "configs/default.yaml"), list(settings.items()))
+        assert config.assembly.router == router
+        assert fingerprint("assembled", stage_settings(config, "assembled"), {}) == OF_ROUTERS[old]
+    said = f"assembly.router: {old} is called {router} now; its old name still works in this version"
+    assert [record.message for record in caplog.records] == ([said] if old != router else [])
+
+
 def test_what_came_later_is_a_setting() -> None:
-    assert CAME_LATER.keys() <= set(setting_names())
+    assert CAME_LATER.keys() <= {item.name for item in all_settings()}
 
 
 def test_every_setting_counts_for_the_stages_of_its_section_or_is_on_the_list(tmp_path: Path) -> None:

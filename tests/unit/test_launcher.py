@@ -15,16 +15,19 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from checkpoints import paths
 from launcher import slurm
+from launcher.__main__ import app as launcher
 from launcher.arrays import cut, ranges
-from launcher.command import job_environment
+from launcher.command import child_environment, job_environment, processes_of
 from launcher.layout import log_file
 from launcher.lock import BusyError, submission_lock
 from launcher.plan import describe_plan
 from launcher.preflight import _node_problems, _queue_limit, _storage_problems
-from launcher.record import beside, check_same_run, new_record, run_id_of
+from launcher.processes import LocalLauncher
+from launcher.record import Submission, beside, check_same_run, identity_of, new_record, run_id_of, save_record
 from launcher.report import lost_steps, sessions
 from launcher.retry_policy import Ended, decide
 from launcher.sbatch import Request, dependency, script_of
@@ -32,6 +35,7 @@ from launcher.slurm import QueuedJob, SlurmError, minutes
 from launcher.submit import find_job, live_tasks
 from launcher.tasks import build_groups, build_tasks, nodes_of
 from modularforge.config import ClusterConfig
+from modularforge.config_files import to_yaml
 from modularforge.errors import ConfigError, MismatchError
 from tests.conftest import ROOT, tiny_config
 
@@ -130,6 +134,50 @@ def test_changed_settings_are_refused_by_name_and_more_partitions_are_not(tmp_pa
         check_same_run(tiny_config(tmp_path, model={"width": 64}), record)
 
 
+def test_a_changed_general_rate_is_seen_where_a_baseline_has_its_own(tmp_path: Path) -> None:
+    own = {"dense": {"peak_learning_rate": 0.5}, "btx": {"peak_learning_rate": 0.25, "batch_size": 8}}
+    config = tiny_config(tmp_path, **own, experts={"peak_learning_rate": 0.01})
+    record = new_record(config)
+    check_same_run(config, record)
+    with pytest.raises(MismatchError, match=r"experts\.peak_learning_rate: 0\.01 in the run, 0\.02 now"):
+        check_same_run(tiny_config(tmp_path, **own, experts={"peak_learning_rate": 0.02}), record)
+    faster = {**own, "dense": {"peak_learning_rate": 0.75}, "experts": {"peak_learning_rate": 0.01}}
+    with pytest.raises(MismatchError, match=r"dense\.peak_learning_rate: 0\.5 in the run, 0\.75 now"):
+        check_same_run(tiny_config(tmp_path, **faster), record)
+    # Earlier versions recorded the last baseline's rate as that of the experts: their runs go on.
+    record.identity = {**identity_of(config), "experts.peak_learning_rate": 0.25}
+    check_same_run(config, record)
+
+
+def test_a_dry_run_of_a_new_run_plans_the_place_beside_the_old_one(tmp_path: Path) -> None:
+    old, path = tiny_config(tmp_path / "run"), tmp_path / "config.yaml"
+    save_record(old, new_record(old))
+    path.write_text(to_yaml(tiny_config(tmp_path / "run", experts={"steps": 99})))
+    for options, where in (([], f"{old.output_dir}\n"), (["--new-run"], f"{old.output_dir}-")):
+        done = CliRunner().invoke(launcher, ["launch", "--dry-run", *options, "--config", str(path)])
+        assert done.exit_code == 0, done.output
+        assert f" at {where}" in done.output
+    assert not [*tmp_path.glob("run-*")]
+
+
+@pytest.mark.parametrize(("processes", "threads"), [(1, 8), (3, 2)])
+def test_threads_are_a_share_of_a_jobs_cores_whatever_the_shell_says(
+    processes: int, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    config = tiny_config(tmp_path, launcher={"backbone_processes": processes})
+    task = next(task for task in build_tasks(config) if task.name == "backbone")
+    here = LocalLauncher(config, [task], print)
+    monkeypatch.setattr(here, "_cores", lambda task: 8)
+    here.carriers["backbone"] = Submission("000-backbone-ab", "backbone", job="local-1")
+    for name in set(os.environ) - set(started := here._environment(task, 0)):
+        monkeypatch.delenv(name)
+    allocation = here._allocation(task, 0)
+    found = child_environment(config, processes_of(config, task, allocation), allocation)
+    assert "OMP_NUM_THREADS" not in started
+    assert found["OMP_NUM_THREADS"] == str(threads)
+
+
 def test_a_new_run_lies_beside_the_old_one_and_shares_unchanged_data(tmp_path: Path) -> None:
     old = tiny_config(tmp_path / "run")
     other = beside(tiny_config(tmp_path / "run", experts={"steps": 99}), new_record(old))
@@ -184,8 +232,6 @@ def test_jobs_without_an_answer_are_found_by_comment_or_by_their_own_word() -> N
 
 def test_a_job_past_its_last_word_or_without_a_chance_carries_nothing() -> None:
     record = new_record(tiny_config("/nowhere"))
-    from launcher.record import Submission
-
     record.submissions = [Submission("a", "expert", [4, 5], 4, "12"), Submission("b", "assemble", job="13")]
     jobs = [
         QueuedJob("12", 0, "COMPLETING", "", "", "None", ""),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from checkpoints import CorruptArtifactError
 from modularforge.config import PhaseConfig, TrainingConfig
-from modularforge.errors import StoreError, TrainingError
+from modularforge.errors import Interrupted, StoreError, TrainingError
 from modularforge.experts.trainable import Tensors, trainable
 from modularforge.log import MetricsLog, json_safe
 from modularforge.tasks.task import Batch
@@ -201,3 +203,26 @@ def test_a_share_that_cannot_be_cut_into_equal_pieces_is_refused(share: int, cou
     assert len(list(_pieces({"inputs": torch.zeros(4, 5), "targets": torch.zeros(4, 5)}, 2))) == 2
     with pytest.raises(TrainingError, match=f"must divide the {share} sequences .* but is {count}"):
         _pieces({"inputs": torch.zeros(share, 5)}, count)
+
+
+def test_a_stopped_job_lets_go_of_its_wrapped_model_before_it_leaves_the_world(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The exception that is on its way holds the loop's frame: with DDP in it, ranks of gloo hang at their end."""
+    made: list[weakref.ref[nn.Module]] = []
+
+    def parallelised(model: nn.Module, *_: object) -> nn.Module:
+        wrapped = nn.Sequential(model)
+        made.append(weakref.ref(wrapped))
+        return wrapped
+
+    def stopped(model: nn.Module, tensors: Tensors) -> Tensor:
+        signal.raise_signal(signal.SIGTERM)
+        return squared_error(model, tensors)
+
+    monkeypatch.setattr("modularforge.training.loop.parallelise", parallelised)
+    job = Job("line", PHASE, TrainingConfig(), "fingerprint", str(tmp_path / "checkpoints"))
+    with pytest.raises(Interrupted) as stop:
+        fit(trainable(nn.Linear(1, 1), stopped), Lines(), job, lambda: 0.0, World())
+    assert stop.tb is not None
+    assert [wrapped() for wrapped in made] == [None]

@@ -52,7 +52,9 @@ def test_a_kind_of_another_package_is_found_by_its_entry_point(installed: None) 
 def test_an_unknown_name_is_refused_with_those_that_there_are(installed: None) -> None:
     with pytest.raises(ConfigError, match=r"a kind of expert must be one of ffn, lora, steering, but is 'speech'"):
         kind.find_kind("speech")
-    with pytest.raises(ConfigError, match=r"a task must be one of text, but is 'speech'.*modularforge\.tasks"):
+    with pytest.raises(
+        ConfigError, match=r"a task must be one of instruction, text, but is 'speech'.*modularforge\.tasks"
+    ):
         task.find_task("speech")
 
 

@@ -11,7 +11,7 @@ import torch
 from modularforge.config import ModelConfig
 from modularforge.model.backbone import build_backbone
 from modularforge.routing.gathering import gather_statistics
-from modularforge.routing.solvers import centred_means, equalised, kaiming, ridge, uniform, with_public
+from modularforge.routing.solvers import equalised, means, random, ridge, uniform, with_public
 from modularforge.routing.statistics import LayerStatistics, load_statistics, save_statistics
 
 EXPERTS, WIDTH = 3, 6
@@ -58,7 +58,7 @@ def test_equalised_rows_have_one_length_and_their_directions() -> None:
     np.testing.assert_allclose(equalised(rows), [[1.2, 1.6], [0.0, 2.0], [0.0, 0.0]])
 
 
-@pytest.mark.parametrize("solve", [lambda s: ridge(s, 0.01, 0.1), lambda s: centred_means(s, 0.1)])
+@pytest.mark.parametrize("solve", [lambda s: ridge(s, 0.01, 0.1), lambda s: means(s, 0.1)])
 def test_solved_rows_send_inputs_to_the_expert_of_their_partition(solve) -> None:
     rows = solve([sums(inputs) for inputs in groups()])
     assert rows.shape == (EXPERTS, WIDTH)
@@ -85,8 +85,8 @@ def test_the_public_row_is_zero_and_first() -> None:
 
 
 def test_random_rows_follow_the_seed_and_uniform_rows_are_zero() -> None:
-    assert np.array_equal(kaiming(4, WIDTH, 1), kaiming(4, WIDTH, 1))
-    assert not np.array_equal(kaiming(4, WIDTH, 1), kaiming(4, WIDTH, 2))
+    assert np.array_equal(random(4, WIDTH, 1), random(4, WIDTH, 1))
+    assert not np.array_equal(random(4, WIDTH, 1), random(4, WIDTH, 2))
     assert not uniform(4, WIDTH).any()
 
 

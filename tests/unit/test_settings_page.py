@@ -17,10 +17,13 @@ from modularforge.settings_page import all_settings, page, schema
 from modularforge.yaml_text import parse_yaml
 from tests.conftest import ROOT, tiny_values
 
+IN_LISTS = ("data.", "model.rope_scaling.", "evaluation.tasks.", "experts.lora.phases.")
+
 
 def test_every_setting_has_a_sentence_a_type_and_a_default() -> None:
     found = list(all_settings())
-    sections = ["data.sources", "model.rope_scaling", "experts.lora.phases"]  # of which there may be none, or many
+    # Of which there may be none, or many.
+    sections = ["data.sources", "data.sources.example", "model.rope_scaling", "evaluation.tasks", "experts.lora.phases"]
     assert [item.name for item in found if item.name not in sections] == setting_names()
     assert [item.name for item in found if not (item.sentence and item.type and item.default)] == []
 
@@ -34,12 +37,11 @@ def test_the_shipped_page_and_schema_are_those_of_this_program() -> None:
 def test_a_default_can_be_pasted_into_a_file() -> None:
     config = Config.model_validate(tiny_values("run", data={"sources": sample_sources()}))
     given = Config.model_construct(data=config.data)
-    in_lists = ("data.", "model.rope_scaling.", "experts.lora.phases.")
     for item in all_settings():
         value: Any = given
         for part in item.name.split("."):
             value = getattr(value, part, None)
-        if item.default != "required" and not item.name.startswith(in_lists):
+        if item.default != "required" and not item.name.startswith(IN_LISTS):
             assert parse_yaml(item.default) == value, item.name
 
 

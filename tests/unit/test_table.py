@@ -8,7 +8,9 @@ import pytest
 
 from modularforge.observe import evaluation as shown
 from modularforge.observe.metrics import DECISIVE, MEASURED, Metric
+from modularforge.observe.study import variant_table
 from modularforge.observe.table import Column, Table, count, duration, fixed, named, of
+from modularforge.study.table import COST, make_table
 from tests.synthetic_runs import evaluation
 
 RECORDS = [("a", {"loss": 2.5, "size": 1_500_000_000}), ("b|c", {"loss": None, "size": 999_600})]
@@ -90,8 +92,24 @@ def test_one_more_metric_is_one_more_column_and_the_best_model_stays_the_best(
 
 def test_the_metric_that_decides_says_which_direction_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
     assert DECISIVE.column == "mean_loss"
-    monkeypatch.setattr(shown, "DECISIVE", Metric("mean_loss", "score", "", better="higher"))
+    monkeypatch.setattr("modularforge.observe.metrics.DECISIVE", Metric("mean_loss", "score", "", better="higher"))
     assert bold_rows(evaluation(2), monkeypatch) == ["backbone"]
+
+
+def test_a_study_takes_its_columns_from_the_same_table_of_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"mean_loss": 2.5, "bits_per_byte": 1.5, "accuracy": 0.9}
+    row = {"domains": {"law": {"loss": 2.5}}, "positions": {}, "documents": {}, "probes": {}} | dict.fromkeys(COST, 1)
+    about = {"kind": "backbone", "recipe": "r", "tokens": 1}
+    results = {"v": [{**about, "seed": seed, "rows": {"": row | known | {"accuracy": seed}}} for seed in (0, 1)]}
+    before = variant_table(make_table("s", "test", results, "r"))
+    assert before.header[2:4] == ["mean loss", "±"]
+    assert before.rows[0][before.header.index("bits/byte")] == "1.5000"
+    new = Metric("accuracy", "right answers", "", better="higher", digits=1)
+    for room in ("observe.study", "study.table"):
+        monkeypatch.setattr(f"modularforge.{room}.MEASURED", (*MEASURED, new))
+    after = variant_table(make_table("s", "test", results, "r"))
+    assert [title for title in after.header if title != "right answers"] == before.header
+    assert after.rows[0][after.header.index("right answers")] == "0.5", "the mean over seeds"
 
 
 def test_the_oracle_is_a_bound_and_never_the_best(monkeypatch: pytest.MonkeyPatch) -> None:

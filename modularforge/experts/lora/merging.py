@@ -135,7 +135,7 @@ class _Beside:
             "experts": len(composite.folders) + int(composite.public),
             "experts_per_token": composite.active,
             "public_expert": self.config.has_public_expert,
-            "router": "none" if self.is_average else self.config.assembly.router,
+            "router": "none" if self.is_average else self.config.assembly.recorded_router,
             "lora_form": self.config.assembly.lora,
             "parameters": found.parameters,
             "active_parameters": found.active_parameters,

@@ -1,0 +1,195 @@
+"""Responses to prompts: examples of which the response alone is learned, packed into rows without seeing each other."""
+
+# B batch  T tokens
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from checkpoints import Artifact
+from modularforge.config import Config, PhaseConfig
+from modularforge.data.loader import IGNORED_TARGET
+from modularforge.data.packing import PADDING, Rows, example_batches, mixed_example_batches, ordered_batches
+from modularforge.data.token_files import ExampleTokens, Stream
+from modularforge.errors import MismatchError
+from modularforge.evaluation.scoring import summed_loss
+from modularforge.log import logger
+from modularforge.model.backbone import Decoder
+from modularforge.routing.gathering import gather_statistics
+from modularforge.routing.statistics import RouterStatistics
+from modularforge.routing.text_counts import counts_of, save_counts
+from modularforge.stage_outputs import Corpus, derived_seed, even_streams, token_file
+from modularforge.tasks.task import TEXT_METRICS, Batch, Examples, Metric
+from modularforge.tasks.text import TEXT, HeldOutText
+
+
+@dataclass(frozen=True)
+class InstructionExamples:
+    """Shuffled rows of examples; `sample` takes others of them, for what routers are solved from."""
+
+    stream: ExampleTokens
+    context_length: int
+    batch_size: int
+    seed: int
+    name: str = "the training data"
+    packs: bool = True
+    sample_seed: int = 0
+    sample_rows: int = 0
+    sample_batch: int = 1
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The examples in rows."""
+        return Rows(self.stream, self.context_length, self.seed, self.packs)
+
+    def batches(self, position: Any = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+        """Endless batches; positions count rows over all ranks. Raises TrainingError where one is not filled."""
+        _tell_of_cuts(self.rows, self.name)
+        stream = example_batches(self.rows, self.batch_size, self.seed, int(position), rank, ranks, self.name)
+        return (_batch(tensors, place) for tensors, place in stream)
+
+    def sample(self) -> Iterator[dict[str, Tensor]]:
+        """Tensors of about `sample_rows` rows."""
+        rows = example_batches(self.rows, 1, self.sample_seed)
+        for tensors, _ in itertools.islice(rows, max(1, self.sample_rows)):
+            yield tensors
+
+
+@dataclass(frozen=True)
+class MixedInstructions:
+    """The very rows that jobs on several parts take, each once, in one shuffled order."""
+
+    parts: list[InstructionExamples]
+    rows_each: int
+    batch_size: int
+    seed: int
+    first_row: int = 0
+
+    def batches(self, position: Any = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+        """Batches until all rows were taken; positions count rows over all ranks."""
+        rows, seeds = [part.rows for part in self.parts], [part.seed for part in self.parts]
+        sizes = self.rows_each, self.batch_size, self.seed
+        place = int(position), rank, ranks, self.first_row
+        return (_batch(tensors, behind) for tensors, behind in mixed_example_batches(rows, seeds, *sizes, *place))
+
+
+@dataclass(frozen=True)
+class InstructionValidation:
+    """Held-out examples, in rows."""
+
+    stream: ExampleTokens
+    context_length: int
+    batch_size: int
+
+    def summed_loss(self, model: Decoder, rank: int = 0, ranks: int = 1) -> tuple[float, float]:
+        """Summed loss in nats of this rank's batches, and their learned tokens."""
+        found = ordered_batches(Rows(self.stream, self.context_length), self.batch_size)
+        mine = itertools.islice(found, rank, None, ranks)
+        batches = ((batch["inputs"], batch["targets"], batch["examples"]) for batch in mine)
+        return summed_loss(model, batches, model.lm_head.weight.device)
+
+
+class InstructionTask:
+    """The task `instruction`; `task.py` says what each method answers."""
+
+    name, unit = "instruction", "tokens"
+    table: tuple[Metric, ...] = TEXT_METRICS
+
+    def everything(self, config: Config, corpus: Corpus) -> InstructionExamples:
+        """All training examples."""
+        seed, sample_seed = (derived_seed(config.seed, f"backbone {what}") for what in ("order", "statistics"))
+        stream, batch_size = corpus.tokens("train").whole, config.backbone.batch_size
+        return _examples(config, stream, batch_size, seed, "the training data", sample_seed)
+
+    def part(self, config: Config, partitions: Artifact, index: int) -> InstructionExamples:
+        """The examples of one partition; their order follows from the seed and the index alone."""
+        seed, sample_seed = (derived_seed(config.seed, f"expert {what}", index) for what in ("order", "statistics"))
+        stream = token_file(partitions, f"partition-{index}").whole
+        return _examples(config, stream, config.experts.batch_size, seed, f"partition {index}", sample_seed)
+
+    def mixture(
+        self, config: Config, partitions: Artifact, name: str, phase: PhaseConfig, skipped_windows: int = 0
+    ) -> Examples:
+        """All partitions mixed: of each as many rows, the very ones that its expert takes."""
+        return MixedInstructions(
+            [self.part(config, partitions, index) for index in range(config.experts.count)],
+            -(-phase.steps * phase.batch_size // config.experts.count),
+            phase.batch_size,
+            derived_seed(config.seed, f"{name} order"),
+            skipped_windows,
+        )
+
+    def validation(self, config: Config, corpus: Corpus, labels: Collection[str] = ()) -> InstructionValidation:
+        """As many examples of each domain, about `training.validation_tokens` together."""
+        domains = corpus.domains("validation")
+        own = {label: domains[label] for label in labels if label in domains}
+        stream = even_streams(own or domains, config.training.validation_tokens)
+        return InstructionValidation(_checked(stream), config.model.context_length, config.evaluation.batch_size)
+
+    def loss(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Mean cross-entropy of the batch's learned tokens, in nats; all tokens of all pieces and ranks weigh alike."""
+        logits_BTV = model(tensors["inputs"], examples_BT=tensors["examples"])
+        losses = logits_BTV.flatten(0, 1).float(), tensors["targets"].flatten()
+        total = F.cross_entropy(*losses, ignore_index=IGNORED_TARGET, reduction="sum")
+        return total / tensors["row_targets"].sum()
+
+    def metrics(self, model: Decoder, held_out: HeldOutText, device: torch.device) -> dict[str, dict[str, float]]:
+        """Loss, perplexity and bits per byte of the learned tokens of each domain."""
+        return TEXT.metrics(model, held_out, device)
+
+    def statistics(self, model: Decoder, examples: InstructionExamples, device: torch.device) -> RouterStatistics:
+        """What the routers see of the sample, prompts and responses, and how often it has each token."""
+        sample = list(examples.sample())
+        batches = ((tensors["inputs"], tensors["examples"]) for tensors in sample)
+        return gather_statistics(model, batches, device)
+
+    def save_counts(
+        self, config: Config, examples: InstructionExamples, vocab_size: int, special: Collection[int], path: Path
+    ) -> None:
+        """Write how often each token, and each pair of tokens, occurs in prompts and responses."""
+        save_counts(path, counts_of(config, examples.stream.tokens, vocab_size, special))
+
+
+INSTRUCTION = InstructionTask()
+
+
+def _batch(tensors: Mapping[str, Tensor], position: int) -> Batch:
+    return Batch(tensors, position, float((tensors["examples"] != PADDING).sum()))
+
+
+def _examples(
+    config: Config, stream: Stream, batch_size: int, seed: int, name: str, sample_seed: int
+) -> InstructionExamples:
+    context, packs = config.model.context_length, config.training.packing
+    sample = sample_seed, config.experts.statistics_tokens // context, config.evaluation.batch_size
+    return InstructionExamples(_checked(stream), context, batch_size, seed, name, packs, *sample)
+
+
+def _checked(stream: Stream) -> ExampleTokens:
+    if not isinstance(stream, ExampleTokens):
+        raise MismatchError(
+            "data of task instruction must say what is learned, but was prepared as plain text; run prepare-data in "
+            "another place"
+        )
+    return stream
+
+
+def _tell_of_cuts(rows: Rows, name: str) -> None:
+    if count := len(rows.long_examples):
+        logger.warning(
+            "%d of %d examples of %s are longer than %d tokens: their prompts lose the beginning%s",
+            count,
+            rows.stream.num_examples,
+            name,
+            rows.context_length,
+            f", and {rows.cut_responses} responses their end" if rows.cut_responses else "",
+        )
