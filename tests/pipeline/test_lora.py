@@ -224,3 +224,28 @@ def test_settings_of_adapters_are_the_identity_of_lora_experts_alone() -> None:
     for stage in ("backbone", "assembled", *ALL_BASELINES):
         assert of(stage, rank=4) == set(), stage
     assert of("expert") == set()
+
+
+def test_moments_of_paused_adapters_wait_where_they_were(
+    finished_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = with_lora({"steps": 6, "weight_decay": 0.1}, phases="attn->mlp->both")
+    config = lora_config(finished_run, tmp_path, experts=experts)
+    attention, mlp = (f"model.layers.0.{place}.lora_B.weight" for place in ("self_attn.q_proj", "mlp.up_proj"))
+    counts: dict[str, list[int]] = {attention: [], mlp: []}
+    means: list[Tensor] = []
+    inner = loop._step
+
+    def watched(trainer: Any, *arguments: Any) -> Any:
+        result = inner(trainer, *arguments)
+        states = {name: trainer.optimizer.state.get(trainer.trainable.parameters[name], {}) for name in counts}
+        for name, state in states.items():
+            counts[name].append(int(state.get("step", 0)))
+        means.append(states[attention]["exp_avg"].clone())
+        return result
+
+    monkeypatch.setattr(loop, "_step", watched)
+    made(config)
+    assert counts == {attention: [1, 2, 2, 2, 3, 4], mlp: [0, 0, 1, 2, 3, 4]}
+    assert torch.equal(means[1], means[3])
+    assert not torch.equal(means[3], means[4])
