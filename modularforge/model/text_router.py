@@ -130,10 +130,8 @@ class TextRouter(nn.Module):
             found.append(probability_BR)
         logits_BTR = torch.stack(found, dim=1).log().float() * self.settings.sharpness
         after = TextState(probability_BR, tokens_BT[:, -1])
-        if not self.holds:
-            return logits_BTR, after
         begins_BT = is_behind_end_BT if starts_BT is None else is_behind_end_BT | starts_BT
-        return self._held(logits_BTR, begins_BT, state, after)
+        return self._held(logits_BTR, begins_BT, state, after) if self.holds else (logits_BTR, after)
 
     @torch.no_grad()
     def over_windows(self, tokens_BT: Tensor, state: TextState | None = None) -> tuple[Tensor, TextState]:
