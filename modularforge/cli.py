@@ -226,6 +226,30 @@ def generate(
 
 @app.command()
 @with_lazy_settings
+def transcribe(
+    load_settings: Callable[[], Config],
+    audio: Annotated[list[str], typer.Argument(metavar="AUDIO…", help="Recordings: paths, URLs or patterns.")],
+    model: Annotated[str | None, typer.Option(help="Folder of a speech model; without it the run's.")] = None,
+    prompt: Annotated[str, typer.Option(help="The text prompt that it was trained with.")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="Length of a transcript at the most.")] = 64,
+) -> None:
+    """Write down what recordings say, with a model of the task speech."""
+    from pathlib import Path
+
+    from modularforge.speech.transcribe import transcribe_files
+
+    if model is None:
+        settings = load_settings()
+        prompt = prompt or settings.speech.model.prompt
+        folder = Run(settings).require("assembled").local_folder()
+    else:
+        folder = Path(model)
+    for text in transcribe_files(folder, audio, prompt, tokens):
+        say(text)
+
+
+@app.command()
+@with_lazy_settings
 def route(
     load_settings: Callable[[], Config],
     prompt: Annotated[str, typer.Option(help="The text.")],

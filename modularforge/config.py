@@ -423,8 +423,9 @@ class ExpertsConfig(PhaseConfig):
     count: int = Field(5, ge=1)
     """Experts to train, one per partition; the assembled model has the public FFN beside them."""
     kind: str = Field("ffn", pattern=NAME)
-    """What an expert is: `ffn`, a feed-forward block; `lora`, adapters; or a kind that an installed package adds (entry
-    points `modularforge.experts`)."""
+    """What an expert is: `ffn`, a feed-forward block; `lora`, adapters; `steering`, vectors in a speech encoder (task
+    `speech`); or a kind that an installed package adds (entry points
+    `modularforge.experts`)."""
     anchored: bool = False
     """Train beside the frozen public FFN with a router row of its own (FlexOlmo); false trains a plain FFN alone, which
     was better in our runs (docs/method.md)."""
@@ -691,14 +692,111 @@ class ClusterConfig(Section):
     """Folder that nodes share, in which each run has one for logs, scripts and code; null: in the run's own folder."""
 
 
+class SpeechDataConfig(Section):
+    """How audio is read and becomes features, for `task: speech`; `data.sources` say where it lies."""
+
+    audio_field: Text = "audio"
+    """Column that holds the audio: a path, beside the file that names it, a URL, or the bytes themselves."""
+    prompt_field: Text | None = None
+    """Column of the text that the language model reads between audio and answer; null is `speech.model.prompt`."""
+    split_field: Text | None = None
+    """Column that says in which split a record of the training files is: `train`, `validation` (`valid`, `dev`) or
+    `test`; null holds out `heldout_fraction` of them where a source names no such files."""
+    heldout_fraction: float = Field(0.05, gt=0, lt=0.5)
+    """Share of the utterances held out for validation, and again for test, where a source says nothing of it."""
+    features: Literal["whisper", "fbank"] = "whisper"
+    """Whisper's log-mel spectrogram, or Kaldi's log filter banks (25 ms every 10 ms)."""
+    bins: int = Field(80, ge=8, le=256)
+    """Bins of the features, as many as the encoder reads."""
+    normalise: Literal["none", "utterance", "corpus"] = "none"
+    """Features less their mean over their standard deviation (CMVN): of each utterance, or of all of training."""
+    min_seconds: float = Field(0.1, gt=0)
+    """Shorter recordings are left out."""
+    max_seconds: float = Field(30.0, gt=0)
+    """Longer recordings are left out."""
+    max_text: int = Field(1000, ge=1)
+    """Utterances with longer texts, in characters, are left out, as those with an empty one are."""
+    refuses_clipped: bool = False
+    """Leave out recordings of which 1 % of the samples is at full scale."""
+    unusable: Literal["skip", "refuse"] = "skip"
+    """Recordings that are missing, corrupt or silent are counted and left out, or stop the preparation."""
+
+
+class SpeechModelConfig(Section):
+    """What stands between audio and language model, for `task: speech`; `model.pretrained` is that language model."""
+
+    encoder: Text | None = None
+    """Whisper or Wav2Vec2-BERT (a conformer, which reads `fbank`) whose encoder is taken, frozen: a folder, a URL, or
+    `name/on-the-hub`; null is a random one."""
+    encoder_width: int = Field(64, ge=8)
+    """Width of a random encoder, which is for tests."""
+    encoder_layers: int = Field(2, ge=1)
+    """Layers of a random encoder."""
+    pool_kernel: int = Field(4, ge=1)
+    """Frames of 20 ms that become one position of the language model."""
+    pool_kind: Literal["stack", "mean", "max"] = "stack"
+    """What becomes of them: joined, their mean, or their maximum."""
+    pool_layer: int | None = Field(None, ge=0)
+    """Encoder layer behind which frames are pooled (0: before the first); null is behind the final norm."""
+    projector_width: int = Field(1024, ge=1)
+    """Inner width of the projector."""
+    prompt: Prose = ""
+    """Text that the language model reads between audio and answer, in training and evaluation."""
+
+
+class SpeechDecodingConfig(Section):
+    """How transcripts are written and measured, for `task: speech`."""
+
+    max_tokens: int = Field(64, ge=1)
+    """Tokens of a transcript at the most."""
+    max_utterances: int = Field(1000, ge=1)
+    """Test utterances of each domain at the most."""
+    batch_size: int = Field(16, ge=1)
+    """Utterances per batch, the same for every model."""
+    listed: int = Field(20, ge=0)
+    """Worst utterances of each domain that are listed with audio, reference and hypothesis."""
+
+
+class SpeechConfig(Section):
+    """The task `speech`: a frozen speech encoder, a projector and a frozen language model."""
+
+    data: SpeechDataConfig = SpeechDataConfig()
+    model: SpeechModelConfig = SpeechModelConfig()
+    decoding: SpeechDecodingConfig = SpeechDecodingConfig()
+
+
+class SteeringConfig(Section):
+    """Experts of kind `steering`: vectors between the frozen layers of a speech encoder (arXiv 2510.13558)."""
+
+    variant: Literal["layerwise", "aligner", "hybrid"] = "layerwise"
+    """`layerwise`: behind every layer, scaled; `aligner`: behind the encoder alone, without scale and without a prompt;
+    `hybrid`: the same with the prompt."""
+    vectors: int = Field(8, ge=1)
+    """Vectors of one expert at each place, mixed by a gate for every frame."""
+    start_scale: float = 0.1
+    """What scales start at."""
+    scale_bound: float | None = Field(None, gt=0)
+    """Scales stay below this, by a tanh; null leaves them free."""
+    active: int | None = Field(None, ge=1)
+    """Vectors that are added to a frame, those with the largest gates; null adds all."""
+    vector_rate: float = Field(10.0, gt=0)
+    """Learning rate of vectors and scales, as a multiple of `experts.peak_learning_rate`."""
+    gate_rate: float = Field(1.0, gt=0)
+    """Learning rate of gates, as such a multiple."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Gradients of vectors, and of gates, are each scaled down to this norm; null leaves `training.clip_norm` alone."""
+    routing: Literal["frame", "utterance"] = "utterance"
+    """Experts of an assembled model weigh anew at each frame, or alike at all frames of an utterance."""
+
+
 class Config(SafeSection):
     """A whole run."""
 
     name: Annotated[Line, Field(max_length=200)] = "modularforge"
     """Title of reports and of the model card."""
     task: str = Field("text", pattern=NAME)
-    """What is learned: `text`, `instruction` (responses to prompts), or a task that an installed package adds (entry
-    points `modularforge.tasks`)."""
+    """What is learned: `text`, `instruction` (responses to prompts), `speech` (transcripts of audio), or a task that an
+    installed package adds (entry points `modularforge.tasks`)."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Every random choice follows from it."""
     data_seed: int | None = Field(None, ge=0, lt=2**31)
@@ -723,6 +821,8 @@ class Config(SafeSection):
     assembly: AssemblyConfig = AssemblyConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    speech: SpeechConfig = SpeechConfig()
+    steering: SteeringConfig = SteeringConfig()
     metrics: MetricsConfig = MetricsConfig()
     launcher: LauncherConfig = LauncherConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -860,6 +960,7 @@ def _impossible_combinations(config: Config) -> Any:
             "evaluation.chat must be null without model.pretrained, since a new model has no chat template; unset it, "
             "or name an instruct model"
         )
+    yield from _impossible_speech(config)
     yield from _settings_of_other_kinds(config)
     if experts.kind == "lora":
         yield from _impossible_phases(config)
@@ -897,6 +998,40 @@ def _impossible_combinations(config: Config) -> Any:
             )
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"data.sources must have names of their own, but {name!r} occurs {names.count(name)} times; rename one"
+
+
+def _impossible_speech(config: Config) -> Any:
+    """The same of speech, whose experts are steering vectors, and of steering, which is for speech alone."""
+    kind, speech = config.experts.kind, config.speech
+    if (config.task == "speech") != (kind == "steering"):
+        yield (
+            f"experts.kind must be steering with task speech, and with no other, but is {kind} with task "
+            f"{config.task}; change one of them"
+        )
+    if config.task != "speech":
+        return
+    if config.assembly.router not in ("ridge", "means", "uniform"):
+        yield (
+            "assembly.router must be ridge, means or uniform with task speech, whose experts are chosen "
+            f"by what the encoder hears, but is {config.assembly.router}; change it"
+        )
+    if others := sorted({*config.evaluation.baselines} - {"dense", "joint"}):
+        yield (
+            f"evaluation.baselines must be dense and joint at the most with task speech, but has {', '.join(others)}; "
+            "leave the others out"
+        )
+    if config.steering.variant == "aligner" and (speech.model.prompt or speech.data.prompt_field):
+        yield (
+            "speech.model.prompt and speech.data.prompt_field must be left out with steering.variant aligner, which "
+            "reads no prompt; remove them, or set it to hybrid"
+        )
+    if speech.model.pool_layer is not None and speech.model.pool_kind == "stack" and speech.model.pool_kernel > 1:
+        yield (
+            "speech.model.pool_kind must be mean or max where speech.model.pool_layer is set, since the encoder's "
+            "layers have one width, but is stack; change it"
+        )
+    if speech.model.encoder is None and speech.data.features != "whisper":
+        yield "speech.data.features must be whisper without speech.model.encoder, but is fbank; name one"
 
 
 def _settings_of_other_kinds(config: Config) -> Iterator[str]:

@@ -45,6 +45,28 @@ SMOKE_TEST: dict[str, Any] = {
 """What ``--smoke-test`` changes: the same path at a size that ends within a minute."""
 
 
+SMOKE_SPEECH: dict[str, Any] = {
+    "partition": {"method": "random"},
+    "training": {"validate_every": 10},
+    "experts": {"count": 2, "statistics_tokens": 2000},
+    "evaluation": {"baselines": ["dense", "joint"]},
+    "speech": {
+        "data": {
+            "audio_field": "audio",
+            "prompt_field": None,
+            "split_field": "split",
+            "features": "whisper",
+            "bins": 80,
+        },
+        "model": {"encoder": None, "encoder_width": 32, "encoder_layers": 2, "projector_width": 32, "pool_layer": None},
+        "decoding": {"max_tokens": 4, "max_utterances": 10},
+    },
+}
+"""The same of the task `speech`, put over it."""
+SAMPLE_SPEECH = [{"name": "digits", "train": "sample:speech/digits.tar.xz"}]
+"""The speech in the package, as `data.sources`."""
+
+
 def sample_sources() -> list[dict[str, str]]:
     """The corpus in the package, as `data.sources`."""
     splits = ("train", "validation", "test")
@@ -78,7 +100,10 @@ def load_config(
     if smoke_test:
         values["model"] = _without_pretrained(values.get("model"))
         _merge(values, SMOKE_TEST)
-        values["data"]["sources"] = sample_sources()
+        is_speech = values.get("task") == "speech"
+        if is_speech:
+            _merge(values, SMOKE_SPEECH)
+        values["data"]["sources"] = SAMPLE_SPEECH if is_speech else sample_sources()
         if values.get("task") == "instruction":
             _take_sample_tasks(values)
         values["output_dir"] = f"{str(values.get('output_dir', 'runs/default')).rstrip('/')}-smoke-test"

@@ -5,7 +5,7 @@ An artifact may come from a place that others can write; a fact of another kind 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, StrictBool, TypeAdapter, ValidationError, with_config
 from typing_extensions import Required, TypedDict
@@ -89,6 +89,20 @@ class Provenance(TypedDict, total=False):
     versions: dict[str, str]
 
 
+@with_config(ConfigDict(strict=True, extra="forbid"))
+class Steering(TypedDict):
+    """Sizes of an expert's steering."""
+
+    sites: Count
+    width: Count
+    vectors: Count
+    experts: Count
+    is_scaled: StrictBool
+    routing: Literal["frame", "utterance"]
+    active: Count | None
+    scale_bound: float | None
+
+
 KINDS: dict[str, Any] = {
     "anchored": StrictBool,
     "backbone": Part,
@@ -102,9 +116,12 @@ KINDS: dict[str, Any] = {
     "pretrained": Pretrained | None,
     "provenance": Provenance,
     "public_expert": StrictBool,
+    "frozen": dict[str, str | None],
     "router": str,
+    "steering": Steering,
     "shared_tensors": dict[str, str],
     "training_tokens": Count,
+    "variant": str,
 }
 FACTS: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(kind) for name, kind in KINDS.items()}
 

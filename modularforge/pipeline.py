@@ -70,9 +70,9 @@ class Stage:
         """Whether a run with these settings makes it."""
         return self.baseline is None or self.baseline in config.evaluation.baselines
 
-    def function(self) -> Callable[..., Any]:
-        """What makes it; imported only here, because it loads torch."""
-        module, _, name = self.run.partition(":")
+    def function(self, task: str = "text") -> Callable[..., Any]:
+        """What makes it for a task; imported only here, because it loads torch."""
+        module, _, name = MADE_FOR.get(task, {}).get(self.name, self.run).partition(":")
         found: Callable[..., Any] = getattr(import_module(module), name)
         return found
 
@@ -229,6 +229,27 @@ STAGES: dict[str, Stage] = {
 }
 """The rows, each after those it reads."""
 
+MADE_FOR: dict[str, dict[str, str]] = {
+    "speech": {
+        "corpus": f"{MAKERS}.speech:corpus",
+        "backbone": f"{MAKERS}.speech:projector",
+        "dense": f"{MAKERS}.speech:static",
+        "joint": f"{MAKERS}.speech:joint",
+        "calibrated": f"{MAKERS}.speech:uncalibrated",
+        "evaluation": f"{MAKERS}.speech:evaluation",
+    }
+}
+"""By task and stage, what makes it where that is not the row's own function."""
+SETTINGS_FOR: dict[str, dict[str, tuple[str, ...]]] = {
+    "speech": {
+        "corpus": ("speech.data", "speech.model.prompt"),
+        "backbone": ("speech.model",),
+        "evaluation": ("speech.decoding",),
+    }
+}
+"""By task and stage, settings that count there beside the row's own."""
+STACKED = ("joint", "assembled")
+"""Stages on which the settings of a kind count too that are a section of their own."""
 JOINT_LORA = ("joint_lora", "joint_lora_wide")
 ALL_BASELINES = (*TRAINED_ON_ALL, "branch", "btx")
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
@@ -254,6 +275,8 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "experts.statistics_tokens": (*TRAINED_ON_ALL, "btx"),
     "experts.counted_tokens": ("dense", "dense_wide", "joint", *JOINT_LORA, "branch", "btx"),
     "experts.counted_pairs": ("dense", "dense_wide", "joint", *JOINT_LORA, "branch", "btx"),
+    # How experts weigh beside each other, which one alone does not know.
+    "steering.routing": ("expert", "joint"),
 }
 """By setting, the stages in whose sections it is and whose output it does not change. What is not here counts: a new
 setting changes the identity of what reads its section, unless it is written here or in `CAME_LATER`."""
@@ -362,8 +385,10 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
         values["seed"] = config.preparation_seed
     values["assembly"]["router"] = config.assembly.recorded_router
     found: dict[str, Any] = {}
-    sections = stage.sections if name != "expert" else {*stage.sections, kind_of(config).settings}
-    for setting in (*sections, *stage.also, *EVERYWHERE):
+    own, also = kind_of(config).settings, SETTINGS_FOR.get(config.task, {}).get(name, ())
+    counts = name == "expert" or (name in STACKED and own != "experts")
+    sections = {*stage.sections, own} if counts else stage.sections
+    for setting in (*sections, *stage.also, *also, *EVERYWHERE):
         found.update(_flatten(setting, value_of(values, setting)))
     if "model" in stage.sections and config.model.rope_scaling:
         found |= dict.fromkeys(GONE)

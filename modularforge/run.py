@@ -132,7 +132,7 @@ class Run:
     def make(self, stage: str, index: int | None = None) -> Any:
         """Run what makes a stage, unless that is done; returns what it returns, mostly the artifact."""
         self._forget_missing()
-        return STAGES[stage].function()(self, *([] if index is None else [index]))
+        return STAGES[stage].function(self.config.task)(self, *([] if index is None else [index]))
 
     def require_each(self, stage: str) -> list[Artifact]:
         """The artifacts of all partitions."""
@@ -187,6 +187,10 @@ class Run:
         found: dict[str, str] = {}
         for needed in STAGES[stage].inputs:
             found |= self._input(needed, index)
+        if stage == "backbone" and self.config.task == "speech" and self.config.speech.model.encoder:
+            from modularforge.speech.encoder_files import encoder_identity
+
+            found["encoder"] = encoder_identity(self.config.speech.model.encoder)
         return found
 
     def _input(self, needed: str, index: int | None) -> dict[str, str]:

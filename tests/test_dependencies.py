@@ -22,9 +22,9 @@ OURS = {"modularforge", "launcher", "checkpoints", "tests", "benchmarks"}
 DISTRIBUTIONS = {"markdown_it": "markdown-it-py", "yaml": "pyyaml", "sklearn": "scikit-learn"}
 # What belongs to a distribution that is declared and cannot be there without it.
 PART_OF = {"markupsafe": "jinja2", "pydantic_core": "pydantic", "xdist": "pytest-xdist"}
-IMPORT_BY_NAME = re.compile(r'import_module\("([a-z_]+)"\)')
+IMPORT_BY_NAME = re.compile(r'(?:import_module|require_package)\("([a-z_]+)"\)')
 LIBRARY = ("modularforge", "launcher", "checkpoints")
-EXTRAS = ("embeddings", "gguf", "tensorboard", "transformers")
+EXTRAS = ("embeddings", "gguf", "speech", "tensorboard", "transformers")
 
 
 def declared(*extras: str) -> set[str]:

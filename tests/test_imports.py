@@ -80,6 +80,9 @@ RULES = {
     "modularforge/data": lambda module: one_of(module, PLAIN) or within(module, "modularforge.data", "checkpoints"),
     "modularforge/tasks": lambda module: not within(module, *ABOVE, *rooms("training", "experts", "calibration")),
     "modularforge/experts": lambda module: not within(module, *ABOVE, *rooms("calibration", "evaluation")),
+    "modularforge/speech": lambda module: (
+        not within(module, *ABOVE, *rooms("training", "tasks", "experts", "calibration", "evaluation", "assembly"))
+    ),
     "modularforge/assembly": lambda module: (
         one_of(module, PLAIN | TORCH_FREE_MODEL | {"modularforge.experts.kind"})
         or within(module, "modularforge.assembly", "checkpoints")
@@ -171,6 +174,7 @@ def test_there_are_no_import_cycles() -> None:
         "modularforge.experts.kind",
         "modularforge.assembly.assemble",
         "modularforge.experts.ffn.merging",
+        "modularforge.experts.steering.merging",
         "modularforge.experts.lora.merging",
     ],
 )

@@ -36,7 +36,7 @@ def model_card(
     that is not in plain transformers.
     """
     blocks = [
-        _front_matter(backbone),
+        _front_matter(backbone, facts.get("library") == "modularforge"),
         f"# {plain(config.name)}",
         f"{summary} Every expert was trained alone on its own part of the data, on top of {_origin(backbone)}, and "
         "merged with ModularForge.",
@@ -59,8 +59,11 @@ def calibration_note(before: float, after: float) -> str:
     )
 
 
-def _front_matter(backbone: Artifact) -> str:
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+def _front_matter(backbone: Artifact, is_speech: bool = False) -> str:
+    library, use = "transformers", "text-generation"
+    if is_speech:
+        library, use = "modularforge", "automatic-speech-recognition"
+    lines = ["---", f"library_name: {library}", f"pipeline_tag: {use}"]
     lines += ["tags: [mixture-of-experts, modularforge]"]
     base = (fact(backbone, "pretrained", None) or {}).get("hub")
     named = yaml.safe_dump({"base_model": base}, width=math.inf, allow_unicode=True).splitlines() if base else []
@@ -77,6 +80,12 @@ def _origin(backbone: Artifact) -> str:
 
 
 def _how_to_load(facts: Mapping[str, Any]) -> str:
+    if facts.get("library") == "modularforge":
+        return (
+            "It loads with ModularForge, beside the frozen models that its config.json names:\n\n"
+            "```python\nfrom pathlib import Path\n\nfrom modularforge.speech.folder import load_speech\n\n"
+            'model = load_speech(Path("."))  # where this file lies\n```'
+        )
     return (
         f"It is a {code(facts['architecture'])} and loads in plain transformers, 4.57 or newer:\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

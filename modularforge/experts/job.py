@@ -38,11 +38,13 @@ def save_expert(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, 
     """Write a trained expert's files; returns facts for the manifest."""
     config, kind = expert.config, kind_of(expert.config)
     facts = kind.save(expert, model, folder)
+    tokens = config.experts.steps * config.experts.batch_size * config.model.context_length
+    tokens = facts.pop("training_tokens", tokens)  # of a kind whose examples are no windows
     return {
         "index": expert.index,
         KIND_FACT: kind.name,
         **facts,
         **examples_facts(expert.examples),
-        "training_tokens": config.experts.steps * config.experts.batch_size * config.model.context_length,
+        "training_tokens": tokens,
         "shared_tensors": frozen_hashes(kind, expert.backbone.artifact, WEIGHTS_NAME),
     }

@@ -31,7 +31,11 @@ if TYPE_CHECKING:
     from modularforge.tasks.task import Examples, Task
 
 GROUP = "modularforge.experts"
-OWN = {"ffn": "modularforge.experts.ffn:FFN", "lora": "modularforge.experts.lora:LORA"}
+OWN = {
+    "ffn": "modularforge.experts.ffn:FFN",
+    "lora": "modularforge.experts.lora:LORA",
+    "steering": "modularforge.experts.steering:STEERING",
+}
 KIND_FACT = "expert_kind"
 """In the manifest of an expert and of an assembled model; those of earlier versions have none and are of kind `ffn`."""
 

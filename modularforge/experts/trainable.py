@@ -23,12 +23,14 @@ class ParameterGroup:
     """Parameters by name that share a rate and a decay.
 
     Their rate is the schedule's times `rate_factor`. `weight_decay` outranks the phase's; by either, matrices decay,
-    norm gains and embeddings do not.
+    norm gains and embeddings do not. Their gradients are scaled down to `clip_norm`, where it is given, before those of
+    all groups together are to the job's.
     """
 
     parameters: Mapping[str, nn.Parameter]
     rate_factor: float = 1.0
     weight_decay: float | None = None
+    clip_norm: float | None = None
 
 
 def _nothing(_step: int) -> None:

@@ -299,6 +299,11 @@ def tokenizer_identity(model: str) -> str:
     return _digest({**_hashes(folder, present), "eos_token_id": read_config(folder).get("eos_token_id")})
 
 
+def files_identity(folder: Path, names: list[str]) -> str:
+    """Identity of some files of a folder, 32 hexadecimal digits."""
+    return _digest(_hashes(folder, names))
+
+
 def template_identity(model: str) -> str:
     """Identity of the chat template in a file of its own; one in the tokenizer's settings is the tokenizer's."""
     folder, name = local_model(model), "chat_template.jinja"

@@ -84,6 +84,8 @@ def where(run: Run) -> str:
     if run.artifact("assembled"):
         best = chosen_model(run)
         command = shown_command("modularforge", "generate", "--model", best.url, "--prompt", "The")
+        if run.config.task == "speech":
+            command = shown_command("modularforge", "transcribe", "--model", best.url, "AUDIO.wav")
         lines += [f"model:   {best.url}", f"try it:  {command}"]
     return "\n".join(lines)
 

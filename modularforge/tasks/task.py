@@ -25,7 +25,11 @@ if TYPE_CHECKING:
     from modularforge.stage_outputs import Corpus
 
 GROUP = "modularforge.tasks"
-OWN = {"text": "modularforge.tasks.text:TEXT", "instruction": "modularforge.tasks.instruction:INSTRUCTION"}
+OWN = {
+    "text": "modularforge.tasks.text:TEXT",
+    "instruction": "modularforge.tasks.instruction:INSTRUCTION",
+    "speech": "modularforge.tasks.speech:SPEECH",
+}
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,16 @@ TEXT_METRICS = (
     Metric("bits_per_byte", "bits", "lower", title="bits/byte", in_table=False),
 )
 """What `text` measures; here, where whoever shows results needs no torch."""
+
+
+SPEECH_METRICS = (
+    Metric("loss", "nats per token", "lower", decides=True, title="mean loss"),
+    Metric("wer", "", "lower", title="WER"),
+    Metric("cer", "", "lower", title="CER"),
+    Metric("token_accuracy", "", "higher", title="token accuracy", in_table=False),
+    Metric("string_accuracy", "", "higher", title="string accuracy", in_table=False),
+)
+"""What `speech` measures: error rates are pooled over a domain's utterances."""
 
 
 class Task(Protocol):

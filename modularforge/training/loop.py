@@ -126,10 +126,18 @@ def _step(
             loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     meter.measure_gradients(trainer.step + 1)
-    norm = nn.utils.clip_grad_norm_(trainer.trainable.parameters.values(), job.training.clip_norm)
+    norm = _clipped(trainer.trainable, job.training.clip_norm)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad(set_to_none=True)
     return total, norm
+
+
+def _clipped(trainable: Trainable, most: float) -> Tensor:
+    """Scale gradients down, those of groups with a limit of their own first; returns the norm before the last limit."""
+    for group in trainable.groups:
+        if group.clip_norm is not None:
+            nn.utils.clip_grad_norm_(group.parameters.values(), group.clip_norm)
+    return nn.utils.clip_grad_norm_(trainable.parameters.values(), most)
 
 
 def _pieces(tensors: Mapping[str, Tensor], count: int) -> Iterator[dict[str, Tensor]]:

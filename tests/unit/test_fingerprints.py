@@ -11,7 +11,18 @@ import pytest
 from modularforge import config_files, pipeline
 from modularforge.config import RECORDED_ROUTERS, Config, RouterKind
 from modularforge.config_files import load_config, setting_names
-from modularforge.pipeline import CAME_LATER, EVERY, EVERYWHERE, OUTSIDE, STAGES, fingerprint, stage_settings
+from modularforge.experts.kind import OWN, find_kind
+from modularforge.pipeline import (
+    CAME_LATER,
+    EVERY,
+    EVERYWHERE,
+    OUTSIDE,
+    SETTINGS_FOR,
+    STACKED,
+    STAGES,
+    fingerprint,
+    stage_settings,
+)
 from modularforge.settings_page import all_settings
 from tests.conftest import ROOT, tiny_config
 
@@ -92,9 +103,22 @@ def test_every_setting_counts_for_the_stages_of_its_section_or_is_on_the_list(tm
         used = {
             name for name, stage in STAGES.items() if section in stage.sections or setting in (*stage.also, *EVERYWHERE)
         }
+        used |= counted_by_plugs(setting)
         is_known = section in (*OUTSIDE, "data", "seed", "partition") or used - silent(setting)
         assert is_known, f"{setting} changes no artifact: put it under a stage, or say why on the list"
     assert sections <= set(Config.model_fields)
+
+
+def counted_by_plugs(setting: str) -> set[str]:
+    """The stages on which a setting counts for a task, or for a kind of expert with a section of its own."""
+    found = {
+        stage
+        for rows in SETTINGS_FOR.values()
+        for stage, names in rows.items()
+        if any(setting == name or setting.startswith(f"{name}.") for name in names)
+    }
+    own = {find_kind(name).settings for name in OWN} - {"experts"}
+    return found | ({"expert", *STACKED} if setting.split(".")[0] in own else set())
 
 
 def silent(setting: str) -> set[str]:
@@ -107,7 +131,8 @@ def test_the_list_of_settings_without_effect_names_settings_and_their_stages() -
     for setting, stages in pipeline.WITHOUT_EFFECT.items():
         assert setting in setting_names(), setting
         for name in set(stages) - {EVERY}:
-            assert setting.split(".")[0] in STAGES[name].sections, f"{setting} is in no section of {name}"
+            is_read = setting.split(".")[0] in STAGES[name].sections or name in counted_by_plugs(setting)
+            assert is_read, f"{setting} is in no section of {name}"
 
 
 def test_a_setting_that_a_phase_learns_changes_what_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from checkpoints import CorruptArtifactError
 from modularforge.config import PhaseConfig, TrainingConfig
 from modularforge.errors import Interrupted, StoreError, TrainingError
-from modularforge.experts.trainable import Tensors, trainable
+from modularforge.experts.trainable import ParameterGroup, Tensors, Trainable, trainable
 from modularforge.log import MetricsLog, json_safe
 from modularforge.tasks.task import Batch
 from modularforge.training.distributed import World
@@ -226,3 +227,35 @@ def test_a_stopped_job_lets_go_of_its_wrapped_model_before_it_leaves_the_world(
         fit(trainable(nn.Linear(1, 1), stopped), Lines(), job, lambda: 0.0, World())
     assert stop.tb is not None
     assert [wrapped() for wrapped in made] == [None]
+
+
+def test_gradients_of_a_group_with_a_limit_are_scaled_down_to_it_before_the_step() -> None:
+    model = nn.ModuleDict({"own": nn.Linear(1, 1), "other": nn.Linear(1, 1)})
+    groups = [
+        ParameterGroup({f"{name}.{key}": weight for key, weight in part.named_parameters()}, clip_norm=limit)
+        for (name, part), limit in zip(model.items(), (0.001, None), strict=True)
+    ]
+
+    def loss(_model: nn.Module, tensors: Tensors) -> Tensor:
+        found: Tensor = sum((part(tensors["x"]) - 9 * tensors["y"]).square().mean() for part in model.values())
+        return found
+
+    norms: list[list[float]] = []
+
+    def see(*_: object) -> None:
+        found = [
+            torch.stack([w.grad.norm() for w in g.parameters.values() if w.grad is not None]).norm() for g in groups
+        ]
+        norms.append([float(norm) for norm in found])
+
+    hook = register_optimizer_step_pre_hook(see)
+    try:
+        phase = PHASE.model_copy(update={"steps": 3})
+        job = Job("clipped", phase, TrainingConfig(clip_norm=100.0, log_every=1))
+        fit(Trainable(model, loss, groups), Lines(), job, lambda: 0.0, World())
+    finally:
+        hook.remove()
+    assert len(norms) == 3
+    for own, other in norms:
+        assert own == pytest.approx(0.001, rel=1e-3)
+        assert other > 1

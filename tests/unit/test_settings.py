@@ -174,7 +174,7 @@ def test_workers_are_for_processes_here() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "known"), [("experts.kind=steering", "ffn, lora"), ("task=speech", "instruction, text")]
+    ("change", "known"), [("experts.kind=none", "ffn, lora, steering"), ("task=none", "instruction, speech, text")]
 )
 def test_a_kind_or_task_that_is_not_installed_is_refused_before_anything_is_trained(change: str, known: str) -> None:
     with pytest.raises(ConfigError, match=f"must be one of {known}, but is"):

@@ -1,0 +1,103 @@
+"""A steering expert's job: the backbone's projector frozen too, vectors and gates at rates of their own."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+from safetensors.torch import load_file
+from torch import nn
+
+from checkpoints import Artifact
+from modularforge.config import SteeringConfig
+from modularforge.errors import ConfigError
+from modularforge.experts.kind import ExpertJob
+from modularforge.experts.steering import FROZEN_FACT, STEERING_NAME, UTTERANCES_NAME
+from modularforge.experts.trainable import Loss, ParameterGroup, Trainable
+from modularforge.facts import fact
+from modularforge.model.folder import save_tensors
+from modularforge.routing.statistics import STATISTICS_NAME, save_statistics
+from modularforge.speech.folder import (
+    encoder_sizes,
+    load_speech,
+    parts_in,
+    read_speech_config,
+    shape_of,
+    trained_tensors,
+)
+from modularforge.speech.model import STEERED_AT, SpeechModel
+from modularforge.speech.steering import SteeringShape
+from modularforge.speech.sums import gather_sums
+
+PREFIX = "steering."
+
+
+def prepare(expert: ExpertJob) -> Trainable:
+    """The expert's vectors and gates in the backbone's model, all else frozen."""
+    settings = expert.config.steering
+    return steered(settings, expert.backbone.artifact, settings.vectors, expert.task.loss)
+
+
+def steered(settings: SteeringConfig, backbone: Artifact, vectors: int, loss: Loss) -> Trainable:
+    """New steering of so many vectors at each site, drawn from torch's global generator, and how it is trained."""
+    folder = backbone.local_folder()
+    width, layers = encoder_sizes(parts_in(folder))
+    is_within = STEERED_AT[settings.variant] == "layers"
+    own = {"active": settings.active, "scale_bound": settings.scale_bound, "is_scaled": is_within}
+    steering = SteeringShape(layers if is_within else 1, width, vectors, routing=settings.routing, **own)  # type: ignore[arg-type]
+    shape = replace(shape_of(read_speech_config(folder)), variant=settings.variant, steering=steering)
+    model = load_speech(folder, shape, is_fresh=True, start_scale=settings.start_scale)
+    model.projector.requires_grad_(False)
+    return Trainable(model, loss, groups_of(model, settings), observations=lambda: observations(model))
+
+
+def groups_of(model: SpeechModel, settings: SteeringConfig) -> list[ParameterGroup]:
+    """Vectors and scales in one group, gates in another; nothing of them decays."""
+    assert model.steering is not None
+    named = {f"{PREFIX}{name}": weight for name, weight in model.steering.named_parameters()}
+    gates = {name: weight for name, weight in named.items() if ".gate_" in name}
+    vectors = {name: weight for name, weight in named.items() if name not in gates}
+    rates = ((vectors, settings.vector_rate), (gates, settings.gate_rate))
+    return [ParameterGroup(weights, rate, 0.0, settings.clip_norm) for weights, rate in rates]
+
+
+def observations(model: SpeechModel) -> dict[str, float]:
+    """How strong the steering is: mean scale, and mean length of a vector."""
+    assert model.steering is not None
+    found = {"vector_norm": float(model.steering.vectors.detach().norm(dim=-1).mean())}
+    if model.steering.shape.is_scaled:
+        found["scale"] = float(model.steering.scale.detach().mean())
+    return found
+
+
+def save(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:
+    """Write vectors, gates and sums of a trained expert; returns facts for the manifest."""
+    assert isinstance(model, SpeechModel)
+    assert model.shape.steering is not None
+    tensors = {name: tensor for name, tensor in trained_tensors(model).items() if name.startswith(PREFIX)}
+    save_tensors(tensors, folder / STEERING_NAME)
+    batches = (batch.tensors for batch in cast("Any", expert.examples).sample())
+    sums = gather_sums(model, batches, expert.device)
+    save_statistics(folder / STATISTICS_NAME, sums.frames)
+    save_statistics(folder / UTTERANCES_NAME, sums.utterances)
+    return {
+        "variant": model.shape.variant,
+        "steering": asdict(model.shape.steering),
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        FROZEN_FACT: fact(expert.backbone.artifact, FROZEN_FACT),
+        "training_tokens": None,
+    }
+
+
+def load(backbone: Any, artifact: Artifact) -> Any:
+    """An expert's own model: the backbone's, steered by this expert alone."""
+    folder = backbone.artifact.local_folder()
+    steering = SteeringShape(**fact(artifact, "steering"))
+    shape = replace(shape_of(read_speech_config(folder)), variant=fact(artifact, "variant"), steering=steering)
+    return load_speech(folder, shape, load_file(artifact.local_file(STEERING_NAME)))
+
+
+def calibrates(model: Any, settings: Any) -> NoReturn:
+    """Nothing: an assembled speech model has no calibration yet."""
+    raise ConfigError("calibration must be left out with experts.kind steering (run-all --skip-calibration)")

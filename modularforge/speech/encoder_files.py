@@ -1,0 +1,47 @@
+"""Where a pretrained speech encoder lies: its config.json and weights, in a folder or on the Hub; needs no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from checkpoints import find_artifact, open_artifact, paths
+from checkpoints.redact import redact
+from checkpoints.safetensors import weight_files
+from modularforge.errors import DataError, StoreError, one_line
+from modularforge.model.hub_config import CONFIG_NAME
+from modularforge.pretrained.fetch import files_identity
+from modularforge.pretrained.sources import is_folder
+
+WANTED = (CONFIG_NAME, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+
+
+def encoder_folder(source: str) -> Path:
+    """The local folder of an encoder; raises DataError or StoreError."""
+    if "://" in source and find_artifact(source) is not None:
+        return open_artifact(source).local_folder()
+    folder = paths.local_path(source) if paths.is_local(source) and is_folder(source) else _from_hub(source)
+    if not (folder / CONFIG_NAME).is_file() or not weight_files(folder):
+        raise DataError(
+            f"speech.model.encoder must be a model folder with {CONFIG_NAME} and safetensors weights, but "
+            f"{redact(source)} is not; name another"
+        )
+    return folder
+
+
+def _from_hub(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = source.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(WANTED)))
+    except Exception as error:  # the Hub's client has a class for each refusal
+        raise StoreError(
+            f"speech.model.encoder {redact(source)} must be a folder, cached, or reachable on the Hub, but is none of "
+            f"them ({one_line(str(error))}); name a folder"
+        ) from error
+
+
+def encoder_identity(source: str) -> str:
+    """Identity of an encoder's files, 32 hexadecimal digits."""
+    folder = encoder_folder(source)
+    return files_identity(folder, [CONFIG_NAME, *(path.name for path in weight_files(folder))])

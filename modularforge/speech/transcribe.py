@@ -1,0 +1,38 @@
+"""Write down what recordings say with a trained speech model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from modularforge.data.files import find_files, open_bytes
+from modularforge.data.tokenizer import load_tokenizer
+from modularforge.errors import DataError
+from modularforge.model.hub_config import TOKENIZER_NAME
+from modularforge.speech.audio import UnusableAudio, decode
+from modularforge.speech.features import features, normalised
+from modularforge.speech.folder import load_speech, read_speech_config
+from modularforge.speech.model import NO_TOKEN
+
+
+def transcribe_files(folder: Path, names: Sequence[str], prompt: str = "", max_tokens: int = 64) -> Iterator[str]:
+    """What each recording says, in order; raises DataError for one that cannot be used.
+
+    `prompt` must be the one that the model was trained with.
+    """
+    model, tokenizer = load_speech(folder), load_tokenizer(folder / TOKENIZER_NAME)
+    settings = read_speech_config(folder)["features"]
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [NO_TOKEN]
+    for url in find_files(list(names)):
+        try:
+            with open_bytes(url) as file:
+                samples = decode(file.read())
+        except UnusableAudio as error:
+            raise DataError(f"{url} must be a recording that can be used, but {error}; name another") from error
+        found_FM = features(samples, settings["kind"], settings["bins"])
+        found_FM = normalised(found_FM) if settings["normalise"] == "utterance" else found_FM
+        inputs = torch.from_numpy(found_FM)[None], torch.tensor([len(found_FM)]), torch.tensor([ids])
+        (written,) = model.transcribe(*inputs, settings["end_token"], max_tokens)
+        yield tokenizer.decode(written)

@@ -1,0 +1,102 @@
+"""Pretrained encoders and language models: frozen, named by their bytes, and never in what is saved."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from modularforge.config import Config
+from modularforge.config_files import complete_config
+from modularforge.errors import DataError, MismatchError
+from modularforge.model.folder import read_tensors, save_tensors
+from modularforge.run import Run
+from modularforge.speech.encoder_files import encoder_folder
+from modularforge.speech.folder import load_speech
+from tests.pretrained.models import llama
+from tests.speech.runs import run_all, speech_config
+
+
+def save_whisper(folder: Path) -> dict[str, Any]:
+    torch.manual_seed(1)
+    sizes = {"d_model": 32, "encoder_layers": 3, "encoder_attention_heads": 2, "encoder_ffn_dim": 48}
+    others = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 8, "vocab_size": 30}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = transformers.WhisperConfig(max_source_positions=60, **sizes, **others, **ids)
+    transformers.WhisperForConditionalGeneration(config).save_pretrained(folder)
+    return {"features": "whisper"}
+
+
+def save_conformer(folder: Path) -> dict[str, Any]:
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
+    transformers.Wav2Vec2BertModel(transformers.Wav2Vec2BertConfig(**sizes)).save_pretrained(folder)
+    return {"features": "fbank", "normalise": "utterance"}
+
+
+def config_of(folder: Path, data: dict[str, Any]) -> Config:
+    speech = {
+        "data": {"split_field": "split", **data},
+        "model": {"encoder": str(folder / "encoder"), "projector_width": 24, "pool_kernel": 3},
+        "decoding": {"max_tokens": 4, "batch_size": 4},
+    }
+    config = speech_config(folder / "run", folder / "sounds", speech=speech, evaluation={"baselines": []})
+    values = config.model_dump(mode="json") | {"model": {"pretrained": str(folder / "llama"), "context_length": 64}}
+    return complete_config(values, "settings")
+
+
+@pytest.mark.parametrize("save", [save_whisper, save_conformer])
+def test_a_run_on_pretrained_parts_saves_what_it_trained_and_names_the_rest(save: Any, tmp_path: Path) -> None:
+    data = save(tmp_path / "encoder")
+    llama(tmp_path / "llama")
+    config = config_of(tmp_path, data)
+    frozen = {name: read_tensors(tmp_path / name) for name in ("encoder", "llama")}
+    results = run_all(config)
+    assert list(results["models"]) == ["backbone", "expert-0", "expert-1", "oracle", "assembled"]
+    run = Run(config)
+    folder = run.require("assembled").local_folder()
+    assert {name.split(".")[0] for name in read_tensors(folder)} == {"projector", "steering"}
+    model = load_speech(folder)
+    assert model.frozen.num_layers == 3
+    assert model.steering is not None
+    assert model.steering.shape.sites == 3
+    for name, tensors in frozen.items():
+        assert all(torch.equal(tensor, tensors[key]) for key, tensor in read_tensors(tmp_path / name).items())
+    theirs = {bare(name): tensor for name, tensor in frozen["encoder"].items()}
+    own = {bare(name): tensor for name, tensor in model.encoder.state_dict().items()}
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in own.items())
+    shutil.rmtree(tmp_path / "encoder")
+    save(tmp_path / "encoder")
+    load_speech(folder)  # the same bytes elsewhere or again are the same encoder
+    changed = {name: tensor + 1 for name, tensor in read_tensors(tmp_path / "encoder").items()}
+    save_tensors(changed, tmp_path / "encoder/model.safetensors")
+    with pytest.raises(MismatchError, match=r"the encoder at .* must be the one that was trained with"):
+        load_speech(folder)
+
+
+def bare(name: str) -> str:
+    return name.removeprefix("model.").removeprefix("encoder.")
+
+
+def test_another_encoder_makes_another_backbone(tmp_path: Path) -> None:
+    data = save_whisper(tmp_path / "encoder")
+    llama(tmp_path / "llama")
+    config = config_of(tmp_path, data)
+    for stage in ("corpus", "partitions"):
+        Run(config).make(stage)
+    before = Run(config).plan("backbone").fingerprint
+    assert Run(config).plan("backbone").inputs.keys() == {"corpus", "pretrained", "encoder"}
+    values = (tmp_path / "encoder/config.json").read_text()
+    (tmp_path / "encoder/config.json").write_text(values + "\n")
+    assert Run(config).plan("backbone").fingerprint != before
+
+
+def test_a_folder_without_an_encoder_gets_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/config.json").write_text("{}")
+    with pytest.raises(DataError):
+        encoder_folder(str(tmp_path / "empty"))
