@@ -2,27 +2,56 @@
 
 from __future__ import annotations
 
-from modularforge.config import Config, PhaseConfig
-from modularforge.model.sizes import Sizes, model_sizes
+from collections.abc import Iterator
+
+from modularforge.config import MLP_MODULES, Config, PhaseConfig
+from modularforge.model.sizes import AdapterCounts, Sizes, adapter_parameters, lora_sizes, model_sizes
 from modularforge.routing.solvers import widening_of
 
 
 def describe(config: Config) -> str:
     """Exact counts as lines of text. The vocabulary is the wished one; a small corpus may fill less."""
     model, vocab_size = config.model, config.data.vocab_size
-    active = config.assembled_experts if config.assembly.router == "uniform" else config.assembly.experts_per_token
-    shape = widening_of(config, model, config.experts.count).widened if config.assembly.router == "evidence" else model
-    assembled = model_sizes(shape, vocab_size, config.assembled_experts, active, model)
-    public = ", the public one included" if config.has_public_expert else ""
     lines = [
         f"model:      width {model.width}, {model.layers} layers, {model.heads} heads, FFN {model.ffn_width}, "
         f"context {model.context_length}, vocabulary {vocab_size}",
         f"backbone:   {_sizes(model_sizes(model, vocab_size))}",
-        f"assembled:  {_sizes(assembled)}; {config.assembled_experts} experts{public}, {active} per token",
+        *_adapters(config),
+        f"assembled:  {_assembled(config)}",
         f"training:   backbone {_tokens(config, config.backbone)}; each of {config.experts.count} experts "
         f"{_tokens(config, config.experts)}",
     ]
     return "\n".join(lines)
+
+
+def _adapters(config: Config) -> Iterator[str]:
+    lora = config.experts.lora
+    if config.experts.kind == "lora":
+        own = adapter_parameters(config.model, lora.modules, lora.rank)
+        yield f"adapters:   {own:,} parameters each, of rank {lora.rank} beside {', '.join(lora.modules)}"
+
+
+def _assembled(config: Config) -> str:
+    model, vocab_size = config.model, config.data.vocab_size
+    if config.experts.kind == "lora" and config.assembly.lora != "fold":
+        return _sizes(_with_adapters(config))
+    active = config.assembled_experts if config.assembly.router == "uniform" else config.assembly.experts_per_token
+    shape = widening_of(config, model, config.experts.count).widened if config.assembly.router == "evidence" else model
+    assembled = model_sizes(shape, vocab_size, config.assembled_experts, active, model)
+    public = ", the public one included" if config.has_public_expert else ""
+    return f"{_sizes(assembled)}; {config.assembled_experts} experts{public}, {active} per token"
+
+
+def _with_adapters(config: Config) -> Sizes:
+    """Sizes of the backbone with all adapters beside it, or with their mean."""
+    lora, count, assembly = config.experts.lora, config.experts.count, config.assembly
+    own = adapter_parameters(config.model, lora.modules, lora.rank)
+    counts = AdapterCounts((own * count,), 1, 1)
+    if assembly.lora == "adapters":
+        active = config.assembled_experts if assembly.router == "uniform" else assembly.experts_per_token
+        has_mlp = any(name in MLP_MODULES for name in lora.modules)
+        counts = AdapterCounts((own,) * count, min(active, count), active if has_mlp else 1)
+    return lora_sizes(config.model, config.data.vocab_size, counts)
 
 
 def _sizes(sizes: Sizes) -> str:

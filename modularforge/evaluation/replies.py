@@ -61,12 +61,16 @@ class AskedTask:
         self.replies[name] = [found[index] for index in range(len(self.prompts))]
         logger.info("%s: %d replies of task %s", name, len(found), self.settings.source)
 
+    def measured(self, name: str) -> tuple[dict[str, float], list[str]]:
+        """Each metric of what a model has replied, and what is to be said of them."""
+        return measure_replies(self.metrics, self.replies[name], self.references, self.marking)
+
     def results(self) -> dict[str, Any]:
         """Metrics by model, and the first prompts with all replies; for JSON."""
         notes: dict[str, None] = {}
         models: dict[str, dict[str, float]] = {}
-        for name, replies in self.replies.items():
-            models[name], said = measure_replies(self.metrics, replies, self.references, self.marking)
+        for name in self.replies:
+            models[name], said = self.measured(name)
             notes |= dict.fromkeys(said)
         if self.cut_prompts:
             notes[f"{self.cut_prompts} prompts were too long for the context and lost their beginning."] = None

@@ -64,8 +64,7 @@ class KeyValueCache:
         """Forget all rows of the batch but these."""
         self.layers = {layer: (key[rows], value[rows]) for layer, (key, value) in self.layers.items()}
         self.examples_BS = None if self.examples_BS is None else self.examples_BS[rows]
-        if self.text is not None:
-            self.text = TextState(self.text.probability_BR[rows], self.text.previous_B[rows])
+        self.text = None if self.text is None else self.text.only(rows)
 
 
 def rotate(x_BNTH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:

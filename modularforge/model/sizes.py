@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from modularforge.config import ModelConfig
@@ -61,6 +62,12 @@ def model_sizes(
     wide = bare.model_copy(update={"ffn_width": experts_per_token * bare.ffn_width})
     routing = active - model_sizes(wide, vocab_size).active_parameters if routed else 0
     return Sizes(parameters, active, routing, flops, 3 * flops)
+
+
+def adapter_parameters(model: ModelConfig, modules: Collection[str], rank: int) -> int:
+    """Entries of A and B beside the matrices of these names in all layers."""
+    shapes = dense_shapes(model, 1)
+    return sum(rank * sum(shape) for name, shape in shapes.items() if name.split(".")[-2] in modules)
 
 
 @dataclass(frozen=True)

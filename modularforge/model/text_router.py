@@ -58,6 +58,11 @@ class TextState:
     read_B: Tensor | None = None
     held_BR: Tensor | None = None
 
+    def only(self, rows: Tensor) -> TextState:
+        """What is known of these rows of the batch."""
+        read_B, held_BR = (None if item is None else item[rows] for item in (self.read_B, self.held_BR))
+        return TextState(self.probability_BR[rows], self.previous_B[rows], read_B, held_BR)
+
 
 class TextRouter(nn.Module):
     """Router logits of all layers from the ids alone; holds buffers only, which are no part of a state dict."""
@@ -125,7 +130,8 @@ class TextRouter(nn.Module):
             found.append(probability_BR)
         logits_BTR = torch.stack(found, dim=1).log().float() * self.settings.sharpness
         after = TextState(probability_BR, tokens_BT[:, -1])
-        return self._held(logits_BTR, is_behind_end_BT, state, after) if self.holds else (logits_BTR, after)
+        begins_BT = is_behind_end_BT if starts_BT is None else is_behind_end_BT | starts_BT
+        return self._held(logits_BTR, begins_BT, state, after) if self.holds else (logits_BTR, after)
 
     @torch.no_grad()
     def over_windows(self, tokens_BT: Tensor, state: TextState | None = None) -> tuple[Tensor, TextState]:
@@ -134,7 +140,7 @@ class TextRouter(nn.Module):
         return logits_1NR.view(*tokens_BT.shape, -1), state
 
     def _held(
-        self, logits_BTR: Tensor, is_behind_end_BT: Tensor, before: TextState, after: TextState
+        self, logits_BTR: Tensor, is_first_BT: Tensor, before: TextState, after: TextState
     ) -> tuple[Tensor, TextState]:
         """The logits as they are at a document's first tokens, and those of the last of these from then on.
 
@@ -145,7 +151,7 @@ class TextRouter(nn.Module):
         read_B = torch.zeros(B, dtype=torch.long, device=place_T.device) if before.read_B is None else before.read_B
         held_BR = logits_BTR[:, 0] if before.held_BR is None else before.held_BR
         # Where the document began that each token is of, from the first token here; in front of it, below zero.
-        begins_BT = torch.where(is_behind_end_BT, place_T, -read_B[:, None]).cummax(dim=1).values
+        begins_BT = torch.where(is_first_BT, place_T, -read_B[:, None]).cummax(dim=1).values
         from_BT = torch.minimum(place_T.expand(B, T), begins_BT + DECIDED_WITHIN - 1)
         own_BTR = logits_BTR.gather(1, from_BT.clamp(min=0)[..., None].expand(B, T, R))
         found_BTR = torch.where((from_BT < 0)[..., None], held_BR[:, None], own_BTR)

@@ -66,9 +66,12 @@ def norm_figures(panels: Mapping[str, Norms]) -> Iterator[tuple[str, Figure]]:
         return
     yield "gradient_groups", _by_step(panels, "from_zero")
     yield "gradient_groups_log", _by_step(panels, "log")
-    if any(np.isfinite(norms.ratio_S).any() for norms in panels.values()):
-        yield "gradient_ratio", _ratio(panels)
-    layered = {title: norms for title, norms in panels.items() if norms.layers_SGL.shape[2]}
+    rated = {title: norms for title, norms in panels.items() if np.isfinite(norms.ratio_S).any()}
+    if rated:
+        yield "gradient_ratio", _ratio(rated)
+    layered = {
+        title: norms for title, norms in panels.items() if any((norms.layers(group) > 0).any() for group in BLOCKS)
+    }
     if layered:
         yield "gradient_layers", _layer_map(layered)
         yield "gradient_layer_bars", _layer_bars(layered)
@@ -87,7 +90,7 @@ def _grid(panels: Mapping[str, Norms], rows: int = 1, share: bool = True) -> tup
 
 
 def _by_step(panels: Mapping[str, Norms], scale: Any) -> Figure:
-    """All groups by step; the last panel names those that it has."""
+    """All groups by step, with a key of those that learn in any panel."""
     figure, ((*places,),) = _grid(panels)
     for axes, norms in zip(places, panels.values(), strict=True):
         for group in GROUPS:
@@ -96,10 +99,15 @@ def _by_step(panels: Mapping[str, Norms], scale: Any) -> Figure:
     metric = Metric(NORM.column, NORM.title, "", scale=scale)
     shape_axis(places[0], metric)
     places[0].set_ylabel(metric.axis)
-    last = list(panels.values())[-1]
-    ends = {group: _last(last.group(group)) for group in GROUPS}
-    label_ends(places[-1], [(ends[group], group, GROUP_COLOURS[group]) for group in GROUPS])
+    _add_key(places[-1], [g for g in GROUPS[::-1] if any((norms.group(g) > 0).any() for norms in panels.values())])
     return figure
+
+
+def _add_key(axes: Any, groups: Sequence[str]) -> None:
+    """Names of groups in their colours, right of the axes."""
+    for place, group in enumerate(groups):
+        style = {"color": GROUP_COLOURS[group], "fontsize": 12, "fontweight": "bold", "annotation_clip": False}
+        axes.annotate(group, (1, 0.9 - 0.1 * place), (10, 0), "axes fraction", "offset points", **style)
 
 
 def _ratio(panels: Mapping[str, Norms]) -> Figure:
@@ -163,9 +171,7 @@ def _layer_bars(panels: Mapping[str, Norms]) -> Figure:
         axes.set_xlim(-0.6, norms.layers_SGL.shape[2] - 0.4)
         shape_steps(axes)
     places[0].set_ylabel(NORM.title)
-    for place, group in ((0.9, "attention"), (0.8, "mlp")):
-        style = {"color": GROUP_COLOURS[group], "fontsize": 12, "fontweight": "bold"}
-        places[-1].annotate(group, (1, place), (8, 0), "axes fraction", "offset points", annotation_clip=False, **style)
+    _add_key(places[-1], BLOCKS)
     return figure
 
 
@@ -180,10 +186,12 @@ def _evolution(panels: Mapping[str, Norms]) -> Figure:
     ]
     for group, row in zip(BLOCKS, grid, strict=True):
         row[0].set_ylabel(f"layer, {group}")
-    for axes, norms in zip(grid[-1], panels.values(), strict=True):
+    for axes in grid[-1]:
         axes.set_xlabel("step")
-        axes.set_xlim(0, norms.steps_S[-1])
-        shape_steps(axes)
+    for row in grid:
+        for axes, norms in zip(row, panels.values(), strict=True):
+            axes.set_xlim(0, norms.steps_S[-1])
+            shape_steps(axes)
     _add_scale(figure, images[0])
     return figure
 

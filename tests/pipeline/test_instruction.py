@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from checkpoints import Artifact
 from modularforge.calibration.calibrator import split_documents
 from modularforge.config import Config, TaskConfig
-from modularforge.config_files import make_config, sample_tasks
+from modularforge.config_files import make_config, sample_tasks, to_yaml
 from modularforge.data.token_files import ExampleTokens, TokenFileWriter
 from modularforge.errors import DataError, Interrupted
 from modularforge.evaluation.generation import Sampling, continue_tokens
@@ -26,6 +27,9 @@ from modularforge.pipeline import STAGES
 from modularforge.run import Run
 from modularforge.stage_outputs import partition_rows, token_file
 from modularforge.stages import evaluate
+from modularforge.study.runs import Runs
+from modularforge.study.study import run_study
+from modularforge.study.study_file import load_study
 from modularforge.tasks.instruction import INSTRUCTION
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
@@ -228,3 +232,47 @@ def test_a_task_of_no_test_examples_gets_a_sentence(config: Config) -> None:
 
 def test_stages_of_the_table_know_no_task() -> None:
     assert all("instruction" not in stage.run for stage in STAGES.values())
+
+
+def test_a_study_measures_replies_on_the_test_split(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "unused", evaluation={"tasks": TASKS, "baselines": []})
+    (tmp_path / "base.yaml").write_text(to_yaml(config))
+    study = {
+        "base": str(tmp_path / "base.yaml"),
+        "name": "replies",
+        "output_dir": str(tmp_path / "study"),
+        "seeds": [0],
+        "recipes": {"plain": {}},
+        "variants": {
+            "backbone": {"kind": "backbone"},
+            "experts": {"kind": "experts"},
+            "evidence": {"kind": "assembled", "without": True, "carry": True, "removal": True},
+            "calibrated": {"kind": "assembled", "calibrate": True},
+        },
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    runs = Runs(load_study(str(tmp_path / "study.yaml")))
+    assert "Replies to the prompts" not in Path(run_study(runs, "validation")).read_text()
+    page = Path(run_study(runs, "test")).read_text()
+    assert "Replies to the prompts of task banking77, in per cent" in page
+    table = json.loads((tmp_path / "study" / "table-test.json").read_text())["rows"]
+    asked = {name for name, row in table.items() if "tasks" in row}
+    assert asked == {"backbone", "experts: best expert", "experts: oracle", "evidence", "calibrated"}
+    assert set(table["experts: oracle"]["tasks"]) == {"e2e_nlg", "banking77"}
+    assert table["evidence"]["tasks"]["banking77"].keys() == {"accuracy"}
+
+
+def test_adapters_learn_responses_too_and_their_models_reply(tmp_path: Path) -> None:
+    """A kind of expert knows no task: LoRA on examples, one choice of adapters for each of them."""
+    experts = {"kind": "lora", "anchored": False, "lora": {"targets": "both", "rank": 2}}
+    assembly = {"router": "evidence", "lora": "adapters", "lora_choice": "sequence"}
+    evaluation = {"tasks": [{"source": "banking77", "new_tokens": 4}], "baselines": ["joint_lora"]}
+    config = config_of(tmp_path / "run", experts=experts, assembly=assembly, evaluation=evaluation)
+    results = run_every_stage(config)
+    assert {"assembled", "joint_lora", "expert-2"} <= set(results["tasks"]["banking77"]["models"])
+    run = Run(config)
+    model = load_model(run.require("assembled").local_folder())
+    (task,) = prepare_tasks(config, run.corpus)
+    task.ask("assembled", model, {run.corpus.end_token})
+    alone = [continue_tokens(model, ids, 4, Sampling(temperature=0), {run.corpus.end_token}) for ids in task.prompts]
+    assert task.replies["assembled"] == [run.corpus.tokenizer.decode(ids).strip() for ids in alone]

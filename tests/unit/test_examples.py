@@ -171,6 +171,20 @@ def test_csv_gives_the_same_examples_and_names_a_row_that_does_not_fit(tmp_path:
         documents(make_config(values, "tests"))
 
 
+def test_rows_of_the_hub_become_examples(tmp_path: Path) -> None:
+    """A folder is read by the Hub's own library in the same way."""
+    rows = [{"premise": "a", "hypothesis": "b", "label": 2}, {"premise": "c", "hypothesis": "d", "label": 0}]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "test.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    values = config_of([{"prompt": "a", "response": "b"}], tmp_path, preset="multi_nli").model_dump(exclude_none=True)
+    values["data"]["sources"][0] |= {"hub": str(tmp_path / "set"), "train": "test", "test": "test"}
+    found = documents(make_config(values, "tests"))
+    assert [item.segments[1].text for item in found] == ["contradiction", "entailment"]
+    values["data"]["sources"][0]["example"] = {"prompt_field": "question"}
+    with pytest.raises(DataError, match=r"\(test\), row 1 must have the prompt in a field question, but has premise"):
+        documents(make_config(values, "tests"))
+
+
 def test_all_responses_to_a_prompt_are_in_one_split(tmp_path: Path) -> None:
     records = [{"prompt": f"number {k % 40}", "response": f"answer {k}"} for k in range(200)]
     config = config_of(records, tmp_path)

@@ -13,6 +13,7 @@ from modularforge.data.loader import IGNORED_TARGET
 from modularforge.data.packing import PADDING, Rows, example_batches, mixed_example_batches, ordered_batches
 from modularforge.data.token_files import ExampleTokens
 from modularforge.errors import TrainingError
+from modularforge.model import text_router as router_module
 from modularforge.model.backbone import Decoder, KeyValueCache, build_backbone
 from modularforge.model.moe import build_moe, moe_layers
 from modularforge.model.text_router import FilterSettings, TextRouter
@@ -23,6 +24,7 @@ SHAPE = ModelConfig(width=16, layers=2, heads=4, kv_heads=2, ffn_width=24, conte
 # Prompts of 2 to 4 tokens behind a first one, responses of 1 to 3 and their end.
 LENGTHS = ((3, 2), (2, 4), (4, 3), (3, 3), (2, 2), (4, 4), (3, 4))
 END = 3
+MODELS = ["llama", "qwen3", "mixture", "text router", "one choice for an example"]
 
 
 def examples(lengths=LENGTHS, seed: int = 0) -> ExampleTokens:
@@ -57,10 +59,19 @@ def models() -> list[Decoder]:
         torch.nn.init.normal_(layer.gate.get_parameter("weight"))
     by_text = build_moe(SHAPE, V, 3, 2)
     by_text.text_router = text_router()
-    return [model.eval() for model in (dense, qwen, mixture, by_text)]
+    holding = build_moe(SHAPE, V, 3, 2)
+    holding.text_router = text_router()
+    holding.text_router.holds = True
+    return [model.eval() for model in (dense, qwen, mixture, by_text, holding)]
 
 
-@pytest.mark.parametrize("model", models(), ids=["llama", "qwen3", "mixture", "text router"])
+@pytest.fixture(autouse=True)
+def _decided_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A router that holds its choice holds it within these short examples."""
+    monkeypatch.setattr(router_module, "DECIDED_WITHIN", 3)
+
+
+@pytest.mark.parametrize("model", models(), ids=MODELS)
 def test_examples_of_a_row_are_read_as_if_each_stood_alone(model: Decoder) -> None:
     stream = examples()
     rows = Rows(stream, T, seed=1)
@@ -76,7 +87,7 @@ def test_examples_of_a_row_are_read_as_if_each_stood_alone(model: Decoder) -> No
                 torch.testing.assert_close(packed_TV, alone_TV, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model", models(), ids=["llama", "qwen3", "mixture", "text router"])
+@pytest.mark.parametrize("model", models(), ids=MODELS)
 def test_a_row_padded_on_the_left_continues_as_without(model: Decoder) -> None:
     ids, cache, padded_cache = [2, 9, 11, 30], KeyValueCache(), KeyValueCache()
     padded = torch.tensor([[0, 0, 0, *ids]]), torch.tensor([[PADDING] * 3 + [0] * len(ids)])

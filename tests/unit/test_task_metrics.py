@@ -12,8 +12,9 @@ from modularforge.errors import ConfigError
 from modularforge.evaluation import task_metrics
 from modularforge.evaluation.generation import Sampling, continue_batch, continue_tokens
 from modularforge.evaluation.task_metrics import Marking, check_metrics, fold, label_of, measure_replies
+from modularforge.model import text_router as router_module
 from modularforge.model.backbone import Decoder
-from tests.unit.test_packing import END, V, models
+from tests.unit.test_packing import MODELS, V, models
 
 REPLIES = ["the cat sat on the mat", "A dog runs. It barks."]
 REFERENCES = [["the cat sat on a mat", "there is a cat on the mat"], ["A dog runs. It barks."]]
@@ -96,11 +97,12 @@ def test_a_missing_library_gets_a_sentence_before_anything_is_measured(monkeypat
 PROMPTS = [[2, 9, 11, 30, 8, 4], [2, 12], [2, 17, 5, 5, 6, 7, 8, 9, 10, 11, 12], [2, 33, 34, 35]]
 
 
-@pytest.mark.parametrize("model", models(), ids=["llama", "qwen3", "mixture", "text router"])
-def test_greedy_replies_in_a_batch_are_those_of_one_at_a_time(model: Decoder) -> None:
+@pytest.mark.parametrize("model", models(), ids=MODELS)
+def test_greedy_replies_in_a_batch_are_those_of_one_at_a_time(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_module, "DECIDED_WITHIN", 3)
     sharpened(model)
     greedy = Sampling(temperature=0)
-    alone = [continue_tokens(model, ids, 12, greedy, (END,)) for ids in PROMPTS]
+    alone = [continue_tokens(model, ids, 12, greedy, ()) for ids in PROMPTS]
     ends = {alone[0][3], alone[2][1]}  # so that rows leave the batch at different steps
     alone = [continue_tokens(model, ids, 12, greedy, ends) for ids in PROMPTS]
     assert len({len(ids) for ids in alone}) > 1
