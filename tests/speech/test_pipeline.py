@@ -267,3 +267,19 @@ def test_experts_of_an_assembled_model_are_listed_and_taken_out(finished: Config
     assert model.steering.shape.experts == 1
     kept = load_file(Run(finished).require("expert", 1).local_file("steering.safetensors"))
     assert torch.equal(model.steering.vectors, kept["steering.vectors"])
+
+
+def test_sanity_checks_model_recordings_and_a_short_training(finished: Config, sounds: Path, tmp_path: Path) -> None:
+    settings = paths.local_path(finished.output_dir) / "config.yaml"
+    done = run_command("modularforge", "sanity", "--config", str(settings), "--quick")
+    assert "low: 6 of 6 recordings of train can be used" in done.stdout
+    assert "frozen parts get no gradients" in done.stdout
+    assert "4 of 4 checks passed" in done.stdout
+    shutil.copytree(sounds, tmp_path / "sounds")
+    for path in (tmp_path / "sounds/low").glob("*.wav"):
+        path.write_bytes(b"RIFF")
+    broken = settings.read_text().replace(str(sounds), str(tmp_path / "sounds"))
+    (tmp_path / "broken.yaml").write_text(broken)
+    failed = run_command("modularforge", "sanity", "--config", str(tmp_path / "broken.yaml"), "--quick", check=False)
+    assert failed.returncode == 1
+    assert "source low must have recordings that can be used, but of the first 6 none can" in failed.stdout
