@@ -64,6 +64,8 @@ def check_training(config: Config, quick: bool) -> Iterator[str]:
     """A tiny model's loss on a few recordings falls."""
     some = _some(config, config.data.sources[0].name, "train", quick)
     found = [item for item in some if item.features is not None][:QUICK_UTTERANCES]
+    if not found:
+        raise SanityError("a short training must have recordings that can be used, but there are none; see M1")
     features = [torch.from_numpy(item.features) for item in found]
     padded_BFM = nn.utils.rnn.pad_sequence(features, batch_first=True)
     frames_B = torch.tensor([len(item) for item in features])

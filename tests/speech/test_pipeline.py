@@ -283,3 +283,4 @@ def test_sanity_checks_model_recordings_and_a_short_training(finished: Config, s
     failed = run_command("modularforge", "sanity", "--config", str(tmp_path / "broken.yaml"), "--quick", check=False)
     assert failed.returncode == 1
     assert "source low must have recordings that can be used, but of the first 6 none can" in failed.stdout
+    assert "a short training must have recordings that can be used, but there are none; see M1" in failed.stdout
