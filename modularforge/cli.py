@@ -262,6 +262,19 @@ def fetch(
 
 
 @app.command()
+def wikisql(
+    archive: Annotated[str, typer.Argument(metavar="ARCHIVE", help="WikiSQL's data.tar.bz2: a path or URL.")],
+    output: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder or URL for the files of the three splits.")],
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
+) -> None:
+    """Write the questions, columns and SQL of WikiSQL's archive as JSON lines, for the preset `wikisql`."""
+    from modularforge.data.wikisql import convert_wikisql
+
+    for split, count in convert_wikisql(archive, output).items():
+        say(f"{split}: {count} questions")
+
+
+@app.command()
 def settings(
     pattern: Annotated[
         str | None, typer.Argument(help="Only settings whose name or sentence has this text, such as `router`.")

@@ -162,7 +162,7 @@ class ExampleConfig(Section):
             return values
         if values["preset"] not in preset_names():
             names = ", ".join(preset_names())
-            raise PydanticCustomError("preset", "Input should name a preset of {names}", {"names": names})
+            raise PydanticCustomError("preset", "Input should be a section with a preset of {names}", {"names": names})
         given = {name: value for name, value in values.items() if value is not None}
         replaced = {name.removesuffix("_field") for name in given if name.endswith("_field")}
         known = {name: value for name, value in preset_example(values["preset"]).items() if name not in replaced}

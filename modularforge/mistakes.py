@@ -37,7 +37,7 @@ WISHES = {
 
 WRONG_KINDS = ("string_type", "int_type", "float_type", "bool_type", "list_type", "dict_type", "model_type")
 # What pydantic puts into a place to say which kind of a union it tried.
-KIND_TRIED = re.compile(r"(constrained-)?(str|int|float|bool)|list\[.*\]")
+KIND_TRIED = re.compile(r"(constrained-)?(str|int|float|bool)|(list|literal)\[.*\]")
 CLOCK = re.compile(r"(?:(\d{1,3})-)?(\d{1,4}):(\d\d):(\d\d)")
 OTHER_NUMBERS = re.compile(r"[-+]?(0[xX][0-9a-fA-F_]+|0[bB][01_]+|0[oO][0-7_]+|[0-9][0-9_]*)")
 YES, NO = ("yes", "y", "on", "1", "true"), ("no", "n", "off", "0", "false")

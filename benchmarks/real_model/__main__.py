@@ -15,21 +15,27 @@ from typing import Any
 from benchmarks.real_model import smollm2
 from benchmarks.real_model.measure import Measurements, assembled
 from benchmarks.real_model.report import write_report
-from benchmarks.real_model.settings import Scale, Trial, run_config
+from benchmarks.real_model.settings import ADAPTER_EXPERTS, TRIALS, Scale, Trial, run_config
 from benchmarks.real_model.train import Trainings
 from modularforge.config import Config
 from modularforge.model.folder import load_model
 from modularforge.run import Run
 from modularforge.stage_outputs import Backbone
 
-BASELINES = ("dense", "lora")
+BASELINES = ("dense", "lora", "lora_wide")
 VARIANTS: dict[str, dict[str, Any]] = {
     "assembled": {},
     "assembled top-1": {"experts_per_token": 1},
     "assembled without public": {"public_expert": False},
     "assembled for other programs": {"token_pairs": 0},
 }
-TINY = Scale(2, 2, 1024, 512, 1024, {kind: [Trial(3e-4)] for kind in ("experts", "dense", "lora")})
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora assembled": {},
+    "lora assembled top-1": {"experts_per_token": 1},
+    "lora assembled, a sequence at a time": {"lora_choice": "sequence"},
+    "lora average": {"lora": "average"},
+}
+TINY = Scale(2, 2, 1024, 512, 1024, {kind: [Trial(3e-4)] for kind in TRIALS})
 
 
 def main() -> None:
@@ -39,7 +45,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="where everything is written")
     parser.add_argument("--tiny", action="store_true", help="two steps of everything, to see that it runs")
     parser.add_argument("--precision", default="bf16", help="of training; bf16 is slow on CPUs without avx512_bf16")
-    parser.add_argument("--only", nargs="*", default=["experts", *BASELINES, "measure"], help="some parts alone")
+    parser.add_argument(
+        "--only", nargs="*", default=["experts", "lora_experts", *BASELINES, "measure"], help="some parts alone"
+    )
     parser.add_argument("--split", choices=["validation", "test"], default="validation", help="what is measured on")
     options = parser.parse_args()
     scale = TINY if options.tiny else Scale()
@@ -53,6 +61,8 @@ def main() -> None:
     config = settings(rate=rate)
     for index in range(config.experts.count):
         Run(config).make("expert", index)
+    if "lora_experts" in options.only:
+        adapters = adapter_run(settings, trainings.best("lora_experts").rate, options.output)
     for kind in BASELINES:
         if kind in options.only:
             trainings.baseline(kind)
@@ -60,22 +70,48 @@ def main() -> None:
         places = options.texts, options.output, options.split
         measurements = Measurements(config, trainings.corpus, *places, scale)
         measure(config, measurements, options.output)
+        if "lora_experts" in options.only:
+            measure_experts(adapters, measurements, ADAPTERS, "lora expert-")
         report = write_report(measurements.rows(), trainings.notes(), options.split, options.output)
         print(report.read_text())
 
 
 def measure(config: Config, measurements: Measurements, output: Path) -> None:
     """Measure backbone, baselines, experts and the assembled variants, those that are there."""
-    run = Run(config)
-    parts = run.require("backbone"), run.require_each("expert")
-    folders = {"backbone": parts[0].local_folder(), **{kind: output / kind for kind in BASELINES}}
+    folders = {
+        "backbone": Run(config).require("backbone").local_folder(),
+        **{kind: output / kind for kind in BASELINES},
+    }
     for name, folder in folders.items():
         if (folder / "config.json").is_file():
             measurements.row(name, partial(load_model, folder))
-    for name, assembly in VARIANTS.items():
+    measure_experts(config, measurements, VARIANTS, "expert-")
+
+
+def adapter_run(settings: Any, rate: float, output: Path) -> Config:
+    """Train adapters as experts, in a run of their own on the same data; its settings."""
+    config: Config = settings(rate=rate, experts=ADAPTER_EXPERTS)
+    config = config.model_copy(
+        update={"output_dir": str(output / "run-lora"), "data_dir": str(output / "run" / "data")}
+    )
+    run = Run(config)
+    for stage in ("corpus", "partitions", "backbone"):
+        run.make(stage)
+    for index in range(config.experts.count):
+        run.make("expert", index)
+    return config
+
+
+def measure_experts(
+    config: Config, measurements: Measurements, variants: dict[str, dict[str, Any]], prefix: str
+) -> None:
+    """Measure a run's experts, assembled in these ways and each alone."""
+    run = Run(config)
+    parts = run.require("backbone"), run.require_each("expert")
+    for name, assembly in variants.items():
         measurements.row(name, partial(assembled, config, *parts, assembly))
     for index, artifact in enumerate(parts[1]):
-        measurements.row(f"expert-{index}", partial(Backbone(parts[0]).expert, artifact), ["text", "general"])
+        measurements.row(f"{prefix}{index}", partial(Backbone(parts[0]).expert, artifact), ["text", "general"])
 
 
 if __name__ == "__main__":

@@ -93,11 +93,12 @@ class Measurements:
         ]
 
     def rows(self) -> dict[str, Row]:
-        """All rows there are, and the oracle of the experts among them."""
+        """All rows there are, and the oracles of the experts among them."""
         found = {file.stem: json.loads(file.read_text()) for file in sorted(self.folder.glob("*.json"))}
-        experts = {name: row for name, row in found.items() if name.startswith("expert-")}
-        if len(experts) == self.config.experts.count:
-            found["oracle"] = oracle(experts)
+        for prefix, name in (("expert-", "oracle"), ("lora expert-", "lora oracle")):
+            experts = {key: row for key, row in found.items() if key.startswith(prefix)}
+            if len(experts) == self.config.experts.count:
+                found[name] = oracle(experts)
         return found
 
 

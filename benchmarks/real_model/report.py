@@ -11,7 +11,7 @@ from modularforge.evaluation.paired import Difference, paired_difference
 from modularforge.evaluation.probes import CHAT, GENERAL, MIXED, SWITCH, TEXT
 
 Row = dict[str, Any]
-FIRST = ("backbone", "dense", "lora", "oracle")
+FIRST = ("backbone", "dense", "lora", "lora_wide", "oracle", "lora oracle")
 PROBES = {TEXT: "four domains", SWITCH: "behind a switch", MIXED: "mixed", GENERAL: "no domain", CHAT: "chat"}
 
 
@@ -22,6 +22,7 @@ def write_report(rows: dict[str, Row], notes: dict[str, Any], split: str, output
         (f"Mean losses, {split}", *_losses(rows)),
         ("Less the backbone, with standard errors over documents (* more than two)", *_differences(rows, "backbone")),
         ("Less dense", *_differences(rows, "dense")),
+        ("Less one adapter of all experts' rank", *_differences(rows, "lora_wide")),
         ("Domains", *_domains(rows, TEXT, DOMAINS)),
         ("Behind a switch", *_domains(rows, SWITCH, DOMAINS)),
         ("Text of no domain", *_domains(rows, GENERAL, GENERAL_TEXTS)),
@@ -115,4 +116,4 @@ def _number(value: float | None) -> str:
 
 
 def _is_expert(name: str) -> bool:
-    return name.startswith("expert-")
+    return name.startswith(("expert-", "lora expert-"))

@@ -28,7 +28,13 @@ TRIALS = {
     "experts": [Trial(1e-4), Trial(3e-4), Trial(1e-3)],
     "dense": [Trial(1e-4), Trial(1e-4, 4), Trial(3e-4, 4)],
     "lora": [Trial(3e-4), Trial(1e-3), Trial(1e-3, 4)],
+    "lora_wide": [Trial(1e-3)],  # the best of `lora`: a trial costs as much as all experts' training
+    "lora_experts": [Trial(3e-4), Trial(1e-3), Trial(3e-3)],
 }
+RANK = 16
+RANKS = {"lora": RANK, "lora_wide": RANK * len(DOMAINS)}
+"""Of the adapters that are trained on all windows, by baseline; an expert's is RANK. They count double (alpha)."""
+ADAPTER_EXPERTS = {"kind": "lora", "lora": {"rank": RANK, "alpha": 2.0 * RANK, "targets": "both"}}
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,14 @@
 
 Experts are the run's own stage. The baselines, whose rates and batches are their own, are plain model folders beside
 the run: dense (all weights) and LoRA (one adapter of `peft` in all projections, merged into the weights at the end),
-both on the very windows that the experts take.
+of an expert's rank and of all experts' together, on the very windows that the experts take.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.real_model.settings import CONTEXT, DOMAINS, TUNED_ON, Scale, Trial
+from benchmarks.real_model.settings import ADAPTER_EXPERTS, CONTEXT, DOMAINS, RANKS, TUNED_ON, Scale, Trial
 from modularforge.config import Config, PhaseConfig
 from modularforge.experts.job import train_expert
 from modularforge.experts.kind import ExpertJob
@@ -32,7 +32,6 @@ from modularforge.training.job import Job
 from modularforge.training.loop import fit
 from modularforge.training.losses import mean_loss
 
-RANK, ALPHA = 16, 32  # of the adapters
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WORLD = World()
 Prepare = Callable[[Decoder], Decoder]
@@ -56,8 +55,11 @@ class Trainings:
         return json.loads(self._notes.read_text()) if self._notes.is_file() else {}
 
     def best(self, kind: str) -> Trial:
-        """The trial of the lowest validation loss, each tried where it has not been."""
-        found = {trial: self._tried(kind, trial)["loss"] for trial in self.scale.trials[kind]}
+        """The trial of the lowest validation loss, each tried where it has not been; a lone one is not tried."""
+        trials = self.scale.trials[kind]
+        if len(trials) == 1:
+            return trials[0]
+        found = {trial: self._tried(kind, trial)["loss"] for trial in trials}
         return min(found, key=lambda trial: float(found[trial]))
 
     def _tried(self, kind: str, trial: Trial) -> dict[str, float]:
@@ -65,18 +67,19 @@ class Trainings:
         notes = self.notes()
         if key not in notes:
             start = time.process_time()
-            loss = self._expert_loss(trial) if kind == "experts" else self._baseline(kind, trial, short=True)[1]
+            is_expert = kind in ("experts", "lora_experts")
+            loss = self._expert_loss(kind, trial) if is_expert else self._baseline(kind, trial, short=True)[1]
             notes = {**self.notes(), key: {"loss": loss, "cpu_seconds": round(time.process_time() - start, 1)}}
             self._notes.write_text(json.dumps(notes, indent=1) + "\n")
             print(key, notes[key], flush=True)
         found: dict[str, float] = notes[key]
         return found
 
-    def _expert_loss(self, trial: Trial) -> float:
+    def _expert_loss(self, kind: str, trial: Trial) -> float:
         """Mean validation loss of short trainings of some experts, each on its own domain."""
         losses = []
         for index in TUNED_ON:
-            config = self._at(trial, short=True)
+            config = self._at(trial, short=True, changes=ADAPTER_EXPERTS if kind == "lora_experts" else {})
             tokens = token_file(self.partitions, f"partition-{index}").tokens
             held_out = self._validation(index)
             job = Job(f"expert-{index} at {trial.rate:g}", config.experts, config.training)
@@ -89,16 +92,14 @@ class Trainings:
     def _validation(self, index: int) -> Any:
         return self.corpus.domains("validation", self.scale.validation_tokens)[DOMAINS[index]]
 
-    def _at(self, trial: Trial, short: bool, share: float = 1.0) -> Config:
+    def _at(self, trial: Trial, short: bool, share: float = 1.0, changes: Mapping[str, Any] = {}) -> Config:
         """Settings at a trial's rate; steps are an expert's, of a short training that share of them."""
         steps = max(1, int(self.scale.tuning_steps * share)) if short else self.scale.steps
-        phase = {"steps": steps, "warmup_steps": min(4, steps)}
-        return self.config_at(
-            rate=trial.rate, experts={**self.config.experts.model_dump(), **phase, "peak_learning_rate": trial.rate}
-        )
+        phase = {"steps": steps, "warmup_steps": min(4, steps), "peak_learning_rate": trial.rate}
+        return self.config_at(rate=trial.rate, experts={**phase, **changes})
 
     def baseline(self, kind: str) -> Path:
-        """Train `dense` or `lora` at its best rate and batch, unless its folder is there."""
+        """Train `dense`, `lora` or `lora_wide` at its best rate and batch, unless its folder is there."""
         folder = self.output / kind
         if not (folder / "config.json").is_file():
             trial = self.best(kind)
@@ -119,13 +120,13 @@ class Trainings:
         phase = config.experts.model_copy(update={"steps": steps, "batch_size": trial.batch})
         torch.manual_seed(derived_seed(config.seed, kind, "weights"))
         model = self.backbone.model().float()
-        trained = with_adapters(model) if kind == "lora" else model
+        trained = with_adapters(model, RANKS[kind]) if kind in RANKS else model
         held_out = even_streams(self.corpus.domains("validation"), len(DOMAINS) * self.scale.validation_tokens)
         job = Job(f"{kind} at {trial.rate:g}, batch {trial.batch}", phase, config.training)
         validation = TextValidation(held_out, CONTEXT, config.evaluation.batch_size)
         validate = partial(mean_loss, trained, validation, WORLD)
         losses = fit(trainable(trained, TEXT.loss), self._windows(config, phase), job, validate, WORLD)
-        return (merged(trained) if kind == "lora" else model), float(losses["validation_loss"] or 0.0)
+        return (merged(trained) if kind in RANKS else model), float(losses["validation_loss"] or 0.0)
 
     def _windows(self, config: Config, phase: PhaseConfig) -> MixedText:
         streams = [token_file(self.partitions, f"partition-{k}").tokens for k in range(len(DOMAINS))]
@@ -134,14 +135,14 @@ class Trainings:
         return MixedText(streams, seeds, each, CONTEXT, phase.batch_size, order)
 
 
-def with_adapters(model: Decoder) -> Decoder:
+def with_adapters(model: Decoder, rank: int) -> Decoder:
     """The model with a trainable adapter of `peft` in every projection and all else frozen, in place."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise SystemExit("the LoRA baseline needs peft; `pip install peft`, or leave it out (--no-lora)") from error
     model.requires_grad_(False)
-    adapters = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=PROJECTIONS)
+    adapters = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=PROJECTIONS)
     changed = inject_adapter_in_model(adapters, model)
     assert isinstance(changed, Decoder)
     return changed

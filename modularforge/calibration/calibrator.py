@@ -10,10 +10,12 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor, nn
 
 from checkpoints import Artifact, ArtifactWriter
@@ -62,15 +64,30 @@ class Calibration:
 
 
 def split_documents(file: TokenFile, labels: list[str]) -> tuple[dict[str, Stream], dict[str, Stream]]:
-    """Two halves of a split by alternating documents, as streams per label; a lone document decides."""
+    """Two halves of a split by alternating documents, as streams per label; a lone document decides.
+
+    Of examples, neighbours with one prompt go together.
+    """
     fit_half: dict[str, Stream] = {}
     decide_half: dict[str, Stream] = {}
     for index, label in enumerate(labels):
         documents = np.flatnonzero(file.labels == index)
-        for half, chosen in ((decide_half, documents[::2]), (fit_half, documents[1::2])):
+        turns = np.arange(len(documents)) if file.learned is None else _prompt_numbers(file, documents)
+        for half, chosen in ((decide_half, documents[turns % 2 == 0]), (fit_half, documents[turns % 2 == 1])):
             if len(chosen):
                 half[label] = file.stream(chosen)
     return fit_half, decide_half
+
+
+def _prompt_numbers(file: TokenFile, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """A number for each document, the same for neighbours that ask the same."""
+    assert file.learned is not None
+    prompts = []
+    for document in documents:
+        span = slice(*file.offsets[document : document + 2])
+        prompts.append(file.tokens[span][: int(np.argmax(file.learned[span]))].tobytes())
+    is_new = [before != prompt for before, prompt in pairwise([b"", *prompts])]
+    return np.cumsum(is_new) - 1
 
 
 def calibrate(

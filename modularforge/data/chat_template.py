@@ -24,7 +24,7 @@ from checkpoints.parsing import parse_object
 from modularforge.data.tokenizer import SETTINGS_NAME, load_tokenizer
 from modularforge.errors import DataError, one_line
 
-TEMPLATE_NAME = "chat_template.jinja"
+TEMPLATE_FILES = ("chat_template.jinja", SETTINGS_NAME)
 Message = Mapping[str, Any]
 
 
@@ -109,21 +109,28 @@ def _engine() -> ImmutableSandboxedEnvironment:
 
 def load_chat_template(folder: Path, wanted_by: str) -> ChatTemplate:
     """The template of the tokenizer in a folder; raises DataError where it has none, for what is `wanted_by`."""
-    path = folder / SETTINGS_NAME
-    settings = parse_object(path.read_bytes()) if path.is_file() else {}
+    contents = [(folder / name).read_bytes() if (folder / name).is_file() else None for name in TEMPLATE_FILES]
+    return chat_template(contents[0], contents[1], special_spellings(load_tokenizer(folder)), wanted_by)
+
+
+def chat_template(
+    own: bytes | None, settings_file: bytes | None, special: tuple[str, ...], wanted_by: str
+) -> ChatTemplate:
+    """The same from the contents of `TEMPLATE_FILES`, those that there are."""
+    settings = parse_object(settings_file) if settings_file is not None else {}
     tokens = {f"{kind}_token": _content(settings.get(f"{kind}_token")) for kind in ("bos", "eos", "pad", "unk")}
-    template = _template(folder, settings)
+    template = own.decode() if own is not None else _in_settings(settings)
     if template is None:
         raise DataError(
             f"{wanted_by} needs a model with a chat template, but the tokenizer of this run has none; unset "
             f"{wanted_by}, or take an instruct model"
         )
-    return ChatTemplate(template, tokens, special_spellings(load_tokenizer(folder)))
+    return ChatTemplate(template, tokens, special)
 
 
-def load_chat_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in a folder; unlike in documents, special tokens in a text are special tokens."""
-    tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+def chat_tokenizer(content: bytes) -> Tokenizer:
+    """A tokenizer from its file; unlike in documents, special tokens in a text are special tokens."""
+    tokenizer = Tokenizer.from_str(content.decode())
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = False
@@ -136,9 +143,7 @@ def special_spellings(tokenizer: Tokenizer) -> tuple[str, ...]:
     return tuple(sorted((token.content for token in added if token.special and token.content), key=len, reverse=True))
 
 
-def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    if (folder / TEMPLATE_NAME).is_file():
-        return (folder / TEMPLATE_NAME).read_text(encoding="utf-8")
+def _in_settings(settings: Mapping[str, Any]) -> str | None:
     template = settings.get("chat_template")
     if isinstance(template, list):  # several by name, as older versions wrote
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}

@@ -9,6 +9,7 @@ and objects are refused.
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,6 +34,7 @@ FORMAT_BY_ENDING = {
     ".tokens": "wikitext",
     ".raw": "wikitext",
 }
+CSV_ENDING = ".csv"
 Labelled = tuple[str, str | None]
 # Of somebody who names the column with the text, the first document would be a label.
 LABEL_CHARACTERS = 200
@@ -105,15 +107,40 @@ def _parquet_records(url: str, wanted: list[str], needs_all: bool = True) -> Ite
 
 def read_records(url: str, source: SourceConfig, columns: list[str]) -> Iterator[tuple[Any, str]]:
     """The records of a file of JSON lines or of Parquet, each with what names it; raises DataError."""
-    kind = _format_of(url, source)
+    kind = _record_format(url, source)
+    if kind == "csv":
+        return _csv_records(url)
     if kind == "parquet":
         return _parquet_records(url, [*columns, source.label_field] if source.label_field else columns, False)
     if kind == "jsonl":
         return _jsonl_records(url)
     raise DataError(
-        f"{redact(url)} must hold records with a prompt and a response, as JSON lines or Parquet, but is taken for "
-        f"{kind}; set the format of source {source.name}, or write it as JSON lines"
+        f"{redact(url)} must hold records with a prompt and a response, as JSON lines, CSV or Parquet, but is taken "
+        f"for {kind}; set the format of source {source.name}, or write it as JSON lines"
     )
+
+
+def _record_format(url: str, source: SourceConfig) -> str:
+    """The format of a file of records; a CSV file may be read as plain text, but its records may be examples."""
+    found, name = _format_of(url, source), file_part(url).lower().removesuffix(compression_of(url) or "")
+    is_csv = name.endswith(CSV_ENDING) and source.format == "auto"
+    return "csv" if is_csv else found
+
+
+def _csv_records(url: str) -> Iterator[tuple[Any, str]]:
+    """Each row by the names of the first one, and what names the row; raises DataError."""
+    name = redact(url)
+    reader = csv.DictReader((f"{line}\n" for line in read_lines(url)), strict=True)
+    try:
+        for record in reader:
+            if None in record or None in record.values():
+                raise csv.Error(f"it has not the {len(reader.fieldnames or ())} fields of the first line")
+            yield record, f"{name}:{reader.line_num}"
+    except csv.Error as error:
+        raise DataError(
+            f"{name}:{reader.line_num} must be a row of CSV with commas, but is not ({error}); fix the row, or write "
+            "JSON lines"
+        ) from error
 
 
 def label_of(record: Any, source: SourceConfig, origin: str) -> str | None:

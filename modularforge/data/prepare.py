@@ -25,7 +25,7 @@ from checkpoints import paths
 from checkpoints.redact import redact_values
 from checkpoints.screen import progress
 from modularforge.config import Config
-from modularforge.data.chat_template import load_chat_tokenizer
+from modularforge.data.chat_template import chat_tokenizer
 from modularforge.data.corpus import SPLITS, Document, Split, read_documents
 from modularforge.data.examples import ExampleEncoder, ExampleWriter, example_writers
 from modularforge.data.inputs import file_states, list_matches
@@ -69,7 +69,11 @@ def prepare_corpus(
     labels = [source.name for source in config.data.sources if source.label_field is None]
     dropped: Counter[str] = Counter()
     writers = example_writers(config, output if pretrained is not None else None)
-    examples = ExampleEncoder(tokenizer, load_chat_tokenizer(output), end_token) if writers else None
+    examples = (
+        ExampleEncoder(tokenizer, chat_tokenizer((output / "tokenizer.json").read_bytes()), end_token)
+        if writers
+        else None
+    )
     encoder = _Encoder(tokenizer, end_token, work, writers, examples)
     splits = {split: _write_split(config, split, encoder, output, labels, dropped) for split in SPLITS}
     metadata = {

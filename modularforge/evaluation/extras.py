@@ -2,8 +2,7 @@
 
 Text of no domain, which no expert was trained on, is read like the files of a corpus and measured like its domains.
 Prompts go through the chat template of an instruct model: measured are the loss of the answers, and what each model
-replies. The template comes with the tokenizer (`chat_template.jinja`, or in `tokenizer_config.json`) and runs in
-Jinja's sandbox, as transformers runs it.
+replies.
 """
 
 # R prompts  T tokens of the longest one with its answer
@@ -11,20 +10,17 @@ Jinja's sandbox, as transformers runs it.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from tokenizers import Tokenizer
 
 from checkpoints.parsing import parse_json
 from checkpoints.redact import redact
 from modularforge.config import Config, SourceConfig
+from modularforge.data.chat_template import TEMPLATE_FILES, chat_template, chat_tokenizer
 from modularforge.data.files import find_files, read_text
 from modularforge.data.formats import read_file
 from modularforge.data.loader import IGNORED_TARGET
@@ -39,7 +35,6 @@ from modularforge.stage_outputs import Corpus
 from modularforge.yaml_text import parse_yaml
 
 Texts = dict[str, list[str]]
-TEMPLATE_NAME, SETTINGS_NAME = "chat_template.jinja", "tokenizer_config.json"
 
 
 class Question(BaseModel):
@@ -128,69 +123,21 @@ def read_questions(location: str) -> list[Question]:
 
 def prepare_chat(questions: Sequence[Question], corpus: Corpus) -> Chat:
     """The questions as the corpus's tokenizer and chat template write them; raises DataError without a template."""
-    settings = _settings(corpus)
-    template = _template(corpus, settings)
-    tokenizer = Tokenizer.from_str(corpus.artifact.read_bytes("tokenizer.json").decode())
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    # Unlike in documents, the template's special tokens are special tokens here.
-    tokenizer.encode_special_tokens = False
+    files = corpus.artifact.manifest.files
+    contents = [corpus.artifact.read_bytes(name) if name in files else None for name in TEMPLATE_FILES]
+    template = chat_template(contents[0], contents[1], (), "evaluation.chat")
+    tokenizer = chat_tokenizer(corpus.artifact.read_bytes("tokenizer.json"))
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    prompts = [encode(_render(template, question.prompt, settings)) for question in questions]
+    asked = [[{"role": "user", "content": question.prompt}] for question in questions]
+    prompts = [encode(template.render(messages, asks=True)) for messages in asked]
     answers = [encode(question.answer) for question in questions]
     if not all(prompts) or not all(answers):
         raise DataError("every prompt and answer of evaluation.chat must have tokens, but one has none; write text")
     return Chat(list(questions), prompts, answers, tokenizer, corpus.end_token)
-
-
-def _settings(corpus: Corpus) -> dict[str, Any]:
-    found: dict[str, Any] = (
-        corpus.artifact.read_json(SETTINGS_NAME) if SETTINGS_NAME in corpus.artifact.manifest.files else {}
-    )
-    return found
-
-
-def _template(corpus: Corpus, settings: Mapping[str, Any]) -> str:
-    if TEMPLATE_NAME in corpus.artifact.manifest.files:
-        return corpus.artifact.read_bytes(TEMPLATE_NAME).decode()
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several by name, as older versions wrote
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default")
-    if not isinstance(template, str):
-        raise DataError(
-            "evaluation.chat needs a model with a chat template, but the tokenizer of this run has none; unset "
-            "evaluation.chat, or take an instruct model"
-        )
-    return template
-
-
-def _render(template: str, prompt: str, settings: Mapping[str, Any]) -> str:
-    engine = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    engine.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
-    engine.globals["raise_exception"] = _refuse
-    tokens = {f"{kind}_token": _content(settings.get(f"{kind}_token")) for kind in ("bos", "eos", "pad", "unk")}
-    messages = [{"role": "user", "content": prompt}]
-    try:
-        return engine.from_string(template).render(messages=messages, add_generation_prompt=True, **tokens)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise DataError(
-            f"the chat template must write a prompt, but fails ({one_line(error)}); unset evaluation.chat, or fix it"
-        ) from error
-
-
-def _refuse(message: str) -> str:
-    raise TemplateError(message)
-
-
-def _content(token: Any) -> str:
-    """The text of a special token, which may be spelt as an object."""
-    found = token.get("content") if isinstance(token, dict) else token
-    return found if isinstance(found, str) else ""
 
 
 def read_texts(locations: Sequence[str]) -> Texts:

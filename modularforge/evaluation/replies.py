@@ -44,9 +44,12 @@ class AskedTask:
     prompts: list[list[int]]
     references: list[list[str]]
     replies: dict[str, list[str]] = field(default_factory=dict)
+    cut_prompts: int = 0
 
     def ask(self, name: str, model: Decoder, ends: Collection[int]) -> None:
         """Let a model reply to every prompt, those of one length together; a reply also ends at one of `ends`."""
+        room = model.config.context_length - self.new_tokens
+        self.cut_prompts = max(self.cut_prompts, sum(len(prompt) > room for prompt in self.prompts))
         order = sorted(range(len(self.prompts)), key=lambda index: len(self.prompts[index]))
         found: dict[int, str] = {}
         for first in range(0, len(order), self.batch_size):
@@ -58,13 +61,19 @@ class AskedTask:
         self.replies[name] = [found[index] for index in range(len(self.prompts))]
         logger.info("%s: %d replies of task %s", name, len(found), self.settings.source)
 
+    def measured(self, name: str) -> tuple[dict[str, float], list[str]]:
+        """Each metric of what a model has replied, and what is to be said of them."""
+        return measure_replies(self.metrics, self.replies[name], self.references, self.marking)
+
     def results(self) -> dict[str, Any]:
         """Metrics by model, and the first prompts with all replies; for JSON."""
         notes: dict[str, None] = {}
         models: dict[str, dict[str, float]] = {}
-        for name, replies in self.replies.items():
-            models[name], said = measure_replies(self.metrics, replies, self.references, self.marking)
+        for name in self.replies:
+            models[name], said = self.measured(name)
             notes |= dict.fromkeys(said)
+        if self.cut_prompts:
+            notes[f"{self.cut_prompts} prompts were too long for the context and lost their beginning."] = None
         examples = [self._example(index) for index in range(min(SHOWN, len(self.prompts)))]
         return {"prompts": len(self.prompts), "models": models, "examples": examples, "notes": list(notes)}
 

@@ -12,7 +12,7 @@ from torch import nn
 from checkpoints.safetensors import WEIGHTS_NAME
 from modularforge.experts.kind import KIND_FACT, ExpertJob, frozen_hashes, kind_of
 from modularforge.stage_outputs import derived_seed
-from modularforge.tasks.task import Validation
+from modularforge.tasks.task import Validation, examples_facts
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
@@ -42,6 +42,7 @@ def save_expert(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, 
         "index": expert.index,
         KIND_FACT: kind.name,
         **facts,
+        **examples_facts(expert.examples),
         "training_tokens": config.experts.steps * config.experts.batch_size * config.model.context_length,
         "shared_tensors": frozen_hashes(kind, expert.backbone.artifact, WEIGHTS_NAME),
     }

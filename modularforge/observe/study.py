@@ -11,6 +11,7 @@ from checkpoints.markdown import plain
 from checkpoints.redact import redact_values
 from modularforge.observe.findings import (
     PROBES,
+    TASK_METRICS,
     difference,
     position_table,
     probe_table,
@@ -92,6 +93,8 @@ def _tables(table: StudyTable) -> Iterator[Table]:
     rows, records = table["rows"], [*table["rows"].items()]
     by_domain = (Column(label, _inside("domains", label), decimals(3)) for label in table["domains"])
     yield Table([name_column("variant"), *by_domain], records, words="Loss by domain, mean over seeds:")
+    for task in dict.fromkeys(name for row in rows.values() for name in row.get("tasks", {})):
+        yield _task_table(rows, task)
     places = next((list(row["kept_by_position"]) for row in rows.values()), [])
     by_place = (Column(place, _inside("kept_by_position", place), percent) for place in places)
     words = "Share of the oracle's gain that is kept, by position in the window:"
@@ -107,6 +110,14 @@ def _tables(table: StudyTable) -> Iterator[Table]:
     words = "What removing one expert changes in the domains of the others (relative loss):"
     changes = (Column("largest", named("others"), _change), Column("mean", named("others_mean"), _change))
     yield Table([name_column("variant"), *changes], [*table["removal"].items()], words=words)
+
+
+def _task_table(rows: Mapping[str, Any], task: str) -> Table:
+    asked = {name: row["tasks"][task] for name, row in rows.items() if task in row.get("tasks", {})}
+    metrics = list(dict.fromkeys(metric for found in asked.values() for metric in found))
+    columns = (Column(TASK_METRICS.get(metric, metric), named(metric), decimals(1)) for metric in metrics)
+    words = f"Replies to the prompts of task {task}, in per cent, mean over seeds:"
+    return Table([name_column("variant"), *columns], [*asked.items()], words=words)
 
 
 def _inside(group: str, name: str) -> Callable[[tuple[str, Any]], Any]:

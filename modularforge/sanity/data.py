@@ -20,11 +20,13 @@ from tokenizers import Tokenizer
 from checkpoints import find_artifact
 from modularforge.config import Config
 from modularforge.data.corpus import SPLITS, read_documents
+from modularforge.data.examples import ExampleWriter, example_writers
 from modularforge.data.loader import batches
 from modularforge.data.token_files import TokenFile, TokenFileWriter, Tokens, open_token_file
 from modularforge.data.tokenizer import BOS, EOS, train_tokenizer
 from modularforge.errors import DataError
 from modularforge.pipeline import stage_url
+from modularforge.pretrained.fetch import local_model
 from modularforge.sanity.checks import SanityError
 from modularforge.stage_outputs import Corpus
 
@@ -33,6 +35,7 @@ QUICK_DOCUMENTS, DOCUMENTS = 8, 60
 QUICK_VOCABULARY, VOCABULARY = 512, 2048
 DOCUMENT_CHARACTERS = 8_000
 CONTEXT, BATCH = 64, 4
+EXAMPLES_ARE_WHOLE = "examples begin with a prompt and end with a response that is learned"
 HUB_SECONDS = 4.0  # for one answer of any kind; whoever needs longer would time out in the middle of a corpus
 
 
@@ -43,11 +46,12 @@ def check_data(config: Config, quick: bool) -> Iterator[str]:
         yield from _check_prepared(Corpus(artifact), config.model.context_length)
         return
     require_hub(config)
-    texts = []
+    texts, writers = [], writers_of(config)
     for source in config.data.sources:
         for split in SPLITS:
             count = (QUICK_DOCUMENTS if quick else DOCUMENTS) if split == "train" else 1
-            found = [document.text for document in itertools.islice(read_documents(source, split, config.data), count)]
+            documents = read_documents(source, split, config.data, writer=writers.get(source.name))
+            found = [document.text for document in itertools.islice(documents, count)]
             texts += [text[:DOCUMENT_CHARACTERS] for text in found if split == "train"]
         yield f"{source.name}: documents of all three splits can be read"
     tokenizer, tokens = tokenise_sample(texts, QUICK_VOCABULARY if quick else VOCABULARY)
@@ -57,11 +61,21 @@ def check_data(config: Config, quick: bool) -> Iterator[str]:
 
 def sample_texts(config: Config, count: int) -> list[str]:
     """The beginnings of the first training documents, `count` of each source."""
+    writers = writers_of(config)
     return [
         document.text[:DOCUMENT_CHARACTERS]
         for source in config.data.sources
-        for document in itertools.islice(read_documents(source, "train", config.data), count)
+        for document in itertools.islice(
+            read_documents(source, "train", config.data, writer=writers.get(source.name)), count
+        )
     ]
+
+
+def writers_of(config: Config) -> dict[str, ExampleWriter]:
+    """How records become examples; the tokenizer of a pretrained model is looked at where its template is wanted."""
+    examples = [config.example(source) for source in config.data.sources]
+    wants_template = config.model.pretrained is not None and any(example and example.is_chat for example in examples)
+    return example_writers(config, local_model(str(config.model.pretrained)) if wants_template else None)
 
 
 def tokenise_sample(texts: list[str], vocab_size: int) -> tuple[Tokenizer, Tokens]:
@@ -112,8 +126,11 @@ def _check_prepared(corpus: Corpus, context: int) -> Iterator[str]:
     for split in SPLITS:
         file = corpus.tokens(split)
         yield f"{split}: {file.num_documents:,} documents, {len(file.tokens):,} tokens"
-        _check_documents(corpus.tokenizer, corpus.end_token, file)
-    yield "stored tokens decode to text and encode to the same tokens"
+        if file.learned is None:
+            _check_documents(corpus.tokenizer, corpus.end_token, file)
+        else:
+            _check_examples(corpus.end_token, file, file.learned)
+    yield "stored tokens decode to text and encode to the same tokens" if file.learned is None else EXAMPLES_ARE_WHOLE
     yield _check_batches(np.asarray(corpus.tokens("train").tokens[:1_000_000]), corpus.vocab_size, context)
 
 
@@ -125,6 +142,16 @@ def _check_documents(tokenizer: Tokenizer, end_token: int, file: TokenFile) -> N
             raise SanityError(
                 f"document {index} of {file.name} must encode to the stored tokens, but does not; the tokenizer is "
                 "not that of this data: prepare it again"
+            )
+
+
+def _check_examples(end_token: int, file: TokenFile, learned: Tokens) -> None:
+    for index in range(min(1000, file.num_documents)):
+        mask = learned[file.offsets[index] : file.offsets[index + 1]]
+        if mask[0] or not mask[-1] or file.document(index)[-1] != end_token:
+            raise SanityError(
+                f"example {index} of {file.name} must begin with a prompt and end with a response, but does not; "
+                "prepare the data again"
             )
 
 

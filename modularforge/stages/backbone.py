@@ -14,7 +14,7 @@ from modularforge.pretrained.sources import published_name
 from modularforge.provenance import commit, making, save_settings
 from modularforge.routing.text_counts import COUNTS_NAME
 from modularforge.run import Run
-from modularforge.tasks.task import task_of
+from modularforge.tasks.task import examples_facts, task_of
 from modularforge.training.backbone_job import save_backbone, train_backbone
 from modularforge.training.distributed import joined_world
 from modularforge.training.job import Job
@@ -48,6 +48,6 @@ def run(run: Run) -> Artifact:
                 if config.model.pretrained:
                     hub = published_name(config.model.pretrained)
                     facts["pretrained"] = {"hub": hub, "identity": plan.inputs["pretrained"]}
-                commit(writer, plan, run, {**losses, **facts, "data": data})
+                commit(writer, plan, run, {**losses, **facts, **examples_facts(examples), "data": data})
         world.barrier()
     return run.made("backbone")

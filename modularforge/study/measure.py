@@ -30,9 +30,11 @@ from modularforge.evaluation.bench import Bench, Scores, is_expert, oracle_row, 
 from modularforge.evaluation.extras import Extras, Texts
 from modularforge.evaluation.paired import document_sums
 from modularforge.evaluation.probes import SPREAD, TEXT
+from modularforge.evaluation.replies import AskedTask, prepare_tasks
 from modularforge.evaluation.scoring import Row, means, posterior_ensemble, score, summarise, uniform_ensemble
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import load_model
+from modularforge.model.hub_config import end_tokens
 from modularforge.model.moe import moe_layers, restrict_routing
 from modularforge.observe.metrics import standing
 from modularforge.pipeline import JobName
@@ -46,6 +48,7 @@ Split = Literal["validation", "test"]
 ENSEMBLES = {"ensemble_uniform": uniform_ensemble, "ensemble_posterior": posterior_ensemble}
 # Of the tokens of a domain, as many targets behind a switch, and as many in mixed documents.
 PROBE_SHARE = 4
+COSTS = ("parameters", "active_parameters", "flops_per_token", "training_tokens")
 WITHOUT = "without own expert"
 CARRIED = "carried over windows"
 
@@ -136,9 +139,9 @@ class RunBench:
             fresh = build_model(self.run, config, variant, parts)
             model, calibration = calibrate_model(self.run, config, model, fresh)
         scores = self.bench.score(model)
-        row = self.bench.summarise(scores) | sizes_of(model)
+        row = self.bench.summarise(scores) | sizes_of(model) | self._replies(variant.name, model)
         row["training_tokens"] = training_tokens(config, variant.kind, variant.options.calibrate)
-        about = {name: row[name] for name in ("parameters", "active_parameters", "flops_per_token", "training_tokens")}
+        about = {name: row[name] for name in COSTS}
         result: dict[str, Any] = {"rows": {"": row}, "calibration": calibration}
         if variant.options.carry:
             result["rows"][CARRIED] = self.bench.summarise({**scores, TEXT: self.bench.carried(model)}) | about
@@ -153,12 +156,34 @@ class RunBench:
         scores, about = self.score_experts(experts), self._expert_sizes(experts)
         about["training_tokens"] = training_tokens(config, "expert")
         rows = {
-            name: self.bench.summarise({probe: scores_KRT[index] for probe, scores_KRT in scores.items()}) | about
+            name: self.bench.summarise({probe: scores_KRT[index] for probe, scores_KRT in scores.items()})
+            | about
+            | (self._replies(name, self.run.backbone.expert(experts[name])) if self._tasks else {})
             for index, name in enumerate(experts)
         }
         best = min(rows.values(), key=standing)
         alone = {name: {key: value for key, value in row.items() if key != "documents"} for name, row in rows.items()}
-        return {"rows": {"best expert": best, "oracle": oracle_row(config, rows)}, "experts": alone}
+        bound = oracle_row(config, rows) | self._best_replies(rows)
+        return {"rows": {"best expert": best, "oracle": bound}, "experts": alone}
+
+    @cached_property
+    def _tasks(self) -> list[AskedTask]:
+        """What models are asked: on the test split alone, where it is said how good they are."""
+        return prepare_tasks(self.run.config, self.run.corpus) if self.split == "test" else []
+
+    def _replies(self, name: str, model: Decoder) -> dict[str, Any]:
+        """How well a model replies, by task and metric; nothing where nothing is asked."""
+        ends = {self.run.corpus.end_token, *end_tokens(self.run.backbone.values)}
+        for task in self._tasks:
+            task.ask(name, model.to(default_device()), ends)
+        found = {task.settings.source: task.measured(name)[0] for task in self._tasks}
+        return {"tasks": found} if found else {}
+
+    def _best_replies(self, rows: Mapping[str, Row]) -> dict[str, Any]:
+        """What the oracle's experts reply: of each task the one that is best by its loss there."""
+        names = [task.settings.source for task in self._tasks]
+        best = {name: min(rows.values(), key=lambda row: float(row["domains"][name]["loss"])) for name in names}
+        return {"tasks": {name: row["tasks"][name] for name, row in best.items()}} if best else {}
 
     def _measure_ensemble(self, variant: Variant, config: Config, experts: Mapping[str, Artifact]) -> dict[str, Any]:
         mix, scores = ENSEMBLES[variant.kind], self.score_experts(experts)

@@ -15,6 +15,7 @@ from modularforge.config import Config
 from modularforge.errors import ConfigError
 from modularforge.evaluation.bench import training_tokens
 from modularforge.evaluation.extras import read_texts, texts_identity
+from modularforge.evaluation.replies import tasks_identity
 from modularforge.log import json_safe, logger
 from modularforge.observe.metrics import DECISIVE, standing
 from modularforge.observe.study import write_table
@@ -125,6 +126,8 @@ def result_plan(
         settings |= {**stage_settings(config, "calibrated"), "decided_on": _limit(runs, config, "validation")}
     inputs = {name: artifact.manifest.fingerprint for name, artifact in parts.items()}
     inputs["corpus"] = contents(bench.run.corpus.artifact)
+    if bench.split == "test":
+        inputs |= tasks_identity(bench.run.config)
     if bench.texts:
         inputs["texts"] = texts_identity(bench.texts)
     return Plan("result", _result_url(runs, bench.split, variant, seed), settings, inputs)

@@ -108,6 +108,7 @@ def _summary(found: Mapping[int, Row], results: Results, reference: str) -> Row:
         "minus_dense_spread": _spread([value for value in dense if value is not None]),
         "worst_domain": max((item for item in worst if item), key=lambda item: float(item["change"]), default=None),
         "probes": probe_means(list(found.values())),
+        **_replies(list(found.values())),
         **{name: first[name] for name in COST},
         "routing_parameters": first.get("routing_parameters"),
     }
@@ -117,6 +118,17 @@ def _other_metrics(rows: Sequence[Row]) -> dict[str, float]:
     """The mean over seeds of the metrics that do not decide, as far as these rows have them."""
     columns = [one.column for one in MEASURED if one is not DECISIVE]
     return {name: statistics.fmean(row[name] for row in rows) for name in columns if all(name in row for row in rows)}
+
+
+def _replies(rows: Sequence[Row]) -> dict[str, Any]:
+    """By task: the mean over seeds of each metric; nothing where a row was asked nothing."""
+    if not all("tasks" in row for row in rows):
+        return {}
+    tasks = {
+        task: {metric: statistics.fmean(row["tasks"][task][metric] for row in rows) for metric in metrics}
+        for task, metrics in rows[0]["tasks"].items()
+    }
+    return {"tasks": tasks}
 
 
 def _differences(

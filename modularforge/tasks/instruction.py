@@ -57,6 +57,11 @@ class InstructionExamples:
         stream = example_batches(self.rows, self.batch_size, self.seed, int(position), rank, ranks, self.name)
         return (_batch(tensors, place) for tensors, place in stream)
 
+    def facts(self) -> dict[str, Any]:
+        """How many examples there are, and how many did not fit in the context as they are."""
+        prompts, responses = len(self.rows.long_examples), self.rows.cut_responses
+        return {"examples": {"count": self.stream.num_examples, "cut_prompts": prompts, "cut_responses": responses}}
+
     def sample(self) -> Iterator[dict[str, Tensor]]:
         """Tensors of about `sample_rows` rows."""
         rows = example_batches(self.rows, 1, self.sample_seed)

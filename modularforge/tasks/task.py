@@ -51,6 +51,14 @@ class Examples(Protocol):
         """
 
 
+def examples_facts(examples: Examples) -> dict[str, Any]:
+    """What a job's manifest says of its examples, such as how many were cut; a source that has nothing to say needs no
+    method `facts`.
+    """
+    facts = getattr(examples, "facts", None)
+    return dict(facts()) if facts else {}
+
+
 class Validation(Protocol):
     """Held-out examples that a training is validated on."""
 

@@ -69,27 +69,26 @@ def _norm(gradient: Tensor) -> Tensor:
 
 
 class NormLog:
-    """The norms of one job as JSON lines and tables beside its metrics; use on rank 0 only."""
+    """The norms of one job as JSON lines at `url`, and tables beside them; use on rank 0 only.
 
-    def __init__(self, job: Job, trainable: Trainable, step: int) -> None:
-        assert job.metrics_url
-        self.job, self.url = job, norms_url(job.metrics_url)
-        layers = count_layers(name for name, _ in trainable.model.named_parameters())
-        self._measure = NormMeasure(trainable.parameters, layers)
-        self._log, self._measured = MetricsLog(self.url), list[tuple[int, Tensor]]()
+    Lines behind `step`, up to which the job is done, are dropped. It measures every so many steps, and at the last.
+    """
+
+    def __init__(self, url: str, job: str, measure: NormMeasure, every: int, last_step: int, step: int = 0) -> None:
+        self.url, self.job, self.every, self.last_step = url, job, every, last_step
+        self._measure, self._log, self._measured = measure, MetricsLog(url), list[tuple[int, Tensor]]()
         self._log.restart_after(step)
 
     def measure(self, step: int) -> None:
         """Measure the gradients of a step (1-based) if it is its turn."""
-        every = self.job.training.gradient_norms
-        if every and (step % every == 0 or step == self.job.phase.steps):
+        if step % self.every == 0 or step == self.last_step:
             self._measured.append((step, self._measure.squares()))
 
     def write(self) -> None:
         """Write a line for each measurement since the last time."""
         for step, squares in self._measured:
             norms = norms_line(self._measure.table(squares))
-            self._log.write(job=self.job.name, time=round(time.time(), 3), step=step, **norms)
+            self._log.write(job=self.job, time=round(time.time(), 3), step=step, **norms)
         self._measured.clear()
 
     def flush(self) -> None:
@@ -108,5 +107,8 @@ class NormLog:
 
 def norm_log(job: Job, trainable: Trainable, world: World, step: int) -> NormLog | None:
     """The log of a job that measures norms; None where it does not, on other ranks, and without metrics."""
-    wanted = job.training.gradient_norms and job.metrics_url and world.is_main
-    return NormLog(job, trainable, step) if wanted else None
+    every = job.training.gradient_norms
+    if not every or not job.metrics_url or not world.is_main:
+        return None
+    measure = NormMeasure(trainable.parameters, count_layers(name for name, _ in trainable.model.named_parameters()))
+    return NormLog(norms_url(job.metrics_url), job.name, measure, every, job.phase.steps, step)

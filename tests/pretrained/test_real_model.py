@@ -13,7 +13,7 @@ import torch
 from benchmarks.real_model import __main__ as benchmark
 from benchmarks.real_model import smollm2
 from benchmarks.real_model.measure import middle
-from benchmarks.real_model.settings import CONTEXT, DOMAINS, GENERAL_TEXTS
+from benchmarks.real_model.settings import CONTEXT, DOMAINS, GENERAL_TEXTS, RANK
 from modularforge.model.backbone import Decoder, build_backbone
 from tests.conftest import tiny_config
 from tests.pretrained.models import llama, sample_texts
@@ -62,7 +62,7 @@ def test_adapters_change_nothing_at_first_and_merged_give_the_plain_model_of_wha
     adapted: Decoder = build_backbone(plain.config, 50)
     adapted.load_state_dict(plain.state_dict())
     ids = torch.arange(12)[None]
-    with_adapters(adapted)
+    with_adapters(adapted, RANK)
     torch.testing.assert_close(adapted(ids), plain(ids))
     learned = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
     assert learned
