@@ -63,9 +63,7 @@ def adapters(model: Decoder, shape: AdapterShape, loss: Loss, phases: Sequence[P
         at["phase"], phase = phase_at(phases, step)
         for name, weight in learns.items():
             weight.requires_grad_(phase.trains(name))
-        if (
-            shape.dropout
-        ):  # what is dropped follows from the step, on every device, so that a resumed job drops the same
+        if shape.dropout:  # it follows from the step, on every device, so that a resumed job drops the same
             torch.manual_seed(derived_seed(seed, step, rank))
 
     def observations() -> Mapping[str, float]:
