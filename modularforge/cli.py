@@ -120,6 +120,11 @@ def evaluate(
     if model is None:
         _evaluate(Run(settings))
         return
+    if settings.task == "speech":
+        from modularforge.stages.speech import measure_folder as measure_speech
+
+        measure_speech(Run(settings), model).show(None)
+        return
     from modularforge.observe.evaluation import print_table
     from modularforge.stages.evaluate import measure_folder
 

@@ -43,15 +43,17 @@ def run_checks(config: Config, test: str = "all", quick: bool = False) -> bool:
     """Run the checks that `test` names and print what they find; whether all passed."""
     if test != "all" and test not in TITLES:
         raise ConfigError(f"--test must be all, {', '.join(TITLES)}, but is {test!r}; choose one of these")
-    from modularforge.sanity import data, model, training
+    from modularforge.sanity import data, model, speech, training
     from modularforge.sanity.node import describe_node
 
     start = time.perf_counter()
     say = partial(print, flush=True)
     checks = {"m0": model.check_model, "m1": data.check_data, "m2": training.check_training}
+    if config.task == "speech":
+        checks = {"m0": speech.check_model, "m1": speech.check_data, "m2": speech.check_training}
     outcomes = [perform("Node", describe_node, say)]
     for name in (name for name in TITLES if test in ("all", name)):
-        if name == "m2" and outcomes[-1].name == TITLES["m1"] and outcomes[-1].cause:
+        if name == "m2" and config.task != "speech" and outcomes[-1].name == TITLES["m1"] and outcomes[-1].cause:
             config, title = with_sample(config), f"{TITLES[name]} (on the shipped sample)"
         else:
             title = TITLES[name]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from checkpoints import Artifact, paths
+from checkpoints import Artifact, open_artifact, paths
 from checkpoints.screen import say
 from modularforge.config import PhaseConfig
 from modularforge.data.inputs import file_states, list_matches, record, warn_of_repeats
@@ -196,6 +196,14 @@ def evaluation(run: Run) -> dict[str, Any]:
     rate_table(results).show(None)
     say("")
     return checked_results(results)
+
+
+def measure_folder(run: Run, url: str) -> Table:
+    """Error rates of one model folder on this config's test utterances, without writing anything."""
+    folder = open_artifact(url).local_folder() if "://" in url else Path(url)
+    row, _ = _row(load_speech(folder), held_out_speech(run.config, run.corpus), default_device())
+    name = url.rstrip("/").rsplit("/", 1)[-1]
+    return rate_table({"name": run.config.name, "domains": list(row["domains"]), "models": {name: row}})
 
 
 def _models(run: Run) -> Iterator[tuple[str, Artifact]]:

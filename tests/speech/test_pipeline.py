@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from modularforge.speech.folder import load_speech
 from modularforge.speech.model import SpeechModel
 from modularforge.speech.steering import GateUsage
 from modularforge.stage_outputs import Backbone
+from modularforge.stages.speech import measure_folder
 from modularforge.tasks.speech import SPEECH, arguments, held_out_speech
 from modularforge.training.checkpointing import Checkpointing
 from tests.conftest import run_command
@@ -243,3 +245,42 @@ def test_a_finished_run_transcribes_recordings(finished: Config, sounds: Path) -
     assert by_run.stdout.strip() == held_out.corpus.tokenizer.decode(expected).strip()
     refused = run_command("modularforge", "transcribe", "--model", str(model), __file__, check=False)
     assert "must be a recording that can be used, but it cannot be decoded" in refused.stderr + refused.stdout
+
+
+def test_one_folder_is_measured_as_the_evaluation_measures_it(finished: Config) -> None:
+    table = measure_folder(Run(finished), str(Run(finished).require("assembled").local_folder()))
+    ((name, row),) = table.records
+    assert name == "assembled"
+    expected = run_all(finished)["models"]["assembled"]
+    assert row["mean_loss"] == pytest.approx(expected["mean_loss"], abs=1e-6)
+    assert row["wer"] == pytest.approx(expected["wer"])
+
+
+def test_experts_of_an_assembled_model_are_listed_and_taken_out(finished: Config, tmp_path: Path) -> None:
+    folder = Path(finished.output_dir)
+    shutil.copytree(folder, tmp_path / "run")
+    assembled = str(tmp_path / "run/assembled")
+    assert "expert" in run_command("modularforge", "experts", "list", assembled).stdout
+    run_command("modularforge", "experts", "remove", assembled, "0")
+    model = load_speech(Path(assembled))
+    assert model.steering is not None
+    assert model.steering.shape.experts == 1
+    kept = load_file(Run(finished).require("expert", 1).local_file("steering.safetensors"))
+    assert torch.equal(model.steering.vectors, kept["steering.vectors"])
+
+
+def test_sanity_checks_model_recordings_and_a_short_training(finished: Config, sounds: Path, tmp_path: Path) -> None:
+    settings = paths.local_path(finished.output_dir) / "config.yaml"
+    done = run_command("modularforge", "sanity", "--config", str(settings), "--quick")
+    assert "low: 6 of 6 recordings of train can be used" in done.stdout
+    assert "frozen parts get no gradients" in done.stdout
+    assert "4 of 4 checks passed" in done.stdout
+    shutil.copytree(sounds, tmp_path / "sounds")
+    for path in (tmp_path / "sounds/low").glob("*.wav"):
+        path.write_bytes(b"RIFF")
+    broken = settings.read_text().replace(str(sounds), str(tmp_path / "sounds"))
+    (tmp_path / "broken.yaml").write_text(broken)
+    failed = run_command("modularforge", "sanity", "--config", str(tmp_path / "broken.yaml"), "--quick", check=False)
+    assert failed.returncode == 1
+    assert "source low must have recordings that can be used, but of the first 6 none can" in failed.stdout
+    assert "a short training must have recordings that can be used, but there are none; see M1" in failed.stdout

@@ -64,6 +64,8 @@ def merge(config: Config, backbone: Artifact, experts: Sequence[Artifact], scrat
         "library": "modularforge",
         "router": config.assembly.router,
         "experts": len(experts),
+        "experts_per_token": 1,  # as many must stay; all of them weigh at every frame
+        "public_expert": False,
         "parameters": sum(value.size for value in stacked.values()),
         FROZEN_FACT: fact(backbone, FROZEN_FACT),
     }
