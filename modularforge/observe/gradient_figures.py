@@ -46,6 +46,7 @@ def norms_of_jobs(norms: Mapping[str, Norms]) -> dict[str, Norms]:
         if len(members) > 1:
             found[name] = mean_norms(members)
     names = without_members(found, 0) if len(norms) > MOST_PANELS else list(norms)
+    names = sorted(names, key=lambda name: name not in ("backbone", *MEANS.values()))  # before baselines
     return {name: found[name] for name in names[:MOST_PANELS]}
 
 
@@ -83,7 +84,7 @@ def _grid(panels: Mapping[str, Norms], rows: int = 1, share: bool = True) -> tup
     figure = new_figure(WIDTH_INCHES, 0.9 + 2.7 * rows)
     grid: Any = figure.subplots(rows, len(panels), sharey="row" if share else False, squeeze=False)
     bottom, top = 0.6 / (0.9 + 2.7 * rows), 1 - 0.4 / (0.9 + 2.7 * rows)
-    figure.subplots_adjust(wspace=0.12 if share else 0.3, hspace=0.3, left=0.09, right=0.87, bottom=bottom, top=top)
+    figure.subplots_adjust(wspace=0.22 if share else 0.3, hspace=0.3, left=0.09, right=0.87, bottom=bottom, top=top)
     for axes, title in zip(grid[0], panels, strict=True):
         axes.set_title(title, fontweight="bold")
     return figure, grid
