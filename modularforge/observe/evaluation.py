@@ -121,19 +121,28 @@ def _carried_lines(results: Results) -> list[str]:
     return ["", f"{words}: {', '.join(found)}."] if found else []
 
 
+DECIDING = {
+    "dense": "a dense model trained on the same tokens has",
+    "joint_lora": "one adapter trained on the same tokens has",
+    "joint_lora_wide": "one of all experts' rank has",
+}
+"""Models that an assembled one has to be better than: without experts, trained on the same tokens."""
+
+
 def verdict(results: Results) -> str:
-    """Whether it was worth it, and by how much: the compute-matched dense model is what decides."""
+    """Whether it was worth it, and by how much: the best model of `DECIDING` is what decides."""
     models, chosen = results["models"], results["chosen"]
     if chosen is None:
         return "No assembled model was measured."
     loss = float(models[chosen]["mean_loss"])
     found = f"the {chosen} model has a mean test loss of {loss:.4f}"
-    words = {"dense": "a dense model trained on the same tokens has", "backbone": "the backbone has"}
+    words = {**DECIDING, "backbone": "the backbone has"}
     others = [_beside(loss, words[name], float(models[name]["mean_loss"])) for name in words if name in models]
     but = [f"But {'; '.join(sentences)}."] if (sentences := doubts(results)) else []
-    if "dense" not in models:
+    deciding = [float(models[name]["mean_loss"]) for name in DECIDING if name in models]
+    if not deciding:
         return " ".join(["; ".join([found[0].upper() + found[1:], *others]) + ".", *but])
-    start = "Worth it" if loss < float(models["dense"]["mean_loss"]) else "Not worth it here"
+    start = "Worth it" if loss < min(deciding) else "Not worth it here"
     return " ".join([f"{start}: " + "; ".join([found, *others]) + ".", *but])
 
 

@@ -14,7 +14,7 @@ from modularforge.config_files import make_config
 from modularforge.errors import ConfigError, DataError
 from modularforge.evaluation.bench import PROBE_SHARE
 from modularforge.evaluation.results import checked_results
-from modularforge.observe.evaluation import markdown
+from modularforge.observe.evaluation import markdown, verdict
 from modularforge.pipeline import stage_url
 from modularforge.run import Run
 from modularforge.stages import evaluate
@@ -99,6 +99,15 @@ def test_the_verdict_says_where_the_model_is_worse() -> None:
     assert verdict.startswith("Worth it: ")
     assert "But behind a switch of domain it is worse than the backbone by 0.2000 ± 0.0500" in verdict
     assert "on plain text these are worse than with the backbone: law (by 0.2000)" in verdict
+
+
+def test_one_adapter_for_everything_decides_too() -> None:
+    found = checked_results(evaluation(2))
+    models = found["models"]
+    models["joint_lora"] = {**models["dense"], "mean_loss": float(models[found["chosen"]]["mean_loss"]) - 0.01}
+    said = verdict(found)
+    assert said.startswith("Not worth it here: ")
+    assert "one adapter trained on the same tokens has" in said
 
 
 def test_text_of_no_domain_is_measured_anew_only_when_it_changes(finished_run: Config, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_run_without_norms_has_no_such_section(tmp_path: Path) -> None:
 def test_many_experts_are_shown_by_their_mean(run: str) -> None:
     norms = read_run(run).norms
     shown = norms_of_jobs(norms)
-    assert list(shown) == ["backbone", "dense", "mean expert"]
+    assert list(shown) == ["backbone", "mean expert", "dense"]
     experts = [norms[f"expert-{index}"] for index in range(5)]
     np.testing.assert_allclose(
         shown["mean expert"].group("mlp"), np.mean([one.group("mlp") for one in experts], axis=0)
