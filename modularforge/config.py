@@ -1070,6 +1070,8 @@ def _impossible_phases(config: Config) -> Iterator[str]:
     lora, layers, steps = config.experts.lora, config.model.layers, config.experts.steps
     if lora.phases is None:
         return
+    if config.model.pretrained is not None and "layers" not in config.model.model_fields_set:
+        layers = LARGEST_NUMBER  # not looked up yet
     if layers < 2 and "early" in str(lora.phases):
         yield "experts.lora.phases must not name early layers where model.layers is 1, since there are none; leave them"
     groups = {"mlp" if name in MLP_MODULES else "attention" for name in lora.modules}

@@ -69,7 +69,15 @@ class DynamicLoRACallback(TrainerCallback):  # type: ignore[misc]  # transformer
                 "ddp_find_unused_parameters must be true for phases on several processes, but is false; set it"
             )
         self.phases = phases_of(self.settings, state.max_steps, count_layers(named))
-        self.phase = None
+        self.phase, ends = None, [phase.until for phase in self.phases]
+        if not ends or ends != sorted(set(ends)):
+            raise ConfigError(f"phases must end later and later, but end at {ends}; put them in order")
+        for number, phase in enumerate(self.phases):
+            if not any(phase.trains(name) for name in self._adapters):
+                raise ConfigError(
+                    f"phases must each train adapters that the model has, but phase {number} trains none; change its "
+                    "train or layers, or the model's target_modules"
+                )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Switch the adapters where a phase begins."""

@@ -59,7 +59,7 @@ class ChatTemplate:
         try:
             written: str = _compiled(self.template).render(messages=messages, add_generation_prompt=asks, **self.tokens)
             return written
-        except (TemplateError, TypeError, ValueError) as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
             raise DataError(
                 f"the chat template must write a chat, but fails ({one_line(error)}); fix the messages, or take a "
                 "model with another template"
@@ -75,7 +75,8 @@ class ChatTemplate:
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
                 asked, words = self.render(messages[:index], asks=True), str(message["content"]).strip()
-                start = whole.find(words, len(asked))
+                # Not beyond this answer: what follows may hold the same words.
+                start = whole.find(words, len(asked), len(self.render(messages[: index + 1], asks=False)))
                 if not whole.startswith(asked) or start < 0:
                     raise DataError(
                         "the chat template must write an answer behind what it asks with, but writes something else "

@@ -205,7 +205,14 @@ def _text(value: Any, what: str, origin: str) -> str:
 
 @functools.cache
 def _engine() -> ImmutableSandboxedEnvironment:
-    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_written)
+
+
+def _written(value: Any) -> Any:
+    """What a template writes for a value; null and containers would be learned as Python spells them."""
+    if value is None or isinstance(value, dict | list):
+        raise TemplateError(f"it would write {value!r:.40}, which is no text")
+    return value
 
 
 @functools.lru_cache(maxsize=256)

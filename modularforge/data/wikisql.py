@@ -35,7 +35,7 @@ def convert_wikisql(archive: str, output: str) -> dict[str, int]:
     for short, split in SPLITS.items():
         if missing := [f"{short}{ending}" for ending in (QUESTIONS, TABLES) if f"{short}{ending}" not in found]:
             raise DataError(f"{name} must hold {missing[0]} of WikiSQL, but does not; fetch data.tar.bz2 again")
-        headers = {table.get("id"): table.get("header") for table, _ in found[f"{short}{TABLES}"]}
+        headers = {str(table.get("id")): table.get("header") for table, _ in found[f"{short}{TABLES}"]}
         records = [_example(record, headers, f"{name}: {origin}") for record, origin in found[f"{short}{QUESTIONS}"]]
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         paths.replace_bytes(paths.join(output, f"{split}.jsonl"), lines.encode())
@@ -66,7 +66,7 @@ def _value(value: Any) -> str:
 
 def _example(record: Mapping[str, Any], headers: Mapping[Any, Any], origin: str) -> dict[str, Any]:
     try:
-        columns = [str(column) for column in headers[record["table_id"]]]
+        columns = [str(column) for column in headers[str(record["table_id"])]]
         question = str(record["question"])
         return {"question": question, "columns": columns, "sql": sql_text(record["sql"], columns)}
     except (LookupError, TypeError, ValueError) as error:

@@ -85,7 +85,9 @@ class Mixture:
     @cached_property
     def texts(self) -> Texts | None:
         """What the evidence router is solved from; None for the other routers."""
-        return texts_of(self.backbone, self.experts) if self.config.assembly.router == "evidence" else None
+        if self.config.assembly.router != "evidence":
+            return None
+        return texts_of(self.backbone, self.experts, self.config.learns_responses)
 
     @property
     def shape(self) -> ModelConfig:

@@ -33,6 +33,8 @@ MUST_BE: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters"), (None, [])
     ),
+    # Others (PiSSA, OLoRA, LoftQ …) change the base's weights when PEFT loads them.
+    "init_lora_weights": (False, "gaussian", "orthogonal", "eva", None, True),
     **dict.fromkeys(("alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "velora_config"), (None,)),
 }
 """What changes what an adapter computes, with the values under which ours computes the same."""
@@ -113,7 +115,9 @@ def parse_adapter_config(content: bytes, origin: str) -> AdapterShape:
                 raise ValueError(f"its {name} is {values.get(name)!r:.60}")
         targets = values["target_modules"]
         modules = tuple(name for name in MODULES if name in targets) if isinstance(targets, list) else ()
-        numbers = int(values["r"]), float(values["lora_alpha"])
+        if type(values["r"]) is not int or type(values.get("use_rslora", False)) not in (bool, type(None)):
+            raise ValueError(f"its r is {values['r']!r:.40} and its use_rslora {values.get('use_rslora')!r:.40}")
+        numbers = values["r"], float(values["lora_alpha"])
         if numbers[0] < 1 or not math.isfinite(numbers[1]):
             raise ValueError(f"its r and lora_alpha are {numbers[0]} and {numbers[1]}")
         return AdapterShape(*numbers, modules, float(values.get("lora_dropout") or 0.0), bool(values.get("use_rslora")))

@@ -23,7 +23,7 @@ from modularforge.model import names
 from modularforge.model.adapter_config import ADAPTERS_NAME
 from modularforge.model.backbone import Decoder, build_backbone
 from modularforge.model.hub_config import TABLES_NAME, experts_of, is_moe, model_config_of, read_config
-from modularforge.model.lora_mixture import load_adapters
+from modularforge.model.lora_mixture import Even, load_adapters
 from modularforge.model.moe import build_moe, moe_layers
 from modularforge.model.text_router import load_text_router
 
@@ -72,6 +72,11 @@ def with_text_router(decoder: Decoder, path: Path) -> Decoder:
     """The decoder, routed by the tables at `path` where it has experts and there are such; raises MismatchError."""
     layers = moe_layers(decoder)
     if not layers or not path.is_file():
+        if layers and isinstance(layers[0].gate, Even) and layers[0].experts_per_token < len(layers[0].experts):
+            raise DataError(
+                f"{path} must say how texts choose among the adapters, but is missing; copy the whole folder, or "
+                "assemble the model again"
+            )
         return decoder
     router, slots = load_text_router(path), len(layers[0].experts)
     if router.slots != slots:

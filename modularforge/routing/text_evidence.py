@@ -146,10 +146,15 @@ class Texts:
         return found_E
 
 
-def texts_of(backbone: Artifact, experts: Sequence[Artifact]) -> Texts:
-    """The counts that lie in the artifacts; those that were made without them have at least a sample's tokens."""
+def texts_of(backbone: Artifact, experts: Sequence[Artifact], learns_responses: bool = False) -> Texts:
+    """The counts that lie in the artifacts; those that were made without them have at least a sample's tokens.
+
+    Where responses are learned, no token ends a document: the end of a chat's turn is the same token as the end of a
+    text, and a router that forgot there would not know the prompt where the answer begins. Packed examples say
+    themselves where each begins.
+    """
     background = _counts(backbone) if COUNTS_NAME in backbone.manifest.files else None
-    ends = end_tokens(backbone.read_json(CONFIG_NAME))
+    ends = () if learns_responses else end_tokens(backbone.read_json(CONFIG_NAME))
     return Texts([_counts(expert) for expert in experts], background, special_tokens(backbone), ends)
 
 

@@ -272,6 +272,8 @@ def test_adapters_learn_responses_too_and_their_models_reply(tmp_path: Path) -> 
     assert {"assembled", "joint_lora", "expert-2"} <= set(results["tasks"]["banking77"]["models"])
     run = Run(config)
     model = load_model(run.require("assembled").local_folder())
+    assert model.text_router is not None
+    assert len(model.text_router.get_buffer("ends")) == 0, "the end of a chat's turn is the end of no document"
     (task,) = prepare_tasks(config, run.corpus)
     task.ask("assembled", model, {run.corpus.end_token})
     alone = [continue_tokens(model, ids, 4, Sampling(temperature=0), {run.corpus.end_token}) for ids in task.prompts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from modularforge.evaluation.routes import routes_of, slot_names
 from modularforge.info import describe
 from modularforge.model import names
 from modularforge.model.folder import fill, load_model, read_tensors
+from modularforge.model.hub_config import TABLES_NAME
 from modularforge.model.moe import restrict_routing
 from modularforge.model.text_router import DECIDED_WITHIN
 from modularforge.observe.report import report_runs
@@ -97,6 +99,11 @@ def test_adapters_beside_a_backbone_are_linked_and_load_alone_in_peft(
         assert torch.allclose(model(TOKENS_BT), run.backbone.model()(TOKENS_BT), atol=1e-6)
         restrict_routing(model, None)
         assert not torch.allclose(model(TOKENS_BT), run.backbone.model()(TOKENS_BT), atol=1e-4)
+    loose = tmp_path / "copied"
+    shutil.copytree(folder, loose)
+    (loose / TABLES_NAME).unlink()
+    with pytest.raises(DataError, match=r"must say how texts choose among the adapters, but is missing"):
+        load_model(loose)
 
 
 def test_the_average_is_one_adapter_that_adds_the_mean_of_the_products(finished_run: Config, tmp_path: Path) -> None:
@@ -278,7 +285,9 @@ def test_an_adapter_of_another_base_or_kind_is_refused_in_one_sentence(finished_
         ({"use_dora": True}, "its use_dora is True"),
         ({"peft_type": "IA3"}, "its peft_type is 'IA3'"),
         ({"rank_pattern": {"v_proj": 4}}, "its rank_pattern is"),
-        ({"r": "many"}, "invalid literal"),
+        ({"r": "many"}, "its r is 'many'"),
+        ({"use_rslora": "false"}, "its use_rslora 'false'"),
+        ({"init_lora_weights": "pissa"}, "its init_lora_weights is 'pissa'"),
     ):
         settings.write_text(json.dumps({**values, **change}))
         with pytest.raises(DataError, match=message):

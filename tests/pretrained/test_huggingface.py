@@ -220,6 +220,16 @@ def test_mistakes_get_a_sentence(tmp_path: Path) -> None:
         DynamicLoRACallback("mlp->attn")
     with pytest.raises(ConfigError, match="rank"):
         create_layerwise_lora_config([0], rank=0)
+    for phases, message in (
+        ([{"until": 5}, {"until": 2}, {}], "must end later and later"),
+        ([{"until": 2, "layers": [7]}, {}], "phase 0 trains none"),
+    ):
+        adapted = peft.get_peft_model(llama(), create_phased_lora_config(phases))
+        trainer = transformers.Trainer(
+            adapted, arguments(tmp_path), train_dataset=Same(), callbacks=[DynamicLoRACallback(phases)]
+        )
+        with pytest.raises(ConfigError, match=message):
+            trainer.train()
     trainer = transformers.Trainer(
         llama(), arguments(tmp_path), train_dataset=Same(), callbacks=[DynamicLoRACallback("early->late")]
     )

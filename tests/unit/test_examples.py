@@ -215,6 +215,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"response": "{{ 1 // q if q is number else q }}"},
         "must fit the template of the response, but does not .integer division",
     ),
+    "null in a template": (
+        {"prompt": "a", "response": "b", "q": None},
+        {"prompt": "{{ q }}?"},
+        "must fit the template of the prompt, but does not .it would write None",
+    ),
     "no object": (["a"], {}, "must be a JSON object, but is a list"),
     "half a pair": ({"prompt": "\ud800", "response": "b"}, {}, "half of a surrogate pair"),
 }
@@ -251,6 +256,27 @@ def test_a_chat_that_cannot_be_learned_is_refused(name: str, folder: Path) -> No
     writer = ExampleWriter(config_with_chat().data.sources[0].example, chat)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=f"file:7 {sentence}"):
         list(writer.write({"chat": messages}, "file:7"))
+
+
+def test_words_of_the_user_are_never_learned_for_an_answer_that_the_template_writes_otherwise(folder: Path) -> None:
+    shortened = CHATML.replace(
+        "message['content']", "(message['content'] if loop.last or message['role'] == 'user' else '.')"
+    )
+    messages = [
+        {"role": "user", "content": "Well?"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "you said yes?"},
+        {"role": "assistant", "content": "no"},
+    ]
+    chat = load_chat_template(with_template(folder, shortened), "this test")
+    with pytest.raises(DataError, match=r"must write an answer behind what it asks with.*'yes'"):
+        chat.segments(messages)
+
+
+def test_a_preset_leaves_out_what_has_no_label(tmp_path: Path) -> None:
+    records = [{"premise": "a", "hypothesis": "b", "label": label} for label in (-1, 2)]
+    found = documents(config_of(records, tmp_path, preset="multi_nli"))
+    assert [document.text.strip().endswith("contradiction") for document in found] == [True]
 
 
 def config_with_chat() -> Config:

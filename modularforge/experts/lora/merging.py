@@ -134,7 +134,7 @@ class _Beside:
             "architecture": values["architectures"][0],
             "experts": len(composite.folders) + int(composite.public),
             "experts_per_token": composite.active,
-            "public_expert": self.config.has_public_expert,
+            "public_expert": composite.public,
             "router": "none" if self.is_average else self.config.assembly.recorded_router,
             "lora_form": self.config.assembly.lora,
             "parameters": found.parameters,
@@ -160,7 +160,7 @@ class _Beside:
                 (folder / place / name).write_bytes(expert.read_bytes(name))
         if self.config.assembly.router != "evidence":
             return {}
-        texts = texts_of(self.backbone, self.experts)
+        texts = texts_of(self.backbone, self.experts, self.config.learns_responses)
         most = self.config.assembly.token_pairs if texts.has_pairs else 0
         return {"token_pairs": write_tables(folder / TABLES_NAME, texts, composite.public, most)}
 
