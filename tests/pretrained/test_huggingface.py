@@ -93,7 +93,7 @@ TABLE: list[tuple[Any, list[tuple[set[str], set[int]]]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("phases", "expected"), TABLE, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize(("phases", "expected"), TABLE, ids=[str(phases)[:20] for phases, _ in TABLE])
 def test_adapters_learn_in_their_phases_and_stay_elsewhere(phases: Any, expected: Any, tmp_path: Path) -> None:
     """Weight decay moves what has a gradient of zero, but not what is paused."""
     model, moved = adapted(phases), Moved()
