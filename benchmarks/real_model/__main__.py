@@ -35,7 +35,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "lora assembled, a sequence at a time": {"lora_choice": "sequence"},
     "lora average": {"lora": "average"},
 }
-TINY = Scale(2, 2, 1024, 512, 1024, {kind: [Trial(3e-4)] for kind in TRIALS})
+TINY = Scale(2, 2, 1024, 512, 1024, {kind: [Trial(3e-4), Trial(1e-3)][: len(TRIALS[kind])] for kind in TRIALS})
 
 
 def main() -> None:
