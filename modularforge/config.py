@@ -53,6 +53,13 @@ RECORDED_ROUTERS = {
     "random": "kaiming",
 }
 """By name, the one of earlier versions: in identities and facts of artifacts for good, and still read in settings."""
+
+
+def router_today(value: Any) -> Any:
+    """What a router of an earlier version is called now; anything else as it is."""
+    return next((name for name, recorded in RECORDED_ROUTERS.items() if recorded == value), value)
+
+
 Module = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MODULES: tuple[Module, ...] = typing.get_args(Module)
 """Matrices of a layer that an adapter can stand beside."""
@@ -518,7 +525,7 @@ class AssemblyConfig(Section):
     @field_validator("router", mode="before")
     @classmethod
     def _by_its_name(cls, value: Any) -> Any:
-        return next((name for name, recorded in RECORDED_ROUTERS.items() if recorded == value), value)
+        return router_today(value)
 
     @property
     def recorded_router(self) -> str:
@@ -902,9 +909,33 @@ def joined_batches(count: int, steps: int, batch_size: int, wanted: int | None) 
     return batches // joined, joined * batch_size
 
 
-def _impossible_combinations(config: Config) -> Any:
+def _impossible_combinations(config: Config) -> Iterator[str]:
     """One sentence per combination of settings that cannot work, with the dotted name first."""
-    model, experts, assembly = config.model, config.experts, config.assembly
+    yield from _impossible_shapes(config.model)
+    yield from _impossible_batches(config)
+    yield from _impossible_assembly(config)
+    if config.evaluation.chat and config.model.pretrained is None:
+        yield (
+            "evaluation.chat must be null without model.pretrained, since a new model has no chat template; unset it, "
+            "or name an instruct model"
+        )
+    yield from _impossible_speech(config)
+    yield from _settings_of_other_kinds(config)
+    if config.experts.kind == "lora":
+        yield from _impossible_phases(config)
+        yield from _impossible_composites(config)
+    if config.needed_experts > config.experts.count:
+        yield (
+            f"cluster.min_experts must be at most experts.count ({config.experts.count}), but is "
+            f"{config.needed_experts}; lower it"
+        )
+    yield from _impossible_chats(config)
+    yield from _impossible_replies(config)
+    yield from _impossible_sources(config)
+
+
+def _impossible_shapes(model: ModelConfig) -> Iterator[str]:
+    """The same of the model alone."""
     if model.head_width is None and model.width % model.heads:
         yield (
             f"model.width must be a multiple of model.heads ({model.heads}), but is {model.width}; "
@@ -933,6 +964,11 @@ def _impossible_combinations(config: Config) -> Any:
             f"model.heads must be a multiple of model.kv_heads ({model.kv_heads}), but is {model.heads}; "
             "set both equal for plain multi-head attention"
         )
+
+
+def _impossible_batches(config: Config) -> Iterator[str]:
+    """One sentence per batch that cannot be cut into equal pieces."""
+    experts = config.experts
     for name in ("backbone", "experts", "calibration"):
         phase: PhaseConfig = getattr(config, name)
         if phase.batch_size % phase.accumulation_steps:
@@ -945,6 +981,11 @@ def _impossible_combinations(config: Config) -> Any:
             f"btx.batch_size must be a multiple of experts.accumulation_steps ({experts.accumulation_steps}), "
             f"but is {config.btx_phase.batch_size}; change one of them"
         )
+
+
+def _impossible_assembly(config: Config) -> Iterator[str]:
+    """One sentence per router, or number of visits, that these experts cannot have."""
+    assembly, experts = config.assembly, config.experts
     if assembly.experts_per_token > config.assembled_experts:
         yield (
             f"assembly.experts_per_token must be at most the number of experts ({config.assembled_experts}), "
@@ -955,30 +996,22 @@ def _impossible_combinations(config: Config) -> Any:
             f"assembly.router must not be {assembly.router} when experts.anchored is false, because plain experts "
             "train no router rows; use ridge or means"
         )
-    if config.evaluation.chat and config.model.pretrained is None:
-        yield (
-            "evaluation.chat must be null without model.pretrained, since a new model has no chat template; unset it, "
-            "or name an instruct model"
-        )
-    yield from _impossible_speech(config)
-    yield from _settings_of_other_kinds(config)
-    if experts.kind == "lora":
-        yield from _impossible_phases(config)
-        yield from _impossible_composites(config)
-    if config.needed_experts > experts.count:
-        yield (
-            f"cluster.min_experts must be at most experts.count ({experts.count}), but is {config.needed_experts}; "
-            "lower it"
-        )
-    sources = config.data.sources
-    names = [source.name for source in sources]
-    for source in sources:
+
+
+def _impossible_chats(config: Config) -> Iterator[str]:
+    """One sentence per source whose examples are chats that nothing writes."""
+    for source in config.data.sources:
         example = config.example(source)
         if example and example.is_chat and config.model.pretrained is None:
             yield (
                 f"data.sources must have no chat without model.pretrained, since a new model has no chat template, but "
                 f"the example of {source.name} is one; name an instruct model, or write prompts and responses"
             )
+
+
+def _impossible_replies(config: Config) -> Iterator[str]:
+    """One sentence per task of the evaluation that has no prompts."""
+    sources = config.data.sources
     asked = [task.source for task in config.evaluation.tasks or ()]
     if asked and not config.learns_responses:
         yield f"evaluation.tasks must be null under task {config.task}, which has no prompts; set task to instruction"
@@ -990,6 +1023,12 @@ def _impossible_combinations(config: Config) -> Any:
         )
     for name in sorted({name for name in asked if asked.count(name) > 1}):
         yield f"evaluation.tasks must name each source once, but names {name!r:.60} twice; leave one out"
+
+
+def _impossible_sources(config: Config) -> Iterator[str]:
+    """One sentence per source that the task does not know, or whose name another has."""
+    sources = config.data.sources
+    names = [source.name for source in sources]
     for source in sources:
         if source.example is not None and not config.learns_responses:
             yield (
@@ -1000,7 +1039,7 @@ def _impossible_combinations(config: Config) -> Any:
         yield f"data.sources must have names of their own, but {name!r} occurs {names.count(name)} times; rename one"
 
 
-def _impossible_speech(config: Config) -> Any:
+def _impossible_speech(config: Config) -> Iterator[str]:
     """The same of speech, whose experts are steering vectors, and of steering, which is for speech alone."""
     kind, speech = config.experts.kind, config.speech
     if (config.task == "speech") != (kind == "steering"):
@@ -1035,34 +1074,58 @@ def _impossible_speech(config: Config) -> Any:
 
 
 def _settings_of_other_kinds(config: Config) -> Iterator[str]:
-    """One sentence per setting that only experts of another kind have."""
-    kind, defaults = config.experts.kind, {name: field.default for name, field in ExpertsConfig.model_fields.items()}
-    if kind == "lora":
-        for name in ("anchored", "init", "z_loss"):
-            if (value := getattr(config.experts, name)) != defaults[name]:
+    """One sentence per setting that only experts of another kind, or another task, have."""
+    kind, experts = config.experts.kind, config.experts
+    if kind in ("lora", "steering"):
+        for name, value in _changed(experts, "anchored", "init", "z_loss"):
+            yield (
+                f"experts.{name} must be left out with experts.kind {kind}, since only ffn experts have it, but is "
+                f"{value}; remove it, or set experts.kind to ffn"
+            )
+    if kind != "lora":
+        yield from _settings_of_lora(config)
+    if kind != "steering":
+        for name, _ in _changed(config.steering):
+            yield (
+                f"steering.{name} must be left out unless experts.kind is steering, but experts.kind is {kind}; remove "
+                "it, or set experts.kind to steering, and task to speech"
+            )
+    if config.task != "speech":
+        for part in SpeechConfig.model_fields:
+            for name, _ in _changed(getattr(config.speech, part)):
                 yield (
-                    f"experts.{name} must be left out with experts.kind lora, since only ffn experts have it, but is "
-                    f"{value}; remove it, or set experts.kind to ffn"
+                    f"speech.{part}.{name} must be left out unless task is speech, but task is {config.task}; remove "
+                    "it, or set task to speech"
                 )
-        return
+
+
+def _settings_of_lora(config: Config) -> Iterator[str]:
+    """One sentence per setting that only LoRA experts have, where experts are of another kind."""
+    kind = config.experts.kind
     for name in ("joint_lora", "joint_lora_wide"):
         if name in config.evaluation.baselines:
             yield (
                 f"evaluation.baselines must not name {name} unless experts.kind is lora, but experts.kind is {kind}; "
-                "leave it, or set experts.kind to lora"
+                "leave it out, or set experts.kind to lora"
             )
-    for name in ("lora", "lora_choice"):
-        if (value := getattr(config.assembly, name)) != AssemblyConfig.model_fields[name].default:
-            yield (
-                f"assembly.{name} must be left out unless experts.kind is lora, but is {value} with experts.kind "
-                f"{kind}; remove it, or set experts.kind to lora"
-            )
-    for name, field in LoraConfig.model_fields.items():
-        if getattr(config.experts.lora, name) != field.default:
-            yield (
-                f"experts.lora.{name} must be left out unless experts.kind is lora, but experts.kind is {kind}; remove "
-                "it, or set experts.kind to lora"
-            )
+    for name, value in _changed(config.assembly, "lora", "lora_choice"):
+        yield (
+            f"assembly.{name} must be left out unless experts.kind is lora, but is {value} with experts.kind {kind}; "
+            "remove it, or set experts.kind to lora"
+        )
+    for name, _ in _changed(config.experts.lora):
+        yield (
+            f"experts.lora.{name} must be left out unless experts.kind is lora, but experts.kind is {kind}; remove it, "
+            "or set experts.kind to lora"
+        )
+
+
+def _changed(section: Section, *names: str) -> Iterator[tuple[str, Any]]:
+    """Settings of a section, all or these, that are not as they are by default."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if (not names or name in names) and value != field.default:
+            yield name, value
 
 
 def _impossible_phases(config: Config) -> Iterator[str]:

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from checkpoints import StoreError, paths
-from modularforge.config import RECORDED_ROUTERS, TRAINED_ON_ALL, Config, ModelConfig
+from modularforge.config import RECORDED_ROUTERS, TRAINED_ON_ALL, Config, ModelConfig, router_today
 from modularforge.errors import ConfigError
 from modularforge.experts import kind
 from modularforge.log import logger
@@ -126,13 +126,14 @@ def load_config(
 def in_new_names(values: dict[str, Any]) -> dict[str, Any]:
     """Settings as an earlier version recorded them, by today's names, so that runs of both can be compared."""
     assembly = _section(values, "assembly")
-    now = next((name for name, old in RECORDED_ROUTERS.items() if old == assembly.get("router")), None)
-    return {**values, "assembly": {**assembly, "router": now}} if now else values
+    old = assembly.get("router")
+    now = router_today(old)
+    return values if now == old else {**values, "assembly": {**assembly, "router": now}}
 
 
 @cache  # once for a command, which may read many settings
 def _say_new_name(router: str) -> None:
-    now = next(name for name, old in RECORDED_ROUTERS.items() if old == router)
+    now = router_today(router)
     logger.warning("assembly.router: %s is called %s now; its old name still works in this version", router, now)
 
 

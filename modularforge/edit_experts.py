@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from checkpoints import Artifact, find_artifact, open_artifact, paths
+from checkpoints.errors import MissingArtifactError
 from modularforge.assembly.assemble import assemble
 from modularforge.config import Config
 from modularforge.config_files import make_config
@@ -163,9 +164,14 @@ def _open_expert(model: Artifact, url: str, texts: Sequence[str]) -> Artifact:
             return take_in(url, _config_of(model, len(members)), backbone, index, texts, place)
     if texts:
         raise ConfigError(
-            f"--text is for adapters of PEFT, but {url} is none, or the model is not of adapters; leave it"
+            f"--text is for adapters of PEFT, but {url} is none, or the model is not of adapters; leave it out"
         )
-    expert = open_artifact(url)
+    expert = find_artifact(url)
+    if expert is None:
+        raise MissingArtifactError(
+            f"{url} must be a trained expert (with manifest.json) or, for a model of adapters, PEFT's folder of one "
+            "(adapter_config.json, adapter_model.safetensors), but is neither; name experts/expert-K of a run"
+        )
     if expert.manifest.kind != "expert":
         raise MismatchError(f"{url} must be an expert, but is of kind {expert.manifest.kind}; name experts/expert-K")
     return expert

@@ -71,6 +71,28 @@ def test_baselines_on_all_partitions_have_batches_of_their_own_and_leave_no_wind
     assert joint.steps * size == 3 * 10 * 4
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("experts.lora.rank=4", "experts.lora.rank must be left out unless experts.kind is lora"),
+        ("assembly.lora=fold", "assembly.lora must be left out unless experts.kind is lora, but is fold"),
+        ("evaluation.baselines=[joint_lora]", "leave it out, or set experts.kind to lora"),
+        ("steering.vectors=3", "steering.vectors must be left out unless experts.kind is steering"),
+        ("speech.model.prompt=Write", "speech.model.prompt must be left out unless task is speech, but task is text"),
+    ],
+)
+def test_settings_that_only_another_kind_or_task_has_are_refused(change: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(QUICKSTART, [change])
+
+
+@pytest.mark.parametrize(("kind", "config"), [("lora", "quickstart"), ("steering", "speech")])
+def test_settings_of_feed_forward_experts_are_refused_for_others(kind: str, config: str) -> None:
+    path = str(ROOT / "configs" / f"{config}.yaml")
+    with pytest.raises(ConfigError, match=f"experts.anchored must be left out with experts.kind {kind}"):
+        load_config(path, [f"experts.kind={kind}", "experts.anchored=true"], asks_for_shape=False)
+
+
 def test_two_sources_of_one_name_are_refused() -> None:
     values = tiny_values("out")
     values["data"]["sources"] = [values["data"]["sources"][0]] * 2
