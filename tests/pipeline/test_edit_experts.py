@@ -420,6 +420,8 @@ def test_the_command_lists_and_changes_members_and_says_what_is_wrong(finished_r
     assert "must have an expert 7, but has 0, 1, 2" in wrong.stderr
     wrong = run_command("modularforge", "experts", "add", url, stage_url(run, "backbone"), check=False)
     assert "must be an expert, but is of kind backbone" in wrong.stderr
+    wrong = run_command("modularforge", "experts", "add", url, str(tmp_path), check=False)
+    assert "must be a trained expert (with manifest.json) or, for a model of adapters, PEFT's folder" in wrong.stderr
     twice = run_command("modularforge", "experts", "add", url, stage_url(run, "expert", 0), check=False)
     assert "each slot must hold another expert" in twice.stderr
     assert not list((tmp_path / "run").glob(".*")), "what was refused leaves nothing behind"
