@@ -64,8 +64,7 @@ def is_alive(holder: dict[str, object]) -> bool:
     Ids of processes are given again, after a restart of the machine soon: the command must be the holder's too.
     """
     if holder.get("host") == socket.gethostname():
-        is_there = isinstance(pid := holder.get("pid"), int) and _exists(pid)
-        return is_there and holder.get("command") in (None, _digest(command_of(int(str(pid)))))
+        return isinstance(pid := holder.get("pid"), int) and _exists(pid) and _may_run(pid, holder.get("command"))
     return time.time() - (number_in(holder, "time") or 0) < STALE_SECONDS
 
 
@@ -82,15 +81,21 @@ def _exists(pid: int) -> bool:
     return True
 
 
-def command_of(pid: int) -> str:
-    """The command line of a process; empty when there is none."""
+def _may_run(pid: int, digest: object) -> bool:
+    """Whether a process may be of the command with this digest; None, as earlier versions left it, is any."""
+    command = command_of(pid)
+    return command is None or digest in (None, _digest(command))
+
+
+def command_of(pid: int) -> str | None:
+    """The command line of a process; None when it cannot be read, as where a machine hides those of other users."""
     listed = Path("/proc")
     try:
         if listed.is_dir():  # not on macOS
             return (listed / str(pid) / "cmdline").read_text(errors="replace")
         return subprocess.run(["ps", "-o", "command=", "-p", str(pid)], capture_output=True, text=True).stdout
     except OSError:
-        return ""
+        return None
 
 
 def _digest(command: str) -> str:
@@ -99,7 +104,7 @@ def _digest(command: str) -> str:
 
 
 def _mark(token: str) -> bytes:
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "command": _digest(command_of(os.getpid()))}
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "command": _digest(command_of(os.getpid()) or "")}
     return json.dumps({**holder, "time": time.time(), "token": token}).encode()
 
 

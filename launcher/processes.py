@@ -366,7 +366,7 @@ def _orphans(config: Config, record: Record) -> list[int]:
 
 def _runs(pid: object, word: str) -> bool:
     """Whether a process of this machine has this id and this word in its command line: ids are given again."""
-    return isinstance(pid, int) and pid > 0 and word in command_of(pid)
+    return isinstance(pid, int) and pid > 0 and word in (command_of(pid) or "")
 
 
 def _is_always_run(task: Task) -> bool:

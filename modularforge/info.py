@@ -12,16 +12,30 @@ from modularforge.routing.solvers import widening_of
 def describe(config: Config) -> str:
     """Exact counts as lines of text. The vocabulary is the wished one; a small corpus may fill less."""
     model, vocab_size = config.model, config.data.vocab_size
-    lines = [
+    shape = (
         f"model:      width {model.width}, {model.layers} layers, {model.heads} heads, FFN {model.ffn_width}, "
-        f"context {model.context_length}, vocabulary {vocab_size}",
-        f"backbone:   {_sizes(model_sizes(model, vocab_size))}",
-        *_adapters(config),
-        f"assembled:  {_assembled(config)}",
+        f"context {model.context_length}, vocabulary {vocab_size}"
+    )
+    return "\n".join([shape, *(_of_speech(config) if config.task == "speech" else _of_text(config))])
+
+
+def _of_text(config: Config) -> Iterator[str]:
+    yield f"backbone:   {_sizes(model_sizes(config.model, config.data.vocab_size))}"
+    yield from _adapters(config)
+    yield f"assembled:  {_assembled(config)}"
+    yield (
         f"training:   backbone {_tokens(config, config.backbone)}; each of {config.experts.count} experts "
-        f"{_tokens(config, config.experts)}",
-    ]
-    return "\n".join(lines)
+        f"{_tokens(config, config.experts)}"
+    )
+
+
+def _of_speech(config: Config) -> Iterator[str]:
+    """Of the encoder, and so of vectors in it, nothing is known before it is read."""
+    yield f"language:   {model_sizes(config.model, config.data.vocab_size).parameters:,} parameters, frozen"
+    yield (
+        f"training:   projector {_utterances(config.backbone)}; each of {config.experts.count} experts "
+        f"{_utterances(config.experts)}"
+    )
 
 
 def _adapters(config: Config) -> Iterator[str]:
@@ -65,3 +79,7 @@ def _sizes(sizes: Sizes) -> str:
 def _tokens(config: Config, phase: PhaseConfig) -> str:
     tokens = phase.steps * phase.batch_size * config.model.context_length
     return f"{phase.steps:,} steps of {phase.batch_size} x {config.model.context_length} = {tokens:,} tokens"
+
+
+def _utterances(phase: PhaseConfig) -> str:
+    return f"{phase.steps:,} steps of {phase.batch_size} utterances"

@@ -140,7 +140,9 @@ def with_adapters(model: Decoder, rank: int) -> Decoder:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise SystemExit("the LoRA baseline needs peft; `pip install peft`, or leave it out (--only experts dense measure)") from error
+        raise SystemExit(
+            "the LoRA baseline needs peft; `pip install peft`, or leave it out (--only experts dense measure)"
+        ) from error
     model.requires_grad_(False)
     adapters = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=PROJECTIONS)
     changed = inject_adapter_in_model(adapters, model)

@@ -15,6 +15,7 @@ from checkpoints import paths
 from modularforge.config import Config
 from modularforge.errors import ConfigError, Interrupted, MismatchError
 from modularforge.experts.kind import find_kind
+from modularforge.info import describe
 from modularforge.pipeline import stage_settings
 from modularforge.run import Run
 from modularforge.speech.audio import decode
@@ -284,3 +285,9 @@ def test_sanity_checks_model_recordings_and_a_short_training(finished: Config, s
     assert failed.returncode == 1
     assert "source low must have recordings that can be used, but of the first 6 none can" in failed.stdout
     assert "a short training must have recordings that can be used, but there are none; see M1" in failed.stdout
+
+
+def test_info_counts_utterances_and_no_feed_forward_experts(sounds: Path, tmp_path: Path) -> None:
+    said = describe(speech_config(tmp_path / "run", sounds))
+    assert "projector 8 steps of 4 utterances; each of 2 experts 8 steps of 4 utterances" in said
+    assert "assembled" not in said

@@ -408,3 +408,13 @@ def test_a_lock_of_this_machine_counts_only_while_its_own_process_lives(tmp_path
     lock.write_text(json.dumps({**holder, **change}))
     with submission_lock(config):
         assert json.loads(lock.read_text())["token"] != holder["token"]
+
+
+def test_a_lock_counts_where_the_machine_hides_the_commands_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path / "run")
+    with submission_lock(config):
+        monkeypatch.setattr("launcher.lock.command_of", lambda _pid: None)
+        with pytest.raises(BusyError), submission_lock(config):
+            pass
