@@ -113,7 +113,8 @@ class Run:
             where = STAGES[stage].job_name + ("" if index is None else f" --index {index}")
             raise MissingArtifactError(
                 f"{JobName(stage, index)} must be finished first, but there is none at {self.url(stage, index)}; "
-                f"run `modularforge {where}` with the same --config, --output-dir and --data-dir"
+                f"run `modularforge {where}`, or `run-all` for everything, with the same --config, --output-dir and "
+                "--data-dir"
             )
         return artifact
 
