@@ -116,7 +116,8 @@ def _config_of(model: Artifact, count: int) -> Config:
     """The settings that the model was made with, for `count` experts."""
     config = make_config(fact(model, "provenance").get("config", {}), f"the manifest of {model.url}")
     has_public, assembly = bool(fact(model, "public_expert")), config.assembly
-    if has_public != config.has_public_expert:  # what null means was another thing in earlier versions
+    is_average = assembly.lora == "average"  # which has none, whatever is set
+    if has_public != config.has_public_expert and not is_average:  # null meant another thing in earlier versions
         assembly = assembly.model_copy(update={"public_expert": has_public})
     experts = config.experts.model_copy(update={"count": count})
     return config.model_copy(update={"experts": experts, "assembly": assembly})

@@ -178,6 +178,8 @@ def test_experts_are_removed_added_and_replaced_in_every_form(
     assert again.manifest.files == whole.manifest.files, "the model that has it from the start"
     twice = edit_experts.replace(url, 0, stage_url(config, "expert", 0), f"{tmp_path}/twice")
     assert twice.manifest.files == whole.manifest.files
+    for edited in (again, twice):
+        assert edited.manifest.fingerprint == whole.manifest.fingerprint, "of the same settings and parts"
     weights = {name for name in whole.manifest.files if name.endswith(".safetensors") and "/" not in name}
     if form != "fold":
         assert again.manifest.facts["bytes_written"] == 0
@@ -204,6 +206,8 @@ def test_route_says_where_a_text_goes_and_why(
     assert "It suits expert-0 best. What speaks most for it against the next" in done.output
     with pytest.raises(DataError, match="must be a model that chooses among experts, but has none"):
         show_routes(run.url("backbone"), text)
+    with pytest.raises(DataError, match="a prompt must be valid Unicode, but is not"):
+        show_routes(model, "halves: \ud800")
     anchored = stage_url(finished_run, "assembled")  # routed by learned rows
     done = CliRunner().invoke(app, ["route", "--model", anchored, "--prompt", text])
     assert "Each layer routes by rows" in done.output
