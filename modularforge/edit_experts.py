@@ -14,6 +14,7 @@ from modularforge.assembly.assemble import assemble
 from modularforge.config import Config
 from modularforge.config_files import make_config
 from modularforge.errors import ConfigError, MismatchError
+from modularforge.experts.kind import kind_of_artifact
 from modularforge.facts import fact
 from modularforge.log import json_safe, logger
 from modularforge.pipeline import CHOSEN_FACT, JobName, Plan, stage_settings
@@ -154,14 +155,14 @@ def _open_part(model: Artifact, entry: dict[str, str], place: str) -> Artifact:
 
 
 def _open_expert(model: Artifact, url: str, texts: Sequence[str]) -> Artifact:
-    if fact(model, "expert_kind", "ffn") == "lora":
+    if kind_of_artifact(model).name == "lora":
         from modularforge.taking import is_adapter, take_in  # which loads torch
 
         if is_adapter(url):
             backbone, members = _open_part(model, fact(model, "backbone"), "backbone"), members_of(model)
-            index = 1 + max(member.index for member in members)
-            place = paths.join(model.url.rstrip("/").rsplit("/", 1)[0], "experts", f"taken-{index}")
-            return take_in(url, _config_of(model, len(members)), backbone, index, texts, place)
+            first = 1 + max(member.index for member in members)
+            place = paths.join(model.url.rstrip("/").rsplit("/", 1)[0], "experts")
+            return take_in(url, _config_of(model, len(members)), backbone, first, texts, place)
     if texts:
         raise ConfigError(
             f"--text is for adapters of PEFT, but {url} is none, or the model is not of adapters; leave it"

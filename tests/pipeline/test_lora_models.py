@@ -310,6 +310,18 @@ def test_an_adapter_of_another_base_or_kind_is_refused_in_one_sentence(finished_
     assert edit_experts.add(url, str(folder), f"{tmp_path}/more").manifest.facts["lora_form"] == "average"
 
 
+def test_two_adapters_are_taken_in_side_by_side_for_models_elsewhere(finished_run: Config, tmp_path: Path) -> None:
+    config = assembled(finished_run, tmp_path, "average", "mlp")
+    url, names = stage_url(config, "assembled"), ("one", "two", "one")
+    folders = {name: peft_adapter(config, tmp_path / name, r=rank) for name, rank in (("one", 2), ("two", 3))}
+    models = [edit_experts.add(url, str(folders[name]), f"{tmp_path}/with-{name}") for name in names]
+    taken = [edit_experts.members_of(model)[3] for model in models]
+    assert [member.index for member in taken] == [3, 4, 3]
+    assert [member.url for member in taken] == [f"{config.output_dir}/experts/taken-{index}" for index in (3, 4, 3)]
+    for member, name in zip(taken, names, strict=True):
+        assert open_artifact(member.url).read_bytes(WEIGHTS) == (folders[name] / WEIGHTS).read_bytes()
+
+
 def test_the_choice_for_a_sequence_is_made_by_its_beginning_and_stays(finished_run: Config, tmp_path: Path) -> None:
     config = assembled(finished_run, tmp_path, "adapters", "both", lora_choice="sequence")
     model = load_model(Run(config).require("assembled").local_folder())
