@@ -17,6 +17,7 @@ from torch import Tensor
 
 from checkpoints import Artifact, find_artifact, paths
 from checkpoints.parsing import parse_object
+from checkpoints.redact import redact
 from checkpoints.safetensors import WEIGHTS_NAME
 from modularforge.assembly.card import special_tokens
 from modularforge.config import Config
@@ -71,7 +72,7 @@ def take_in(folder: str, config: Config, backbone: Artifact, first: int, texts: 
             _count(config, backbone, model, found, index, writer.folder)
         kind = find_kind("lora")
         shared = frozen_hashes(kind, backbone, WEIGHTS_NAME)
-        facts = {"index": index, KIND_FACT: kind.name, "taken_from": folder, "shared_tensors": shared}
+        facts = {"index": index, KIND_FACT: kind.name, "taken_from": redact(folder), "shared_tensors": shared}
         artifact = writer.commit(json_safe({**facts, "provenance": provenance(config)}))
     logger.info("taken in as expert %d: %s", index, plan.url)
     return artifact
