@@ -63,7 +63,7 @@ def router_today(value: Any) -> Any:
 Module = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MODULES: tuple[Module, ...] = typing.get_args(Module)
 """Matrices of a layer that an adapter can stand beside."""
-MLP_MODULES = MODULES[4:]
+ATTENTION_MODULES, MLP_MODULES = MODULES[:4], MODULES[4:]
 PhaseNames = Literal["attn->mlp->both", "both->mlp->attn", "both->mlp->both", "early->late"]
 LARGEST_NUMBER = 2**63  # what files, tensors and Slurm can hold
 TRAINED_ROUTERS = ("trained", "trained_equalised")  # their rows are trained with the experts

@@ -15,6 +15,7 @@ from modularforge.assembly.assemble import assemble
 from modularforge.config import Config
 from modularforge.config_files import make_config
 from modularforge.errors import ConfigError, MismatchError
+from modularforge.experts.kind import kind_of_artifact
 from modularforge.facts import fact
 from modularforge.log import json_safe, logger
 from modularforge.pipeline import CHOSEN_FACT, JobName, Plan, stage_settings
@@ -117,7 +118,8 @@ def _config_of(model: Artifact, count: int) -> Config:
     """The settings that the model was made with, for `count` experts."""
     config = make_config(fact(model, "provenance").get("config", {}), f"the manifest of {model.url}")
     has_public, assembly = bool(fact(model, "public_expert")), config.assembly
-    if has_public != config.has_public_expert:  # what null means was another thing in earlier versions
+    is_average = assembly.lora == "average"  # which has none, whatever is set
+    if has_public != config.has_public_expert and not is_average:  # null meant another thing in earlier versions
         assembly = assembly.model_copy(update={"public_expert": has_public})
     experts = config.experts.model_copy(update={"count": count})
     return config.model_copy(update={"experts": experts, "assembly": assembly})
@@ -154,14 +156,14 @@ def _open_part(model: Artifact, entry: dict[str, str], place: str) -> Artifact:
 
 
 def _open_expert(model: Artifact, url: str, texts: Sequence[str]) -> Artifact:
-    if fact(model, "expert_kind", "ffn") == "lora":
+    if kind_of_artifact(model).name == "lora":
         from modularforge.taking import is_adapter, take_in  # which loads torch
 
         if is_adapter(url):
             backbone, members = _open_part(model, fact(model, "backbone"), "backbone"), members_of(model)
-            index = 1 + max(member.index for member in members)
-            place = paths.join(model.url.rstrip("/").rsplit("/", 1)[0], "experts", f"taken-{index}")
-            return take_in(url, _config_of(model, len(members)), backbone, index, texts, place)
+            first = 1 + max(member.index for member in members)
+            place = paths.join(model.url.rstrip("/").rsplit("/", 1)[0], "experts")
+            return take_in(url, _config_of(model, len(members)), backbone, first, texts, place)
     if texts:
         raise ConfigError(
             f"--text is for adapters of PEFT, but {url} is none, or the model is not of adapters; leave it out"

@@ -7,7 +7,8 @@ domain. They are counted and read once, as the job of an expert reads its partit
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from checkpoints import Artifact, find_artifact, paths
 from checkpoints.parsing import parse_object
+from checkpoints.redact import redact
 from checkpoints.safetensors import WEIGHTS_NAME
 from modularforge.assembly.card import special_tokens
 from modularforge.config import Config
@@ -45,26 +47,24 @@ def is_adapter(url: str) -> bool:
     return all(paths.exists(paths.join(url, name)) for name in FILES) and find_artifact(url) is None
 
 
-def take_in(folder: str, config: Config, backbone: Artifact, index: int, texts: Sequence[str], url: str) -> Artifact:
-    """The adapter in `folder` as expert `index`, committed at `url`; `texts` are files of its domain.
+def take_in(folder: str, config: Config, backbone: Artifact, first: int, texts: Sequence[str], url: str) -> Artifact:
+    """The adapter in `folder` as expert `taken-K`, committed in the folder at `url`; `texts` are files of its domain.
 
-    Raises MismatchError for an adapter of another base, and ConfigError where a router needs texts and has none.
+    K is `first`, or the next that is free: others may have been taken in for models elsewhere. Raises MismatchError for
+    an adapter of another base, and ConfigError where a router needs texts and has none.
     """
-    contents = {name: paths.read_bytes(paths.join(folder, name)) for name in FILES}
-    model = _with_adapter(folder, backbone, contents)
     if not texts and config.assembly.lora != "average" and config.assembly.router != "uniform":
         raise ConfigError(
             f"--text must name files of the domain of {folder}, since the model routes by what text its experts are "
             "for; name some, such as --text 'law/*.jsonl'"
         )
-    found = read_texts(texts)
+    contents = {name: paths.read_bytes(paths.join(folder, name)) for name in FILES}
+    model, found = _with_adapter(folder, backbone, contents), read_texts(texts)
     identity = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    settings = {"adapter": identity, "texts": texts_identity(found), "index": index}
-    plan = Plan("expert", url, settings, {"backbone": backbone.manifest.fingerprint})
-    if old := find_artifact(url):
-        if old.manifest.fingerprint == plan.fingerprint:
-            return old
-        raise MismatchError(f"{url} must be free for {folder}, but holds another expert; move it away")
+    plan, old = _place({"adapter": identity, "texts": texts_identity(found)}, backbone, first, url)
+    if old:
+        return old
+    index = plan.settings["index"]
     with making(plan) as writer:
         for name, content in contents.items():
             (writer.folder / name).write_bytes(content)
@@ -72,10 +72,21 @@ def take_in(folder: str, config: Config, backbone: Artifact, index: int, texts: 
             _count(config, backbone, model, found, index, writer.folder)
         kind = find_kind("lora")
         shared = frozen_hashes(kind, backbone, WEIGHTS_NAME)
-        facts = {"index": index, KIND_FACT: kind.name, "taken_from": folder, "shared_tensors": shared}
+        facts = {"index": index, KIND_FACT: kind.name, "taken_from": redact(folder), "shared_tensors": shared}
         artifact = writer.commit(json_safe({**facts, "provenance": provenance(config)}))
-    logger.info("taken in as expert %d: %s", index, url)
+    logger.info("taken in as expert %d: %s", index, plan.url)
     return artifact
+
+
+def _place(settings: Mapping[str, Any], backbone: Artifact, first: int, url: str) -> tuple[Plan, Artifact | None]:
+    """The plan of the first expert whose place no other has, and the expert where it is there already."""
+    inputs = {"backbone": backbone.manifest.fingerprint}
+    plans = (
+        Plan("expert", paths.join(url, f"taken-{index}"), {**settings, "index": index}, inputs)
+        for index in itertools.count(first)
+    )
+    places = ((plan, find_artifact(plan.url)) for plan in plans)
+    return next((plan, old) for plan, old in places if old is None or old.manifest.fingerprint == plan.fingerprint)
 
 
 def _with_adapter(folder: str, backbone: Artifact, contents: dict[str, bytes]) -> Decoder:

@@ -45,16 +45,22 @@ def generate(
     end_tokens: Collection[int] = (EOS,),
 ) -> str:
     """The continuation of `prompt` (without it), at most `new_tokens` long, ending early at one of `end_tokens`."""
-    try:
-        ids = tokenizer.encode(prompt).ids
-    except TypeError as error:  # what tokenizers says of text with halves of characters
-        raise DataError("a prompt must be valid Unicode, but is not; type it again in UTF-8") from error
-    if not ids:
-        raise DataError("a prompt must have at least one token, but is empty; type a word")
+    ids = prompt_tokens(tokenizer, prompt)
     if ids[-1] in end_tokens:
         raise DataError("a prompt must not end with the end of a text, since nothing follows that; shorten the prompt")
     text: str = tokenizer.decode(continue_tokens(model, ids, new_tokens, sampling, end_tokens))
     return text
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The ids of a prompt, at least one; raises DataError."""
+    try:
+        ids: list[int] = tokenizer.encode(prompt).ids
+    except TypeError as error:  # what tokenizers says of text with halves of characters
+        raise DataError("a prompt must be valid Unicode, but is not; type it again in UTF-8") from error
+    if not ids:
+        raise DataError("a prompt must have at least one token, but is empty; type a word")
+    return ids
 
 
 def continue_tokens(

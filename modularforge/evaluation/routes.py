@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modularforge.errors import DataError
-from modularforge.evaluation.generation import Loaded
+from modularforge.evaluation.generation import Loaded, prompt_tokens
 from modularforge.evaluation.scoring import count_routing
 from modularforge.facts import fact
 from modularforge.model.moe import moe_layers, observe_routing
@@ -63,10 +63,8 @@ def slot_names(stored: StoredModel, count: int) -> list[str]:
 
 
 def routes_of(loaded: Loaded, names: list[str], prompt: str) -> Routes:
-    """Where a prompt goes; raises DataError where it is empty, or the model has nothing to choose from."""
-    model, ids = loaded.model, loaded.tokenizer.encode(prompt).ids
-    if not ids:
-        raise DataError("a prompt must have at least one token, but is empty; type a word")
+    """Where a prompt goes; raises DataError where it is no text, or the model has nothing to choose from."""
+    model, ids = loaded.model, prompt_tokens(loaded.tokenizer, prompt)
     if not moe_layers(model):
         raise DataError(
             "--model must be a model that chooses among experts, but has none to choose from; name the assembled one"

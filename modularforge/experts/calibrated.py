@@ -21,7 +21,8 @@ def calibrates(model: Decoder, settings: CalibrationConfig) -> dict[str, nn.Para
     if not found:
         raise ConfigError(
             "calibration must train norms or a router's rows, but calibration.norms is false and the model routes by "
-            "tables; set calibration.norms to true, assembly.token_pairs to 0, or leave calibration out"
+            "tables or by nothing; set calibration.norms to true, assembly.token_pairs to 0 (by which a mixture routes "
+            "by its rows), or leave calibration out"
         )
     if names.FINAL_NORM in found:
         # Zero gains hide the evidence router's channels from the head, and must stay so: others would add what the

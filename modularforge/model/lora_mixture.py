@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from modularforge.config import ATTENTION_MODULES, MLP_MODULES
 from modularforge.errors import DataError
 from modularforge.model import names
 from modularforge.model.adapter_config import (
@@ -35,8 +36,6 @@ from modularforge.model.moe import SparseMoE
 from modularforge.model.sizes import AdapterCounts
 
 Pair = tuple[Tensor, Tensor]
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-FFN = ("gate_proj", "up_proj", "down_proj")
 
 
 class Even(nn.Module):
@@ -147,7 +146,7 @@ def _mix(block: Block, shapes: Sequence[AdapterShape], own: Sequence[Mapping[str
     experts = [_adapted(plain, shape, pairs) for shape, pairs in zip(shapes, own, strict=True)]
     layer = AdapterLayer([*([plain] * first), *experts], composite.active)
     block.add_module(block.ffn_name, layer)
-    for part in ATTENTION:
+    for part in ATTENTION_MODULES:
         there = {first + k: (shapes[k], pairs[part]) for k, pairs in enumerate(own) if part in pairs}
         if there:
             setattr(block.self_attn, part, MixedLinear(getattr(block.self_attn, part), there, layer))
@@ -155,11 +154,11 @@ def _mix(block: Block, shapes: Sequence[AdapterShape], own: Sequence[Mapping[str
 
 def _adapted(plain: FeedForward, shape: AdapterShape, pairs: Mapping[str, Pair]) -> FeedForward:
     """The block with one adapter, sharing its matrices; the block itself where the adapter is elsewhere."""
-    if not any(part in pairs for part in FFN):
+    if not any(part in pairs for part in MLP_MODULES):
         return plain
     with torch.device("meta"):
         adapted = FeedForward(plain.gate_proj.in_features, plain.gate_proj.out_features)
-    for part in FFN:
+    for part in MLP_MODULES:
         matrix: nn.Linear = getattr(plain, part)
         setattr(adapted, part, LoraLinear(matrix, shape, pairs[part]) if part in pairs else matrix)
     return adapted

@@ -19,7 +19,7 @@ from checkpoints.redact import redact
 from checkpoints.safetensors import header_bytes
 from modularforge.errors import ConfigError, DataError, one_line
 from modularforge.model import names
-from modularforge.model.hub_config import CONFIG_NAME, GENERATION_NAME
+from modularforge.model.hub_config import CONFIG_NAME, GENERATION_NAME, parse_config
 from modularforge.pretrained.gguf_tokenizer import build_tokenizer, special_ids, tokenizer_settings
 
 Array = npt.NDArray[np.float32]
@@ -74,7 +74,17 @@ class GgufFile:
         return {name: field.contents() for name, field in self._reader.fields.items() if name.startswith("tokenizer.")}
 
     def config(self) -> dict[str, Any]:
-        """config.json."""
+        """config.json; raises DataError for values that no model has."""
+        try:
+            values = self._values_of_config()
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise DataError(
+                f"{self.model} must have one number for each size and id of a model, but has not ({one_line(error)}); "
+                f"take another copy, or {ORIGIN}"
+            ) from error
+        return parse_config(json.dumps(values).encode(), self.model)
+
+    def _values_of_config(self) -> dict[str, Any]:
         width, heads = self._shape("embedding_length"), self._shape("attention.head_count")
         head_width = self.key("llama.attention.key_length", width // heads)
         turned = self.key("llama.rope.dimension_count", head_width)
@@ -105,11 +115,12 @@ class GgufFile:
 
     def write(self, folder: Path) -> None:
         """Write settings and tokenizer; config.json comes last."""
+        values = self.config()
         build_tokenizer(self.metadata, self.model).save(str(folder / "tokenizer.json"))
-        positions = self._shape("context_length")
-        _write(folder / "tokenizer_config.json", tokenizer_settings(self.metadata, positions))
+        positions = values["max_position_embeddings"]
+        _write(folder / "tokenizer_config.json", tokenizer_settings(self.metadata, positions, self.model))
         _write(folder / GENERATION_NAME, special_ids(self._reader_key))
-        _write(folder / CONFIG_NAME, self.config())
+        _write(folder / CONFIG_NAME, values)
 
     def weights(self) -> Iterator[bytes]:
         """The bytes of a safetensors file with all tensors in float32, one after another."""

@@ -6,7 +6,8 @@ BPE (`llama`), whose merges follow from the pieces' scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -38,11 +39,17 @@ def build_tokenizer(metadata: Mapping[str, Any], model: str) -> Tokenizer:
             f"{model} must have a tokenizer of the model {known}, but has {kind!r:.60}; name the folder or Hub name of "
             "the model that it was made from"
         )
-    try:
+    with _whole(model):
         tokenizer = BUILDERS[kind](metadata, model)
         _add_special(tokenizer, metadata)
         _add_begin(tokenizer, metadata)
         return tokenizer
+
+
+@contextmanager
+def _whole(model: str) -> Iterator[None]:
+    try:
+        yield
     except DataError:
         raise
     except Exception as error:  # the library raises bare Exception
@@ -134,16 +141,17 @@ def special_ids(key: Callable[[str], Any]) -> dict[str, int]:
     return {name: int(index) for name, index in found.items() if index is not None}
 
 
-def tokenizer_settings(metadata: Mapping[str, Any], positions: int) -> dict[str, Any]:
-    """tokenizer_config.json, with the chat template where there is one."""
-    tokens = metadata[f"{KEY}tokens"]
+def tokenizer_settings(metadata: Mapping[str, Any], positions: int, model: str) -> dict[str, Any]:
+    """tokenizer_config.json, with the chat template where there is one; raises DataError as `build_tokenizer` does."""
     ids = special_ids(metadata.get)
     ids |= {"unk_token_id": index} if (index := metadata.get(f"{KEY}unknown_token_id")) is not None else {}
+    with _whole(model):
+        named = {name.removesuffix("_id"): metadata[f"{KEY}tokens"][index] for name, index in ids.items()}
     template = metadata.get("tokenizer.chat_template")
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": positions,
-        **{name.removesuffix("_id"): tokens[index] for name, index in ids.items()},
+        **named,
         **({"chat_template": template} if template else {}),
     }

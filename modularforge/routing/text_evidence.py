@@ -147,7 +147,12 @@ class Texts:
 
 
 def texts_of(backbone: Artifact, experts: Sequence[Artifact], learns_responses: bool = False) -> Texts:
-    """The counts that lie in the artifacts; those that were made without them have at least a sample's tokens.
+    """The counts that lie in the artifacts; those that were made without them have at least a sample's tokens."""
+    return counted_texts(backbone, [_counts(expert) for expert in experts], learns_responses)
+
+
+def counted_texts(backbone: Artifact, counts: Sequence[TextCounts], learns_responses: bool = False) -> Texts:
+    """The same of experts whose texts have these counts.
 
     Where responses are learned, no token ends a document: the end of a chat's turn is the same token as the end of a
     text, and a router that forgot there would not know the prompt where the answer begins. Packed examples say
@@ -155,7 +160,7 @@ def texts_of(backbone: Artifact, experts: Sequence[Artifact], learns_responses: 
     """
     background = _counts(backbone) if COUNTS_NAME in backbone.manifest.files else None
     ends = () if learns_responses else end_tokens(backbone.read_json(CONFIG_NAME))
-    return Texts([_counts(expert) for expert in experts], background, special_tokens(backbone), ends)
+    return Texts(counts, background, special_tokens(backbone), ends)
 
 
 def _counts(artifact: Artifact) -> TextCounts:

@@ -35,13 +35,13 @@ from modularforge.model import names
 from modularforge.model.adapter_config import shape_of
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import with_text_router
-from modularforge.model.hub_config import TABLES_NAME, end_tokens
+from modularforge.model.hub_config import TABLES_NAME
 from modularforge.model.upcycling import build_joint, build_wide, without_rows
 from modularforge.pipeline import STAGES, JobName
 from modularforge.provenance import commit, making, save_settings
 from modularforge.routing.statistics import STATISTICS_NAME, save_statistics
-from modularforge.routing.text_counts import COUNTS_NAME, counts_of, load_counts
-from modularforge.routing.text_evidence import Texts, write_tables
+from modularforge.routing.text_counts import counts_of
+from modularforge.routing.text_evidence import counted_texts, write_tables
 from modularforge.run import Run
 from modularforge.stage_outputs import derived_seed, token_file
 from modularforge.tasks.task import Examples, task_of
@@ -158,9 +158,7 @@ def _tables(run: Run) -> bytes:
     special, size = special_tokens(backbone.artifact), int(backbone.values["vocab_size"])
     streams = [token_file(run.require("partitions"), f"partition-{k}").tokens for k in range(config.experts.count)]
     counts = [counts_of(config, tokens, size, special) for tokens in streams]
-    is_counted = COUNTS_NAME in backbone.artifact.manifest.files
-    background = load_counts(backbone.artifact.local_file(COUNTS_NAME)) if is_counted else None
-    texts = Texts(counts, background, special, end_tokens(backbone.values))
+    texts = counted_texts(backbone.artifact, counts, config.learns_responses)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / TABLES_NAME
         write_tables(path, texts, config.joint_experts > config.experts.count, config.assembly.token_pairs)

@@ -96,6 +96,13 @@ def test_every_model_replies_to_every_task_and_the_report_shows_it(config: Confi
     assert "## Replies of task banking77" in report
 
 
+@pytest.mark.parametrize("stage", ["assembled", "joint_evidence"])
+def test_no_token_ends_a_document_for_a_router_of_examples(stage: str, config: Config) -> None:
+    router = load_model(Run(config).require(stage).local_folder()).text_router
+    assert router is not None
+    assert len(router.get_buffer("ends")) == 0, "the end of a chat's turn is the end of no document"
+
+
 def test_prompts_are_those_of_training_and_replies_begin_behind_them(config: Config) -> None:
     run = Run(config)
     task = next(one for one in prepare_tasks(config, run.corpus) if one.settings.source == "banking77")
@@ -272,8 +279,6 @@ def test_adapters_learn_responses_too_and_their_models_reply(tmp_path: Path) -> 
     assert {"assembled", "joint_lora", "expert-2"} <= set(results["tasks"]["banking77"]["models"])
     run = Run(config)
     model = load_model(run.require("assembled").local_folder())
-    assert model.text_router is not None
-    assert len(model.text_router.get_buffer("ends")) == 0, "the end of a chat's turn is the end of no document"
     (task,) = prepare_tasks(config, run.corpus)
     task.ask("assembled", model, {run.corpus.end_token})
     alone = [continue_tokens(model, ids, 4, Sampling(temperature=0), {run.corpus.end_token}) for ids in task.prompts]

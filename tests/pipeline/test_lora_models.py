@@ -178,6 +178,8 @@ def test_experts_are_removed_added_and_replaced_in_every_form(
     assert again.manifest.files == whole.manifest.files, "the model that has it from the start"
     twice = edit_experts.replace(url, 0, stage_url(config, "expert", 0), f"{tmp_path}/twice")
     assert twice.manifest.files == whole.manifest.files
+    for edited in (again, twice):
+        assert edited.manifest.fingerprint == whole.manifest.fingerprint, "of the same settings and parts"
     weights = {name for name in whole.manifest.files if name.endswith(".safetensors") and "/" not in name}
     if form != "fold":
         assert again.manifest.facts["bytes_written"] == 0
@@ -204,6 +206,8 @@ def test_route_says_where_a_text_goes_and_why(
     assert "It suits expert-0 best. What speaks most for it against the next" in done.output
     with pytest.raises(DataError, match="must be a model that chooses among experts, but has none"):
         show_routes(run.url("backbone"), text)
+    with pytest.raises(DataError, match="a prompt must be valid Unicode, but is not"):
+        show_routes(model, "halves: \ud800")
     anchored = stage_url(finished_run, "assembled")  # routed by learned rows
     done = CliRunner().invoke(app, ["route", "--model", anchored, "--prompt", text])
     assert "Each layer routes by rows" in done.output
@@ -304,6 +308,18 @@ def test_an_adapter_of_another_base_or_kind_is_refused_in_one_sentence(finished_
         take_in(str(folder), config, named, 7, [], f"{tmp_path}/x")
     settings.write_text(json.dumps(values))
     assert edit_experts.add(url, str(folder), f"{tmp_path}/more").manifest.facts["lora_form"] == "average"
+
+
+def test_two_adapters_are_taken_in_side_by_side_for_models_elsewhere(finished_run: Config, tmp_path: Path) -> None:
+    config = assembled(finished_run, tmp_path, "average", "mlp")
+    url, names = stage_url(config, "assembled"), ("one", "two", "one")
+    folders = {name: peft_adapter(config, tmp_path / name, r=rank) for name, rank in (("one", 2), ("two", 3))}
+    models = [edit_experts.add(url, str(folders[name]), f"{tmp_path}/with-{name}") for name in names]
+    taken = [edit_experts.members_of(model)[3] for model in models]
+    assert [member.index for member in taken] == [3, 4, 3]
+    assert [member.url for member in taken] == [f"{config.output_dir}/experts/taken-{index}" for index in (3, 4, 3)]
+    for member, name in zip(taken, names, strict=True):
+        assert open_artifact(member.url).read_bytes(WEIGHTS) == (folders[name] / WEIGHTS).read_bytes()
 
 
 def test_the_choice_for_a_sequence_is_made_by_its_beginning_and_stays(finished_run: Config, tmp_path: Path) -> None:

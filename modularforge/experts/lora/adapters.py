@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from modularforge.assembly.plan import spans_of
 from modularforge.assembly.values import values_of
 from modularforge.config import MODULES
 from modularforge.facts import fact
+from modularforge.model import names
 from modularforge.model.adapter_config import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -80,8 +81,9 @@ class Mean:
         """The matrices that any of them stands beside."""
         return sorted({name for adapter in self.adapters for name in adapter.pairs})
 
-    def values(self) -> Iterator[tuple[str, tuple[Matrix, Matrix]]]:
-        """Name, A [R, I] and B [O, R] of each matrix; an adapter that is not there adds nothing."""
+    def tensors(self) -> dict[str, Matrix]:
+        """A [R, I] and B [O, R] beside each matrix, by PEFT's names; an adapter that is not there adds nothing."""
+        found: dict[str, Matrix] = {}
         for name in self.names:
             shapes = [adapter.pairs[name] for adapter in self.adapters if name in adapter.pairs]
             rows, columns, rank = shapes[0][1].shape[0], shapes[0][0].shape[1], self.shape.rank
@@ -92,7 +94,8 @@ class Mean:
                     a, b = adapter.pairs[name]
                     a_RI[own] = values_of(a).reshape(a.shape)
                     b_OR[:, own] = values_of(b).reshape(b.shape) * (adapter.shape.scale / len(self.adapters))
-            yield name, (a_RI, b_OR)
+            found |= zip(names.adapter_pair(name), (a_RI, b_OR), strict=True)
+        return found
 
     @property
     def parameters(self) -> int:

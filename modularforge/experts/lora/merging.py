@@ -169,10 +169,7 @@ def _write_mean(folder: Path, adapters: Sequence[Adapter], base: str | None) -> 
     mean = Mean(adapters)
     folder.mkdir(parents=True)
     write_json(folder / ADAPTER_CONFIG, adapter_config(mean.shape, base))
-    tensors: dict[str, Any] = {}
-    for name, pair in mean.values():
-        tensors |= dict(zip(names.adapter_pair(name), pair, strict=True))
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_file(mean.tensors(), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def _loading(folder: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from checkpoints import Artifact
 from checkpoints.safetensors import WEIGHTS_NAME
@@ -19,7 +19,6 @@ from modularforge.experts.kind import ExpertJob
 from modularforge.experts.lora.adapters import Mean, adapter_of, base_name
 from modularforge.experts.lora.phases import Phase, phase_at, phases_of
 from modularforge.experts.trainable import Loss, ParameterGroup, Trainable
-from modularforge.model import names
 from modularforge.model.adapter_config import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -110,7 +109,5 @@ def soup(backbone: Backbone, experts: Sequence[Artifact]) -> Decoder:
     """The backbone with the mean of what the adapters add."""
     spans = spans_of(backbone.artifact, WEIGHTS_NAME)
     mean = Mean([adapter_of(expert, spans) for expert in experts])
-    tensors: dict[str, Tensor] = {}
-    for name, pair in mean.values():
-        tensors |= dict(zip(names.adapter_pair(name), map(torch.from_numpy, pair), strict=True))
+    tensors = {name: torch.from_numpy(matrix) for name, matrix in mean.tensors().items()}
     return with_adapter(backbone.model(), mean.shape, tensors, "the mean of the adapters")
