@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ class Calibration:
 def split_documents(file: TokenFile, labels: list[str]) -> tuple[dict[str, Stream], dict[str, Stream]]:
     """Two halves of a split by alternating documents, as streams per label; a lone document decides.
 
-    Of examples, neighbours with one prompt go together.
+    Examples with one prompt go together.
     """
     fit_half: dict[str, Stream] = {}
     decide_half: dict[str, Stream] = {}
@@ -80,14 +79,15 @@ def split_documents(file: TokenFile, labels: list[str]) -> tuple[dict[str, Strea
 
 
 def _prompt_numbers(file: TokenFile, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """A number for each document, the same for neighbours that ask the same."""
+    """A number for each document, the same for those that ask the same."""
     assert file.learned is not None
-    prompts = []
+    numbers: dict[bytes, int] = {}
+    found = []
     for document in documents:
         span = slice(*file.offsets[document : document + 2])
-        prompts.append(file.tokens[span][: int(np.argmax(file.learned[span]))].tobytes())
-    is_new = [before != prompt for before, prompt in pairwise([b"", *prompts])]
-    return np.cumsum(is_new) - 1
+        prompt = file.tokens[span][: int(np.argmax(file.learned[span]))].tobytes()
+        found.append(numbers.setdefault(prompt, len(numbers)))
+    return np.array(found)
 
 
 def calibrate(

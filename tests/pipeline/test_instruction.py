@@ -206,7 +206,7 @@ def test_a_setting_of_the_examples_makes_another_corpus_and_packing_another_back
 
 def test_both_halves_of_validation_have_prompts_of_their_own(tmp_path: Path) -> None:
     with TokenFileWriter(tmp_path, "validation", 300, has_learned=True) as writer:
-        for prompt, response in ((5, 6), (5, 7), (8, 6), (9, 6), (9, 7), (10, 6)):
+        for prompt, response in ((5, 6), (5, 7), (8, 6), (9, 6), (9, 7), (10, 6), (8, 7)):
             ids = np.array([2, prompt, response, 3])
             writer.add(ids, np.array([4]), np.array([0]), np.array([0, 0, 1, 1]))
     from modularforge.data.token_files import open_token_file
@@ -214,7 +214,7 @@ def test_both_halves_of_validation_have_prompts_of_their_own(tmp_path: Path) -> 
     fit_half, decide_half = split_documents(open_token_file(tmp_path, "validation"), ["own"])
     prompts = [set(half["own"].tokens[1::4].tolist()) for half in (fit_half, decide_half)]
     assert prompts[0] | prompts[1] == {5, 8, 9, 10}
-    assert prompts[0].isdisjoint(prompts[1])
+    assert prompts[0].isdisjoint(prompts[1]), "also where those of one prompt are no neighbours"
 
 
 def test_padded_examples_train_too(tmp_path: Path) -> None:
