@@ -44,7 +44,6 @@ class InstructionExamples:
     packs: bool = True
     sample_seed: int = 0
     sample_rows: int = 0
-    sample_batch: int = 1
 
     @cached_property
     def rows(self) -> Rows:
@@ -153,8 +152,7 @@ class InstructionTask:
 
     def statistics(self, model: Decoder, examples: InstructionExamples, device: torch.device) -> RouterStatistics:
         """What the routers see of the sample, prompts and responses, and how often it has each token."""
-        sample = list(examples.sample())
-        batches = ((tensors["inputs"], tensors["examples"]) for tensors in sample)
+        batches = ((tensors["inputs"], tensors["examples"]) for tensors in examples.sample())
         return gather_statistics(model, batches, device)
 
     def save_counts(
@@ -175,8 +173,8 @@ def _examples(
     config: Config, stream: Stream, batch_size: int, seed: int, name: str, sample_seed: int
 ) -> InstructionExamples:
     context, packs = config.model.context_length, config.training.packing
-    sample = sample_seed, config.experts.statistics_tokens // context, config.evaluation.batch_size
-    return InstructionExamples(_checked(stream), context, batch_size, seed, name, packs, *sample)
+    rows = config.experts.statistics_tokens // context
+    return InstructionExamples(_checked(stream), context, batch_size, seed, name, packs, sample_seed, rows)
 
 
 def _checked(stream: Stream) -> ExampleTokens:
