@@ -27,7 +27,7 @@ from modularforge.model.backbone import Decoder
 from modularforge.routing.gathering import gather_statistics
 from modularforge.routing.statistics import RouterStatistics
 from modularforge.routing.text_counts import counts_of, save_counts
-from modularforge.stage_outputs import Corpus, derived_seed, even_streams, token_file
+from modularforge.stage_outputs import Corpus, derived_seed, even_streams, example_seeds, token_file
 from modularforge.tasks.task import TEXT_METRICS, Batch, Examples, Metric
 from modularforge.tasks.text import TEXT, HeldOutText
 
@@ -110,13 +110,13 @@ class InstructionTask:
 
     def everything(self, config: Config, corpus: Corpus) -> InstructionExamples:
         """All training examples."""
-        seed, sample_seed = (derived_seed(config.seed, f"backbone {what}") for what in ("order", "statistics"))
+        seed, sample_seed = example_seeds(config.seed, "backbone")
         stream, batch_size = corpus.tokens("train").whole, config.backbone.batch_size
         return _examples(config, stream, batch_size, seed, "the training data", sample_seed)
 
     def part(self, config: Config, partitions: Artifact, index: int) -> InstructionExamples:
         """The examples of one partition; their order follows from the seed and the index alone."""
-        seed, sample_seed = (derived_seed(config.seed, f"expert {what}", index) for what in ("order", "statistics"))
+        seed, sample_seed = example_seeds(config.seed, "expert", index)
         stream = token_file(partitions, f"partition-{index}").whole
         return _examples(config, stream, config.experts.batch_size, seed, f"partition {index}", sample_seed)
 
