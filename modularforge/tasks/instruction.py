@@ -132,6 +132,12 @@ class InstructionTask:
             skipped_windows,
         )
 
+    def of_stream(
+        self, config: Config, stream: Stream, context_length: int, batch_size: int, seed: int, name: str
+    ) -> InstructionExamples:
+        """The examples of a stream."""
+        return InstructionExamples(_checked(stream), context_length, batch_size, seed, name, config.training.packing)
+
     def validation(self, config: Config, corpus: Corpus, labels: Collection[str] = ()) -> InstructionValidation:
         """As many examples of each domain, about `training.validation_tokens` together."""
         domains = corpus.domains("validation")

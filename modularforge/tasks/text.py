@@ -136,6 +136,12 @@ class TextTask:
             skipped_windows,
         )
 
+    def of_stream(
+        self, config: Config, stream: Tokens, context_length: int, batch_size: int, seed: int, name: str
+    ) -> TextExamples:
+        """The windows of a stream."""
+        return TextExamples(stream, context_length, batch_size, seed, name)
+
     def validation(self, config: Config, corpus: Corpus, labels: Collection[str] = ()) -> TextValidation:
         """As much text of each domain, `training.validation_tokens` of it."""
         domains = corpus.domains("validation")
