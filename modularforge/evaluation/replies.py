@@ -84,7 +84,8 @@ class AskedTask:
     def _example(self, index: int) -> dict[str, Any]:
         prompt = self.tokenizer.decode(self.prompts[index])
         replies = {name: texts[index][:SHOWN_CHARACTERS] for name, texts in self.replies.items()}
-        return {"prompt": prompt[-SHOWN_CHARACTERS:], "references": self.references[index], "replies": replies}
+        references = [text[:SHOWN_CHARACTERS] for text in self.references[index]]
+        return {"prompt": prompt[-SHOWN_CHARACTERS:], "references": references, "replies": replies}
 
 
 def prepare_tasks(config: Config, corpus: Corpus) -> list[AskedTask]:
