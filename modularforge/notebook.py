@@ -204,7 +204,7 @@ class LayerNormCalibrator:
             inputs = {"assembled": artifact.manifest.fingerprint, "texts": _identity(np.concatenate([decide, fitted]))}
             with _writing(_plan(self.config, "calibrated", output_dir, inputs)) as writer:
                 write_calibrated(artifact, result, writer, self.config.assembly.max_shard_bytes)
-                writer.commit({"kept": True, "loss_before": result.before, "loss_after": result.after})
+                writer.commit(result.facts)
         return result
 
 

@@ -38,6 +38,11 @@ def derived_seed(seed: int, *names: object) -> int:
     return int.from_bytes(digest[:4], "little") >> 1
 
 
+def example_seeds(seed: int, job: str, *index: int) -> tuple[int, int]:
+    """Seeds of the order of a job's examples, and of the sample of them that its routers are solved from."""
+    return derived_seed(seed, f"{job} order", *index), derived_seed(seed, f"{job} statistics", *index)
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Prepared data: tokenizer, labels and token files."""

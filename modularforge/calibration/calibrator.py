@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from modularforge.assembly import parts
 from modularforge.assembly.card import CARD_NAME, calibration_note
 from modularforge.assembly.plan import OutputTensor, output_tensors, spans_of
 from modularforge.config import Config
-from modularforge.data.token_files import ExampleTokens, Stream, TokenFile
+from modularforge.data.token_files import Stream, TokenFile
 from modularforge.errors import DataError
 from modularforge.evaluation.scoring import even_loss
 from modularforge.experts.kind import kind_of, kind_of_artifact
@@ -33,9 +32,7 @@ from modularforge.experts.trainable import ParameterGroup, Trainable
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import save_tensors
 from modularforge.stage_outputs import Corpus, derived_seed, joined_beginnings
-from modularforge.tasks.instruction import InstructionExamples
-from modularforge.tasks.task import Examples, task_of
-from modularforge.tasks.text import TextExamples
+from modularforge.tasks.task import task_of
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
@@ -66,7 +63,7 @@ class Calibration:
 def split_documents(file: TokenFile, labels: list[str]) -> tuple[dict[str, Stream], dict[str, Stream]]:
     """Two halves of a split by alternating documents, as streams per label; a lone document decides.
 
-    Of examples, neighbours with one prompt go together.
+    Examples with one prompt go together.
     """
     fit_half: dict[str, Stream] = {}
     decide_half: dict[str, Stream] = {}
@@ -80,14 +77,15 @@ def split_documents(file: TokenFile, labels: list[str]) -> tuple[dict[str, Strea
 
 
 def _prompt_numbers(file: TokenFile, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """A number for each document, the same for neighbours that ask the same."""
+    """A number for each document, the same for those that ask the same."""
     assert file.learned is not None
-    prompts = []
+    numbers: dict[bytes, int] = {}
+    found = []
     for document in documents:
         span = slice(*file.offsets[document : document + 2])
-        prompts.append(file.tokens[span][: int(np.argmax(file.learned[span]))].tobytes())
-    is_new = [before != prompt for before, prompt in pairwise([b"", *prompts])]
-    return np.cumsum(is_new) - 1
+        prompt = file.tokens[span][: int(np.argmax(file.learned[span]))].tobytes()
+        found.append(numbers.setdefault(prompt, len(numbers)))
+    return np.array(found)
 
 
 def calibrate(
@@ -112,10 +110,10 @@ def calibrate(
     model.float()
     learns = choose_parameters(model, config)
     context = min(config.model.context_length, model.config.positions)
-    before, batch = held_out(), config.calibration.batch_size
+    before, batch, task = held_out(), config.calibration.batch_size, task_of(config)
     fit(
-        Trainable(model, task_of(config).loss, [ParameterGroup(learns)]),
-        _examples(fit_stream, context, batch, seed, "the calibration half of validation"),
+        Trainable(model, task.loss, [ParameterGroup(learns)]),
+        task.of_stream(config, fit_stream, context, batch, seed, "the calibration half of validation"),
         job,
         held_out,
         world,
@@ -125,12 +123,6 @@ def calibrate(
         changed[name] = weight.detach().cpu().to(stored[name])
         weight.data.copy_(changed[name])  # judged as it will be stored
     return Calibration(before, held_out(), changed)
-
-
-def _examples(stream: Stream, context: int, batch: int, seed: int, name: str) -> Examples:
-    if isinstance(stream, ExampleTokens):
-        return InstructionExamples(stream, context, batch, seed, name)
-    return TextExamples(stream, context, batch, seed, name)
 
 
 def choose_parameters(model: Decoder, config: Config) -> Mapping[str, nn.Parameter]:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from modularforge.config import Config, ExampleConfig, SourceConfig
 from modularforge.data.chat_template import ChatTemplate, Message, Segment, load_chat_template
+from modularforge.data.formats import require_object, require_unicode
 from modularforge.data.tokenizer import encode_texts
 from modularforge.errors import DataError, one_line
 
@@ -46,10 +47,7 @@ class ExampleWriter:
 
     def write(self, record: Any, origin: str) -> Iterator[Segments]:
         """The examples of one record, one for each response; raises DataError, `origin` names the record."""
-        if not isinstance(record, Mapping):
-            raise DataError(
-                f"{origin} must be a JSON object, but is a {type(record).__name__}; write one object a line (jq -c)"
-            )
+        require_object(record, origin)
         if self.example.messages_field:
             yield self._chat(_messages(record, self.example.messages_field, origin), origin)
             return
@@ -196,10 +194,7 @@ def _text(value: Any, what: str, origin: str) -> str:
     if not isinstance(value, str) or not value.strip():
         said = "is empty" if isinstance(value, str) else f"is a {type(value).__name__}"
         raise DataError(f"{origin} must have a {what} that is text, but it {said}; fix the record or leave it out")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{origin} must hold Unicode text, but has half of a surrogate pair; fix the record") from error
+    require_unicode(value, origin)
     return value
 
 

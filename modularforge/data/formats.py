@@ -147,6 +147,7 @@ def label_of(record: Any, source: SourceConfig, origin: str) -> str | None:
     """The label of a record, or None where there is none; raises DataError."""
     if source.label_field is None:
         return None
+    require_object(record, origin)
     require_columns([source.label_field], record, origin)
     return _label(record[source.label_field], source, origin)
 
@@ -178,10 +179,7 @@ def require_columns(wanted: list[str], existing: Iterable[Any], origin: str) -> 
 
 def fields(record: Any, source: SourceConfig, origin: str) -> Labelled:
     """Text and label of one record; without a label None."""
-    if not isinstance(record, Mapping):
-        raise DataError(
-            f"{origin} must be a JSON object, but is a {type(record).__name__}; write one object a line (jq -c)"
-        )
+    require_object(record, origin)
     require_columns(wanted_fields(source), record, origin)
     text = record[source.text_field]
     if not isinstance(text, str):
@@ -189,8 +187,7 @@ def fields(record: Any, source: SourceConfig, origin: str) -> Labelled:
             f"{origin} must have text in column {source.text_field}, but has {type(text).__name__}; "
             f"fix the record or set text_field of source {source.name}"
         )
-    if not _is_unicode(text):
-        raise DataError(f"{origin} must hold Unicode text, but has half of a surrogate pair; fix the record")
+    require_unicode(text, origin)
     return text, None if source.label_field is None else _label(record[source.label_field], source, origin)
 
 
@@ -215,12 +212,22 @@ def _is_label(text: str) -> bool:
     return len(text) <= LABEL_CHARACTERS and not has_control_characters(text)
 
 
-def _is_unicode(text: str) -> bool:
-    """Whether the text can be written as UTF-8: JSON escapes such as \\ud800 alone cannot."""
+def require_object(record: Any, origin: str) -> None:
+    """Raise DataError when a record has no fields; `origin` names file and place."""
+    if not isinstance(record, Mapping):
+        raise DataError(
+            f"{origin} must be a JSON object, but is a {type(record).__name__}; write one object a line (jq -c)"
+        )
+
+
+def require_unicode(text: str, origin: str) -> None:
+    """Raise DataError when a text cannot be written as UTF-8, as JSON escapes such as \\ud800 alone cannot."""
+    if text.isascii():
+        return
     try:
-        return text.isascii() or bool(text.encode())
-    except UnicodeEncodeError:
-        return False
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{origin} must hold Unicode text, but has half of a surrogate pair; fix the record") from error
 
 
 def hub_rows(split: str, source: SourceConfig) -> Iterator[Labelled]:

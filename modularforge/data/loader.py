@@ -175,6 +175,11 @@ def _require_batch(windows: int, tokens: int, context_length: int, batch_size: i
             f"{name} must fill one batch of {batch_size} x {context_length} tokens ({needed}), but has {tokens}; "
             "lower batch_size or model.context_length, add text, or make fewer partitions"
         )
+    require_shares(batch_size, world)
+
+
+def require_shares(batch_size: int, world: int) -> None:
+    """Raise TrainingError where ranks cannot share a batch."""
     if batch_size % world:
         raise TrainingError(
             f"batch_size must be a multiple of the number of processes ({world}), but is {batch_size}; "

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from modularforge.data.loader import IGNORED_TARGET, Order, mixed_windows
+from modularforge.data.loader import IGNORED_TARGET, Order, mixed_windows, require_shares
 from modularforge.data.token_files import ExampleTokens, Tokens
 from modularforge.data.tokenizer import PAD
 from modularforge.errors import DataError, TrainingError
@@ -157,11 +157,7 @@ def require_rows(rows: int, batch_size: int, world: int, name: str) -> None:
             f"{name} must fill one batch of {batch_size} sequences, but its examples fill {rows}; lower batch_size or "
             "model.context_length, add examples, set training.packing to false, or make fewer partitions"
         )
-    if batch_size % world:
-        raise TrainingError(
-            f"batch_size must be a multiple of the number of processes ({world}), but is {batch_size}; "
-            "change one of them"
-        )
+    require_shares(batch_size, world)
 
 
 def ordered_batches(rows: Rows, batch_size: int) -> Iterator[dict[str, Tensor]]:

@@ -84,7 +84,8 @@ class AskedTask:
     def _example(self, index: int) -> dict[str, Any]:
         prompt = self.tokenizer.decode(self.prompts[index])
         replies = {name: texts[index][:SHOWN_CHARACTERS] for name, texts in self.replies.items()}
-        return {"prompt": prompt[-SHOWN_CHARACTERS:], "references": self.references[index], "replies": replies}
+        references = [text[:SHOWN_CHARACTERS] for text in self.references[index]]
+        return {"prompt": prompt[-SHOWN_CHARACTERS:], "references": references, "replies": replies}
 
 
 def prepare_tasks(config: Config, corpus: Corpus) -> list[AskedTask]:
@@ -96,7 +97,11 @@ def prepare_tasks(config: Config, corpus: Corpus) -> list[AskedTask]:
 
 def tasks_identity(config: Config) -> dict[str, str]:
     """What is asked and measured, presets resolved, for the fingerprint of an evaluation; nothing where no task is."""
-    found = [(task.model_dump(mode="json"), _measures(config, task)) for task in config.evaluation.tasks or []]
+    asked, sampling = config.evaluation.tasks or [], [config.evaluation.top_k, config.evaluation.top_p]
+    found = [
+        (task.model_dump(mode="json"), _measures(config, task), *(sampling if task.temperature else ()))
+        for task in asked
+    ]
     content = json.dumps(found, sort_keys=True)
     return {"tasks": hashlib.sha256(content.encode()).hexdigest()[:32]} if found else {}
 

@@ -11,7 +11,15 @@ from typing import Any
 
 from checkpoints.markdown import plain
 from checkpoints.screen import say
-from modularforge.observe.findings import chat_table, doubts, finding_tables, routing_lines, task_tables
+from modularforge.observe.findings import (
+    DECIDING,
+    REFERENCES,
+    chat_table,
+    doubts,
+    finding_tables,
+    routing_lines,
+    task_tables,
+)
 from modularforge.observe.metrics import MEASURED, standing
 from modularforge.observe.table import Column, Table, count, decimals, fixed, listing, name_column, named
 
@@ -121,14 +129,6 @@ def _carried_lines(results: Results) -> list[str]:
     return ["", f"{words}: {', '.join(found)}."] if found else []
 
 
-DECIDING = {
-    "dense": "a dense model trained on the same tokens has",
-    "joint_lora": "one adapter trained on the same tokens has",
-    "joint_lora_wide": "one of all experts' rank has",
-}
-"""Models that an assembled one has to be better than: without experts, trained on the same tokens."""
-
-
 def verdict(results: Results) -> str:
     """Whether it was worth it, and by how much: the best model of `DECIDING` is what decides."""
     models, chosen = results["models"], results["chosen"]
@@ -136,10 +136,10 @@ def verdict(results: Results) -> str:
         return "No assembled model was measured."
     loss = float(models[chosen]["mean_loss"])
     found = f"the {chosen} model has a mean test loss of {loss:.4f}"
-    words = {**DECIDING, "backbone": "the backbone has"}
-    others = [_beside(loss, words[name], float(models[name]["mean_loss"])) for name in words if name in models]
+    beside = {name: float(models[name]["mean_loss"]) for name in (*DECIDING, "backbone") if name in models}
+    others = [_beside(loss, f"{REFERENCES[name]} has", other) for name, other in beside.items()]
     but = [f"But {'; '.join(sentences)}."] if (sentences := doubts(results)) else []
-    deciding = [float(models[name]["mean_loss"]) for name in DECIDING if name in models]
+    deciding = [other for name, other in beside.items() if name in DECIDING]
     if not deciding:
         return " ".join(["; ".join([found[0].upper() + found[1:], *others]) + ".", *but])
     start = "Worth it" if loss < min(deciding) else "Not worth it here"

@@ -34,7 +34,7 @@ SHOWN_EXPERTS = 12
 # are smaller where there are many of them.
 LABEL_CHARACTERS, HEADER_CHARACTERS, SMALL_HEADER_CHARACTERS, LARGE_HEADERS = 15, 72, 96, 7
 LINE_INCHES, MARGINS_INCHES = 0.3, 1.3
-LANDMARKS = ("backbone", "dense", "joint")
+LANDMARKS = ("backbone", "dense", "joint", "joint_lora")
 COLOURS = {
     "assembled": EXPERT_COLOURS[0],
     **dict.fromkeys(("btx", "btx_trained"), EXPERT_COLOURS[3]),
@@ -188,7 +188,7 @@ def _no_frame(axes: Any) -> None:
 def draw_study(table: Mapping[str, Any]) -> bytes:
     """PNG of all rows of a study, the best at the top: a dot at the mean, small marks for the seeds.
 
-    Dashed lines show the backbone, the dense and the joint model.
+    Dashed lines show the backbone, the dense and the joint model, and the joint adapter of LoRA experts.
     """
     rows = sorted(table["rows"].items(), key=lambda item: float(item[1]["mean_loss"]), reverse=True)
     with house_style():
@@ -222,9 +222,8 @@ def _draw_variant(axes: Any, place: int, row: Mapping[str, Any]) -> None:
 def _draw_landmarks(axes: Any, rows: list[tuple[str, Mapping[str, Any]]]) -> None:
     """Lines at the landmarks; their names stand at heights of their own, because the lines may be close together."""
     style: dict[str, Any] = {"ha": "center", "fontsize": 11, "color": GREY}
-    for height, kind in enumerate(LANDMARKS):
-        found = next((row for _, row in reversed(rows) if row["kind"] == kind), None)
-        if found:
-            place = (found["mean_loss"], 1)
-            axes.axvline(found["mean_loss"], color=GREY, linewidth=1.1, linestyle=(0, (3, 3)), zorder=0)
-            axes.annotate(kind, place, (0, 3 + 14 * height), ("data", "axes fraction"), "offset points", **style)
+    best = {row["kind"]: row for _, row in rows}
+    for height, kind in enumerate(kind for kind in LANDMARKS if kind in best):
+        loss = best[kind]["mean_loss"]
+        axes.axvline(loss, color=GREY, linewidth=1.1, linestyle=(0, (3, 3)), zorder=0)
+        axes.annotate(kind, (loss, 1), (0, 3 + 12 * height), ("data", "axes fraction"), "offset points", **style)

@@ -42,7 +42,16 @@ WHERE = {
     "general": "on text of no domain",
     "chat": "on known answers to chat prompts",
 }
-REFERENCES = {"backbone": "the backbone", "dense": "the continued dense model"}
+REFERENCES = {
+    "backbone": "the backbone",
+    "dense": "a dense model trained on the same tokens",
+    "dense_wide": "a dense model of as many active parameters",
+    "joint_lora": "one adapter trained on the same tokens",
+    "joint_lora_wide": "one adapter of all experts' rank",
+}
+"""What sentences hold the chosen model against, and how they call it."""
+DECIDING = tuple(name for name in REFERENCES if name != "backbone")
+"""Of these the models that an assembled one has to be better than: without experts, trained on the same tokens."""
 TASK_METRICS = {
     "bleu": "BLEU",
     **{f"bleu_{n}": f"BLEU-{n}" for n in (1, 2, 3, 4)},
@@ -236,10 +245,8 @@ def _parts_table(rows: Rows, probe: str, title: str) -> Table:
 def task_tables(results: Results) -> Iterator[Table]:
     """For each task how the models did, then what they replied to a few prompts."""
     for label, task in (results.get("tasks") or {}).items():
-        metrics = list(dict.fromkeys(name for found in task["models"].values() for name in found))
         words = " ".join([f"In per cent, over {task['prompts']} prompts; higher is better.", *task["notes"]])
-        columns = [name_column("model"), *(Column(TASK_METRICS.get(m, m), named(m), decimals(1)) for m in metrics)]
-        yield Table(columns, list(task["models"].items()), f"Task {label}", words)
+        yield reply_table(task["models"], "model", f"Task {label}", words)
         models = list(task["models"])
         rows = [
             [one["prompt"], " / ".join(one["references"]), *(one["replies"].get(name, MISSING) for name in models)]
@@ -247,6 +254,13 @@ def task_tables(results: Results) -> Iterator[Table]:
         ]
         header = ["prompt", "reference", *models]
         yield listing(header, rows, len(header), f"Replies of task {label}", "The first prompts, of all models.")
+
+
+def reply_table(rows: Rows, first: str, title: str, words: str) -> Table:
+    """Each metric of the replies of each row, in per cent."""
+    metrics = dict.fromkeys(metric for found in rows.values() for metric in found)
+    columns = [Column(TASK_METRICS.get(metric, metric), named(metric), decimals(1)) for metric in metrics]
+    return Table([name_column(first), *columns], [*rows.items()], title, words)
 
 
 def chat_table(results: Results) -> Table:

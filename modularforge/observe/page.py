@@ -21,7 +21,7 @@ from checkpoints.screen import literal
 from modularforge import __version__
 from modularforge.observe.completion import Part, headline, is_finished, parts_of
 from modularforge.observe.evaluation import model_table, samples_of
-from modularforge.observe.findings import chat_table, finding_tables, task_tables
+from modularforge.observe.findings import DECIDING, chat_table, finding_tables, task_tables
 from modularforge.observe.metrics import CURVES, JobMetrics, Metric
 from modularforge.observe.run import Run, flatten, made_with
 from modularforge.observe.table import Column, Table, duration, fixed, listing, rough
@@ -112,7 +112,7 @@ def _key_figures(run: Run) -> Iterator[tuple[str, str]]:
     """Test perplexity of the chosen model beside what it must beat."""
     results = run.evaluation
     if results and results.get("chosen"):
-        for name in dict.fromkeys((results["chosen"], "backbone", "dense")):
+        for name in dict.fromkeys((results["chosen"], "backbone", *DECIDING)):
             if name in results["models"]:
                 yield name, f"{results['models'][name]['perplexity']:,.2f}"
 

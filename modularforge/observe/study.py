@@ -11,11 +11,11 @@ from checkpoints.markdown import plain
 from checkpoints.redact import redact_values
 from modularforge.observe.findings import (
     PROBES,
-    TASK_METRICS,
     difference,
     position_table,
     probe_table,
     probes_in,
+    reply_table,
     routing_lines,
 )
 from modularforge.observe.metrics import DECISIVE, MEASURED
@@ -114,10 +114,8 @@ def _tables(table: StudyTable) -> Iterator[Table]:
 
 def _task_table(rows: Mapping[str, Any], task: str) -> Table:
     asked = {name: row["tasks"][task] for name, row in rows.items() if task in row.get("tasks", {})}
-    metrics = list(dict.fromkeys(metric for found in asked.values() for metric in found))
-    columns = (Column(TASK_METRICS.get(metric, metric), named(metric), decimals(1)) for metric in metrics)
     words = f"Replies to the prompts of task {task}, in per cent, mean over seeds:"
-    return Table([name_column("variant"), *columns], [*asked.items()], words=words)
+    return reply_table(asked, "variant", "", words)
 
 
 def _inside(group: str, name: str) -> Callable[[tuple[str, Any]], Any]:

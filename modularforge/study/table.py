@@ -22,7 +22,7 @@ from modularforge.observe.metrics import DECISIVE, MEASURED
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 Row = dict[str, Any]
 ORACLE = "oracle"
-REFERENCES = ("backbone", "dense", "joint")
+REFERENCES = ("backbone", "dense", "joint", "joint_lora", "joint_lora_wide")
 COST = ("parameters", "active_parameters", "flops_per_token", "training_tokens")
 
 
@@ -31,7 +31,7 @@ def make_table(
 ) -> dict[str, Any]:
     """Rows by variant, each with its mean and spread over seeds; `reference` is the recipe whose oracle counts.
 
-    `compare` names the rows that all are held against; None is backbone, dense and joint of the same seed and tokens.
+    `compare` names the rows that all are held against; None is `REFERENCES`, of the same seed and tokens.
     """
     by_seed = _rows_by_seed(results)
     rows = {label: _summary(found, results, reference) for label, found in by_seed.items()}

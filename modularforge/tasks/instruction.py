@@ -27,7 +27,7 @@ from modularforge.model.backbone import Decoder
 from modularforge.routing.gathering import gather_statistics
 from modularforge.routing.statistics import RouterStatistics
 from modularforge.routing.text_counts import counts_of, save_counts
-from modularforge.stage_outputs import Corpus, derived_seed, even_streams, token_file
+from modularforge.stage_outputs import Corpus, derived_seed, even_streams, example_seeds, token_file
 from modularforge.tasks.task import TEXT_METRICS, Batch, Examples, Metric
 from modularforge.tasks.text import TEXT, HeldOutText
 
@@ -44,7 +44,6 @@ class InstructionExamples:
     packs: bool = True
     sample_seed: int = 0
     sample_rows: int = 0
-    sample_batch: int = 1
 
     @cached_property
     def rows(self) -> Rows:
@@ -111,13 +110,13 @@ class InstructionTask:
 
     def everything(self, config: Config, corpus: Corpus) -> InstructionExamples:
         """All training examples."""
-        seed, sample_seed = (derived_seed(config.seed, f"backbone {what}") for what in ("order", "statistics"))
+        seed, sample_seed = example_seeds(config.seed, "backbone")
         stream, batch_size = corpus.tokens("train").whole, config.backbone.batch_size
         return _examples(config, stream, batch_size, seed, "the training data", sample_seed)
 
     def part(self, config: Config, partitions: Artifact, index: int) -> InstructionExamples:
         """The examples of one partition; their order follows from the seed and the index alone."""
-        seed, sample_seed = (derived_seed(config.seed, f"expert {what}", index) for what in ("order", "statistics"))
+        seed, sample_seed = example_seeds(config.seed, "expert", index)
         stream = token_file(partitions, f"partition-{index}").whole
         return _examples(config, stream, config.experts.batch_size, seed, f"partition {index}", sample_seed)
 
@@ -132,6 +131,12 @@ class InstructionTask:
             derived_seed(config.seed, f"{name} order"),
             skipped_windows,
         )
+
+    def of_stream(
+        self, config: Config, stream: Stream, context_length: int, batch_size: int, seed: int, name: str
+    ) -> InstructionExamples:
+        """The examples of a stream."""
+        return InstructionExamples(_checked(stream), context_length, batch_size, seed, name, config.training.packing)
 
     def validation(self, config: Config, corpus: Corpus, labels: Collection[str] = ()) -> InstructionValidation:
         """As many examples of each domain, about `training.validation_tokens` together."""
@@ -153,8 +158,7 @@ class InstructionTask:
 
     def statistics(self, model: Decoder, examples: InstructionExamples, device: torch.device) -> RouterStatistics:
         """What the routers see of the sample, prompts and responses, and how often it has each token."""
-        sample = list(examples.sample())
-        batches = ((tensors["inputs"], tensors["examples"]) for tensors in sample)
+        batches = ((tensors["inputs"], tensors["examples"]) for tensors in examples.sample())
         return gather_statistics(model, batches, device)
 
     def save_counts(
@@ -175,8 +179,8 @@ def _examples(
     config: Config, stream: Stream, batch_size: int, seed: int, name: str, sample_seed: int
 ) -> InstructionExamples:
     context, packs = config.model.context_length, config.training.packing
-    sample = sample_seed, config.experts.statistics_tokens // context, config.evaluation.batch_size
-    return InstructionExamples(_checked(stream), context, batch_size, seed, name, packs, *sample)
+    rows = config.experts.statistics_tokens // context
+    return InstructionExamples(_checked(stream), context, batch_size, seed, name, packs, sample_seed, rows)
 
 
 def _checked(stream: Stream) -> ExampleTokens:

@@ -25,7 +25,7 @@ from modularforge.speech.metrics import Pair, pooled, worst
 from modularforge.speech.model import NO_TOKEN, SpeechModel, speech_loss
 from modularforge.speech.steering import GateUsage
 from modularforge.speech.sums import gather_sums
-from modularforge.stage_outputs import Corpus, derived_seed
+from modularforge.stage_outputs import Corpus, derived_seed, example_seeds
 from modularforge.tasks.task import SPEECH_METRICS, Batch, Examples, Metric
 
 Indices = NDArray[np.int64]
@@ -140,7 +140,7 @@ class SpeechTask:
     def everything(self, config: Config, corpus: Corpus) -> SpeechExamples:
         """All training utterances."""
         file = speech_file(config, corpus.artifact, "train")
-        seed, sample_seed = (derived_seed(config.seed, f"backbone {what}") for what in ("order", "statistics"))
+        seed, sample_seed = example_seeds(config.seed, "backbone")
         everything = np.arange(file.count)
         sizes = sample_seed, config.experts.statistics_tokens
         return SpeechExamples(file, everything, config.backbone.batch_size, seed, "the training data", *sizes)
@@ -149,7 +149,7 @@ class SpeechTask:
         """The utterances of one partition, whose features lie with the corpus."""
         file = speech_file(config, open_artifact(stage_url(config, "corpus")), "train")
         chosen: Indices = np.load(partitions.local_file(f"partition-{index}.documents.npy"))
-        seed, sample_seed = (derived_seed(config.seed, f"expert {what}", index) for what in ("order", "statistics"))
+        seed, sample_seed = example_seeds(config.seed, "expert", index)
         sizes = sample_seed, config.experts.statistics_tokens
         return SpeechExamples(file, chosen, config.experts.batch_size, seed, f"partition {index}", *sizes)
 

@@ -122,6 +122,14 @@ class Task(Protocol):
     ) -> Examples:
         """Those of all partitions mixed, the very ones that the experts take, for the baseline called `name`."""
 
+    def of_stream(
+        self, config: Config, stream: Any, context_length: int, batch_size: int, seed: int, name: str
+    ) -> Examples:
+        """The examples of a stream that lies in no partition, which a calibration fits to.
+
+        A task of which no model is calibrated needs no such method.
+        """
+
     def validation(self, config: Config, corpus: Corpus, labels: Collection[str] = ()) -> Validation:
         """What a job is validated on: held-out examples of these domains, or of all where there are none of them."""
 

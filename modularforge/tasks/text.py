@@ -22,7 +22,7 @@ from modularforge.model.backbone import Decoder, cross_entropy
 from modularforge.routing.gathering import gather_statistics
 from modularforge.routing.statistics import RouterStatistics
 from modularforge.routing.text_counts import counts_of, save_counts
-from modularforge.stage_outputs import Corpus, derived_seed, even_streams, token_file
+from modularforge.stage_outputs import Corpus, derived_seed, even_streams, example_seeds, token_file
 from modularforge.tasks.task import TEXT_METRICS, Batch, Examples, Metric
 
 
@@ -104,7 +104,7 @@ class TextTask:
 
     def everything(self, config: Config, corpus: Corpus) -> TextExamples:
         """All training text."""
-        seed, sample_seed = (derived_seed(config.seed, f"backbone {what}") for what in ("order", "statistics"))
+        seed, sample_seed = example_seeds(config.seed, "backbone")
         tokens, batch_size = corpus.tokens("train").tokens, config.backbone.batch_size
         return _examples(config, tokens, batch_size, seed, "the training data", sample_seed)
 
@@ -114,7 +114,7 @@ class TextTask:
 
     def part_of(self, config: Config, tokens: Tokens, index: int) -> TextExamples:
         """The same of a stream that lies in no partition; its order follows from the seed and the index alone."""
-        seed, sample_seed = (derived_seed(config.seed, f"expert {what}", index) for what in ("order", "statistics"))
+        seed, sample_seed = example_seeds(config.seed, "expert", index)
         return _examples(config, tokens, config.experts.batch_size, seed, f"partition {index}", sample_seed)
 
     def mixture(
@@ -135,6 +135,12 @@ class TextTask:
             derived_seed(config.seed, f"{name} order"),
             skipped_windows,
         )
+
+    def of_stream(
+        self, config: Config, stream: Tokens, context_length: int, batch_size: int, seed: int, name: str
+    ) -> TextExamples:
+        """The windows of a stream."""
+        return TextExamples(stream, context_length, batch_size, seed, name)
 
     def validation(self, config: Config, corpus: Corpus, labels: Collection[str] = ()) -> TextValidation:
         """As much text of each domain, `training.validation_tokens` of it."""

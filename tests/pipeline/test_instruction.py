@@ -18,7 +18,7 @@ from modularforge.config_files import make_config, sample_tasks, to_yaml
 from modularforge.data.token_files import ExampleTokens, TokenFileWriter
 from modularforge.errors import DataError, Interrupted
 from modularforge.evaluation.generation import Sampling, continue_tokens
-from modularforge.evaluation.replies import prepare_tasks
+from modularforge.evaluation.replies import prepare_tasks, tasks_identity
 from modularforge.evaluation.scoring import even_loss
 from modularforge.experts.job import train_expert
 from modularforge.experts.kind import ExpertJob
@@ -213,7 +213,7 @@ def test_a_setting_of_the_examples_makes_another_corpus_and_packing_another_back
 
 def test_both_halves_of_validation_have_prompts_of_their_own(tmp_path: Path) -> None:
     with TokenFileWriter(tmp_path, "validation", 300, has_learned=True) as writer:
-        for prompt, response in ((5, 6), (5, 7), (8, 6), (9, 6), (9, 7), (10, 6)):
+        for prompt, response in ((5, 6), (5, 7), (8, 6), (9, 6), (9, 7), (10, 6), (8, 7)):
             ids = np.array([2, prompt, response, 3])
             writer.add(ids, np.array([4]), np.array([0]), np.array([0, 0, 1, 1]))
     from modularforge.data.token_files import open_token_file
@@ -221,13 +221,17 @@ def test_both_halves_of_validation_have_prompts_of_their_own(tmp_path: Path) -> 
     fit_half, decide_half = split_documents(open_token_file(tmp_path, "validation"), ["own"])
     prompts = [set(half["own"].tokens[1::4].tolist()) for half in (fit_half, decide_half)]
     assert prompts[0] | prompts[1] == {5, 8, 9, 10}
-    assert prompts[0].isdisjoint(prompts[1])
+    assert prompts[0].isdisjoint(prompts[1]), "also where those of one prompt are no neighbours"
 
 
 def test_padded_examples_train_too(tmp_path: Path) -> None:
     config = config_of(tmp_path / "run", training={"packing": False}, evaluation={"baselines": []})
     prepare_data(config)
     assert isinstance(Run(config).make("backbone"), Artifact)
+    stream = Run(config).corpus.tokens("validation").whole
+    assert isinstance(stream, ExampleTokens)
+    fitted = INSTRUCTION.of_stream(config, stream, 128, 1, seed=0, name="the calibration half of validation")
+    assert [len(row) for row in fitted.rows.examples] == [1] * stream.num_examples, "a calibration pads them as well"
 
 
 def test_a_task_of_no_test_examples_gets_a_sentence(config: Config) -> None:
@@ -235,6 +239,17 @@ def test_a_task_of_no_test_examples_gets_a_sentence(config: Config) -> None:
     asked = config.evaluation.model_copy(update={"tasks": [unknown]})
     with pytest.raises(DataError, match="names x, but there are test examples of banking77, e2e_nlg, wikisql"):
         prepare_tasks(config.model_copy(update={"evaluation": asked}), Run(config).corpus)
+
+
+def test_what_replies_are_drawn_from_is_part_of_their_identity(tmp_path: Path) -> None:
+    """A study's results, whose settings are few, have no other sign of it."""
+
+    def identity(temperature: float, top_k: int) -> dict[str, str]:
+        task = {"source": "e2e_nlg", "temperature": temperature}
+        return tasks_identity(config_of(tmp_path, evaluation={"tasks": [task], "top_k": top_k}))
+
+    assert identity(0.5, top_k=5) != identity(0.5, top_k=50)
+    assert identity(0.0, top_k=5) == identity(0.0, top_k=50), "the likeliest token is the same"
 
 
 def test_stages_of_the_table_know_no_task() -> None:

@@ -101,13 +101,23 @@ def test_the_verdict_says_where_the_model_is_worse() -> None:
     assert "on plain text these are worse than with the backbone: law (by 0.2000)" in verdict
 
 
-def test_one_adapter_for_everything_decides_too() -> None:
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("dense_wide", "a dense model of as many active parameters"),
+        ("joint_lora", "one adapter trained on the same tokens"),
+        ("joint_lora_wide", "one adapter of all experts' rank"),
+    ],
+)
+def test_each_model_without_experts_decides_too(name: str, words: str) -> None:
     found = checked_results(evaluation(2))
     models = found["models"]
-    models["joint_lora"] = {**models["dense"], "mean_loss": float(models[found["chosen"]]["mean_loss"]) - 0.01}
+    models[name] = {**models["dense"], "mean_loss": float(models[found["chosen"]]["mean_loss"]) - 0.01}
+    found["differences"][name] = {"switch": found["differences"]["backbone"]["switch"]}
     said = verdict(found)
     assert said.startswith("Not worth it here: ")
-    assert "one adapter trained on the same tokens has" in said
+    assert f"{words} has" in said
+    assert f"behind a switch of domain it is worse than {words} by 0.2000" in said
 
 
 def test_text_of_no_domain_is_measured_anew_only_when_it_changes(finished_run: Config, tmp_path: Path) -> None:

@@ -233,6 +233,13 @@ def test_a_record_that_is_no_example_is_refused_with_file_and_line(name: str, tm
         documents(config)
 
 
+def test_a_label_is_looked_for_in_objects_alone(tmp_path: Path) -> None:
+    values = config_of([5], tmp_path).model_dump(exclude_none=True)
+    values["data"]["sources"][0]["label_field"] = "topic"
+    with pytest.raises(DataError, match=r"records\.jsonl:1 must be a JSON object, but is a int"):
+        documents(make_config(values, "tests"))
+
+
 REFUSED_CHATS: dict[str, tuple[Any, str]] = {
     "unknown role": ([{"role": "bot", "content": "Hi"}], "must have messages of system, user, assistant, tool.*'bot'"),
     "no assistant": ([{"role": "user", "content": "Hi"}], "must have a message of the assistant"),
