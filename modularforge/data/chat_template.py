@@ -75,6 +75,11 @@ class ChatTemplate:
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
                 asked, words = self.render(messages[:index], asks=True), str(message["content"]).strip()
+                if not asked:
+                    raise DataError(
+                        "the chat template must write something in front of an answer, but writes nothing; begin the "
+                        "chat with a message of the user"
+                    )
                 # Not beyond this answer: what follows may hold the same words.
                 start = whole.find(words, len(asked), len(self.render(messages[: index + 1], asks=False)))
                 if not whole.startswith(asked) or start < 0:

@@ -280,6 +280,13 @@ def test_words_of_the_user_are_never_learned_for_an_answer_that_the_template_wri
         chat.segments(messages)
 
 
+def test_an_answer_with_nothing_in_front_is_refused(folder: Path) -> None:
+    bare = "{% for message in messages %}{{ message['content'] + '<|im_end|>' }}{% endfor %}"
+    chat = load_chat_template(with_template(folder, bare), "this test")
+    with pytest.raises(DataError, match=r"must write something in front of an answer.*begin the chat with a message"):
+        chat.segments([{"role": "assistant", "content": "Hello"}])
+
+
 def test_a_preset_leaves_out_what_has_no_label(tmp_path: Path) -> None:
     records = [{"premise": "a", "hypothesis": "b", "label": label} for label in (-1, 2)]
     found = documents(config_of(records, tmp_path, preset="multi_nli"))
