@@ -312,4 +312,5 @@ def rate_table(results: Row) -> Table:
         *(Column(f"WER {label}", of_domain(label), decimals(1)) for label in results["domains"]),
         *(Column(f"{name.replace('_', ' ')} %", mean_of(name), decimals(1)) for name in RATES),
     ]
-    return Table(columns, [*results["models"].items()], f"{results['name']}: error rates in percent, lower is better")
+    title = f"{results['name']}: error rates (lower is better) and accuracies in percent"
+    return Table(columns, [*results["models"].items()], title)

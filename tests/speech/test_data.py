@@ -191,6 +191,21 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path: Path) -> None:
     assert texts(file) == list(WORDS)
 
 
+def test_recordings_of_the_hub_are_bytes_with_names_of_their_rows(tmp_path: Path) -> None:
+    from datasets import Audio, Dataset
+
+    audio = [{"bytes": wav(tone(200.0 * (i + 1))), "path": f"{i}.wav"} for i in range(4)]
+    rows = Dataset.from_dict({"audio": audio, "text": list(WORDS), "who": ["a", "b", "", None]})
+    rows.cast_column("audio", Audio()).to_parquet(tmp_path / "train.parquet")
+    config = config_of("train", source={"hub": str(tmp_path), "label_field": "who"}, heldout_fraction=1e-9)
+    found = list(utterances(config, config.data.sources[0], "train"))
+    assert [item.text for item in found] == list(WORDS)
+    assert [item.label for item in found] == ["a", "b", "tones", "tones"]
+    assert found[1].read is not None
+    assert found[1].read() == audio[1]["bytes"]
+    assert found[1].origin == f"{tmp_path} (train), row 2: 1.wav"
+
+
 def test_columns_that_are_prepared_already_are_taken_as_they_are(tmp_path: Path) -> None:
     features_MF = log_mel(tone(200.0), 80).T
     row = {"input_features": [features_MF.tolist()], "labels": [[70, 80, -100]]}
