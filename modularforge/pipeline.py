@@ -143,7 +143,7 @@ STAGES: dict[str, Stage] = {
             "backbone",
             "backbone",
             ("model", "backbone", "training"),
-            ("corpus", "pretrained"),
+            ("corpus", "pretrained", "encoder"),
             f"{MAKERS}.backbone:run",
             ("seed", *COUNTED),
             phase=lambda config: config.backbone,

@@ -188,10 +188,6 @@ class Run:
         found: dict[str, str] = {}
         for needed in STAGES[stage].inputs:
             found |= self._input(needed, index)
-        if stage == "backbone" and self.config.task == "speech" and self.config.speech.model.encoder:
-            from modularforge.speech.encoder_files import encoder_identity
-
-            found["encoder"] = encoder_identity(self.config.speech.model.encoder)
         return found
 
     def _input(self, needed: str, index: int | None) -> dict[str, str]:
@@ -203,7 +199,7 @@ class Run:
         if needed == "branches":
             branches = enumerate(self._required("branch", k) for k in STAGES["branch"].indices(self.config))
             return {str(JobName("branch", k)): artifact.manifest.fingerprint for k, artifact in branches}
-        if needed in ("tokenizer", "pretrained"):
+        if needed in ("tokenizer", "pretrained", "encoder"):
             if needed not in self._pretrained:  # hashes of whole models, and a look at the Hub's cache
                 self._pretrained[needed] = _pretrained_input(self.config, needed)
             return self._pretrained[needed]
@@ -227,7 +223,9 @@ def _partition_input(partitions: Artifact, name: str) -> str:
 
 
 def _pretrained_input(config: Config, needed: str) -> dict[str, str]:
-    """Identity of the pretrained model or of its tokenizer; nothing where the run starts from random weights."""
+    """Identity of a pretrained model, its tokenizer or a speech encoder; nothing of one that has random weights."""
+    if needed == "encoder":
+        return _encoder_input(config)
     if config.model.pretrained is None:
         return {}
     from modularforge.pretrained.fetch import model_identity, template_identity, tokenizer_identity
@@ -239,6 +237,14 @@ def _pretrained_input(config: Config, needed: str) -> dict[str, str]:
     ):
         found["chat_template"] = template_identity(config.model.pretrained)
     return found
+
+
+def _encoder_input(config: Config) -> dict[str, str]:
+    if config.task != "speech" or config.speech.model.encoder is None:
+        return {}
+    from modularforge.speech.encoder_files import encoder_identity
+
+    return {"encoder": encoder_identity(config.speech.model.encoder)}
 
 
 def _occupant(url: str) -> str:

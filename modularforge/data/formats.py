@@ -76,13 +76,12 @@ def _read_wikitext(url: str, source: SourceConfig) -> Iterator[Labelled]:
 
 
 def _read_jsonl(url: str, source: SourceConfig) -> Iterator[Labelled]:
-    return (fields(record, source, origin) for record, origin in _jsonl_records(url))
+    return (fields(record, source, origin) for record, origin in json_records(read_lines(url), redact(url)))
 
 
-def _jsonl_records(url: str) -> Iterator[tuple[Any, str]]:
-    """Each line's value, and what names the line."""
-    name = redact(url)
-    for number, line in enumerate(read_lines(url), start=1):
+def json_records(lines: Iterable[str], name: str) -> Iterator[tuple[Any, str]]:
+    """The value of each line of a file of this name, and what names the line; raises DataError."""
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -109,11 +108,11 @@ def read_records(url: str, source: SourceConfig, columns: list[str]) -> Iterator
     """The records of a file of JSON lines or of Parquet, each with what names it; raises DataError."""
     kind = _record_format(url, source)
     if kind == "csv":
-        return _csv_records(url)
+        return csv_records(read_lines(url), redact(url))
     if kind == "parquet":
         return _parquet_records(url, [*columns, source.label_field] if source.label_field else columns, False)
     if kind == "jsonl":
-        return _jsonl_records(url)
+        return json_records(read_lines(url), redact(url))
     raise DataError(
         f"{redact(url)} must hold records with a prompt and a response, as JSON lines, CSV or Parquet, but is taken "
         f"for {kind}; set the format of source {source.name}, or write it as JSON lines"
@@ -127,10 +126,9 @@ def _record_format(url: str, source: SourceConfig) -> str:
     return "csv" if is_csv else found
 
 
-def _csv_records(url: str) -> Iterator[tuple[Any, str]]:
-    """Each row by the names of the first one, and what names the row; raises DataError."""
-    name = redact(url)
-    reader = csv.DictReader((f"{line}\n" for line in read_lines(url)), strict=True)
+def csv_records(lines: Iterable[str], name: str) -> Iterator[tuple[Any, str]]:
+    """Each row by the names of the first one, and what names the row in a file of this name; raises DataError."""
+    reader = csv.DictReader((f"{line}\n" for line in lines), strict=True)
     try:
         for record in reader:
             if None in record or None in record.values():
@@ -236,13 +234,13 @@ def hub_rows(split: str, source: SourceConfig) -> Iterator[Labelled]:
 
 
 def hub_records(split: str, source: SourceConfig) -> Iterator[tuple[Any, str]]:
-    """The rows of one split, each with what names it; raises DataError."""
+    """The rows of one split, their audio as bytes, each with what names it; raises DataError."""
     from datasets import load_dataset
 
     origin = f"{source.hub} ({split})"
     try:
         rows = load_dataset(source.hub, source.hub_config, split=split, streaming=True)
-        for number, row in enumerate(rows, start=1):
+        for number, row in enumerate(undecoded(rows), start=1):
             yield row, f"{origin}, row {number}"
     except UserError:
         raise
@@ -251,6 +249,16 @@ def hub_records(split: str, source: SourceConfig) -> Iterator[tuple[Any, str]]:
             f"{origin} must be a data set of the Hugging Face Hub, but cannot be read ({one_line(error)}); "
             f"check hub, hub_config and split of source {source.name}, and the network"
         ) from error
+
+
+def undecoded(rows: Any) -> Any:
+    """A data set of `datasets` whose audio columns give the bytes of a file, or its path, instead of samples."""
+    from datasets import Audio
+
+    for name, feature in dict(getattr(rows, "features", None) or {}).items():
+        if isinstance(feature, Audio):
+            rows = rows.cast_column(name, Audio(decode=False))
+    return rows
 
 
 def parquet_rows(url: str, columns: list[str], needs_all: bool = True) -> Iterator[dict[str, Any]]:

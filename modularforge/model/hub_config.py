@@ -172,23 +172,27 @@ def _rotary_settings(values: Mapping[str, Any]) -> tuple[float, RopeScalingConfi
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder; raises DataError when it is none, or of a model we cannot compute."""
+    return parse_config(_config_bytes(folder), str(folder / CONFIG_NAME))
+
+
+def read_values(folder: Path) -> dict[str, Any]:
+    """config.json of a folder, of whatever model it is; raises DataError when there is none."""
+    return _parse_values(_config_bytes(folder), str(folder / CONFIG_NAME))
+
+
+def _config_bytes(folder: Path) -> bytes:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise DataError(f"{folder} must be a model folder, but has no {CONFIG_NAME}; name the folder that holds it")
     try:
-        return parse_config(path.read_bytes(), str(path))
+        return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} must be readable, but {one_line(error)}; fix its permissions") from error
 
 
 def parse_config(content: bytes, origin: str) -> dict[str, Any]:
     """The same from the bytes of a config.json; `origin` names them in errors."""
-    try:
-        values = parse_object(content)
-    except ValueError as error:
-        raise DataError(
-            f"{origin} must be a JSON object, but is not ({one_line(error)}); make the model again"
-        ) from error
+    values = _parse_values(content, origin)
     check_supported(values, origin)
     try:
         model_config_of(values)
@@ -200,6 +204,15 @@ def parse_config(content: bytes, origin: str) -> dict[str, Any]:
             "choose another model"
         ) from error
     return values
+
+
+def _parse_values(content: bytes, origin: str) -> dict[str, Any]:
+    try:
+        return parse_object(content)
+    except ValueError as error:
+        raise DataError(
+            f"{origin} must be a JSON object, but is not ({one_line(error)}); make the model again"
+        ) from error
 
 
 def experts_of(values: Mapping[str, Any]) -> int:

@@ -9,7 +9,7 @@ batch beyond an utterance's end are masked everywhere, so that a batch computes 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -147,11 +147,6 @@ def whisper_shape(values: Mapping[str, Any], origin: str) -> WhisperShape:
         return WhisperShape(**{own: int(values[name]) for own, name in names.items()})
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{origin} must have the sizes of its encoder in config.json, but lacks {error}") from error
-
-
-def whisper_config(shape: WhisperShape) -> dict[str, Any]:
-    """What a model folder says of an encoder whose weights it holds itself."""
-    return {"model_type": "whisper", **asdict(shape)}
 
 
 PREFIXES = ("model.encoder.", "encoder.")

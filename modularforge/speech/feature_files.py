@@ -93,7 +93,7 @@ class SpeechFile:
     def records(self) -> list[dict[str, Any]]:
         """What is known of each utterance: its audio, its text, its seconds."""
         content = (self.folder / f"{self.name}.utterances.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in content.splitlines()]
+        return [json.loads(line) for line in content.split("\n") if line]  # texts may hold other line ends
 
 
 STATISTICS_NAME = "feature_statistics.npy"

@@ -16,7 +16,6 @@ Kind = Literal["whisper", "fbank"]
 Features = NDArray[np.float32]
 WINDOW, HOP = 400, 160
 FRAMES_A_SECOND = SAMPLE_RATE // HOP
-SHORTEST = WINDOW  # samples of one window
 
 
 def features(samples: Samples, kind: Kind, bins: int) -> Features:

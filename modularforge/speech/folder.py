@@ -7,7 +7,6 @@ tests, are in the folder itself.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,14 +14,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from checkpoints.parsing import parse_object
 from checkpoints.redact import redact
 from checkpoints.safetensors import WEIGHTS_NAME
 from modularforge.config import Config, ModelConfig
 from modularforge.errors import DataError, MismatchError
 from modularforge.model.backbone import Decoder, build_backbone
 from modularforge.model.folder import load_pretrained, read_tensors, save_tensors
-from modularforge.model.hub_config import CONFIG_NAME, write_json
+from modularforge.model.hub_config import CONFIG_NAME, read_values, write_json
 from modularforge.pretrained.fetch import local_model, model_identity
 from modularforge.speech.conformer import MODEL_TYPE as CONFORMER
 from modularforge.speech.conformer import ConformerEncoder, conformer_tensors
@@ -122,7 +120,7 @@ def _new_encoder(part: Part) -> WhisperEncoder | ConformerEncoder:
         return WhisperEncoder(WhisperShape(**part.sizes))
     folder = encoder_folder(part.source)
     _check(part.source, part.identity, encoder_identity(part.source), "encoder")
-    values = parse_object((folder / CONFIG_NAME).read_bytes())
+    values = read_values(folder)
     if values.get("model_type") == CONFORMER:
         return ConformerEncoder(values)
     return WhisperEncoder(whisper_shape(values, str(folder)))
@@ -238,7 +236,7 @@ def parts_in(folder: Path) -> Parts:
 
 def read_speech_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder; raises DataError when it is no speech model's."""
-    values: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    values = read_values(folder)
     if values.get("model_type") != MODEL_TYPE:
         raise DataError(
             f"{folder} must be a speech model, but its config.json says model_type {values.get('model_type')!r:.60}; "

@@ -6,24 +6,34 @@ file's neighbour; in an archive it is another member.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import json
+import lzma
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from checkpoints import paths
 from checkpoints.redact import redact
 from modularforge.config import Config, SourceConfig, SpeechDataConfig
+from modularforge.data.compression import compression_of
 from modularforge.data.corpus import Split
 from modularforge.data.files import find_files, open_bytes, read_lines, real_location
-from modularforge.data.formats import parquet_rows
-from modularforge.data.patterns import file_part
+from modularforge.data.formats import (
+    csv_records,
+    fields,
+    hub_records,
+    json_records,
+    label_of,
+    parquet_rows,
+    require_object,
+    undecoded,
+)
+from modularforge.data.patterns import file_part, is_web
 from modularforge.errors import DataError, one_line
 from modularforge.speech.audio import UnusableAudio
 
@@ -31,6 +41,8 @@ AUDIO_ENDINGS = (".wav", ".flac", ".mp3", ".ogg")
 TABLE_ENDINGS = (".jsonl", ".ndjson", ".json")
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+# An archive is held in memory, and a few bytes of a compressed or sparse one may stand for any number.
+ARCHIVE_BYTES = 1 << 34
 SPLIT_NAMES: Mapping[str, Split] = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "dev": "validation",
     "test": "test",
@@ -60,7 +72,8 @@ def utterances(config: Config, source: SourceConfig, split: Split) -> Iterator[U
     locations = getattr(source, split) or source.train
     if source.hub is not None:
         names = [locations] if isinstance(locations, str) else locations
-        rows: Iterator[Row] = (row for name in names for row in _hub_rows(source, name))
+        found = (item for name in names for item in hub_records(name, source))
+        rows: Iterator[Row] = (Row(record, origin, _bytes_of) for record, origin in found)
     else:
         rows = _rows(source, locations, config.speech.data)
     for row in rows:
@@ -100,25 +113,18 @@ def _split_of(config: Config, source: SourceConfig, split: Split, row: Row) -> S
 
 def _utterance(settings: SpeechDataConfig, source: SourceConfig, row: Row) -> Utterance:
     values = row.values
-    label = source.name
-    if source.label_field is not None and values.get(source.label_field) not in (None, ""):
-        label = one_line(str(values[source.label_field]))
     prompt = None
     if settings.prompt_field is not None:
         _require(row, settings.prompt_field, "speech.data.prompt_field")
         prompt = str(values[settings.prompt_field] or "")
     if all(name in values for name in PREPARED):
         prepared = {name: values[name] for name in PREPARED}
-        return Utterance(str(values.get(source.text_field) or ""), label, row.origin, prepared=prepared, prompt=prompt)
+        text, label = str(values.get(source.text_field) or ""), label_of(values, source, row.origin)
+        return Utterance(text, label or source.name, row.origin, prepared=prepared, prompt=prompt)
     _require(row, settings.audio_field, "speech.data.audio_field")
-    _require(row, source.text_field, f"text_field of source {source.name}")
-    text = values[source.text_field]
-    if not isinstance(text, str):
-        raise DataError(
-            f"{row.origin} must have text in column {source.text_field}, but has {type(text).__name__}; fix the "
-            f"record, or set text_field of source {source.name}"
-        )
-    return _with_audio(row, values[settings.audio_field], Utterance(text, label, row.origin, prompt=prompt))
+    text, label = fields(values, source, row.origin)
+    found = Utterance(text, label or source.name, row.origin, prompt=prompt)
+    return _with_audio(row, values[settings.audio_field], found)
 
 
 def _with_audio(row: Row, audio: Any, found: Utterance) -> Utterance:
@@ -152,28 +158,30 @@ def _require(row: Row, column: str, setting: str) -> None:
 def _rows(source: SourceConfig, locations: str | list[str], settings: SpeechDataConfig) -> Iterator[Row]:
     given = [locations] if isinstance(locations, str) else locations
     for location in given:
-        if _is_folder(location):
-            yield from _folder_rows(paths.local_path(real_location(location)), source, settings)
+        if is_folder(real := real_location(location)):
+            yield from _folder_rows(paths.local_path(real), source, settings)
             continue
         for url in find_files(location):
             yield from _file_rows(url, source, settings)
 
 
-def _is_folder(location: str) -> bool:
+def is_folder(location: str) -> bool:
+    """Whether a source names a folder of this machine, which is searched."""
     return paths.is_local(location) and paths.local_path(location).is_dir()
 
 
 def _file_rows(url: str, source: SourceConfig, settings: SpeechDataConfig) -> Iterator[Row]:
     name = file_part(url).lower()
+    unpacked = name.removesuffix(compression_of(url) or "")
     if name.endswith(TAR_ENDINGS):
         return _tar_rows(url, source, settings)
     if name.endswith(".parquet"):
         return _parquet_rows(url, source, settings)
     if name.endswith(AUDIO_ENDINGS):
         return iter([_audio_row(url, source, settings, _bytes_of)])
-    if name.endswith(METADATA_NAMES[1]):
-        return _csv_rows("\n".join(read_lines(url)), redact(url), settings, partial(_open_beside, url))
-    if any(ending in name for ending in TABLE_ENDINGS):
+    if unpacked.endswith(METADATA_NAMES[1]):
+        return _csv_rows(read_lines(url), redact(url), settings, partial(_open_beside, url))
+    if unpacked.endswith(TABLE_ENDINGS):
         return _json_rows(read_lines(url), redact(url), partial(_open_beside, url))
     raise DataError(
         f"{redact(url)} must be audio ({', '.join(AUDIO_ENDINGS)}), JSONL, Parquet or a tar archive, but its name ends "
@@ -181,27 +189,20 @@ def _file_rows(url: str, source: SourceConfig, settings: SpeechDataConfig) -> It
     )
 
 
-def _json_rows(lines: Iterator[str], name: str, open_path: Callable[[str], bytes]) -> Iterator[Row]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{name}:{number} must be one JSON object, but is not ({one_line(str(error))}); fix the line"
-            ) from error
-        if not isinstance(record, dict):
-            raise DataError(f"{name}:{number} must be a JSON object, but is a {type(record).__name__}; fix the line")
-        yield Row(record, f"{name}:{number}", open_path)
+def _json_rows(lines: Iterable[str], name: str, open_path: Callable[[str], bytes]) -> Iterator[Row]:
+    for record, origin in json_records(lines, name):
+        require_object(record, origin)
+        yield Row(record, origin, open_path)
 
 
-def _csv_rows(content: str, name: str, settings: SpeechDataConfig, open_path: Callable[[str], bytes]) -> Iterator[Row]:
+def _csv_rows(
+    lines: Iterable[str], name: str, settings: SpeechDataConfig, open_path: Callable[[str], bytes]
+) -> Iterator[Row]:
     """Rows of a `metadata.csv`, whose `file_name` is the audio, as in `datasets`' audio folders."""
-    for number, record in enumerate(csv.DictReader(io.StringIO(content)), start=2):
+    for record, origin in csv_records(lines, name):
         if "file_name" in record:
             record.setdefault(settings.audio_field, record["file_name"])
-        yield Row(record, f"{name}:{number}", open_path)
+        yield Row(record, origin, open_path)
 
 
 def _parquet_rows(url: str, source: SourceConfig, settings: SpeechDataConfig) -> Iterator[Row]:
@@ -226,14 +227,41 @@ def _tar_rows(url: str, source: SourceConfig, settings: SpeechDataConfig) -> Ite
     """Records of a `metadata.jsonl` in an archive; without one, its audio files with a `.txt` each beside them."""
     try:
         with open_bytes(url) as file, tarfile.open(fileobj=file) as archive:
-            members = {member.name.removeprefix("./"): member for member in archive if member.isfile()}
-            # Archives are read once: compressed ones cannot be sought in, and hold hours of audio at the most.
-            contents = {name: archive.extractfile(member).read() for name, member in members.items()}  # type: ignore[union-attr]
-    except (tarfile.TarError, EOFError) as error:
+            # Read as a whole: compressed ones cannot be sought in, and hold hours of audio at the most.
+            contents = _contents(archive, redact(url))
+    except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error, MemoryError) as error:
         raise DataError(
             f"{redact(url)} must be a tar archive, but cannot be read ({one_line(str(error))}); copy it again"
         ) from error
     yield from _member_rows(contents, redact(url), source, settings)
+
+
+def _contents(archive: tarfile.TarFile, url: str) -> dict[str, bytes]:
+    """The files of an archive by name; raises DataError for too many bytes, and ReadError where it is damaged."""
+    found: dict[str, bytes] = {}
+    size = 0
+    for member in archive:
+        size += member.size if member.isfile() else 0
+        if size > ARCHIVE_BYTES:
+            raise DataError(
+                f"{url} must hold at most {ARCHIVE_BYTES >> 30} GiB, which are read into memory, but holds more; "
+                "unpack it and name its folder"
+            )
+        if member.isfile():
+            found[member.name.removeprefix("./")] = archive.extractfile(member).read()  # type: ignore[union-attr]
+    _check_end(archive)
+    return found
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Raise ReadError where members stop without the zeros that end an archive: tarfile takes damage for the end."""
+    file: Any = archive.fileobj
+    file.seek(archive.offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if not block or block.strip(b"\0"):
+        raise tarfile.ReadError(f"what is at byte {archive.offset} is neither a file nor the end")
+    while file.read(1 << 20):  # compressed ones have a checksum behind
+        pass
 
 
 def _member_rows(
@@ -241,16 +269,27 @@ def _member_rows(
 ) -> Iterator[Row]:
     tables = [name for name in contents if name.rpartition("/")[2] in METADATA_NAMES]
     for name in tables:
-        text, folder = contents[name].decode("utf-8-sig"), name.rpartition("/")[0]
-        open_path = partial(_open_member, contents, folder)
+        lines = _lines(contents[name], f"{url}/{name}")
+        open_path = partial(_open_member, contents, name.rpartition("/")[0])
         if name.endswith(".csv"):
-            yield from _csv_rows(text, f"{url}/{name}", settings, open_path)
+            yield from _csv_rows(lines, f"{url}/{name}", settings, open_path)
         else:
-            yield from _json_rows(iter(text.splitlines()), f"{url}/{name}", open_path)
+            yield from _json_rows(lines, f"{url}/{name}", open_path)
     if not tables:
         for name in sorted(contents):
             if name.lower().endswith(AUDIO_ENDINGS):
                 yield _audio_row(name, source, settings, partial(_open_member, contents, ""), url)
+
+
+def _lines(content: bytes, origin: str) -> list[str]:
+    """The lines of a table in an archive, between line feeds alone, as those of files are."""
+    try:
+        return content.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{origin} must be UTF-8 text, but byte {error.start} is 0x{error.object[error.start]:02x}; convert it "
+            "(iconv -f ENCODING -t UTF-8)"
+        ) from error
 
 
 def _open_member(contents: Mapping[str, bytes], folder: str, name: str) -> bytes:
@@ -277,12 +316,16 @@ def _audio_row(
 
 
 def _folder_rows(folder: Path, source: SourceConfig, settings: SpeechDataConfig) -> Iterator[Row]:
-    """A folder of `datasets`, of a metadata file, or of audio files with their texts; searched below."""
+    """A folder of `datasets`, of a metadata file, or of audio files with their texts; searched below, but for what is
+    hidden.
+    """
     if (folder / "state.json").is_file():
         yield from _saved_rows(folder)
         return
-    tables = sorted(path for name in METADATA_NAMES for path in folder.rglob(name))
-    files = tables or sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_ENDINGS)
+    below = sorted(path.relative_to(folder) for path in folder.rglob("*"))
+    seen = [folder / path for path in below if not any(part.startswith(".") for part in path.parts)]
+    tables = [path for path in seen if path.name in METADATA_NAMES]
+    files = tables or [path for path in seen if path.suffix.lower() in AUDIO_ENDINGS]
     if not files:
         raise DataError(
             f"{folder} must hold metadata.jsonl, or audio files ({', '.join(AUDIO_ENDINGS)}) with a .txt each, but "
@@ -294,42 +337,24 @@ def _folder_rows(folder: Path, source: SourceConfig, settings: SpeechDataConfig)
 
 def _saved_rows(folder: Path) -> Iterator[Row]:
     """Rows of a data set that `datasets` saved to disk."""
-    from datasets import Audio, load_from_disk
+    from datasets import load_from_disk
 
-    rows = load_from_disk(str(folder))
-    for name, feature in dict(rows.features).items():
-        if isinstance(feature, Audio):
-            rows = rows.cast_column(name, Audio(decode=False))
-    for number, record in enumerate(rows, start=1):
+    for number, record in enumerate(undecoded(load_from_disk(str(folder))), start=1):
         yield Row(record, f"{folder}:{number}", partial(_open_beside, str(folder / "state.json")))
-
-
-def _hub_rows(source: SourceConfig, split: str) -> Iterator[Row]:
-    """Rows of a data set of the Hub, streamed, with the bytes of their audio."""
-    from datasets import Audio, load_dataset
-
-    name = f"{source.hub} ({split})"
-    try:
-        rows = load_dataset(source.hub, source.hub_config, split=split, streaming=True)
-        for column, feature in dict(rows.features or {}).items():
-            if isinstance(feature, Audio):
-                rows = rows.cast_column(column, Audio(decode=False))
-        for number, record in enumerate(rows, start=1):
-            yield Row(record, f"{name}:{number}", _bytes_of)
-    except DataError:
-        raise
-    except Exception as error:  # data sets, Arrow and HTTP clients each have their own classes
-        raise DataError(
-            f"{name} must be a data set of the Hugging Face Hub, but cannot be read ({one_line(str(error))}); check "
-            f"hub, hub_config and split of source {source.name}, and the network"
-        ) from error
 
 
 def _open_beside(table: str, name: str) -> bytes:
     """The bytes of a path that a table names: its neighbour, unless it is a URL or begins at the root."""
     if "://" in name or name.startswith("/"):
         return _bytes_of(name)
-    return _bytes_of(paths.join(table.rpartition("/")[0] or ".", name))
+    return _bytes_of(neighbour(table, name))
+
+
+def neighbour(table: str, name: str) -> str:
+    """The URL of a file beside another one: with its query on the web, in the archive where that one lies in one."""
+    path = file_part(table)
+    folder = path.removesuffix(path.rpartition("/")[2])
+    return f"{folder or './'}{quote(name) if is_web(table) else name}{table.removeprefix(path)}"
 
 
 def _bytes_of(url: str) -> bytes:

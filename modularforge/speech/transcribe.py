@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from modularforge.data.files import find_files, open_bytes
@@ -12,7 +14,7 @@ from modularforge.data.tokenizer import load_tokenizer
 from modularforge.errors import DataError
 from modularforge.model.hub_config import TOKENIZER_NAME
 from modularforge.speech.audio import UnusableAudio, decode
-from modularforge.speech.features import features, normalised
+from modularforge.speech.features import Features, features, normalised
 from modularforge.speech.folder import load_speech, read_speech_config
 from modularforge.speech.model import NO_TOKEN
 
@@ -28,11 +30,25 @@ def transcribe_files(folder: Path, names: Sequence[str], prompt: str = "", max_t
     for url in find_files(list(names)):
         try:
             with open_bytes(url) as file:
-                samples = decode(file.read())
+                found_FM = features_of(file.read(), settings)
         except UnusableAudio as error:
             raise DataError(f"{url} must be a recording that can be used, but {error}; name another") from error
-        found_FM = features(samples, settings["kind"], settings["bins"])
-        found_FM = normalised(found_FM) if settings["normalise"] == "utterance" else found_FM
         inputs = torch.from_numpy(found_FM)[None], torch.tensor([len(found_FM)]), torch.tensor([ids])
         (written,) = model.transcribe(*inputs, settings["end_token"], max_tokens)
         yield tokenizer.decode(written)
+
+
+def features_of(content: bytes, settings: Mapping[str, Any]) -> Features:
+    """Frames [F, M] of a recording as a model with these `features` in its config.json reads them; raises
+    UnusableAudio.
+    """
+    found_FM = features(decode(content), settings["kind"], settings["bins"])
+    if not len(found_FM):
+        raise UnusableAudio("short", "it is shorter than one frame")
+    if settings["normalise"] == "utterance":
+        return normalised(found_FM)
+    if settings["normalise"] == "none":
+        return found_FM
+    mean_M, std_M = np.asarray(settings["statistics"], np.float32)
+    found: Features = (found_FM - mean_M) / std_M
+    return found

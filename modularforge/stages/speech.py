@@ -34,8 +34,9 @@ from modularforge.run import Run, is_kept
 from modularforge.speech.folder import Parts, build_speech, load_speech, parts_in, parts_of, save_speech, shape_from
 from modularforge.speech.model import SpeechModel
 from modularforge.speech.prepare import prepare_speech
+from modularforge.speech.records import is_folder
 from modularforge.stage_outputs import derived_seed
-from modularforge.tasks.speech import SPEECH, HeldOutSpeech, gate_usage, held_out_speech, listing, measure
+from modularforge.tasks.speech import SPEECH, HeldOutSpeech, gate_usage, held_out_speech, listing, measure, speech_file
 from modularforge.tasks.task import Examples
 from modularforge.training.distributed import default_device, joined_world
 from modularforge.training.job import Job
@@ -55,7 +56,7 @@ def corpus(run: Run) -> Artifact:
     if found := run.finished(plan):
         logger.info("data is finished: %s", plan.url)
         return found
-    matches = [match for match in list_matches(config) if not _is_folder(match.url)]
+    matches = [match for match in list_matches(config) if not is_folder(match.url)]
     warn_of_repeats(matches)
     states = file_states(matches)
     with making(plan) as writer:
@@ -65,10 +66,6 @@ def corpus(run: Run) -> Artifact:
         facts = {"seconds": round(time.perf_counter() - start, 3), "sources": record(matches, states)}
         facts |= {name: metadata[name] for name in ("labels", "splits", "dropped_utterances")}
         return commit(writer, plan, run, facts)
-
-
-def _is_folder(url: str) -> bool:
-    return paths.is_local(url) and paths.local_path(url).is_dir()
 
 
 @dataclass(frozen=True)
@@ -166,7 +163,10 @@ def _train(run: Run, name: str, phase: PhaseConfig, start: Callable[[], Training
 def _write(run: Run, training: Training, folder: Path) -> None:
     """A model folder, with the tokenizer of the language model."""
     settings = run.config.speech.data
-    features = {"kind": settings.features, "bins": settings.bins, "normalise": settings.normalise}
+    features: Row = {"kind": settings.features, "bins": settings.bins, "normalise": settings.normalise}
+    statistics_2M = speech_file(run.config, run.corpus.artifact, "train").statistics
+    if statistics_2M is not None:
+        features["statistics"] = statistics_2M.tolist()
     save_speech(training.model, training.parts, folder, {**features, "end_token": run.corpus.end_token})
     artifact = run.corpus.artifact
     for name in TOKENIZER_FILES:
@@ -312,4 +312,5 @@ def rate_table(results: Row) -> Table:
         *(Column(f"WER {label}", of_domain(label), decimals(1)) for label in results["domains"]),
         *(Column(f"{name.replace('_', ' ')} %", mean_of(name), decimals(1)) for name in RATES),
     ]
-    return Table(columns, [*results["models"].items()], f"{results['name']}: error rates in percent, lower is better")
+    title = f"{results['name']}: error rates (lower is better) and accuracies in percent"
+    return Table(columns, [*results["models"].items()], title)

@@ -20,7 +20,7 @@ from modularforge.errors import TrainingError
 from modularforge.model.backbone import perplexity
 from modularforge.pipeline import stage_url
 from modularforge.routing.statistics import RouterStatistics
-from modularforge.speech.feature_files import SpeechFile, file_names, open_speech_file
+from modularforge.speech.feature_files import STATISTICS_NAME, SpeechFile, file_names, open_speech_file
 from modularforge.speech.metrics import Pair, pooled, worst
 from modularforge.speech.model import NO_TOKEN, SpeechModel, speech_loss
 from modularforge.speech.steering import GateUsage
@@ -257,13 +257,10 @@ def by_domain(file: SpeechFile, corpus: Corpus) -> dict[str, Indices]:
 
 def speech_file(config: Config, corpus: Artifact, split: str) -> SpeechFile:
     """The files of a split; from an object store they are fetched first."""
-    names = [*file_names(split), *(name for name in (STATISTICS,) if name in corpus.manifest.files)]
+    names = [*file_names(split), *(name for name in (STATISTICS_NAME,) if name in corpus.manifest.files)]
     folders = {corpus.local_file(name).parent for name in names}
     folder = folders.pop() if len(folders) == 1 else corpus.local_folder()
     return open_speech_file(folder, split, config.speech.data.bins)
-
-
-STATISTICS = "feature_statistics.npy"
 
 
 def batch_of(file: SpeechFile, indices: Indices, position: Any) -> Batch:

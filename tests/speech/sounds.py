@@ -52,4 +52,15 @@ def config_of(train: Any, **speech: Any) -> Config:
     """Settings that read one source; `speech` are those of `speech.data`, `source` further ones of the source."""
     source = {"name": "tones", "train": train if isinstance(train, list) else str(train), **speech.pop("source", {})}
     data = {"sources": [source], "vocab_size": 270}
-    return Config.model_validate({"data": data, "speech": {"data": speech}})
+    # What reads FBANK is a conformer, which is never a random one; data alone never opens it.
+    model = {"encoder": "conformer"} if speech.get("features") == "fbank" else {}
+    return Config.model_validate(
+        {
+            "task": "speech",
+            "experts": {"kind": "steering"},
+            "data": data,
+            "speech": {"data": speech, "model": model},
+            "assembly": {"router": "means"},
+            "evaluation": {"baselines": []},
+        }
+    )

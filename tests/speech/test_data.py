@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import re
@@ -20,6 +21,7 @@ from modularforge.speech.audio import UnusableAudio, check_audible, decode, requ
 from modularforge.speech.feature_files import SpeechFile, open_speech_file
 from modularforge.speech.features import fbank, log_mel, normalised
 from modularforge.speech.prepare import prepare_speech
+from modularforge.speech.records import neighbour, utterances
 from tests.speech.sounds import RATE, WORDS, config_of, tone, wav, words, write_table
 
 
@@ -189,6 +191,21 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path: Path) -> None:
     assert texts(file) == list(WORDS)
 
 
+def test_recordings_of_the_hub_are_bytes_with_names_of_their_rows(tmp_path: Path) -> None:
+    from datasets import Audio, Dataset
+
+    audio = [{"bytes": wav(tone(200.0 * (i + 1))), "path": f"{i}.wav"} for i in range(4)]
+    rows = Dataset.from_dict({"audio": audio, "text": list(WORDS), "who": ["a", "b", "", None]})
+    rows.cast_column("audio", Audio()).to_parquet(tmp_path / "train.parquet")
+    config = config_of("train", source={"hub": str(tmp_path), "label_field": "who"}, heldout_fraction=1e-9)
+    found = list(utterances(config, config.data.sources[0], "train"))
+    assert [item.text for item in found] == list(WORDS)
+    assert [item.label for item in found] == ["a", "b", "tones", "tones"]
+    assert found[1].read is not None
+    assert found[1].read() == audio[1]["bytes"]
+    assert found[1].origin == f"{tmp_path} (train), row 2: 1.wav"
+
+
 def test_columns_that_are_prepared_already_are_taken_as_they_are(tmp_path: Path) -> None:
     features_MF = log_mel(tone(200.0), 80).T
     row = {"input_features": [features_MF.tolist()], "labels": [[70, 80, -100]]}
@@ -331,3 +348,108 @@ def test_a_truncated_file_of_features_gets_one_sentence(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(DataError, match=r"must hold \d+ bytes for 16 utterances of 80 bins, but has \d+ .* truncated"):
         open_speech_file(tmp_path / "out", "train", 80)
+
+
+def packed(path: Path, contents: dict[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+        for name, content in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def of_table(table: bytes) -> dict[str, bytes]:
+    return {"metadata.jsonl": table, **{f"{index}.wav": wav(tone(200.0 * (index + 1))) for index in range(4)}}
+
+
+TABLE = b"".join(b'{"audio": "%d.wav", "text": "x"}\n' % index for index in range(4))
+
+
+@pytest.mark.parametrize(("name", "mode"), [("a.tar", "w"), ("a.tar.gz", "w:gz"), ("a.tar.xz", "w:xz")])
+def test_a_damaged_archive_is_no_shorter_one(name: str, mode: str, tmp_path: Path) -> None:
+    path = packed(tmp_path / name, of_table(TABLE), mode)
+    content = path.read_bytes()
+    headers = [at for at in range(0, len(content), 512) if content[at:].startswith(b"3.wav")]
+    place = headers[-1] if headers else int(0.9 * len(content))
+    for damaged in (content[:place] + b"\xff" * 40 + content[place + 40 :], content[:place]):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"{re.escape(name)} must be (a tar archive|readable), but") as error:
+            prepare(config_of(path), tmp_path / "out")
+        assert "\n" not in str(error.value)
+
+
+def test_an_archive_of_more_than_memory_holds_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    member = tarfile.TarInfo("huge.wav")
+    member.size = 1 << 40
+    (tmp_path / "huge.tar").write_bytes(member.tobuf())
+    with pytest.raises(DataError, match=r"huge.tar must hold at most 16 GiB, .* unpack it and name its folder"):
+        prepare(config_of(tmp_path / "huge.tar"), tmp_path / "out")
+
+
+def test_a_table_in_an_archive_that_is_not_utf8_gets_one_sentence(tmp_path: Path) -> None:
+    table = packed(tmp_path / "latin.tar", of_table('{"audio": "0.wav", "text": "é"}'.encode("latin-1")))
+    with pytest.raises(DataError, match=r"latin.tar/metadata.jsonl must be UTF-8 text, but byte 28 is 0xe9"):
+        prepare(config_of(table), tmp_path / "out")
+
+
+def test_texts_with_the_line_ends_of_other_systems_stay_whole(tmp_path: Path) -> None:
+    said = ["one\u2028two", "three\x85four", "five", "six"]
+    rows = [json.dumps({"audio": f"{i}.wav", "text": text}, ensure_ascii=False) for i, text in enumerate(said)]
+    path = packed(tmp_path / "a.tar", of_table("\r\n".join(rows).encode()))
+    held_out = {"validation": str(path), "test": str(path)}
+    file, _ = prepare(config_of(path, source=held_out), tmp_path / "out")
+    assert texts(file) == said
+
+
+def test_hidden_files_of_a_folder_are_no_recordings(tmp_path: Path) -> None:
+    for name in ("a/0", "a/._0", ".trash/1"):
+        path = tmp_path / "w" / f"{name}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(wav(tone(200.0)))
+    (tmp_path / "w/a/0.txt").write_text("one")
+    source = config_of(tmp_path / "w").data.sources[0]
+    found = list(utterances(config_of(tmp_path / "w", heldout_fraction=1e-9), source, "train"))
+    assert [item.origin for item in found] == [f"{tmp_path}/w/a/0.wav: {tmp_path}/w/a/0.wav"]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"speaker": "x\ny"}, "must have a label of one line in column speaker"),
+        ({"speaker": ["x"]}, "must have a label of one line in column speaker"),
+        ({"speaker": "x", "text": "\ud800"}, "must hold Unicode text, but has half of a surrogate pair"),
+        ({}, "must have a column speaker, but has audio, text"),
+    ],
+)
+def test_labels_and_texts_are_checked_as_those_of_text_are(record: Any, message: str, tmp_path: Path) -> None:
+    table = write_table(tmp_path, [{"audio": "0.wav", "text": "x", **record}])
+    with pytest.raises(DataError, match=re.escape(message)):
+        prepare(config_of(table, source={"label_field": "speaker"}), tmp_path / "out")
+
+
+def test_a_compressed_table_is_read_and_a_name_is_judged_by_its_end(tmp_path: Path) -> None:
+    table = words(tmp_path / "w", 8, split=False)
+    packed_table = tmp_path / "w/metadata.jsonl.gz"
+    packed_table.write_bytes(gzip.compress(table.read_bytes()))
+    held_out = {"validation": str(table), "test": str(table)}
+    file, _ = prepare(config_of(packed_table, source=held_out), tmp_path / "out")
+    assert texts(file) == list(WORDS) * 2
+    (tmp_path / "old.json.d").mkdir()
+    (tmp_path / "old.json.d/notes.doc").write_text("{}")
+    with pytest.raises(DataError, match="must be audio"):
+        prepare(config_of(tmp_path / "old.json.d/notes.doc"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "expected"),
+    [
+        ("a/t.jsonl", "b/1.wav", "a/b/1.wav"),
+        ("t.jsonl", "~1.wav", "./~1.wav"),
+        ("s3://bucket/a/t.jsonl", "1#2.wav", "s3://bucket/a/1#2.wav"),
+        ("https://host/a/t.jsonl?key=x/y", "1 #2.wav", "https://host/a/1%20%232.wav?key=x/y"),
+        ("zip://t.jsonl::/a/b.zip", "1.wav", "zip://1.wav::/a/b.zip"),
+    ],
+)
+def test_the_neighbour_of_a_table_is_a_url_of_the_same_kind(table: str, name: str, expected: str) -> None:
+    assert neighbour(table, name) == expected

@@ -13,22 +13,24 @@ from safetensors.torch import load_file
 
 from checkpoints import paths
 from modularforge.config import Config
-from modularforge.errors import ConfigError, Interrupted, MismatchError
+from modularforge.errors import ConfigError, DataError, Interrupted, MismatchError
 from modularforge.experts.kind import find_kind
 from modularforge.info import describe
 from modularforge.pipeline import stage_settings
 from modularforge.run import Run
-from modularforge.speech.audio import decode
+from modularforge.speech.audio import UnusableAudio, decode
 from modularforge.speech.features import log_mel
-from modularforge.speech.folder import load_speech
+from modularforge.speech.folder import load_speech, read_speech_config
 from modularforge.speech.model import SpeechModel
 from modularforge.speech.steering import GateUsage
+from modularforge.speech.transcribe import features_of, transcribe_files
 from modularforge.stage_outputs import Backbone
 from modularforge.stages.speech import measure_folder
-from modularforge.tasks.speech import SPEECH, arguments, held_out_speech
+from modularforge.tasks.speech import SPEECH, arguments, held_out_speech, speech_file
 from modularforge.training.checkpointing import Checkpointing
 from tests.conftest import run_command
 from tests.speech.runs import run_all, speech_config
+from tests.speech.sounds import wav, words
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +248,28 @@ def test_a_finished_run_transcribes_recordings(finished: Config, sounds: Path) -
     assert by_run.stdout.strip() == held_out.corpus.tokenizer.decode(expected).strip()
     refused = run_command("modularforge", "transcribe", "--model", str(model), __file__, check=False)
     assert "must be a recording that can be used, but it cannot be decoded" in refused.stderr + refused.stdout
+
+
+def test_a_model_reads_recordings_as_its_training_did(tmp_path: Path, sounds: Path) -> None:
+    speech = {"data": {"split_field": "split", "normalise": "corpus"}}
+    config = speech_config(tmp_path / "run", sounds, speech=speech)
+    for stage in ("corpus", "backbone"):
+        Run(config).make(stage)
+    trained = speech_file(config, Run(config).corpus.artifact, "train").features(1)
+    settings = read_speech_config(Run(config).require("backbone").local_folder())["features"]
+    assert np.abs(features_of((sounds / "low/1.wav").read_bytes(), settings) - trained).max() < 1e-2
+    with pytest.raises(UnusableAudio, match="shorter than one frame"):
+        features_of(wav(np.ones(200)), {**settings, "kind": "fbank"})
+
+
+def test_a_folder_of_no_speech_model_gets_one_sentence(tmp_path: Path) -> None:
+    words(tmp_path, 1)
+    recording = tmp_path / "0.wav"
+    for content, message in ((None, "has no config.json"), ("{", "must be a JSON object"), ("{}", "must be a speech")):
+        if content is not None:
+            (tmp_path / "config.json").write_text(content)
+        with pytest.raises(DataError, match=message):
+            list(transcribe_files(tmp_path, [str(recording)]))
 
 
 def test_one_folder_is_measured_as_the_evaluation_measures_it(finished: Config) -> None:

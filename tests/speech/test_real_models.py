@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from benchmarks.real_speech import ctranslate2, models
-from modularforge.config import Config
 from modularforge.config_files import SAMPLE_SPEECH
 from modularforge.speech.audio import Samples, decode
 from modularforge.speech.encoder import WhisperEncoder, frame_mask, whisper_shape, whisper_tensors
 from modularforge.speech.features import log_mel
 from modularforge.speech.metrics import Pair, pooled
 from modularforge.speech.records import utterances
+from tests.speech.sounds import config_of
 
 
 def text(value: str) -> bytes:
@@ -53,7 +53,7 @@ def test_a_ctranslate2_file_is_read_as_its_format_says() -> None:
 
 def digits(split: str) -> list[tuple[Samples, str]]:
     """Recordings and words of the sample in the package."""
-    config = Config.model_validate({"data": {"sources": SAMPLE_SPEECH}, "speech": {"data": {"split_field": "split"}}})
+    config = config_of(str(SAMPLE_SPEECH[0]["train"]), split_field="split")
     found = utterances(config, config.data.sources[0], split)  # type: ignore[arg-type]
     return [(decode(item.read()), item.text) for item in found if item.read is not None]
 
