@@ -196,14 +196,15 @@ def test_route_says_where_a_text_goes_and_why(
     text = "if (fd < 0) return -1; /* static int main(void) */ struct file *fp = NULL; for (i = 0; i < n; i++)"
     loaded = load_for_generation(model)
     found = routes_of(loaded, slot_names(stored_model(model), 4), text)
-    assert [slot.name for slot in found.slots] == ["public", "expert-0", "expert-1", "expert-2"]
+    names = ["expert-0 (c_code)", "expert-1 (english_novels)", "expert-2 (french_novels)"]
+    assert [slot.name for slot in found.slots] == ["public", *names]
     assert sum(slot.visits for slot in found.slots) == pytest.approx(1)
-    assert found.ranked[0].name == "expert-0", "the one of C code"
+    assert found.ranked[0].name == names[0]
     assert found.slots[1].evidence == max(slot.evidence or 0 for slot in found.slots)
     assert all(token in text and nats > 0 for token, nats in found.telling)
     done = CliRunner().invoke(app, ["route", "--model", model, "--prompt", text])
     assert done.exit_code == 0
-    assert "It suits expert-0 best. What speaks most for it against the next" in done.output
+    assert "It suits expert-0 (c_code) best. What speaks most for it against the next" in done.output
     with pytest.raises(DataError, match="must be a model that chooses among experts, but has none"):
         show_routes(run.url("backbone"), text)
     with pytest.raises(DataError, match="a prompt must be valid Unicode, but is not"):
