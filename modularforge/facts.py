@@ -114,6 +114,7 @@ KINDS: dict[str, Any] = {
     "gguf_sha256": str,
     "index": Count,
     "members": list[IndexedPart],
+    "processor_seconds": float,
     "part_keys": dict[str, str],
     "pretrained": Pretrained | None,
     "provenance": Provenance,
