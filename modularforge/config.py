@@ -98,7 +98,8 @@ class Section(BaseModel):
     """A group of settings: unknown names are refused, values are checked and never changed afterwards.
 
     Values are of the kind that a setting wants: `true` is no number and 5 no text. Two things are taken for what they
-    say: a number in quotes, and `1e3` for a whole number.
+    say: a number in quotes, and `1e3` for a whole number. Null for a section is its defaults, with which a change takes
+    back what a file says of another kind of expert.
     """
 
     model_config = ConfigDict(
@@ -118,7 +119,13 @@ def _kinds(annotation: Any) -> set[Any]:
     return _kinds(typing.get_args(annotation)[0]) if typing.get_origin(annotation) is Annotated else {annotation}
 
 
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
 def _as_wanted(value: Any, kinds: set[Any]) -> Any:
+    if value is None and types.NoneType not in kinds and any(_is_section(kind) for kind in kinds):
+        value = {}
     if isinstance(value, str) and kinds & {int, float} and str not in kinds:
         found = plain_number(value)
         value = value if found is None else found

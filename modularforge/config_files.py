@@ -118,7 +118,7 @@ def load_config(
         _say_new_name(router)
     config = complete_config(values, path) if asks_for_shape else make_config(values, path)
     # Now, and not when a backbone has been trained for days.
-    entry(kind.GROUP, kind.OWN, config.experts.kind, "kind of expert")
+    entry(kind.GROUP, kind.OWN, config.experts.kind, "experts.kind")
     entry(task.GROUP, task.OWN, config.task, "task")
     return config
 

@@ -24,12 +24,16 @@ from modularforge.provenance import making, provenance
 
 @dataclass(frozen=True)
 class Member:
-    """One expert of an assembled model: the slot it has there, its index in its run, where it lies, its fingerprint."""
+    """One expert of an assembled model: the slot it has there, its index in its run, where it lies, its fingerprint.
+
+    `domains` are those of its partition; none where they are not known.
+    """
 
     slot: int
     index: int
     url: str
     fingerprint: str
+    domains: Sequence[str] = ()
 
 
 def members_of(model: Artifact) -> list[Member]:
@@ -40,7 +44,10 @@ def members_of(model: Artifact) -> list[Member]:
             "folder (a calibrated model is made from it anew)"
         )
     entries = enumerate(fact(model, "members"), start=int(fact(model, "public_expert")))
-    return [Member(slot, entry["index"], entry["url"], entry["fingerprint"]) for slot, entry in entries]
+    return [
+        Member(slot, entry["index"], entry["url"], entry["fingerprint"], entry.get("domains", ()))
+        for slot, entry in entries
+    ]
 
 
 def remove(model_url: str, name: int | str, output: str | None = None) -> Artifact:

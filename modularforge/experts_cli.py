@@ -27,7 +27,7 @@ Output = Annotated[str | None, typer.Option("--output", help="Where the new mode
 
 @app.command("list")
 def list_members(model: Model, as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False) -> None:
-    """The experts of a model: slot, index, where each lies."""
+    """The experts of a model: slot, index, domains, where each lies."""
     from checkpoints import open_artifact
     from modularforge import edit_experts
     from modularforge.facts import fact
@@ -41,7 +41,8 @@ def list_members(model: Model, as_json: Annotated[bool, typer.Option("--json", h
     router, active = fact(artifact, "router"), fact(artifact, "experts_per_token")
     say(f"{model}: {len(found)} experts{public}; router {router}, top {active}")
     for member in found:
-        say(f"slot {member.slot}: expert {member.index}  {member.url}")
+        said = f" ({', '.join(member.domains)})" if member.domains else ""
+        say(f"slot {member.slot}: expert {member.index}{said}  {member.url}")
 
 
 @app.command()

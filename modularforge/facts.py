@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, StrictBool, TypeAdapter, ValidationError, with_config
-from typing_extensions import Required, TypedDict
+from typing_extensions import NotRequired, Required, TypedDict
 
 from checkpoints import Artifact, CorruptArtifactError
 
@@ -26,9 +26,10 @@ class Part(TypedDict):
 
 
 class IndexedPart(Part):
-    """An expert that a model was made from."""
+    """An expert that a model was made from; `domains` are its partition's, as far as that is known."""
 
     index: Count
+    domains: NotRequired[list[str]]
 
 
 @with_config(LENIENT)
@@ -107,11 +108,13 @@ KINDS: dict[str, Any] = {
     "anchored": StrictBool,
     "backbone": Part,
     "data": Data | None,
+    "domains": list[str],
     "expert_kind": str,
     "experts_per_token": Count,
     "gguf_sha256": str,
     "index": Count,
     "members": list[IndexedPart],
+    "processor_seconds": float,
     "part_keys": dict[str, str],
     "pretrained": Pretrained | None,
     "provenance": Provenance,

@@ -12,7 +12,7 @@ from modularforge.errors import ConfigError
 def find(group: str, own: Mapping[str, str], name: str, what: str) -> Any:
     """The object of this name: our `own` ("module:object") first, then those of installed packages' entry points.
 
-    Raises ConfigError with the names that there are. `what` stands for such an object in the message.
+    Raises ConfigError with the names that there are. `what` is what the message calls it: a setting, or such an object.
     """
     return entry(group, own, name, what).load()
 
@@ -25,7 +25,7 @@ def entry(group: str, own: Mapping[str, str], name: str, what: str) -> EntryPoin
     if name not in known:
         names = ", ".join(sorted({*own, *known}))
         raise ConfigError(
-            f"a {what} must be one of {names}, but is {name!r:.60}; choose one of these, or install the package that "
+            f"{what} must be one of {names}, but is {name!r:.60}; choose one of these, or install the package that "
             f"has it (entry points of the group {group})"
         )
     return known[name]

@@ -19,13 +19,13 @@ from checkpoints import Artifact, find_artifact, paths
 from checkpoints.parsing import parse_object
 from checkpoints.redact import redact
 from checkpoints.safetensors import WEIGHTS_NAME
-from modularforge.assembly.card import special_tokens
 from modularforge.config import Config
 from modularforge.data.tokenizer import load_tokenizer
 from modularforge.errors import ConfigError, DataError, MismatchError
 from modularforge.evaluation.extras import Texts, read_texts, stream_of, texts_identity
-from modularforge.experts.kind import KIND_FACT, find_kind, frozen_hashes
+from modularforge.experts.kind import KIND_FACT, ExpertJob, find_kind, frozen_hashes
 from modularforge.experts.lora.adapters import base_name
+from modularforge.experts.sums import save_sums
 from modularforge.log import json_safe, logger
 from modularforge.model.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS, parse_adapter_config
 from modularforge.model.backbone import Decoder
@@ -33,8 +33,6 @@ from modularforge.model.hub_config import TOKENIZER_NAME, end_tokens
 from modularforge.model.lora import with_adapter
 from modularforge.pipeline import Plan
 from modularforge.provenance import making, provenance
-from modularforge.routing.statistics import STATISTICS_NAME, save_statistics
-from modularforge.routing.text_counts import COUNTS_NAME
 from modularforge.stage_outputs import Backbone
 from modularforge.tasks.text import TEXT
 from modularforge.training.distributed import default_device
@@ -120,6 +118,4 @@ def _count(config: Config, backbone: Artifact, model: Decoder, texts: Texts, ind
     documents = [text for found in texts.values() for text in found]
     tokens = stream_of(documents, tokenizer, ends[0] if ends else 0, config.experts.counted_tokens)
     examples = TEXT.part_of(config, tokens, index)
-    save_statistics(folder / STATISTICS_NAME, TEXT.statistics(model, examples, default_device()))
-    special = special_tokens(backbone)
-    TEXT.save_counts(config, examples, model.vocab_size, special, folder / COUNTS_NAME)
+    save_sums(ExpertJob(config, index, Backbone(backbone), TEXT, examples, default_device()), model, folder)

@@ -83,7 +83,12 @@ def _origin(backbone: Artifact, experts: list[Artifact]) -> dict[str, Any]:
     """What the model was made from, so that its experts can be exchanged."""
     return {
         "members": [
-            {"index": fact(item, "index"), "url": item.url, "fingerprint": item.manifest.fingerprint}
+            {
+                "index": fact(item, "index"),
+                "url": item.url,
+                "fingerprint": item.manifest.fingerprint,
+                "domains": fact(item, "domains", []),
+            }
             for item in experts
         ],
         "backbone": {"url": backbone.url, "fingerprint": backbone.manifest.fingerprint},

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from modularforge.stored_models import StoredModel
 
 TELLING = 5  # tokens that are named
 PUBLIC = "public"
+FEW_DOMAINS = 3  # more, as of an expert on a random part, tell nothing
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,16 @@ class Routes:
 
 
 def slot_names(stored: StoredModel, count: int) -> list[str]:
-    """What the slots of a model are called: by the experts' indices, where it says which they are."""
+    """What the slots of a model are called: by the experts' indices and few domains, where it says which they are."""
     members = fact(stored.artifact, "members", []) if stored.artifact else []
-    found = [f"expert-{member['index']}" for member in members]
+    found = [_expert_name(member["index"], member.get("domains", [])) for member in members]
     has_public = len(found) == count - 1
     return [PUBLIC, *found] if has_public else found if len(found) == count else [f"slot-{k}" for k in range(count)]
+
+
+def _expert_name(index: int, domains: Sequence[str]) -> str:
+    said = f" ({', '.join(domains)})" if 0 < len(domains) <= FEW_DOMAINS else ""
+    return f"expert-{index}{said}"
 
 
 def routes_of(loaded: Loaded, names: list[str], prompt: str) -> Routes:

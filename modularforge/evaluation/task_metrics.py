@@ -19,6 +19,7 @@ References = Sequence[Sequence[str]]
 Scores = dict[str, float]
 ORDERS = (1, 2, 3, 4)
 ROUGES = {"rouge1": "rouge_1", "rouge2": "rouge_2", "rougeL": "rouge_l", "rougeLsum": "rouge_lsum"}
+UNSPOKEN = re.compile(r"(?<=\d),(?=\d)|\$|\.$")  # of an answer such as $1,000.
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 WITHOUT_WORDNET = (
     "METEOR here knows equal words and equal stems alone: WordNet is not installed, so that synonyms are left out "
@@ -60,6 +61,8 @@ def check_metrics(metrics: Iterable[str]) -> None:
 def bleu(replies: Sequence[str], references: References, _marking: Marking) -> tuple[Scores, str]:
     """Corpus BLEU (Papineni et al., ACL 2002) as sacrebleu computes it (arXiv 1804.08771), and of shorter n-grams."""
     metrics: Any = _library("sacrebleu.metrics", "bleu")
+    if not replies:  # of which sacrebleu makes no corpus
+        return dict.fromkeys(("bleu", *(f"bleu_{n}" for n in ORDERS)), 0.0), ""
     columns = [list(column) for column in zip_longest(*references)]  # None where a reply has fewer references
     found = {f"bleu_{n}": float(metrics.BLEU(max_ngram_order=n).corpus_score(replies, columns).score) for n in ORDERS}
     return {"bleu": found["bleu_4"], **found}, ""
@@ -86,7 +89,10 @@ def meteor(replies: Sequence[str], references: References, _marking: Marking) ->
 
 
 def exact_match(replies: Sequence[str], references: References, marking: Marking) -> tuple[Scores, str]:
-    """Share of replies that are a reference, case and white space folded."""
+    """Share of replies that are a reference, case and white space folded.
+
+    What stands behind a mark is compared as answers of GSM8K are: without commas in numbers, $, and a full stop.
+    """
     mine = [_marked(reply, marking.mark) for reply in replies]
     wanted = [{_marked(text, marking.mark) for text in known} for known in references]
     right = sum(reply in known for reply, known in zip(mine, wanted, strict=True))
@@ -124,7 +130,8 @@ def label_of(reply: str, labels: Iterable[str]) -> str | None:
 
 
 def _marked(text: str, mark: str | None) -> str:
-    return fold(text if mark is None else text.rsplit(mark, 1)[-1])
+    """What of a text is compared."""
+    return fold(text) if mark is None else UNSPOKEN.sub("", fold(text.rsplit(mark, 1)[-1]))
 
 
 def _lines(text: str) -> str:

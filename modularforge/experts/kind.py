@@ -116,7 +116,7 @@ class Kind:
 
 def find_kind(name: str) -> Kind:
     """The kind of this name; raises ConfigError with the names that there are."""
-    kind: Kind = find(GROUP, OWN, name, "kind of expert")
+    kind: Kind = find(GROUP, OWN, name, "a kind of expert")
     return kind
 
 

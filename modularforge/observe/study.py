@@ -54,6 +54,8 @@ def variant_table(table: StudyTable) -> Table:
         Column("active", named("active_parameters"), count),
         Column("FLOPs/token", named("flops_per_token"), count),
         Column("tokens", named("training_tokens"), count),
+        Column("bytes", named("trained_bytes"), count, on_screen=False),
+        Column("CPU s", named("processor_seconds"), decimals(0), on_screen=False),
     ]
     return Table(columns, [*table["rows"].items()])
 

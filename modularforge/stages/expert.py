@@ -24,7 +24,8 @@ def run(run: Run, index: int) -> Artifact:
         return found
     partitions, task = run.require("partition"), task_of(config)
     examples = task.part(config, partitions, index)
-    held_out = task.validation(config, run.corpus, dict(enumerate(own_domains(partitions))).get(index, []))
+    domains = dict(enumerate(own_domains(partitions))).get(index, [])
+    held_out = task.validation(config, run.corpus, domains)
     job = Job.of_run(config, str(name), config.experts, plan.fingerprint)
     with joined_world() as world:
         if world.is_main:
@@ -34,6 +35,6 @@ def run(run: Run, index: int) -> Artifact:
         if world.is_main:
             with making(plan) as writer:
                 facts = save_expert(expert, model, writer.folder)
-                commit(writer, plan, run, {**losses, **facts})
+                commit(writer, plan, run, {**losses, **facts, "domains": domains})
         world.barrier()
     return run.made("expert", index)

@@ -10,7 +10,7 @@ calibration fits: no variant is judged by text that any other learned from.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from modularforge.evaluation.paired import document_sums
 from modularforge.evaluation.probes import SPREAD, TEXT
 from modularforge.evaluation.replies import AskedTask, prepare_tasks
 from modularforge.evaluation.scoring import Row, means, posterior_ensemble, score, summarise, uniform_ensemble
+from modularforge.facts import fact
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import load_model
 from modularforge.model.hub_config import end_tokens
@@ -48,7 +49,7 @@ Split = Literal["validation", "test"]
 ENSEMBLES = {"ensemble_uniform": uniform_ensemble, "ensemble_posterior": posterior_ensemble}
 # Of the tokens of a domain, as many targets behind a switch, and as many in mixed documents.
 PROBE_SHARE = 4
-COSTS = ("parameters", "active_parameters", "flops_per_token", "training_tokens")
+COSTS = ("parameters", "active_parameters", "flops_per_token", "training_tokens", "trained_bytes", "processor_seconds")
 WITHOUT = "without own expert"
 CARRIED = "carried over windows"
 
@@ -141,6 +142,7 @@ class RunBench:
         scores = self.bench.score(model)
         row = self.bench.summarise(scores) | sizes_of(model) | self._replies(variant.name, model)
         row["training_tokens"] = training_tokens(config, variant.kind, variant.options.calibrate)
+        row |= self._trained(artifact for name, artifact in parts.items() if name != "backbone")
         about = {name: row[name] for name in COSTS}
         result: dict[str, Any] = {"rows": {"": row}, "calibration": calibration}
         if variant.options.carry:
@@ -158,13 +160,28 @@ class RunBench:
         rows = {
             name: self.bench.summarise({probe: scores_KRT[index] for probe, scores_KRT in scores.items()})
             | about
+            | self._trained([experts[name]])
             | (self._replies(name, self.run.backbone.expert(experts[name])) if self._tasks else {})
             for index, name in enumerate(experts)
         }
         best = min(rows.values(), key=standing)
         alone = {name: {key: value for key, value in row.items() if key != "documents"} for name, row in rows.items()}
-        bound = oracle_row(config, rows) | self._best_replies(rows)
+        bound = oracle_row(config, rows) | self._trained(experts.values()) | self._best_replies(rows)
         return {"rows": {"best expert": best, "oracle": bound}, "experts": alone}
+
+    def _trained(self, artifacts: Iterable[Artifact]) -> dict[str, Any]:
+        """Bytes of these artifacts that are not the backbone's, and the processor seconds of their training.
+
+        The seconds are None where one of them does not say.
+        """
+        made = list(artifacts)
+        taken = {entry.sha256 for entry in self.run.backbone.artifact.manifest.files.values()}
+        files = [entry for artifact in made for entry in artifact.manifest.files.values()]
+        seconds = [fact(artifact, "processor_seconds", None) for artifact in made]
+        return {
+            "trained_bytes": sum(entry.size for entry in files if entry.sha256 not in taken),
+            "processor_seconds": None if None in seconds else sum(seconds),
+        }
 
     @cached_property
     def _tasks(self) -> list[AskedTask]:
@@ -189,6 +206,7 @@ class RunBench:
         mix, scores = ENSEMBLES[variant.kind], self.score_experts(experts)
         row = self.bench.summarise({name: mix(scores_KRT) for name, scores_KRT in scores.items()})
         sizes = {name: value * len(experts) for name, value in self._expert_sizes(experts).items()}
+        sizes |= self._trained(experts.values())
         return {"rows": {"": row | sizes | {"training_tokens": training_tokens(config, variant.kind)}}}
 
     def score_experts(self, experts: Mapping[str, Artifact]) -> Scores:

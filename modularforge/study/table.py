@@ -23,7 +23,7 @@ Results = Mapping[str, Sequence[Mapping[str, Any]]]
 Row = dict[str, Any]
 ORACLE = "oracle"
 REFERENCES = ("backbone", "dense", "joint", "joint_lora", "joint_lora_wide")
-COST = ("parameters", "active_parameters", "flops_per_token", "training_tokens")
+COST = ("parameters", "active_parameters", "flops_per_token", "training_tokens", "trained_bytes", "processor_seconds")
 
 
 def make_table(
@@ -109,7 +109,7 @@ def _summary(found: Mapping[int, Row], results: Results, reference: str) -> Row:
         "worst_domain": max((item for item in worst if item), key=lambda item: float(item["change"]), default=None),
         "probes": probe_means(list(found.values())),
         **_replies(list(found.values())),
-        **{name: first[name] for name in COST},
+        **{name: first.get(name) for name in COST},  # results of earlier versions lack some
         "routing_parameters": first.get("routing_parameters"),
     }
 

@@ -154,7 +154,7 @@ class Task(Protocol):
 
 def find_task(name: str) -> Task:
     """The task of this name; raises ConfigError with the names that there are."""
-    task: Task = find(GROUP, OWN, name, "task")
+    task: Task = find(GROUP, OWN, name, "a task")
     return task
 
 

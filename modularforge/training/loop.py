@@ -6,6 +6,7 @@ continues from its newest checkpoint with the same losses, bit for bit on a dete
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 
@@ -35,9 +36,11 @@ def fit(
 ) -> dict[str, float | None]:
     """Train `job.phase.steps` steps and return the final losses (called on every rank; rank 0 writes).
 
-    `validate` gives the validation loss, which is that of the job's own model. Raises TrainingError on a non-finite
-    loss and Interrupted after a stop signal, both before anything is saved as finished.
+    With them come the processor seconds of this process, since it began or went on. `validate` gives the validation
+    loss, which is that of the job's own model. Raises TrainingError on a non-finite loss and Interrupted after a stop
+    signal, both before anything is saved as finished.
     """
+    begun = time.process_time()
     trainable.model.to(world.device)
     trainer = Trainer(trainable, build_optimizer(trainable.groups, job.phase, job.training))
     checkpoints = Checkpointing(job, world)
@@ -77,7 +80,12 @@ def fit(
             trainer.validation_loss = _validated(trainable.model, validate, meter, trainer.step)
         meter.flush()
         reporter.finish(trainer, meter.mean_speed)
-    return {"train_loss": trainer.train_loss, "validation_loss": trainer.validation_loss}
+    seconds = round(time.process_time() - begun, 1)
+    return {
+        "train_loss": trainer.train_loss,
+        "validation_loss": trainer.validation_loss,
+        "processor_seconds": seconds,
+    }
 
 
 class _Wrapped:

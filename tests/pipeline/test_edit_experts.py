@@ -411,6 +411,7 @@ def test_the_command_lists_and_changes_members_and_says_what_is_wrong(finished_r
     url = stage_url(run, "assemble")
     listed = json.loads(run_command("modularforge", "experts", "list", url, "--json").stdout)
     assert [(entry["slot"], entry["index"]) for entry in listed] == [(1, 0), (2, 1), (3, 2)]
+    assert all(len(entry["domains"]) == 1 for entry in listed)
     output = str(tmp_path / "two")
     run_command("modularforge", "experts", "remove", url, "1", "--output", output)
     assert [member.index for member in edit_experts.members_of(open_artifact(output))] == [0, 2]

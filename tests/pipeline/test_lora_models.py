@@ -196,14 +196,15 @@ def test_route_says_where_a_text_goes_and_why(
     text = "if (fd < 0) return -1; /* static int main(void) */ struct file *fp = NULL; for (i = 0; i < n; i++)"
     loaded = load_for_generation(model)
     found = routes_of(loaded, slot_names(stored_model(model), 4), text)
-    assert [slot.name for slot in found.slots] == ["public", "expert-0", "expert-1", "expert-2"]
+    names = ["expert-0 (c_code)", "expert-1 (english_novels)", "expert-2 (french_novels)"]
+    assert [slot.name for slot in found.slots] == ["public", *names]
     assert sum(slot.visits for slot in found.slots) == pytest.approx(1)
-    assert found.ranked[0].name == "expert-0", "the one of C code"
+    assert found.ranked[0].name == names[0]
     assert found.slots[1].evidence == max(slot.evidence or 0 for slot in found.slots)
     assert all(token in text and nats > 0 for token, nats in found.telling)
     done = CliRunner().invoke(app, ["route", "--model", model, "--prompt", text])
     assert done.exit_code == 0
-    assert "It suits expert-0 best. What speaks most for it against the next" in done.output
+    assert "It suits expert-0 (c_code) best. What speaks most for it against the next" in done.output
     with pytest.raises(DataError, match="must be a model that chooses among experts, but has none"):
         show_routes(run.url("backbone"), text)
     with pytest.raises(DataError, match="a prompt must be valid Unicode, but is not"):
@@ -360,9 +361,8 @@ def test_without_a_router_every_token_visits_all_adapters_alike(finished_run: Co
 
 def test_a_study_measures_all_forms_beside_their_baselines(tmp_path: Path) -> None:
     base, file = tmp_path / "base.yaml", tmp_path / "study.yaml"
-    plain = {"assembly": {"router": "evidence"}, "experts": {"anchored": False}}
-    base.write_text(to_yaml(tiny_config(tmp_path / "unused", **plain)))
-    lora = {"experts.kind": "lora", "experts.lora.targets": "mlp", "experts.lora.rank": 2}
+    lora = {"anchored": False, "kind": "lora", "lora": {"targets": "mlp", "rank": 2}}
+    base.write_text(to_yaml(tiny_config(tmp_path / "unused", assembly={"router": "evidence"}, experts=lora)))
     forms = {"assembly.lora": ["adapters", "fold", "average"]}
     variants: dict[str, Any] = {
         "backbone": {"kind": "backbone"},
@@ -373,9 +373,12 @@ def test_a_study_measures_all_forms_beside_their_baselines(tmp_path: Path) -> No
         "lora": {"kind": "assembled", "set": forms},
         "removal": {"kind": "assembled", "removal": True, "without": True, "carry": True},
         "calibrated": {"kind": "assembled", "calibrate": True},
+        "ffn": {"kind": "assembled", "recipe": "ffn"},
     }
-    values = {"name": "tiny", "base": str(base), "output_dir": str(tmp_path / "out"), "recipes": {"plain": lora}}
-    file.write_text(yaml.safe_dump({**values, "validation_tokens_per_domain": 700, "variants": variants}))
+    recipes: dict[str, Any] = {"plain": {}, "ffn": {"experts.kind": "ffn", "experts.lora": None}}
+    values = {"name": "tiny", "base": str(base), "output_dir": str(tmp_path / "out"), "recipes": recipes}
+    values |= {"validation_tokens_per_domain": 700, "variants": variants}
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
     runs = Runs(load_study(str(file)))
     run_study(runs, "validation")
     rows = json.loads(paths.read_bytes(f"{runs.root}/table-validation.json"))["rows"]
@@ -385,6 +388,7 @@ def test_a_study_measures_all_forms_beside_their_baselines(tmp_path: Path) -> No
     assert losses["experts: oracle"] <= losses["experts: best expert"]
     assert rows["lora-lora_average"]["parameters"] == rows["wide"]["parameters"] > rows["one"]["parameters"]
     assert rows["lora-lora_fold"]["active_parameters"] > rows["lora-lora_adapters"]["active_parameters"]
+    assert rows["ffn"]["trained_bytes"] > rows["lora-lora_fold"]["trained_bytes"] > rows["one"]["trained_bytes"] > 0
     assert {"removal: without own expert", "removal: carried over windows", "calibrated"} <= rows.keys()
 
 

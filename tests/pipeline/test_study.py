@@ -157,6 +157,19 @@ def test_gains_compare_rows_of_one_seed_and_of_the_same_tokens(finished_study: R
     assert table["rows"]["longer"]["kept"] is None, "no oracle and no dense model got as many tokens"
 
 
+def test_rows_say_how_many_bytes_training_left_and_how_long_it_took(finished_study: Runs) -> None:
+    rows, folder = table_of(finished_study)["rows"], Path(finished_study.config(0, "plain").output_dir)
+    assert rows["backbone"]["trained_bytes"] == rows["backbone"]["processor_seconds"] == 0
+    experts = [open_artifact(str(folder / f"experts/expert-{index}")).manifest for index in range(3)]
+    for name in ("plain-experts: oracle", "uniform", "plain-ridge-experts_per_token_1"):
+        assert rows[name]["trained_bytes"] == sum(file.size for one in experts for file in one.files.values())
+        seconds = sum(one.facts["processor_seconds"] for one in experts)
+        assert rows[name]["processor_seconds"] == pytest.approx(seconds)
+        assert seconds > 0
+    dense = (folder / "baselines/dense/model.safetensors").stat().st_size
+    assert dense <= rows["dense"]["trained_bytes"] < 1.1 * dense, "tokenizer and the like are the backbone's"
+
+
 def test_shared_work_is_done_once(finished_study: Runs) -> None:
     root = Path(finished_study.root)
     trained = {path.relative_to(root).as_posix() for path in root.glob("seed-*/*/metrics/*.jsonl")}

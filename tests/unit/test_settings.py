@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from launcher.__main__ import app as launcher
-from modularforge.config import Config
+from modularforge.config import Config, LoraConfig
 from modularforge.config_files import load_config, make_config, setting_names, to_yaml
 from modularforge.errors import ConfigError, UserError
 from tests.conftest import ROOT, tiny_config, tiny_values
@@ -84,6 +84,15 @@ def test_baselines_on_all_partitions_have_batches_of_their_own_and_leave_no_wind
 def test_settings_that_only_another_kind_or_task_has_are_refused(change: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(QUICKSTART, [change])
+
+
+def test_null_takes_a_section_back_to_its_defaults_so_that_experts_of_another_kind_can_be_had() -> None:
+    path, change = str(ROOT / "configs" / "smollm2-domains.yaml"), ["experts.kind=ffn", "evaluation.baselines=[]"]
+    with pytest.raises(ConfigError, match=r"experts.lora.rank must be left out unless experts.kind is lora"):
+        load_config(path, change)
+    assert load_config(path, [*change, "experts.lora=null"]).experts.lora == LoraConfig()
+    with pytest.raises(ConfigError, match=r"experts.steps must be a whole number"):
+        load_config(path, ["experts.steps=null"])
 
 
 @pytest.mark.parametrize(("kind", "config"), [("lora", "quickstart"), ("steering", "speech")])
@@ -199,5 +208,5 @@ def test_workers_are_for_processes_here() -> None:
     ("change", "known"), [("experts.kind=none", "ffn, lora, steering"), ("task=none", "instruction, speech, text")]
 )
 def test_a_kind_or_task_that_is_not_installed_is_refused_before_anything_is_trained(change: str, known: str) -> None:
-    with pytest.raises(ConfigError, match=f"must be one of {known}, but is"):
+    with pytest.raises(ConfigError, match=f"{change.partition('=')[0]} must be one of {known}, but is 'none'"):
         load_config(QUICKSTART, [change])

@@ -63,6 +63,20 @@ def test_exact_match_folds_case_and_white_space_and_looks_behind_the_mark() -> N
     assert scores("exact_match", replies=replies, references=references) == {"exact_match": 0}
 
 
+@pytest.mark.parametrize(
+    ("reply", "is_right"),
+    [("1,000", True), ("$1000", True), ("$1,000.", True), ("1000.5", False), ("100", False)],
+)
+def test_an_answer_behind_a_mark_is_its_number(reply: str, is_right: bool) -> None:
+    found = scores("exact_match", replies=[f"so #### {reply}"], references=[["#### 1,000"]], mark="####")
+    assert found == {"exact_match": 100.0 * is_right}
+
+
+@pytest.mark.parametrize("metric", list(task_metrics.METRICS))
+def test_no_replies_are_worth_nothing(metric: str) -> None:
+    assert set(scores(metric, replies=[], references=[]).values()) == {0.0}
+
+
 def test_accuracy_is_over_labels() -> None:
     labels = ["card lost", "card", "pin"]
     assert [label_of(text, labels) for text in ("Card lost.", "card", "cards", "Card, lost", "the pin", "")] == [

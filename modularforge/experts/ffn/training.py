@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from checkpoints import Artifact
-from modularforge.assembly.card import special_tokens
 from modularforge.config import ExpertsConfig
 from modularforge.experts.calibrated import calibrates as calibrates
 from modularforge.experts.ffn import EXPERT_NAME
 from modularforge.experts.kind import ExpertJob
+from modularforge.experts.sums import save_sums
 from modularforge.experts.trainable import Trainable, trainable
 from modularforge.facts import fact
 from modularforge.model import names
@@ -31,9 +31,7 @@ from modularforge.routing.statistics import (
     STATISTICS_NAME,
     LayerStatistics,
     load_statistics,
-    save_statistics,
 )
-from modularforge.routing.text_counts import COUNTS_NAME
 from modularforge.stage_outputs import Backbone
 from modularforge.training.losses import RoutedLoss
 
@@ -56,9 +54,7 @@ def save(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:
     save_tensors(ffn, folder / EXPERT_NAME)
     if rows:
         save_tensors(rows, folder / ROUTER_NAME)
-    save_statistics(folder / STATISTICS_NAME, expert.task.statistics(model, expert.examples, expert.device))
-    special = special_tokens(backbone.artifact)
-    expert.task.save_counts(expert.config, expert.examples, model.vocab_size, special, folder / COUNTS_NAME)
+    save_sums(expert, model, folder)
     return {"slot": slot, "anchored": anchored}
 
 

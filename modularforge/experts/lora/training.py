@@ -12,12 +12,13 @@ from torch import nn
 
 from checkpoints import Artifact
 from checkpoints.safetensors import WEIGHTS_NAME
-from modularforge.assembly.card import copy_text_files, special_tokens
+from modularforge.assembly.card import copy_text_files
 from modularforge.assembly.plan import spans_of
 from modularforge.experts.calibrated import calibrates as calibrates
 from modularforge.experts.kind import ExpertJob
 from modularforge.experts.lora.adapters import Mean, adapter_of, base_name
 from modularforge.experts.lora.phases import Phase, phase_at, phases_of
+from modularforge.experts.sums import save_sums
 from modularforge.experts.trainable import Loss, ParameterGroup, Trainable
 from modularforge.model.adapter_config import (
     ADAPTER_CONFIG,
@@ -36,8 +37,6 @@ from modularforge.model.folder import save_tensors
 from modularforge.model.hub_config import CONFIG_NAME, write_json
 from modularforge.model.lora import adapter_tensors, add_adapters, with_adapter
 from modularforge.ranks import own_rank
-from modularforge.routing.statistics import STATISTICS_NAME, save_statistics
-from modularforge.routing.text_counts import COUNTS_NAME
 from modularforge.stage_outputs import Backbone, derived_seed
 
 
@@ -77,9 +76,7 @@ def save(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:
     assert isinstance(model, Decoder)
     backbone, shape = expert.backbone, shape_of(expert.config.experts.lora)
     write_adapter(model, shape, backbone.artifact, folder)
-    save_statistics(folder / STATISTICS_NAME, expert.task.statistics(model, expert.examples, expert.device))
-    special = special_tokens(backbone.artifact)
-    expert.task.save_counts(expert.config, expert.examples, model.vocab_size, special, folder / COUNTS_NAME)
+    save_sums(expert, model, folder)
     return {"trained_parameters": sum(tensor.numel() for tensor in adapter_tensors(model).values())}
 
 
