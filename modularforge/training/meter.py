@@ -172,8 +172,8 @@ def clock(seconds: float) -> str:
 
 
 def count(value: float) -> str:
-    """A count in three characters or so: `850`, `3.6k`, `36k`, `1.2M`."""
+    """A count in three characters or so: `0.3`, `850`, `3.6k`, `36k`, `1.2M`."""
     for size, unit in ((1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.1f}{unit}" if value < 10 * size else f"{value / size:.0f}{unit}"
-    return f"{value:.0f}"
+    return f"{value:.1f}" if 0 < value < 10 else f"{value:.0f}"

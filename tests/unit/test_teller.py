@@ -90,7 +90,14 @@ def test_clocks_and_counts_are_short() -> None:
         "1:00:00",
         "25:01:01",
     ]
-    assert [count(value) for value in (0, 850, 3_640, 36_400, 1.25e6)] == ["0", "850", "3.6k", "36k", "1.2M"]
+    assert [count(value) for value in (0, 0.34, 850, 3_640, 36_400, 1.25e6)] == [
+        "0",
+        "0.3",
+        "850",
+        "3.6k",
+        "36k",
+        "1.2M",
+    ]
 
 
 def train(steps: int, training: TrainingConfig) -> None:
