@@ -18,7 +18,7 @@ from checkpoints.artifact import Artifact, examine, find_artifacts
 from checkpoints.errors import StoreError, UserError
 from checkpoints.garbage import delete_garbage, find_garbage
 from checkpoints.parallel import in_order
-from checkpoints.screen import bug, progress, safe_streams, say, show, table
+from checkpoints.screen import bug, log_to_screen, logger, progress, safe_streams, say, show, table
 from checkpoints.transfer import Outcome, Selection, select, transfer
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -32,6 +32,7 @@ Newest = Annotated[bool, typer.Option("--newest", help="Only the newest training
 def main() -> None:
     """Run the command; an error that a user can repair is one message and exit code 2."""
     with safe_streams():
+        log_to_screen(logger)
         try:
             app()
         except UserError as error:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
-from typing import Annotated
+import time
+from collections.abc import Callable, Collection, Container, Iterable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,9 +12,13 @@ from checkpoints.screen import say
 from modularforge.config import Config
 from modularforge.errors import ConfigError, UserError
 from modularforge.experts_cli import app as experts_app
+from modularforge.log import logger
 from modularforge.options import with_lazy_settings, with_settings
 from modularforge.pipeline import STAGES, Stage, wanted_stages
 from modularforge.run import Run
+
+if TYPE_CHECKING:
+    from modularforge.cost import Parts
 
 app = typer.Typer(
     name="modularforge",
@@ -34,12 +39,28 @@ PRODUCT = ("prepare-data", "backbone", "expert", "assemble")
 INDEX = typer.Option(help="Which one of the partitions' jobs, from 0.")
 
 
-def _make(run: Run, job: str, indices: Iterable[int | None] | None = None, but: Container[str] = ()) -> None:
-    """Make what a job makes, stage by stage."""
+def _make(
+    run: Run,
+    job: str,
+    indices: Iterable[int | None] | None = None,
+    but: Container[str] = (),
+    parts: Parts | None = None,
+) -> None:
+    """Make what a job makes, stage by stage; `parts` say where the whole run is."""
     for stage in STAGES.values():
         if stage.job_name == job and stage.name not in but:
             for index in stage.indices(run.config) if indices is None else indices:
-                run.make(stage.name, index)
+                _make_part(run, stage.name, index, parts)
+
+
+def _make_part(run: Run, stage: str, index: int | None, parts: Parts | None) -> Any:
+    if parts is None or run.find(run.url(stage, index)):
+        return run.make(stage, index)
+    logger.info(parts.line(stage, index))
+    start = time.monotonic()
+    made = run.make(stage, index)
+    parts.took(stage, index, time.monotonic() - start)
+    return made
 
 
 def add_jobs(jobs: typer.Typer, stages: Iterable[Stage]) -> None:
@@ -131,15 +152,15 @@ def evaluate(
     print_table(measure_folder(Run(settings), model))
 
 
-def _evaluate(run: Run) -> None:
+def _evaluate(run: Run, parts: Parts | None = None) -> None:
     """Train what the evaluation compares with and nobody else trains, measure, and print the table."""
     from modularforge.observe.evaluation import print_table
     from modularforge.stages.evaluate import where
 
     for stage in wanted_stages(run.config):
         if stage.is_measured and stage.job_name not in PRODUCT:
-            _make(run, stage.job_name)
-    print_table(run.make("evaluation"))
+            _make(run, stage.job_name, parts=parts)
+    print_table(_make_part(run, "evaluation", None, parts))
     say(where(run))
 
 
@@ -157,10 +178,26 @@ def run_all(
     """Prepare data, train backbone and experts, assemble, calibrate and evaluate; finished stages are skipped."""
     run = Run(settings)
     skipped = dict(zip(PRODUCT, (skip_data, skip_backbone, skip_experts, skip_assembly), strict=True))
+    left_out = [stage.name for stage in STAGES.values() if skipped.get(stage.job_name)]
+    left_out += ["calibrated"] if skip_calibration else []
+    left_out += [stage.name for stage in STAGES.values() if skip_evaluation and stage.job_name not in PRODUCT]
+    parts = _announced(run, left_out)
     for job in [job for job, skip in skipped.items() if not skip]:
-        _make(run, job, but=("calibrated",) if skip_calibration else ())
+        _make(run, job, but=("calibrated",) if skip_calibration else (), parts=parts)
     if not skip_evaluation:
-        _evaluate(run)
+        _evaluate(run, parts)
+
+
+def _announced(run: Run, left_out: Collection[str]) -> Parts:
+    """Say what the run will cost here, unless it is done already; returns what tells of its parts."""
+    from modularforge.cost import Parts, describe_cost, this_machine
+
+    if run.find(run.url("evaluation")):
+        return Parts(run.config, skipped=left_out)
+    machine = this_machine(run.config)
+    for line in describe_cost(run.config, machine).splitlines():
+        logger.info(line)
+    return Parts(run.config, machine, left_out)
 
 
 @app.command()
@@ -326,7 +363,7 @@ def info(
     settings: Config,
     show_settings: Annotated[bool, typer.Option("--settings", help="Print the resolved settings as YAML.")] = False,
 ) -> None:
-    """Print the sizes of backbone and assembled model, FLOPs per token, and the length of the training."""
+    """Print the sizes of backbone and assembled model, the length of the training, and what it costs here."""
     from modularforge.config_files import to_yaml
     from modularforge.info import describe
 

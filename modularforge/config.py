@@ -696,7 +696,10 @@ class ClusterConfig(Section):
     sbatch_options: dict[Annotated[str, Field(pattern=OPTION), AfterValidator(_free_option)], Line | int | bool] = {}
     """Further options of sbatch by name, such as `{reservation: spring}`."""
     work_dir: Line | None = None
-    """Folder that nodes share, in which each run has one for logs, scripts and code; null: in the run's own folder."""
+    """Folder that nodes share, in which each run has one for logs, scripts and code; null: in the run's own folder, and
+    of a run on an object store in `./modularforge-jobs`."""
+    price_per_gpu_hour: float | None = Field(None, ge=0)
+    """What a GPU-hour costs, in any currency: `python -m launcher plan` then says what a launch may cost."""
 
 
 class SpeechDataConfig(Section):

@@ -136,12 +136,12 @@ def measure_models(
     results: Results = {"name": config.name, "domains": list(streams), "models": {}, "routing": {}, "samples": {}}
     replies: dict[str, list[str]] = {}
     tasks = prepare_tasks(config, corpus)
-    for name, load in loaders.items():
+    for number, (name, load) in enumerate(loaders.items(), 1):
         model = load().to(device)
         visits: Visits = {}
         row = _row(bench, model, visits if name in with_samples else None)
         results["models"][name] = {**row, **sizes_of(model), "training_tokens": training_tokens(config, name)}
-        logger.info("%s: mean test loss %.4f", name, row["mean_loss"])
+        logger.info("%s: mean test loss %.4f (%d of %d)", name, row["mean_loss"], number, len(loaders))
         if visits:
             results["routing"][name] = routing_summary(visits)
         if name in with_samples:
