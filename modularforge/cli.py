@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from checkpoints.screen import say
+from checkpoints.screen import say, shown_command
 from modularforge.config import Config
 from modularforge.errors import ConfigError, UserError
 from modularforge.experts_cli import app as experts_app
@@ -189,7 +189,8 @@ def run_all(
 
 
 def _announced(run: Run, left_out: Collection[str]) -> Parts:
-    """Say what the run will cost here, unless it is done already; returns what tells of its parts."""
+    """Say what the run will cost here and what would be better, unless it is done; returns what tells of its parts."""
+    from modularforge.advice import advice
     from modularforge.cost import Parts, describe_cost, this_machine
 
     if run.find(run.url("evaluation")):
@@ -197,6 +198,8 @@ def _announced(run: Run, left_out: Collection[str]) -> Parts:
     machine = this_machine(run.config)
     for line in describe_cost(run.config, machine).splitlines():
         logger.info(line)
+    for sentence in advice(run.config):
+        logger.warning("advice: %s", sentence)
     return Parts(run.config, machine, left_out)
 
 
@@ -338,6 +341,25 @@ def wikisql(
 
     for split, count in convert_wikisql(archive, output).items():
         say(f"{split}: {count} questions")
+
+
+@app.command()
+def init(
+    place: Annotated[
+        str, typer.Argument(metavar="FOLDER_OR_URL", help="Where the text lies; a folder in it a domain.")
+    ],
+    output: Annotated[str | None, typer.Option(help="File to write; without it, the folder's name and .yaml.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
+) -> None:
+    """Look at text of your own and this machine, and write a settings file that fits both, with comments."""
+    from modularforge.first_config import look_at, save, write_config
+    from modularforge.log import configure_logging
+
+    configure_logging()
+    look = look_at(place)
+    file = output or f"{look.name}.yaml"
+    save(write_config(look, look.name), file)
+    say(f"{file}: {look.describe()}\nnext: {shown_command('modularforge', 'run-all', '--config', file)}")
 
 
 @app.command()

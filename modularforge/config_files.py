@@ -21,6 +21,7 @@ from modularforge.errors import ConfigError
 from modularforge.experts import kind
 from modularforge.log import logger
 from modularforge.mistakes import config_error, shown
+from modularforge.other_tools import OURS, tool_of
 from modularforge.plugins import entry
 from modularforge.presets import preset_names
 from modularforge.tasks import task
@@ -174,7 +175,9 @@ def make_config(values: Mapping[str, Any], origin: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise config_error(error, origin, _unknown_name) from None
+        tool = tool_of(values)
+        found = f"{origin}, which looks like a config of {tool}," if tool else origin
+        raise config_error(error, found, _unknown_name) from None
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -245,16 +248,20 @@ def _unknown_name(location: tuple[Any, ...]) -> str:
     """What is wrong with a name that no setting has."""
     section, last = _section_at(location[:-1]), str(location[-1])[:80]
     known = sorted(section.model_fields) if section else []
-    near = difflib.get_close_matches(last, known, n=1, cutoff=0.5)
-    here = ".".join(str(part) for part in location[:-1])
+    here = "".join(f"{part}." for part in location[:-1])
+    near = [here + name for name in difflib.get_close_matches(last, known, n=1, cutoff=0.5)]
     elsewhere = [path for path in setting_names() if path.rsplit(".", 1)[-1] == last]
-    if near:
-        hint = f"did you mean {(here + '.') if here else ''}{near[0]}?"
-    elif elsewhere:
-        hint = f"did you mean {elsewhere[0]}?"
-    else:
-        hint = f"known here: {', '.join(known)}"
-    return f"is not a setting; {hint}"
+    meant = [*_of_another_tool(last, here, known), *elsewhere, *near]
+    return f"is not a setting; {f'did you mean {meant[0]}?' if meant else 'known here: ' + ', '.join(known)}"
+
+
+def _of_another_tool(word: str, here: str, known: list[str]) -> list[str]:
+    """The setting that another tool calls so: in this section, if it has one of that name."""
+    ours = OURS.get(word.lower().replace("-", "_"))
+    if ours is None:
+        return []
+    leaf = ours.rpartition(".")[2]
+    return [here + leaf if leaf in known else ours]
 
 
 def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:

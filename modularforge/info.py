@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from modularforge.advice import advice
 from modularforge.config import MLP_MODULES, Config, PhaseConfig
 from modularforge.cost import describe_cost, this_machine
 from modularforge.model.sizes import AdapterCounts, Sizes, adapter_parameters, lora_sizes, model_sizes
@@ -23,6 +24,7 @@ def describe(config: Config) -> str:
 def _cost(config: Config) -> Iterator[str]:
     found = describe_cost(config, this_machine(config)).splitlines()
     yield from (f"{name:<11} {line}" for name, line in zip(("time:", "space:"), found, strict=False))
+    yield from (f"advice:     {sentence}" for sentence in advice(config))
 
 
 def _of_text(config: Config) -> Iterator[str]:

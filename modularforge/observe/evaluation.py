@@ -17,6 +17,7 @@ from modularforge.observe.findings import (
     chat_table,
     doubts,
     finding_tables,
+    likely_reason,
     routing_lines,
     task_tables,
 )
@@ -143,7 +144,8 @@ def verdict(results: Results) -> str:
     if not deciding:
         return " ".join(["; ".join([found[0].upper() + found[1:], *others]) + ".", *but])
     start = "Worth it" if loss < min(deciding) else "Not worth it here"
-    return " ".join([f"{start}: " + "; ".join([found, *others]) + ".", *but])
+    why = [reason] if loss >= min(deciding) and (reason := likely_reason(results, min(deciding))) else []
+    return " ".join([f"{start}: " + "; ".join([found, *others]) + ".", *why, *but])
 
 
 def _beside(loss: float, words: str, other: float) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from checkpoints.markdown import plain
+from modularforge.advice import FEW_TOKENS, USUAL_TOKENS
 from modularforge.observe.run import kind_of
 from modularforge.observe.table import (
     MISSING,
@@ -164,6 +165,36 @@ def doubts(results: Results) -> list[str]:
         for probe, labels in worse.items()
         if labels and probe in WHERE
     ]
+
+
+def likely_reason(results: Results, best: float) -> str:
+    """Why the chosen model is not better than the best one without experts, and which setting to change; or nothing."""
+    models = results["models"]
+    oracle = float(models.get("oracle", {}).get("mean_loss", math.nan))
+    start, loss = (float(models.get(name, {}).get("mean_loss", math.nan)) for name in ("backbone", results["chosen"]))
+    found = []
+    if oracle >= best:
+        found.append(
+            f"the experts themselves: even the best one of each domain has {fixed(oracle)}, so no routing could win; "
+            "give them more text or more different parts (experts.steps, experts.count, partition.method)"
+        )
+    elif start > oracle and loss > oracle:
+        found.append(
+            f"the routing, which keeps {(start - loss) / (start - oracle):.0%} of what the best expert of each domain "
+            "gains (assembly.router, experts.counted_pairs, assembly.token_pairs)"
+        )
+    each = _tokens_per_parameter(models.get("backbone", {}))
+    if 0 < each < FEW_TOKENS:
+        found.append(
+            f"a backbone of {each:.1f} tokens for each parameter, where {USUAL_TOKENS} are usual, so that any further "
+            "training helps everywhere (backbone.steps)"
+        )
+    return f"Likely reason: {'; and '.join(found)}." if found else ""
+
+
+def _tokens_per_parameter(row: Mapping[str, Any]) -> float:
+    tokens, parameters = row.get("training_tokens"), row.get("parameters")
+    return float(tokens) / float(parameters) if tokens and parameters else 0.0
 
 
 def _worse_domains(item: Mapping[str, Any]) -> Iterator[str]:
