@@ -48,7 +48,7 @@ def _make(
 ) -> None:
     """Make what a job makes, stage by stage; `parts` say where the whole run is."""
     for stage in STAGES.values():
-        if stage.job_name == job and stage.name not in but:
+        if stage.job == job and stage.name not in but:
             for index in stage.indices(run.config) if indices is None else indices:
                 _make_part(run, stage.name, index, parts)
 
@@ -65,9 +65,9 @@ def _make_part(run: Run, stage: str, index: int | None, parts: Parts | None) -> 
 
 def add_jobs(jobs: typer.Typer, stages: Iterable[Stage]) -> None:
     """A command for each job of the table of stages, under torchrun too; but for those with options of their own."""
-    for job, is_indexed in {stage.job_name: stage.is_indexed for stage in stages}.items():
-        if job not in ("assemble", "evaluate"):
-            _add_job(jobs, job, is_indexed)
+    for stage in stages:
+        if not stage.within and stage.name not in ("assemble", "evaluate"):
+            _add_job(jobs, stage.name, stage.is_indexed)
 
 
 def _add_job(jobs: typer.Typer, job: str, is_indexed: bool) -> None:
@@ -105,7 +105,7 @@ def train(
     As separate jobs: `backbone` (with DDP: torchrun --nproc-per-node 2 -m modularforge backbone), then `expert --index
     K` on as many machines as there are experts.
     """
-    known = [stage.name for stage in STAGES.values() if stage.phase and stage.job_name == stage.name]
+    known = [stage.name for stage in STAGES.values() if stage.phase and not stage.within]
     if only not in (None, *known):
         raise ConfigError(f"--only must be one of {', '.join(known)}, but is {only!r}; choose one of these")
     if (only is not None and STAGES[only].is_indexed) != (index is not None):
@@ -128,7 +128,7 @@ def assemble(
     calibrate: Annotated[bool, typer.Option("--calibrate/--no-calibrate", help="Calibrate afterwards.")] = True,
 ) -> None:
     """Merge backbone and experts into one model folder, then calibrate it on validation data."""
-    _make(Run(settings), "assemble", but=() if calibrate else ("calibrated",))
+    _make(Run(settings), "assemble", but=() if calibrate else ("calibrate",))
 
 
 @app.command()
@@ -158,9 +158,9 @@ def _evaluate(run: Run, parts: Parts | None = None) -> None:
     from modularforge.stages.evaluate import where
 
     for stage in wanted_stages(run.config):
-        if stage.is_measured and stage.job_name not in PRODUCT:
-            _make(run, stage.job_name, parts=parts)
-    print_table(_make_part(run, "evaluation", None, parts))
+        if stage.is_measured and stage.job not in PRODUCT:
+            _make(run, stage.job, parts=parts)
+    print_table(_make_part(run, "evaluate", None, parts))
     say(where(run))
 
 
@@ -178,12 +178,12 @@ def run_all(
     """Prepare data, train backbone and experts, assemble, calibrate and evaluate; finished stages are skipped."""
     run = Run(settings)
     skipped = dict(zip(PRODUCT, (skip_data, skip_backbone, skip_experts, skip_assembly), strict=True))
-    left_out = [stage.name for stage in STAGES.values() if skipped.get(stage.job_name)]
-    left_out += ["calibrated"] if skip_calibration else []
-    left_out += [stage.name for stage in STAGES.values() if skip_evaluation and stage.job_name not in PRODUCT]
+    left_out = [stage.name for stage in STAGES.values() if skipped.get(stage.job)]
+    left_out += ["calibrate"] if skip_calibration else []
+    left_out += [stage.name for stage in STAGES.values() if skip_evaluation and stage.job not in PRODUCT]
     parts = _announced(run, left_out)
     for job in [job for job, skip in skipped.items() if not skip]:
-        _make(run, job, but=("calibrated",) if skip_calibration else (), parts=parts)
+        _make(run, job, but=("calibrate",) if skip_calibration else (), parts=parts)
     if not skip_evaluation:
         _evaluate(run, parts)
 
@@ -193,7 +193,7 @@ def _announced(run: Run, left_out: Collection[str]) -> Parts:
     from modularforge.advice import advice
     from modularforge.cost import Parts, describe_cost, this_machine
 
-    if run.find(run.url("evaluation")):
+    if run.find(run.url("evaluate")):
         return Parts(run.config, skipped=left_out)
     machine = this_machine(run.config)
     for line in describe_cost(run.config, machine).splitlines():
@@ -286,7 +286,7 @@ def transcribe(
     if model is None:
         settings = load_settings()
         prompt = prompt or settings.speech.model.prompt
-        folder = Run(settings).require("assembled").local_folder()
+        folder = Run(settings).require("assemble").local_folder()
     else:
         folder = Path(model)
     for text in transcribe_files(folder, audio, prompt, tokens):

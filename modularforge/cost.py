@@ -55,7 +55,7 @@ def parts_of(config: Config) -> list[Part]:
 
 def in_order(config: Config) -> list[Stage]:
     """The wanted rows, what the model is compared with behind the model."""
-    return sorted(wanted_stages(config), key=lambda stage: (stage.job_name == "evaluate", stage.baseline is not None))
+    return sorted(wanted_stages(config), key=lambda stage: (stage.job == "evaluate", stage.baseline is not None))
 
 
 def training_flops_per_token(config: Config, stage: str) -> float:
@@ -63,7 +63,7 @@ def training_flops_per_token(config: Config, stage: str) -> float:
     if config.task == "speech" or STAGES[stage].phase is None:
         return 0.0
     sizes = _sizes(config, stage)
-    if stage == "calibrated":  # gains alone learn: a way forth, and one back without gradients of matrices
+    if stage == "calibrate":  # gains alone learn: a way forth, and one back without gradients of matrices
         return 2.0 * sizes.flops_per_token
     if stage == "expert":
         return 2.0 * sizes.flops_per_token + _flops_of_learning(config)
@@ -72,7 +72,7 @@ def training_flops_per_token(config: Config, stage: str) -> float:
 
 def part_flops(config: Config, stage: Stage) -> float:
     """FLOPs of one artifact of a stage: its training with its validations and statistics, or its measuring."""
-    if stage.name == "evaluation":
+    if stage.name == "evaluate":
         return _evaluation_flops(config)
     if stage.phase is None or config.task == "speech":
         return 0.0
@@ -99,7 +99,7 @@ def _sizes(config: Config, stage: str) -> Sizes:
     """Sizes of the model that a stage trains or makes."""
     model, vocab_size, assembly = config.model, config.data.vocab_size, config.assembly
     visited = min(assembly.experts_per_token, config.assembled_experts)
-    if stage in ("assembled", "calibrated") and config.experts.kind == "ffn":
+    if stage in ("assemble", "calibrate") and config.experts.kind == "ffn":
         shape = widening_of(config, model, config.experts.count).widened if assembly.router == "evidence" else model
         return model_sizes(shape, vocab_size, config.assembled_experts, visited, model)
     if stage in ("joint", "joint_evidence", "btx"):
@@ -124,7 +124,7 @@ def disk_bytes(config: Config) -> float:
     return sum(
         len(stage.indices(config)) * _bytes_of_one(config, stage)
         for stage in wanted_stages(config)
-        if stage.is_measured and stage.name != "calibrated" and config.task != "speech"
+        if stage.is_measured and stage.name != "calibrate" and config.task != "speech"
     )
 
 
@@ -234,7 +234,7 @@ def describe_cost(config: Config, machine: Machine) -> str:
 def gpu_hours(config: Config, jobs: Iterable[str]) -> float:
     """Hours of one `USUAL_GPU` for some jobs of a run."""
     wanted = {*jobs}
-    flops = sum(part.flops for part in parts_of(config) if STAGES[part.job.stage].job_name in wanted)
+    flops = sum(part.flops for part in parts_of(config) if STAGES[part.job.stage].job in wanted)
     return flops / (USUAL_PEAK * GPU_SHARE_REACHED) / 3600
 
 

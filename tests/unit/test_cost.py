@@ -48,13 +48,13 @@ def test_flops_of_a_training_are_those_that_torch_counts() -> None:
     assert training_flops_per_token(config, "backbone") == pytest.approx(counter.get_total_flops() / tokens, rel=0.2)
     assert training_flops_per_token(config, "expert") < training_flops_per_token(config, "backbone")
     assert training_flops_per_token(config, "joint") > training_flops_per_token(config, "dense")
-    assert training_flops_per_token(config, "evaluation") == 0
+    assert training_flops_per_token(config, "evaluate") == 0
 
 
 def test_parts_of_a_run_are_those_that_run_all_makes_in_its_order() -> None:
     names = [str(part.job) for part in parts_of(quickstart())]
     experts = [f"expert-{index}" for index in range(5)]
-    assert names == ["corpus", "partitions", "backbone", *experts, "assembled", "calibrated", "dense", "evaluation"]
+    assert names == ["prepare-data", "partition", "backbone", *experts, "assemble", "calibrate", "dense", "evaluate"]
     tokens = {str(part.job): part.tokens for part in parts_of(quickstart())}
     assert tokens["backbone"] == 800 * 32 * 128
     assert tokens["dense"] == 5 * 200 * 8 * 128, "the dense baseline is part of what it costs"
@@ -65,8 +65,8 @@ def test_the_rest_of_a_run_is_told_as_the_machine_is_thought_to_be_and_then_as_i
     flops = {str(part.job): part.flops for part in parts_of(config)}
     total = sum(flops.values())
     parts = Parts(config, Machine("test", total / 600))
-    assert parts.line("corpus") == "part 1 of 12: corpus, about 10 min left"
-    parts.took("corpus", None, 1000.0)  # which nobody estimated
+    assert parts.line("prepare-data") == "part 1 of 12: prepare-data, about 10 min left"
+    parts.took("prepare-data", None, 1000.0)  # which nobody estimated
     assert parts.line("backbone") == "part 3 of 12: backbone, about 10 min left"
     parts.took("backbone", None, 3600 * flops["backbone"] / total)  # six times as slow
     left = sum(part.flops for part in parts.parts[5:]) / total
@@ -133,7 +133,7 @@ def test_run_all_says_what_it_will_cost_and_where_it_is(
     monkeypatch.setattr("modularforge.run.STAGES", {name: _Made() for name in STAGES})
     run = Run(config)
     with caplog.at_level(logging.INFO):
-        parts = _announced(run, ["corpus", "partitions"])
+        parts = _announced(run, ["prepare-data", "partition"])
         for job in ("backbone", "expert", "assemble"):
             _make(run, job, parts=parts)
     lines = caplog.messages
@@ -144,8 +144,8 @@ def test_run_all_says_what_it_will_cost_and_where_it_is(
         "part 1 of 6: backbone",
         "part 2 of 6: expert-0",
         "part 3 of 6: expert-1",
-        "part 4 of 6: assembled",
-        "part 5 of 6: calibrated",
+        "part 4 of 6: assemble",
+        "part 5 of 6: calibrate",
     ]
     assert told[0].endswith(" left")
     caplog.clear()
@@ -156,7 +156,7 @@ def test_run_all_says_what_it_will_cost_and_where_it_is(
 class _Made:
     """A stage that is made at once."""
 
-    job_name = ""
+    job = ""
 
     def function(self, _task: str) -> object:
         return lambda *_: None

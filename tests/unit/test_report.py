@@ -234,7 +234,7 @@ def test_rows_of_the_timeline_follow_the_pipeline(tmp_path: Path) -> None:
     write_run(str(tmp_path), num_experts=11)
     names = [row.name for row in timeline(read_run(str(tmp_path)))]
     experts = [f"expert-{index}" for index in range(11)]
-    assert names == ["corpus", "partitions", "backbone", *experts, "dense", "assembled", "calibrated", "evaluation"]
+    assert names == ["prepare-data", "partition", "backbone", *experts, "dense", "assemble", "calibrate", "evaluate"]
 
 
 @pytest.mark.parametrize(
