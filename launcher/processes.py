@@ -121,6 +121,7 @@ class LocalLauncher:
         for task in self.tasks:
             if task.name not in self.done | finished or _is_always_run(task):
                 groups.setdefault(task.group, []).append(task)
+        self.record.cluster, self.record.work_folder = socket.gethostname(), str(work_folder(self.config))
         for item in self.record.submissions:
             item.withdrawn = True
         for group, tasks in groups.items():
@@ -342,6 +343,21 @@ def stop_here(config: Config, record: Record, say: Say) -> Iterator[list[str]]:
     while left := _left(config, record):
         yield left
     yield []
+
+
+def stop_one_here(config: Config, record: Record, name: str) -> bool:
+    """Ask one job of this machine to stop; returns whether it ran."""
+    holder = read_holder(lock_url(config))
+    if is_alive(holder) and holder.get("host") != socket.gethostname():
+        raise BusyError(
+            f"the job must be cancelled where it runs, on {str(holder.get('host'))!r:.80}; type the same command there"
+        )
+    keys = [item.key for item in record.live if name in item.task_names]
+    last = next(iter(read_events(config, name)[-1:]), None)
+    if last is None or last["event"] != "started" or not any(_runs(last.get("pid"), key) for key in keys):
+        return False
+    os.kill(last["pid"], signal.SIGTERM)
+    return True
 
 
 def _left(config: Config, record: Record) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from checkpoints.commands import HELP_NAMES, Commands, version_option
 from checkpoints.screen import say, shown_command
 from modularforge.config import Config
 from modularforge.errors import ConfigError, UserError
@@ -27,10 +28,12 @@ app = typer.Typer(
         "The stages are prepare-data, train (backbone, then experts), assemble and evaluate; run-all does them in "
         "turn. What is finished is never done again, so any command may be repeated after a stop."
     ),
+    cls=Commands,
+    context_settings=HELP_NAMES,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.callback()(version_option)
 app.add_typer(experts_app, name="experts")
 
 

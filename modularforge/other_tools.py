@@ -43,6 +43,7 @@ OURS = {
 """By the word of Hugging Face, axolotl, litgpt, torchtune, nanoGPT or Lightning, the setting here."""
 
 SIGNS = {
+    "a study (start it with `modularforge study`)": ("base", "recipes", "variants"),
     "axolotl": ("base_model", "datasets", "sequence_len", "micro_batch_size", "num_epochs", "adapter", "val_set_size",
                 "load_in_4bit", "lora_r", "sample_packing", "wandb_project", "flash_attention"),
     "LLaMA-Factory": ("model_name_or_path", "stage", "do_train", "finetuning_type", "template", "cutoff_len", "dataset",
