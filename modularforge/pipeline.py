@@ -300,8 +300,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
 setting changes the identity of what reads its section, unless it is written here or in `CAME_LATER`."""
 OF_ONE_KIND = {"experts.lora": ("expert", *JOINT_LORA)}
 """Sections of one kind of expert, each with the stages that it counts for where experts are of that kind."""
-OUTSIDE = ("name", "output_dir", "data_dir", "data_seed", "metrics", "launcher", "cluster")
-"""Sections and settings of no stage: where and how a run is computed, and what it is called."""
 
 STANDS_FOR = {
     name: {f"{name}.peak_learning_rate": "experts.peak_learning_rate", f"{name}.batch_size": "joint.batch_size"}

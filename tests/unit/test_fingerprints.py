@@ -16,7 +16,6 @@ from modularforge.pipeline import (
     CAME_LATER,
     EVERY,
     EVERYWHERE,
-    OUTSIDE,
     SETTINGS_FOR,
     STACKED,
     STAGES,
@@ -94,6 +93,10 @@ def test_a_router_has_the_identity_of_its_old_name_under_both(router: str, caplo
 
 def test_what_came_later_is_a_setting() -> None:
     assert CAME_LATER.keys() <= {item.name for item in all_settings()}
+
+
+# Sections and settings of no stage: where and how a run is computed, and what it is called.
+OUTSIDE = ("name", "output_dir", "data_dir", "data_seed", "metrics", "launcher", "cluster")
 
 
 def test_every_setting_counts_for_the_stages_of_its_section_or_is_on_the_list(tmp_path: Path) -> None:
