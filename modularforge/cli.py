@@ -139,8 +139,14 @@ def assemble(
 def evaluate(
     settings: Config,
     model: Annotated[str | None, typer.Option(help="Measure only this model folder, and write nothing.")] = None,
+    harness: Annotated[
+        list[str] | None, typer.Option(metavar="TASK", help="A task of lm-eval to do as well. Repeatable.")
+    ] = None,
 ) -> None:
     """Measure the models of a run side by side: perplexity per domain, routing, samples; prints the table."""
+    if harness:
+        wanted = settings.evaluation.model_copy(update={"harness": harness})
+        settings = settings.model_copy(update={"evaluation": wanted})
     if model is None:
         _evaluate(Run(settings))
         return

@@ -596,6 +596,11 @@ class EvaluationConfig(Section):
     """Sample among the likeliest tokens that together hold this probability."""
     tasks: list[TaskConfig] | None = None
     """Sources of `task: instruction` whose test prompts all models answer, by name or with settings."""
+    harness: list[Text] | None = None
+    """Tasks of EleutherAI's lm-eval (extra `harness`) that all models do: names that it knows, such as `arc_easy`, or
+    task files of yours (`mine/task.yaml`)."""
+    harness_documents: int | None = Field(None, ge=1)
+    """Documents of each of these tasks at the most, from the first; null is all."""
     general: list[Text] | None = None
     """Files of text of no domain (paths, URLs or patterns, read like `data.sources`) to measure models on too."""
     chat: Text | None = None

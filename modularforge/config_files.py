@@ -46,7 +46,7 @@ SMOKE_TEST: dict[str, Any] = {
     **{name: {"batch_size": None} for name in TRAINED_ON_ALL},
     "btx": {"batch_size": None, "steps": 5},
     "calibration": {"steps": 5, **SMOKE_PHASE},
-    "evaluation": {"tokens_per_domain": 2048, "sample_tokens": 8, "chat": None},
+    "evaluation": {"tokens_per_domain": 2048, "sample_tokens": 8, "chat": None, "harness": None},
 }
 """What ``--smoke-test`` changes: the same path at a size that ends within a minute."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
@@ -42,12 +43,14 @@ class Part:
     job: JobName
     flops: float
     tokens: int
+    made_by: str
+    """The job that makes it, by itself or among others."""
 
 
 def parts_of(config: Config) -> list[Part]:
     """The parts of a run in the order in which `run-all` makes them."""
     return [
-        Part(JobName(stage.name, index), part_flops(config, stage), _phase_tokens(config, stage))
+        Part(JobName(stage.name, index), part_flops(config, stage), _phase_tokens(config, stage), stage.job)
         for stage in in_order(config)
         for index in stage.indices(config)
     ]
@@ -60,7 +63,8 @@ def in_order(config: Config) -> list[Stage]:
 
 def training_flops_per_token(config: Config, stage: str) -> float:
     """FLOPs of a step of training by token (a multiply and an add each); 0 where the shape does not tell (speech)."""
-    if config.task == "speech" or STAGES[stage].phase is None:
+    row = STAGES.get(stage)
+    if config.task == "speech" or row is None or row.phase is None:
         return 0.0
     sizes = _sizes(config, stage)
     if stage == "calibrate":  # gains alone learn: a way forth, and one back without gradients of matrices
@@ -218,8 +222,9 @@ def describe_cost(config: Config, machine: Machine) -> str:
     seconds: dict[str, float] = {}
     for part in parts:
         seconds[part.job.stage] = seconds.get(part.job.stage, 0.0) + part.flops / machine.flops_per_second
+    counts = Counter(part.job.stage for part in parts)
     listed = ", ".join(
-        f"{job if (count := len(STAGES[job].indices(config))) == 1 else f'{count} x {job}'} {span(found)}"
+        f"{job if counts[job] == 1 else f'{counts[job]} x {job}'} {span(found)}"
         for job, found in seconds.items()
         if found
     )
@@ -234,7 +239,7 @@ def describe_cost(config: Config, machine: Machine) -> str:
 def gpu_hours(config: Config, jobs: Iterable[str]) -> float:
     """Hours of one `USUAL_GPU` for some jobs of a run."""
     wanted = {*jobs}
-    flops = sum(part.flops for part in parts_of(config) if STAGES[part.job.stage].job in wanted)
+    flops = sum(part.flops for part in parts_of(config) if part.made_by in wanted)
     return flops / (USUAL_PEAK * GPU_SHARE_REACHED) / 3600
 
 

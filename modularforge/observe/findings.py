@@ -287,6 +287,21 @@ def task_tables(results: Results) -> Iterator[Table]:
         yield listing(header, rows, len(header), f"Replies of task {label}", "The first prompts, of all models.")
 
 
+def harness_tables(results: Results) -> Iterator[Table]:
+    """For each task of lm-eval what the models reached, with standard errors."""
+    for task, found in (results.get("harness") or {}).items():
+        metrics = dict.fromkeys(metric for row in found["models"].values() for metric in row)
+        rows = [
+            [name, *(_with_error(row.get(metric), found["errors"].get(name, {}).get(metric)) for metric in metrics)]
+            for name, row in found["models"].items()
+        ]
+        yield listing(["model", *metrics], rows, title=f"lm-eval: {task}", words="As lm-eval says, ± standard errors.")
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    return MISSING if value is None else fixed(value) + (f" ± {fixed(error)}" if error else "")
+
+
 def reply_table(rows: Rows, first: str, title: str, words: str) -> Table:
     """Each metric of the replies of each row, in per cent."""
     metrics = dict.fromkeys(metric for found in rows.values() for metric in found)
