@@ -61,6 +61,15 @@ def in_order(config: Config) -> list[Stage]:
     return sorted(wanted_stages(config), key=lambda stage: (stage.job == "evaluate", stage.baseline is not None))
 
 
+def flops_of_jobs(config: Config) -> dict[str, float]:
+    """FLOPs of each job of a run by its name, `expert-3`."""
+    found: dict[str, float] = {}
+    for part in parts_of(config):
+        name = str(JobName(part.made_by, part.job.index))
+        found[name] = found.get(name, 0.0) + part.flops
+    return found
+
+
 def training_flops_per_token(config: Config, stage: str) -> float:
     """FLOPs of a step of training by token (a multiply and an add each); 0 where the shape does not tell (speech)."""
     row = STAGES.get(stage)

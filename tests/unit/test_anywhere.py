@@ -240,3 +240,20 @@ def test_a_launch_here_records_where_it_is(tmp_path: Path) -> None:
     assert isinstance(record, Record)
     assert record.cluster == os.uname().nodename
     assert record.work_folder == str(work_folder(config))
+
+
+def test_a_launch_here_says_how_many_jobs_are_done_and_how_long_the_others_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, said = tiny_config(tmp_path / "run"), list[str]()
+    tasks = build_tasks(config)
+    launcher = processes.LocalLauncher(config, tasks, said.append)
+    launcher.carriers = {task.name: Submission("k", task.group) for task in tasks}
+    monkeypatch.setattr(processes, "flops_of_jobs", lambda _: {"backbone": 100.0, "expert-0": 50.0, "dense": 550.0})
+    for name, now in (("prepare-data", 10.0), ("backbone", 70.0)):
+        monkeypatch.setattr("launcher.processes.time.monotonic", lambda now=now: launcher.start + now)
+        task = next(task for task in tasks if task.name == name)
+        running = processes.Running(task, subprocess.Popen(["true"]), 0, 0)
+        launcher._judge(running, running.process.wait())
+    assert said[0].endswith(f"(1 of {len(tasks)} jobs)")
+    assert said[1].endswith(f"(2 of {len(tasks)} jobs, about 7 min left)"), "600 of 100 FLOPs in 70 s"
