@@ -23,7 +23,7 @@ from modularforge.evaluation.generation import Sampling, generate, load_for_gene
 from modularforge.model import names
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.moe import restrict_routing
-from modularforge.pipeline import stage_url
+from modularforge.pipeline import OLD_NAMES, stage_url
 from modularforge.run import Run
 from modularforge.stage_outputs import Backbone, Corpus
 from modularforge.stages import assemble, backbone, expert
@@ -51,7 +51,7 @@ class Finished:
 
     def folder(self, stage: str) -> Path:
         """Local folder of a stage's artifact."""
-        return Path(stage_url(self.config, stage))
+        return Path(stage_url(self.config, OLD_NAMES.get(stage, stage)))
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
