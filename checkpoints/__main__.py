@@ -15,13 +15,17 @@ from rich.filesize import decimal
 
 from checkpoints import paths
 from checkpoints.artifact import Artifact, examine, find_artifacts
+from checkpoints.commands import HELP_NAMES, Commands, version_option
 from checkpoints.errors import StoreError, UserError
 from checkpoints.garbage import delete_garbage, find_garbage
 from checkpoints.parallel import in_order
-from checkpoints.screen import bug, progress, safe_streams, say, show, table
+from checkpoints.screen import bug, log_to_screen, logger, progress, safe_streams, say, show, table
 from checkpoints.transfer import Outcome, Selection, select, transfer
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=Commands, help=__doc__, context_settings=HELP_NAMES, no_args_is_help=True, pretty_exceptions_enable=False
+)
+app.callback()(version_option)
 FILES_AT_ONCE = 4
 
 Url = Annotated[str, typer.Argument(help="A folder, or a URL such as s3://bucket/run.")]
@@ -32,6 +36,7 @@ Newest = Annotated[bool, typer.Option("--newest", help="Only the newest training
 def main() -> None:
     """Run the command; an error that a user can repair is one message and exit code 2."""
     with safe_streams():
+        log_to_screen(logger)
         try:
             app()
         except UserError as error:

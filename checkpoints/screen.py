@@ -10,6 +10,7 @@ import logging
 import re
 import shlex
 import sys
+import time
 import traceback
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +29,8 @@ TURNS = frozenset(
     "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 )  # the direction of writing
 
+SECONDS_BETWEEN_LINES = 10.0  # of what is told of in a log; what is done sooner says nothing
+logger = logging.getLogger("checkpoints")
 UNDERSCORE = re.compile("(?<=[^_])_(?=[^_])")
 WIDEST = 10_000  # columns; rich measures tables within some width
 
@@ -98,7 +101,7 @@ def show(made: Table) -> None:
 
 
 class Progress:
-    """A bar on a terminal; silent elsewhere."""
+    """A bar on a terminal; silent without one."""
 
     def __init__(self, bar: Callable[[float, str], None] | None = None) -> None:
         self._bar = bar
@@ -109,37 +112,96 @@ class Progress:
         return self._bar is not None
 
     def advance(self, amount: float = 1, note: str = "") -> None:
-        """Move the bar on by `amount` units; `note`, or the one before it, is shown behind it."""
+        """Move on by `amount` units; `note`, or the one before it, is shown behind it."""
         if self._bar is not None:
             self._bar(amount, note)
 
 
+class Lines(Progress):
+    """A line in the log now and then, where there is no terminal: how far it is and how long the rest takes."""
+
+    def __init__(self, description: str, total: float | None, unit: str, start: float = 0) -> None:
+        super().__init__()
+        self._description, self._total, self._unit = description, total, unit
+        self._first = self._done = start
+        self._note = ""
+        self._start = self._last = time.monotonic()
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        """Move on by `amount` units, and say so when the last line is `SECONDS_BETWEEN_LINES` old."""
+        self._done, self._note, now = self._done + amount, note or self._note, time.monotonic()
+        if now - self._last >= SECONDS_BETWEEN_LINES:
+            self._last = now
+            logger.info("%s", "  ".join(filter(None, (self._place(), self._note, self._rest(now)))))
+
+    def _place(self) -> str:
+        unit = "" if self._unit == "bytes" else f" {self._unit}"
+        if not self._total:
+            return f"{self._description} {self._amount(self._done)}{unit}"
+        share = f"{100 * self._done / self._total:.0f} %"
+        return f"{self._description} {self._amount(self._done)}/{self._amount(self._total)}{unit} ({share})"
+
+    def _amount(self, value: float) -> str:
+        from rich.filesize import decimal
+
+        return decimal(int(value)) if self._unit == "bytes" else f"{value:,.0f}"
+
+    def _rest(self, now: float) -> str:
+        if not self._total or self._done <= self._first:
+            return ""
+        return f"{clock((now - self._start) / (self._done - self._first) * (self._total - self._done))} left"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as a clock shows them: `1:12`, `4:03:20`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 @contextmanager
 def progress(
-    description: str, total: float | None, unit: str = "steps", start: int = 0, is_wanted: bool = True
+    description: str,
+    total: float | None,
+    unit: str = "steps",
+    start: int = 0,
+    is_wanted: bool = True,
+    has_lines: bool = True,
 ) -> Iterator[Progress]:
-    """Show a progress bar while the block runs, if it is wanted (by one rank of many) and standard error a terminal.
+    """Show how far the block is, if it is wanted (by one rank of many): a bar on a terminal, else lines in the log.
 
-    One of `unit` bytes has sizes and speed, and stays when it is done; others are wiped.
+    A bar of `unit` bytes has sizes and speed, and stays when it is done; others are wiped. Without `has_lines` the
+    caller has words of its own for the log.
     """
-    if not is_wanted or not sys.stderr.isatty():
-        yield Progress()
+    if not is_wanted or not sys.stderr.isatty() or _SHOWN:
+        speaks = is_wanted and has_lines and not _SHOWN
+        yield Lines(description, total, unit, start) if speaks else Progress()
         return
     from rich import progress as rich
 
     columns: list[rich.ProgressColumn] = [rich.TextColumn("{task.description}", markup=False), rich.BarColumn()]
     if unit == "bytes":
         columns += [rich.DownloadColumn(), rich.TransferSpeedColumn()]
+    elif total is None:  # rich would show `120/?`
+        columns += [rich.TextColumn("{task.completed:,.0f}", markup=False), rich.TextColumn(unit, markup=False)]
     else:
         columns += [rich.MofNCompleteColumn(), rich.TextColumn(unit, markup=False)]
-    columns += [rich.TimeRemainingColumn(), rich.TextColumn("{task.fields[note]}", markup=False)]
+    columns += [rich.TimeRemainingColumn()] if total is not None else [rich.TimeElapsedColumn()]
+    columns += [rich.TextColumn("{task.fields[note]}", markup=False)]
     with rich.Progress(*columns, console=console(stderr=True), transient=unit != "bytes") as bar:
         task = bar.add_task(_cell(description), total=total, completed=start, note="")
 
         def advance(amount: float, note: str) -> None:
             bar.update(task, advance=amount, note=_cell(note) or bar.tasks[0].fields["note"])
 
-        yield Progress(advance)
+        _SHOWN.append(description)
+        try:
+            yield Progress(advance)
+        finally:
+            _SHOWN.pop()
+
+
+_SHOWN: list[str] = []  # a terminal has room for one bar
 
 
 class LogFormatter(logging.Formatter):
@@ -148,6 +210,15 @@ class LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
         return literal(redact(super().format(record)))
+
+
+def log_to_screen(*loggers: logging.Logger) -> None:
+    """Send log lines to standard error, with the time of day."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    for one in loggers:
+        one.addHandler(handler)
+        one.setLevel(logging.INFO)
 
 
 @contextmanager

@@ -6,22 +6,25 @@ import json
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
+from checkpoints.commands import HELP_NAMES, Commands, version_option
 from checkpoints.screen import say
 from modularforge.config import Config
 from modularforge.errors import ConfigError
 from modularforge.exits import run_app
 from modularforge.options import with_settings, with_settings_of_a_run
 
+INDEX = typer.Argument(min=0, help="Its index, where STAGE does not say it.")
+OF_THE_PROGRAM = ("-h", "--help", "--version", "--install-completion", "--show-completion")
 
-class LaunchByDefault(TyperGroup):
+
+class LaunchByDefault(Commands):
     """Without a subcommand, `launch` is meant."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put `launch` before options that no subcommand precedes."""
-        known = bool(args) and (args[0] in self.commands or args[0] == "--help")
-        return list(super().parse_args(ctx, args if known else ["launch", *args]))
+        is_launch = not args or (args[0].startswith("-") and args[0].partition("=")[0] not in OF_THE_PROGRAM)
+        return list(super().parse_args(ctx, ["launch", *args] if is_launch else args))
 
 
 app = typer.Typer(
@@ -31,9 +34,10 @@ app = typer.Typer(
         "Without a subcommand the run is launched, or continued: what is finished is skipped. The other subcommands "
         "find their run by --output-dir, or by the --config it was launched with, on Slurm or here."
     ),
-    add_completion=False,
+    context_settings=HELP_NAMES,
     pretty_exceptions_enable=False,
 )
+app.callback()(version_option)
 
 
 @app.command()
@@ -95,10 +99,10 @@ def status(
 ) -> None:
     """How each job stands: pending and why, running, requeued, failed, committed; step, loss, checkpoint, log."""
     from launcher.runs import final_report, follow_status, recorded
+    from launcher.status import TOLD, describe, is_going_on, where_it_is
     from launcher.status import as_json as rows_as_json
-    from launcher.status import describe, is_going_on
 
-    config, _ = recorded(settings)
+    config, record = recorded(settings)
     before = ""
     for rows in follow_status(settings):
         text = json.dumps(rows_as_json(rows)) if as_json else describe(config, rows)
@@ -107,6 +111,8 @@ def status(
         before = text
         if not watch:
             break
+    if not as_json and any(row.state in TOLD for row in rows) and (where := where_it_is(record)):
+        say(f"the run was {where}")
     if not as_json and not is_going_on(rows):
         say(f"\n{final_report(settings)}")
 
@@ -116,22 +122,47 @@ def status(
 def logs(
     settings: Config,
     stage: Annotated[str, typer.Argument(help="STAGE or STAGE/INDEX: backbone, expert/3; or a job: assemble.")],
+    index: Annotated[int | None, INDEX] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
 ) -> None:
     """Print the log of a job."""
     from launcher.runs import tail
 
-    for text in tail(settings, stage, follow):
+    for text in tail(settings, _job(stage, index), follow):
         say(text.replace("\r", "\n"), end="")  # bars of libraries go back to the start of their line
 
 
 @app.command()
 @with_settings_of_a_run
-def cancel(settings: Config) -> None:
-    """Stop the jobs of the run, the last stage first; what is committed stays, and `resume` continues."""
-    from launcher.runs import cancel as cancel_run
+def cancel(
+    settings: Config,
+    stage: Annotated[str | None, typer.Argument(help="Only this job, such as expert/2 or expert 2.")] = None,
+    index: Annotated[int | None, INDEX] = None,
+) -> None:
+    """Stop the jobs of the run, the last stage first, or one; what is committed stays, and `resume` continues."""
+    from launcher import runs
 
-    cancel_run(settings, say)
+    if stage is None:
+        runs.cancel(settings, say)
+    else:
+        runs.cancel_one(settings, _job(stage, index), say)
+
+
+@app.command()
+@with_settings_of_a_run
+def rerun(
+    settings: Config,
+    stage: Annotated[str, typer.Argument(help="An expert or a baseline: expert/2, expert 2, dense.")],
+    index: Annotated[int | None, INDEX] = None,
+) -> None:
+    """Make one finished expert or baseline again, and what was made of it; all else stays."""
+    from launcher import runs
+
+    runs.rerun(settings, _job(stage, index), say)
+
+
+def _job(stage: str, index: int | None) -> str:
+    return stage if index is None else f"{stage}/{index}"
 
 
 @app.command()
@@ -153,5 +184,10 @@ def wait(settings: Config) -> None:
         raise typer.Exit(1)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the command line; exit codes are those of `modularforge`."""
     run_app(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -40,6 +40,7 @@ class Noted(TypedDict, total=False):
     time: Required[Seconds]
     slurm_job: str | None
     key: str
+    log: str
     reason: str
     code: int
     restarts: Count

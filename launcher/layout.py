@@ -30,6 +30,11 @@ def events_url(config: Config, job: str) -> str:
     return paths.join(config.output_dir, FOLDER, "events", f"{job}.jsonl")
 
 
+def stored_log_url(config: Config, job: str) -> str:
+    """The end of a job's log, which the job itself keeps there where the run is on an object store."""
+    return paths.join(config.output_dir, FOLDER, "logs", f"{job}.log")
+
+
 def all_events_url(config: Config) -> str:
     """The events of all jobs in one file, for reports."""
     return paths.join(config.output_dir, "jobs.jsonl")

@@ -21,6 +21,7 @@ from checkpoints.screen import shown_command
 from launcher.allocation import Allocation
 from launcher.command import child_environment, processes_of, training_command
 from launcher.events import Event, append_event, newest_checkpoint, progress_of, read_events
+from launcher.own_log import own_log, tail_beside_run
 from launcher.record import load_record
 from launcher.report import finish_run
 from launcher.retry_policy import ASKED_TO_STOP, Decision, Ended, count_requeues, decide
@@ -76,7 +77,8 @@ def run_task(
     command = training_command(config, task, allocation, options)
     print(f"{task.name}: {shown_command(*command)}", flush=True)
     environment = child_environment(config, processes_of(config, task, allocation), allocation)
-    code, was_stopped = run_child(command, environment, allocation.is_local)
+    with tail_beside_run(config, task.name):
+        code, was_stopped = run_child(command, environment, allocation.is_local)
     if code == 0 and is_finished(Run(config), task):
         append_event(config, task.name, "ended", slurm_job=allocation.name, code=0, reason="finished")
         if task.group == "evaluate":
@@ -136,6 +138,7 @@ def _note_start(config: Config, task: Task, allocation: Allocation, history: lis
         append_event(
             config, task.name, "started", slurm_job=allocation.name, key=key, restarts=allocation.restarts,
             nodes=allocation.node_list, node_count=allocation.nodes, gpus=allocation.gpus, pid=os.getpid(),
+            log=own_log(),
             step=found.checkpoint_step, last_step=max(found.step, found.checkpoint_step), last_time=found.time,
         )
     )  # fmt: skip

@@ -11,6 +11,7 @@ from launcher.snapshot import snapshot_folder
 from launcher.tasks import Group, build_groups, build_tasks, nodes_of
 from launcher.trust import require_open_places
 from modularforge.config import Config
+from modularforge.cost import GPU_SHARE_REACHED, USUAL_GPU, gpu_hours
 
 # Slurm's default; the submission asks the site.
 MAX_ARRAY_SIZE = 1001
@@ -27,14 +28,26 @@ def describe_plan(config: Config) -> str:
 
 
 def hours(config: Config, groups: list[Group]) -> str:
-    """GPU-hours and core-hours if every job used all of its time."""
-    gpu_hours = core_hours = 0.0
+    """GPU-hours and core-hours if every job used all of its time, and what of it the computation itself needs."""
+    most = {"gpus": 0.0, "cpus": 0.0}
     for group in groups:
         nodes = nodes_of(config, group.name)
         node_hours = nodes.nodes * len(group.tasks) * nodes.time_minutes / 60
-        gpu_hours += node_hours * nodes.gpus
-        core_hours += node_hours * nodes.cpus
-    return f"asks for at most {gpu_hours:,.1f} GPU-hours and {core_hours:,.1f} core-hours"
+        most = {name: value + node_hours * getattr(nodes, name) for name, value in most.items()}
+    asked = f"asks for at most {most['gpus']:,.1f} GPU-hours and {most['cpus']:,.1f} core-hours"
+    on_gpus = [group.name for group in groups if nodes_of(config, group.name).gpus]
+    needed = gpu_hours(config, on_gpus)
+    if not needed:
+        return asked
+    return (
+        f"{asked}; of the former the FLOPs need about {needed:,.2g}, at {GPU_SHARE_REACHED:.0%} of the peak of "
+        f"{USUAL_GPU}s{_price(config, needed, most['gpus'])}"
+    )
+
+
+def _price(config: Config, needed: float, most: float) -> str:
+    each = config.cluster.price_per_gpu_hour
+    return "" if each is None else f"; at {each:g} per GPU-hour about {needed * each:,.2f}, at most {most * each:,.2f}"
 
 
 def _requests(config: Config, group: Group, run_id: str, snapshot: Path) -> list[Request]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from launcher.arrays import cut
 from launcher.command import job_environment
 from launcher.layout import FOLDER, work_folder
 from launcher.sbatch import Request, script_of
-from launcher.slurm import SlurmError, minutes, partitions, run_slurm, site_settings
+from launcher.slurm import SlurmError, minutes, nodes_of_site, partitions, run_slurm, site_settings
 from launcher.snapshot import snapshot_folder
 from launcher.tasks import Group, build_groups, build_tasks, nodes_of, nodes_section
 from modularforge.config import Config
@@ -88,7 +89,45 @@ def _group_problems(
         try:
             run_slurm("sbatch", "--test-only", file.name, env=job_environment(config.cluster.pass_environment))
         except SlurmError as error:
-            yield f"{group.name} must be accepted by sbatch, but: {' '.join(str(error).split())}"
+            too_big = "".join(f"; {wish}" for wish in _wishes_too_big(config, group, queues))
+            yield f"{group.name} must be accepted by sbatch, but: {' '.join(str(error).split())}{too_big}"
+
+
+def _wishes_too_big(config: Config, group: Group, queues: dict[str, dict[str, str]]) -> Iterator[str]:
+    """Which wish of a group no node of its queue fulfils, with the most that there is."""
+    names = _queue_names(config) or [name for name, values in queues.items() if values.get("Default") == "YES"]
+    try:
+        nodes = [node for node in nodes_of_site() if {*node.get("Partitions", "").split(",")} & {*names}]
+    except SlurmError:
+        return
+    wanted, section = nodes_of(config, group.name), nodes_section(group.name)
+    wishes = (
+        ("nodes", wanted.nodes, len(nodes), "in the queue"),
+        ("cpus", wanted.cpus, max((_number(node.get("CPUTot")) for node in nodes), default=0), "on one node"),
+        ("gpus", wanted.gpus, max(map(_gpus_of, nodes), default=0), "on one node"),
+        (
+            "memory_gb",
+            wanted.memory_gb or 0,
+            max((_memory_gb(node) for node in nodes), default=0),
+            "on one node",
+        ),
+    )
+    for name, wish, most, where in wishes:
+        if wish > most:
+            yield f"cluster.{section}.{name} is {wish:g}, but there are {most:g} {where} ({', '.join(names)}): lower it"
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text and text.isdigit() else 0
+
+
+def _memory_gb(node: dict[str, str]) -> float:
+    return _number(node.get("RealMemory")) / 1024
+
+
+def _gpus_of(node: dict[str, str]) -> int:
+    """`gpu:4`, `gpu:a100:4(S:0-1)`, several of them with commas."""
+    return sum(int(found) for found in re.findall(r"gpu(?::[^,:()]+)?:(\d+)", node.get("Gres", "")))
 
 
 def _queue_limit(config: Config, queues: dict[str, dict[str, str]]) -> float:

@@ -37,6 +37,7 @@ from launcher.submit import live_tasks
 from launcher.tasks import Task, finished_tasks, is_finished, unneeded_tasks
 from launcher.trust import require_readable_settings
 from modularforge.config import Config
+from modularforge.cost import flops_of_jobs, span
 from modularforge.errors import Interrupted, UserError
 from modularforge.run import Run
 
@@ -73,6 +74,7 @@ class LocalLauncher:
         self.stop_signal: int | None = None
         self.carriers: dict[str, Submission] = {}
         self.log_starts: dict[str, int] = {}
+        self.start = time.monotonic()
 
     def run(self) -> None:
         """Run all tasks; raises TaskError when one failed, Interrupted after a stop, BusyError beside another."""
@@ -121,6 +123,7 @@ class LocalLauncher:
         for task in self.tasks:
             if task.name not in self.done | finished or _is_always_run(task):
                 groups.setdefault(task.group, []).append(task)
+        self.record.cluster, self.record.work_folder = socket.gethostname(), str(work_folder(self.config))
         for item in self.record.submissions:
             item.withdrawn = True
         for group, tasks in groups.items():
@@ -225,7 +228,7 @@ class LocalLauncher:
         name, seconds = item.task.name, time.monotonic() - item.start
         if code == 0:
             self.done.add(name)
-            self.say(f"{name}: done in {seconds:.0f} s")
+            self.say(f"{name}: done in {seconds:.0f} s ({len(self.done)} of {len(self.tasks)} jobs{self._rest()})")
             return
         job = self.carriers[name].job_name(name)
         own = [event for event in read_events(self.config, name) if event.get("slurm_job") == job]
@@ -238,6 +241,14 @@ class LocalLauncher:
             append_event(self.config, name, "ended", slurm_job=job, code=code, reason=reason)
         self.failed[name] = code
         self.say(f"{name}: ended with code {code} after {seconds:.0f} s")
+
+    def _rest(self) -> str:
+        """How long the others will take if they are as fast, by their FLOPs, as those that are done."""
+        flops = flops_of_jobs(self.config)
+        done = sum(flops.get(name, 0.0) for name in self.carriers if name in self.done)
+        left = sum(flops.get(task.name, 0.0) for task in self.tasks if task.name not in self.done)
+        seconds = (time.monotonic() - self.start) * left / done if done else 0.0
+        return f", about {span(seconds)} left" if seconds else ""
 
     def _failures(self) -> str:
         """What failed, why (the end of its log), and what did not run because of it."""
@@ -342,6 +353,21 @@ def stop_here(config: Config, record: Record, say: Say) -> Iterator[list[str]]:
     while left := _left(config, record):
         yield left
     yield []
+
+
+def stop_one_here(config: Config, record: Record, name: str) -> bool:
+    """Ask one job of this machine to stop; returns whether it ran."""
+    holder = read_holder(lock_url(config))
+    if is_alive(holder) and holder.get("host") != socket.gethostname():
+        raise BusyError(
+            f"the job must be cancelled where it runs, on {str(holder.get('host'))!r:.80}; type the same command there"
+        )
+    keys = [item.key for item in record.live if name in item.task_names]
+    last = next(iter(read_events(config, name)[-1:]), None)
+    if last is None or last["event"] != "started" or not any(_runs(last.get("pid"), key) for key in keys):
+        return False
+    os.kill(last["pid"], signal.SIGTERM)
+    return True
 
 
 def _left(config: Config, record: Record) -> list[str]:

@@ -33,6 +33,7 @@ from modularforge.pipeline import STAGES, STANDS_FOR, JobName, stage_settings, v
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
 JobId = Annotated[str, Field(pattern=rf"^({LOCAL})?[0-9]+$", max_length=20)]
 Folder = Annotated[str, AfterValidator(lambda name: name and checked_part(name))]
+Line = Annotated[str, Field(pattern=r"^[^\p{Cc}]*$", max_length=4096)]
 Index = Annotated[int, Field(ge=0, lt=1_000_000)]
 Time = Annotated[float, Field(ge=0, lt=1e11)]
 
@@ -87,7 +88,7 @@ class Submission:
 
 @dataclass
 class Record:
-    """One run: its identity, its settings, and its submissions, oldest first."""
+    """One run: its identity, its settings, its submissions, oldest first, and where these are."""
 
     run_id: Word
     identity: dict[str, Any]
@@ -95,6 +96,10 @@ class Record:
     created: Time = field(default_factory=time.time)
     checked: str = ""
     submissions: list[Submission] = field(default_factory=list)
+    cluster: Line = ""
+    """Name of the Slurm cluster, or of the machine, that it was last started on."""
+    work_folder: Line = ""
+    """Where it had its logs, scripts and code there."""
 
     @property
     def live(self) -> list[Submission]:

@@ -7,23 +7,25 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from checkpoints import paths
 from checkpoints.screen import shown_command
 from launcher.events import merge_events, read_all_events
+from launcher.layout import stored_log_url
 from launcher.lock import submission_lock
 from launcher.preflight import fingerprint_of, preflight
-from launcher.processes import LocalLauncher, stop_here
+from launcher.processes import LocalLauncher, stop_here, stop_one_here
 from launcher.record import Record, beside, check_same_run, load_record, new_record, require_record, save_record
 from launcher.report import describe as describe_report
 from launcher.report import end_report
 from launcher.sbatch import comment_of, job_names
 from launcher.slurm import SlurmError, queue, run_slurm
-from launcher.status import Row, describe, is_going_on, is_success, read_status
+from launcher.status import GOING_ON, Row, describe, is_going_on, is_success, known_status, read_status
 from launcher.submit import Submitter
-from launcher.tasks import build_groups, build_tasks
+from launcher.tasks import Task, build_groups, build_tasks
 from launcher.trust import check_commands, require_open_places, require_readable_settings
 from modularforge.config import Config
 from modularforge.errors import ConfigError, UserError
-from modularforge.pipeline import job_named
+from modularforge.pipeline import checkpoint_url, job_named, stage_url
 
 Say = Callable[[str], None]
 logger = logging.getLogger(__name__)
@@ -91,11 +93,69 @@ def _next(config: Config, command: str) -> str:
 
 
 def recorded(config: Config) -> tuple[Config, Record]:
-    """The record of the run at `output_dir` and the settings it was started with."""
-    record = require_record(config)
+    """The record of the run at `output_dir` and the settings it was started with.
+
+    Of one that people started with the scripts in slurm/, the settings given and a record without submissions.
+    """
+    record = load_record(config)
+    if record is None and read_all_events(config):
+        return config, new_record(config)
+    record = record or require_record(config)
     settings = record.settings()
     # The folder may have been moved or copied since.
     return settings.model_copy(update={"output_dir": config.output_dir}), record
+
+
+def cancel_one(config: Config, what: str, say: Say) -> None:
+    """Stop one job of the run; the others go on, and what waits for it does not start."""
+    config, record = recorded(config)
+    name = _task_named(config, what).name
+    if record.is_local:
+        if not stop_one_here(config, record, name):
+            raise ConfigError(f"{name} must be running to be cancelled, but is not; see `{_next(config, 'status')}`")
+        say(f"{name}: asked to stop; it saves its state, and `{_next(config, 'resume')}` continues it")
+        return
+    row = next(row for row in read_status(config, record) if row.task == name)
+    if row.state not in GOING_ON:
+        raise ConfigError(f"{name} must be going on to be cancelled, but is {row.state}; nothing was done")
+    run_slurm("scancel", row.job)
+    say(f"{name}: cancelled {row.job}; `{_next(config, 'resume')}` continues it")
+
+
+def rerun(config: Config, what: str, say: Say) -> None:
+    """Make one finished expert, branch or baseline again, and what was made of it, as the run was last started."""
+    config, record = recorded(config)
+    task = _task_named(config, what)
+    if not task.is_worker:
+        raise ConfigError(
+            f"rerun must name an expert or a baseline, but {task.name} is none: everything is made of it; start "
+            "another run with --new-run"
+        )
+    rows = {row.task: row for row in read_status(config, record)}
+    if going := [name for name in (task.name, "assemble", "evaluate") if name in rows and is_going_on([rows[name]])]:
+        raise ConfigError(
+            f"{', '.join(going)} must have ended before {task.name} is made again, but has not; wait, or "
+            f"`{_next(config, 'cancel')}`"
+        )
+    for url in _made_of(config, task):
+        if paths.exists(url) or paths.list_folder(url):
+            paths.remove(url)
+            say(f"removed {url}")
+    resume(config, say)
+
+
+def _made_of(config: Config, task: Task) -> list[str]:
+    """Artifacts and checkpoints of a task, behind those that were made of it: no model is left with a part missing."""
+    after = ["evaluate", *(["calibrate", "assemble"] if task.group == "expert" else [])]
+    own = [*(stage_url(config, name, task.index) for name in task.stages), checkpoint_url(config, task.name)]
+    return [*(stage_url(config, name) for name in after), *own]
+
+
+def _task_named(config: Config, what: str) -> Task:
+    tasks = {task.name: task for task in build_tasks(config)}
+    if (name := str(job_named(what))) not in tasks:
+        raise ConfigError(f"the job must be one of {', '.join(tasks)[:300]}, but is {what!r:.80}; choose one of these")
+    return tasks[name]
 
 
 def cancel(config: Config, say: Say) -> None:
@@ -155,22 +215,25 @@ def follow_status(config: Config) -> Iterator[list[Row]]:
     """
     config, record = recorded(config)
     rows: list[Row] = []
-    wait = FIRST_POLL_SECONDS
+    wait, has_answered = FIRST_POLL_SECONDS, False
     while True:
         before = rows
         try:
             rows = read_status(config, record)
+            has_answered = True
         except SlurmError as error:
             if not rows:
-                raise
-            logger.warning("%s; it is asked again", error)
+                logger.warning("Slurm not reachable from here (%s); this is what the store knows", error)
+            elif has_answered:
+                logger.warning("%s; it is asked again", error)
+            rows = rows if has_answered else read_status(config, record, asks_slurm=False)
         yield rows
         if not is_going_on(rows):
             return
         same = [(row.task, row.state) for row in before] == [(row.task, row.state) for row in rows]
         wait = min(LONGEST_POLL_SECONDS, wait * POLL_GROWTH) if same else FIRST_POLL_SECONDS
         time.sleep(wait)
-        record = require_record(config)
+        _, record = recorded(config)
 
 
 def wait_for_run(config: Config, say: Say) -> bool:
@@ -217,7 +280,7 @@ def find_log(config: Config, what: str) -> Path:
     """The log of STAGE or STAGE/INDEX; raises ConfigError with the names there are."""
     config, record = recorded(config)
     wanted = str(job_named(what))
-    rows = {row.task: row for row in read_status(config, record)}
+    rows = {row.task: row for row in known_status(config, record)}
     if wanted not in rows or not rows[wanted].log:
         known = ", ".join(name for name, row in rows.items() if row.log)
         raise ConfigError(f"logs must name a job that was submitted, but {what!r:.80} is none; there are {known:.300}")
@@ -225,18 +288,27 @@ def find_log(config: Config, what: str) -> Path:
 
 
 def tail(config: Config, what: str, follow: bool) -> Iterator[str]:
-    """The log of a job from its beginning; with `follow` also what is added until the job has ended."""
+    """The log of a job from its beginning; with `follow` also what is added until the job has ended.
+
+    Of one on another machine, what it left beside the run on an object store.
+    """
     path, position, ended = find_log(config, what), 0, not follow
     wait = next_look = FIRST_POLL_SECONDS
-    start = time.monotonic()
+    start, stored = time.monotonic(), b""
     while True:
         if path.exists():
             with open(path, errors="replace") as file:
                 file.seek(position)
                 yield file.read()
                 position = file.tell()
+        elif (found := _stored_log(config, what)) is not None:
+            yield _new_lines(stored, found, path)
+            stored = found
         elif ended:
-            raise ConfigError(f"{path} must exist, but the job has not started; see `{_next(config, 'status')}`")
+            raise ConfigError(
+                f"{path} must exist, but the job has not started, or its log is on another machine; see "
+                f"`{_next(config, 'status')}`"
+            )
         if ended:
             return
         time.sleep(LOG_SECONDS)
@@ -246,11 +318,26 @@ def tail(config: Config, what: str, follow: bool) -> Iterator[str]:
             next_look += wait
 
 
+def _stored_log(config: Config, what: str) -> bytes | None:
+    """The end of a log that the job itself keeps beside the run."""
+    try:
+        return paths.read_bytes(stored_log_url(config, str(job_named(what))))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _new_lines(before: bytes, now: bytes, path: Path) -> str:
+    """What has come to the end of a log, of which earlier lines may have gone."""
+    head = "" if before else f"(the last lines; the whole log is {path} where the job runs)\n"
+    added = now[len(before) :] if now.startswith(before) else now
+    return head + added.decode(errors="replace")
+
+
 def _is_live(config: Config, what: str) -> bool:
     config, record = recorded(config)
     name = str(job_named(what))
     try:
         return is_going_on([row for row in read_status(config, record) if row.task == name])
-    except SlurmError as error:
-        logger.warning("%s; it is asked again", error)
-        return True
+    except SlurmError:
+        rows = read_status(config, record, asks_slurm=False)
+        return is_going_on([row for row in rows if row.task == name])

@@ -100,6 +100,11 @@ def partitions() -> dict[str, dict[str, str]]:
     return found
 
 
+def nodes_of_site() -> list[dict[str, str]]:
+    """`scontrol show node`, a node each."""
+    return [fields(line) for line in run_slurm("scontrol", "--oneliner", "show", "node").splitlines() if line.strip()]
+
+
 def fields(line: str) -> dict[str, str]:
     """`Name=value` pairs of one line of scontrol; of a value with blanks only the first word counts.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -14,14 +15,18 @@ from launcher.processes import jobs_here
 from launcher.record import Record, Submission
 from launcher.retry_policy import count_requeues
 from launcher.sbatch import job_names
-from launcher.slurm import QueuedJob, queue
+from launcher.slurm import QueuedJob, SlurmError, queue
 from launcher.submit import live_tasks
 from launcher.tasks import Task, build_groups, build_tasks, finished_tasks, unneeded_tasks
 from modularforge.config import Config
 from modularforge.pipeline import STAGES
 from modularforge.run import Run
 
-GOING_ON = ("pending", "requeued", "running", "ending")
+logger = logging.getLogger("modularforge")
+GOING_ON = ("pending", "requeued", "running", "ending", "submitted", "started")
+TOLD = ("submitted", "started")  # states of jobs that nobody here can ask Slurm about
+# Names of the scripts in slurm/, which people submit by hand.
+BY_HAND = ("train-backbone", "train-experts", "assemble")
 # Of a large array only the tasks that something can be said about are listed.
 LISTED_TASKS = 20
 
@@ -45,25 +50,57 @@ class Row:
     log: str = ""
 
 
-def read_status(config: Config, record: Record) -> list[Row]:
-    """One row per task, in the order of the graph."""
+def known_status(config: Config, record: Record) -> list[Row]:
+    """The status, from the store alone where Slurm does not answer."""
+    try:
+        return read_status(config, record)
+    except SlurmError as error:
+        logger.warning("Slurm not reachable from here (%s); this is what the store knows", error)
+        return read_status(config, record, asks_slurm=False)
+
+
+def read_status(config: Config, record: Record, asks_slurm: bool = True) -> list[Row]:
+    """One row per task, in the order of the graph; without Slurm, as the jobs themselves said last."""
     tasks = build_tasks(config)
     done = finished_tasks(Run(config), tasks)
     spared = unneeded_tasks(tasks, done)
     # The queue before the events: a job that ends in between is then seen as ended, and not as lost.
-    jobs = [] if len(done | spared) == len(tasks) else _jobs(config, record)
+    is_over = len(done | spared) == len(tasks)
+    jobs = [] if is_over or not asks_slurm else _jobs(config, record)
     events = read_all_events(config)
     # What was committed since the first look says so itself.
     late = [task for task in tasks if task.name not in done and _says_finished(events.get(task.name, []))]
     done |= finished_tasks(Run(config), late)
     live = live_tasks(record, jobs, events)
     queued = {(job.job, job.index): job for job in jobs}
+    told = {} if asks_slurm else _told(record, events)
     # Taken back ones too: what an earlier launch finished keeps its job and its log.
     carriers = {name: item for item in record.submissions if item.job for name in item.task_names}
     return [
-        _row(config, task, events.get(task.name, []), carriers.get(task.name), live, queued, done, spared)
+        _row(config, task, events.get(task.name, []), carriers.get(task.name), live, queued, done, spared, told, record)
         for task in tasks
     ]
+
+
+def _told(record: Record, events: dict[str, list[Event]]) -> dict[str, tuple[str, str]]:
+    """How the jobs stand that have not said that they ended, by what they said last."""
+    found = {name: ("submitted", f"to {record.cluster}") for item in record.live for name in item.task_names}
+    for name, lines in events.items():
+        last = lines[-1]["event"] if lines else ""
+        if last in ("started", "requeued"):
+            found[name] = ("started" if last == "started" else "submitted", f"at {_moment(lines[-1]['time'])}")
+        elif last == "ended" and not _is_after(record, name, lines[-1]["time"]):
+            found.pop(name, None)
+    return found
+
+
+def _is_after(record: Record, name: str, ended: float) -> bool:
+    """Whether a task was submitted again after it had ended."""
+    return any(item.submitted > ended for item in record.live if name in item.task_names)
+
+
+def _moment(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def is_going_on(rows: list[Row]) -> bool:
@@ -94,6 +131,12 @@ def describe(config: Config, rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def where_it_is(record: Record) -> str:
+    """The cluster or machine that a run was started on, and its folder there."""
+    folder = f", logs in {record.work_folder}" if record.work_folder else ""
+    return f"started on {record.cluster}{folder}" if record.cluster else ""
+
+
 def _says_finished(events: list[Event]) -> bool:
     return bool(events) and events[-1].get("reason") == "finished"
 
@@ -102,7 +145,7 @@ def _jobs(config: Config, record: Record) -> list[QueuedJob]:
     """What is in the queue, Slurm's or that of the launcher on this machine."""
     if record.is_local:
         return jobs_here(config, record)
-    return queue(job_names(record.run_id, [group.name for group in build_groups(build_tasks(config))]))
+    return queue([*job_names(record.run_id, [group.name for group in build_groups(build_tasks(config))]), *BY_HAND])
 
 
 def _row(
@@ -114,9 +157,12 @@ def _row(
     queued: dict[tuple[str, int | None], QueuedJob],
     done: set[str],
     spared: set[str],
+    told: dict[str, tuple[str, str]],
+    record: Record,
 ) -> Row:
     index = task.index - carrier.offset if carrier and task.index is not None else None
     job = queued.get((str(carrier.job), index)) if carrier else None
+    by_hand = None if job else _job_by_hand(events, queued)
     requeues = count_requeues(events)
     if task.name in done:
         state, reason = "committed", ""
@@ -124,22 +170,51 @@ def _row(
         state, reason = "left out", "cluster.min_experts"
     elif task.name in live and job:
         state, reason = _queue_state(job, requeues)
+    elif by_hand:
+        state, reason = _queue_state(by_hand, requeues)
+    elif task.name in told:
+        state, reason = told[task.name]
     else:
         state, reason = _ended_state(events, carrier, job)
     found = progress_of(config, task.name) if task.is_training and state != "pending" else Progress()
-    name = carrier.job_name(task.name) if carrier else ""
-    log = _log(config, task, carrier) if carrier else ""
+    shown = job or by_hand
+    name = carrier.job_name(task.name) if carrier else str(events[-1].get("slurm_job") or "") if events else ""
+    log = _log(config, task, carrier, events, record)
     return Row(
-        task.name, task.group, state, reason, name, job.nodes if job else "", requeues,
+        task.name, task.group, state, reason, name, shown.nodes if shown else "", requeues,
         max(found.step, found.checkpoint_step) or None, _steps(config, task), found.loss, found.checkpoint_step or None,
         None if found.checkpoint_time is None else round(time.time() - found.checkpoint_time, 1), str(log),
     )  # fmt: skip
 
 
-def _log(config: Config, task: Task, carrier: Submission) -> Path:
-    """The log lies in the work folder that there was at the submission."""
+def _job_by_hand(events: list[Event], queued: dict[tuple[str, int | None], QueuedJob]) -> QueuedJob | None:
+    """The job of a script in slurm/ that last said that it started, if Slurm still has it."""
+    last = events[-1] if events else {"event": ""}
+    if last["event"] not in ("started", "requeued") or any(event.get("key") for event in events):
+        return None
+    job, _, index = str(last.get("slurm_job") or "").partition("_")
+    found = queued.get((job, int(index) if index.isdigit() else None))
+    return found if found and found.is_live else None
+
+
+def _log(config: Config, task: Task, carrier: Submission | None, events: list[Event], record: Record) -> str:
+    """Where the job said that its log is, or will be: in the work folder that there was at the submission.
+
+    A run may have been moved since, so that the usual place comes first where something lies there.
+    """
+    started = [event for event in events if event["event"] == "started" and event.get("log")]
+    usual = _usual_log(config, task, carrier, record) if carrier else None
+    if carrier and usual and (not started or started[-1].get("slurm_job") == carrier.job_name(task.name)):
+        return str(usual) if usual.exists() or not started else str(started[-1]["log"])
+    return str(started[-1]["log"]) if started else ""
+
+
+def _usual_log(config: Config, task: Task, carrier: Submission, record: Record) -> Path:
+    """The launcher's own choice; a run on an object store was perhaps submitted from another folder than this."""
     work = carrier.work or old_folder_name(run_path(config))
-    return log_file(config, task.group, task.index, carrier.offset, work)
+    path = log_file(config, task.group, task.index, carrier.offset, work)
+    folder = Path(record.work_folder)
+    return folder / "logs" / path.name if record.work_folder and folder.name == carrier.work else path
 
 
 def _queue_state(job: QueuedJob, requeues: int) -> tuple[str, str]:

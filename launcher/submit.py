@@ -55,7 +55,9 @@ class Submitter:
             return 0
         tasks = build_tasks(self.config)
         self.live = self._live_tasks()
-        self.max_array_size = int(site_settings().get("MaxArraySize", self.max_array_size))
+        site = site_settings()
+        self.max_array_size = int(site.get("MaxArraySize", self.max_array_size))
+        self.record.cluster, self.record.work_folder = site.get("ClusterName", ""), str(work_folder(self.config))
         self.snapshot = take_snapshot(self.config)
         for group in build_groups(tasks):
             self._submit_group(group)

@@ -12,10 +12,9 @@ from checkpoints import paths
 from checkpoints.redact import has_secret, is_redacted, redact, redact_urls
 from launcher.tasks import build_tasks, is_finished
 from modularforge.config import ClusterConfig, Config, SourceConfig
+from modularforge.config_files import COMMANDS
 from modularforge.errors import ConfigError
 from modularforge.run import Run
-
-COMMANDS = ("setup", "python", "container", "sbatch_options", "pass_environment", "work_dir")
 
 
 def require_open_places(config: Config) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
-from typing import Annotated
+import time
+from collections.abc import Callable, Collection, Container, Iterable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from checkpoints.screen import say
+from checkpoints.commands import HELP_NAMES, Commands, version_option
+from checkpoints.screen import say, shown_command
 from modularforge.config import Config
 from modularforge.errors import ConfigError, UserError
 from modularforge.experts_cli import app as experts_app
+from modularforge.log import logger
 from modularforge.options import with_lazy_settings, with_settings
 from modularforge.pipeline import STAGES, Stage, wanted_stages
 from modularforge.run import Run
+
+if TYPE_CHECKING:
+    from modularforge.cost import Parts
 
 app = typer.Typer(
     name="modularforge",
@@ -22,10 +28,12 @@ app = typer.Typer(
         "The stages are prepare-data, train (backbone, then experts), assemble and evaluate; run-all does them in "
         "turn. What is finished is never done again, so any command may be repeated after a stop."
     ),
+    cls=Commands,
+    context_settings=HELP_NAMES,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.callback()(version_option)
 app.add_typer(experts_app, name="experts")
 
 
@@ -34,12 +42,28 @@ PRODUCT = ("prepare-data", "backbone", "expert", "assemble")
 INDEX = typer.Option(help="Which one of the partitions' jobs, from 0.")
 
 
-def _make(run: Run, job: str, indices: Iterable[int | None] | None = None, but: Container[str] = ()) -> None:
-    """Make what a job makes, stage by stage."""
+def _make(
+    run: Run,
+    job: str,
+    indices: Iterable[int | None] | None = None,
+    but: Container[str] = (),
+    parts: Parts | None = None,
+) -> None:
+    """Make what a job makes, stage by stage; `parts` say where the whole run is."""
     for stage in STAGES.values():
         if stage.job == job and stage.name not in but:
             for index in stage.indices(run.config) if indices is None else indices:
-                run.make(stage.name, index)
+                _make_part(run, stage.name, index, parts)
+
+
+def _make_part(run: Run, stage: str, index: int | None, parts: Parts | None) -> Any:
+    if parts is None or run.find(run.url(stage, index)):
+        return run.make(stage, index)
+    logger.info(parts.line(stage, index))
+    start = time.monotonic()
+    made = run.make(stage, index)
+    parts.took(stage, index, time.monotonic() - start)
+    return made
 
 
 def add_jobs(jobs: typer.Typer, stages: Iterable[Stage]) -> None:
@@ -115,8 +139,14 @@ def assemble(
 def evaluate(
     settings: Config,
     model: Annotated[str | None, typer.Option(help="Measure only this model folder, and write nothing.")] = None,
+    harness: Annotated[
+        list[str] | None, typer.Option(metavar="TASK", help="A task of lm-eval to do as well. Repeatable.")
+    ] = None,
 ) -> None:
     """Measure the models of a run side by side: perplexity per domain, routing, samples; prints the table."""
+    if harness:
+        wanted = settings.evaluation.model_copy(update={"harness": harness})
+        settings = settings.model_copy(update={"evaluation": wanted})
     if model is None:
         _evaluate(Run(settings))
         return
@@ -131,15 +161,15 @@ def evaluate(
     print_table(measure_folder(Run(settings), model))
 
 
-def _evaluate(run: Run) -> None:
+def _evaluate(run: Run, parts: Parts | None = None) -> None:
     """Train what the evaluation compares with and nobody else trains, measure, and print the table."""
     from modularforge.observe.evaluation import print_table
     from modularforge.stages.evaluate import where
 
     for stage in wanted_stages(run.config):
         if stage.is_measured and stage.job not in PRODUCT:
-            _make(run, stage.job)
-    print_table(run.make("evaluate"))
+            _make(run, stage.job, parts=parts)
+    print_table(_make_part(run, "evaluate", None, parts))
     say(where(run))
 
 
@@ -157,10 +187,29 @@ def run_all(
     """Prepare data, train backbone and experts, assemble, calibrate and evaluate; finished stages are skipped."""
     run = Run(settings)
     skipped = dict(zip(PRODUCT, (skip_data, skip_backbone, skip_experts, skip_assembly), strict=True))
+    left_out = [stage.name for stage in STAGES.values() if skipped.get(stage.job)]
+    left_out += ["calibrate"] if skip_calibration else []
+    left_out += [stage.name for stage in STAGES.values() if skip_evaluation and stage.job not in PRODUCT]
+    parts = _announced(run, left_out)
     for job in [job for job, skip in skipped.items() if not skip]:
-        _make(run, job, but=("calibrate",) if skip_calibration else ())
+        _make(run, job, but=("calibrate",) if skip_calibration else (), parts=parts)
     if not skip_evaluation:
-        _evaluate(run)
+        _evaluate(run, parts)
+
+
+def _announced(run: Run, left_out: Collection[str]) -> Parts:
+    """Say what the run will cost here and what would be better, unless it is done; returns what tells of its parts."""
+    from modularforge.advice import advice
+    from modularforge.cost import Parts, describe_cost, this_machine
+
+    if run.find(run.url("evaluate")):
+        return Parts(run.config, skipped=left_out)
+    machine = this_machine(run.config)
+    for line in describe_cost(run.config, machine).splitlines():
+        logger.info(line)
+    for sentence in advice(run.config):
+        logger.warning("advice: %s", sentence)
+    return Parts(run.config, machine, left_out)
 
 
 @app.command()
@@ -304,6 +353,25 @@ def wikisql(
 
 
 @app.command()
+def init(
+    place: Annotated[
+        str, typer.Argument(metavar="FOLDER_OR_URL", help="Where the text lies; a folder in it a domain.")
+    ],
+    output: Annotated[str | None, typer.Option(help="File to write; without it, the folder's name and .yaml.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
+) -> None:
+    """Look at text of your own and this machine, and write a settings file that fits both, with comments."""
+    from modularforge.first_config import look_at, save, write_config
+    from modularforge.log import configure_logging
+
+    configure_logging()
+    look = look_at(place)
+    file = output or f"{look.name}.yaml"
+    save(write_config(look, look.name), file)
+    say(f"{file}: {look.describe()}\nnext: {shown_command('modularforge', 'run-all', '--config', file)}")
+
+
+@app.command()
 def settings(
     pattern: Annotated[
         str | None, typer.Argument(help="Only settings whose name or sentence has this text, such as `router`.")
@@ -326,7 +394,7 @@ def info(
     settings: Config,
     show_settings: Annotated[bool, typer.Option("--settings", help="Print the resolved settings as YAML.")] = False,
 ) -> None:
-    """Print the sizes of backbone and assembled model, FLOPs per token, and the length of the training."""
+    """Print the sizes of backbone and assembled model, the length of the training, and what it costs here."""
     from modularforge.config_files import to_yaml
     from modularforge.info import describe
 

@@ -603,6 +603,11 @@ class EvaluationConfig(Section):
     """Sample among the likeliest tokens that together hold this probability."""
     tasks: list[TaskConfig] | None = None
     """Sources of `task: instruction` whose test prompts all models answer, by name or with settings."""
+    harness: list[Text] | None = None
+    """Tasks of EleutherAI's lm-eval (extra `harness`) that all models do: names that it knows, such as `arc_easy`, or
+    task files of yours (`mine/task.yaml`)."""
+    harness_documents: int | None = Field(None, ge=1)
+    """Documents of each of these tasks at the most, from the first; null is all."""
     general: list[Text] | None = None
     """Files of text of no domain (paths, URLs or patterns, read like `data.sources`) to measure models on too."""
     chat: Text | None = None
@@ -704,7 +709,10 @@ class ClusterConfig(Section):
     sbatch_options: dict[Annotated[str, Field(pattern=OPTION), AfterValidator(_free_option)], Line | int | bool] = {}
     """Further options of sbatch by name, such as `{reservation: spring}`."""
     work_dir: Line | None = None
-    """Folder that nodes share, in which each run has one for logs, scripts and code; null: in the run's own folder."""
+    """Folder that nodes share, in which each run has one for logs, scripts and code; null: in the run's own folder, and
+    of a run on an object store in `./modularforge-jobs`."""
+    price_per_gpu_hour: float | None = Field(None, ge=0)
+    """What a GPU-hour costs, in any currency: `python -m launcher plan` then says what a launch may cost."""
 
 
 class SpeechDataConfig(Section):
@@ -940,6 +948,7 @@ def _impossible_combinations(config: Config) -> Iterator[str]:
     yield from _impossible_chats(config)
     yield from _impossible_replies(config)
     yield from _impossible_sources(config)
+    yield from _impossible_partitions(config)
 
 
 def _impossible_shapes(model: ModelConfig) -> Iterator[str]:
@@ -1045,6 +1054,17 @@ def _impossible_sources(config: Config) -> Iterator[str]:
             )
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"data.sources must have names of their own, but {name!r} occurs {names.count(name)} times; rename one"
+
+
+def _impossible_partitions(config: Config) -> Iterator[str]:
+    """The number of experts that domains do not give, where the sources alone say their labels."""
+    sources, count = config.data.sources, config.experts.count
+    is_known = not any(source.label_field for source in sources)
+    if config.partition.method == "domain" and is_known and count > len(sources):
+        yield (
+            f"experts.count must be the number of data.sources for partition.method domain ({len(sources)}), but is "
+            f"{count}; set it to {len(sources)}, or choose another method"
+        )
 
 
 def _impossible_speech(config: Config) -> Iterator[str]:

@@ -16,16 +16,22 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from checkpoints import StoreError, paths
-from modularforge.config import RECORDED_ROUTERS, TRAINED_ON_ALL, Config, ModelConfig, router_today
+from checkpoints.parsing import parse_object
+from modularforge.config import RECORDED_ROUTERS, TRAINED_ON_ALL, ClusterConfig, Config, ModelConfig, router_today
 from modularforge.errors import ConfigError
 from modularforge.experts import kind
 from modularforge.log import logger
 from modularforge.mistakes import config_error, shown
+from modularforge.other_tools import OURS, tool_of
 from modularforge.plugins import entry
 from modularforge.presets import preset_names
 from modularforge.tasks import task
 from modularforge.yaml_text import MAX_BYTES, parse_yaml, to_yaml_text
 
+FOLDER, OWN_NAME, RECORD_NAME = "configs", "config.yaml", "cluster/run.json"
+PACKAGED = Path(__file__).resolve().parent / FOLDER
+COMMANDS = ("setup", "python", "container", "sbatch_options", "pass_environment", "work_dir")
+"""Settings of `cluster` that decide what runs on nodes: never taken from where others may write."""
 MOST_PARTS = 8  # settings have three at the most
 
 SMOKE_REPLIES = {"prompts": 3, "new_tokens": 8}
@@ -40,7 +46,7 @@ SMOKE_TEST: dict[str, Any] = {
     **{name: {"batch_size": None} for name in TRAINED_ON_ALL},
     "btx": {"batch_size": None, "steps": 5},
     "calibration": {"steps": 5, **SMOKE_PHASE},
-    "evaluation": {"tokens_per_domain": 2048, "sample_tokens": 8, "chat": None},
+    "evaluation": {"tokens_per_domain": 2048, "sample_tokens": 8, "chat": None, "harness": None},
 }
 """What ``--smoke-test`` changes: the same path at a size that ends within a minute."""
 
@@ -174,15 +180,20 @@ def make_config(values: Mapping[str, Any], origin: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise config_error(error, origin, _unknown_name) from None
+        tool = tool_of(values)
+        found = f"{origin}, which looks like a config of {tool}," if tool else origin
+        raise config_error(error, found, _unknown_name) from None
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """A settings file as nested dictionaries."""
+    """A settings file as nested dictionaries: also one of the package, or what the launcher recorded of a run."""
     try:
-        values = parse_yaml(_read(path))
+        if path.endswith(RECORD_NAME):
+            return dict(parse_object(paths.read_bytes(path))["config"])
+        values = parse_yaml(_read(_shipped(path)))
     except (FileNotFoundError, NotADirectoryError):
-        near = ", ".join(sorted(str(found) for found in Path("configs").glob("*.yaml"))) or "no file in ./configs"
+        here = Path(FOLDER) if Path(FOLDER).is_dir() else PACKAGED
+        near = ", ".join(sorted(f"{FOLDER}/{found.name}" for found in here.glob("*.yaml")))
         raise ConfigError(f"{path} must be a YAML file, but does not exist; there is {near}") from None
     except StoreError as error:
         raise ConfigError(f"{path} must be a YAML file, but {error}") from error
@@ -193,6 +204,25 @@ def read_yaml(path: str) -> dict[str, Any]:
             f"{path} must hold sections such as `data:`, but holds {shown(values)}; see configs/default.yaml"
         )
     return values
+
+
+def _shipped(path: str) -> str:
+    """Where a file is read that the repository and the package call so: here, or in the package."""
+    folder, _, name = path.removeprefix("./").rpartition("/")
+    is_packaged = folder == FOLDER and not Path(path).exists() and (PACKAGED / name).is_file()
+    return str(PACKAGED / name) if is_packaged else path
+
+
+def settings_of_run(output_dir: str) -> str | None:
+    """The settings file that a run has of its own, or the launcher's record of it; None where there is no run yet."""
+    places = (paths.join(output_dir, name) for name in (OWN_NAME, RECORD_NAME))
+    return next((place for place in places if paths.exists(place)), None)
+
+
+def usual_commands() -> list[tuple[str, Any]]:
+    """Changes for settings of a run on an object store, where others may write: nothing of theirs runs on nodes."""
+    usual = ClusterConfig().model_dump()
+    return [(f"cluster.{name}", usual[name]) for name in COMMANDS]
 
 
 def _read(path: str) -> bytes:
@@ -245,16 +275,20 @@ def _unknown_name(location: tuple[Any, ...]) -> str:
     """What is wrong with a name that no setting has."""
     section, last = _section_at(location[:-1]), str(location[-1])[:80]
     known = sorted(section.model_fields) if section else []
-    near = difflib.get_close_matches(last, known, n=1, cutoff=0.5)
-    here = ".".join(str(part) for part in location[:-1])
+    here = "".join(f"{part}." for part in location[:-1])
+    near = [here + name for name in difflib.get_close_matches(last, known, n=1, cutoff=0.5)]
     elsewhere = [path for path in setting_names() if path.rsplit(".", 1)[-1] == last]
-    if near:
-        hint = f"did you mean {(here + '.') if here else ''}{near[0]}?"
-    elif elsewhere:
-        hint = f"did you mean {elsewhere[0]}?"
-    else:
-        hint = f"known here: {', '.join(known)}"
-    return f"is not a setting; {hint}"
+    meant = [*_of_another_tool(last, here, known), *elsewhere, *near]
+    return f"is not a setting; {f'did you mean {meant[0]}?' if meant else 'known here: ' + ', '.join(known)}"
+
+
+def _of_another_tool(word: str, here: str, known: list[str]) -> list[str]:
+    """The setting that another tool calls so: in this section, if it has one of that name."""
+    ours = OURS.get(word.lower().replace("-", "_"))
+    if ours is None:
+        return []
+    leaf = ours.rpartition(".")[2]
+    return [here + leaf if leaf in known else ours]
 
 
 def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:

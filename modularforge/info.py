@@ -1,10 +1,12 @@
-"""What a configuration amounts to before anything runs: parameters, FLOPs and tokens."""
+"""What a configuration amounts to before anything runs: parameters, FLOPs, tokens, and what they cost here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from modularforge.advice import advice
 from modularforge.config import MLP_MODULES, Config, PhaseConfig
+from modularforge.cost import describe_cost, this_machine
 from modularforge.model.sizes import AdapterCounts, Sizes, adapter_parameters, lora_sizes, model_sizes
 from modularforge.routing.solvers import widening_of
 
@@ -16,7 +18,13 @@ def describe(config: Config) -> str:
         f"model:      width {model.width}, {model.layers} layers, {model.heads} heads, FFN {model.ffn_width}, "
         f"context {model.context_length}, vocabulary {vocab_size}"
     )
-    return "\n".join([shape, *(_of_speech(config) if config.task == "speech" else _of_text(config))])
+    return "\n".join([shape, *(_of_speech(config) if config.task == "speech" else _of_text(config)), *_cost(config)])
+
+
+def _cost(config: Config) -> Iterator[str]:
+    found = describe_cost(config, this_machine(config)).splitlines()
+    yield from (f"{name:<11} {line}" for name, line in zip(("time:", "space:"), found, strict=False))
+    yield from (f"advice:     {sentence}" for sentence in advice(config))
 
 
 def _of_text(config: Config) -> Iterator[str]:

@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any, Literal
 from checkpoints import StoreError, paths
 from checkpoints.redact import redact_values
 from checkpoints.retry import logger as store_logger
-from checkpoints.screen import LogFormatter
+from checkpoints.screen import log_to_screen
 from modularforge.errors import ConfigError
 from modularforge.json_lines import moment, number_of, object_in
 
@@ -37,12 +36,10 @@ NOT_SCALARS = ("job", "step", "time")
 def configure_logging(*, quiet: bool = False) -> None:
     """Send log lines, the store's too, to standard error, once a process; `quiet` (ranks but 0) keeps warnings only."""
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(LogFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-        logger.addHandler(handler)
-        store_logger.addHandler(handler)
+        log_to_screen(logger, store_logger)
         logger.propagate = False
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    for one in (logger, store_logger):
+        one.setLevel(logging.WARNING if quiet else logging.INFO)
 
 
 def json_safe(value: Any) -> Any:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
 
+from checkpoints import paths
 from modularforge.config import Config
-from modularforge.config_files import load_config
+from modularforge.config_files import load_config, settings_of_run, usual_commands
 from modularforge.log import configure_logging
 from modularforge.ranks import is_quiet
 
@@ -19,7 +20,10 @@ DEFAULT_CONFIG = "configs/default.yaml"
 
 
 def shared_options(
-    config: Annotated[str, typer.Option("--config", "-c", help="Settings file (YAML).")] = DEFAULT_CONFIG,
+    config: Annotated[
+        str | None,
+        typer.Option("--config", "-c", help=f"Settings file (YAML); without it the run's own, or {DEFAULT_CONFIG}."),
+    ] = None,
     smoke_test: Annotated[
         bool, typer.Option("--smoke-test", help="The same path at tiny sizes: under a minute.")
     ] = False,
@@ -51,6 +55,14 @@ def with_lazy_settings(command: Callable[..., None]) -> Callable[..., None]:
     return _with_options(command, lambda load: load)
 
 
+def _load(path: str | None, changes: Sequence[str], **given: Any) -> Config:
+    """The settings of a file; of a run that is there and was named without one, its own."""
+    output_dir, smoke_test = given["output_dir"], given["smoke_test"]
+    own = settings_of_run(output_dir) if path is None and output_dir and not smoke_test else None
+    usual = [] if own is None or paths.is_local(own) else usual_commands()
+    return load_config(own or path or DEFAULT_CONFIG, [*usual, *changes], **given)
+
+
 def _with_options(command: Callable[..., None], pass_on: Callable[[Callable[..., Config]], Any]) -> Callable[..., None]:
     shared = inspect.signature(shared_options).parameters
     own = list(inspect.signature(command).parameters.values())[1:]
@@ -60,7 +72,7 @@ def _with_options(command: Callable[..., None], pass_on: Callable[[Callable[...,
         given = {name: values.pop(name) for name in shared}
         configure_logging(quiet=is_quiet())
         load = functools.partial(
-            load_config,
+            _load,
             given["config"],
             given["changes"] or (),
             smoke_test=given["smoke_test"],

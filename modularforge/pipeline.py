@@ -320,6 +320,8 @@ CAME_LATER: dict[str, Any] = {
     "evaluation.general": None,
     "evaluation.chat": None,
     "evaluation.tasks": None,
+    "evaluation.harness": None,
+    "evaluation.harness_documents": None,
 }
 """Settings that stages learned after artifacts had been made without them, by dotted name, each with the value under
 which a stage does what it did before. With that value they are no part of a stage's settings, so that the artifact that

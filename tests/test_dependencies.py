@@ -24,7 +24,7 @@ DISTRIBUTIONS = {"markdown_it": "markdown-it-py", "yaml": "pyyaml", "sklearn": "
 PART_OF = {"markupsafe": "jinja2", "pydantic_core": "pydantic", "xdist": "pytest-xdist"}
 IMPORT_BY_NAME = re.compile(r'(?:import_module|require_package)\("([a-z_]+)"\)')
 LIBRARY = ("modularforge", "launcher", "checkpoints")
-EXTRAS = ("embeddings", "gguf", "speech", "tensorboard", "transformers")
+EXTRAS = ("embeddings", "gguf", "harness", "speech", "tensorboard", "transformers")
 
 
 def declared(*extras: str) -> set[str]:

@@ -18,6 +18,7 @@ PROJECT = ("modularforge", "launcher", "checkpoints")
 TORCH_FREE_FOR_LAUNCHER = {
     "modularforge.config",
     "modularforge.config_files",
+    "modularforge.cost",
     "modularforge.pipeline",
     "modularforge.run",
     "modularforge.options",

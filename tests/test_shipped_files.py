@@ -90,6 +90,7 @@ def _help_for(words: list[str]) -> tuple[list[str], list[str]]:
     elif words[:2] == ["python", "-m"]:
         words = words[2:]
     program, rest = words[0], words[1:]
+    program = program.removeprefix("modularforge-")
     assert program in ("modularforge", "launcher", "checkpoints"), program
     options = [word.split("=")[0] for word in rest if word.startswith("-")]
     takes_verb = bool(rest) and not rest[0].startswith("-")
@@ -123,8 +124,13 @@ def test_the_readmes_python_runs(finished_run: Config, tmp_path: Path) -> None:
     block = block.replace("runs/quickstart/", finished_run.output_dir + "/").replace(
         "runs/mine", str(tmp_path / "mine")
     )
-    texts = ["The first text is about the law of the land. " * 60] * 8
-    exec(block, {"law_texts": texts, "code_texts": texts[::-1], "validation_texts": texts[:2]})
+    for folder in ("law", "code"):
+        (tmp_path / "texts" / folder).mkdir(parents=True)
+        for number in range(8):
+            text = f"The {folder} is about the land. " * 80
+            (tmp_path / "texts" / folder / f"{number}.txt").write_text(text)
+    block = block.replace('"texts/', f'"{tmp_path}/texts/')
+    exec(block, {})
     assert (tmp_path / "mine" / "assembled" / "config.json").is_file()
 
 

@@ -14,9 +14,11 @@ import asyncio
 import codecs
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -172,7 +174,8 @@ def explained(url: str) -> Iterator[None]:
         raise DataError(f"{name} must be a file, but does not exist; fix its path in the settings") from error
     except IsADirectoryError as error:
         raise DataError(
-            f"{name} must be a file, but is a folder; name its files, for example {name}/*.jsonl.gz"
+            f"{name} must be a file, but is a folder; name its files, for example {name.rstrip('/')}/{_usual(url)}, or "
+            f"let `modularforge init {name}` write the settings"
         ) from error
     except (OSError, asyncio.TimeoutError) as error:
         raise _unreadable(name, error) from error
@@ -180,6 +183,15 @@ def explained(url: str) -> Iterator[None]:
         if not _is_clients(error):
             raise
         raise _unreadable(name, error) from error
+
+
+def _usual(folder: str) -> str:
+    """A pattern for what a folder holds most of: `**/*.txt`."""
+    names = (
+        [name for _, _, found in os.walk(paths.local_path(folder)) for name in found] if paths.is_local(folder) else []
+    )
+    endings = Counter("".join(Path(name).suffixes[-2:]) for name in names if not name.startswith("."))
+    return f"**/*{endings.most_common(1)[0][0]}" if endings else "**/*.jsonl.gz"
 
 
 def _web_options(url: str) -> dict[str, Any]:

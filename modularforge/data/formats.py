@@ -247,7 +247,8 @@ def hub_records(split: str, source: SourceConfig) -> Iterator[tuple[Any, str]]:
     except Exception as error:  # data sets, Arrow and HTTP clients each have their own classes
         raise DataError(
             f"{origin} must be a data set of the Hugging Face Hub, but cannot be read ({one_line(error)}); "
-            f"check hub, hub_config and split of source {source.name}, and the network"
+            f"check hub, hub_config and split of source {source.name}, and the network (`modularforge run-all --config "
+            "configs/quickstart.yaml` needs none)"
         ) from error
 
 

@@ -19,6 +19,7 @@ from modularforge.data.token_files import Stream
 from modularforge.errors import DataError
 from modularforge.evaluation.extras import Chat, Extras, prepare_chat, token_streams
 from modularforge.evaluation.generation import Sampling, generate
+from modularforge.evaluation.harness import Harness
 from modularforge.evaluation.paired import differences
 from modularforge.evaluation.probes import CHAT, GENERAL, SPREAD, TEXT, Probe, domain_probes, text_probe
 from modularforge.evaluation.replies import prepare_tasks
@@ -128,32 +129,36 @@ def measure_models(
     """Results by model name on the test split, in the order of `loaders`.
 
     Texts are sampled from the models in `with_samples`; all answer the prompts of `evaluation.tasks`, where a reply
-    also ends at one of `ends`. Schema: docs/observing.md. Losses are means over test tokens, domains weigh alike.
+    also ends at one of `ends`, and do the tasks of `evaluation.harness`. Schema: docs/observing.md. Losses are means
+    over test tokens, domains weigh alike.
     """
     device, limit = default_device(), config.evaluation.tokens_per_domain
     streams = corpus.domains("test", limit * SPREAD)
     bench = Bench(config, corpus, streams, limit, limit // PROBE_SHARE, extras or Extras())
     results: Results = {"name": config.name, "domains": list(streams), "models": {}, "routing": {}, "samples": {}}
     replies: dict[str, list[str]] = {}
-    tasks = prepare_tasks(config, corpus)
-    for name, load in loaders.items():
+    tasks, harness = prepare_tasks(config, corpus), Harness(config, corpus.tokenizer, corpus.end_token)
+    for number, (name, load) in enumerate(loaders.items(), 1):
         model = load().to(device)
         visits: Visits = {}
         row = _row(bench, model, visits if name in with_samples else None)
         results["models"][name] = {**row, **sizes_of(model), "training_tokens": training_tokens(config, name)}
-        logger.info("%s: mean test loss %.4f", name, row["mean_loss"])
+        logger.info("%s: mean test loss %.4f (%d of %d)", name, row["mean_loss"], number, len(loaders))
         if visits:
             results["routing"][name] = routing_summary(visits)
         if name in with_samples:
             results["samples"][name] = sample_texts(config, corpus, model)
         for task in tasks:
             task.ask(name, model, {corpus.end_token, *ends})
+        harness.measure(name, model)
         if bench.chat and name in with_samples:
             replies[name] = bench.chat.replies(model, config.evaluation.sample_tokens)
     if bench.chat:
         results["chat"] = {"questions": [item.model_dump() for item in bench.chat.questions], "replies": replies}
     if tasks:
         results["tasks"] = {task.settings.source: task.results() for task in tasks}
+    if harness.names:
+        results["harness"] = harness.results()
     results["peak_memory_bytes"] = peak_memory_bytes(device)
     return results
 

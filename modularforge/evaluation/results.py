@@ -107,6 +107,11 @@ class _Task(_Part):
     notes: list[str] = []
 
 
+class _Harness(_Part):
+    models: dict[str, dict[str, Number]]
+    errors: dict[str, dict[str, Number]] = {}
+
+
 class _Results(_Part):
     name: str
     domains: list[str] = Field(min_length=1)
@@ -115,6 +120,7 @@ class _Results(_Part):
     samples: dict[str, list[_Sample]] = {}
     chat: _Chat | None = None
     tasks: dict[str, _Task] = {}
+    harness: dict[str, _Harness] = {}
     differences: dict[str, dict[str, _Difference]] = {}
     chosen: str | None
     seconds: Annotated[float, Field(ge=0, le=1e9)] = 0.0

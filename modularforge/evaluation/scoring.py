@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from checkpoints.screen import progress
 from modularforge.data.loader import IGNORED_TARGET, evaluation_batches
 from modularforge.data.packing import Rows, ordered_batches
 from modularforge.data.token_files import ExampleTokens, Stream
@@ -174,13 +175,14 @@ def score(
     found, counts = [], routing if routing is not None and moe_layers(model) else None
     model.eval()
     observe_routing(model, counts is not None)
-    with torch.inference_mode():
+    with torch.inference_mode(), progress(f"measure {probe.name}", len(probe.inputs_RT), "windows") as bar:
         routing_RTE = carried_routing(model.text_router, probe) if carries and model.text_router else None
         for first in range(0, len(probe.inputs_RT), batch_size):
             rows = slice(first, first + batch_size)
             routing_BTE = None if routing_RTE is None else routing_RTE[rows]
             examples_BT = None if probe.examples_RT is None else probe.examples_RT[rows]
             found.append(score_batch(model, probe.inputs_RT[rows], probe.targets_RT[rows], routing_BTE, examples_BT))
+            bar.advance(len(probe.inputs_RT[rows]))
             if counts is not None:
                 _add_visits(model, probe, probe.labels_RT[rows].flatten(), counts)
     observe_routing(model, False)

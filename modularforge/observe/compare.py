@@ -102,8 +102,15 @@ def _metric_values(one: MetricComparison) -> dict[str, Any]:
 
 def in_short(comparison: Comparison) -> str:
     """The first page: runs, verdict, settings that differ, evaluation, seeds."""
-    lines = [*_runs(comparison), *_verdict(comparison), *_settings(comparison), *_evaluation(comparison)]
-    return "\n".join([*lines, *_seeds(comparison)])
+    parts = [_verdict(comparison), _settings(comparison), _evaluation(comparison)]
+    if not _has_common_steps(comparison):  # what can be said comes before what cannot
+        parts.reverse()
+    return "\n".join([*_runs(comparison), *(line for part in parts for line in part), *_seeds(comparison)])
+
+
+def _has_common_steps(comparison: Comparison) -> bool:
+    metrics = [metric for job in comparison.jobs.values() for metric in job.metrics.values()]
+    return comparison.are_equal or any(pair.common_steps for metric in metrics for pair in metric.pairs.values())
 
 
 def as_text(comparison: Comparison) -> str:
@@ -133,7 +140,21 @@ def _verdict(comparison: Comparison) -> list[str]:
         if job.name in _detailed(comparison):
             lines += [f"  {sentence}" for sentence in _sentences(comparison, job)]
             lines += [f"  {sentence}" for sentence in _warnings(job)]
-    return lines
+    apart = ", ".join(f"{job} of {name}" for job, name in _apart(comparison))
+    return [*lines, *([f"  no step in common with {comparison.reference}: {apart}"] if apart else [])]
+
+
+def _apart(comparison: Comparison) -> Iterator[tuple[str, str]]:
+    """Jobs whose losses cannot be laid beside the reference's, and in which run."""
+    for name in _detailed(comparison):
+        metric = _loss_of(comparison.jobs[name])
+        pairs = metric.pairs.items() if metric else ()
+        yield from ((name, run) for run, pair in pairs if not pair.common_steps)
+
+
+def _loss_of(job: JobComparison) -> MetricComparison | None:
+    column = next((name for name in ("validation_perplexity", "validation_loss", "loss") if name in job.metrics), None)
+    return job.metrics[column] if column else None
 
 
 def _warnings(job: JobComparison) -> Iterator[str]:
@@ -149,15 +170,12 @@ def _warnings(job: JobComparison) -> Iterator[str]:
 
 
 def _sentences(comparison: Comparison, job: JobComparison) -> Iterator[str]:
-    column = next((name for name in ("validation_perplexity", "validation_loss", "loss") if name in job.metrics), None)
-    if column is None:
-        return
-    metric = job.metrics[column]
-    for name, pair in metric.pairs.items():
-        what = f"{job.name}, {metric.metric.title}, {name}"
+    metric = _loss_of(job)
+    for name, pair in metric.pairs.items() if metric else ():
+        what = f"{job.name}, {metric.metric.title}, {name}" if metric else ""
         if not pair.common_steps:
-            yield f"{what}: no step in common with {comparison.reference}"
-        elif pair.is_equal:
+            continue
+        if pair.is_equal:
             yield f"{what}: the same at all {pair.common_steps} common steps"
         else:
             divergence = pair.divergence(comparison.band)

@@ -17,6 +17,8 @@ from modularforge.observe.findings import (
     chat_table,
     doubts,
     finding_tables,
+    harness_tables,
+    likely_reason,
     routing_lines,
     task_tables,
 )
@@ -58,6 +60,8 @@ def print_table(results: Results) -> None:
     models = [(standing(row), name) for name, row in results["models"].items()]
     best = min(((value, place) for place, (value, name) in enumerate(models) if name != "oracle"), default=None)
     model_table(results).show(best[1] if best else None)
+    for table in harness_tables(results):
+        table.show()
     say(verdict(results))
 
 
@@ -80,7 +84,8 @@ def markdown(results: Results) -> str:
         *byte_table(results).markdown(),
     ]
     chat = chat_table(results)
-    for found in [*finding_tables(results), *task_tables(results), *([chat] if chat.records else [])]:
+    others = [*task_tables(results), *harness_tables(results), *([chat] if chat.records else [])]
+    for found in [*finding_tables(results), *others]:
         lines += ["", f"## {plain(found.title)}", "", plain(found.words), "", *found.markdown()]
     for name, routing in results["routing"].items():
         lines += ["", f"## Where {plain(name)} routes", *_routing_lines(routing)]
@@ -143,7 +148,8 @@ def verdict(results: Results) -> str:
     if not deciding:
         return " ".join(["; ".join([found[0].upper() + found[1:], *others]) + ".", *but])
     start = "Worth it" if loss < min(deciding) else "Not worth it here"
-    return " ".join([f"{start}: " + "; ".join([found, *others]) + ".", *but])
+    why = [reason] if loss >= min(deciding) and (reason := likely_reason(results, min(deciding))) else []
+    return " ".join([f"{start}: " + "; ".join([found, *others]) + ".", *why, *but])
 
 
 def _beside(loss: float, words: str, other: float) -> str:

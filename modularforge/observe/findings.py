@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from checkpoints.markdown import plain
+from modularforge.advice import FEW_TOKENS, USUAL_TOKENS
 from modularforge.observe.run import kind_of
 from modularforge.observe.table import (
     MISSING,
@@ -166,6 +167,36 @@ def doubts(results: Results) -> list[str]:
     ]
 
 
+def likely_reason(results: Results, best: float) -> str:
+    """Why the chosen model is not better than the best one without experts, and which setting to change; or nothing."""
+    models = results["models"]
+    oracle = float(models.get("oracle", {}).get("mean_loss", math.nan))
+    start, loss = (float(models.get(name, {}).get("mean_loss", math.nan)) for name in ("backbone", results["chosen"]))
+    found = []
+    if oracle >= best:
+        found.append(
+            f"the experts themselves: even the best one of each domain has {fixed(oracle)}, so no routing could win; "
+            "give them more text or more different parts (experts.steps, experts.count, partition.method)"
+        )
+    elif start > oracle and loss > oracle:
+        found.append(
+            f"the routing, which keeps {(start - loss) / (start - oracle):.0%} of what the best expert of each domain "
+            "gains (assembly.router, experts.counted_pairs, assembly.token_pairs)"
+        )
+    each = _tokens_per_parameter(models.get("backbone", {}))
+    if 0 < each < FEW_TOKENS:
+        found.append(
+            f"a backbone of {each:.1f} tokens for each parameter, where {USUAL_TOKENS} are usual, so that any further "
+            "training helps everywhere (backbone.steps)"
+        )
+    return f"Likely reason: {'; and '.join(found)}." if found else ""
+
+
+def _tokens_per_parameter(row: Mapping[str, Any]) -> float:
+    tokens, parameters = row.get("training_tokens"), row.get("parameters")
+    return float(tokens) / float(parameters) if tokens and parameters else 0.0
+
+
 def _worse_domains(item: Mapping[str, Any]) -> Iterator[str]:
     for label, domain in item.get("domains", {}).items():
         if float(domain["difference"]) > 0:
@@ -254,6 +285,21 @@ def task_tables(results: Results) -> Iterator[Table]:
         ]
         header = ["prompt", "reference", *models]
         yield listing(header, rows, len(header), f"Replies of task {label}", "The first prompts, of all models.")
+
+
+def harness_tables(results: Results) -> Iterator[Table]:
+    """For each task of lm-eval what the models reached, with standard errors."""
+    for task, found in (results.get("harness") or {}).items():
+        metrics = dict.fromkeys(metric for row in found["models"].values() for metric in row)
+        rows = [
+            [name, *(_with_error(row.get(metric), found["errors"].get(name, {}).get(metric)) for metric in metrics)]
+            for name, row in found["models"].items()
+        ]
+        yield listing(["model", *metrics], rows, title=f"lm-eval: {task}", words="As lm-eval says, ± standard errors.")
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    return MISSING if value is None else fixed(value) + (f" ± {fixed(error)}" if error else "")
 
 
 def reply_table(rows: Rows, first: str, title: str, words: str) -> Table:

@@ -21,7 +21,7 @@ from checkpoints.screen import literal
 from modularforge import __version__
 from modularforge.observe.completion import Part, headline, is_finished, parts_of
 from modularforge.observe.evaluation import model_table, samples_of
-from modularforge.observe.findings import DECIDING, chat_table, finding_tables, task_tables
+from modularforge.observe.findings import DECIDING, chat_table, finding_tables, harness_tables, task_tables
 from modularforge.observe.metrics import CURVES, JobMetrics, Metric
 from modularforge.observe.run import Run, flatten, made_with
 from modularforge.observe.table import Column, Table, duration, fixed, listing, rough
@@ -85,7 +85,8 @@ def make_page(run: Run, plots: Iterable[Plot]) -> str:
 
 def _findings(run: Run, chat: Table) -> list[Table]:
     """What else the evaluation found."""
-    found = [*finding_tables(run.evaluation), *task_tables(run.evaluation)] if run.evaluation else []
+    results = run.evaluation
+    found = [*finding_tables(results), *task_tables(results), *harness_tables(results)] if results else []
     return [*found, *([chat] if chat.records else [])]
 
 

@@ -15,6 +15,7 @@ from modularforge.errors import MismatchError
 from modularforge.evaluation.baselines import build_btx, build_soup, solved_router
 from modularforge.evaluation.bench import Loader, Results, add_oracle, compare, measure_models
 from modularforge.evaluation.extras import Extras, read_extras
+from modularforge.evaluation.harness import harness_identity
 from modularforge.evaluation.replies import tasks_identity
 from modularforge.evaluation.results import checked_results, parse_results
 from modularforge.log import json_safe, logger
@@ -39,7 +40,7 @@ def run(run: Run) -> Results:
     artifacts, extras = find_models(run), read_extras(config)
     inputs = {name: artifact.manifest.fingerprint for name, artifact in artifacts.items()}
     inputs |= {"corpus": contents(run.require("prepare-data")), "format": RESULTS_FORMAT, **extras.identities}
-    inputs |= tasks_identity(config)
+    inputs |= {**tasks_identity(config), **harness_identity(config)}
     plan = run.plan("evaluate", inputs=inputs)
     old = run.find(plan.url)
     if old and old.manifest.fingerprint == plan.fingerprint:

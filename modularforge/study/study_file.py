@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from checkpoints.screen import shown_command
 from modularforge.config import TRAINED_ON_ALL, Section, Text
 from modularforge.config_files import read_yaml
+from modularforge.errors import ConfigError
 from modularforge.mistakes import config_error
 
 Kind = Literal[
@@ -136,6 +138,11 @@ class Variant:
 def load_study(path: str, output_dir: str | None = None) -> StudyFile:
     """Read and validate a study file; raises ConfigError with one line per mistake."""
     values = read_yaml(path)
+    if not {"base", "recipes", "variants"} & values.keys():
+        raise ConfigError(
+            f"{path} must be a study file, with base, recipes and variants, but holds the settings of one run; start "
+            f"that with `{shown_command('modularforge', 'run-all', '--config', path)}`, or see docs/study.md"
+        )
     if output_dir is not None:
         values["output_dir"] = output_dir
     try:

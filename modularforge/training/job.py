@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from modularforge.config import Config, PhaseConfig, TrainingConfig
-from modularforge.pipeline import checkpoint_url, metrics_url
+from modularforge.cost import training_flops_per_token
+from modularforge.pipeline import JobName, checkpoint_url, metrics_url
 from modularforge.tasks.task import task_of
 
 
@@ -25,10 +26,13 @@ class Job:
     """Whether its progress is told in the log; a check has words of its own."""
     unit: str = "tokens"
     """What the units of its batches are called in the metrics."""
+    flops_per_unit: float = 0.0
+    """FLOPs of its training by unit, for people; 0 is not known."""
 
     @staticmethod
     def of_run(config: Config, name: str, phase: PhaseConfig, fingerprint: str) -> Job:
         """A job of a run, with its checkpoints and metrics in their places there."""
         places = checkpoint_url(config, name), metrics_url(config, name)
-        unit = task_of(config).unit
-        return Job(name, phase, config.training, fingerprint, *places, config.metrics.tensorboard, unit=unit)
+        unit, flops = task_of(config).unit, training_flops_per_token(config, JobName.parse(name).stage)
+        tensorboard = config.metrics.tensorboard
+        return Job(name, phase, config.training, fingerprint, *places, tensorboard, unit=unit, flops_per_unit=flops)

@@ -48,9 +48,9 @@ def fit(
     norms = norm_log(job, trainable, world, trainer.step)
     with closing(_Wrapped(trainable, job, world)) as wrapped, closing(Meter(job, world, trainer.step, norms)) as meter:
         batches = examples.batches(trainer.position, world.rank, world.size)
-        showing = progress(job.name, job.phase.steps, start=trainer.step, is_wanted=world.is_main)
+        showing = progress(job.name, job.phase.steps, start=trainer.step, is_wanted=world.is_main, has_lines=False)
         with checkpoints, stop_on_signals() as stop, showing as bar:
-            reporter = Reporter(job, bar, trainer.step, job.speaks and world.is_main)
+            reporter = Reporter(job, bar, trainer.step, job.speaks and world.is_main, world.size)
             while trainer.step < job.phase.steps:
                 rate = learning_rate(job.phase, trainer.step)
                 with meter.waiting_for_data():

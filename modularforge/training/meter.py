@@ -13,7 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from checkpoints.screen import Progress
+from checkpoints.screen import Progress, clock
+from modularforge.cost import peak_rate
 from modularforge.errors import TrainingError
 from modularforge.log import MetricsLog, logger
 from modularforge.training.distributed import World
@@ -131,8 +132,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 class Reporter:
     """Tells how one start of a job gets on; `bar` shows it where it is a terminal's, else the log does."""
 
-    def __init__(self, job: Job, bar: Progress, first_step: int, speaks: bool) -> None:
-        self.job, self.bar, self.first_step, self.speaks = job, bar, first_step, speaks
+    def __init__(self, job: Job, bar: Progress, first_step: int, speaks: bool, processes: int = 1) -> None:
+        self.job, self.bar, self.first_step, self.speaks, self.processes = job, bar, first_step, speaks, processes
         self._speed = SPEEDS.get(job.unit, f"{job.unit}/s")
         self._start = time.monotonic()
         self._last_line = -SECONDS_BETWEEN_LINES
@@ -143,7 +144,7 @@ class Reporter:
         losses = [f"loss {trainer.train_loss:.3f}"] if trainer.train_loss is not None else []
         losses += [f"val {trainer.validation_loss:.3f}"] if trainer.validation_loss is not None else []
         left = (now - self._start) / max(1, trainer.step - self.first_step) * (steps - trainer.step)
-        note = [*losses, f"{count(units_per_second)} {self._speed}", f"lr {rate:.1e}".replace("e-0", "e-")]
+        note = [*losses, *self._speeds(units_per_second), f"lr {rate:.1e}".replace("e-0", "e-")]
         self.bar.advance(0, "  ".join(note))
         if self.speaks and not self.bar.is_shown and trainer.step < steps and self._is_time(now):
             where = f"{self.job.name} {trainer.step}/{steps} ({100 * trainer.step / steps:.0f} %)"
@@ -154,21 +155,22 @@ class Reporter:
         found = [f"{trainer.step} steps"]
         found += [f"loss {trainer.train_loss:.3f}"] if trainer.train_loss is not None else []
         found += [f"validation {trainer.validation_loss:.3f}"] if trainer.validation_loss is not None else []
-        found += [f"{count(units_per_second)} {self._speed}"] if units_per_second else []
+        found += self._speeds(units_per_second) if units_per_second else []
         if self.speaks:
             logger.info("%s done: %s, %s", self.job.name, ", ".join(found), clock(time.monotonic() - self._start))
+
+    def _speeds(self, units_per_second: float) -> list[str]:
+        """How fast it is, and beside what the devices can do (MFU, arXiv 2204.02311, appendix B)."""
+        speed = [f"{count(units_per_second)} {self._speed}"]
+        if not self.job.flops_per_unit or not self.speaks:
+            return speed
+        share = units_per_second * self.job.flops_per_unit / (self.processes * peak_rate())
+        return [*speed, f"{100 * share:.{0 if share >= 0.1 else 1}f} % of peak"]
 
     def _is_time(self, now: float) -> bool:
         is_time = now - self._last_line >= SECONDS_BETWEEN_LINES
         self._last_line = now if is_time else self._last_line
         return is_time
-
-
-def clock(seconds: float) -> str:
-    """Seconds as a clock shows them: `1:12`, `4:03:20`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def count(value: float) -> str:

@@ -58,6 +58,8 @@ def test_an_expert_by_hand_saves_its_state_when_preempted_and_goes_on(trained_ru
     run = trained_run(experts=LONG, training=TRAINING)
     job = submit(run, "train_experts.sh", "--array=0", "--partition=preemptible")
     run.wait_for_step("expert-0", 40)
+    assert run.rows()["expert-0"]["state"] == "running"
+    assert "expert-0: srun" in run.launcher("logs", "expert", "0"), "wherever sbatch was told to write it"
     run.cluster.preempt()
     wait_for(lambda: len(run.events("expert-0", "started")) == 2, f"job {job} starts again")
     (requeued,) = run.events("expert-0", "requeued")

@@ -170,7 +170,7 @@ def test_one_task_cancelled_by_hand_is_resumed_beside_the_living_and_the_chain_w
     run.submit()
     wait_for(lambda: started(tmp_path) == [0, 1, 2], "all have started")
     array, assemble = run.job("expert"), run.job("assemble")
-    run.cluster.run("scancel", f"{array}_2")
+    assert f"expert-2: cancelled {array}_2" in run.launcher("cancel", "expert", "2")
     wait_for(lambda: run.events("expert-2", "ended"), "expert-2 has ended")
     assert {name: row["state"] for name, row in run.rows().items() if row["stage"] == "expert"} == {
         "expert-0": "running", "expert-1": "running", "expert-2": "cancelled",
@@ -417,6 +417,7 @@ def test_the_preflight_reports_every_problem_and_submits_nothing(stub_run: Make,
     run = stub_run("finish", cluster=broken)
     said = run.launcher("--cluster", code=2)
     assert "expert must be accepted by sbatch" in said
+    assert "cluster.expert.nodes is 9, but there are 4 in the queue (main): lower it" in said
     assert "cluster.other.time_minutes must be at most the queue's 1440, but is 5000" in said
     assert "/no/python" in said
     run.values["cluster"]["queue"] = "main,nowhere"

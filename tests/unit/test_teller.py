@@ -6,15 +6,16 @@ import io
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 from torch import nn
 
 from checkpoints import screen
-from checkpoints.screen import Progress
+from checkpoints.screen import Progress, clock, progress
 from launcher.status import _steps
 from launcher.tasks import build_tasks
 from modularforge.config import PhaseConfig, TrainedOnAll, TrainingConfig
@@ -23,10 +24,11 @@ from modularforge.log import logger
 from modularforge.observe.completion import parts_of
 from modularforge.observe.report import draw_run
 from modularforge.observe.run import Run, read_run
+from modularforge.training import meter
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
-from modularforge.training.meter import Reporter, clock, count
+from modularforge.training.meter import Reporter, count
 from modularforge.training.optimizer import Trainer, build_optimizer
 from tests.conftest import tiny_config
 from tests.synthetic_runs import write_metrics
@@ -70,6 +72,57 @@ def test_a_log_gets_a_line_every_two_seconds_at_the_most_and_one_at_the_end(
         "backbone 205/800 (26 %)  loss 4.200  val 4.400  950 tok/s  lr 1.0e-5  1:00 left",
         "backbone done: 800 steps, loss 3.900, validation 4.000, 36k tok/s, 4:12",
     ]
+
+
+def test_a_line_says_which_share_of_the_devices_peak_is_reached(
+    log: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter([0.0, 60.0, 120.0, 180.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(meter, "peak_rate", lambda: 1e9)
+    job = Job("backbone", PHASE, TrainingConfig(), flops_per_unit=6_667.0)
+    told = Reporter(job, Progress(), 0, speaks=True, processes=2)
+    told.report(trainer_at(200, 4.31, 4.4), 2.1e-3, 36_000)
+    told.report(trainer_at(400, 4.31), 2.1e-3, 360)
+    told.finish(trainer_at(800, 3.9, 4.0), 36_000)
+    assert log.getvalue().splitlines() == [
+        "backbone 200/800 (25 %)  loss 4.310  val 4.400  36k tok/s  12 % of peak  lr 2.1e-3  3:00 left",
+        "backbone 400/800 (50 %)  loss 4.310  360 tok/s  0.1 % of peak  lr 2.1e-3  2:00 left",
+        "backbone done: 800 steps, loss 3.900, validation 4.000, 36k tok/s, 12 % of peak, 3:00",
+    ]
+
+
+def lines_of(
+    monkeypatch: pytest.MonkeyPatch, *arguments: Any, amounts: Iterable[float] = (1, 1, 1), **more: Any
+) -> str:
+    """What a log gets of something that takes four seconds for each amount."""
+    stream, now = io.StringIO(), iter(range(0, 100, 4))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    handler = logging.StreamHandler(stream)
+    screen.logger.addHandler(handler)
+    monkeypatch.setattr(screen.logger, "level", logging.INFO)
+    screen.logger.setLevel(logging.INFO)
+    try:
+        with progress(*arguments, **more) as told:
+            for amount in amounts:
+                told.advance(amount, f"{amount} more" if amount > 9 else "")
+    finally:
+        screen.logger.removeHandler(handler)
+    return stream.getvalue()
+
+
+def test_what_is_no_training_tells_a_log_how_far_it_is_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lines_of(monkeypatch, "evaluate", 9, "models", amounts=[1] * 6) == (
+        "evaluate 3/9 models (33 %)  0:24 left\nevaluate 6/9 models (67 %)  0:12 left\n"
+    )
+    assert lines_of(monkeypatch, "pull", 5e9, "bytes", amounts=[1e6, 1e9, 1.5e9]) == (
+        "pull 2.5 GB/5.0 GB (50 %)  1500000000.0 more  0:12 left\n"
+    )
+    assert lines_of(monkeypatch, "tokenise train", None, "documents", amounts=[1000] * 3) == (
+        "tokenise train 3,000 documents  1000 more\n"
+    )
+    assert lines_of(monkeypatch, "quick", 9, "models", amounts=[1]) == "", "what is done at once says nothing"
+    assert lines_of(monkeypatch, "rank 1", 9, "models", amounts=[1] * 6, is_wanted=False) == ""
 
 
 def test_ranks_without_a_voice_say_nothing_and_a_job_that_goes_on_counts_from_there(log: io.StringIO) -> None:

@@ -1,0 +1,162 @@
+"""What a run is said to cost before it begins, and while it goes on."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from launcher import plan as launch_plan
+from launcher.tasks import build_groups, build_tasks
+from modularforge import cost
+from modularforge.cli import _announced, _make
+from modularforge.config import Config
+from modularforge.config_files import load_config
+from modularforge.cost import (
+    Machine,
+    Parts,
+    describe_cost,
+    disk_bytes,
+    gpu_hours,
+    memory_bytes,
+    parts_of,
+    peak_rate,
+    span,
+    training_flops_per_token,
+)
+from modularforge.info import describe
+from modularforge.model.backbone import build_backbone
+from modularforge.pipeline import STAGES
+from modularforge.run import Run
+from modularforge.training.job import Job
+from tests.conftest import ROOT, tiny_config
+
+
+def quickstart(**changes: object) -> Config:
+    return load_config(str(ROOT / "configs/quickstart.yaml"), [*changes.items()])
+
+
+def test_flops_of_a_training_are_those_that_torch_counts() -> None:
+    config = quickstart()
+    model, tokens = build_backbone(config.model, config.data.vocab_size), 128
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, tokens, dtype=torch.long)).sum().backward()
+    # torch counts attention over all positions, and in another number of products on the way back.
+    assert training_flops_per_token(config, "backbone") == pytest.approx(counter.get_total_flops() / tokens, rel=0.2)
+    assert training_flops_per_token(config, "expert") < training_flops_per_token(config, "backbone")
+    assert training_flops_per_token(config, "joint") > training_flops_per_token(config, "dense")
+    assert training_flops_per_token(config, "evaluate") == 0
+
+
+def test_parts_of_a_run_are_those_that_run_all_makes_in_its_order() -> None:
+    names = [str(part.job) for part in parts_of(quickstart())]
+    experts = [f"expert-{index}" for index in range(5)]
+    assert names == ["prepare-data", "partition", "backbone", *experts, "assemble", "calibrate", "dense", "evaluate"]
+    tokens = {str(part.job): part.tokens for part in parts_of(quickstart())}
+    assert tokens["backbone"] == 800 * 32 * 128
+    assert tokens["dense"] == 5 * 200 * 8 * 128, "the dense baseline is part of what it costs"
+
+
+def test_the_rest_of_a_run_is_told_as_the_machine_is_thought_to_be_and_then_as_it_was() -> None:
+    config = quickstart()
+    flops = {str(part.job): part.flops for part in parts_of(config)}
+    total = sum(flops.values())
+    parts = Parts(config, Machine("test", total / 600))
+    assert parts.line("prepare-data") == "part 1 of 12: prepare-data, about 10 min left"
+    parts.took("prepare-data", None, 1000.0)  # which nobody estimated
+    assert parts.line("backbone") == "part 3 of 12: backbone, about 10 min left"
+    parts.took("backbone", None, 3600 * flops["backbone"] / total)  # six times as slow
+    left = sum(part.flops for part in parts.parts[5:]) / total
+    assert parts.line("expert", 2) == f"part 6 of 12: expert-2, about {span(3600 * left)} left"
+    assert Parts(config).line("backbone") == "part 3 of 12: backbone", "nothing is said of what nobody knows"
+
+
+def test_lengths_of_time_have_one_unit() -> None:
+    assert [span(value) for value in (0.1, 40, 720, 12_240, 864_000)] == ["1 s", "40 s", "12 min", "3.4 h", "10 days"]
+
+
+def test_info_says_time_tokens_disk_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    total = sum(part.flops for part in parts_of(quickstart()))
+    monkeypatch.setattr("modularforge.info.this_machine", lambda _: Machine("a laptop", total / 600))
+    shown = describe(quickstart())
+    assert "time:       about 10 min here (a laptop): backbone 6 min, 5 x expert " in shown
+    assert "5,447,680 tokens are trained on" in shown
+    assert "space:      about " in shown
+
+
+def test_disk_and_memory_are_near_what_a_run_takes(finished_run: Config) -> None:
+    root = Path(finished_run.output_dir)
+    taken = sum(
+        path.stat().st_size
+        for path in root.rglob("*")
+        if path.is_file() and path.suffix == ".safetensors" and "statistics" not in path.name
+    )
+    assert taken / 3 < disk_bytes(finished_run) < 3 * taken
+    batch = finished_run.model_copy(update={"backbone": finished_run.backbone.model_copy(update={"batch_size": 400})})
+    assert memory_bytes(batch) > 10 * memory_bytes(finished_run), "activations count"
+    assert describe_cost(finished_run, Machine("x", 1e9)).count("\n") == 1
+
+
+def test_what_a_cluster_costs_is_told_beside_what_is_asked_for() -> None:
+    config = load_config(str(ROOT / "configs/cluster.yaml"), ["cluster.price_per_gpu_hour=2.5"])
+    groups = build_groups(build_tasks(config))
+    needed = gpu_hours(config, [group.name for group in groups])
+    line = launch_plan.hours(config, groups)
+    assert f"the FLOPs need about {needed:,.2g}, at 40% of the peak of A100s" in line
+    assert f"at 2.5 per GPU-hour about {2.5 * needed:,.2f}, at most 1,055.00" in line
+    no_gpus = load_config(str(ROOT / "configs/cluster-cpu.yaml"))
+    assert "FLOPs" not in launch_plan.hours(no_gpus, build_groups(build_tasks(no_gpus)))
+
+
+def test_a_job_of_a_run_knows_its_flops_and_the_peak_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job.of_run(quickstart(), "expert-3", quickstart().experts, "")
+    assert job.flops_per_unit == training_flops_per_token(quickstart(), "expert") > 0
+    peak_rate.cache_clear()
+    measured = iter([1e9, 2e9])
+    monkeypatch.setattr(cost, "matrix_rate", lambda *_: next(measured))
+    assert peak_rate() == peak_rate() == 1e9
+    peak_rate.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 PCIe")
+    assert peak_rate() == 756e12
+    peak_rate.cache_clear()
+
+
+def test_run_all_says_what_it_will_cost_and_where_it_is(
+    finished_run: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("modularforge"), "propagate", True)
+    config = tiny_config(tmp_path / "run", experts={"count": 2}, evaluation={"baselines": []})
+    monkeypatch.setattr("modularforge.run.STAGES", {name: _Made() for name in STAGES})
+    run = Run(config)
+    with caplog.at_level(logging.INFO):
+        parts = _announced(run, ["prepare-data", "partition"])
+        for job in ("backbone", "expert", "assemble"):
+            _make(run, job, parts=parts)
+    lines = caplog.messages
+    assert lines[0].startswith("about ")
+    assert " of memory" in lines[1]
+    told = [line for line in lines if line.startswith("part ")]
+    assert [line.split(",")[0] for line in told] == [
+        "part 1 of 6: backbone",
+        "part 2 of 6: expert-0",
+        "part 3 of 6: expert-1",
+        "part 4 of 6: assemble",
+        "part 5 of 6: calibrate",
+    ]
+    assert told[0].endswith(" left")
+    caplog.clear()
+    _announced(Run(finished_run), [])
+    assert caplog.messages == [], "a finished run costs nothing"
+
+
+class _Made:
+    """A stage that is made at once."""
+
+    job = ""
+
+    def function(self, _task: str) -> object:
+        return lambda *_: None
