@@ -86,6 +86,7 @@ SHARED_BY_ALL = ("corpus", "partitions", "backbone")
 ROUTED = ("assembly.experts_per_token", "assembly.public_expert")
 SOLVED = (*ROUTED, "assembly.ridge_penalty", "assembly.router_temperature")
 COUNTED = ("experts.counted_tokens", "experts.counted_pairs")
+GATHERED = ("experts.statistics", "experts.statistics_tokens")
 
 
 def _baseline(name: Any, also: tuple[str, ...]) -> Stage:
@@ -145,7 +146,7 @@ STAGES: dict[str, Stage] = {
             ("model", "backbone", "training"),
             ("corpus", "pretrained", "encoder"),
             f"{MAKERS}.backbone:run",
-            ("seed", *COUNTED),
+            ("seed", *COUNTED, *GATHERED),
             phase=lambda config: config.backbone,
             nodes="backbone",
             schedule="backbone",
@@ -272,6 +273,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "experts.kind": ALL_BASELINES,
     "experts.anchored": ("dense", "dense_wide", *JOINT_LORA, "branch"),
     "experts.z_loss": ("dense", "dense_wide", "joint_evidence", *JOINT_LORA, "branch"),
+    "experts.statistics": (*TRAINED_ON_ALL, "btx"),
     "experts.statistics_tokens": (*TRAINED_ON_ALL, "btx"),
     "experts.counted_tokens": ("dense", "dense_wide", "joint", *JOINT_LORA, "branch", "btx"),
     "experts.counted_pairs": ("dense", "dense_wide", "joint", *JOINT_LORA, "branch", "btx"),
@@ -301,6 +303,7 @@ CAME_LATER: dict[str, Any] = {
     "training.packing": True,
     "experts.counted_tokens": 20_000_000,
     "experts.counted_pairs": 1_000_000,
+    "experts.statistics": "moments",
     "evaluation.general": None,
     "evaluation.chat": None,
     "evaluation.tasks": None,
@@ -400,6 +403,8 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
         value = value_of(values, own)
         found.pop(own, None)
         found[general] = value_of(values, general) if value is None else value
+    if name == "backbone" and config.experts.gathers_moments:  # missing as ever, so that old runs go on
+        del found["experts.statistics_tokens"]
     if name == "assembled" and config.assembly.router != "evidence":
         found = {setting: value for setting, value in found.items() if setting not in OF_EVIDENCE}
     return {name: value for name, value in found.items() if name not in CAME_LATER or CAME_LATER[name] != value}

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from modularforge.config import Config
+from modularforge.config import Config, ModelConfig
 from modularforge.data.token_files import Stream
 from modularforge.errors import DataError
 from modularforge.evaluation.extras import Chat, Extras, prepare_chat, token_streams
@@ -140,7 +140,8 @@ def measure_models(
         model = load().to(device)
         visits: Visits = {}
         row = _row(bench, model, visits if name in with_samples else None)
-        results["models"][name] = {**row, **sizes_of(model), "training_tokens": training_tokens(config, name)}
+        sizes = sizes_of(model, config.model.context_length)
+        results["models"][name] = {**row, **sizes, "training_tokens": training_tokens(config, name)}
         logger.info("%s: mean test loss %.4f", name, row["mean_loss"])
         if visits:
             results["routing"][name] = routing_summary(visits)
@@ -225,13 +226,21 @@ def is_expert(name: str) -> bool:
     return JobName.parse(name).stage == "expert"
 
 
-def sizes_of(model: Decoder) -> dict[str, int]:
-    """Sizes as the model runs: an anchored expert's own model is a mixture of two."""
-    layers = moe_layers(model)
+def sizes_of(model: Decoder, window: int) -> dict[str, int]:
+    """Sizes as the model runs on windows of so many tokens: an anchored expert's own model is a mixture of two.
+
+    What the model itself says of its context is how far it can read, which a run seldom does.
+    """
+    layers, shape = moe_layers(model), _reading(model.config, window)
     if model.adapters:
-        return _as_row(lora_sizes(model.config, model.vocab_size, model.adapters))
+        return _as_row(lora_sizes(shape, model.vocab_size, model.adapters))
     experts, active = (len(layers[0].experts), layers[0].experts_per_token) if layers else (1, 1)
-    return _as_row(model_sizes(model.config, model.vocab_size, experts, active, shape_without_channels(model)))
+    plain = _reading(shape_without_channels(model), window)
+    return _as_row(model_sizes(shape, model.vocab_size, experts, active, plain))
+
+
+def _reading(shape: ModelConfig, window: int) -> ModelConfig:
+    return shape.model_copy(update={"context_length": min(window, shape.positions)})
 
 
 def _as_row(sizes: Sizes) -> dict[str, int]:

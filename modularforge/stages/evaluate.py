@@ -31,6 +31,7 @@ REPORT_NAME = "report.md"
 DOCUMENTS_NAME = "documents.json"
 # Raised when results say more or other things than before, so that `evaluate` measures again.
 RESULTS_FORMAT = "2"
+WINDOW_FORMAT = "3"  # where the model reads further than the run: FLOPs per token are those of the run's window
 
 
 def run(run: Run) -> Results:
@@ -38,7 +39,8 @@ def run(run: Run) -> Results:
     start, config = time.perf_counter(), run.config
     artifacts, extras = find_models(run), read_extras(config)
     inputs = {name: artifact.manifest.fingerprint for name, artifact in artifacts.items()}
-    inputs |= {"corpus": contents(run.require("corpus")), "format": RESULTS_FORMAT, **extras.identities}
+    results_format = RESULTS_FORMAT if config.model.positions == config.model.context_length else WINDOW_FORMAT
+    inputs |= {"corpus": contents(run.require("corpus")), "format": results_format, **extras.identities}
     inputs |= tasks_identity(config)
     plan = run.plan("evaluation", inputs=inputs)
     old = run.find(plan.url)

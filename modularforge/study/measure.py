@@ -139,7 +139,7 @@ class RunBench:
             fresh = build_model(self.run, config, variant, parts)
             model, calibration = calibrate_model(self.run, config, model, fresh)
         scores = self.bench.score(model)
-        row = self.bench.summarise(scores) | sizes_of(model) | self._replies(variant.name, model)
+        row = self.bench.summarise(scores) | self._sizes(model) | self._replies(variant.name, model)
         row["training_tokens"] = training_tokens(config, variant.kind, variant.options.calibrate)
         about = {name: row[name] for name in COSTS}
         result: dict[str, Any] = {"rows": {"": row}, "calibration": calibration}
@@ -200,8 +200,11 @@ class RunBench:
             self._expert_scores = {key: stacked}
         return self._expert_scores[key]
 
+    def _sizes(self, model: Decoder) -> dict[str, int]:
+        return sizes_of(model, self.run.config.model.context_length)
+
     def _expert_sizes(self, experts: Mapping[str, Artifact]) -> dict[str, int]:
-        return sizes_of(self.run.backbone.expert(next(iter(experts.values()))))
+        return self._sizes(self.run.backbone.expert(next(iter(experts.values()))))
 
     def _without(self, variant: Variant, config: Config, parts: Mapping[str, Artifact]) -> Row:
         """Each domain by a model that was assembled from the other experts, so that its router knows nothing of it."""

@@ -44,6 +44,7 @@ class InstructionExamples:
     packs: bool = True
     sample_seed: int = 0
     sample_rows: int = 0
+    moments: bool = True
 
     @cached_property
     def rows(self) -> Rows:
@@ -159,7 +160,7 @@ class InstructionTask:
     def statistics(self, model: Decoder, examples: InstructionExamples, device: torch.device) -> RouterStatistics:
         """What the routers see of the sample, prompts and responses, and how often it has each token."""
         batches = ((tensors["inputs"], tensors["examples"]) for tensors in examples.sample())
-        return gather_statistics(model, batches, device)
+        return gather_statistics(model, batches, device, examples.moments)
 
     def save_counts(
         self, config: Config, examples: InstructionExamples, vocab_size: int, special: Collection[int], path: Path
@@ -179,8 +180,9 @@ def _examples(
     config: Config, stream: Stream, batch_size: int, seed: int, name: str, sample_seed: int
 ) -> InstructionExamples:
     context, packs = config.model.context_length, config.training.packing
-    rows = config.experts.statistics_tokens // context
-    return InstructionExamples(_checked(stream), context, batch_size, seed, name, packs, sample_seed, rows)
+    rows = config.experts.gathered_tokens // context
+    sample = sample_seed, rows, config.experts.gathers_moments
+    return InstructionExamples(_checked(stream), context, batch_size, seed, name, packs, *sample)
 
 
 def _checked(stream: Stream) -> ExampleTokens:

@@ -38,6 +38,7 @@ class TextExamples:
     sample_seed: int = 0
     sample_windows: int = 0
     sample_batch: int = 1
+    moments: bool = True
 
     def batches(self, position: Any = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """Endless batches; positions count windows over all ranks. Raises TrainingError where one is not filled."""
@@ -164,7 +165,7 @@ class TextTask:
 
     def statistics(self, model: Decoder, examples: TextExamples, device: torch.device) -> RouterStatistics:
         """What the routers see of the sample, and how often it has each token."""
-        return gather_statistics(model, examples.sample(), device)
+        return gather_statistics(model, examples.sample(), device, examples.moments)
 
     def save_counts(
         self, config: Config, examples: TextExamples, vocab_size: int, special: Collection[int], path: Path
@@ -184,5 +185,5 @@ def text_batches(stream: Iterable[tuple[Tensor, Tensor, int]]) -> Iterator[Batch
 
 def _examples(config: Config, tokens: Tokens, batch_size: int, seed: int, name: str, sample_seed: int) -> TextExamples:
     context = config.model.context_length
-    sample = sample_seed, config.experts.statistics_tokens // context, config.evaluation.batch_size
-    return TextExamples(tokens, context, batch_size, seed, name, *sample)
+    sample = sample_seed, config.experts.gathered_tokens // context, config.evaluation.batch_size
+    return TextExamples(tokens, context, batch_size, seed, name, *sample, config.experts.gathers_moments)
