@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modularforge.config import ModelConfig, RopeScalingConfig
+from modularforge.model.head import Reduction, head_loss
 from modularforge.model.sizes import AdapterCounts
 from modularforge.model.text_router import TextRouter, TextState
 
@@ -230,8 +231,27 @@ class Decoder(nn.Module):
         cache: KeyValueCache | None = None,
         routing_BTE: Tensor | None = None,
         examples_BT: Tensor | None = None,
+        targets_BT: Tensor | None = None,
+        reduction: Reduction = "mean",
     ) -> Tensor:
         """Logits [B, T, V] of the next token at every position; with a cache, T new tokens after those it holds.
+
+        With `targets_BT` the loss of these instead, as `head_loss` has it, which needs no memory for all logits.
+        """
+        x_BTD = self.hidden(tokens_BT, cache, routing_BTE, examples_BT)
+        if targets_BT is not None:
+            return head_loss(x_BTD, self.lm_head.weight, targets_BT, reduction)
+        logits_BTV: Tensor = self.lm_head(x_BTD)
+        return logits_BTV
+
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        cache: KeyValueCache | None = None,
+        routing_BTE: Tensor | None = None,
+        examples_BT: Tensor | None = None,
+    ) -> Tensor:
+        """What the head reads, [B, T, D].
 
         Layers with experts route by `routing_BTE`, else by what the text router makes of the ids, else by their rows.
         `examples_BT` numbers the examples of a row: each is read as if it stood alone.
@@ -253,8 +273,8 @@ class Decoder(nn.Module):
             x_BTD = block(x_BTD, cos_TH, sin_TH, cache, mask)
         for block in self.blocks:
             block.route_by(None)  # of these tokens only
-        logits_BTV: Tensor = self.lm_head(self.model.norm(x_BTD))
-        return logits_BTV
+        normed_BTD: Tensor = self.model.norm(x_BTD)
+        return normed_BTD
 
 
 def build_backbone(config: ModelConfig, vocab_size: int) -> Decoder:

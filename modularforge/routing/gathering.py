@@ -31,7 +31,7 @@ def gather_statistics(
             counted_N = None if examples_BT is None else (examples_BT >= 0).flatten()
             for layer in layers:
                 layer.counted_N = None if counted_N is None else counted_N.to(device)
-            model(tokens_BT.to(device), examples_BT=None if examples_BT is None else examples_BT.to(device))
+            model.hidden(tokens_BT.to(device), examples_BT=None if examples_BT is None else examples_BT.to(device))
             tokens_N = tokens_BT.flatten() if counted_N is None else tokens_BT.flatten()[counted_N]
             counts_V += torch.bincount(tokens_N.cpu(), minlength=model.vocab_size)
     inverse_rms_L: Any = np.asarray([layer.inverse_rms / max(layer.count, 1) for layer in layers])

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoints import Artifact
 from modularforge.config import Config, PhaseConfig
-from modularforge.data.loader import IGNORED_TARGET
 from modularforge.data.packing import PADDING, Rows, example_batches, mixed_example_batches, ordered_batches
 from modularforge.data.token_files import ExampleTokens, Stream
 from modularforge.errors import MismatchError
@@ -148,9 +146,8 @@ class InstructionTask:
 
     def loss(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
         """Mean cross-entropy of the batch's learned tokens, in nats; all tokens of all pieces and ranks weigh alike."""
-        logits_BTV = model(tensors["inputs"], examples_BT=tensors["examples"])
-        losses = logits_BTV.flatten(0, 1).float(), tensors["targets"].flatten()
-        total = F.cross_entropy(*losses, ignore_index=IGNORED_TARGET, reduction="sum")
+        inputs_BT, examples_BT, targets_BT = (tensors[name] for name in ("inputs", "examples", "targets"))
+        total: Tensor = model(inputs_BT, examples_BT=examples_BT, targets_BT=targets_BT, reduction="sum")
         return total / tensors["row_targets"].sum()
 
     def metrics(self, model: Decoder, held_out: HeldOutText, device: torch.device) -> dict[str, dict[str, float]]:

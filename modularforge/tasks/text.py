@@ -18,7 +18,7 @@ from modularforge.config import Config, PhaseConfig
 from modularforge.data.loader import batches, evaluation_batches, mixed_batches
 from modularforge.data.token_files import ExampleTokens, Stream, Tokens
 from modularforge.evaluation.scoring import measure, summed_loss
-from modularforge.model.backbone import Decoder, cross_entropy
+from modularforge.model.backbone import Decoder
 from modularforge.routing.gathering import gather_statistics
 from modularforge.routing.statistics import RouterStatistics
 from modularforge.routing.text_counts import counts_of, save_counts
@@ -153,7 +153,8 @@ class TextTask:
 
     def loss(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
         """Mean cross-entropy of the next token, in nats."""
-        return cross_entropy(model(tensors["inputs"]), tensors["targets"])
+        loss: Tensor = model(tensors["inputs"], targets_BT=tensors["targets"])
+        return loss
 
     def metrics(self, model: Decoder, held_out: HeldOutText, device: torch.device) -> dict[str, dict[str, float]]:
         """Loss, perplexity and bits per byte of each domain."""
