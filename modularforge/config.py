@@ -360,6 +360,9 @@ class TrainingConfig(Section):
     """bf16 autocast or fp32; `auto` is bf16 on a GPU that has it and fp32 on a CPU."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    recompute: Literal["none", "blocks", "auto"] = "none"
+    """`blocks` keeps the input of each block alone for the backward pass and computes the block again there: a third
+    more work, the same values, far less memory; `auto` does so on a GPU that could not hold the rest."""
     log_every: int = Field(10, ge=1)
     """Steps between lines of metrics."""
     gradient_norms: int | None = Field(0, ge=0)

@@ -256,6 +256,7 @@ ALL_BASELINES = (*TRAINED_ON_ALL, "branch", "btx")
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     # How often something is said, measured or saved, and how: the weights are the same.
     "training.compile": (EVERY,),
+    "training.recompute": (EVERY,),
     "training.log_every": (EVERY,),
     "training.gradient_norms": (EVERY,),
     "training.validate_every": (EVERY,),

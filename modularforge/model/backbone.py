@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from modularforge.config import ModelConfig, RopeScalingConfig
 from modularforge.model.head import Reduction, head_loss
@@ -213,6 +214,7 @@ class Decoder(nn.Module):
         self.text_router: TextRouter | None = None
         self.adapters: AdapterCounts | None = None  # where there are some beside its matrices
         self.holds_choice = False  # whether a text router chooses among them once for a sequence
+        self.recomputes = False  # blocks keep only their inputs for the backward pass, and are computed again there
         self.restore_positions()
 
     def restore_positions(self) -> None:
@@ -262,19 +264,33 @@ class Decoder(nn.Module):
             routing_BTE, text = self.text_router(tokens_BT, cache.text if cache is not None else None, starts_BT)
             if cache is not None:
                 cache.text = text
-        for block in self.blocks:
-            block.route_by(routing_BTE)
         start = cache.length if cache is not None else 0
         positions = range(start, start + tokens_BT.shape[1]) if layout is None else layout.positions_BT
         mask = None if layout is None else layout.mask_B1TS
         cos_TH, sin_TH = rotary_angles(self.get_buffer("frequencies"), positions, self.angle_scale)
         x_BTD = self.model.embed_tokens(tokens_BT)
+        again = self.recomputes and torch.is_grad_enabled() and cache is None
         for block in self.blocks:
-            x_BTD = block(x_BTD, cos_TH, sin_TH, cache, mask)
-        for block in self.blocks:
-            block.route_by(None)  # of these tokens only
+            inputs = block, x_BTD, cos_TH, sin_TH, cache, mask, routing_BTE
+            x_BTD = checkpoint(_routed, *inputs, use_reentrant=False) if again else _routed(*inputs)
         normed_BTD: Tensor = self.model.norm(x_BTD)
         return normed_BTD
+
+
+def _routed(
+    block: Block,
+    x_BTD: Tensor,
+    cos_TH: Tensor,
+    sin_TH: Tensor,
+    cache: KeyValueCache | None,
+    mask: Tensor | None,
+    routing_BTE: Tensor | None,
+) -> Tensor:
+    """A block's output, routed by these logits of its tokens, which it forgets at once."""
+    block.route_by(routing_BTE)
+    output_BTD: Tensor = block(x_BTD, cos_TH, sin_TH, cache, mask)
+    block.route_by(None)
+    return output_BTD
 
 
 def build_backbone(config: ModelConfig, vocab_size: int) -> Decoder:

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modularforge.model.sizes import LOGITS_AT_ONCE, MOST_LOGITS
+
 IGNORED = -100  # as torch's cross_entropy has it
-MOST_LOGITS = 1 << 24  # 64 MB in float32: fewer are made at once
-LOGITS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 27}  # fewer make products slow
 
 Reduction = Literal["mean", "sum", "none"]
 

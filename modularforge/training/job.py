@@ -25,10 +25,13 @@ class Job:
     """Whether its progress is told in the log; a check has words of its own."""
     unit: str = "tokens"
     """What the units of its batches are called in the metrics."""
+    tokens: int = 0
+    """Of a piece of a batch, on all ranks together."""
 
     @staticmethod
     def of_run(config: Config, name: str, phase: PhaseConfig, fingerprint: str) -> Job:
         """A job of a run, with its checkpoints and metrics in their places there."""
         places = checkpoint_url(config, name), metrics_url(config, name)
-        unit = task_of(config).unit
-        return Job(name, phase, config.training, fingerprint, *places, config.metrics.tensorboard, unit=unit)
+        tokens = phase.batch_size // phase.accumulation_steps * config.model.context_length
+        where = *places, config.metrics.tensorboard
+        return Job(name, phase, config.training, fingerprint, *where, unit=task_of(config).unit, tokens=tokens)

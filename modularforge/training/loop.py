@@ -24,6 +24,7 @@ from modularforge.training.gradient_norms import norm_log
 from modularforge.training.job import Job
 from modularforge.training.meter import Meter, Reporter
 from modularforge.training.optimizer import Trainer, build_optimizer, learning_rate, set_rate
+from modularforge.training.recompute import choose_recompute
 
 
 def fit(
@@ -39,6 +40,7 @@ def fit(
     loss and Interrupted after a stop signal, both before anything is saved as finished.
     """
     trainable.model.to(world.device)
+    choose_recompute(trainable, job, world)
     trainer = Trainer(trainable, build_optimizer(trainable.groups, job.phase, job.training))
     checkpoints = Checkpointing(job, world)
     checkpoints.resume(trainer)
