@@ -39,6 +39,7 @@ from modularforge.pipeline import JobName
 from modularforge.stage_outputs import Corpus
 from modularforge.training.distributed import default_device
 from modularforge.training.meter import peak_memory_bytes
+from modularforge.training.precision import measuring
 
 Loader = Callable[[], Decoder]
 Results = dict[str, Any]
@@ -85,13 +86,16 @@ class Bench:
         model.to(default_device())
         wanted = {name: probe for name, probe in self.probes(model).items() if not only or name in only}
         batch_size = self.config.evaluation.batch_size
-        return {
-            name: score(model, probe, batch_size, visits if name == TEXT else None) for name, probe in wanted.items()
-        }
+        with measuring(self.config.training, default_device()):
+            return {
+                name: score(model, probe, batch_size, visits if name == TEXT else None)
+                for name, probe in wanted.items()
+            }
 
     def carried(self, model: Decoder) -> Tensor:
         """The same on the text, with a text router that goes on from window to window of a document."""
-        return score(model, self.probes(model)[TEXT], self.config.evaluation.batch_size, carries=True)
+        with measuring(self.config.training, default_device()):
+            return score(model, self.probes(model)[TEXT], self.config.evaluation.batch_size, carries=True)
 
     def summarise(self, scores: Scores, model: Decoder | None = None) -> Row:
         """Losses from the log-probabilities of the targets of the probes for a model."""

@@ -58,7 +58,8 @@ class _LayerSums:
         self.count += len(x_ND)
         self.sum_D += x_ND.sum(dim=0).double().cpu()
         if len(self.outer_DD):
-            self.outer_DD += (x_ND.T @ x_ND).double().cpu()
+            with torch.autocast(x_ND.device.type, enabled=False):  # bf16 would round the sums
+                self.outer_DD += (x_ND.T @ x_ND).double().cpu()
         self.inverse_rms += float((stream_ND.square().mean(dim=1) + self.norm.epsilon).rsqrt().double().sum())
 
     def finish(self) -> LayerStatistics:

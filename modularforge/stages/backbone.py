@@ -19,6 +19,7 @@ from modularforge.tasks.task import examples_facts, task_of
 from modularforge.training.backbone_job import save_backbone, train_backbone
 from modularforge.training.distributed import joined_world
 from modularforge.training.job import Job
+from modularforge.training.precision import measuring
 
 
 def run(run: Run) -> Artifact:
@@ -41,7 +42,8 @@ def run(run: Run) -> Artifact:
         model, losses = train_backbone(*sizes, task.loss, job, examples, held_out, world, pretrained)
         if world.is_main:
             with making(plan) as writer:
-                statistics = task.statistics(model, examples, world.device)
+                with measuring(config.training, world.device):
+                    statistics = task.statistics(model, examples, world.device)
                 facts = save_backbone(config, model, writer.folder, corpus.tokenizer, statistics, pretrained)
                 special = special_ids(read_config(writer.folder), (writer.folder / TOKENIZER_NAME).read_bytes())
                 task.save_counts(config, examples, model.vocab_size, special, writer.folder / COUNTS_NAME)

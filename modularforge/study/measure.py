@@ -43,6 +43,7 @@ from modularforge.study.runs import StudyRun
 from modularforge.study.study_file import NEEDS, Variant
 from modularforge.training.distributed import default_device
 from modularforge.training.job import Job
+from modularforge.training.precision import measuring
 
 Split = Literal["validation", "test"]
 ENSEMBLES = {"ensemble_uniform": uniform_ensemble, "ensemble_posterior": posterior_ensemble}
@@ -217,7 +218,8 @@ class RunBench:
             kept = {name: part for name, part in parts.items() if not is_expert(name) or name in foreign}
             model = build_model(self.run, _with_experts(config, len(foreign)), variant, kept)
             alone = probe.only(label)
-            scores_RT = score(model.to(default_device()), alone, batch_size)
+            with measuring(config.training, default_device()):
+                scores_RT = score(model.to(default_device()), alone, batch_size)
             domains |= summarise(alone, scores_RT, lengths)["domains"]
             for name, sums in document_sums(alone, scores_RT).items():
                 documents[name] = documents[name] | sums if isinstance(sums, dict) else sums
