@@ -22,7 +22,7 @@ SOURCES_FACT = "sources"  # in the manifest of prepared data: the files that wer
 
 def corpus(run: Run) -> Artifact:
     """Learn the tokenizer and write the token files, unless that is done."""
-    plan, config = run.plan("corpus"), run.config
+    plan, config = run.plan("prepare-data"), run.config
     scratch = _scratch_folder(plan.url, plan.fingerprint)
     if artifact := run.finished(plan):
         logger.info("data is finished: %s", plan.url)
@@ -63,13 +63,13 @@ def _warn_of_changes(config: Config, artifact: Artifact) -> None:
 
 def partitions(run: Run) -> Artifact:
     """Divide the training documents among the experts, unless that is done."""
-    plan = run.plan("partitions")
+    plan = run.plan("partition")
     if found := run.finished(plan):
         logger.info("partitions are finished: %s", plan.url)
         return found
     with making(plan) as writer:
         start = time.perf_counter()
-        summary = make_partitions(run.config, run.require("corpus").local_folder(), writer.folder)
+        summary = make_partitions(run.config, run.require("prepare-data").local_folder(), writer.folder)
         facts = {"method": summary["method"], "partitions": len(summary["partitions"])}
         return commit(writer, plan, run, {"seconds": round(time.perf_counter() - start, 3), **facts})
 
