@@ -66,7 +66,7 @@ def model_sizes(
 
 MOST_LOGITS = 1 << 24
 """Of a step; where there are more, the loss is taken in pieces (`model/head.py`)."""
-LOGITS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 27}
+LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}
 """Of such a piece: with fewer, products are slow."""
 
 
