@@ -67,6 +67,7 @@ MODULES: tuple[Module, ...] = typing.get_args(Module)
 ATTENTION_MODULES, MLP_MODULES = MODULES[:4], MODULES[4:]
 PhaseNames = Literal["attn->mlp->both", "both->mlp->attn", "both->mlp->both", "early->late"]
 LARGEST_NUMBER = 2**63  # what files, tensors and Slurm can hold
+FEW_TOKENS = 4096  # enough for the mean size of a residual stream, and to see that a model is the one it was
 TRAINED_ROUTERS = ("trained", "trained_equalised")  # their rows are trained with the experts
 TrainedOnAll = Literal["dense", "dense_wide", "joint", "joint_evidence", "joint_lora", "joint_lora_wide"]
 TRAINED_ON_ALL: tuple[TrainedOnAll, ...] = typing.get_args(TrainedOnAll)
@@ -367,6 +368,9 @@ class TrainingConfig(Section):
     """bf16 autocast or fp32; `auto` is bf16 on a GPU that has it and fp32 on a CPU."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    recompute: Literal["none", "blocks", "auto"] = "none"
+    """`blocks` keeps the input of each block alone for the backward pass and computes the block again there: a third
+    more work, the same values, far less memory; `auto` does so on a GPU that could not hold the rest."""
     log_every: int = Field(10, ge=1)
     """Steps between lines of metrics."""
     gradient_norms: int | None = Field(0, ge=0)
@@ -448,6 +452,9 @@ class ExpertsConfig(PhaseConfig):
     """An expert starts as a copy of the public FFN, or from random weights."""
     z_loss: float = Field(1e-3, ge=0)
     """Weight of the router z-loss, mean of logsumexp(router logits) squared."""
+    statistics: Literal["moments", "norms"] = "moments"
+    """What a finished expert gathers for routers. `moments`: sums with outer products, for any router; `norms`: sums
+    alone, of 4,096 tokens at the most, for all but `ridge`. On a large backbone, moments are gigabytes and minutes."""
     statistics_tokens: int = Field(262_144, ge=1)
     """Tokens of its partition from which a finished expert gathers router statistics."""
     counted_tokens: int = Field(20_000_000, ge=1)
@@ -456,6 +463,16 @@ class ExpertsConfig(PhaseConfig):
     """Pairs of tokens of them whose counts are kept, the commonest; 0 counts none. They tell which words follow which
     (docs/method.md)."""
     lora: LoraConfig = LoraConfig()
+
+    @property
+    def gathers_moments(self) -> bool:
+        """Whether outer products are among the statistics."""
+        return self.statistics == "moments"
+
+    @property
+    def gathered_tokens(self) -> int:
+        """Tokens that statistics are gathered from."""
+        return self.statistics_tokens if self.gathers_moments else min(self.statistics_tokens, FEW_TOKENS)
 
 
 class BaselineConfig(Section):
@@ -1013,6 +1030,12 @@ def _impossible_assembly(config: Config) -> Iterator[str]:
             f"assembly.router must not be {assembly.router} when experts.anchored is false, because plain experts "
             "train no router rows; use ridge or means"
         )
+    if "btx" in config.evaluation.baselines or assembly.router == "ridge":
+        for _, value in _changed(experts, "statistics"):
+            yield (
+                f"experts.statistics must be moments where assembly.router is ridge or evaluation.baselines has btx, "
+                f"which is solved from outer products, but is {value}; set it to moments, or use another router"
+            )
 
 
 def _impossible_chats(config: Config) -> Iterator[str]:
@@ -1110,6 +1133,9 @@ def _settings_of_other_kinds(config: Config) -> Iterator[str]:
                 f"experts.{name} must be left out with experts.kind {kind}, since only ffn experts have it, but is "
                 f"{value}; remove it, or set experts.kind to ffn"
             )
+    if kind == "steering":
+        for name, value in _changed(experts, "statistics"):
+            yield f"experts.{name} must be moments with experts.kind steering, but is {value}; remove it"
     if kind != "lora":
         yield from _settings_of_lora(config)
     if kind != "steering":

@@ -96,6 +96,7 @@ SHARED_BY_ALL = ("prepare-data", "partition", "backbone")
 ROUTED = ("assembly.experts_per_token", "assembly.public_expert")
 SOLVED = (*ROUTED, "assembly.ridge_penalty", "assembly.router_temperature")
 COUNTED = ("experts.counted_tokens", "experts.counted_pairs")
+GATHERED = ("experts.statistics", "experts.statistics_tokens")
 
 
 def _baseline(name: Any, also: tuple[str, ...]) -> Stage:
@@ -162,7 +163,7 @@ STAGES: dict[str, Stage] = _Rows(
             ("model", "backbone", "training"),
             ("prepare-data", "pretrained", "encoder"),
             f"{MAKERS}.backbone:run",
-            ("seed", *COUNTED),
+            ("seed", *COUNTED, *GATHERED),
             phase=lambda config: config.backbone,
             nodes="backbone",
             schedule="backbone",
@@ -273,6 +274,7 @@ ALL_BASELINES = (*TRAINED_ON_ALL, "branch", "btx")
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     # How often something is said, measured or saved, and how: the weights are the same.
     "training.compile": (EVERY,),
+    "training.recompute": (EVERY,),
     "training.log_every": (EVERY,),
     "training.gradient_norms": (EVERY,),
     "training.validate_every": (EVERY,),
@@ -290,6 +292,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "experts.kind": ALL_BASELINES,
     "experts.anchored": ("dense", "dense_wide", *JOINT_LORA, "branch"),
     "experts.z_loss": ("dense", "dense_wide", "joint_evidence", *JOINT_LORA, "branch"),
+    "experts.statistics": (*TRAINED_ON_ALL, "btx"),
     "experts.statistics_tokens": (*TRAINED_ON_ALL, "btx"),
     "experts.counted_tokens": ("dense", "dense_wide", "joint", *JOINT_LORA, "branch", "btx"),
     "experts.counted_pairs": ("dense", "dense_wide", "joint", *JOINT_LORA, "branch", "btx"),
@@ -317,6 +320,7 @@ CAME_LATER: dict[str, Any] = {
     "training.packing": True,
     "experts.counted_tokens": 20_000_000,
     "experts.counted_pairs": 1_000_000,
+    "experts.statistics": "moments",
     "evaluation.general": None,
     "evaluation.chat": None,
     "evaluation.tasks": None,
@@ -416,6 +420,8 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
         value = value_of(values, own)
         found.pop(own, None)
         found[general] = value_of(values, general) if value is None else value
+    if name == "backbone" and config.experts.gathers_moments:  # missing as ever, so that old runs go on
+        del found["experts.statistics_tokens"]
     if name == "assemble" and config.assembly.router != "evidence":
         found = {setting: value for setting, value in found.items() if setting not in OF_EVIDENCE}
     return {name: value for name, value in found.items() if name not in CAME_LATER or CAME_LATER[name] != value}

@@ -75,7 +75,7 @@ class Measurements:
             model = load().eval()
             wanted = {key: probe for key, probe in self.probes.items() if not only or key in only}
             scores = {key: score(model, probe, self.config.evaluation.batch_size) for key, probe in wanted.items()}
-            row = {**full_row(wanted, scores, self.corpus.byte_lengths), **sizes_of(model)}
+            row = {**full_row(wanted, scores, self.corpus.byte_lengths), **sizes_of(model, CONTEXT)}
             if CHAT in wanted:
                 row["answers"] = self._answers(model)
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -36,6 +36,7 @@ from modularforge.tasks.task import task_of
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
+from modularforge.training.precision import measuring
 
 MODE_OF: dict[bool, parts.Mode] = {True: "auto", False: "merge"}
 """A calibrated model has a file per part where the assembled one has."""
@@ -104,7 +105,8 @@ def calibrate(
 
     def held_out() -> float:
         limits = config.evaluation.batch_size, config.evaluation.tokens_per_domain
-        return even_loss(model, decide, context, *limits)
+        with measuring(config.training, world.device):
+            return even_loss(model, decide, context, *limits)
 
     stored = {name: weight.dtype for name, weight in model.named_parameters()}
     model.float()

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from modularforge.config import Config
+from modularforge.config import Config, ModelConfig
 from modularforge.data.token_files import Stream
 from modularforge.errors import DataError
 from modularforge.evaluation.extras import Chat, Extras, prepare_chat, token_streams
@@ -40,6 +40,7 @@ from modularforge.pipeline import JobName
 from modularforge.stage_outputs import Corpus
 from modularforge.training.distributed import default_device
 from modularforge.training.meter import peak_memory_bytes
+from modularforge.training.precision import measuring
 
 Loader = Callable[[], Decoder]
 Results = dict[str, Any]
@@ -86,13 +87,16 @@ class Bench:
         model.to(default_device())
         wanted = {name: probe for name, probe in self.probes(model).items() if not only or name in only}
         batch_size = self.config.evaluation.batch_size
-        return {
-            name: score(model, probe, batch_size, visits if name == TEXT else None) for name, probe in wanted.items()
-        }
+        with measuring(self.config.training, default_device()):
+            return {
+                name: score(model, probe, batch_size, visits if name == TEXT else None)
+                for name, probe in wanted.items()
+            }
 
     def carried(self, model: Decoder) -> Tensor:
         """The same on the text, with a text router that goes on from window to window of a document."""
-        return score(model, self.probes(model)[TEXT], self.config.evaluation.batch_size, carries=True)
+        with measuring(self.config.training, default_device()):
+            return score(model, self.probes(model)[TEXT], self.config.evaluation.batch_size, carries=True)
 
     def summarise(self, scores: Scores, model: Decoder | None = None) -> Row:
         """Losses from the log-probabilities of the targets of the probes for a model."""
@@ -142,7 +146,8 @@ def measure_models(
         model = load().to(device)
         visits: Visits = {}
         row = _row(bench, model, visits if name in with_samples else None)
-        results["models"][name] = {**row, **sizes_of(model), "training_tokens": training_tokens(config, name)}
+        sizes = sizes_of(model, config.model.context_length)
+        results["models"][name] = {**row, **sizes, "training_tokens": training_tokens(config, name)}
         logger.info("%s: mean test loss %.4f (%d of %d)", name, row["mean_loss"], number, len(loaders))
         if visits:
             results["routing"][name] = routing_summary(visits)
@@ -230,13 +235,21 @@ def is_expert(name: str) -> bool:
     return JobName.parse(name).stage == "expert"
 
 
-def sizes_of(model: Decoder) -> dict[str, int]:
-    """Sizes as the model runs: an anchored expert's own model is a mixture of two."""
-    layers = moe_layers(model)
+def sizes_of(model: Decoder, window: int) -> dict[str, int]:
+    """Sizes as the model runs on windows of so many tokens: an anchored expert's own model is a mixture of two.
+
+    What the model itself says of its context is how far it can read, which a run seldom does.
+    """
+    layers, shape = moe_layers(model), _reading(model.config, window)
     if model.adapters:
-        return _as_row(lora_sizes(model.config, model.vocab_size, model.adapters))
+        return _as_row(lora_sizes(shape, model.vocab_size, model.adapters))
     experts, active = (len(layers[0].experts), layers[0].experts_per_token) if layers else (1, 1)
-    return _as_row(model_sizes(model.config, model.vocab_size, experts, active, shape_without_channels(model)))
+    plain = _reading(shape_without_channels(model), window)
+    return _as_row(model_sizes(shape, model.vocab_size, experts, active, plain))
+
+
+def _reading(shape: ModelConfig, window: int) -> ModelConfig:
+    return shape.model_copy(update={"context_length": min(window, shape.positions)})
 
 
 def _as_row(sizes: Sizes) -> dict[str, int]:

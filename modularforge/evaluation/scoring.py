@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoints.screen import progress
@@ -112,11 +111,10 @@ def summed_loss(model: Decoder, batches: Batches, device: torch.device) -> tuple
     model.eval()
     with torch.no_grad():  # not inference_mode: what a layer remembers of this pass may meet the training's next one
         for inputs_BT, targets_BT, *examples in batches:
-            targets = targets_BT.to(device).flatten()
-            examples_BT = examples[0].to(device) if examples else None
-            logits = model(inputs_BT.to(device), examples_BT=examples_BT).flatten(0, 1).float()
-            loss += float(F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum"))
-            count += int((targets != IGNORED_TARGET).sum())
+            targets_BT, examples_BT = targets_BT.to(device), examples[0].to(device) if examples else None
+            batch = {"examples_BT": examples_BT, "targets_BT": targets_BT}
+            loss += float(model(inputs_BT.to(device), **batch, reduction="sum"))
+            count += int((targets_BT != IGNORED_TARGET).sum())
     return loss, float(count)
 
 
@@ -153,10 +151,9 @@ def score_batch(
     """
     device = model.lm_head.weight.device
     examples_BT = None if examples_BT is None else examples_BT.to(device)
-    logits_BTV = model(inputs_BT.long().to(device), routing_BTE=routing_BTE, examples_BT=examples_BT)
-    logits_BVT = logits_BTV.float().transpose(1, 2)
-    targets_BT = targets_BT.long().to(device)
-    return -F.cross_entropy(logits_BVT, targets_BT, ignore_index=IGNORED_TARGET, reduction="none").cpu()
+    batch = {"routing_BTE": routing_BTE, "examples_BT": examples_BT, "targets_BT": targets_BT.long().to(device)}
+    losses_BT: Tensor = model(inputs_BT.long().to(device), **batch, reduction="none")
+    return -losses_BT.cpu()
 
 
 def score(

@@ -17,6 +17,7 @@ from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
 from modularforge.training.losses import mean_loss
+from modularforge.training.precision import measuring
 
 
 def train_expert(
@@ -37,7 +38,8 @@ def train_expert(
 def save_expert(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:
     """Write a trained expert's files; returns facts for the manifest."""
     config, kind = expert.config, kind_of(expert.config)
-    facts = kind.save(expert, model, folder)
+    with measuring(config.training, expert.device):
+        facts = kind.save(expert, model, folder)
     tokens = config.experts.steps * config.experts.batch_size * config.model.context_length
     tokens = facts.pop("training_tokens", tokens)  # of a kind whose examples are no windows
     return {

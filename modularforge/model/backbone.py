@@ -18,8 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from modularforge.config import ModelConfig, RopeScalingConfig
+from modularforge.model.head import Reduction, head_loss
 from modularforge.model.sizes import AdapterCounts
 from modularforge.model.text_router import TextRouter, TextState
 
@@ -212,6 +214,7 @@ class Decoder(nn.Module):
         self.text_router: TextRouter | None = None
         self.adapters: AdapterCounts | None = None  # where there are some beside its matrices
         self.holds_choice = False  # whether a text router chooses among them once for a sequence
+        self.recomputes = False  # blocks keep only their inputs for the backward pass, and are computed again there
         self.restore_positions()
 
     def restore_positions(self) -> None:
@@ -230,8 +233,27 @@ class Decoder(nn.Module):
         cache: KeyValueCache | None = None,
         routing_BTE: Tensor | None = None,
         examples_BT: Tensor | None = None,
+        targets_BT: Tensor | None = None,
+        reduction: Reduction = "mean",
     ) -> Tensor:
         """Logits [B, T, V] of the next token at every position; with a cache, T new tokens after those it holds.
+
+        With `targets_BT` the loss of these instead, as `head_loss` has it, which needs no memory for all logits.
+        """
+        x_BTD = self.hidden(tokens_BT, cache, routing_BTE, examples_BT)
+        if targets_BT is not None:
+            return head_loss(x_BTD, self.lm_head.weight, targets_BT, reduction)
+        logits_BTV: Tensor = self.lm_head(x_BTD)
+        return logits_BTV
+
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        cache: KeyValueCache | None = None,
+        routing_BTE: Tensor | None = None,
+        examples_BT: Tensor | None = None,
+    ) -> Tensor:
+        """What the head reads, [B, T, D].
 
         Layers with experts route by `routing_BTE`, else by what the text router makes of the ids, else by their rows.
         `examples_BT` numbers the examples of a row: each is read as if it stood alone.
@@ -242,19 +264,33 @@ class Decoder(nn.Module):
             routing_BTE, text = self.text_router(tokens_BT, cache.text if cache is not None else None, starts_BT)
             if cache is not None:
                 cache.text = text
-        for block in self.blocks:
-            block.route_by(routing_BTE)
         start = cache.length if cache is not None else 0
         positions = range(start, start + tokens_BT.shape[1]) if layout is None else layout.positions_BT
         mask = None if layout is None else layout.mask_B1TS
         cos_TH, sin_TH = rotary_angles(self.get_buffer("frequencies"), positions, self.angle_scale)
         x_BTD = self.model.embed_tokens(tokens_BT)
+        again = self.recomputes and torch.is_grad_enabled() and cache is None
         for block in self.blocks:
-            x_BTD = block(x_BTD, cos_TH, sin_TH, cache, mask)
-        for block in self.blocks:
-            block.route_by(None)  # of these tokens only
-        logits_BTV: Tensor = self.lm_head(self.model.norm(x_BTD))
-        return logits_BTV
+            inputs = block, x_BTD, cos_TH, sin_TH, cache, mask, routing_BTE
+            x_BTD = checkpoint(_routed, *inputs, use_reentrant=False) if again else _routed(*inputs)
+        normed_BTD: Tensor = self.model.norm(x_BTD)
+        return normed_BTD
+
+
+def _routed(
+    block: Block,
+    x_BTD: Tensor,
+    cos_TH: Tensor,
+    sin_TH: Tensor,
+    cache: KeyValueCache | None,
+    mask: Tensor | None,
+    routing_BTE: Tensor | None,
+) -> Tensor:
+    """A block's output, routed by these logits of its tokens, which it forgets at once."""
+    block.route_by(routing_BTE)
+    output_BTD: Tensor = block(x_BTD, cos_TH, sin_TH, cache, mask)
+    block.route_by(None)
+    return output_BTD
 
 
 def build_backbone(config: ModelConfig, vocab_size: int) -> Decoder:

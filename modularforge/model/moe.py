@@ -81,7 +81,7 @@ class SparseMoE(nn.Module):
         experts = len(self.experts)
         if self.experts_per_token >= experts and self.allowed is None:
             weight_NE = logits_NE.softmax(dim=-1).to(x_ND.dtype)
-            mixed = sum(weight_NE[:, [e]] * expert(x_ND) for e, expert in enumerate(self.experts))
+            mixed = sum(weight_NE[:, e, None] * expert(x_ND) for e, expert in enumerate(self.experts))
             return torch.as_tensor(mixed).view_as(x_BTD)
         weight_NA, expert_NA = self.choose(logits_NE)
         return self._visit(x_ND, weight_NA.to(x_ND.dtype), expert_NA).view_as(x_BTD)

@@ -64,6 +64,31 @@ def model_sizes(
     return Sizes(parameters, active, routing, flops, 3 * flops)
 
 
+MOST_LOGITS = 1 << 24
+"""Of a step; where there are more, the loss is taken in pieces (`model/head.py`)."""
+LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}
+"""Of such a piece: with fewer, products are slow."""
+
+
+def logits_bytes(vocab_size: int, tokens: int, device: str) -> int:
+    """Of the logits of a step's tokens: two arrays of float32 in pieces, else also their gradients."""
+    logits = tokens * vocab_size
+    return 12 * logits if logits <= MOST_LOGITS else 8 * LOGITS_AT_ONCE[device]
+
+
+def activation_bytes(model: ModelConfig, tokens: int, item_bytes: int, recomputes: bool = False) -> int:
+    """What a step on so many tokens keeps for its backward pass, but logits: an estimate, of dense blocks.
+
+    The residual stream is float32, what matrices read has `item_bytes`. Blocks that are computed again keep their
+    input, and one of them is there at a time.
+    """
+    queries, keys = model.heads * model.width_per_head, model.kv_heads * model.width_per_head
+    inside = 2 * model.width + 4 * queries + 4 * keys + 4 * model.ffn_width
+    block, stream = 8 * model.width + item_bytes * inside, 4 * model.width
+    layers = model.layers * stream + block if recomputes else model.layers * block
+    return tokens * (layers + stream + item_bytes * model.width)
+
+
 def adapter_parameters(model: ModelConfig, modules: Collection[str], rank: int) -> int:
     """Entries of A and B beside the matrices of these names in all layers."""
     shapes = dense_shapes(model, 1)

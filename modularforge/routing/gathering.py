@@ -16,13 +16,13 @@ from modularforge.routing.statistics import LayerStatistics, RouterStatistics
 
 
 def gather_statistics(
-    model: Decoder, batches: Iterable[Tensor | tuple[Tensor, Tensor]], device: torch.device
+    model: Decoder, batches: Iterable[Tensor | tuple[Tensor, Tensor]], device: torch.device, moments: bool = True
 ) -> RouterStatistics:
-    """Sums over batches of ids [B, T]: see `RouterStatistics`.
+    """Sums over batches of ids [B, T]: see `RouterStatistics`; outer products only where `moments` are wanted.
 
     Beside ids may come the number of each token's example [B, T]; those of negative number are padding, not counted.
     """
-    layers = [_LayerSums(block) for block in model.blocks]
+    layers = [_LayerSums(block, moments) for block in model.blocks]
     counts_V = torch.zeros(model.vocab_size, dtype=torch.float64)
     model.to(device).eval()
     with torch.inference_mode():
@@ -31,7 +31,7 @@ def gather_statistics(
             counted_N = None if examples_BT is None else (examples_BT >= 0).flatten()
             for layer in layers:
                 layer.counted_N = None if counted_N is None else counted_N.to(device)
-            model(tokens_BT.to(device), examples_BT=None if examples_BT is None else examples_BT.to(device))
+            model.hidden(tokens_BT.to(device), examples_BT=None if examples_BT is None else examples_BT.to(device))
             tokens_N = tokens_BT.flatten() if counted_N is None else tokens_BT.flatten()[counted_N]
             counts_V += torch.bincount(tokens_N.cpu(), minlength=model.vocab_size)
     inverse_rms_L: Any = np.asarray([layer.inverse_rms / max(layer.count, 1) for layer in layers])
@@ -42,13 +42,13 @@ def gather_statistics(
 class _LayerSums:
     """Adds up what passes one block's router while the model runs."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, moments: bool) -> None:
         self.norm = block.post_attention_layernorm
         width = len(self.norm.weight)
         self.count, self.inverse_rms = 0, 0.0
         self.counted_N: Tensor | None = None  # tokens of the batch that count, or all
         self.sum_D = torch.zeros(width, dtype=torch.float64)
-        self.outer_DD = torch.zeros(width, width, dtype=torch.float64)
+        self.outer_DD = torch.zeros(width, width, dtype=torch.float64) if moments else torch.zeros(0, 0)
         self.hook = self.norm.register_forward_hook(self._add)
 
     def _add(self, _module: nn.Module, arguments: tuple[Tensor, ...], output_BTD: Tensor) -> None:
@@ -57,7 +57,9 @@ class _LayerSums:
             stream_ND, x_ND = stream_ND[self.counted_N], x_ND[self.counted_N]
         self.count += len(x_ND)
         self.sum_D += x_ND.sum(dim=0).double().cpu()
-        self.outer_DD += (x_ND.T @ x_ND).double().cpu()
+        if len(self.outer_DD):
+            with torch.autocast(x_ND.device.type, enabled=False):  # bf16 would round the sums
+                self.outer_DD += (x_ND.T @ x_ND).double().cpu()
         self.inverse_rms += float((stream_ND.square().mean(dim=1) + self.norm.epsilon).rsqrt().double().sum())
 
     def finish(self) -> LayerStatistics:

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from checkpoints import Artifact
 from modularforge.config import TRAINED_ROUTERS, Config, ModelConfig
+from modularforge.errors import MismatchError
 from modularforge.model import names
 from modularforge.routing import evidence
 from modularforge.routing.statistics import (
@@ -122,6 +123,11 @@ def ridge(statistics: Iterable[LayerStatistics], penalty: float, temperature: fl
     of_each: list[Array] = []
     second_DD = np.zeros((0, 0))
     for item in statistics:
+        if not item.outer_DD.size:
+            raise MismatchError(
+                "experts must have statistics with outer products for assembly.router ridge, but one has sums alone; "
+                "use another router, or train it again with experts.statistics moments"
+            )
         second_DD = second_DD if of_each else np.zeros(item.outer_DD.shape)
         of_each.append(item.mean_D)
         for start in range(0, len(second_DD), ROWS_AT_ONCE):

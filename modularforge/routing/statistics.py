@@ -1,7 +1,7 @@
 """Router statistics and their file: what an expert's job leaves so that routers can be solved without its data.
 
 Statistics are sums over the tokens of a partition: how often each token occurs, and per layer the token count, the sum
-of the router inputs x and of their outer products.
+of the router inputs x and, where they are wanted, of their outer products.
 """
 
 # D width  V vocabulary  L layers
@@ -31,11 +31,15 @@ TOKEN_COUNTS = "tokens"
 LARGEST_SUM = 1e300  # JSON has whole numbers of any size, and numpy raises for those beyond float64
 
 Array = NDArray[np.float64]
+NO_PRODUCTS: Array = np.zeros((0, 0))
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Sums over the router inputs of one layer: `count` tokens, `sum_D` of x, `outer_DD` of x times x transposed."""
+    """Sums over the router inputs of one layer: `count` tokens, `sum_D` of x, `outer_DD` of x times x transposed.
+
+    Where outer products were not gathered, theirs is empty.
+    """
 
     count: float
     sum_D: Array
@@ -68,7 +72,8 @@ def save_statistics(path: Path, statistics: RouterStatistics) -> None:
     tensors = {TOKEN_COUNTS: np.ascontiguousarray(statistics.tokens_V, dtype=np.float32)}
     for layer, item in enumerate(statistics.layers):
         tensors[_first_moment(layer)] = np.ascontiguousarray(item.sum_D, dtype=np.float32)
-        tensors[_second_moment(layer)] = np.ascontiguousarray(item.outer_DD, dtype=np.float32)
+        if item.outer_DD.size:
+            tensors[_second_moment(layer)] = np.ascontiguousarray(item.outer_DD, dtype=np.float32)
     scalars = {
         "counts": [item.count for item in statistics.layers],
         "inverse_rms": (statistics.inverse_rms_L * [item.count for item in statistics.layers]).tolist(),
@@ -114,7 +119,8 @@ def _check_shapes(header: safetensors.Header, layers: int) -> None:
     """Raise ValueError unless the tensors are there, of one width, as float32."""
     width = header.tensors[first].shape[-1:] if (first := _first_moment(0)) in header.tensors else (0,)
     expected: dict[str, tuple[int, ...]] = {_first_moment(layer): width for layer in range(layers)}
-    expected |= {_second_moment(layer): (*width, *width) for layer in range(layers)}
+    if any(_second_moment(layer) in header.tensors for layer in range(layers)):
+        expected |= {_second_moment(layer): (*width, *width) for layer in range(layers)}
     for name, shape in expected.items():
         entry = header.tensors.get(name)
         if entry is None or entry.shape != shape or entry.dtype != "F32":
@@ -136,7 +142,11 @@ class _StoredLayers(Sequence[LayerStatistics]):
     def __getitem__(self, layer: Any) -> Any:
         count = self._counts[layer]
         with safe_open(self._path, framework="np") as tensors:
-            sums = (tensors.get_tensor(name(layer)) for name in (_first_moment, _second_moment))
+            names = tensors.keys()
+            sums = (
+                tensors.get_tensor(name(layer)) if name(layer) in names else NO_PRODUCTS
+                for name in (_first_moment, _second_moment)
+            )
             return LayerStatistics(count, *sums)
 
 

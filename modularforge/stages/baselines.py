@@ -49,7 +49,8 @@ from modularforge.training.backbone_job import save_mixture, save_trained_on
 from modularforge.training.distributed import joined_world
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
-from modularforge.training.losses import RoutedLoss, mean_loss
+from modularforge.training.losses import mean_loss, routed
+from modularforge.training.precision import measuring
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def joint(run: Run) -> Artifact:
 
     def start() -> Start:
         model = _joint_model(run)
-        return Start(trainable(model, _routed_loss(run, model)), partial(save_mixture, model, run.backbone))
+        return Start(_routed(run, model), partial(save_mixture, model, run.backbone))
 
     return _train(run, JobName("joint"), start)
 
@@ -141,8 +142,8 @@ def _joint_lora(run: Run, name: TrainedOnAll, times: int) -> Artifact:
     return _train(run, JobName(name), start)
 
 
-def _routed_loss(run: Run, model: Decoder) -> RoutedLoss:
-    return RoutedLoss(model, task_of(run.config).loss, run.config.experts.z_loss, run.config.joint.balance_loss)
+def _routed(run: Run, model: Decoder) -> Trainable:
+    return routed(model, task_of(run.config).loss, run.config.experts.z_loss, run.config.joint.balance_loss)
 
 
 def _joint_model(run: Run) -> Decoder:
@@ -174,7 +175,9 @@ def branch(run: Run, index: int) -> Artifact:
 
         def save(folder: Path) -> None:
             save_trained_on(model, run.backbone, folder)
-            statistics = task.statistics(model, examples, next(model.parameters()).device)
+            device = next(model.parameters()).device
+            with measuring(run.config.training, device):
+                statistics = task.statistics(model, examples, device)
             save_statistics(folder / STATISTICS_NAME, statistics)
 
         return Start(trainable(model, task.loss), save, examples)
@@ -190,7 +193,7 @@ def btx(run: Run) -> Artifact:
         # A copy: these tensors become the parameters, and training must not reach the backbone's.
         model = copy.deepcopy(build_btx(solved_router(config), run.backbone, run.require_each("branch"))).float()
         choose_trained(model, config.btx.trains)
-        return Start(trainable(model, _routed_loss(run, model)), partial(save_mixture, model, run.backbone))
+        return Start(_routed(run, model), partial(save_mixture, model, run.backbone))
 
     return _train(run, JobName("btx"), start, skipped_windows=config.experts.steps * config.experts.batch_size)
 

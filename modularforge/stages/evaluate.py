@@ -32,6 +32,7 @@ REPORT_NAME = "report.md"
 DOCUMENTS_NAME = "documents.json"
 # Raised when results say more or other things than before, so that `evaluate` measures again.
 RESULTS_FORMAT = "2"
+WINDOW_FORMAT = "3"  # where the model reads further than the run: FLOPs per token are those of the run's window
 
 
 def run(run: Run) -> Results:
@@ -39,7 +40,8 @@ def run(run: Run) -> Results:
     start, config = time.perf_counter(), run.config
     artifacts, extras = find_models(run), read_extras(config)
     inputs = {name: artifact.manifest.fingerprint for name, artifact in artifacts.items()}
-    inputs |= {"corpus": contents(run.require("prepare-data")), "format": RESULTS_FORMAT, **extras.identities}
+    results_format = RESULTS_FORMAT if config.model.positions == config.model.context_length else WINDOW_FORMAT
+    inputs |= {"corpus": contents(run.require("prepare-data")), "format": results_format, **extras.identities}
     inputs |= {**tasks_identity(config), **harness_identity(config)}
     plan = run.plan("evaluate", inputs=inputs)
     old = run.find(plan.url)

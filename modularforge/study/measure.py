@@ -44,6 +44,7 @@ from modularforge.study.runs import StudyRun
 from modularforge.study.study_file import NEEDS, Variant
 from modularforge.training.distributed import default_device
 from modularforge.training.job import Job
+from modularforge.training.precision import measuring
 
 Split = Literal["validation", "test"]
 ENSEMBLES = {"ensemble_uniform": uniform_ensemble, "ensemble_posterior": posterior_ensemble}
@@ -140,7 +141,7 @@ class RunBench:
             fresh = build_model(self.run, config, variant, parts)
             model, calibration = calibrate_model(self.run, config, model, fresh)
         scores = self.bench.score(model)
-        row = self.bench.summarise(scores) | sizes_of(model) | self._replies(variant.name, model)
+        row = self.bench.summarise(scores) | self._sizes(model) | self._replies(variant.name, model)
         row["training_tokens"] = training_tokens(config, variant.kind, variant.options.calibrate)
         row |= self._trained(artifact for name, artifact in parts.items() if name != "backbone")
         about = {name: row[name] for name in COSTS}
@@ -218,8 +219,11 @@ class RunBench:
             self._expert_scores = {key: stacked}
         return self._expert_scores[key]
 
+    def _sizes(self, model: Decoder) -> dict[str, int]:
+        return sizes_of(model, self.run.config.model.context_length)
+
     def _expert_sizes(self, experts: Mapping[str, Artifact]) -> dict[str, int]:
-        return sizes_of(self.run.backbone.expert(next(iter(experts.values()))))
+        return self._sizes(self.run.backbone.expert(next(iter(experts.values()))))
 
     def _without(self, variant: Variant, config: Config, parts: Mapping[str, Artifact]) -> Row:
         """Each domain by a model that was assembled from the other experts, so that its router knows nothing of it."""
@@ -232,7 +236,8 @@ class RunBench:
             kept = {name: part for name, part in parts.items() if not is_expert(name) or name in foreign}
             model = build_model(self.run, _with_experts(config, len(foreign)), variant, kept)
             alone = probe.only(label)
-            scores_RT = score(model.to(default_device()), alone, batch_size)
+            with measuring(config.training, default_device()):
+                scores_RT = score(model.to(default_device()), alone, batch_size)
             domains |= summarise(alone, scores_RT, lengths)["domains"]
             for name, sums in document_sums(alone, scores_RT).items():
                 documents[name] = documents[name] | sums if isinstance(sums, dict) else sums

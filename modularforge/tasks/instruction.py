@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoints import Artifact
 from modularforge.config import Config, PhaseConfig
-from modularforge.data.loader import IGNORED_TARGET
 from modularforge.data.packing import PADDING, Rows, example_batches, mixed_example_batches, ordered_batches
 from modularforge.data.token_files import ExampleTokens, Stream
 from modularforge.errors import MismatchError
@@ -44,6 +42,7 @@ class InstructionExamples:
     packs: bool = True
     sample_seed: int = 0
     sample_rows: int = 0
+    moments: bool = True
 
     @cached_property
     def rows(self) -> Rows:
@@ -147,9 +146,8 @@ class InstructionTask:
 
     def loss(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
         """Mean cross-entropy of the batch's learned tokens, in nats; all tokens of all pieces and ranks weigh alike."""
-        logits_BTV = model(tensors["inputs"], examples_BT=tensors["examples"])
-        losses = logits_BTV.flatten(0, 1).float(), tensors["targets"].flatten()
-        total = F.cross_entropy(*losses, ignore_index=IGNORED_TARGET, reduction="sum")
+        inputs_BT, examples_BT, targets_BT = (tensors[name] for name in ("inputs", "examples", "targets"))
+        total: Tensor = model(inputs_BT, examples_BT=examples_BT, targets_BT=targets_BT, reduction="sum")
         return total / tensors["row_targets"].sum()
 
     def metrics(self, model: Decoder, held_out: HeldOutText, device: torch.device) -> dict[str, dict[str, float]]:
@@ -159,7 +157,7 @@ class InstructionTask:
     def statistics(self, model: Decoder, examples: InstructionExamples, device: torch.device) -> RouterStatistics:
         """What the routers see of the sample, prompts and responses, and how often it has each token."""
         batches = ((tensors["inputs"], tensors["examples"]) for tensors in examples.sample())
-        return gather_statistics(model, batches, device)
+        return gather_statistics(model, batches, device, examples.moments)
 
     def save_counts(
         self, config: Config, examples: InstructionExamples, vocab_size: int, special: Collection[int], path: Path
@@ -179,8 +177,9 @@ def _examples(
     config: Config, stream: Stream, batch_size: int, seed: int, name: str, sample_seed: int
 ) -> InstructionExamples:
     context, packs = config.model.context_length, config.training.packing
-    rows = config.experts.statistics_tokens // context
-    return InstructionExamples(_checked(stream), context, batch_size, seed, name, packs, sample_seed, rows)
+    rows = config.experts.gathered_tokens // context
+    sample = sample_seed, rows, config.experts.gathers_moments
+    return InstructionExamples(_checked(stream), context, batch_size, seed, name, packs, *sample)
 
 
 def _checked(stream: Stream) -> ExampleTokens:

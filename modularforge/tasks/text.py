@@ -18,7 +18,7 @@ from modularforge.config import Config, PhaseConfig
 from modularforge.data.loader import batches, evaluation_batches, mixed_batches
 from modularforge.data.token_files import ExampleTokens, Stream, Tokens
 from modularforge.evaluation.scoring import measure, summed_loss
-from modularforge.model.backbone import Decoder, cross_entropy
+from modularforge.model.backbone import Decoder
 from modularforge.routing.gathering import gather_statistics
 from modularforge.routing.statistics import RouterStatistics
 from modularforge.routing.text_counts import counts_of, save_counts
@@ -38,6 +38,7 @@ class TextExamples:
     sample_seed: int = 0
     sample_windows: int = 0
     sample_batch: int = 1
+    moments: bool = True
 
     def batches(self, position: Any = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """Endless batches; positions count windows over all ranks. Raises TrainingError where one is not filled."""
@@ -152,7 +153,8 @@ class TextTask:
 
     def loss(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
         """Mean cross-entropy of the next token, in nats."""
-        return cross_entropy(model(tensors["inputs"]), tensors["targets"])
+        loss: Tensor = model(tensors["inputs"], targets_BT=tensors["targets"])
+        return loss
 
     def metrics(self, model: Decoder, held_out: HeldOutText, device: torch.device) -> dict[str, dict[str, float]]:
         """Loss, perplexity and bits per byte of each domain."""
@@ -164,7 +166,7 @@ class TextTask:
 
     def statistics(self, model: Decoder, examples: TextExamples, device: torch.device) -> RouterStatistics:
         """What the routers see of the sample, and how often it has each token."""
-        return gather_statistics(model, examples.sample(), device)
+        return gather_statistics(model, examples.sample(), device, examples.moments)
 
     def save_counts(
         self, config: Config, examples: TextExamples, vocab_size: int, special: Collection[int], path: Path
@@ -184,5 +186,5 @@ def text_batches(stream: Iterable[tuple[Tensor, Tensor, int]]) -> Iterator[Batch
 
 def _examples(config: Config, tokens: Tokens, batch_size: int, seed: int, name: str, sample_seed: int) -> TextExamples:
     context = config.model.context_length
-    sample = sample_seed, config.experts.statistics_tokens // context, config.evaluation.batch_size
-    return TextExamples(tokens, context, batch_size, seed, name, *sample)
+    sample = sample_seed, config.experts.gathered_tokens // context, config.evaluation.batch_size
+    return TextExamples(tokens, context, batch_size, seed, name, *sample, config.experts.gathers_moments)

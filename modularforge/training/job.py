@@ -28,11 +28,14 @@ class Job:
     """What the units of its batches are called in the metrics."""
     flops_per_unit: float = 0.0
     """FLOPs of its training by unit, for people; 0 is not known."""
+    tokens: int = 0
+    """Of a piece of a batch, on all ranks together."""
 
     @staticmethod
     def of_run(config: Config, name: str, phase: PhaseConfig, fingerprint: str) -> Job:
         """A job of a run, with its checkpoints and metrics in their places there."""
         places = checkpoint_url(config, name), metrics_url(config, name)
         unit, flops = task_of(config).unit, training_flops_per_token(config, JobName.parse(name).stage)
-        tensorboard = config.metrics.tensorboard
-        return Job(name, phase, config.training, fingerprint, *places, tensorboard, unit=unit, flops_per_unit=flops)
+        tokens = phase.batch_size // phase.accumulation_steps * config.model.context_length
+        where = *places, config.metrics.tensorboard
+        return Job(name, phase, config.training, fingerprint, *where, unit=unit, flops_per_unit=flops, tokens=tokens)

@@ -14,17 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.screen import progress
-from modularforge.config import TrainingConfig
 from modularforge.errors import Interrupted, TrainingError
 from modularforge.experts.trainable import Trainable
 from modularforge.model.backbone import perplexity
 from modularforge.tasks.task import Batch, Examples
+from modularforge.training.ahead import built_ahead
 from modularforge.training.checkpointing import Checkpointing, StopFlag, stop_on_signals
 from modularforge.training.distributed import World, parallelise
 from modularforge.training.gradient_norms import norm_log
 from modularforge.training.job import Job
 from modularforge.training.meter import Meter, Reporter
 from modularforge.training.optimizer import Trainer, build_optimizer, learning_rate, set_rate
+from modularforge.training.precision import autocast, measuring
+from modularforge.training.recompute import choose_recompute
 
 
 def fit(
@@ -42,14 +44,15 @@ def fit(
     """
     begun = time.process_time()
     trainable.model.to(world.device)
+    choose_recompute(trainable, job, world)
     trainer = Trainer(trainable, build_optimizer(trainable.groups, job.phase, job.training))
     checkpoints = Checkpointing(job, world)
     checkpoints.resume(trainer)
     norms = norm_log(job, trainable, world, trainer.step)
     with closing(_Wrapped(trainable, job, world)) as wrapped, closing(Meter(job, world, trainer.step, norms)) as meter:
-        batches = examples.batches(trainer.position, world.rank, world.size)
+        built = built_ahead(examples.batches(trainer.position, world.rank, world.size), world.device)
         showing = progress(job.name, job.phase.steps, start=trainer.step, is_wanted=world.is_main, has_lines=False)
-        with checkpoints, stop_on_signals() as stop, showing as bar:
+        with checkpoints, built as batches, stop_on_signals() as stop, showing as bar:
             reporter = Reporter(job, bar, trainer.step, job.speaks and world.is_main, world.size)
             while trainer.step < job.phase.steps:
                 rate = learning_rate(job.phase, trainer.step)
@@ -66,7 +69,7 @@ def fit(
                 if reporting:
                     trainer.train_loss = meter.report(trainer.step, rate, trainable.observations())
                 if _due(trainer.step, job.training.validate_every, job):
-                    trainer.validation_loss = _validated(trainable.model, validate, meter, trainer.step)
+                    trainer.validation_loss = _validated(trainer, validate, meter, job, world)
                 if reporting:
                     reporter.report(trainer, rate, meter.units_per_second)
                 if saving:
@@ -77,7 +80,7 @@ def fit(
                     raise Interrupted(_stop_message(trainer, job, stop))
                 bar.advance(1)
         if trainer.validation_loss is None:
-            trainer.validation_loss = _validated(trainable.model, validate, meter, trainer.step)
+            trainer.validation_loss = _validated(trainer, validate, meter, job, world)
         meter.flush()
         reporter.finish(trainer, meter.mean_speed)
     seconds = round(time.process_time() - begun, 1)
@@ -164,18 +167,11 @@ def _pieces(tensors: Mapping[str, Tensor], count: int) -> Iterator[dict[str, Ten
     return (dict(zip(chunks, piece, strict=True)) for piece in zip(*chunks.values(), strict=True))
 
 
-def autocast(training: TrainingConfig, device: torch.device) -> AbstractContextManager[object]:
-    """bf16 autocast where the settings and the device ask for it."""
-    wanted = training.precision
-    if wanted == "auto":
-        wanted = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return torch.autocast(device.type, torch.bfloat16) if wanted == "bf16" else nullcontext()
-
-
 def _without_sync(model: nn.Module, active: bool) -> AbstractContextManager[object]:
-    """DDP averages gradients only in the last piece of an accumulated batch."""
-    if active and isinstance(model, nn.parallel.DistributedDataParallel):
-        context: AbstractContextManager[object] = model.no_sync()
+    """DDP averages gradients only in the last piece of an accumulated batch; torch.compile hides it in `_orig_mod`."""
+    wrapped = getattr(model, "_orig_mod", model)
+    if active and isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        context: AbstractContextManager[object] = wrapped.no_sync()
         return context
     return nullcontext()
 
@@ -184,12 +180,12 @@ def _due(step: int, every: int, job: Job) -> bool:
     return step % every == 0 or step == job.phase.steps
 
 
-def _validated(model: nn.Module, validate: Callable[[], float], meter: Meter, step: int) -> float:
+def _validated(trainer: Trainer, validate: Callable[[], float], meter: Meter, job: Job, world: World) -> float:
     """Validation loss, also written to the metrics; on the bare model, so it needs no collective of DDP."""
-    model.eval()
-    with torch.no_grad():
+    trainer.trainable.model.eval()
+    with torch.no_grad(), measuring(job.training, world.device):
         loss = validate()
-    meter.write(step=step, validation_loss=loss, validation_perplexity=perplexity(loss))
+    meter.write(step=trainer.step, validation_loss=loss, validation_perplexity=perplexity(loss))
     return loss
 
 

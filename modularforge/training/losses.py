@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from modularforge.experts.trainable import Loss, Tensors
+from modularforge.experts.trainable import Loss, Tensors, Trainable, trainable
 from modularforge.model.backbone import Decoder
 from modularforge.model.moe import load_balance_loss, observe_routing, router_z_loss
 from modularforge.tasks.task import Validation
@@ -25,6 +25,11 @@ class RoutedLoss:
         """Loss of one batch; `model` may be the wrapped decoder."""
         loss = self.loss(model, tensors) + self.z_loss * router_z_loss(self.model)
         return loss if self.balance_loss is None else loss + self.balance_loss * load_balance_loss(self.model)
+
+
+def routed(model: Decoder, loss: Loss, z_loss: float, balance_loss: float | None = None) -> Trainable:
+    """A mixture with its routers, of whose experts a batch may visit none of some: they get no gradient then."""
+    return trainable(model, RoutedLoss(model, loss, z_loss, balance_loss), may_skip_parameters=True)
 
 
 def mean_loss(model: nn.Module, held_out: Validation, world: World) -> float:

@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoints import find_artifact, paths
-from modularforge.config import Config
+from modularforge.config import Config, TrainingConfig
 from modularforge.config_files import to_yaml
 from modularforge.pipeline import checkpoint_url, metrics_url, stage_url
+from modularforge.training.job import Job
+from modularforge.training.loop import fit
 from tests.conftest import ROOT, prepare_data, run_command, tiny_config
 
 FLOAT_TOLERANCE = 2e-5
@@ -162,3 +164,33 @@ def test_two_ranks_go_through_phases_as_one_process_does(tmp_path: Path) -> None
     subprocess.run([sys.executable, "-m", *command, str(tmp_path / "two")], cwd=ROOT, check=True, timeout=120)
     found = torch.load(tmp_path / "two" / "weights.pt", weights_only=True)
     assert all(torch.allclose(found[name], alone[name], atol=1e-5) for name in alone)
+
+
+@pytest.mark.parametrize("name", ["mixture", "compiled"])
+def test_two_ranks_that_visit_few_experts_or_compile_exchange_gradients_once_a_step(name: str, tmp_path: Path) -> None:
+    """A joint mixture stopped at its second step: "Expected to have finished reduction in the prior iteration"."""
+    from modularforge.training.distributed import World
+    from tests import joint_ranks
+
+    torch_run = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.joint_ranks"]
+    run_command(*torch_run, str(tmp_path), name)
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert found["count"] == joint_ranks.STEPS
+    start = joint_ranks.job("mixture").model.state_dict()
+    alone = joint_ranks.train("mixture", World()) if name == "mixture" else uncompiled()
+    assert all(torch.allclose(found["weights"][key], alone[key], atol=1e-4) for key in alone)
+    if name == "mixture":
+        never = [key for key in alone if f".experts.{joint_ranks.NEVER_VISITED}." in key]
+        assert never
+        assert all(torch.equal(found["weights"][key], start[key]) for key in never)  # no gradient, and so no decay
+        assert sum(not torch.equal(alone[key], start[key]) for key in alone) > len(alone) / 2
+
+
+def uncompiled() -> dict[str, torch.Tensor]:
+    """The weights of the compiled job, from one process that does not compile."""
+    from modularforge.training.distributed import World
+    from tests import joint_ranks
+
+    learns = joint_ranks.job("compiled")
+    fit(learns, joint_ranks.OneTokenRows(), Job("plain", joint_ranks.PHASE, TrainingConfig()), lambda: 0.0, World())
+    return learns.model.state_dict()

@@ -23,7 +23,10 @@ from modularforge.evaluation.generation import Sampling, generate, load_for_gene
 from modularforge.model import names
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.moe import restrict_routing
+from modularforge.model.sizes import model_sizes
 from modularforge.pipeline import OLD_NAMES, stage_url
+from modularforge.routing.statistics import STATISTICS_NAME, load_statistics
+from modularforge.routing.text_counts import COUNTS_NAME, load_counts
 from modularforge.run import Run
 from modularforge.stage_outputs import Backbone, Corpus
 from modularforge.stages import assemble, backbone, expert
@@ -203,6 +206,34 @@ def test_every_model_was_measured(run: Finished) -> None:
     measured = run.results["models"]
     assert {"backbone", "dense", "expert-0", "expert-2", "soup", "assembled"} <= measured.keys()
     assert all(np.isfinite(model["mean_loss"]) for model in measured.values())
+
+
+def test_flops_and_training_tokens_are_those_of_the_runs_window(run: Finished) -> None:
+    """The model reads twice as far as the run does."""
+    shape, measured = run.config.model, run.results["models"]
+    assert (shape.context_length, shape.positions) == (models.CONTEXT, models.POSITIONS)
+    expected = model_sizes(shape, models.VOCABULARY).flops_per_token
+    assert measured["backbone"]["flops_per_token"] == measured["dense"]["flops_per_token"] == expected
+    further = shape.model_copy(update={"context_length": models.POSITIONS})
+    assert model_sizes(further, models.VOCABULARY).flops_per_token > expected
+    phase = run.config.experts
+    tokens = phase.steps * phase.batch_size * models.CONTEXT
+    assert Run(run.config).require("expert", 0).manifest.facts["training_tokens"] == tokens
+    assert measured["expert-0"]["training_tokens"] == tokens
+
+
+def test_a_backbone_of_no_steps_and_experts_without_moments_read_few_tokens(folder: Path, tmp_path: Path) -> None:
+    """Their sums are of 4,096 tokens and hold no outer products; the assembled model is made as ever."""
+    values = values_on(folder, tmp_path / "run", assembly={"router": "evidence"})
+    values["experts"] |= {"anchored": False, "statistics": "norms", "statistics_tokens": 20_000}
+    config = complete_config(values, "tests")
+    run_every_stage(config)
+    for artifact in (Run(config).require("backbone"), Run(config).require("expert", 1)):
+        found = load_statistics(artifact.local_file(STATISTICS_NAME))
+        assert [layer.outer_DD.size for layer in found.layers] == [0, 0]
+        assert 2048 < found.layers[0].count <= 4096
+        counted = load_counts(artifact.local_file(COUNTS_NAME)).tokens_V.sum()
+        assert counted > 2 * found.layers[0].count  # which cost no forward pass, and are what evidence is made of
 
 
 def test_calibration_is_judged_in_the_type_it_is_stored_in(run: Finished) -> None:

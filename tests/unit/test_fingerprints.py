@@ -66,6 +66,19 @@ def test_a_backbone_with_stretched_positions_keeps_the_fingerprint_it_had_with_s
         assert fingerprint("backbone", settings, {}) == "4b6cba7fe2bfd461c5c3037ce972fba9"
 
 
+def test_sums_without_outer_products_and_their_tokens_are_part_of_the_identity(tmp_path: Path) -> None:
+    """As ever, the number of tokens is none of a backbone's with outer products."""
+
+    def of(stage: str, **experts: Any) -> str:
+        return fingerprint(stage, stage_settings(tiny_config(tmp_path, experts=experts), stage), {})
+
+    for stage in ("backbone", "expert", "branch"):
+        found = [of(stage), of(stage, statistics="norms"), of(stage, statistics="norms", statistics_tokens=99)]
+        assert len({*found}) == 3
+    assert of("backbone", statistics_tokens=99) == of("backbone")
+    assert of("dense", statistics="norms", statistics_tokens=99) == of("dense")
+
+
 # Of anchored experts with configs/default.yaml, by the router's name at commit 795ecc8, where they were taken.
 OF_ROUTERS = {
     "evidence": "328af6f8ef253a5c84947946a736be7b",

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from modularforge.config import ModelConfig
+from modularforge.errors import MismatchError
 from modularforge.model.backbone import build_backbone
 from modularforge.routing.gathering import gather_statistics
 from modularforge.routing.solvers import equalised, means, random, ridge, uniform, with_public
@@ -114,3 +115,11 @@ def test_gathered_statistics_are_the_sums_of_what_the_ffn_reads(tmp_path: Path) 
     rms = (streams[:48].square().mean(dim=1) + config.norm_epsilon).sqrt()
     assert statistics.inverse_rms_L[1] == pytest.approx(float((1 / rms).mean()), rel=1e-4)
     assert np.array_equal(statistics.tokens_V, np.bincount(torch.cat(batches).flatten(), minlength=31))
+    few = gather_statistics(model, batches, torch.device("cpu"), moments=False)
+    save_statistics(tmp_path / "few.safetensors", few)
+    sums = load_statistics(tmp_path / "few.safetensors")
+    assert all(np.array_equal(a.sum_D, b.sum_D) for a, b in zip(sums.layers, statistics.layers, strict=True))
+    assert np.array_equal(sums.inverse_rms_L, statistics.inverse_rms_L)
+    assert (tmp_path / "few.safetensors").stat().st_size < 24 * 24 * 4
+    with pytest.raises(MismatchError, match="train it again with experts"):
+        ridge([*statistics.layers, *sums.layers], 0.1, 1.0)

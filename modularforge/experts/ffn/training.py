@@ -34,6 +34,7 @@ from modularforge.routing.statistics import (
 )
 from modularforge.stage_outputs import Backbone
 from modularforge.training.losses import RoutedLoss
+from modularforge.training.precision import measuring
 
 
 def prepare(expert: ExpertJob) -> Trainable:
@@ -135,7 +136,8 @@ def own_tensors(
 
 def _directions(expert: ExpertJob) -> list[Tensor]:
     """Where the router rows start: from the backbone's statistics on all text towards those on the partition."""
-    own = expert.task.statistics(expert.backbone.model().float(), expert.examples, expert.device)
+    with measuring(expert.config.training, expert.device):
+        own = expert.task.statistics(expert.backbone.model().float(), expert.examples, expert.device)
     general = load_statistics(expert.backbone.artifact.local_file(STATISTICS_NAME))
     return router_directions(own.layers, general.layers)
 
