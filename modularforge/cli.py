@@ -37,7 +37,7 @@ INDEX = typer.Option(help="Which one of the partitions' jobs, from 0.")
 def _make(run: Run, job: str, indices: Iterable[int | None] | None = None, but: Container[str] = ()) -> None:
     """Make what a job makes, stage by stage."""
     for stage in STAGES.values():
-        if stage.job_name == job and stage.name not in but:
+        if stage.job_name == job and stage.name not in but and (not stage.needs or stage.is_wanted(run.config)):
             for index in stage.indices(run.config) if indices is None else indices:
                 run.make(stage.name, index)
 

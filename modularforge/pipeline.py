@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from operator import attrgetter
 from typing import Any
 
 from checkpoints import Artifact, paths
@@ -47,6 +48,8 @@ class Stage:
     """The section of `cluster` that says what its job asks for."""
     baseline: str | None = None
     """It is wanted when `evaluation.baselines` names this; None is always."""
+    needs: str = ""
+    """A setting without which it is not wanted."""
     is_measured: bool = True
     """Its models are measured by the evaluation."""
     schedule: str = ""
@@ -68,6 +71,8 @@ class Stage:
 
     def is_wanted(self, config: Config) -> bool:
         """Whether a run with these settings makes it."""
+        if self.needs and not attrgetter(self.needs)(config):
+            return False
         return self.baseline is None or self.baseline in config.evaluation.baselines
 
     def function(self, task: str = "text") -> Callable[..., Any]:
@@ -83,6 +88,10 @@ class Stage:
 
 MAKERS = "modularforge.stages"
 SHARED_BY_ALL = ("corpus", "partitions", "backbone")
+CLEANED_FROM = tuple(
+    f"data.{name}"
+    for name in ("sources", "clean", "min_article_length", "max_documents_per_source", "heldout_fraction")
+)
 ROUTED = ("assembly.experts_per_token", "assembly.public_expert")
 SOLVED = (*ROUTED, "assembly.ridge_penalty", "assembly.router_temperature")
 COUNTED = ("experts.counted_tokens", "experts.counted_pairs")
@@ -121,10 +130,21 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage(
+            "cleaned",
+            "{data}-cleaned",
+            (),
+            (),
+            f"{MAKERS}.prepare:cleaned",
+            CLEANED_FROM,
+            job="prepare-data",
+            needs="data.clean",
+            is_measured=False,
+        ),
+        Stage(
             "corpus",
             "{data}",
             ("data",),
-            ("tokenizer",),
+            ("cleaned", "tokenizer"),
             f"{MAKERS}.prepare:corpus",
             job="prepare-data",
             is_measured=False,
@@ -296,6 +316,7 @@ EVERYWHERE = ("task",)
 CAME_LATER: dict[str, Any] = {
     "experts.kind": "ffn",
     "task": "text",
+    "data.clean": [],
     "assembly.lora": "adapters",
     "assembly.lora_choice": "token",
     "training.packing": True,

@@ -203,8 +203,10 @@ class Run:
             if needed not in self._pretrained:  # hashes of whole models, and a look at the Hub's cache
                 self._pretrained[needed] = _pretrained_input(self.config, needed)
             return self._pretrained[needed]
+        if needed == "cleaned" and not STAGES[needed].is_wanted(self.config):
+            return {}
         artifact = self._required(needed)
-        return {needed: contents(artifact) if needed == "corpus" else artifact.manifest.fingerprint}
+        return {needed: contents(artifact) if needed in ("cleaned", "corpus") else artifact.manifest.fingerprint}
 
 
 def is_kept(artifact: Artifact) -> bool:
