@@ -127,10 +127,10 @@ def pretend_prepared(output: Path, experts: int) -> None:
     changes = [f"experts.count={experts}", "partition.method=random", "evaluation.baselines=[]"]
     changes.append("cluster.sbatch_options={hold: true}")  # what is measured is the launcher, not the start of jobs
     config = load_config(str(ROOT / "configs/quickstart.yaml"), changes, output_dir=str(output))
-    for stage in ("corpus", "partitions", "backbone"):
+    for stage in ("prepare-data", "partition", "backbone"):
         plan = Run(config).plan(stage)
         with making(plan) as writer:
-            for number in range(experts if stage == "partitions" else 0):
+            for number in range(experts if stage == "partition" else 0):
                 (writer.folder / f"partition-{number}.tokens.bin").write_text(str(number))
             commit(writer, plan, Run(config), {})
     output.with_suffix(".yaml").write_text(to_yaml(config))

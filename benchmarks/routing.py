@@ -102,12 +102,12 @@ class Trial:
 
     def calibrated_on_training_text(self, **settings: Any) -> Decoder:
         """The model calibrated on the experts' partitions instead of on the fitting half of validation."""
-        config, corpus, partitions = self.config(**settings), self.run.corpus, self.run.obtain("partitions")
+        config, corpus, partitions = self.config(**settings), self.run.corpus, self.run.obtain("partition")
         streams = {
             str(k): np.asarray(token_file(partitions, f"partition-{k}").tokens) for k in range(len(self.experts))
         }
         _, decide = split_documents(corpus.tokens("validation"), corpus.labels)
-        model, job = self.model(), Job("calibration", config.calibration, config.training)
+        model, job = self.model(), Job("calibrate", config.calibration, config.training)
         seed = derived_seed(config.seed, "calibration order")
         calibrate(model, config, even_mixture(streams), decide, job, seed)
         return model

@@ -168,7 +168,7 @@ class LocalLauncher:
     def _lacks_experts(self, task: Task) -> bool:
         """Whether more experts failed than the assembly can go without (cluster.min_experts)."""
         failed = sum(name in self.failed for name in task.after_end)
-        return "assembled" in task.stages and failed > self.config.experts.count - self.config.needed_experts
+        return "assemble" in task.stages and failed > self.config.experts.count - self.config.needed_experts
 
     def _free_slot(self, task: Task) -> int | None:
         """The lowest free worker slot, or None when all are taken; a task that is no worker runs alone."""
@@ -371,7 +371,7 @@ def _runs(pid: object, word: str) -> bool:
 
 def _is_always_run(task: Task) -> bool:
     """The evaluation is cheap where nothing changed, and prints its table."""
-    return task.stages == ("evaluation",)
+    return task.stages == ("evaluate",)
 
 
 def _cores() -> int:

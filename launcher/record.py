@@ -125,7 +125,7 @@ def identity_of(config: Config) -> dict[str, Any]:
     """
     values, found = config.model_dump(mode="json"), {}
     for stage in STAGES:
-        if stage != "evaluation":
+        if stage != "evaluate":
             settings = stage_settings(config, stage)
             for own, general in STANDS_FOR.get(stage, {}).items():
                 if settings.get(general) != value_of(values, general):
@@ -209,6 +209,6 @@ def beside(config: Config, record: Record) -> Config:
     """The same settings as a run of its own beside another one; data that did not change is shared."""
     changes: dict[str, Any] = {"output_dir": f"{config.output_dir.rstrip('/')}-{run_id_of(config)[:8]}"}
     old = record.settings()
-    if all(stage_settings(old, stage) == stage_settings(config, stage) for stage in ("corpus", "partitions")):
+    if all(stage_settings(old, stage) == stage_settings(config, stage) for stage in ("prepare-data", "partition")):
         changes["data_dir"] = old.data_url
     return config.model_copy(update=changes)

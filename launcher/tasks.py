@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from modularforge.config import Config, NodesConfig
-from modularforge.pipeline import MADE_BY, STAGES, JobName, Stage, stage_settings, wanted_stages
+from modularforge.pipeline import STAGES, JobName, Stage, stage_settings, wanted_stages
 from modularforge.run import Run, is_kept
 
 
@@ -71,14 +71,14 @@ def build_tasks(config: Config) -> list[Task]:
     """All tasks of a run, each after those it waits for; workers may run side by side."""
     stages_of: dict[str, list[Stage]] = {}
     for stage in wanted_stages(config):
-        stages_of.setdefault(stage.job_name, []).append(stage)
+        stages_of.setdefault(stage.job, []).append(stage)
     job_of = {stage.name: job for job, stages in stages_of.items() for stage in stages}
     waits = {job: _waits_for(stages, job_of, config) - {job} for job, stages in stages_of.items()}
     tasks: dict[str, list[Task]] = {}
     for job, stages in stages_of.items():
         direct = waits[job] - {name for other in waits[job] for name in _all_before(other, waits)}
         # Experts only have to end: when one fails, the others go on without it (cluster.min_experts).
-        ended = {job_of["expert"]} if any("experts" in stage.inputs for stage in stages) else set()
+        ended = {"expert"} if any("expert" in stage.inputs for stage in stages) else set()
         names = tuple(stage.name for stage in stages)
         after, after_end = (
             tuple(task.name for name in stages_of if name in wanted for task in tasks[name])
@@ -90,7 +90,7 @@ def build_tasks(config: Config) -> list[Task]:
 
 def _waits_for(stages: Iterable[Stage], job_of: dict[str, str], config: Config) -> set[str]:
     """The jobs whose artifacts these stages read."""
-    read = {MADE_BY.get(name, name) for stage in stages for name in stage.inputs}
+    read = {name for stage in stages for name in stage.inputs}
     if "models" in read:
         read |= {stage.name for stage in wanted_stages(config) if stage.is_measured}
     return {job_of[name] for name in read if name in job_of}
@@ -121,12 +121,12 @@ def nodes_of(config: Config, group: str) -> NodesConfig:
 
 def nodes_section(group: str) -> str:
     """The section of `cluster` that says it."""
-    return next((stage.nodes for stage in STAGES.values() if stage.job_name == group), "other")
+    return next((stage.nodes for stage in STAGES.values() if stage.job == group), "other")
 
 
 def is_finished(run: Run, task: Task) -> bool:
     """Whether all that the task makes is committed; raises MismatchError when another config's lies there."""
-    if task.stages == ("evaluation",):
+    if task.stages == ("evaluate",):
         return _is_evaluated(run)
     return all(run.artifact(stage, task.index) for stage in task.stages)
 
@@ -143,13 +143,13 @@ def unneeded_tasks(tasks: list[Task], done: set[str]) -> set[str]:
 
 def _is_evaluated(run: Run) -> bool:
     """Whether the evaluation is of these settings and of the models that are there now."""
-    old, assembled = run.find(run.url("evaluation")), run.artifact("assembled")
-    if old is None or assembled is None or old.manifest.settings != stage_settings(run.config, "evaluation"):
+    old, assembled = run.find(run.url("evaluate")), run.artifact("assemble")
+    if old is None or assembled is None or old.manifest.settings != stage_settings(run.config, "evaluate"):
         return False
     rows = [
         stage for stage in wanted_stages(run.config) if stage.is_measured and stage.name not in ("backbone", "expert")
     ]
-    found = {JobName(stage.name, k): run.artifact(stage.name, k) for stage in rows for k in stage.indices(run.config)}
+    found = {JobName(stage.kind, k): run.artifact(stage.name, k) for stage in rows for k in stage.indices(run.config)}
     inputs = old.manifest.inputs
     return all(
         inputs.get(str(job)) == (model.manifest.fingerprint if model and is_kept(model) else None)

@@ -37,16 +37,16 @@ INDEX = typer.Option(help="Which one of the partitions' jobs, from 0.")
 def _make(run: Run, job: str, indices: Iterable[int | None] | None = None, but: Container[str] = ()) -> None:
     """Make what a job makes, stage by stage."""
     for stage in STAGES.values():
-        if stage.job_name == job and stage.name not in but and (not stage.needs or stage.is_wanted(run.config)):
+        if stage.job == job and stage.name not in but and (not stage.needs or stage.is_wanted(run.config)):
             for index in stage.indices(run.config) if indices is None else indices:
                 run.make(stage.name, index)
 
 
 def add_jobs(jobs: typer.Typer, stages: Iterable[Stage]) -> None:
     """A command for each job of the table of stages, under torchrun too; but for those with options of their own."""
-    for job, is_indexed in {stage.job_name: stage.is_indexed for stage in stages}.items():
-        if job not in ("assemble", "evaluate"):
-            _add_job(jobs, job, is_indexed)
+    for stage in stages:
+        if not stage.within and stage.name not in ("assemble", "evaluate"):
+            _add_job(jobs, stage.name, stage.is_indexed)
 
 
 def _add_job(jobs: typer.Typer, job: str, is_indexed: bool) -> None:
@@ -84,7 +84,7 @@ def train(
     As separate jobs: `backbone` (with DDP: torchrun --nproc-per-node 2 -m modularforge backbone), then `expert --index
     K` on as many machines as there are experts.
     """
-    known = [stage.name for stage in STAGES.values() if stage.phase and stage.job_name == stage.name]
+    known = [stage.name for stage in STAGES.values() if stage.phase and not stage.within]
     if only not in (None, *known):
         raise ConfigError(f"--only must be one of {', '.join(known)}, but is {only!r}; choose one of these")
     if (only is not None and STAGES[only].is_indexed) != (index is not None):
@@ -107,7 +107,7 @@ def assemble(
     calibrate: Annotated[bool, typer.Option("--calibrate/--no-calibrate", help="Calibrate afterwards.")] = True,
 ) -> None:
     """Merge backbone and experts into one model folder, then calibrate it on validation data."""
-    _make(Run(settings), "assemble", but=() if calibrate else ("calibrated",))
+    _make(Run(settings), "assemble", but=() if calibrate else ("calibrate",))
 
 
 @app.command()
@@ -137,9 +137,9 @@ def _evaluate(run: Run) -> None:
     from modularforge.stages.evaluate import where
 
     for stage in wanted_stages(run.config):
-        if stage.is_measured and stage.job_name not in PRODUCT:
-            _make(run, stage.job_name)
-    print_table(run.make("evaluation"))
+        if stage.is_measured and stage.job not in PRODUCT:
+            _make(run, stage.job)
+    print_table(run.make("evaluate"))
     say(where(run))
 
 
@@ -158,7 +158,7 @@ def run_all(
     run = Run(settings)
     skipped = dict(zip(PRODUCT, (skip_data, skip_backbone, skip_experts, skip_assembly), strict=True))
     for job in [job for job, skip in skipped.items() if not skip]:
-        _make(run, job, but=("calibrated",) if skip_calibration else ())
+        _make(run, job, but=("calibrate",) if skip_calibration else ())
     if not skip_evaluation:
         _evaluate(run)
 
@@ -246,7 +246,7 @@ def transcribe(
     if model is None:
         settings = load_settings()
         prompt = prompt or settings.speech.model.prompt
-        folder = Run(settings).require("assembled").local_folder()
+        folder = Run(settings).require("assemble").local_folder()
     else:
         folder = Path(model)
     for text in transcribe_files(folder, audio, prompt, tokens):

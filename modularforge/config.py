@@ -27,6 +27,7 @@ from pydantic_core import PydanticCustomError
 
 from checkpoints.redact import redact_urls, redact_values
 from modularforge.presets import preset_example, preset_names
+from modularforge.tasks.task import LEARN_RESPONSES
 from modularforge.yaml_text import plain_number
 
 ONE_LINE = r"^[^\p{Cc}\p{Zl}\p{Zp}]*$"
@@ -869,7 +870,7 @@ class Config(SafeSection):
     @property
     def learns_responses(self) -> bool:
         """Whether the data are examples, of which responses alone are learned."""
-        return self.task == "instruction"
+        return self.task in LEARN_RESPONSES
 
     def example(self, source: SourceConfig) -> ExampleConfig | None:
         """How records of a source become examples; None where they are plain text."""

@@ -92,7 +92,7 @@ def _assemble_again(model: Artifact, experts: Sequence[Artifact], output: str | 
         names = [f"member-{place}" for place in range(len(names))]  # from several runs, whose indices may be the same
     inputs = {"backbone": backbone.manifest.fingerprint}
     inputs |= {name: expert.manifest.fingerprint for name, expert in zip(names, experts, strict=True)}
-    plan = Plan("assembled", url, stage_settings(config, "assembled"), inputs)
+    plan = Plan("assemble", url, stage_settings(config, "assemble"), inputs)
     old = find_artifact(url)
     if old and old.manifest.fingerprint == plan.fingerprint:
         logger.info("the model at %s has these experts already", url)

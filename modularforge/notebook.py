@@ -56,8 +56,8 @@ Texts = Sequence[str]
 def open_run(path: str, changes: Mapping[str, Any] | None = None, output_dir: str | None = None) -> Run:
     """The run of a settings file, with `changes` by dotted name; raises ConfigError.
 
-    `run.make("corpus")`, `run.make("expert", 3)` and so on make a stage unless it is there; `run.require("expert", 3)`,
-    `run.corpus` and `run.backbone` give what is there.
+    `run.make("prepare-data")`, `run.make("expert", 3)` and so on make a stage unless it is there;
+    `run.require("expert", 3)`, `run.corpus` and `run.backbone` give what is there.
     """
     return Run(load_config(path, list((changes or {}).items()), output_dir=output_dir))
 
@@ -68,7 +68,7 @@ def _plan(config: Config, stage: str, url: str, inputs: dict[str, str]) -> Plan:
 
 
 def _writing(plan: Plan) -> AbstractContextManager[ArtifactWriter]:
-    return write_artifact(plan.url, plan.stage, plan.fingerprint, plan.settings, plan.inputs)
+    return write_artifact(plan.url, plan.kind, plan.fingerprint, plan.settings, plan.inputs)
 
 
 def _identity(values: np.ndarray[Any, Any]) -> str:
@@ -174,7 +174,7 @@ class StreamingAssembler:
         names = [str(JobName("expert", fact(artifact, "index"))) for artifact in artifacts]
         inputs = {name: artifact.manifest.fingerprint for name, artifact in zip(names, artifacts, strict=True)}
         inputs["backbone"] = backbone.manifest.fingerprint
-        with _writing(_plan(config, "assembled", output_dir, inputs)) as writer:
+        with _writing(_plan(config, "assemble", output_dir, inputs)) as writer:
             facts = assemble(config, backbone, artifacts, writer)
             return writer.commit(facts)
 
@@ -197,12 +197,12 @@ class LayerNormCalibrator:
         end = _end_token(artifact.read_json(CONFIG_NAME))
         decide, fitted = (encode(self.tokenizer, validation_texts[start::2], end) for start in (0, 1))
         model = load_model(artifact.local_folder()).to(default_device())
-        job = Job("calibrated", self.config.calibration, self.config.training)
+        job = Job("calibrate", self.config.calibration, self.config.training)
         seed = derived_seed(self.config.seed, "calibration order")
         result = calibrate(model, self.config, even_mixture({"": fitted}), {"": decide}, job, seed)
         if output_dir is not None and result.kept:
             inputs = {"assembled": artifact.manifest.fingerprint, "texts": _identity(np.concatenate([decide, fitted]))}
-            with _writing(_plan(self.config, "calibrated", output_dir, inputs)) as writer:
+            with _writing(_plan(self.config, "calibrate", output_dir, inputs)) as writer:
                 write_calibrated(artifact, result, writer, self.config.assembly.max_shard_bytes)
                 writer.commit(result.facts)
         return result

@@ -18,6 +18,7 @@ from typing import Any
 
 from checkpoints import Artifact, paths
 from modularforge.config import GONE_FROM_ROPE, TRAINED_ON_ALL, Config, PhaseConfig
+from modularforge.errors import ConfigError
 from modularforge.experts.kind import kind_of
 
 NEVER = "never"  # `Stage.baseline` of what no run makes by itself, only a study
@@ -27,10 +28,12 @@ EVERY = "*"
 
 @dataclass(frozen=True)
 class Stage:
-    """One row. Stages of one `job` are made one after another by one process.
+    """One row. Its `name` is that of its job, its task, its log and its command.
 
     `sections` are the settings that its output depends on, all of them but those in `WITHOUT_EFFECT`; `also` single
     ones of other sections. `{index}` in `folder` stands for an expert's index, `{data}` for the prepared data.
+    `inputs` are rows, and what no row makes (`Run`). Of the partitions an indexed row reads its own; of an indexed row
+    any other reads all.
     """
 
     name: str
@@ -40,8 +43,10 @@ class Stage:
     run: str
     """`module:function`, called with the run, and with the index where there is one artifact for each partition."""
     also: tuple[str, ...] = ("seed",)
-    job: str = ""
-    """The job that makes it, where that is not the stage's own name."""
+    artifact: str = ""
+    """What manifests call what it makes, and tables its model, where that is not the stage's name."""
+    within: str = ""
+    """The stage whose process makes it too, before or after, where it has no job of its own."""
     phase: Callable[[Config], PhaseConfig] | None = None
     """How it trains; None trains nothing."""
     nodes: str = "other"
@@ -65,9 +70,14 @@ class Stage:
         return "{index}" in self.folder
 
     @property
-    def job_name(self) -> str:
-        """Name of the job, its task and its log."""
-        return self.job or self.name
+    def kind(self) -> str:
+        """Of its artifact: in its manifest, its fingerprint, those of what reads it, and in tables of models."""
+        return self.artifact or self.name
+
+    @property
+    def job(self) -> str:
+        """The job that makes it."""
+        return self.within or self.name
 
     def is_wanted(self, config: Config) -> bool:
         """Whether a run with these settings makes it."""
@@ -87,7 +97,7 @@ class Stage:
 
 
 MAKERS = "modularforge.stages"
-SHARED_BY_ALL = ("corpus", "partitions", "backbone")
+SHARED_BY_ALL = ("prepare-data", "partition", "backbone")
 CLEANED_FROM = tuple(
     f"data.{name}"
     for name in ("sources", "clean", "min_article_length", "max_documents_per_source", "heldout_fraction")
@@ -126,44 +136,52 @@ BASELINE_COLOURS = {
 }
 
 
-STAGES: dict[str, Stage] = {
-    stage.name: stage
+class _Rows(dict[str, Stage]):
+    def __missing__(self, name: str) -> Stage:
+        cure = f"write {OLD_NAMES[name]!r}" if name in OLD_NAMES else "choose one of these"
+        raise ConfigError(f"a stage must be one of {', '.join(self)}, but is {name!r:.80}; {cure}")
+
+
+STAGES: dict[str, Stage] = _Rows(
+    (stage.name, stage)
     for stage in (
         Stage(
-            "cleaned",
+            "clean",
             "{data}-cleaned",
             (),
             (),
             f"{MAKERS}.prepare:cleaned",
             CLEANED_FROM,
-            job="prepare-data",
+            artifact="cleaned",
+            within="prepare-data",
             needs="data.clean",
             is_measured=False,
         ),
         Stage(
-            "corpus",
+            "prepare-data",
             "{data}",
             ("data",),
-            ("cleaned", "tokenizer"),
+            ("clean", "tokenizer"),
             f"{MAKERS}.prepare:corpus",
-            job="prepare-data",
+            artifact="corpus",
             is_measured=False,
         ),
         Stage(
-            "partitions",
+            "partition",
             "{data}/partitions",
             ("partition",),
-            ("corpus",),
+            ("prepare-data",),
             f"{MAKERS}.prepare:partitions",
             ("seed", "experts.count"),
-            job="prepare-data",
+            artifact="partitions",
+            within="prepare-data",
             is_measured=False,
         ),
         Stage(
             "backbone",
             "backbone",
             ("model", "backbone", "training"),
-            ("corpus", "pretrained", "encoder"),
+            ("prepare-data", "pretrained", "encoder"),
             f"{MAKERS}.backbone:run",
             ("seed", *COUNTED),
             phase=lambda config: config.backbone,
@@ -205,7 +223,7 @@ STAGES: dict[str, Stage] = {
             "btx",
             "baselines/btx",
             ("experts", "btx", "training"),
-            (*SHARED_BY_ALL, "branches"),
+            (*SHARED_BY_ALL, "branch"),
             f"{MAKERS}.baselines:btx",
             ("seed", "joint.batch_size", "joint.balance_loss", *SOLVED),
             phase=lambda config: config.btx_phase,
@@ -216,59 +234,60 @@ STAGES: dict[str, Stage] = {
             colour="#7f7f2a",
         ),
         Stage(
-            "assembled",
+            "assemble",
             "assembled",
             ("assembly",),
-            ("backbone", "experts"),
+            ("backbone", "expert"),
             f"{MAKERS}.assemble:run",
             ("seed", "experts.anchored"),
-            job="assemble",
+            artifact="assembled",
         ),
         Stage(
-            "calibrated",
+            "calibrate",
             "calibrated",
             ("calibration", "training"),
-            ("corpus", "assembled"),
+            ("prepare-data", "assemble"),
             f"{MAKERS}.calibrate:run",
-            job="assemble",
+            artifact="calibrated",
+            within="assemble",
             phase=lambda config: config.calibration,
             schedule="calibration",
             panel="calibration",
             colour="#44475a",
         ),
         Stage(
-            "evaluation",
+            "evaluate",
             "evaluation",
             ("evaluation",),
-            ("corpus", "models"),
+            ("prepare-data", "models"),
             f"{MAKERS}.evaluate:run",
-            job="evaluate",
+            artifact="evaluation",
             is_measured=False,
         ),
     )
-}
+)
 """The rows, each after those it reads."""
 
 MADE_FOR: dict[str, dict[str, str]] = {
     "speech": {
-        "corpus": f"{MAKERS}.speech:corpus",
+        "prepare-data": f"{MAKERS}.speech:corpus",
         "backbone": f"{MAKERS}.speech:projector",
         "dense": f"{MAKERS}.speech:static",
         "joint": f"{MAKERS}.speech:joint",
-        "calibrated": f"{MAKERS}.speech:uncalibrated",
-        "evaluation": f"{MAKERS}.speech:evaluation",
+        "calibrate": f"{MAKERS}.speech:uncalibrated",
+        "evaluate": f"{MAKERS}.speech:evaluation",
     }
 }
 """By task and stage, what makes it where that is not the row's own function."""
 SETTINGS_FOR: dict[str, dict[str, tuple[str, ...]]] = {
     "speech": {
-        "corpus": ("speech.data", "speech.model.prompt"),
+        "prepare-data": ("speech.data", "speech.model.prompt"),
         "backbone": ("speech.model",),
-        "evaluation": ("speech.decoding",),
+        "evaluate": ("speech.decoding",),
     }
 }
 """By task and stage, settings that count there beside the row's own."""
-STACKED = ("joint", "assembled")
+STACKED = ("joint", "assemble")
 """Stages on which the settings of a kind count too that are a section of their own."""
 JOINT_LORA = ("joint_lora", "joint_lora_wide")
 ALL_BASELINES = (*TRAINED_ON_ALL, "branch", "btx")
@@ -302,8 +321,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
 setting changes the identity of what reads its section, unless it is written here or in `CAME_LATER`."""
 OF_ONE_KIND = {"experts.lora": ("expert", *JOINT_LORA)}
 """Sections of one kind of expert, each with the stages that it counts for where experts are of that kind."""
-OUTSIDE = ("name", "output_dir", "data_dir", "data_seed", "metrics", "launcher", "cluster")
-"""Sections and settings of no stage: where and how a run is computed, and what it is called."""
 
 STANDS_FOR = {
     name: {f"{name}.peak_learning_rate": "experts.peak_learning_rate", f"{name}.batch_size": "joint.batch_size"}
@@ -336,8 +353,6 @@ with them keeps its fingerprint."""
 OF_EVIDENCE = ("assembly.token_pairs", "assembly.width_multiple", "assembly.head_multiple")
 """Settings that came with the evidence router's second form. A model of its first form was another model, so for that
 router they count with any value; for the other routers nothing has changed."""
-MADE_BY = {"partition": "partitions", "experts": "expert", "branches": "branch"}
-"""The stages that make those inputs of the rows which are not called as a stage is."""
 CHOSEN_FACT = "chosen_by_hand"  # in the manifest of an assembled model whose experts somebody chose
 
 
@@ -359,16 +374,16 @@ class JobName:
         return JobName(text)
 
 
-OLD_NAMES = {"calibration": "calibrated", "calibrate": "calibrated"}
-"""Jobs whose metrics and records earlier versions wrote under another name than the stage's."""
+OLD_NAMES = {"calibration": "calibrate"} | {row.artifact: row.name for row in STAGES.values() if row.artifact}
+"""Stages by what reports, metrics and records of earlier versions call them, the oldest name first."""
 _INDEXED = re.compile(r"(.+?)[-/](\d{1,9})", re.ASCII)
 
 
 def job_named(text: str) -> JobName:
-    """The job that somebody means: by its own name, or by that of a stage which it makes, as reports have it."""
+    """The job that somebody means: by its own name, or by that of what it makes, as reports have it."""
     name = JobName.parse(text)
     stage = STAGES.get(OLD_NAMES.get(name.stage, name.stage))
-    return name if stage is None else JobName(stage.job_name, name.index)
+    return name if stage is None else JobName(stage.job, name.index)
 
 
 def wanted_stages(config: Config) -> Iterator[Stage]:
@@ -421,7 +436,7 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
         value = value_of(values, own)
         found.pop(own, None)
         found[general] = value_of(values, general) if value is None else value
-    if name == "assembled" and config.assembly.router != "evidence":
+    if name == "assemble" and config.assembly.router != "evidence":
         found = {setting: value for setting, value in found.items() if setting not in OF_EVIDENCE}
     return {name: value for name, value in found.items() if name not in CAME_LATER or CAME_LATER[name] != value}
 
@@ -431,9 +446,9 @@ def has_effect(setting: str, stage: str) -> bool:
     return not {stage, EVERY} & set(WITHOUT_EFFECT.get(setting, ()))
 
 
-def fingerprint(name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+def fingerprint(kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """Identity of an artifact, 32 hexadecimal digits."""
-    content = json.dumps([name, settings, inputs], sort_keys=True, allow_nan=False)
+    content = json.dumps([kind, settings, inputs], sort_keys=True, allow_nan=False)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
@@ -453,14 +468,19 @@ class Plan:
     inputs: dict[str, str]
 
     @property
+    def kind(self) -> str:
+        """What the artifact's manifest says that it is; results of a study are of no stage."""
+        return STAGES[self.stage].kind if self.stage in STAGES else self.stage
+
+    @property
     def fingerprint(self) -> str:
         """Identity of the artifact that this plan makes."""
-        return fingerprint(self.stage, self.settings, self.inputs)
+        return fingerprint(self.kind, self.settings, self.inputs)
 
     def is_outgrown(self, artifact: Artifact) -> bool:
         """Whether an assembled model has the settings and the parts of this plan, but fewer experts."""
         old = artifact.manifest
-        return self.stage == "assembled" and old.settings == self.settings and old.inputs.items() < self.inputs.items()
+        return self.stage == "assemble" and old.settings == self.settings and old.inputs.items() < self.inputs.items()
 
     def difference(self, artifact: Artifact) -> str:
         """Say which settings or inputs differ, the old value after the new one."""

@@ -36,7 +36,7 @@ def making(plan: Plan, parts: Sequence[Artifact] = ()) -> Iterator[ArtifactWrite
     """
     bytes_of_parts = {str(place): contents(artifact) for place, artifact in enumerate(parts)}
     resume = fingerprint(plan.fingerprint, {}, bytes_of_parts) if parts else ""
-    with write_artifact(plan.url, plan.stage, plan.fingerprint, plan.settings, plan.inputs, resume) as writer:
+    with write_artifact(plan.url, plan.kind, plan.fingerprint, plan.settings, plan.inputs, resume) as writer:
         yield writer
 
 

@@ -110,9 +110,10 @@ class Run:
     def _required(self, stage: str, index: int | None = None) -> Artifact:
         artifact = self.finished(self.plan(stage, index))
         if artifact is None:
-            where = STAGES[stage].job_name + ("" if index is None else f" --index {index}")
+            row = STAGES[stage]
+            where = row.job + ("" if index is None else f" --index {index}")
             raise MissingArtifactError(
-                f"{JobName(stage, index)} must be finished first, but there is none at {self.url(stage, index)}; "
+                f"{JobName(row.kind, index)} must be finished first, but there is none at {self.url(stage, index)}; "
                 f"run `modularforge {where}`, or `run-all` for everything, with the same --config, --output-dir and "
                 "--data-dir"
             )
@@ -144,7 +145,7 @@ class Run:
         """The prepared data."""
         from modularforge.stage_outputs import Corpus
 
-        return Corpus(self.require("corpus"))
+        return Corpus(self.require("prepare-data"))
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -168,7 +169,7 @@ class Run:
                 f"assembly needs {config.needed_experts} of {config.experts.count} experts, but {len(ready)} are "
                 f"finished (missing: {missing}); train them, or lower cluster.min_experts to go on without"
             )
-        assembled = self.find(self.url("assembled"))
+        assembled = self.find(self.url("assemble"))
         return ready if assembled is None else self._named(assembled, ready)
 
     def _named(self, assembled: Artifact, ready: dict[int, Artifact]) -> dict[int, Artifact]:
@@ -191,22 +192,23 @@ class Run:
         return found
 
     def _input(self, needed: str, index: int | None) -> dict[str, str]:
-        if needed == "partition":
-            return {needed: _partition_input(self._required("partitions"), f"partition-{index}")}
-        if needed == "experts":
+        if needed == "partition" and index is not None:
+            return {needed: _partition_input(self._required("partition"), f"partition-{index}")}
+        if needed == "expert":
             chosen = self.chosen_experts()
             return {str(JobName("expert", k)): artifact.manifest.fingerprint for k, artifact in chosen.items()}
-        if needed == "branches":
-            branches = enumerate(self._required("branch", k) for k in STAGES["branch"].indices(self.config))
-            return {str(JobName("branch", k)): artifact.manifest.fingerprint for k, artifact in branches}
+        if needed == "branch":
+            branches = enumerate(self._required(needed, k) for k in STAGES[needed].indices(self.config))
+            return {str(JobName(needed, k)): artifact.manifest.fingerprint for k, artifact in branches}
         if needed in ("tokenizer", "pretrained", "encoder"):
             if needed not in self._pretrained:  # hashes of whole models, and a look at the Hub's cache
                 self._pretrained[needed] = _pretrained_input(self.config, needed)
             return self._pretrained[needed]
-        if needed == "cleaned" and not STAGES[needed].is_wanted(self.config):
+        if needed == "clean" and not STAGES[needed].is_wanted(self.config):
             return {}
         artifact = self._required(needed)
-        return {needed: contents(artifact) if needed in ("cleaned", "corpus") else artifact.manifest.fingerprint}
+        identity = contents(artifact) if needed in ("clean", "prepare-data") else artifact.manifest.fingerprint
+        return {STAGES[needed].kind: identity}
 
 
 def is_kept(artifact: Artifact) -> bool:

@@ -130,11 +130,9 @@ def even_streams(domains: Mapping[str, Stream], max_tokens: int) -> Stream:
 
 def joined_beginnings(domains: Mapping[str, Stream], tokens: int) -> Stream:
     """About so many tokens of each stream, one after another; examples are not cut."""
-    streams = list(domains.values())
-    examples = [stream.first(tokens) for stream in streams if isinstance(stream, ExampleTokens)]
-    if examples:
-        return ExampleTokens.joined(examples)
-    return np.concatenate([stream[:tokens] for stream in streams if not isinstance(stream, ExampleTokens)])
+    if examples := ExampleTokens.among(domains):
+        return ExampleTokens.joined([stream.first(tokens) for stream in examples.values()])
+    return np.concatenate([stream[:tokens] for stream in domains.values()])
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,6 @@ def run_every_stage(config: Config) -> dict[str, Any]:
 def prepare_data(config: Config) -> Any:
     """Corpus and partitions of a run; returns the corpus."""
     run = Run(config)
-    corpus = run.make("corpus")
-    run.make("partitions")
+    corpus = run.make("prepare-data")
+    run.make("partition")
     return corpus

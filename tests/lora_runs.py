@@ -53,4 +53,4 @@ TOKENS_BT = torch.arange(2, 50).view(2, 24)
 
 def logits(config: Config) -> Tensor:
     with torch.no_grad():
-        return stored_model(stage_url(config, "assembled")).load()(TOKENS_BT)
+        return stored_model(stage_url(config, "assemble")).load()(TOKENS_BT)

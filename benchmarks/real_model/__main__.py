@@ -54,7 +54,7 @@ def main() -> None:
     model = smollm2.obtain(options.cache)
     settings: Any = partial(run_config, model, options.texts, options.output, scale, options.precision)
     run = Run(settings())
-    for stage in ("corpus", "partitions", "backbone"):
+    for stage in ("prepare-data", "partition", "backbone"):
         run.make(stage)
     trainings = Trainings(settings, scale, options.output)
     rate = trainings.best("experts").rate
@@ -95,7 +95,7 @@ def adapter_run(settings: Any, rate: float, output: Path) -> Config:
         update={"output_dir": str(output / "run-lora"), "data_dir": str(output / "run" / "data")}
     )
     run = Run(config)
-    for stage in ("corpus", "partitions", "backbone"):
+    for stage in ("prepare-data", "partition", "backbone"):
         run.make(stage)
     for index in range(config.experts.count):
         run.make("expert", index)

@@ -44,7 +44,7 @@ class Trainings:
         self.config_at, self.scale, self.output = config_at, scale, output
         self.config = config_at()
         run = Run(self.config)
-        self.backbone, self.corpus, self.partitions = run.backbone, run.corpus, run.require("partitions")
+        self.backbone, self.corpus, self.partitions = run.backbone, run.corpus, run.require("partition")
 
     @property
     def _notes(self) -> Path:

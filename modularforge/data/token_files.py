@@ -9,7 +9,7 @@ examples, each of which is a document, ``NAME.learned.bin`` says which tokens ar
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -88,6 +88,11 @@ class ExampleTokens:
         count = max(1, int(np.searchsorted(self.offsets, tokens, side="right")) - 1)
         end = self.offsets[min(count, self.num_examples)]
         return ExampleTokens(self.tokens[:end], self.offsets[: count + 1], self.learned[:end])
+
+    @staticmethod
+    def among(streams: Mapping[str, Stream]) -> dict[str, ExampleTokens]:
+        """Those of the streams that are of examples."""
+        return {label: stream for label, stream in streams.items() if isinstance(stream, ExampleTokens)}
 
     @staticmethod
     def joined(parts: Sequence[ExampleTokens]) -> ExampleTokens:

@@ -69,9 +69,8 @@ def domain_probes(
     With a single domain there is nothing to switch to. Of examples there is the first alone: what they learn.
     """
     found = {TEXT: plain_probe(streams, context_length, end_token, max_tokens)}
-    texts = {label: tokens for label, tokens in streams.items() if not isinstance(tokens, ExampleTokens)}
-    long_enough = {label: tokens for label, tokens in texts.items() if len(tokens) > context_length}
-    if len(long_enough) > 1:
+    long_enough = {label: tokens for label, tokens in streams.items() if len(tokens) > context_length}
+    if len(long_enough) > 1 and not ExampleTokens.among(streams):
         found[SWITCH] = switch_probe(long_enough, context_length, end_token, max_probe_tokens)
         found[MIXED] = mixed_probe(long_enough, context_length, max_probe_tokens)
     return found
@@ -79,11 +78,9 @@ def domain_probes(
 
 def plain_probe(streams: Mapping[str, Stream], context_length: int, end_token: int, max_tokens: int) -> Probe:
     """The streams as they are, text or examples."""
-    examples = {label: stream for label, stream in streams.items() if isinstance(stream, ExampleTokens)}
-    if examples:
+    if examples := ExampleTokens.among(streams):
         return example_probe(examples, context_length, max_tokens)
-    texts = {label: tokens for label, tokens in streams.items() if not isinstance(tokens, ExampleTokens)}
-    return text_probe(TEXT, texts, context_length, end_token, max_tokens)
+    return text_probe(TEXT, streams, context_length, end_token, max_tokens)
 
 
 def text_probe(name: str, streams: Mapping[str, Tokens], context_length: int, end_token: int, max_tokens: int) -> Probe:

@@ -32,7 +32,10 @@ INK, GREY, PALE, PAPER = "#1b1b1f", "#6b6f76", "#d9dbdf", "#ffffff"
 EXPERT_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#332288", "#882255")
 RUN_COLOURS = ("#1b1b1f", *EXPERT_COLOURS)
 BAD = "#d55e00"
-JOB_COLOURS = {"public": INK, **{name: stage.colour for name, stage in STAGES.items() if stage.colour}}
+JOB_COLOURS = {
+    "public": INK,
+    **{word: row.colour for row in STAGES.values() if row.colour for word in (row.name, row.kind)},
+}
 WIDTH_INCHES, DPI = 11.0, 144
 SETTINGS: dict[str, Any] = {
     "font.family": "DejaVu Sans",

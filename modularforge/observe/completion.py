@@ -99,7 +99,7 @@ def _length(run: Run, name: str) -> tuple[int | None, int]:
 
 def is_finished(run: Run) -> bool:
     """Whether the last stage is committed."""
-    return "evaluation" in run.artifacts
+    return "evaluate" in run.artifacts
 
 
 def headline(run: Run) -> str:

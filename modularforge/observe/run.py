@@ -83,8 +83,8 @@ def read_run(url: str) -> Run:
     artifacts = _read_artifacts(url, problems)
     config = _newest_config(url, artifacts, problems)
     data_dir = config.get("data_dir")
-    if data_dir and "corpus" not in artifacts:
-        names = ("cleaned", "corpus", "partitions")
+    if data_dir and "prepare-data" not in artifacts:
+        names = ("clean", "prepare-data", "partition")
         places = {name: STAGES[name].folder.format(data=str(data_dir).rstrip("/")) for name in names}
         artifacts |= _find_all(places, problems)
     logged = paths.list_folder(_metrics_folder(url))
@@ -177,12 +177,17 @@ def _newest_config(url: str, artifacts: dict[str, Artifact], problems: list[str]
 def _read_jobs(url: str, logged: list[str], problems: list[str]) -> dict[str, JobMetrics]:
     folder = _metrics_folder(url)
     files = [name for name in logged if name.endswith(".jsonl")]
-    # A run that an earlier version calibrated, and this one again, has both: the old one is of a model that is gone.
-    files = [name for name in files if f"{OLD_NAMES.get(name.removesuffix('.jsonl'))}.jsonl" not in files]
+    # Of a run that earlier versions calibrated, and this one again, the newest: the others' models are gone.
+    files.sort(key=_newest_last)
     contents = in_order(lambda name: _read(paths.join(folder, name), problems), files, READS_AT_ONCE)
     names = [OLD_NAMES.get(name, name) for name in (file.removesuffix(".jsonl") for file in files)]
     jobs = {name: parse_metrics(name, content) for name, content in zip(names, contents, strict=True)}
     return {name: jobs[name] for name in sorted(jobs, key=job_order)}
+
+
+def _newest_last(file: str) -> int:
+    """Sorts files by the age of their names."""
+    return [f"{name}.jsonl" for name in (*OLD_NAMES, file.removesuffix(".jsonl"))].index(file)
 
 
 def _read_norms(url: str, logged: list[str], problems: list[str]) -> dict[str, Norms]:
@@ -216,22 +221,22 @@ def without_members(jobs: Iterable[str], most: int) -> list[str]:
 
 
 def _read_evaluation(artifacts: dict[str, Artifact], problems: list[str]) -> dict[str, Any] | None:
-    if "evaluation" not in artifacts:
+    if "evaluate" not in artifacts:
         return None
     try:
-        content = artifacts["evaluation"].read_bytes(RESULTS_NAME)
-        return parse_results(content, paths.join(artifacts["evaluation"].url, RESULTS_NAME))
+        content = artifacts["evaluate"].read_bytes(RESULTS_NAME)
+        return parse_results(content, paths.join(artifacts["evaluate"].url, RESULTS_NAME))
     except (StoreError, DataError) as error:
         problems.append(str(error))
         return None
 
 
 def _read_cleaning(artifacts: dict[str, Artifact], problems: list[str]) -> Cleaning | None:
-    if "cleaned" not in artifacts:
+    if "clean" not in artifacts:
         return None
     try:
         return parse_cleaning(
-            artifacts["cleaned"].read_bytes(REPORT_NAME), paths.join(artifacts["cleaned"].url, REPORT_NAME)
+            artifacts["clean"].read_bytes(REPORT_NAME), paths.join(artifacts["clean"].url, REPORT_NAME)
         )
     except (StoreError, DataError) as error:
         problems.append(str(error))
@@ -240,10 +245,10 @@ def _read_cleaning(artifacts: dict[str, Artifact], problems: list[str]) -> Clean
 
 def _outdated(artifacts: dict[str, Artifact]) -> list[str]:
     """Say so when the evaluation measured another assembled model than the one that is there now."""
-    if "evaluation" not in artifacts or "assembled" not in artifacts:
+    if "evaluate" not in artifacts or "assemble" not in artifacts:
         return []
-    measured = artifacts["evaluation"].manifest.inputs.get("assembled")
-    if measured in (None, artifacts["assembled"].manifest.fingerprint):
+    measured = artifacts["evaluate"].manifest.inputs.get("assembled")
+    if measured in (None, artifacts["assemble"].manifest.fingerprint):
         return []
     return ["the evaluation is of an assembled model that has been replaced; run `modularforge evaluate` again"]
 

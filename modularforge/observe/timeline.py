@@ -22,11 +22,9 @@ from modularforge.observe.canvas import BAD, GREY, INK, PALE, WIDTH_INCHES, colo
 from modularforge.observe.metrics import JobMetrics
 from modularforge.observe.run import WORKER_NAME, Run, job_order
 from modularforge.observe.table import duration
-from modularforge.pipeline import OLD_NAMES, STAGES
+from modularforge.pipeline import OLD_NAMES
 
 Kind = Literal["queued", "running", "interrupted"]
-# The launcher's names of jobs that make several stages, by the row that shows them.
-ROW_OF_RECORD = {stage.job_name: name for name, stage in reversed(STAGES.items()) if not stage.is_indexed} | OLD_NAMES
 # A pause that is an interruption: longer than a validation or a checkpoint takes, and than its steps may have varied.
 PAUSE_SECONDS = 60.0
 PAUSE_RATIO = 4.0
@@ -135,7 +133,7 @@ def _seconds_before_lines(job: JobMetrics) -> Any:
 def _row_of_artifact(name: str, artifact: Artifact, run: Run) -> Row:
     row = Row(name, committed=commit_time(artifact))
     seconds = artifact.manifest.facts.get("seconds")
-    if name == "evaluation" and run.evaluation:
+    if name == "evaluate" and run.evaluation:
         seconds = run.evaluation.get("seconds")
     if (seconds := moment(seconds)) is not None and row.committed is not None:
         row.spans = [Span("running", max(0.0, row.committed - seconds), row.committed)]
@@ -146,7 +144,7 @@ def _by_row(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     rows: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         name = str(record["job"])
-        rows.setdefault(ROW_OF_RECORD.get(name, name), []).append(record)
+        rows.setdefault(OLD_NAMES.get(name, name), []).append(record)
     return rows
 
 

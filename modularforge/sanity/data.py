@@ -41,7 +41,7 @@ HUB_SECONDS = 4.0  # for one answer of any kind; whoever needs longer would time
 
 def check_data(config: Config, quick: bool) -> Iterator[str]:
     """Findings about the sources and the prepared data; raises DataError or SanityError."""
-    artifact = find_artifact(stage_url(config, "corpus"))
+    artifact = find_artifact(stage_url(config, "prepare-data"))
     if artifact is not None:
         yield from _check_prepared(Corpus(artifact), config.model.context_length)
         return

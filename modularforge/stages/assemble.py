@@ -14,7 +14,7 @@ from modularforge.run import Run
 
 def run(run: Run) -> Artifact:
     """Assemble and commit unless it is done."""
-    plan, config = run.plan("assembled"), run.config
+    plan, config = run.plan("assemble"), run.config
     if found := run.finished(plan):
         logger.info("assembled model is finished: %s", plan.url)
         return found
@@ -28,6 +28,6 @@ def run(run: Run) -> Artifact:
         start = time.perf_counter()
         facts = assemble(config, backbone, experts, writer, old)
         if old:  # only now, so that a run that fails before keeps the old model
-            paths.remove(run.url("calibrated"))
-            run.forget(run.url("calibrated"))
+            paths.remove(run.url("calibrate"))
+            run.forget(run.url("calibrate"))
         return commit(writer, plan, run, {"seconds": round(time.perf_counter() - start, 3), **facts}, old)

@@ -156,7 +156,7 @@ def _tables(run: Run) -> bytes:
     """The text router's file, as it would be for experts that were trained on these partitions."""
     config, backbone = run.config, run.backbone
     special, size = special_tokens(backbone.artifact), int(backbone.values["vocab_size"])
-    streams = [token_file(run.require("partitions"), f"partition-{k}").tokens for k in range(config.experts.count)]
+    streams = [token_file(run.require("partition"), f"partition-{k}").tokens for k in range(config.experts.count)]
     counts = [counts_of(config, tokens, size, special) for tokens in streams]
     texts = counted_texts(backbone.artifact, counts, config.learns_responses)
     with tempfile.TemporaryDirectory() as scratch:
@@ -170,7 +170,7 @@ def branch(run: Run, index: int) -> Artifact:
     task = task_of(run.config)
 
     def start() -> Start:
-        model, examples = run.backbone.model().float(), task.part(run.config, run.require("partitions"), index)
+        model, examples = run.backbone.model().float(), task.part(run.config, run.require("partition"), index)
 
         def save(folder: Path) -> None:
             save_trained_on(model, run.backbone, folder)
@@ -216,7 +216,7 @@ def _train(run: Run, name: JobName, start: Callable[[], Start], skipped_windows:
     begun = start()
     examples = begun.examples
     if examples is None:
-        examples = task.mixture(config, run.require("partitions"), name.stage, phase, skipped_windows)
+        examples = task.mixture(config, run.require("partition"), name.stage, phase, skipped_windows)
     with joined_world() as world:
         if world.is_main:
             save_settings(config)

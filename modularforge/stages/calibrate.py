@@ -17,11 +17,11 @@ RESULT_NAME = "calibration.json"
 
 def run(run: Run) -> Artifact:
     """Calibrate and commit unless it is done."""
-    plan = run.plan("calibrated")
+    plan = run.plan("calibrate")
     if found := run.finished(plan):
         logger.info("calibration is finished: %s", plan.url)
         return found
-    assembled = run.require("assembled")
+    assembled = run.require("assemble")
     result = _calibrate(run, assembled, plan.fingerprint)
     logger.info(
         "calibration: held-out loss %.4f before, %.4f after: %s",
@@ -38,6 +38,6 @@ def run(run: Run) -> Artifact:
 
 def _calibrate(run: Run, assembled: Artifact, fingerprint: str) -> Calibration:
     config = run.config
-    places = (None, metrics_url(config, "calibrated"), config.metrics.tensorboard)
-    job = Job("calibrated", config.calibration, config.training, fingerprint, *places)
+    places = (None, metrics_url(config, "calibrate"), config.metrics.tensorboard)
+    job = Job("calibrate", config.calibration, config.training, fingerprint, *places)
     return calibrate_on_validation(load_model(assembled.local_folder()).to(default_device()), config, run.corpus, job)

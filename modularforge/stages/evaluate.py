@@ -38,9 +38,9 @@ def run(run: Run) -> Results:
     start, config = time.perf_counter(), run.config
     artifacts, extras = find_models(run), read_extras(config)
     inputs = {name: artifact.manifest.fingerprint for name, artifact in artifacts.items()}
-    inputs |= {"corpus": contents(run.require("corpus")), "format": RESULTS_FORMAT, **extras.identities}
+    inputs |= {"corpus": contents(run.require("prepare-data")), "format": RESULTS_FORMAT, **extras.identities}
     inputs |= tasks_identity(config)
-    plan = run.plan("evaluation", inputs=inputs)
+    plan = run.plan("evaluate", inputs=inputs)
     old = run.find(plan.url)
     if old and old.manifest.fingerprint == plan.fingerprint:
         logger.info("evaluation is finished: %s", plan.url)
@@ -67,21 +67,21 @@ def find_models(run: Run) -> dict[str, Artifact]:
     found = {"backbone": run.require("backbone")}
     for stage in wanted_stages(run.config):
         if stage.is_measured:
-            jobs = {JobName(stage.name, index): run.artifact(stage.name, index) for index in stage.indices(run.config)}
+            jobs = {JobName(stage.kind, index): run.artifact(stage.name, index) for index in stage.indices(run.config)}
             found |= {str(job): artifact for job, artifact in jobs.items() if artifact and is_kept(artifact)}
     return found
 
 
 def chosen_model(run: Run) -> Artifact:
     """The model to use: the calibrated one, else the assembled one; raises MissingArtifactError."""
-    calibrated = run.artifact("calibrated")
-    return calibrated if calibrated and is_kept(calibrated) else run.require("assembled")
+    calibrated = run.artifact("calibrate")
+    return calibrated if calibrated and is_kept(calibrated) else run.require("assemble")
 
 
 def where(run: Run) -> str:
     """Lines that tell where the report and the model folder lie, and what to try next."""
-    lines = [f"report:  {paths.join(run.url('evaluation'), REPORT_NAME)}"]
-    if run.artifact("assembled"):
+    lines = [f"report:  {paths.join(run.url('evaluate'), REPORT_NAME)}"]
+    if run.artifact("assemble"):
         best = chosen_model(run)
         command = shown_command("modularforge", "generate", "--model", best.url, "--prompt", "The")
         if run.config.task == "speech":
@@ -119,7 +119,7 @@ def _measure(run: Run, artifacts: dict[str, Artifact], extras: Extras) -> Result
         names = [str(JobName("expert", index)) for index in range(config.experts.count)]
         routing["experts"] = public + [name for name in names if name in artifacts["assembled"].manifest.inputs]
     add_oracle(config, results)
-    calibrated = run.find(run.url("calibrated"))
+    calibrated = run.find(run.url("calibrate"))
     facts = calibrated.manifest.facts if calibrated else {}
     calibration = {key: facts[key] for key in ("kept", "loss_before", "loss_after") if key in facts}
     return {**results, "chosen": chosen, "calibration": calibration or None}
@@ -128,13 +128,15 @@ def _measure(run: Run, artifacts: dict[str, Artifact], extras: Extras) -> Result
 def _loaders(run: Run, artifacts: dict[str, Artifact]) -> dict[str, Loader]:
     """How each model is loaded, in the order of the table."""
     config, backbone = run.config, Backbone(artifacts["backbone"])
-    of_stage = {name: [job for job in artifacts if JobName.parse(job).stage == name] for name in STAGES}
+    of_stage = {
+        name: [job for job in artifacts if JobName.parse(job).stage == stage.kind] for name, stage in STAGES.items()
+    }
 
     def folders(jobs: list[str]) -> dict[str, Loader]:
         return {job: StoredModel(artifacts[job].url, artifacts[job]).load for job in jobs}
 
     experts, branches = ([artifacts[job] for job in of_stage[name]] for name in ("expert", "branch"))
-    own = ("backbone", "assembled", "calibrated")  # which have their place in the table
+    own = ("backbone", "assemble", "calibrate")  # which have their place in the table
     whole = [name for name, stage in STAGES.items() if stage.is_measured and not stage.is_indexed and name not in own]
     loaders = folders(["backbone", *(job for name in whole for job in of_stage[name])])
     loaders |= {job: partial(backbone.expert, artifacts[job]) for job in of_stage["expert"]}
@@ -142,4 +144,4 @@ def _loaders(run: Run, artifacts: dict[str, Artifact]) -> dict[str, Loader]:
         loaders["soup"] = partial(build_soup, config, backbone, experts)
     if len(branches) == config.experts.count:
         loaders["btx"] = partial(build_btx, solved_router(config), backbone, branches)
-    return loaders | folders([*of_stage["assembled"], *of_stage["calibrated"]])
+    return loaders | folders([*of_stage["assemble"], *of_stage["calibrate"]])

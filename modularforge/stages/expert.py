@@ -22,7 +22,7 @@ def run(run: Run, index: int) -> Artifact:
     if found := run.finished(plan):
         logger.info("%s is finished: %s", name, plan.url)
         return found
-    partitions, task = run.require("partitions"), task_of(config)
+    partitions, task = run.require("partition"), task_of(config)
     examples = task.part(config, partitions, index)
     held_out = task.validation(config, run.corpus, dict(enumerate(own_domains(partitions))).get(index, []))
     job = Job.of_run(config, str(name), config.experts, plan.fingerprint)

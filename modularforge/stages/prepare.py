@@ -24,7 +24,7 @@ SOURCES_FACT = "sources"  # in the manifest of prepared data: the files that wer
 
 def cleaned(run: Run) -> Artifact:
     """Clean the documents, unless that is done."""
-    plan, config = run.plan("cleaned"), run.config
+    plan, config = run.plan("clean"), run.config
     scratch = _scratch_folder(plan.url, plan.fingerprint)
     if artifact := run.finished(plan):
         logger.info("cleaned documents are finished: %s", plan.url)
@@ -47,8 +47,8 @@ def cleaned(run: Run) -> Artifact:
 
 def corpus(run: Run) -> Artifact:
     """Learn the tokenizer and write the token files, unless that is done."""
-    plan, config = run.plan("corpus"), run.config
-    source = run.require("cleaned") if config.data.clean else None
+    plan, config = run.plan("prepare-data"), run.config
+    source = run.require("clean") if config.data.clean else None
     scratch = _scratch_folder(plan.url, plan.fingerprint)
     if artifact := run.finished(plan):
         logger.info("data is finished: %s", plan.url)
@@ -91,13 +91,13 @@ def _warn_of_changes(config: Config, artifact: Artifact) -> None:
 
 def partitions(run: Run) -> Artifact:
     """Divide the training documents among the experts, unless that is done."""
-    plan = run.plan("partitions")
+    plan = run.plan("partition")
     if found := run.finished(plan):
         logger.info("partitions are finished: %s", plan.url)
         return found
     with making(plan) as writer:
         start = time.perf_counter()
-        summary = make_partitions(run.config, run.require("corpus").local_folder(), writer.folder)
+        summary = make_partitions(run.config, run.require("prepare-data").local_folder(), writer.folder)
         facts = {"method": summary["method"], "partitions": len(summary["partitions"])}
         return commit(writer, plan, run, {"seconds": round(time.perf_counter() - start, 3), **facts})
 

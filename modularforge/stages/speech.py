@@ -52,7 +52,7 @@ Row = dict[str, Any]
 
 def corpus(run: Run) -> Artifact:
     """Compute features and write the utterances' files, unless that is done."""
-    plan, config = run.plan("corpus"), run.config
+    plan, config = run.plan("prepare-data"), run.config
     if found := run.finished(plan):
         logger.info("data is finished: %s", plan.url)
         return found
@@ -121,7 +121,7 @@ def joint(run: Run) -> Artifact:
 
 def uncalibrated(run: Run) -> Artifact:
     """Say that nothing of an assembled speech model is calibrated; the assembled model is the one to use."""
-    plan = run.plan("calibrated")
+    plan = run.plan("calibrate")
     if found := run.finished(plan):
         return found
     with making(plan) as writer:
@@ -130,7 +130,7 @@ def uncalibrated(run: Run) -> Artifact:
 
 
 def _mixture(run: Run, name: str, phase: PhaseConfig) -> Examples:
-    return SPEECH.mixture(run.config, run.require("partitions"), name, phase)
+    return SPEECH.mixture(run.config, run.require("partition"), name, phase)
 
 
 def _train(run: Run, name: str, phase: PhaseConfig, start: Callable[[], Training]) -> Artifact:
@@ -178,8 +178,8 @@ def evaluation(run: Run) -> dict[str, Any]:
     """Transcribe the test utterances with every model that is there, and commit rates, report and worst utterances."""
     start, models = time.perf_counter(), dict(_models(run))
     inputs = {name: artifact.manifest.fingerprint for name, artifact in models.items()}
-    inputs |= {"corpus": contents(run.require("corpus")), "format": RESULTS_FORMAT}
-    plan = run.plan("evaluation", inputs=inputs)
+    inputs |= {"corpus": contents(run.require("prepare-data")), "format": RESULTS_FORMAT}
+    plan = run.plan("evaluate", inputs=inputs)
     old = run.find(plan.url)
     if old and old.manifest.fingerprint == plan.fingerprint:
         logger.info("evaluation is finished: %s", plan.url)
@@ -214,7 +214,7 @@ def _models(run: Run) -> Iterator[tuple[str, Artifact]]:
             for index in stage.indices(run.config):
                 artifact = run.artifact(stage.name, index)
                 if artifact and is_kept(artifact):
-                    yield str(JobName(stage.name, index)), artifact
+                    yield str(JobName(stage.kind, index)), artifact
 
 
 def _measured(run: Run, models: dict[str, Artifact]) -> tuple[Row, Row]:

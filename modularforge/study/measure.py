@@ -88,7 +88,7 @@ def _assembled(config: Config, backbone: Artifact, experts: list[Artifact]) -> D
 
 def calibrate_model(run: StudyRun, config: Config, model: Decoder, fresh: Decoder) -> tuple[Decoder, dict[str, float]]:
     """Calibrate `model` and return it, or `fresh`, which is the same untouched, when it did not get better."""
-    job = Job("calibrated", config.calibration, config.training)
+    job = Job("calibrate", config.calibration, config.training)
     result = calibrate_on_validation(model.to(default_device()), config, run.corpus, job)
     return (model if result.kept else fresh), result.facts
 
@@ -206,7 +206,7 @@ class RunBench:
     def _without(self, variant: Variant, config: Config, parts: Mapping[str, Artifact]) -> Row:
         """Each domain by a model that was assembled from the other experts, so that its router knows nothing of it."""
         probe, lengths = self.bench.probes()[TEXT], self.run.corpus.byte_lengths
-        own, batch_size = own_domains(self.run.obtain("partitions")), self.run.config.evaluation.batch_size
+        own, batch_size = own_domains(self.run.obtain("partition")), self.run.config.evaluation.batch_size
         domains: dict[str, Row] = {}
         documents: Row = {"shares_documents": False, "tokens": {}, "losses": {}}
         for label in probe.labels:
@@ -229,7 +229,7 @@ class RunBench:
             raise ConfigError(
                 "removal needs a model that chooses among experts, but assembly.lora average has one adapter; leave it"
             )
-        own, slots = own_domains(self.run.obtain("partitions")), range(len(moe_layers(model)[0].experts))
+        own, slots = own_domains(self.run.obtain("partition")), range(len(moe_layers(model)[0].experts))
         first = len(slots) - config.experts.count  # behind the public expert, which stays
         changes: dict[str, dict[str, float]] = {}
         for index in range(config.experts.count):

@@ -25,7 +25,7 @@ from modularforge.config import Config
 from modularforge.config_files import load_config, to_yaml
 from modularforge.errors import ConfigError, TrainingError
 from modularforge.log import logger
-from modularforge.pipeline import MADE_BY, NEVER, STAGES, JobName, Plan, fingerprint, stage_settings, stage_url
+from modularforge.pipeline import NEVER, STAGES, JobName, Plan, fingerprint, stage_settings, stage_url
 from modularforge.provenance import save_settings
 from modularforge.run import Run
 from modularforge.stage_outputs import Backbone, Corpus
@@ -79,7 +79,7 @@ class Runs:
 
     def _data_url(self, config: Config) -> str:
         """The data folder of this way of dividing the documents."""
-        digest = fingerprint("partitions", stage_settings(config, "partitions"), {})[:8]
+        digest = fingerprint("partitions", stage_settings(config, "partition"), {})[:8]
         return paths.join(self.root, "data", f"{config.partition.method}-{digest}")
 
 
@@ -98,8 +98,8 @@ class StudyRun:
     def obtain(self, stage: str, index: int | None = None) -> Artifact:
         """The artifact of a stage: found here, copied from another run, or made now."""
         for needed in STAGES[stage].inputs:
-            if (name := MADE_BY.get(needed, needed)) in STAGES:
-                self.obtain_each(name)
+            if needed in STAGES:
+                self.obtain_each(needed)
         plan = self.run.plan(stage, index)
         artifact = self.run.finished(plan) or self._copied(plan, stage, index)
         if artifact is None:
@@ -112,7 +112,7 @@ class StudyRun:
     def take_all(self) -> None:
         """Copy everything that another run has and this one would make alike; nothing is trained."""
         for stage in STAGES.values():
-            if stage.phase is not None and stage.name != "calibrated":
+            if stage.phase is not None and stage.name != "calibrate":
                 for index in stage.indices(self.config):
                     with contextlib.suppress(MissingArtifactError):
                         self._take(stage.name, index)
@@ -124,7 +124,7 @@ class StudyRun:
     @cached_property
     def corpus(self) -> Corpus:
         """The prepared data."""
-        return Corpus(self.obtain("corpus"))
+        return Corpus(self.obtain("prepare-data"))
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -169,7 +169,7 @@ def train_on_cluster(runs: Runs, variants: Sequence[Variant], seeds: Sequence[in
 
 def _launch(run: StudyRun, baselines: list[str]) -> str:
     """Submit one run; returns the URL of its settings."""
-    run.obtain("partitions")
+    run.obtain("partition")
     run.take_all()
     evaluation = run.config.evaluation.model_copy(update={"baselines": baselines})
     config: Config = run.config.model_copy(update={"evaluation": evaluation})

@@ -121,9 +121,9 @@ def result_plan(
         "seed": seed,
     }
     if variant.kind in ROUTED:
-        settings |= stage_settings(config, "assembled")
+        settings |= stage_settings(config, "assemble")
     if variant.options.calibrate:
-        settings |= {**stage_settings(config, "calibrated"), "decided_on": _limit(runs, config, "validation")}
+        settings |= {**stage_settings(config, "calibrate"), "decided_on": _limit(runs, config, "validation")}
     inputs = {name: artifact.manifest.fingerprint for name, artifact in parts.items()}
     inputs["corpus"] = contents(bench.run.corpus.artifact)
     if bench.split == "test":

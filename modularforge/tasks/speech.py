@@ -147,7 +147,7 @@ class SpeechTask:
 
     def part(self, config: Config, partitions: Artifact, index: int) -> SpeechExamples:
         """The utterances of one partition, whose features lie with the corpus."""
-        file = speech_file(config, open_artifact(stage_url(config, "corpus")), "train")
+        file = speech_file(config, open_artifact(stage_url(config, "prepare-data")), "train")
         chosen: Indices = np.load(partitions.local_file(f"partition-{index}.documents.npy"))
         seed, sample_seed = example_seeds(config.seed, "expert", index)
         sizes = sample_seed, config.experts.statistics_tokens

@@ -31,6 +31,9 @@ OWN = {
     "speech": "modularforge.tasks.speech:SPEECH",
 }
 
+LEARN_RESPONSES = ("instruction",)
+"""Tasks whose data are examples, of which responses alone are learned; here, where settings need no torch."""
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -178,7 +178,7 @@ def trained_run(new_run: Callable[..., Launched], finished_run: Config) -> Calla
 
 def commit_partitions(config: Config) -> None:
     """Commit partitions without text, which stand-ins never read."""
-    plan = Run(config).plan("partitions")
+    plan = Run(config).plan("partition")
     with making(plan) as writer:
         for index in range(config.experts.count):
             (writer.folder / f"partition-{index}.tokens.bin").write_text(str(index))

@@ -22,7 +22,7 @@ from tests.storage.conftest import use_environment
 from tests.storage.server import SECRET, start_server
 
 ARTIFACTS: list[tuple[str, int | None]] = [
-    *((stage, None) for stage in ("corpus", "partitions", "backbone", "assembled", "calibrated")),
+    *((stage, None) for stage in ("prepare-data", "partition", "backbone", "assemble", "calibrate")),
     *(("expert", index) for index in range(3)),
 ]
 

@@ -223,7 +223,7 @@ def test_partitions_added_later_submit_only_the_new_experts(stub_run: Make, tmp_
     shutil.copytree(old, tmp_path / "more", ignore=shutil.ignore_patterns("partitions"))
     run.values |= {"data_dir": str(tmp_path / "more")}
     run.values["experts"]["count"] = 4
-    plan = Run(run.config).plan("partitions")
+    plan = Run(run.config).plan("partition")
     with making(plan) as writer:
         for path in (old / "partitions").iterdir():
             if path.name != "manifest.json":

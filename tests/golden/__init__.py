@@ -67,7 +67,7 @@ def computed(name: str) -> dict[str, Any]:
 
 def _curve(run: Run) -> dict[str, float]:
     """Losses of a backbone by step, as its metrics have them."""
-    for stage in ("corpus", "partitions", "backbone"):
+    for stage in ("prepare-data", "partition", "backbone"):
         run.make(stage)
     lines = paths.read_bytes(metrics_url(run.config, "backbone")).decode().splitlines()
     values = [json.loads(line) for line in lines]

@@ -48,7 +48,7 @@ def test_routing_forced_to_an_expert_gives_that_experts_own_logits(
     finished_run: Config, tokens_BT: torch.Tensor
 ) -> None:
     backbone = Backbone(Run(finished_run).require("backbone"))
-    assembled = load_model(Run(finished_run).require("assembled").local_folder())
+    assembled = load_model(Run(finished_run).require("assemble").local_folder())
     for index in range(finished_run.experts.count):
         own = backbone.expert(Run(finished_run).require("expert", index))
         restrict_routing(assembled, (0, index + 1))
@@ -60,7 +60,7 @@ def test_routing_forced_to_the_public_expert_gives_the_backbones_logits(
     finished_run: Config, tokens_BT: torch.Tensor
 ) -> None:
     backbone = load_model(Run(finished_run).require("backbone").local_folder())
-    assembled = load_model(Run(finished_run).require("assembled").local_folder())
+    assembled = load_model(Run(finished_run).require("assemble").local_folder())
     restrict_routing(assembled, (0,))
     with torch.no_grad():
         assert (assembled(tokens_BT) - backbone(tokens_BT)).abs().max() < TOLERANCE
@@ -76,7 +76,7 @@ def test_experts_differ_from_the_backbone_and_from_each_other(finished_run: Conf
             assert (logits[first] - logits[second]).abs().max() > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("stage", ["backbone", "assembled", "calibrated"])
+@pytest.mark.parametrize("stage", ["backbone", "assemble", "calibrate"])
 def test_plain_transformers_gives_the_same_logits(stage: str, finished_run: Config, tokens_BT: torch.Tensor) -> None:
     transformers = pytest.importorskip("transformers")
     folder = open_artifact(stage_url(finished_run, stage)).local_folder()
@@ -160,7 +160,7 @@ def test_router_choices_differ_and_have_a_row_per_expert(finished_run: Config) -
 
 
 def test_weight_files_are_readable_by_safetensors_with_metadata(finished_run: Config) -> None:
-    assembled = Run(finished_run).require("assembled")
+    assembled = Run(finished_run).require("assemble")
     files = [name for name in assembled.manifest.files if name.endswith(".safetensors")]
     assert len(files) == 2 + 4
     for name in files:

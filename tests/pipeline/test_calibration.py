@@ -31,7 +31,7 @@ def other_calibration(finished_run: Config, folder: Path, **changes: object) -> 
 
 
 def held_out_loss(config: Config, stage: str) -> float:
-    corpus = Corpus(Run(config).require("corpus"))
+    corpus = Corpus(Run(config).require("prepare-data"))
     _, decide = split_documents(corpus.tokens("validation"), corpus.labels)
     model = load_model(Run(config).require(stage).local_folder())
     limits = config.evaluation.batch_size, config.evaluation.tokens_per_domain
@@ -41,26 +41,26 @@ def held_out_loss(config: Config, stage: str) -> float:
 def test_a_calibration_that_hurts_is_reported_and_not_shipped(finished_run: Config, tmp_path: Path) -> None:
     config = other_calibration(finished_run, tmp_path, peak_learning_rate=1000.0, warmup_steps=0, steps=3)
     calibrate.run(Run(config))
-    artifact = Run(config).require("calibrated")
+    artifact = Run(config).require("calibrate")
     assert artifact.manifest.facts["kept"] is False
     assert artifact.manifest.facts["loss_after"] > artifact.manifest.facts["loss_before"]
     assert list(artifact.manifest.files) == ["calibration.json"]
-    assert evaluate.chosen_model(Run(config)).url == stage_url(config, "assembled")
+    assert evaluate.chosen_model(Run(config)).url == stage_url(config, "assemble")
     assert "calibrated" not in evaluate.find_models(Run(config))
 
 
 def test_a_calibration_that_helps_is_shipped_and_its_report_is_true(finished_run: Config) -> None:
-    facts = Run(finished_run).require("calibrated").manifest.facts
+    facts = Run(finished_run).require("calibrate").manifest.facts
     assert facts["kept"] is True
-    assert facts["loss_before"] == pytest.approx(held_out_loss(finished_run, "assembled"), abs=1e-6)
-    assert facts["loss_after"] == pytest.approx(held_out_loss(finished_run, "calibrated"), abs=1e-6)
+    assert facts["loss_before"] == pytest.approx(held_out_loss(finished_run, "assemble"), abs=1e-6)
+    assert facts["loss_after"] == pytest.approx(held_out_loss(finished_run, "calibrate"), abs=1e-6)
     assert facts["loss_after"] < facts["loss_before"]
-    assert evaluate.chosen_model(Run(finished_run)).url == stage_url(finished_run, "calibrated")
+    assert evaluate.chosen_model(Run(finished_run)).url == stage_url(finished_run, "calibrate")
 
 
 @pytest.mark.parametrize(("norms", "router"), [(True, False), (False, True), (True, True)])
 def test_only_what_is_asked_for_learns(norms: bool, router: bool, finished_run: Config) -> None:
-    model = load_model(Run(finished_run).require("assembled").local_folder())
+    model = load_model(Run(finished_run).require("assemble").local_folder())
     settings = finished_run.calibration.model_copy(update={"norms": norms, "router": router})
     choose_parameters(model, finished_run.model_copy(update={"calibration": settings}))
     for name, weight in model.named_parameters():
@@ -68,8 +68,8 @@ def test_only_what_is_asked_for_learns(norms: bool, router: bool, finished_run: 
 
 
 def test_the_calibrated_folder_differs_from_the_assembled_one_in_norms_and_router_only(finished_run: Config) -> None:
-    before = read_tensors(Run(finished_run).require("assembled").local_folder())
-    after = read_tensors(Run(finished_run).require("calibrated").local_folder())
+    before = read_tensors(Run(finished_run).require("assemble").local_folder())
+    after = read_tensors(Run(finished_run).require("calibrate").local_folder())
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed

@@ -33,19 +33,19 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 def test_prepared_data_are_of_what_cleaning_left(config: Config, tmp_path: Path) -> None:
     run = Run(config)
-    cleaned = run.make("cleaned")
-    corpus = run.make("corpus")
+    cleaned = run.make("clean")
+    corpus = run.make("prepare-data")
     assert corpus.manifest.inputs.keys() == {"cleaned"}
     metadata = json.loads((tmp_path / "run/data/metadata.json").read_text())
     counts = {split: found["novels"]["documents"] for split, found in metadata["splits"].items()}
     assert counts == {"train": 10, "validation": 1, "test": 1}
     again = Run(config.model_copy(update={"data": config.data.model_copy(update={"vocab_size": 280})}))
-    assert again.make("cleaned").manifest.created == cleaned.manifest.created
+    assert again.make("clean").manifest.created == cleaned.manifest.created
     assert not list((tmp_path / "run").glob("*.partial"))
 
 
 def test_the_report_shows_what_was_dropped_and_why(config: Config, tmp_path: Path) -> None:
-    Run(config).make("cleaned")
+    Run(config).make("clean")
     run = read_run(str(tmp_path / "run"))
     page = make_page(run, [])
     assert run.problems == []
@@ -58,5 +58,5 @@ def test_the_report_shows_what_was_dropped_and_why(config: Config, tmp_path: Pat
 
 def test_a_run_without_cleaning_has_no_such_stage(tmp_path: Path) -> None:
     config = make_config(tiny_values(tmp_path), "tests")
-    assert not STAGES["cleaned"].is_wanted(config)
-    assert "data.clean" not in stage_settings(config, "corpus")
+    assert not STAGES["clean"].is_wanted(config)
+    assert "data.clean" not in stage_settings(config, "prepare-data")

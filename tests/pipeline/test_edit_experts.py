@@ -84,7 +84,7 @@ def test_a_removed_expert_leaves_the_model_that_never_had_it(
 ) -> None:
     run = copy_of_run(finished_run, tmp_path / "run", router=router, mode=mode)
     assemble_stage.run(Run(run))
-    url = stage_url(run, "assembled")
+    url = stage_url(run, "assemble")
     backbone, experts = parts_of(run)
     (tmp_path / "without").mkdir()
     assemble(run, backbone, [experts[0], experts[2]], plain_folder(tmp_path / "without"))
@@ -101,7 +101,7 @@ def test_only_what_changes_is_written(finished_run: Config, tmp_path: Path) -> N
     """The experts in front of a removed one keep their files, those behind it move to other slots."""
     run = copy_of_run(finished_run, tmp_path / "run", router="evidence")
     assemble_stage.run(Run(run))
-    url = stage_url(run, "assembled")
+    url = stage_url(run, "assemble")
     before = {path.name: path.stat().st_ino for path in Path(url).iterdir()}
     changed = edit_experts.remove(url, 2)
     after = {path.name: path.stat().st_ino for path in Path(url).iterdir()}
@@ -120,7 +120,7 @@ def test_parts_that_are_written_are_split_above_the_limit_and_linked_ones_stay_w
     run = copy_of_run(finished_run, tmp_path / "run", router="ridge", max_shard_bytes=limit)
     assemble_stage.run(Run(run))
     calibrate_stage.run(Run(run))
-    for stage in ("assembled", "calibrated"):
+    for stage in ("assemble", "calibrate"):
         artifact = Run(run).require(stage)
         files = {name: entry for name, entry in artifact.manifest.files.items() if name.endswith(".safetensors")}
         assert {f"expert-{slot:03d}.safetensors" for slot in (1, 2, 3)} <= set(files), "larger, but linked"
@@ -129,20 +129,20 @@ def test_parts_that_are_written_are_split_above_the_limit_and_linked_ones_stay_w
         shards = {name: load_file(artifact.local_file(name)) for name in written}
         assert all(len(one) == 1 or sum(t.nbytes for t in one.values()) <= limit for one in shards.values())
         assert set(json.loads(artifact.read_bytes("model.safetensors.index.json"))["weight_map"].values()) == set(files)
-    whole, split = (read_tensors(Path(stage_url(one, "assembled"))) for one in (finished_run, run))
+    whole, split = (read_tensors(Path(stage_url(one, "assemble"))) for one in (finished_run, run))
     assert whole.keys() == split.keys()
     assert all(torch.equal(whole[name], split[name]) for name in whole if "gate.weight" not in name)
     transformers = pytest.importorskip("transformers")
-    assert transformers.AutoModelForCausalLM.from_pretrained(stage_url(run, "assembled")) is not None
+    assert transformers.AutoModelForCausalLM.from_pretrained(stage_url(run, "assemble")) is not None
     (tmp_path / "two").mkdir()
-    old, (backbone, experts) = Run(run).require("assembled"), parts_of(run)
+    old, (backbone, experts) = Run(run).require("assemble"), parts_of(run)
     assemble(run, backbone, [experts[0], experts[2]], plain_folder(tmp_path / "two"), old)
     for name in ("backbone-00001-of-00002.safetensors", "backbone-00002-of-00002.safetensors"):
         assert os.path.samefile(tmp_path / "two" / name, old.local_file(name)), "shards are taken over too"
 
 
 def test_linked_experts_are_the_experts_files(finished_run: Config) -> None:
-    assembled = Run(finished_run).require("assembled")
+    assembled = Run(finished_run).require("assemble")
     for index in range(3):
         expert = Run(finished_run).require("expert", index)
         linked = assembled.local_file(f"expert-{index + 1:03d}.safetensors")
@@ -153,7 +153,7 @@ def test_linked_experts_are_the_experts_files(finished_run: Config) -> None:
 def test_a_model_keeps_as_many_experts_as_each_token_visits(finished_run: Config, tmp_path: Path) -> None:
     run = copy_of_run(finished_run, tmp_path / "run", experts_per_token=3)
     assemble_stage.run(Run(run))
-    url = stage_url(run, "assembled")
+    url = stage_url(run, "assemble")
     edit_experts.remove(url, 1)
     with pytest.raises(MismatchError, match=r"must keep 3 experts, .*, but without 2 it has 2; add another one first"):
         edit_experts.remove(url, 2)
@@ -167,7 +167,7 @@ def test_a_plain_experts_file_is_linked_too(tmp_path: Path, finished_run: Config
         tmp_path / "plain", experts={"anchored": False, "count": 3}, assembly={"router": "ridge", "mode": "link"}
     )
     run_every_stage(config)
-    assembled = Run(config).require("assembled")
+    assembled = Run(config).require("assemble")
     expert = Run(config).require("expert", 1)
     assert os.path.samefile(assembled.local_file("expert-001.safetensors"), expert.local_file(EXPERT_NAME))
 
@@ -182,7 +182,7 @@ def test_link_mode_refuses_another_disk_and_auto_copies(
     with pytest.raises(MismatchError, match="on one file system that has hard links"):
         assemble(with_assembly(finished_run, mode="link"), backbone, experts, plain_folder(tmp_path / "link"))
     assemble(with_assembly(finished_run, mode="auto"), backbone, experts, plain_folder(tmp_path / "auto"))
-    assert weights(str(tmp_path / "auto")) == weights(stage_url(finished_run, "assembled"))
+    assert weights(str(tmp_path / "auto")) == weights(stage_url(finished_run, "assemble"))
 
 
 def test_a_hard_link_is_never_written_through(finished_run: Config, tmp_path: Path) -> None:
@@ -391,7 +391,7 @@ def test_what_an_interrupted_assembly_wrote_of_an_older_expert_is_not_taken_over
     shutil.rmtree(paths.local_path(old.url))
     (tmp_path / "again").rename(paths.local_path(old.url))
     assemble_stage.run(Run(run))
-    written = read_tensors(paths.local_path(stage_url(run, "assembled")))
+    written = read_tensors(paths.local_path(stage_url(run, "assemble")))
     for name, tensor in tensors.items():
         assert torch.equal(written[name], tensor + 1), name
 
@@ -402,13 +402,13 @@ def test_a_truncated_expert_is_refused_before_anything_is_written(finished_run: 
     victim.write_bytes(victim.read_bytes()[:-100])
     with pytest.raises(CorruptArtifactError, match=r"expert-1/expert.safetensors must have .* bytes, .*truncated"):
         assemble_stage.run(Run(run))
-    assert not Path(stage_url(run, "assembled")).exists()
+    assert not Path(stage_url(run, "assemble")).exists()
 
 
 def test_the_command_lists_and_changes_members_and_says_what_is_wrong(finished_run: Config, tmp_path: Path) -> None:
     run = copy_of_run(finished_run, tmp_path / "run", router="ridge")
     assemble_stage.run(Run(run))
-    url = stage_url(run, "assembled")
+    url = stage_url(run, "assemble")
     listed = json.loads(run_command("modularforge", "experts", "list", url, "--json").stdout)
     assert [(entry["slot"], entry["index"]) for entry in listed] == [(1, 0), (2, 1), (3, 2)]
     output = str(tmp_path / "two")
@@ -430,27 +430,27 @@ def test_the_command_lists_and_changes_members_and_says_what_is_wrong(finished_r
 def test_a_chosen_membership_is_kept_when_the_pipeline_runs_again(finished_run: Config, tmp_path: Path) -> None:
     run = copy_of_run(finished_run, tmp_path / "run", router="ridge")
     assemble_stage.run(Run(run))
-    edit_experts.remove(stage_url(run, "assembled"), 0)
+    edit_experts.remove(stage_url(run, "assemble"), 0)
     assemble_stage.run(Run(run))
-    assert [member.index for member in edit_experts.members_of(Run(run).require("assembled"))] == [1, 2]
+    assert [member.index for member in edit_experts.members_of(Run(run).require("assemble"))] == [1, 2]
 
 
 def test_a_replaced_expert_may_come_from_another_run(finished_run: Config, tmp_path: Path) -> None:
     run = copy_of_run(finished_run, tmp_path / "run", router="ridge")
     assemble_stage.run(Run(run))
     newer = damaged(Run(run).require("expert", 1), tmp_path / "newer", lambda t: t[first_key(t)].add_(1))
-    changed = edit_experts.replace(stage_url(run, "assembled"), 1, newer.url, str(tmp_path / "new-model"))
+    changed = edit_experts.replace(stage_url(run, "assemble"), 1, newer.url, str(tmp_path / "new-model"))
     assert changed.manifest.files["expert-002.safetensors"] == newer.manifest.files[EXPERT_NAME]
-    old = Run(run).require("assembled").manifest.files
+    old = Run(run).require("assemble").manifest.files
     assert changed.manifest.files["expert-001.safetensors"] == old["expert-001.safetensors"]
     with pytest.raises((MismatchError, ArtifactExistsError)):
-        edit_experts.replace(stage_url(run, "assembled"), 2, newer.url, str(tmp_path / "new-model"))
+        edit_experts.replace(stage_url(run, "assemble"), 2, newer.url, str(tmp_path / "new-model"))
 
 
 def test_of_experts_with_the_same_index_one_is_named_by_its_place(finished_run: Config, tmp_path: Path) -> None:
     run = copy_of_run(finished_run, tmp_path / "run", router="ridge")
     assemble_stage.run(Run(run))
-    url = stage_url(run, "assembled")
+    url = stage_url(run, "assemble")
     newer = damaged(Run(run).require("expert", 1), tmp_path / "newer", lambda t: t[first_key(t)].add_(1))
     edit_experts.add(url, newer.url)
     with pytest.raises(MismatchError, match=r"1 must name one expert .*, but names .*expert-1, .*newer; write one"):

@@ -72,7 +72,7 @@ def test_a_plain_run_assembles_without_the_public_expert(finished_run: Config, t
     for index in range(3):
         expert.run(Run(config), index)
     assemble.run(Run(config))
-    assert Run(config).require("assembled").manifest.facts["experts"] == 3
+    assert Run(config).require("assemble").manifest.facts["experts"] == 3
 
 
 def test_a_partition_smaller_than_one_batch_is_refused_and_nothing_is_saved(

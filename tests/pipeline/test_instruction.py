@@ -62,7 +62,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 def test_partitions_keep_examples_whole_with_what_is_learned(config: Config) -> None:
     run = Run(config)
-    partitions, corpus = run.require("partitions"), run.corpus
+    partitions, corpus = run.require("partition"), run.corpus
     train = corpus.tokens("train")
     assert train.learned is not None
     for index, row in enumerate(partition_rows(partitions)):
@@ -96,7 +96,7 @@ def test_every_model_replies_to_every_task_and_the_report_shows_it(config: Confi
     assert "## Replies of task banking77" in report
 
 
-@pytest.mark.parametrize("stage", ["assembled", "joint_evidence"])
+@pytest.mark.parametrize("stage", ["assemble", "joint_evidence"])
 def test_no_token_ends_a_document_for_a_router_of_examples(stage: str, config: Config) -> None:
     router = load_model(Run(config).require(stage).local_folder()).text_router
     assert router is not None
@@ -142,7 +142,7 @@ def test_the_loss_of_a_domain_is_that_of_its_responses(config: Config) -> None:
 
 def test_a_stopped_expert_goes_on_with_the_same_losses_bit_for_bit(config: Config, tmp_path: Path) -> None:
     run = Run(config)
-    partitions = run.require("partitions")
+    partitions = run.require("partition")
 
     def train(job: Job, stop_at: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
         examples = INSTRUCTION.part(config, partitions, 1)
@@ -191,7 +191,7 @@ def test_what_is_learned_is_part_of_an_experts_identity(tmp_path: Path) -> None:
         config = make_config(values, "tests")
         prepare_data(config)
         run = Run(config)
-        hashes = [run.require("partitions").manifest.files[f"partition-0.{part}.bin"] for part in ("tokens", "learned")]
+        hashes = [run.require("partition").manifest.files[f"partition-0.{part}.bin"] for part in ("tokens", "learned")]
         found.append((hashes[0].sha256, hashes[1].sha256, run._input("partition", 0)["partition"]))
     assert found[0][0] == found[1][0]
     assert found[0][1:] != found[1][1:]
@@ -205,10 +205,10 @@ def test_a_setting_of_the_examples_makes_another_corpus_and_packing_another_back
     padded = config_of(tmp_path, training={"packing": False})
     assert stage_settings(padded, "backbone")["training.packing"] is False
     assert "training.packing" not in stage_settings(config, "backbone")
-    assert stage_settings(config, "corpus")["task"] == "instruction"
+    assert stage_settings(config, "prepare-data")["task"] == "instruction"
     values = values_of(tmp_path)
     values["data"]["sources"][0]["example"] = {"preset": "banking77", "prompt": "{{ text }}?"}
-    assert stage_settings(make_config(values, "tests"), "corpus") != stage_settings(config, "corpus")
+    assert stage_settings(make_config(values, "tests"), "prepare-data") != stage_settings(config, "prepare-data")
 
 
 def test_both_halves_of_validation_have_prompts_of_their_own(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_adapters_learn_responses_too_and_their_models_reply(tmp_path: Path) -> 
     results = run_every_stage(config)
     assert {"assembled", "joint_lora", "expert-2"} <= set(results["tasks"]["banking77"]["models"])
     run = Run(config)
-    model = load_model(run.require("assembled").local_folder())
+    model = load_model(run.require("assemble").local_folder())
     (task,) = prepare_tasks(config, run.corpus)
     task.ask("assembled", model, {run.corpus.end_token})
     alone = [continue_tokens(model, ids, 4, Sampling(temperature=0), {run.corpus.end_token}) for ids in task.prompts]

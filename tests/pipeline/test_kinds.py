@@ -40,9 +40,9 @@ def test_experts_of_another_kind_train_run_alone_merge_and_calibrate(config: Con
     assemble.run(Run(config))
     calibrate.run(Run(config))
     backbone, own = Backbone(Run(config).require("backbone")), Run(config).require("expert", 1)
-    assert {part.manifest.facts["expert_kind"] for part in (own, Run(config).require("assembled"))} == {"gains"}
+    assert {part.manifest.facts["expert_kind"] for part in (own, Run(config).require("assemble"))} == {"gains"}
     assert not any(names.is_norm(name) for name in own.manifest.facts["shared_tensors"])
-    folder = Run(config).require("assembled").local_folder()
+    folder = Run(config).require("assemble").local_folder()
     assert "the mean gains of 3 experts. Every expert was trained alone" in (folder / "README.md").read_text()
     found, gains = read_tensors(folder), load_file(own.local_file(gains_kind.WEIGHTS))
     each = [load_file(Run(config).require("expert", k).local_file(gains_kind.WEIGHTS)) for k in range(3)]

@@ -222,7 +222,7 @@ def test_settings_of_adapters_are_the_identity_of_lora_experts_alone() -> None:
     fields = ("rank", "alpha", "dropout", "targets", "rslora", "phases")
     assert of("expert", rank=4) == {f"experts.lora.{name}" for name in fields}
     assert of("joint_lora", rank=4) == of("joint_lora_wide", rank=4) == of("expert", rank=4)
-    for stage in {"backbone", "assembled", *ALL_BASELINES} - {"joint_lora", "joint_lora_wide"}:
+    for stage in {"backbone", "assemble", *ALL_BASELINES} - {"joint_lora", "joint_lora_wide"}:
         assert of(stage, rank=4) == set(), stage
     assert of("expert") == set()
 

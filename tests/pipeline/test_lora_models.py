@@ -58,7 +58,7 @@ def test_folded_experts_are_the_same_model_as_adapters_of_feed_forward_blocks(
     assert (logits(folded) - logits(beside)).abs().max() < 1e-4
     plain = Run(folded).backbone.model()(TOKENS_BT)
     assert not torch.allclose(logits(folded), plain, atol=1e-3)
-    values = Run(folded).require("assembled").read_json("config.json")
+    values = Run(folded).require("assemble").read_json("config.json")
     assert values["model_type"] == "mixtral"
     assert values["num_local_experts"] == folded.experts.count + 1
 
@@ -66,7 +66,7 @@ def test_folded_experts_are_the_same_model_as_adapters_of_feed_forward_blocks(
 def test_folded_weights_are_those_of_the_backbone_and_the_product(finished_run: Config, tmp_path: Path) -> None:
     config = assembled(finished_run, tmp_path, "fold", ["up_proj", "down_proj"])
     run = Run(config)
-    found, dense = read_tensors(run.require("assembled").local_folder()), run.backbone.tensors
+    found, dense = read_tensors(run.require("assemble").local_folder()), run.backbone.tensors
     adapter = load_file(run.require("expert", 1).local_file(WEIGHTS))
     for layer in range(config.model.layers):
         for part, matrix in (("w3", "up_proj"), ("w2", "down_proj"), ("w1", "gate_proj")):
@@ -84,7 +84,7 @@ def test_adapters_beside_a_backbone_are_linked_and_load_alone_in_peft(
 ) -> None:
     config = assembled(finished_run, tmp_path, "adapters", targets, mode="link", experts_per_token=1)
     run = Run(config)
-    artifact = run.require("assembled")
+    artifact = run.require("assemble")
     folder = artifact.local_folder()
     same = (folder / "model.safetensors").samefile(run.require("backbone").local_file("model.safetensors"))
     assert same, "not a byte of the backbone is written"
@@ -116,8 +116,8 @@ def test_the_average_is_one_adapter_that_adds_the_mean_of_the_products(finished_
             b = adapter[name.replace("lora_A", "lora_B")]
             tensors[matrix] = tensors[matrix] + 16.0 * b @ adapter[name] / config.experts.count
     mean = fill(run.backbone.model(), tensors)
-    base = AutoModelForCausalLM.from_pretrained(run.require("assembled").local_folder())
-    theirs = PeftModel.from_pretrained(base, run.require("assembled").local_folder() / "adapters" / "average").eval()
+    base = AutoModelForCausalLM.from_pretrained(run.require("assemble").local_folder())
+    theirs = PeftModel.from_pretrained(base, run.require("assemble").local_folder() / "adapters" / "average").eval()
     with torch.no_grad():
         expected = mean(TOKENS_BT)
         assert torch.allclose(logits(config), expected, atol=2e-5)
@@ -132,14 +132,14 @@ def test_every_form_calibrates_and_is_evaluated_generated_from_and_reported(
 ) -> None:
     config = assembled(finished_run, tmp_path, form, targets)
     run = Run(config)
-    run.make("calibrated")
-    results = run.make("evaluation")
+    run.make("calibrate")
+    results = run.make("evaluate")
     models = results["models"]
     assert set(models) >= {"backbone", "expert-0", "oracle", "soup", "assembled"}
     losses = {name: row["mean_loss"] for name, row in models.items()}
     assert losses["assembled"] < losses["backbone"]
     assert abs(losses["soup"] - losses["assembled"]) < 1e-5 if form == "average" else True
-    facts = run.require("assembled").manifest.facts
+    facts = run.require("assemble").manifest.facts
     assert models["assembled"]["parameters"] == facts["parameters"]
     assert models["assembled"]["active_parameters"] == facts["active_parameters"]
     # A small corpus fills less of the vocabulary than was wished, so the page is of the vocabulary that it has.
@@ -147,7 +147,7 @@ def test_every_form_calibrates_and_is_evaluated_generated_from_and_reported(
     said = describe(config.model_copy(update={"data": size}))
     assert f"{facts['parameters']:,} parameters, {facts['active_parameters']:,} active" in said
     assert ("assembled" in results["routing"]) == (form != "average")
-    loaded = load_for_generation(stage_url(config, "assembled"))
+    loaded = load_for_generation(stage_url(config, "assemble"))
     assert continue_text(loaded, "The", 5, Sampling(0.0))
     assert report_runs([config.output_dir], None)
 
@@ -156,9 +156,9 @@ def test_a_calibrated_model_keeps_its_adapters(finished_run: Config, tmp_path: P
     config = assembled(finished_run, tmp_path, "adapters", "both", mode="auto")
     config = config.model_copy(update={"calibration": config.calibration.model_copy(update={"steps": 20})})
     run = Run(config)
-    calibrated = run.make("calibrated")
+    calibrated = run.make("calibrate")
     assert calibrated.manifest.facts["kept"]
-    found, before = (load_model(run.require(stage).local_folder()) for stage in ("calibrated", "assembled"))
+    found, before = (load_model(run.require(stage).local_folder()) for stage in ("calibrate", "assemble"))
     gains = {name for name, weight in before.named_parameters() if not torch.equal(weight, found.get_parameter(name))}
     assert gains
     assert all(names.is_norm(name) for name in gains)
@@ -170,7 +170,7 @@ def test_experts_are_removed_added_and_replaced_in_every_form(
     form: str, targets: str, finished_run: Config, tmp_path: Path
 ) -> None:
     config = assembled(finished_run, tmp_path, form, targets, experts_per_token=1)
-    run, url = Run(config), stage_url(config, "assembled")
+    run, url = Run(config), stage_url(config, "assemble")
     whole = open_artifact(url)
     without = edit_experts.remove(url, 1, f"{tmp_path}/without")
     assert [member.index for member in edit_experts.members_of(without)] == [0, 2]
@@ -185,14 +185,14 @@ def test_experts_are_removed_added_and_replaced_in_every_form(
         assert again.manifest.facts["bytes_written"] == 0
         assert weights == {"model.safetensors"}
     assert not torch.equal(load_model(without.local_folder())(TOKENS_BT), logits(config))
-    assert run.require("assembled").manifest.fingerprint == whole.manifest.fingerprint
+    assert run.require("assemble").manifest.fingerprint == whole.manifest.fingerprint
 
 
 def test_route_says_where_a_text_goes_and_why(
     finished_run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = assembled(finished_run, tmp_path, "adapters", "both")
-    model, run = stage_url(config, "assembled"), Run(config)
+    model, run = stage_url(config, "assemble"), Run(config)
     text = "if (fd < 0) return -1; /* static int main(void) */ struct file *fp = NULL; for (i = 0; i < n; i++)"
     loaded = load_for_generation(model)
     found = routes_of(loaded, slot_names(stored_model(model), 4), text)
@@ -208,7 +208,7 @@ def test_route_says_where_a_text_goes_and_why(
         show_routes(run.url("backbone"), text)
     with pytest.raises(DataError, match="a prompt must be valid Unicode, but is not"):
         show_routes(model, "halves: \ud800")
-    anchored = stage_url(finished_run, "assembled")  # routed by learned rows
+    anchored = stage_url(finished_run, "assemble")  # routed by learned rows
     done = CliRunner().invoke(app, ["route", "--model", anchored, "--prompt", text])
     assert "Each layer routes by rows" in done.output
 
@@ -228,7 +228,7 @@ def test_one_adapter_trained_on_all_partitions_is_a_baseline(finished_run: Confi
         base = AutoModelForCausalLM.from_pretrained(folder)
         theirs = PeftModel.from_pretrained(base, folder / "adapters" / "joint").eval()
         assert torch.allclose(load_model(folder)(TOKENS_BT), theirs(TOKENS_BT).logits, atol=2e-5)
-    models = run.make("evaluation")["models"]
+    models = run.make("evaluate")["models"]
     assert models["joint_lora"]["mean_loss"] < models["backbone"]["mean_loss"]
     assert models["joint_lora"]["training_tokens"] == models["joint_lora_wide"]["training_tokens"]
     added = [models[name]["parameters"] - models["backbone"]["parameters"] for name in wanted["baselines"]]
@@ -249,7 +249,7 @@ def peft_adapter(config: Config, folder: Path, **changes: Any) -> Path:
 def test_an_adapter_that_peft_trained_is_taken_in_as_an_expert(finished_run: Config, tmp_path: Path) -> None:
     config = assembled(finished_run, tmp_path, "adapters", "both")
     folder = peft_adapter(config, tmp_path / "peft")
-    url = stage_url(config, "assembled")
+    url = stage_url(config, "assemble")
     with pytest.raises(ConfigError, match=r"--text must name files of the domain"):
         edit_experts.add(url, str(folder))
     done = CliRunner().invoke(
@@ -274,7 +274,7 @@ def test_an_adapter_that_peft_trained_is_taken_in_as_an_expert(finished_run: Con
 
 def test_an_adapter_of_another_base_or_kind_is_refused_in_one_sentence(finished_run: Config, tmp_path: Path) -> None:
     config = assembled(finished_run, tmp_path, "average", "mlp")
-    url, folder = stage_url(config, "assembled"), peft_adapter(config, tmp_path / "peft")
+    url, folder = stage_url(config, "assemble"), peft_adapter(config, tmp_path / "peft")
     weights, settings = folder / WEIGHTS, folder / "adapter_config.json"
     tensors, values = load_file(weights), json.loads(settings.read_text())
     wider = {name: torch.cat([t, t], dim=1) if "lora_A" in name else t for name, t in tensors.items()}
@@ -312,7 +312,7 @@ def test_an_adapter_of_another_base_or_kind_is_refused_in_one_sentence(finished_
 
 def test_two_adapters_are_taken_in_side_by_side_for_models_elsewhere(finished_run: Config, tmp_path: Path) -> None:
     config = assembled(finished_run, tmp_path, "average", "mlp")
-    url, names = stage_url(config, "assembled"), ("one", "two", "one")
+    url, names = stage_url(config, "assemble"), ("one", "two", "one")
     folders = {name: peft_adapter(config, tmp_path / name, r=rank) for name, rank in (("one", 2), ("two", 3))}
     models = [edit_experts.add(url, str(folders[name]), f"{tmp_path}/with-{name}") for name in names]
     taken = [edit_experts.members_of(model)[3] for model in models]
@@ -324,7 +324,7 @@ def test_two_adapters_are_taken_in_side_by_side_for_models_elsewhere(finished_ru
 
 def test_the_choice_for_a_sequence_is_made_by_its_beginning_and_stays(finished_run: Config, tmp_path: Path) -> None:
     config = assembled(finished_run, tmp_path, "adapters", "both", lora_choice="sequence")
-    model = load_model(Run(config).require("assembled").local_folder())
+    model = load_model(Run(config).require("assemble").local_folder())
     router = model.text_router
     assert router is not None
     end = int(router.get_buffer("ends")[0])
@@ -355,7 +355,7 @@ def test_without_a_router_every_token_visits_all_adapters_alike(finished_run: Co
         for form, router in (("adapters", "uniform"), ("average", "evidence"))
     )
     assert torch.allclose(logits(even), logits(mean), atol=2e-5)
-    assert Run(even).require("assembled").manifest.facts["experts_per_token"] == 3
+    assert Run(even).require("assemble").manifest.facts["experts_per_token"] == 3
 
 
 def test_a_study_measures_all_forms_beside_their_baselines(tmp_path: Path) -> None:

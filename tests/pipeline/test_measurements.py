@@ -132,15 +132,15 @@ def test_text_of_no_domain_is_measured_anew_only_when_it_changes(finished_run: C
     found = evaluate.run(Run(config))
     assert found["models"]["backbone"]["probes"]["general"]["domains"]["README"]["tokens"] > 100
     assert "general" in found["differences"]["backbone"]
-    first = find_artifact(stage_url(config, "evaluation"))
+    first = find_artifact(stage_url(config, "evaluate"))
     evaluate.run(Run(config))
-    again = find_artifact(stage_url(config, "evaluation"))
+    again = find_artifact(stage_url(config, "evaluate"))
     assert first is not None
     assert again is not None
     assert first.manifest.created == again.manifest.created
     readme.write_text("Quite another text. " * 50)
     evaluate.run(Run(config))
-    changed = find_artifact(stage_url(config, "evaluation"))
+    changed = find_artifact(stage_url(config, "evaluate"))
     assert changed is not None
     assert changed.manifest.fingerprint != first.manifest.fingerprint
     values["evaluation"]["general"] = [str(tmp_path / "nowhere.txt")]

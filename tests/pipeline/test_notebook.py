@@ -71,7 +71,7 @@ def test_what_a_notebook_made_of_a_partitions_texts_is_the_runs_own(finished_run
     shutil.copytree(Path(finished_run.output_dir), tmp_path / "run")
     shutil.rmtree(tmp_path / "run/experts/expert-1")
     run = Run(finished_run.model_copy(update={"output_dir": str(tmp_path / "run")}))
-    file = token_file(run.require("partitions"), "partition-1")
+    file = token_file(run.require("partition"), "partition-1")
     texts = [run.corpus.tokenizer.decode(file.document(index).tolist()) for index in range(file.num_documents)]
     trainer = ModuleTrainer(run.config, run.url("backbone"), run.corpus.tokenizer)
     made = trainer.train(1, texts, texts[:2], str(tmp_path / "run/experts"))
@@ -80,7 +80,7 @@ def test_what_a_notebook_made_of_a_partitions_texts_is_the_runs_own(finished_run
     assert found.manifest.files["expert.safetensors"] == theirs.manifest.files["expert.safetensors"]
     paths_of = [run.url("expert", index) for index in range(3)]
     assembled = StreamingAssembler(run.config).assemble(run.url("backbone"), paths_of, str(tmp_path / "again"))
-    assert assembled.manifest.fingerprint == Run(finished_run).require("assembled").manifest.fingerprint
+    assert assembled.manifest.fingerprint == Run(finished_run).require("assemble").manifest.fingerprint
 
 
 def test_a_notebook_opens_a_run_of_a_settings_file(finished_run: Config, tmp_path: Path) -> None:

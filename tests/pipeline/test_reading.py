@@ -114,7 +114,7 @@ def test_both_ways_of_loading_give_the_same_logits(large: Path) -> None:
 
 
 def test_losses_and_routing_are_the_same_on_demand(finished_run: Config) -> None:
-    stored = stored_model(stage_url(finished_run, "assembled"))
+    stored = stored_model(stage_url(finished_run, "assemble"))
     assert stored.artifact is not None
     tokens = {"all": torch.randint(4, 400, (600,), generator=torch.Generator().manual_seed(1)).numpy()}
     lengths = torch.ones(512, dtype=torch.int32)

@@ -49,8 +49,8 @@ def test_an_evaluation_reads_each_manifest_once(
     other = finished_run.model_copy(update={"evaluation": few})
     run = Run(other)
     url_of = run.url
-    monkeypatch.setattr(run, "url", lambda stage, *index: url_of(stage, *index) + "-again" * (stage == "evaluation"))
-    run.make("evaluation")
+    monkeypatch.setattr(run, "url", lambda stage, *index: url_of(stage, *index) + "-again" * (stage == "evaluate"))
+    run.make("evaluate")
     assert len(reads) >= 8
     assert set(reads.values()) == {1}, reads
 

@@ -151,7 +151,7 @@ def test_variables_in_locations_are_read_when_a_file_is_opened(monkeypatch: pyte
 def test_a_url_that_is_signed_anew_is_the_same_data_and_an_ordinary_one_keeps_its_fingerprint(tmp_path: Path) -> None:
     def fingerprint(query: str) -> str:
         source = {"name": "web", "train": f"https://host/a.jsonl{query}"}
-        return Run(tiny_config(tmp_path, data={"sources": [source]})).plan("corpus").fingerprint
+        return Run(tiny_config(tmp_path, data={"sources": [source]})).plan("prepare-data").fingerprint
 
     assert fingerprint("?X-Amz-Date=1&X-Amz-Signature=a") == fingerprint("?X-Amz-Date=2&X-Amz-Signature=b")
     assert fingerprint("?page=1") != fingerprint("?page=2")

@@ -51,7 +51,7 @@ def repeat_backbone(run: Run) -> Artifact:
 def config(monkeypatch: pytest.MonkeyPatch, finished_run: Config, tmp_path: Path) -> Config:
     """A finished run whose table of stages has learned another row."""
     rows = {**STAGES, "parrot": ROW}
-    ordered = {name: rows[name] for name in sorted(rows, key=lambda name: (name == "evaluation",))}
+    ordered = {name: rows[name] for name in sorted(rows, key=lambda name: (name == "evaluate",))}
     monkeypatch.setattr("modularforge.pipeline.STAGES", ordered)
     for place in ("modularforge.run", "modularforge.cli", "modularforge.stages.evaluate", "launcher.tasks"):
         monkeypatch.setattr(f"{place}.STAGES", ordered)
@@ -78,7 +78,7 @@ def test_a_new_row_is_a_command_and_a_row_of_the_evaluation(config: Config, tmp_
     done = CliRunner().invoke(app, ["parrot", "--config", str(path)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert find_artifact(f"{config.output_dir}/baselines/parrot") is not None
-    models: dict[str, Any] = Run(config).make("evaluation")["models"]
+    models: dict[str, Any] = Run(config).make("evaluate")["models"]
     assert models["parrot"]["mean_loss"] == models["backbone"]["mean_loss"]
 
 
@@ -101,10 +101,33 @@ def test_every_row_names_a_function_and_sections_that_there_are(name: str, tmp_p
     assert stage_settings(Config.model_validate(tiny_values(tmp_path)), name)
 
 
-@pytest.mark.parametrize("text", ["backbone", "expert-3", "branch-12", "assembled"])
+@pytest.mark.parametrize("text", ["backbone", "expert-3", "branch-12", "assemble"])
 def test_a_jobs_name_is_read_back(text: str) -> None:
     assert str(JobName.parse(text)) == text
     assert JobName.parse("expert/3") == JobName("expert", 3)
+
+
+def test_manifests_say_what_they_always_said(finished_run: Config) -> None:
+    run = Run(finished_run)
+    kinds = {name: (found := find_artifact(run.url(name))) and found.manifest.kind for name in OF_A_RUN}
+    assert kinds == OF_A_RUN
+    assembled = run.require("assemble").manifest
+    assert set(run.require("calibrate").manifest.inputs) == {"corpus", "assembled"}
+    assert set(assembled.inputs) == {"backbone", "expert-0", "expert-1", "expert-2"}
+    assert set(run.require("dense").manifest.inputs) == {"corpus", "partitions", "backbone"}
+    assert set(run.require("expert", 1).manifest.inputs) == {"backbone", "partition"}
+
+
+OF_A_RUN = {
+    "prepare-data": "corpus", "partition": "partitions", "backbone": "backbone", "dense": "dense",
+    "assemble": "assembled", "calibrate": "calibrated", "evaluate": "evaluation",
+}  # fmt: skip
+
+
+def test_another_name_of_a_stage_is_refused_with_the_right_one(finished_run: Config) -> None:
+    for name, cure in (("assembled", "write 'assemble'"), ("backbones", "choose one of these")):
+        with pytest.raises(ConfigError, match=rf"a stage must be one of .*, but is '{name}'; {cure}"):
+            Run(finished_run).require(name)
 
 
 @pytest.mark.parametrize("word", ["assemble", "assembled", "calibrated", "calibrate", "calibration"])
@@ -121,7 +144,7 @@ def test_run_all_makes_and_measures_a_new_row(config: Config, tmp_path: Path) ->
     done = CliRunner().invoke(cli.app, ["run-all", "--config", str(path)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     assert Run(config).artifact("parrot") is not None
-    assert "parrot" in Run(config).make("evaluation")["models"]
+    assert "parrot" in Run(config).make("evaluate")["models"]
 
 
 def test_a_baseline_is_its_file_and_its_row(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,7 +227,7 @@ def test_a_calibrated_variant_has_the_losses_that_the_stage_decides_by(finished_
 
 def test_each_expert_has_the_losses_that_every_other_model_is_measured_by(finished_study: Runs) -> None:
     config = finished_study.config(0, "anchored")
-    corpus, backbone = Corpus(Run(config).require("corpus")), Backbone(Run(config).require("backbone"))
+    corpus, backbone = Corpus(Run(config).require("prepare-data")), Backbone(Run(config).require("backbone"))
     limits = config.evaluation.batch_size, config.evaluation.tokens_per_domain
     result = result_of(finished_study, "anchored-experts", split="test")
     best: dict[str, float] = {}
@@ -245,7 +245,7 @@ def test_each_expert_has_the_losses_that_every_other_model_is_measured_by(finish
 
 def test_losses_by_position_add_up_to_the_loss(finished_study: Runs) -> None:
     config = finished_study.config(0, "plain")
-    streams = Corpus(Run(config).require("corpus")).domains("test", config.evaluation.tokens_per_domain)
+    streams = Corpus(Run(config).require("prepare-data")).domains("test", config.evaluation.tokens_per_domain)
     assert position_ranges(100) == [(0, 16), (16, 32), (32, 64), (64, 100)]
     row = result_of(finished_study, "backbone", split="test")["rows"][""]
     for label, tokens in streams.items():
@@ -264,7 +264,7 @@ def test_losses_by_position_add_up_to_the_loss(finished_study: Runs) -> None:
 def test_a_domain_without_its_expert_is_measured_by_the_model_of_the_others(finished_study: Runs) -> None:
     config = finished_study.config(0, "plain", {"assembly.router": "evidence"})
     experts = [Run(config).require("expert", index) for index in range(3)]
-    corpus = Corpus(Run(config).require("corpus"))
+    corpus = Corpus(Run(config).require("prepare-data"))
     _, decide = split_documents(corpus.tokens("validation"), corpus.labels)
     found = result_of(finished_study, "evidence")["rows"]
     row, whole = found["without own expert"], found[""]
@@ -420,7 +420,7 @@ def test_the_trained_btx_merge_has_the_tokens_of_the_others_and_is_compared_with
 def test_its_second_phase_reads_on_where_the_branches_stopped(finished_study: Runs) -> None:
     """Branches of 8 steps of 4 windows, and 8 windows more of each partition: what jobs of 10 steps see."""
     config = finished_study.config(0, "fewer")
-    partitions = Run(config).require("partitions")
+    partitions = Run(config).require("partition")
     rest = TEXT.mixture(config, partitions, "btx", config.btx_phase, 32)
     longer = config.model_copy(update={"experts": config.experts.model_copy(update={"steps": 10})})
     whole = TEXT.mixture(longer, partitions, "joint", longer.baseline_phase("joint"))

@@ -52,7 +52,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 def test_prompts_are_those_that_transformers_writes(config: Config) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(config.model.pretrained)
     questions = read_questions(str(config.evaluation.chat))
-    chat = prepare_chat(questions, Corpus(Run(config).require("corpus")))
+    chat = prepare_chat(questions, Corpus(Run(config).require("prepare-data")))
     for question, ids in zip(questions, chat.prompts, strict=True):
         messages = [{"role": "user", "content": question.prompt}]
         text = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -61,7 +61,7 @@ def test_prompts_are_those_that_transformers_writes(config: Config) -> None:
 
 
 def test_the_loss_is_that_of_the_answers_behind_their_prompts(config: Config) -> None:
-    chat = prepare_chat(read_questions(str(config.evaluation.chat)), Corpus(Run(config).require("corpus")))
+    chat = prepare_chat(read_questions(str(config.evaluation.chat)), Corpus(Run(config).require("prepare-data")))
     model, probe = load_model(Run(config).require("backbone").local_folder()), chat.probe()
     scores_RT = score(model, probe, 2)
     for row, (prompt, answer) in enumerate(zip(chat.prompts, chat.answers, strict=True)):

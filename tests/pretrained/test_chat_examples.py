@@ -72,9 +72,9 @@ def test_chats_train_a_pretrained_model_on_its_answers_alone(values: dict[str, A
 
 def test_another_template_is_other_data(values: dict[str, Any]) -> None:
     config = complete_config(values, "tests")
-    before = Run(config).plan("corpus").fingerprint
+    before = Run(config).plan("prepare-data").fingerprint
     template = Path(str(config.model.pretrained)) / "chat_template.jinja"
     template.write_text(TEMPLATE.replace("assistant: ", "model: "))
-    assert Run(config).plan("corpus").fingerprint != before
+    assert Run(config).plan("prepare-data").fingerprint != before
     template.write_text(TEMPLATE)
-    assert Run(config).plan("corpus").fingerprint == before
+    assert Run(config).plan("prepare-data").fingerprint == before

@@ -98,7 +98,7 @@ def test_a_run_takes_the_file_as_its_backbone_and_knows_it_by_its_bytes(mixed: P
     (tmp_path / "config.yaml").write_text(json.dumps(values))
     run = Run(load_config(str(tmp_path / "config.yaml")))
     assert (run.config.model.width, run.config.data.vocab_size) == (64, models.VOCABULARY)
-    for stage in ("corpus", "partitions", "backbone"):
+    for stage in ("prepare-data", "partition", "backbone"):
         run.make(stage)
     found = logits_of(load_model(run.require("backbone").local_folder()))
     assert torch.equal(found, logits_of(load_model(local_model(str(mixed)))))

@@ -161,7 +161,7 @@ def test_an_experts_file_has_the_names_of_its_slot_and_the_type_of_the_backbone(
 
 
 def test_the_corpus_is_made_of_the_pretrained_tokens(run: Finished) -> None:
-    corpus = Corpus(Run(run.config).require("corpus"))
+    corpus = Corpus(Run(run.config).require("prepare-data"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(run.source)
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert corpus.end_token == end
@@ -208,12 +208,12 @@ def test_every_model_was_measured(run: Finished) -> None:
 def test_calibration_is_judged_in_the_type_it_is_stored_in(run: Finished) -> None:
     if not (run.folder("calibrated") / "config.json").exists():
         pytest.skip("the calibration was not kept")
-    corpus = Corpus(Run(run.config).require("corpus"))
+    corpus = Corpus(Run(run.config).require("prepare-data"))
     _, decide = split_documents(corpus.tokens("validation"), corpus.labels)
     limits = run.config.evaluation.batch_size, run.config.evaluation.tokens_per_domain
     model = load_model(run.folder("calibrated")).float()
     found = naive_losses(model, decide, corpus.byte_lengths, *limits, models.CONTEXT).mean_loss
-    assert Run(run.config).require("calibrated").manifest.facts["loss_after"] == pytest.approx(found, abs=1e-6)
+    assert Run(run.config).require("calibrate").manifest.facts["loss_after"] == pytest.approx(found, abs=1e-6)
     kinds = {tensor.dtype for tensor in read_tensors(run.folder("calibrated")).values()}
     assert kinds == {tensor.dtype for tensor in read_tensors(run.folder("assembled")).values()}
 
@@ -242,14 +242,14 @@ def test_training_goes_on_from_the_pretrained_weights(folder: Path, tmp_path: Pa
 def test_the_fingerprint_knows_the_model_by_its_bytes_and_not_by_its_place(folder: Path, tmp_path: Path) -> None:
     config = complete_config(values_on(folder, tmp_path / "run"), "tests")
     prepare_data(config)
-    before = [Run(config).plan(stage).fingerprint for stage in ("corpus", "backbone")]
+    before = [Run(config).plan(stage).fingerprint for stage in ("prepare-data", "backbone")]
     shutil.copytree(folder, tmp_path / "elsewhere")
     moved = complete_config(values_on(tmp_path / "elsewhere", tmp_path / "run"), "tests")
-    assert [Run(moved).plan(stage).fingerprint for stage in ("corpus", "backbone")] == before
+    assert [Run(moved).plan(stage).fingerprint for stage in ("prepare-data", "backbone")] == before
     weights = tmp_path / "elsewhere" / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert Run(moved).plan("corpus").fingerprint == before[0]
+    assert Run(moved).plan("prepare-data").fingerprint == before[0]
     assert Run(moved).plan("backbone").fingerprint != before[1]
     backbone.run(Run(config))
     with pytest.raises(MismatchError, match="it was made from another pretrained"):
@@ -305,7 +305,7 @@ def test_plain_experts_on_a_pretrained_backbone_assemble_too(folder: Path, tmp_p
     for index in range(3):
         expert.run(Run(config), index)
     assemble.run(Run(config))
-    assembled = Path(stage_url(config, "assembled"))
+    assembled = Path(stage_url(config, "assemble"))
     assert (ours(assembled) - theirs(assembled)).abs().max() < TOLERANCE
 
 
@@ -315,7 +315,7 @@ def test_the_model_card_says_what_it_was_made_from(run: Finished) -> None:
         Run(run.config).require("backbone"),
         [Run(run.config).require("expert", index) for index in range(3)],
     )
-    facts = Run(run.config).require("assembled").manifest.facts
+    facts = Run(run.config).require("assemble").manifest.facts
     for artifact in (base, *experts):
         assert artifact.manifest.fingerprint in card
         assert f"{artifact.manifest.facts['validation_loss']:.4f}" in card
@@ -335,7 +335,7 @@ def test_the_cards_python_loads_the_model(run: Finished, monkeypatch: pytest.Mon
     monkeypatch.chdir(run.folder("assembled"))
     found: dict[str, Any] = {}
     exec(block, found)
-    assert type(found["model"]).__name__ == Run(run.config).require("assembled").manifest.facts["architecture"]
+    assert type(found["model"]).__name__ == Run(run.config).require("assemble").manifest.facts["architecture"]
     wanted = torch.bfloat16 if run.config.model.family == "llama" else torch.float32
     assert found["model"].dtype == wanted
 
@@ -344,6 +344,6 @@ def test_the_calibrated_model_carries_tokenizer_and_card_too(run: Finished) -> N
     folder = run.folder("calibrated")
     if not (folder / "config.json").exists():
         pytest.skip("the calibration was not kept")
-    facts = Run(run.config).require("calibrated").manifest.facts
+    facts = Run(run.config).require("calibrate").manifest.facts
     assert f"{facts['loss_after']:.4f} after" in (folder / "README.md").read_text()
     assert (folder / "chat_template.jinja").is_file()

@@ -47,7 +47,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, sounds: Path) -> Config:
 
 
 def batch_of(config: Config) -> tuple[torch.Tensor, ...]:
-    batch = next(SPEECH.part(config, Run(config).require("partitions"), 0).batches())
+    batch = next(SPEECH.part(config, Run(config).require("partition"), 0).batches())
     return arguments(batch.tensors, torch.device("cpu"))
 
 
@@ -80,7 +80,7 @@ def test_experts_learn_their_own_domain(finished: Config) -> None:
     device = torch.device("cpu")
     plain = SPEECH.metrics(load_speech(run.require("backbone").local_folder()), held_out, device)
     for index, label in enumerate(("low", "high")):
-        partition = json.loads(run.require("partitions").read_bytes("partitions.json"))["partitions"][index]
+        partition = json.loads(run.require("partition").read_bytes("partitions.json"))["partitions"][index]
         assert partition["tokens_by_label"][label] == partition["tokens"]
         own = SPEECH.metrics(run.backbone.expert(run.require("expert", index)), held_out, device)  # type: ignore[arg-type]
         assert own[label]["loss"] < plain[label]["loss"]
@@ -104,7 +104,7 @@ def test_the_trained_part_alone_is_saved(finished: Config) -> None:
 
 def test_the_assembled_model_with_one_expert_forced_is_that_expert(finished: Config) -> None:
     run = Run(finished)
-    assembled = load_speech(run.require("assembled").local_folder())
+    assembled = load_speech(run.require("assemble").local_folder())
     assert assembled.steering is not None
     assert assembled.shape.steering is not None
     assert (assembled.shape.steering.experts, assembled.shape.steering.total) == (2, 6)
@@ -120,9 +120,9 @@ def test_the_assembled_model_with_one_expert_forced_is_that_expert(finished: Con
 
 def test_the_router_sends_utterances_to_the_expert_of_their_domain(finished: Config) -> None:
     run = Run(finished)
-    model = load_speech(run.require("assembled").local_folder())
+    model = load_speech(run.require("assemble").local_folder())
     assert model.steering is not None
-    partitions = run.require("partitions")
+    partitions = run.require("partition")
     for index in range(2):
         batch = next(SPEECH.part(finished, partitions, index).batches())
         usage = model.steering.observed = GateUsage(model.steering.shape)
@@ -166,7 +166,7 @@ def test_an_aligner_steers_behind_the_encoder(finished: Config, tmp_path: Path, 
 
 def test_experts_of_another_projector_are_refused(finished: Config, tmp_path: Path, sounds: Path) -> None:
     other = speech_config(tmp_path / "other", sounds, seed=5)
-    for stage, index in (("corpus", None), ("partitions", None), ("backbone", None), ("expert", 0)):
+    for stage, index in (("prepare-data", None), ("partition", None), ("backbone", None), ("expert", 0)):
         Run(other).make(stage, index)
     kind = find_kind("steering")
     from modularforge.assembly.assemble import check_same_backbone
@@ -183,12 +183,12 @@ def test_settings_of_steering_and_speech_count_where_they_take_effect(tmp_path: 
         ("expert", "steering", {"vectors": 4}, True),
         ("joint", "steering", {"vectors": 4}, True),
         ("expert", "steering", {"routing": "frame"}, False),
-        ("assembled", "steering", {"routing": "frame"}, True),
+        ("assemble", "steering", {"routing": "frame"}, True),
         ("backbone", "steering", {"vectors": 4}, False),
-        ("corpus", "speech", {"data": {"split_field": "split", "min_seconds": 0.2}}, True),
-        ("corpus", "speech", {"data": {"split_field": "split"}, "model": {"prompt": "x"}}, True),
+        ("prepare-data", "speech", {"data": {"split_field": "split", "min_seconds": 0.2}}, True),
+        ("prepare-data", "speech", {"data": {"split_field": "split"}, "model": {"prompt": "x"}}, True),
         ("backbone", "speech", {"data": {"split_field": "split"}, "model": {"pool_kernel": 2}}, True),
-        ("evaluation", "speech", {"data": {"split_field": "split"}, "decoding": {"max_tokens": 9}}, True),
+        ("evaluate", "speech", {"data": {"split_field": "split"}, "decoding": {"max_tokens": 9}}, True),
     ):
         assert (of(stage) != of(stage, **{section: settings})) is counts, (stage, section, settings)
 
@@ -214,7 +214,7 @@ def test_settings_that_cannot_work_together_get_one_sentence(
 def test_nothing_of_a_speech_model_is_calibrated(finished: Config) -> None:
     with pytest.raises(ConfigError, match=r"calibration must be left out with experts.kind steering"):
         find_kind("steering").calibrates(None, finished.calibration)  # type: ignore[arg-type]
-    calibrated = Run(finished).require("calibrated")
+    calibrated = Run(finished).require("calibrate")
     assert calibrated.manifest.facts["kept"] is False
 
 
@@ -223,7 +223,7 @@ def test_statistics_are_sums_that_add_up(finished: Config) -> None:
     model: SpeechModel = Backbone(run.require("backbone")).expert(run.require("expert", 0))  # type: ignore[assignment]
     from modularforge.speech.sums import gather_sums
 
-    batches = [next(SPEECH.part(finished, run.require("partitions"), k).batches()).tensors for k in (0, 1)]
+    batches = [next(SPEECH.part(finished, run.require("partition"), k).batches()).tensors for k in (0, 1)]
     both, one, two = (gather_sums(model, found, torch.device("cpu")) for found in (batches, batches[:1], batches[1:]))
     for name in ("frames", "utterances"):
         sums = [getattr(item, name).layers[1] for item in (both, one, two)]
@@ -234,7 +234,7 @@ def test_statistics_are_sums_that_add_up(finished: Config) -> None:
 
 def test_a_finished_run_transcribes_recordings(finished: Config, sounds: Path) -> None:
     settings = paths.local_path(finished.output_dir) / "config.yaml"
-    model, recording = Run(finished).require("assembled").local_folder(), sounds / "low/1.wav"
+    model, recording = Run(finished).require("assemble").local_folder(), sounds / "low/1.wav"
     held_out = held_out_speech(finished, Run(finished).corpus)
     by_folder = run_command("modularforge", "transcribe", "--model", str(model), "--prompt", "text: ", str(recording))
     by_run = run_command("modularforge", "transcribe", "--config", str(settings), str(recording))
@@ -253,7 +253,7 @@ def test_a_finished_run_transcribes_recordings(finished: Config, sounds: Path) -
 def test_a_model_reads_recordings_as_its_training_did(tmp_path: Path, sounds: Path) -> None:
     speech = {"data": {"split_field": "split", "normalise": "corpus"}}
     config = speech_config(tmp_path / "run", sounds, speech=speech)
-    for stage in ("corpus", "backbone"):
+    for stage in ("prepare-data", "backbone"):
         Run(config).make(stage)
     trained = speech_file(config, Run(config).corpus.artifact, "train").features(1)
     settings = read_speech_config(Run(config).require("backbone").local_folder())["features"]
@@ -273,7 +273,7 @@ def test_a_folder_of_no_speech_model_gets_one_sentence(tmp_path: Path) -> None:
 
 
 def test_one_folder_is_measured_as_the_evaluation_measures_it(finished: Config) -> None:
-    table = measure_folder(Run(finished), str(Run(finished).require("assembled").local_folder()))
+    table = measure_folder(Run(finished), str(Run(finished).require("assemble").local_folder()))
     ((name, row),) = table.records
     assert name == "assembled"
     expected = run_all(finished)["models"]["assembled"]

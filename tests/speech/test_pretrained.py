@@ -58,7 +58,7 @@ def test_a_run_on_pretrained_parts_saves_what_it_trained_and_names_the_rest(save
     results = run_all(config)
     assert list(results["models"]) == ["backbone", "expert-0", "expert-1", "oracle", "assembled"]
     run = Run(config)
-    folder = run.require("assembled").local_folder()
+    folder = run.require("assemble").local_folder()
     assert {name.split(".")[0] for name in read_tensors(folder)} == {"projector", "steering"}
     model = load_speech(folder)
     assert model.frozen.num_layers == 3
@@ -86,7 +86,7 @@ def test_another_encoder_makes_another_backbone(tmp_path: Path) -> None:
     data = save_whisper(tmp_path / "encoder")
     llama(tmp_path / "llama")
     config = config_of(tmp_path, data)
-    for stage in ("corpus", "partitions"):
+    for stage in ("prepare-data", "partition"):
         Run(config).make(stage)
     before = Run(config).plan("backbone").fingerprint
     assert Run(config).plan("backbone").inputs.keys() == {"corpus", "pretrained", "encoder"}

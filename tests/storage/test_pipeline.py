@@ -15,7 +15,7 @@ from modularforge.stages import evaluate
 from tests.conftest import run_command, run_every_stage, tiny_config
 
 STAGES: list[tuple[str, int | None]] = [
-    *((stage, None) for stage in ("corpus", "partitions", "backbone", "dense", "assembled", "calibrated")),
+    *((stage, None) for stage in ("prepare-data", "partition", "backbone", "dense", "assemble", "calibrate")),
     *(("expert", index) for index in range(3)),
 ]
 

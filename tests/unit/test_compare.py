@@ -340,7 +340,7 @@ def test_branches_are_compared_by_their_mean_too(tmp_path: Path) -> None:
             write_metrics(str(tmp_path / name), f"branch-{index}", losses, losses)
     found = compare({name: read_run(str(tmp_path / name)) for name in ("a", "b")})
     assert [name for name in found.jobs if not name.startswith("branch-")] == [
-        "backbone", "mean expert", "expert-0", "expert-1", "dense", "mean branch", "calibrated",
+        "backbone", "mean expert", "expert-0", "expert-1", "dense", "mean branch", "calibrate",
     ]  # fmt: skip
     text = as_text(found)
     assert "== branch-3 ==" not in text

@@ -125,7 +125,7 @@ def test_baselines_have_panels_of_their_own_and_branches_the_colours_of_their_ex
     assert sorted(labels[2]) == ["0", "1", "2", "3"]
     assert sorted(labels[3]) == ["dense", "joint"]
     assert colour_of("branch-2", 4) == colour_of("expert-2", 4)
-    assert len({colour_of(job, 4) for job in ("backbone", "dense", "joint", "calibrated")}) == 4
+    assert len({colour_of(job, 4) for job in ("backbone", "dense", "joint", "calibrate")}) == 4
 
 
 def test_one_baseline_is_named_in_the_title(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_baselines_are_parts_of_the_run(tmp_path: Path) -> None:
     write_run_with_baselines(str(tmp_path / "run"), 3)
     run = read_run(str(tmp_path / "run"))
     names = [part.name for part in parts_of(run)]
-    assert names[6:] == ["dense", "joint", "branch-0", "branch-1", "branch-2", "assembled", "calibrated", "evaluation"]
+    assert names[6:] == ["dense", "joint", "branch-0", "branch-1", "branch-2", "assemble", "calibrate", "evaluate"]
     steps = {part.name: part.steps for part in parts_of(run)}
     assert (steps["joint"], steps["branch-1"]) == (300, 100)
     assert {part.state for part in parts_of(run)} == {"finished"}
@@ -151,14 +151,14 @@ def test_an_unfinished_run_counts_the_baselines_it_wants(tmp_path: Path) -> None
     run = read_run(str(tmp_path / "run"))
     waiting = [part.name for part in parts_of(run) if part.state == "waiting"]
     assert waiting == ["joint", "branch-0", "branch-1", "branch-2"]
-    del run.artifacts["evaluation"]
+    del run.artifacts["evaluate"]
     # 100 steps of the backbone, 3 x 100 of the experts and 300 of dense; 300 and 3 x 100 of the others are to come.
     assert "54 % of the training tokens" in headline(run)
 
 
 def test_jobs_are_ordered_by_number() -> None:
-    jobs = ["calibrated", "branch-10", "branch-2", "joint", "expert-10", "expert-9", "dense", "backbone"]
-    expected = ["backbone", "expert-9", "expert-10", "dense", "joint", "branch-2", "branch-10", "calibrated"]
+    jobs = ["calibrate", "branch-10", "branch-2", "joint", "expert-10", "expert-9", "dense", "backbone"]
+    expected = ["backbone", "expert-9", "expert-10", "dense", "joint", "branch-2", "branch-10", "calibrate"]
     assert sorted(jobs, key=job_order) == expected
 
 

@@ -16,7 +16,6 @@ from modularforge.pipeline import (
     CAME_LATER,
     EVERY,
     EVERYWHERE,
-    OUTSIDE,
     SETTINGS_FOR,
     STACKED,
     STAGES,
@@ -39,8 +38,9 @@ def test_stages_keep_the_fingerprints_they_had_before_settings_came(recorded: di
     config = load_config(str(ROOT / "configs" / recorded["base"]), list(settings.items()))
     expected = dict(recorded["fingerprints"])
     ridge = config.model_copy(update={"assembly": config.assembly.model_copy(update={"router": "ridge"})})
-    assert fingerprint("assembled", stage_settings(ridge, "assembled"), {}) == expected.pop("assembled")
-    assert {stage: fingerprint(stage, stage_settings(config, stage), {}) for stage in expected} == expected
+    assert fingerprint("assembled", stage_settings(ridge, "assemble"), {}) == expected.pop("assembled")
+    rows = {row.kind: row.name for row in STAGES.values()}
+    assert {kind: fingerprint(kind, stage_settings(config, rows[kind]), {}) for kind in expected} == expected
 
 
 def test_a_setting_that_came_later_counts_only_where_it_changes_something(
@@ -86,13 +86,17 @@ def test_a_router_has_the_identity_of_its_old_name_under_both(router: str, caplo
         settings = {"assembly.router": name, "experts.anchored": True}
         config = load_config(str(ROOT / "configs/default.yaml"), list(settings.items()))
         assert config.assembly.router == router
-        assert fingerprint("assembled", stage_settings(config, "assembled"), {}) == OF_ROUTERS[old]
+        assert fingerprint("assembled", stage_settings(config, "assemble"), {}) == OF_ROUTERS[old]
     said = f"assembly.router: {old} is called {router} now; its old name still works in this version"
     assert [record.message for record in caplog.records] == ([said] if old != router else [])
 
 
 def test_what_came_later_is_a_setting() -> None:
     assert CAME_LATER.keys() <= {item.name for item in all_settings()}
+
+
+# Sections and settings of no stage: where and how a run is computed, and what it is called.
+OUTSIDE = ("name", "output_dir", "data_dir", "data_seed", "metrics", "launcher", "cluster")
 
 
 def test_every_setting_counts_for_the_stages_of_its_section_or_is_on_the_list(tmp_path: Path) -> None:

@@ -50,8 +50,8 @@ def test_greedy_takes_the_likeliest_and_sampling_follows_the_probabilities() -> 
 
 
 def test_the_same_seed_gives_the_same_text_and_greedy_equals_temperature_zero(finished_run: Config) -> None:
-    model = load_model(Run(finished_run).require("assembled").local_folder())
-    tokenizer = Corpus(Run(finished_run).require("corpus")).tokenizer
+    model = load_model(Run(finished_run).require("assemble").local_folder())
+    tokenizer = Corpus(Run(finished_run).require("prepare-data")).tokenizer
     texts = [generate(model, tokenizer, "The law", 12, Sampling(1.0, seed=3)) for _ in range(2)]
     assert texts[0] == texts[1]
     assert generate(model, tokenizer, "The law", 12, Sampling(0.0, seed=1)) == generate(
@@ -61,14 +61,14 @@ def test_the_same_seed_gives_the_same_text_and_greedy_equals_temperature_zero(fi
 
 def test_a_text_longer_than_the_context_goes_on(finished_run: Config) -> None:
     model = load_model(Run(finished_run).require("backbone").local_folder())
-    tokenizer = Corpus(Run(finished_run).require("corpus")).tokenizer
+    tokenizer = Corpus(Run(finished_run).require("prepare-data")).tokenizer
     length = 3 * finished_run.model.context_length
     assert generate(model, tokenizer, "word " * 200, length, Sampling(temperature=0))
 
 
 def test_an_empty_prompt_starts_a_text_and_one_that_ends_with_eos_is_refused(finished_run: Config) -> None:
     model = load_model(Run(finished_run).require("backbone").local_folder())
-    tokenizer = Corpus(Run(finished_run).require("corpus")).tokenizer
+    tokenizer = Corpus(Run(finished_run).require("prepare-data")).tokenizer
     assert isinstance(generate(model, tokenizer, "", 3, Sampling()), str)
 
     class Ending:
@@ -109,7 +109,7 @@ def test_what_left_the_context_still_counts_for_the_text_router(finished_run: Co
     run = finished_run.model_copy(update={"assembly": settings})
     experts = [Run(run).require("expert", index) for index in range(run.experts.count)]
     assemble(run, Run(run).require("backbone"), experts, plain_folder(tmp_path))
-    model, tokenizer = load_model(tmp_path), Corpus(Run(run).require("corpus")).tokenizer
+    model, tokenizer = load_model(tmp_path), Corpus(Run(run).require("prepare-data")).tokenizer
     assert model.text_router is not None
     prompt = "The law of the land is what the court says that it is. " * 8
     ids = tokenizer.encode(prompt).ids

@@ -230,11 +230,21 @@ def test_records_in_the_run_replace_what_metrics_tell(tmp_path: Path) -> None:
     assert [span.kind for span in timeline(run)[0].spans] == ["queued", "running"]
 
 
+def test_metrics_of_a_calibration_are_the_newest_under_any_of_its_names(
+    tmp_path: Path,
+) -> None:
+    write_run(str(tmp_path), 2)
+    for loss, name in enumerate(("calibration", "calibrated", "calibrate"), start=1):
+        paths.replace_bytes(str(tmp_path / "metrics" / f"{name}.jsonl"), lines(training_line(name, 5, float(loss))))
+        calibrations = [job for name, job in read_run(str(tmp_path)).jobs.items() if name.startswith("calib")]
+        assert [(job.name, job.curves["loss"].values[-1]) for job in calibrations] == [("calibrate", loss)]
+
+
 def test_rows_of_the_timeline_follow_the_pipeline(tmp_path: Path) -> None:
     write_run(str(tmp_path), num_experts=11)
     names = [row.name for row in timeline(read_run(str(tmp_path)))]
     experts = [f"expert-{index}" for index in range(11)]
-    assert names == ["corpus", "partitions", "backbone", *experts, "dense", "assembled", "calibrated", "evaluation"]
+    assert names == ["prepare-data", "partition", "backbone", *experts, "dense", "assemble", "calibrate", "evaluate"]
 
 
 @pytest.mark.parametrize(
