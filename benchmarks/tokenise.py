@@ -54,8 +54,7 @@ def make_config(files: list[str], copies: int, folder: Path) -> Config:
     for target, file in zip(train, files * copies, strict=True):
         shutil.copyfile(file, target)
     source = SourceConfig(name="corpus", train=train, validation=files[:1], test=files[:1])
-    limits = {"vocab_size": 16384, "tokenizer_sample_bytes": 4_000_000}
-    return Config(data=DataConfig(sources=[source], **limits))
+    return Config(data=DataConfig(sources=[source], vocab_size=16384, tokenizer_sample_bytes=4_000_000))
 
 
 def measure(config: Config, folder: Path, rounds: int) -> None:

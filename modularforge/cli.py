@@ -51,7 +51,7 @@ def _make(
 ) -> None:
     """Make what a job makes, stage by stage; `parts` say where the whole run is."""
     for stage in STAGES.values():
-        if stage.job == job and stage.name not in but:
+        if stage.job == job and stage.name not in but and (not stage.needs or stage.is_wanted(run.config)):
             for index in stage.indices(run.config) if indices is None else indices:
                 _make_part(run, stage.name, index, parts)
 

@@ -226,6 +226,35 @@ class SourceConfig(SafeSection):
         return {name: value for name, value in values.items() if name != "example" or value is not None}
 
 
+CleanStepName = Literal[
+    "repair",
+    "length",
+    "repetition",
+    "gopher",
+    "c4",
+    "fineweb",
+    "language",
+    "personal",
+    "exact",
+    "near",
+    "decontaminate",
+]
+CHANGES_TEXT: tuple[CleanStepName, ...] = ("repair", "c4", "personal")
+
+
+class CleanStepConfig(SafeSection):
+    """One step of cleaning."""
+
+    step: CleanStepName
+    """`repair` (mojibake), `length`, `repetition` (Gopher's rules), `gopher`, `c4` and `fineweb` (their rules of
+    quality), `language`, `personal` (e-mail and IP addresses become others), `exact` and `near` (duplicates),
+    `decontaminate` (documents that share word n-grams with given sets)."""
+    sources: list[str] | None = None
+    """Names of the sources whose documents it looks at; null is all, as for `exact` and `near`, which know no other."""
+    options: dict[str, bool | int | float | str | list[str] | None] = {}
+    """Parameters of the step, by datatrove's names for them (docs/text.md); the others are as it has them."""
+
+
 class DataConfig(Section):
     """Where text comes from and how it becomes tokens."""
 
@@ -238,6 +267,9 @@ class DataConfig(Section):
     names are read whole; where they are taken from its training documents, a tenth of this many is."""
     heldout_fraction: float = Field(0.01, gt=0, lt=0.5)
     """Share of the documents held out for validation, and again for test, where a source names no such split."""
+    clean: list[CleanStepConfig] = []
+    """Steps that clean the documents before anything else reads them, in this order; none by default (extra `clean`).
+    `near` comes after the steps that change text."""
     vocab_size: int = Field(16384, ge=260, le=1_000_000)
     """Entries of the byte-level BPE vocabulary: 4 special tokens, 256 bytes, and merges. With `model.pretrained` it is
     that model's."""
@@ -966,6 +998,7 @@ def _impossible_combinations(config: Config) -> Iterator[str]:
     yield from _impossible_replies(config)
     yield from _impossible_sources(config)
     yield from _impossible_partitions(config)
+    yield from _impossible_cleaning(config)
 
 
 def _impossible_shapes(model: ModelConfig) -> Iterator[str]:
@@ -1087,6 +1120,27 @@ def _impossible_partitions(config: Config) -> Iterator[str]:
         yield (
             f"experts.count must be the number of data.sources for partition.method domain ({len(sources)}), but is "
             f"{count}; set it to {len(sources)}, or choose another method"
+        )
+
+
+def _impossible_cleaning(config: Config) -> Iterator[str]:
+    """One sentence per step that finds nothing to clean, or comes too late."""
+    names = [item.step for item in config.data.clean]
+    if names and config.task != "text":
+        yield f"data.clean must be left out under task {config.task}, since it cleans documents of text; remove it"
+    known = {source.name for source in config.data.sources}
+    for item in config.data.clean:
+        if item.sources is not None and item.step in ("exact", "near"):
+            yield f"data.clean must have no sources for {item.step}, which looks at the whole corpus; remove them"
+        elif unknown := [name for name in item.sources or () if name not in known]:
+            yield (
+                f"data.clean must name data.sources ({', '.join(sorted(known))}), but {item.step} names "
+                f"{unknown[0]!r:.60}; name one of these"
+            )
+    if "near" in names and (late := [name for name in names[names.index("near") :] if name in CHANGES_TEXT]):
+        yield (
+            f"data.clean must name near after all steps that change text, but {late[0]} comes after it; "
+            "put near behind it"
         )
 
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from operator import attrgetter
 from typing import Any
 
 from checkpoints import Artifact, paths
@@ -45,13 +46,15 @@ class Stage:
     artifact: str = ""
     """What manifests call what it makes, and tables its model, where that is not the stage's name."""
     within: str = ""
-    """The stage behind which it is made, by the same process, where it has no job of its own."""
+    """The stage whose process makes it too, before or after, where it has no job of its own."""
     phase: Callable[[Config], PhaseConfig] | None = None
     """How it trains; None trains nothing."""
     nodes: str = "other"
     """The section of `cluster` that says what its job asks for."""
     baseline: str | None = None
     """It is wanted when `evaluation.baselines` names this; None is always."""
+    needs: str = ""
+    """A setting without which it is not wanted."""
     is_measured: bool = True
     """Its models are measured by the evaluation."""
     schedule: str = ""
@@ -78,6 +81,8 @@ class Stage:
 
     def is_wanted(self, config: Config) -> bool:
         """Whether a run with these settings makes it."""
+        if self.needs and not attrgetter(self.needs)(config):
+            return False
         return self.baseline is None or self.baseline in config.evaluation.baselines
 
     def function(self, task: str = "text") -> Callable[..., Any]:
@@ -93,6 +98,10 @@ class Stage:
 
 MAKERS = "modularforge.stages"
 SHARED_BY_ALL = ("prepare-data", "partition", "backbone")
+CLEANED_FROM = tuple(
+    f"data.{name}"
+    for name in ("sources", "clean", "min_article_length", "max_documents_per_source", "heldout_fraction")
+)
 ROUTED = ("assembly.experts_per_token", "assembly.public_expert")
 SOLVED = (*ROUTED, "assembly.ridge_penalty", "assembly.router_temperature")
 COUNTED = ("experts.counted_tokens", "experts.counted_pairs")
@@ -138,10 +147,22 @@ STAGES: dict[str, Stage] = _Rows(
     (stage.name, stage)
     for stage in (
         Stage(
+            "clean",
+            "{data}-cleaned",
+            (),
+            (),
+            f"{MAKERS}.prepare:cleaned",
+            CLEANED_FROM,
+            artifact="cleaned",
+            within="prepare-data",
+            needs="data.clean",
+            is_measured=False,
+        ),
+        Stage(
             "prepare-data",
             "{data}",
             ("data",),
-            ("tokenizer",),
+            ("clean", "tokenizer"),
             f"{MAKERS}.prepare:corpus",
             artifact="corpus",
             is_measured=False,
@@ -315,6 +336,7 @@ EVERYWHERE = ("task",)
 CAME_LATER: dict[str, Any] = {
     "experts.kind": "ffn",
     "task": "text",
+    "data.clean": [],
     "assembly.lora": "adapters",
     "assembly.lora_choice": "token",
     "training.packing": True,

@@ -204,8 +204,10 @@ class Run:
             if needed not in self._pretrained:  # hashes of whole models, and a look at the Hub's cache
                 self._pretrained[needed] = _pretrained_input(self.config, needed)
             return self._pretrained[needed]
+        if needed == "clean" and not STAGES[needed].is_wanted(self.config):
+            return {}
         artifact = self._required(needed)
-        identity = contents(artifact) if needed == "prepare-data" else artifact.manifest.fingerprint
+        identity = contents(artifact) if needed in ("clean", "prepare-data") else artifact.manifest.fingerprint
         return {STAGES[needed].kind: identity}
 
 

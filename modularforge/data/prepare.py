@@ -26,6 +26,7 @@ from checkpoints.redact import redact_values
 from checkpoints.screen import progress
 from modularforge.config import Config
 from modularforge.data.chat_template import chat_tokenizer
+from modularforge.data.cleaning import read_cleaned
 from modularforge.data.corpus import SPLITS, Document, Split, read_documents
 from modularforge.data.examples import ExampleEncoder, ExampleWriter, example_writers
 from modularforge.data.inputs import file_states, list_matches
@@ -54,17 +55,19 @@ def prepare_corpus(
     output: Path,
     pretrained: Path | None = None,
     states: Mapping[str, list[Any]] | None = None,
+    cleaned: Path | None = None,
 ) -> dict[str, Any]:
     """Write tokenizer, token files `train`, `validation`, `test` and `metadata.json` into `output`; return the last.
 
     The tokenizer is learned, or taken from the model folder `pretrained`. `states` are those of the files, if known.
-    `scratch` must be the same folder when a killed run is repeated; the caller deletes it once `output` is committed.
+    Documents are those of the folder `cleaned`, or as the sources have them. `scratch` must be the same folder when a
+    killed run is repeated; the caller deletes it once `output` is committed.
     """
-    work = _own_scratch(scratch, describe_corpus(config, pretrained, states))
+    work = own_scratch(scratch, describe_corpus(config, pretrained, states))
     if pretrained is not None:
         tokenizer, end_token = adopt_tokenizer(pretrained, output)
     else:
-        tokenizer, end_token = _learn_tokenizer(config, work / "tokenizer.json"), EOS
+        tokenizer, end_token = _learn_tokenizer(config, work / "tokenizer.json", cleaned), EOS
         save_tokenizer(tokenizer, output)
     labels = [source.name for source in config.data.sources if source.label_field is None]
     dropped: Counter[str] = Counter()
@@ -74,7 +77,7 @@ def prepare_corpus(
         if writers
         else None
     )
-    encoder = _Encoder(tokenizer, end_token, work, writers, examples)
+    encoder = _Encoder(tokenizer, end_token, work, writers, examples, cleaned)
     splits = {split: _write_split(config, split, encoder, output, labels, dropped) for split in SPLITS}
     metadata = {
         "vocab_size": vocabulary_size(tokenizer),
@@ -98,6 +101,7 @@ class _Encoder:
     work: Path
     writers: Mapping[str, ExampleWriter]
     examples: ExampleEncoder | None
+    cleaned: Path | None
 
 
 def describe_corpus(
@@ -122,7 +126,7 @@ def remove_scratch(scratch: Path) -> None:
         scratch.rmdir()
 
 
-def _own_scratch(scratch: Path, key: str) -> Path:
+def own_scratch(scratch: Path, key: str) -> Path:
     """The scratch folder of these settings; those of others are deleted."""
     for other in scratch.glob(SCRATCH_PATTERN):
         if other.name != f"prepare-{key}":
@@ -132,20 +136,20 @@ def _own_scratch(scratch: Path, key: str) -> Path:
     return work
 
 
-def _learn_tokenizer(config: Config, path: Path) -> Tokenizer:
+def _learn_tokenizer(config: Config, path: Path, cleaned: Path | None) -> Tokenizer:
     if not path.exists():
         logger.info("learning a tokenizer of %d entries", config.data.vocab_size)
-        tokenizer = train_tokenizer(_sample_texts(config), config.data.vocab_size)
+        tokenizer = train_tokenizer(_sample_texts(config, cleaned), config.data.vocab_size)
         paths.write_atomically(path, [tokenizer.to_str().encode()], replace=True)
     return load_tokenizer(path)
 
 
-def _sample_texts(config: Config) -> Iterator[str]:
+def _sample_texts(config: Config, cleaned: Path | None) -> Iterator[str]:
     """The beginning of each source's training text, in equal shares of `data.tokenizer_sample_bytes`."""
     share = config.data.tokenizer_sample_bytes // len(config.data.sources)
     writers = example_writers(config, None)
-    for source in config.data.sources:
-        documents = read_documents(source, "train", config.data, writer=writers.get(source.name))
+    for number in range(len(config.data.sources)):
+        documents = _of_source(config, number, "train", writers, cleaned)
         yield from take_bytes((document.text for document in documents), share)
 
 
@@ -159,7 +163,7 @@ def _write_split(
 ) -> dict[str, dict[str, int]]:
     """Write one token file and return documents, tokens and bytes by label; labels not seen before join `labels`."""
     totals: dict[str, Counter[str]] = {}
-    documents = _documents(config, split, encoder.writers, dropped if split == "train" else None)
+    documents = _documents(config, split, encoder, dropped if split == "train" else None)
     started, done = time.monotonic(), Counter[str]()
     with (
         TokenFileWriter(output, split, vocabulary_size(encoder.tokenizer), encoder.examples is not None) as writer,
@@ -178,11 +182,23 @@ def _write_split(
     return {label: dict(totals[label]) for label in labels if label in totals}
 
 
-def _documents(
-    config: Config, split: Split, writers: Mapping[str, ExampleWriter], dropped: Counter[str] | None
+def _documents(config: Config, split: Split, encoder: _Encoder, dropped: Counter[str] | None) -> Iterator[Document]:
+    for number in range(len(config.data.sources)):
+        yield from _of_source(config, number, split, encoder.writers, encoder.cleaned, dropped)
+
+
+def _of_source(
+    config: Config,
+    number: int,
+    split: Split,
+    writers: Mapping[str, ExampleWriter],
+    cleaned: Path | None,
+    dropped: Counter[str] | None = None,
 ) -> Iterator[Document]:
-    for source in config.data.sources:
-        yield from read_documents(source, split, config.data, dropped, writers.get(source.name))
+    if cleaned is not None:
+        return read_cleaned(cleaned, number, split)
+    source = config.data.sources[number]
+    return read_documents(source, split, config.data, dropped, writers.get(source.name))
 
 
 def _global_labels(shard: Shard, labels: list[str]) -> Any:

@@ -66,7 +66,7 @@ def tokenise(
     `examples` says how they become tokens where they are examples.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    batches = _encode(in_background(_group(documents, folder, name), depth=1), tokenizer, examples)
+    batches = _encode(in_background(grouped(documents, folder, name), depth=1), tokenizer, examples)
     dtype, parts = token_dtype(vocabulary_size(tokenizer)), _Parts(end_token)
     for group, encodings, is_last in in_background(batches):
         parts.add(encodings, dtype)
@@ -107,7 +107,7 @@ class _Parts:
             self.lengths.append(len(ids))
 
 
-def _group(documents: Iterable[Document], folder: Path, name: str) -> Iterator[_Group]:
+def grouped(documents: Iterable[Document], folder: Path, name: str) -> Iterator[_Group]:
     """Cut the stream into shards after the document that fills each, and name them by what they hold."""
     held: list[Document] = []
     text_bytes: list[int] = []

@@ -54,7 +54,7 @@ def parts_of(run: Run) -> list[Part]:
     known: list[str] = []
     for name, stage in STAGES.items():
         names = [f"{name}-{index}" for index in range(run.num_experts)] if stage.is_indexed else [name]
-        is_wanted = stage.baseline is None or stage.baseline in wanted
+        is_wanted = stage.baseline in (None, *wanted) and (not stage.needs or bool(run.setting(stage.needs, [])))
         known += names if is_wanted or any(JobName.parse(job).stage == name for job in begun) else []
     return [
         _part(run, name, run.jobs.get(name)) for name in [*known, *(name for name in run.jobs if name not in known)]

@@ -19,6 +19,7 @@ from markupsafe import Markup
 from checkpoints.redact import redactor
 from checkpoints.screen import literal
 from modularforge import __version__
+from modularforge.observe.cleaning import cleaning_samples, cleaning_tables
 from modularforge.observe.completion import Part, headline, is_finished, parts_of
 from modularforge.observe.evaluation import model_table, samples_of
 from modularforge.observe.findings import DECIDING, chat_table, finding_tables, harness_tables, task_tables
@@ -29,6 +30,7 @@ from modularforge.observe.timeline import commit_time, timeline
 
 SECTIONS = {
     "progress": "Progress",
+    "cleaning": "Cleaning",
     "timeline": "Timeline",
     "training": "Training",
     "gradients": "Gradients",
@@ -58,6 +60,7 @@ def make_page(run: Run, plots: Iterable[Plot]) -> str:
     filled = {"progress", *(plot["section"] for plot in drawn)}
     filled |= {"evaluation"} if run.evaluation else set()
     filled |= {"samples"} if samples else set()
+    filled |= {"cleaning"} if run.cleaning else set()
     filled |= {"configuration"} if run.artifacts or run.config else set()
     page = _template().render(
         redact=redactor(),
@@ -73,6 +76,8 @@ def make_page(run: Run, plots: Iterable[Plot]) -> str:
         plots=drawn,
         share=_share(run),
         jobs=job_table(run),
+        cleaning=list(cleaning_tables(run.cleaning)),
+        cleaned=list(cleaning_samples(run.cleaning)),
         evaluation=model_table(run.evaluation) if run.evaluation else None,
         findings=_findings(run, chat),
         samples=samples,

@@ -18,6 +18,7 @@ from modularforge.errors import ConfigError, DataError
 from modularforge.evaluation.results import parse_results
 from modularforge.json_lines import moment, objects_in
 from modularforge.norm_files import FOLDER, ROWS_NAME, Norms, parse_norms
+from modularforge.observe.cleaning import REPORT_NAME, Cleaning, parse_cleaning
 from modularforge.observe.metrics import JobMetrics, parse_metrics
 from modularforge.pipeline import CHOSEN_FACT, OLD_NAMES, STAGES
 from modularforge.provenance import SETTINGS_NAME
@@ -52,6 +53,7 @@ class Run:
     records: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     norms: dict[str, Norms] = field(default_factory=dict)
+    cleaning: Cleaning | None = None
     read_at: float = field(default_factory=time.time)
 
     @property
@@ -82,9 +84,9 @@ def read_run(url: str) -> Run:
     config = _newest_config(url, artifacts, problems)
     data_dir = config.get("data_dir")
     if data_dir and "prepare-data" not in artifacts:
-        artifacts |= _find_all(
-            {name: STAGES[name].folder.format(data=data_dir) for name in ("prepare-data", "partition")}, problems
-        )
+        names = ("clean", "prepare-data", "partition")
+        places = {name: STAGES[name].folder.format(data=str(data_dir).rstrip("/")) for name in names}
+        artifacts |= _find_all(places, problems)
     logged = paths.list_folder(_metrics_folder(url))
     jobs = _read_jobs(url, logged, problems)
     if not artifacts and not jobs:
@@ -98,7 +100,8 @@ def read_run(url: str) -> Run:
     evaluation = _read_evaluation(artifacts, problems)
     problems += _outdated(artifacts)
     norms = _read_norms(url, logged, problems)
-    return Run(url, artifacts, jobs, config, evaluation, _read_records(url, problems), problems, norms)
+    cleaning = _read_cleaning(artifacts, problems)
+    return Run(url, artifacts, jobs, config, evaluation, _read_records(url, problems), problems, norms, cleaning)
 
 
 def is_run(url: str) -> bool:
@@ -223,6 +226,18 @@ def _read_evaluation(artifacts: dict[str, Artifact], problems: list[str]) -> dic
     try:
         content = artifacts["evaluate"].read_bytes(RESULTS_NAME)
         return parse_results(content, paths.join(artifacts["evaluate"].url, RESULTS_NAME))
+    except (StoreError, DataError) as error:
+        problems.append(str(error))
+        return None
+
+
+def _read_cleaning(artifacts: dict[str, Artifact], problems: list[str]) -> Cleaning | None:
+    if "clean" not in artifacts:
+        return None
+    try:
+        return parse_cleaning(
+            artifacts["clean"].read_bytes(REPORT_NAME), paths.join(artifacts["clean"].url, REPORT_NAME)
+        )
     except (StoreError, DataError) as error:
         problems.append(str(error))
         return None

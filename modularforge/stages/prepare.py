@@ -1,4 +1,4 @@
-"""Prepare the data: tokenizer and token files, then the partitions of the experts."""
+"""Prepare the data: cleaned documents where wanted, tokenizer and token files, then the partitions of the experts."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 
 from checkpoints import Artifact, paths
 from modularforge.config import Config
+from modularforge.data.cleaning import clean_corpus
 from modularforge.data.inputs import SHOWN, changes_since, file_states, list_matches, record, warn_of_repeats
 from modularforge.data.partition_files import make_partitions
-from modularforge.data.prepare import prepare_corpus, remove_scratch
+from modularforge.data.prepare import describe_corpus, own_scratch, prepare_corpus, remove_scratch
 from modularforge.errors import DataError, StoreError
 from modularforge.log import logger
+from modularforge.pipeline import contents
 from modularforge.pretrained.fetch import local_model
 from modularforge.provenance import commit, making
 from modularforge.run import Run
@@ -20,13 +22,13 @@ from modularforge.run import Run
 SOURCES_FACT = "sources"  # in the manifest of prepared data: the files that were read
 
 
-def corpus(run: Run) -> Artifact:
-    """Learn the tokenizer and write the token files, unless that is done."""
-    plan, config = run.plan("prepare-data"), run.config
+def cleaned(run: Run) -> Artifact:
+    """Clean the documents, unless that is done."""
+    plan, config = run.plan("clean"), run.config
     scratch = _scratch_folder(plan.url, plan.fingerprint)
     if artifact := run.finished(plan):
-        logger.info("data is finished: %s", plan.url)
-        remove_scratch(scratch)  # of a preparation that was killed right after its commit
+        logger.info("cleaned documents are finished: %s", plan.url)
+        remove_scratch(scratch)
         _warn_of_changes(config, artifact)
         return artifact
     matches = list_matches(config)
@@ -34,11 +36,37 @@ def corpus(run: Run) -> Artifact:
     states = file_states(matches)
     with making(plan) as writer:
         start = time.perf_counter()
+        work = own_scratch(scratch, describe_corpus(config, None, states))
+        report = clean_corpus(config, work, writer.folder)
+        facts = {name: report[name] for name in ("read", "kept", "copies")}
+        facts["seconds"] = round(time.perf_counter() - start, 3)
+        made = commit(writer, plan, run, {**facts, SOURCES_FACT: record(matches, states)})
+    remove_scratch(scratch)
+    return made
+
+
+def corpus(run: Run) -> Artifact:
+    """Learn the tokenizer and write the token files, unless that is done."""
+    plan, config = run.plan("prepare-data"), run.config
+    source = run.require("clean") if config.data.clean else None
+    scratch = _scratch_folder(plan.url, plan.fingerprint)
+    if artifact := run.finished(plan):
+        logger.info("data is finished: %s", plan.url)
+        remove_scratch(scratch)  # of a preparation that was killed right after its commit
+        _warn_of_changes(config, artifact)
+        return artifact
+    matches = [] if source else list_matches(config)
+    warn_of_repeats(matches)
+    states = {source.url: [contents(source)]} if source else file_states(matches)
+    documents = source.local_folder() if source else None
+    with making(plan) as writer:
+        start = time.perf_counter()
         pretrained = local_model(config.model.pretrained) if config.model.pretrained else None
-        metadata = prepare_corpus(config, scratch, writer.folder, pretrained, states)
+        metadata = prepare_corpus(config, scratch, writer.folder, pretrained, states, documents)
         seconds = round(time.perf_counter() - start, 3)
         facts = {"seconds": seconds, "labels": metadata["labels"], "splits": metadata["splits"]}
-        made = commit(writer, plan, run, {**facts, SOURCES_FACT: record(matches, states)})
+        read = {} if source else {SOURCES_FACT: record(matches, states)}
+        made = commit(writer, plan, run, {**facts, **read})
     remove_scratch(scratch)
     return made
 

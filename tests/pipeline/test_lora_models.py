@@ -376,7 +376,12 @@ def test_a_study_measures_all_forms_beside_their_baselines(tmp_path: Path) -> No
         "ffn": {"kind": "assembled", "recipe": "ffn"},
     }
     recipes: dict[str, Any] = {"plain": {}, "ffn": {"experts.kind": "ffn", "experts.lora": None}}
-    values: dict[str, Any] = {"name": "tiny", "base": str(base), "output_dir": str(tmp_path / "out"), "recipes": recipes}
+    values: dict[str, Any] = {
+        "name": "tiny",
+        "base": str(base),
+        "output_dir": str(tmp_path / "out"),
+        "recipes": recipes,
+    }
     values |= {"validation_tokens_per_domain": 700, "variants": variants}
     file.write_text(yaml.safe_dump(values, sort_keys=False))
     runs = Runs(load_study(str(file)))

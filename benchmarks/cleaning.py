@@ -1,0 +1,152 @@
+"""What each step of cleaning finds of planted faults, and its speed beside datatrove's own step on the same texts.
+
+    python -m benchmarks.cleaning [--faults 40]
+
+Faults are planted one kind at a time among clean documents of the package's sample: copies of which 100, 90, 80 and
+50 % of the words are the original's (the rest those of another document), French, boilerplate, and mojibake. Recall is
+the share of planted documents that the step dropped, or repaired to the very original; precision the share of planted
+ones among all that it dropped or changed. Speeds are megabytes per second of processor time of one core, with the same
+splitter of words: ours from files to files, datatrove's from a list of documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from modularforge.config import CleanStepConfig, Config, DataConfig, SourceConfig
+from modularforge.data import cleaning
+from modularforge.data.clean_steps import datatrove, hashing, make_steps, words_of
+from modularforge.data.cleaning import clean_corpus, read_cleaned
+from modularforge.data.files import find_files
+from modularforge.data.formats import read_file
+
+DOMAINS = ("law", "english_novels", "standards")
+CHARACTERS = 4000
+ENGLISH = {"languages": ["en"]}
+MENU = ("Home", "About us", "Contact", "Sign in", "Subscribe to our newsletter", "Share on social media")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=40, help="documents planted of each kind")
+    count = parser.parse_args().faults
+    logging.disable()
+    vars(cleaning)["cores"] = lambda: 1
+    clean = [text for domain in DOMAINS for text in texts_of(domain)]
+    print(f"{len(clean)} clean documents, {count} planted of each kind\n")
+    print("| fault | step | recall | precision |\n|---|---|---|---|")
+    for fault, step, options, planted in faults(clean, count):
+        found, right = findings(clean, planted, step, options)
+        print(f"| {fault} | `{step}` | {right / count:.2f} | {f'{right / found:.2f}' if found else '–'} |", flush=True)
+    print("\n| step | MB/s of a core | datatrove alone | ratio |\n|---|---|---|---|")
+    for step in ("repair", "repetition", "gopher", "c4", "fineweb", "personal", "near"):
+        ours, alone = speed(clean, step), speed_alone(clean, step)
+        print(f"| `{step}` | {ours:.2f} | {alone:.2f} | {ours / alone:.2f} |", flush=True)
+
+
+def texts_of(domain: str) -> list[str]:
+    source = SourceConfig(name=domain, train=f"sample:{domain}/train.jsonl.gz")
+    found = [text for text, _ in read_file(find_files(source.train)[0], source)]
+    return [text[at : at + CHARACTERS] for text in found for at in range(0, len(text) - CHARACTERS + 1, CHARACTERS)]
+
+
+def faults(clean: list[str], count: int) -> Sequence[tuple[str, str, dict[str, Any], dict[str, str]]]:
+    """Fault, step, options, and planted texts by themselves, each with what it was made of."""
+    chosen = clean[:: len(clean) // count][:count]
+    shift = len(clean) // 2
+    others = [clean[(clean.index(text) + shift) % len(clean)] for text in chosen]
+
+    def copies(share: float) -> dict[str, str]:
+        return {mixed(text, other, share): text for text, other in zip(chosen, others, strict=True)}
+
+    french = dict.fromkeys(texts_of("french_novels")[:count], "")
+    menus = {"\n".join(MENU[(k + m) % len(MENU)] for m in range(20 + k)): "" for k in range(count)}
+    curly = [text.replace("'", "’").replace("the ", "thé ") for text in chosen]
+    broken = {text.encode().decode("cp1252", errors="replace"): text for text in curly}
+    near: list[Any] = [(f"copy, {share:.0%} of its words", "near", {}, copies(share)) for share in (1.0, 0.9, 0.8, 0.5)]
+    return [
+        ("copy, 100% of its words", "exact", {}, {f"{text}": text for text in chosen}),
+        *near,
+        ("French", "language", ENGLISH, french),
+        *(("boilerplate", step, {}, menus) for step in ("repetition", "gopher", "c4", "fineweb")),
+        ("mojibake", "repair", {}, broken),
+    ]
+
+
+def mixed(text: str, other: str, share: float) -> str:
+    """A share of the words of one text, from its beginning, then those of another."""
+    words = text.split(" ")
+    kept = round(len(words) * share)
+    return " ".join([*words[:kept], *other.split(" ")[: len(words) - kept]])
+
+
+def findings(clean: list[str], planted: dict[str, str], step: str, options: dict[str, Any]) -> tuple[int, int]:
+    """How many documents the step dropped or changed, and how many of the planted ones."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = cleaned(Path(folder), [*clean, *planted], step, options)
+        left = [document.text for document in read_cleaned(Path(folder) / "output", 0, "train")]
+    row = report["counts"][0]
+    if step == "repair":
+        return row["changed"], len(set(planted.values()) & set(left[len(clean) :]))
+    if planted.keys() <= set(clean):
+        return row["dropped"], sum(left.count(text) < 2 for text in planted)
+    return row["dropped"], sum(text not in left for text in planted)
+
+
+def cleaned(folder: Path, texts: list[str], step: str, options: dict[str, Any]) -> dict[str, Any]:
+    held_out = texts_of("english_novels")[-2:]
+    files = {"train": texts, "validation": [f"{held_out[0]} held out"], "test": [f"{held_out[1]} held out"]}
+    for name, found in files.items():
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in found)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    source = {"name": "all", **{name: str(folder / f"{name}.jsonl") for name in files}}
+    steps = [{"step": step, "options": options}]
+    config = Config(data=DataConfig.model_validate({"sources": [source], "clean": steps}))
+    (folder / "output").mkdir()
+    return clean_corpus(config, folder / "scratch", folder / "output")
+
+
+def speed(texts: list[str], step: str) -> float:
+    """Megabytes per second of processor time, from files to files."""
+    with tempfile.TemporaryDirectory() as folder:
+        return measured(texts, lambda: cleaned(Path(folder), texts, step, {}))
+
+
+def speed_alone(texts: list[str], step: str) -> float:
+    """The same of datatrove's step by itself."""
+    make = datatrove("data").Document
+    documents = [make(text, "") for text in texts]
+    if step != "near":
+        apply = make_steps([CleanStepConfig.model_validate({"step": step})], Path(), None)[0]
+        return measured(texts, lambda: [apply(document) for document in documents])
+    with tempfile.TemporaryDirectory() as folder:
+        return measured(texts, lambda: deduplicated(documents, folder))
+
+
+def deduplicated(documents: list[Any], folder: str) -> list[Any]:
+    """datatrove's four steps, as its examples have them."""
+    module = datatrove("pipeline.dedup.minhash")
+    config = module.MinhashConfig(hash_config=hashing())
+    module.MinhashDedupSignature(f"{folder}/signatures", config, words_of({})).run(iter(documents))
+    for bucket in range(config.num_buckets):
+        finder = module.MinhashDedupBuckets(f"{folder}/signatures", f"{folder}/pairs", config=config)
+        finder.run(None, bucket, config.num_buckets)
+    module.MinhashDedupCluster(f"{folder}/pairs", f"{folder}/remove", config).run(None, 0, 1)
+    return list(module.MinhashDedupFilter(f"{folder}/remove").run(iter(documents)))
+
+
+def measured(texts: list[str], call: Callable[[], Any]) -> float:
+    start = time.process_time()
+    call()
+    return sum(len(text.encode()) for text in texts) / 1e6 / (time.process_time() - start)
+
+
+if __name__ == "__main__":
+    main()

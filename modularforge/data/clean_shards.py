@@ -1,0 +1,142 @@
+"""Take one shard of documents through steps of cleaning; count what they drop and change, and keep a few samples.
+
+A shard is a Zstandard file of JSON lines, `text` and `label`. Beside it lies what was counted on the way; the shard is
+written last, so that one that is there is finished.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from checkpoints.paths import write_atomically
+from modularforge.config import CleanStepConfig
+from modularforge.data.clean_steps import Apply, datatrove, make_steps
+from modularforge.data.compression import decompress
+
+ENDING = ".jsonl.zst"
+SAMPLES = 3  # of each step in each source
+SAMPLE_CHARACTERS, BEFORE_THE_CHANGE = 600, 60
+
+
+@dataclass(frozen=True)
+class Task:
+    """A shard to clean: texts with labels as they were read, or the shard of an earlier pass and what to leave out."""
+
+    target: Path
+    source: str
+    split: str
+    documents: list[tuple[str, str]] | Path
+    removed: frozenset[int] = frozenset()
+
+
+@dataclass
+class Tally:
+    """What happened to the documents of a shard."""
+
+    source: str
+    split: str
+    read: Counter[str] = field(default_factory=Counter)
+    kept: Counter[str] = field(default_factory=Counter)
+    steps: dict[str, Counter[str]] = field(default_factory=dict)
+    reasons: dict[str, Counter[str]] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    def note(self, place: int, before: str, after: str, reason: str | None) -> None:
+        """Count what the step at this place did to a text."""
+        counts = self.steps.setdefault(str(place), Counter())
+        counts["documents"] += 1
+        if reason is None and after == before:
+            return
+        counts["changed" if reason is None else "dropped"] += 1
+        if reason is not None:
+            counts["dropped_bytes"] += len(before.encode())
+            self.reasons.setdefault(str(place), Counter())[reason] += 1
+        if sum(sample["place"] == place for sample in self.samples) < SAMPLES:
+            self.samples.append(
+                {"place": place, "source": self.source, "reason": reason, **_excerpt(before, after, reason)}
+            )
+
+
+def clean_shard(steps: Sequence[CleanStepConfig], scratch: Path, first: int, last: int, task: Task) -> Path:
+    """Take a shard through the steps from `first` to `last`, unless that is done; returns where it lies."""
+    import zstandard
+
+    if task.target.exists():
+        return task.target
+    tally, lines = Tally(task.source, task.split), []
+    documents = _without(task, first - 1, tally)
+    for document in _kept(documents, make_steps(steps, scratch, task.source, first, last), tally):
+        record = {"text": document.text, "label": document.metadata["label"]}
+        lines.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        tally.kept.update(documents=1, bytes=len(document.text.encode()))
+    write_atomically(_tally_path(task.target), [json.dumps(vars(tally)).encode()], replace=True)
+    write_atomically(task.target, [zstandard.compress(b"".join(lines))], replace=True)
+    return task.target
+
+
+def read_tally(shard: Path) -> Tally:
+    """What was counted of a finished shard."""
+    values = json.loads(_tally_path(shard).read_bytes())
+    for name in ("read", "kept"):
+        values[name] = Counter(values[name])
+    return Tally(**values)
+
+
+def records(path: Path) -> Iterator[dict[str, str]]:
+    """The documents of a file of JSON lines."""
+    with open(path, "rb") as file:
+        lines = b"".join(decompress(file, ".zst", str(path))).split(b"\n")
+    return (json.loads(line) for line in lines if line)
+
+
+def read_shard(path: Path) -> Iterator[Any]:
+    """The documents of a shard as datatrove has them."""
+    return _documents((record["text"], record["label"]) for record in records(path))
+
+
+def _documents(texts: Iterable[tuple[str, str]]) -> Iterator[Any]:
+    make = datatrove("data").Document
+    return (make(text, "", metadata={"label": label}) for text, label in texts)
+
+
+def _without(task: Task, place: int, tally: Tally) -> Iterator[Any]:
+    """The documents of a task but those that the step before this pass removes."""
+    documents = _documents(task.documents) if isinstance(task.documents, list) else read_shard(task.documents)
+    for index, document in enumerate(documents):
+        tally.read.update(documents=1, bytes=len(document.text.encode()))
+        if isinstance(task.documents, Path):
+            tally.note(place, document.text, document.text, "copy" if index in task.removed else None)
+        if index not in task.removed:
+            yield document
+
+
+def _kept(documents: Iterable[Any], steps: Mapping[int, Apply], tally: Tally) -> Iterator[Any]:
+    for document in documents:
+        reason = None
+        for place, apply in steps.items():
+            before = document.text
+            reason = apply(document) or (None if document.text.strip() else "empty")
+            tally.note(place, before, document.text, reason)
+            if reason is not None:
+                break
+        if reason is None:
+            yield document
+
+
+def _excerpt(before: str, after: str, reason: str | None) -> dict[str, str | None]:
+    """The beginning of a text that is dropped; of one that is changed the first place where it is."""
+    if reason is not None:
+        return {"before": before[:SAMPLE_CHARACTERS], "after": None}
+    length = min(len(before), len(after))
+    change = next((place for place in range(length) if before[place] != after[place]), length)
+    start = max(0, change - BEFORE_THE_CHANGE)
+    return {"before": before[start:][:SAMPLE_CHARACTERS], "after": after[start:][:SAMPLE_CHARACTERS]}
+
+
+def _tally_path(shard: Path) -> Path:
+    return shard.with_name(shard.name.removesuffix(ENDING) + ".json")
