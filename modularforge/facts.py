@@ -113,6 +113,7 @@ KINDS: dict[str, Any] = {
     "index": Count,
     "members": list[IndexedPart],
     "part_keys": dict[str, str],
+    "partition_tokens": Count,
     "pretrained": Pretrained | None,
     "provenance": Provenance,
     "public_expert": StrictBool,

@@ -19,6 +19,7 @@ from checkpoints.hashing import describe_file
 from checkpoints.safetensors import WEIGHTS_NAME, TensorSpan, read_spans
 from modularforge.assembly import parts
 from modularforge.assembly.plan import LowRank, OutputTensor, output_tensors, spans_of
+from modularforge.assembly.shared import SHARED_NAME, write_means
 from modularforge.config import Config, ModelConfig
 from modularforge.errors import ConfigError, MismatchError
 from modularforge.log import logger
@@ -113,10 +114,10 @@ class Mixture:
     def _tensors(self, scratch: Path) -> dict[str, OutputTensor]:
         """All tensors of the assembled model; new values are written to files in `scratch`."""
         public_slot = 0 if self.config.has_public_expert else None
+        backbone = spans_of(self.backbone, WEIGHTS_NAME)
+        shared = write_means(scratch / SHARED_NAME, backbone, self.experts, self.config.assembly.shared)
         slots = {index + (public_slot == 0): own for index, own in enumerate(self.spans)}
-        spans = merged_spans(
-            spans_of(self.backbone, WEIGHTS_NAME), slots, self.dense.layers, public_slot, self.dense.family
-        )
+        spans = merged_spans({**backbone, **shared}, slots, self.dense.layers, public_slot, self.dense.family)
         kept = output_tensors(spans, SAFETENSORS_NAME[self.config.assembly.dtype])
         for (index, layer, part), matrix in self.added.items():
             name = names.expert_ffn(layer, index + (public_slot == 0), part, self.dense.family)

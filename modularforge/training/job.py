@@ -25,10 +25,19 @@ class Job:
     """Whether its progress is told in the log; a check has words of its own."""
     unit: str = "tokens"
     """What the units of its batches are called in the metrics."""
+    until: int | None = None
+    """Steps after which it ends, where another job goes on with the phase."""
+
+    @property
+    def end(self) -> int:
+        """Steps of the phase that are done when it ends."""
+        return self.phase.steps if self.until is None else self.until
 
     @staticmethod
-    def of_run(config: Config, name: str, phase: PhaseConfig, fingerprint: str) -> Job:
+    def of_run(config: Config, name: str, phase: PhaseConfig, fingerprint: str, until: int | None = None) -> Job:
         """A job of a run, with its checkpoints and metrics in their places there."""
         places = checkpoint_url(config, name), metrics_url(config, name)
         unit = task_of(config).unit
-        return Job(name, phase, config.training, fingerprint, *places, config.metrics.tensorboard, unit=unit)
+        return Job(
+            name, phase, config.training, fingerprint, *places, config.metrics.tensorboard, unit=unit, until=until
+        )
