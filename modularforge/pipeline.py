@@ -141,7 +141,7 @@ def _rounds() -> Iterator[Stage]:
             nodes="expert",
             is_measured=False,
             schedule="experts",
-            panel="experts",
+            panel="rounds",
             round=number,
         )
         yield Stage(

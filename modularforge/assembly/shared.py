@@ -46,6 +46,11 @@ Sums = Mapping[str, Sequence[Term]]
 """Tensors by name, each as the sum of others of its shape."""
 
 
+def shared_tensors(expert: Artifact) -> Mapping[str, str]:
+    """Hashes, by name, of what an expert has made of shared weights; none of one that trained none."""
+    return expert.entry(SHARED_NAME).tensors if SHARED_NAME in expert.manifest.files else {}
+
+
 def shares_of(experts: Sequence[Artifact], weighting: str) -> list[float]:
     """How much each expert weighs in a mean, together 1: alike, or (`tokens`) by the tokens of its partition."""
     weights = [float(fact(expert, "partition_tokens")) if weighting == "tokens" else 1.0 for expert in experts]
@@ -55,7 +60,7 @@ def shares_of(experts: Sequence[Artifact], weighting: str) -> list[float]:
 
 def means(base: Spans, experts: Sequence[Artifact], weighting: str) -> dict[str, list[Term]]:
     """The mean of each tensor that any expert has trained; one that left it as it was counts with that, the base's."""
-    own = [spans_of(expert, SHARED_NAME) if SHARED_NAME in expert.manifest.files else {} for expert in experts]
+    own = [spans_of(expert, SHARED_NAME) if shared_tensors(expert) else {} for expert in experts]
     shares = shares_of(experts, weighting) if any(own) else []
     return {
         name: [Term(spans.get(name, base[name]), share) for spans, share in zip(own, shares, strict=True)]

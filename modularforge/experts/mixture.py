@@ -19,7 +19,7 @@ from checkpoints.hashing import describe_file
 from checkpoints.safetensors import WEIGHTS_NAME, TensorSpan, read_spans
 from modularforge.assembly import parts
 from modularforge.assembly.plan import LowRank, OutputTensor, output_tensors, spans_of
-from modularforge.assembly.shared import SHARED_NAME, write_means
+from modularforge.assembly.shared import SHARED_NAME, shared_tensors, write_means
 from modularforge.config import Config, ModelConfig
 from modularforge.errors import ConfigError, MismatchError
 from modularforge.log import logger
@@ -132,6 +132,7 @@ class Mixture:
 
     def _facts(self, written: Mapping[str, Any]) -> dict[str, Any]:
         sizes = model_sizes(self.shape, self.vocab_size, self.count, self.active, self.dense)
+        trained = {names.shared_part(name) for expert in self.experts for name in shared_tensors(expert)}
         return {
             "architecture": written["architectures"][0],
             "experts": self.count,
@@ -141,6 +142,7 @@ class Mixture:
             "parameters": sizes.parameters,
             "active_parameters": sizes.active_parameters,
             "routing_parameters": sizes.routing_parameters,
+            **({"shared_means": sorted(trained)} if trained else {}),
         }
 
     def _write(self, folder: Path) -> dict[str, Any]:
@@ -201,8 +203,10 @@ def _summary(facts: Mapping[str, Any], experts: int) -> str:
     public = "the backbone's own feed-forward block and " if facts["public_expert"] else ""
     only = facts.get("routing_parameters")
     routing = f" (of which {only:,} only choose experts)" if only else ""
+    means = facts.get("shared_means")
+    shared = f" Its {', '.join(means)} are the mean of what each expert made of them." if means else ""
     return (
         f"A mixture-of-experts language model of {facts['parameters']:,} parameters, {facts['active_parameters']:,} of "
         f"them active per token{routing}: {public}{experts} experts per layer, of which each token visits "
-        f"{facts['experts_per_token']}."
+        f"{facts['experts_per_token']}.{shared}"
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from checkpoints import Artifact
 from modularforge.assembly.card import special_tokens
-from modularforge.assembly.shared import SHARED_NAME
+from modularforge.assembly.shared import SHARED_NAME, shared_tensors
 from modularforge.config import ExpertsConfig
 from modularforge.experts.calibrated import calibrates as calibrates
 from modularforge.experts.ffn import EXPERT_NAME
@@ -89,13 +89,13 @@ def load(backbone: Backbone, artifact: Artifact) -> Decoder:
 
 def _shared(artifact: Artifact) -> dict[str, Tensor]:
     """What an expert has made of the weights that all share, where it trained any."""
-    return load_file(artifact.local_file(SHARED_NAME)) if SHARED_NAME in artifact.manifest.files else {}
+    return load_file(artifact.local_file(SHARED_NAME)) if shared_tensors(artifact) else {}
 
 
 def soup(backbone: Backbone, experts: Sequence[Artifact]) -> Decoder:
     """The backbone with the mean of what the experts trained; two are in memory at a time."""
     total: dict[str, Tensor] = {}
-    shared = sorted({name for expert in experts for name in _shared_names(expert)})
+    shared = sorted({name for expert in experts for name in shared_tensors(expert)})
     for expert in experts:
         own = {**{name: backbone.tensors[name] for name in shared}, **_shared(expert)}
         for name, tensor in (load_file(expert.local_file(EXPERT_NAME)) | own).items():
@@ -103,10 +103,6 @@ def soup(backbone: Backbone, experts: Sequence[Artifact]) -> Decoder:
             total[dense] = total[dense] + tensor if dense in total else tensor.float()
     mean = {name: (tensor / len(experts)).to(backbone.tensors[name].dtype) for name, tensor in total.items()}
     return fill(backbone.model(), {**backbone.tensors, **mean})
-
-
-def _shared_names(expert: Artifact) -> dict[str, str]:
-    return expert.entry(SHARED_NAME).tensors if SHARED_NAME in expert.manifest.files else {}
 
 
 def build_expert(
