@@ -103,7 +103,7 @@ class Submitter:
             self._submit(Waiting(group.name, None, after_success, after_end, patience=group.patience(self.config)))
             return
         # One array for those that go on with tasks of one job each: in the array that it waits for, a task has a twin.
-        for twin, tasks in _by_twin(missing, self.live, self.done).items():
+        for twin, tasks in by_twin(missing, self.live, self.done).items():
             indices = [task.index for task in tasks if task.index is not None]
             jobs: list[str] = []
             for part in cut(indices, self.max_array_size, self.config.cluster.array_throttle):
@@ -120,7 +120,7 @@ class Submitter:
         """Cancel this group's jobs that wait for others than the parents of now."""
         for item in self.record.live:
             carried = [name for name in item.task_names if self.live.get(name) == item.job]
-            twins = _by_twin([task for task in group.tasks if task.name in carried], self.live, self.done)
+            twins = by_twin([task for task in group.tasks if task.name in carried], self.live, self.done)
             if item.group == group.name and carried and (parents | {*filter(None, twins)}) - set(item.after):
                 self.say(f"{group.name}: job {item.job} is taken back, because what it waits for is submitted anew")
                 item.withdrawn = True
@@ -162,7 +162,7 @@ class Submitter:
             raise
 
 
-def _by_twin(tasks: Iterable[Task], live: Mapping[str, str], done: Container[str]) -> dict[str, list[Task]]:
+def by_twin(tasks: Iterable[Task], live: Mapping[str, str], done: Container[str]) -> dict[str, list[Task]]:
     """Tasks by the job that carries what each goes on with; empty where that is finished, or there is none."""
     found: dict[str, list[Task]] = {}
     for task in tasks:

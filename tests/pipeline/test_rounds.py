@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,21 @@ from torch import Tensor
 
 from checkpoints import Artifact, find_artifact
 from checkpoints.errors import MissingArtifactError
+from launcher.plan import describe_plan
+from launcher.processes import LocalLauncher
+from launcher.sbatch import Request, dependency
+from launcher.submit import by_twin
+from launcher.tasks import Group, build_groups, build_tasks, nodes_section
 from modularforge import edit_experts
 from modularforge.assembly import shared
 from modularforge.assembly.shared import SHARED_NAME
 from modularforge.config import Config
 from modularforge.errors import ConfigError
+from modularforge.info import describe
 from modularforge.model import names
+from modularforge.observe.completion import parts_of
+from modularforge.observe.rounds import rounds_table
+from modularforge.observe.run import read_run
 from modularforge.run import Run
 from modularforge.stages import merge
 from tests.conftest import tiny_config
@@ -267,3 +277,125 @@ def test_settings_that_cannot_be_are_one_sentence(experts: dict[str, Any], sente
 def test_a_round_that_there_is_not_is_refused(whole: Config) -> None:
     with pytest.raises(ConfigError, match=r"round_2 must come before the last round, but experts\.rounds is 2"):
         Run(whole).make("round_2", 0)
+
+
+def groups_of(config: Config) -> dict[str, Group]:
+    return {group.name: group for group in build_groups(build_tasks(config))}
+
+
+def test_rounds_are_groups_of_the_graph(whole: Config) -> None:
+    config = whole.model_copy(update={"experts": whole.experts.model_copy(update={"rounds": 3})})
+    groups = groups_of(config)
+    order = ["backbone", "round_1", "merge_1", "round_2", "merge_2", "expert"]
+    assert [name for name in groups if name in order] == order
+    assert [(groups[name].after, groups[name].after_end, groups[name].goes_on) for name in order[1:]] == [
+        (("backbone",), (), ""),
+        ((), ("round_1",), ""),
+        (("merge_1",), (), "round_1"),
+        ((), ("round_2",), ""),
+        (("merge_2",), (), "round_2"),
+    ]
+    assert groups["round_2"].tasks[1].needs == ("merge_1", "round_1-1")
+    assert groups["assemble"].after_end == ("expert",)
+    assert nodes_section("round_2") == "expert"
+    assert nodes_section("merge_2") == "other"
+
+
+def test_slurm_lets_a_merge_go_on_after_a_time_and_a_task_follow_its_own(whole: Config) -> None:
+    def waits(patience: int | None, **jobs: Any) -> str | None:
+        return dependency(Request("merge_1", "k", "run", Path("snapshot"), patience=patience, **jobs))
+
+    assert waits(None, after_end=("7",)) == "afterany:7"
+    assert waits(30, after_end=("7",)) == "afterany:7?after:7+30"
+    assert waits(30, after_end=("7", "8")) == "after:7+30:8+30", "the end of one of two arrays is not enough"
+    assert waits(30) is None
+    assert waits(None, after_success=("9",), after_task=("7",)) == "afterok:9,aftercorr:7"
+    patient = whole.model_copy(update={"cluster": whole.cluster.model_copy(update={"straggler_minutes": 30})})
+    groups = groups_of(patient)
+    assert [groups[name].patience(patient) for name in ("round_1", "merge_1", "assemble")] == [None, 30, None]
+    text = describe_plan(patient)
+    assert "#SBATCH --dependency='afterany:<round_1>?after:<round_1>+30'" in text
+    assert "#SBATCH --dependency='afterok:<merge_1>,aftercorr:<round_1>'" in text
+    assert "when round_1 has ended or 30 min have passed since it started" in text
+
+
+def test_only_tasks_whose_own_round_still_runs_wait_for_it(whole: Config) -> None:
+    tasks = groups_of(whole)["expert"].tasks
+    live = {"round_1-0": "7", "round_1-1": "7", "round_1-2": "9"}
+    found = by_twin(tasks, live, {"round_1-0"})
+    assert {job: [task.index for task in own] for job, own in found.items()} == {"": [0], "7": [1], "9": [2]}
+
+
+@pytest.fixture
+def launcher(whole: Config) -> LocalLauncher:
+    """One that has everything before the rounds, and starts nothing."""
+    cluster = whole.cluster.model_copy(update={"min_experts": 2, "straggler_minutes": 10})
+    config = whole.model_copy(update={"cluster": cluster})
+    found = LocalLauncher(config, build_tasks(config), print)
+    found.done = {"prepare-data", "backbone", "dense"}
+    return found
+
+
+def ready(launcher: LocalLauncher) -> list[str]:
+    return [task.name for task in launcher.tasks if launcher._is_ready(task)]
+
+
+def test_here_a_failed_expert_holds_nobody(launcher: LocalLauncher) -> None:
+    assert ready(launcher) == ["round_1-0", "round_1-1", "round_1-2"]
+    launcher.done |= {"round_1-0", "round_1-2"}
+    assert ready(launcher) == ["round_1-1"]
+    launcher.failed["round_1-1"] = 1
+    assert ready(launcher) == ["merge_1"]
+    launcher.done.add("merge_1")
+    assert ready(launcher) == ["expert-0", "expert-2"], "expert 1 has nothing to go on with"
+    launcher.done |= {"expert-0", "expert-2"}
+    assert ready(launcher) == ["assemble"]
+
+
+def test_here_too_few_experts_stop_the_merge(launcher: LocalLauncher) -> None:
+    launcher.failed |= {"round_1-0": 1, "round_1-1": 1}
+    launcher.done.add("round_1-2")
+    assert ready(launcher) == []
+
+
+def test_here_a_straggler_is_waited_for_no_longer_than_is_said(
+    launcher: LocalLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.monotonic()
+    launcher.starts = {"round_1-0": now, "round_1-1": now, "round_1-2": now}
+    launcher.done.add("round_1-0")
+    monkeypatch.setattr(time, "monotonic", lambda: now + 601)
+    assert "merge_1" not in ready(launcher), "two experts are needed"
+    launcher.done.add("round_1-1")
+    assert "merge_1" in ready(launcher)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 599)
+    assert "merge_1" not in ready(launcher)
+    launcher.done.add("merge_1")
+    assert ready(launcher) == ["round_1-2", "expert-0", "expert-1"]
+    launcher.done.add("round_1-2")
+    assert ready(launcher) == ["expert-0", "expert-1", "expert-2"], "the late one joins"
+
+
+def test_the_report_tells_what_rounds_cost(whole: Config) -> None:
+    table = rounds_table(read_run(whole.output_dir))
+    assert table is not None
+    first, last = table.rows
+    assert (first[:2], last[:2]) == (["1", "3 of 3"], ["2 (last)", "3 of 3"])
+    merged = Run(whole).require("merge_1").manifest
+    sizes = sum(Run(whole).require("round_1", k).entry(SHARED_NAME).size for k in range(3))
+    assert merged.facts["bytes_read"] == sizes
+    assert merged.facts["bytes_written"] == merged.files[SHARED_NAME].size
+    assert "–" not in first
+    parts = {part.name: part for part in parts_of(read_run(whole.output_dir))}
+    assert [parts[name].steps for name in ("round_1-0", "expert-0")] == [5, 5]
+    assert "round_2-0" not in parts
+
+
+def test_what_is_known_before_and_after(whole: Config) -> None:
+    text = describe(whole)
+    shared_weights = sum(value.numel() for value in shared_of(Run(whole).require("expert", 0)).values())
+    assert f"shared:     {shared_weights:,} parameters (embeddings, head, attention, norms)" in text
+    read = 3 * 4 * shared_weights
+    assert f"in 2 round(s); each of 1 merges reads {read:,} bytes and writes {4 * shared_weights:,}" in text
+    card = Run(whole).require("assemble").read_bytes("README.md").decode()
+    assert "Its attention, embeddings, norms are the mean of what each expert made of them." in card
