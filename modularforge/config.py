@@ -569,6 +569,12 @@ class CalibrationConfig(PhaseConfig):
     """Train the gains of the RMSNorms."""
     router: bool = True
     """Train the router rows, where they route: not beside the tables of the evidence router."""
+    shared: bool = False
+    """Train embeddings, attention and head too, but for what the evidence router reads. Then the result is kept only if
+    neither text behind a switch of domain nor `evaluation.general`, where it is given, has become worse either."""
+    text: Literal["validation", "training"] = "validation"
+    """What is trained on: one half of the validation documents, or the windows of all partitions that come after those
+    of the experts. The other half of validation decides."""
 
 
 class TaskConfig(Section):
@@ -1157,6 +1163,11 @@ def _settings_of_lora(config: Config) -> Iterator[str]:
 def _impossible_rounds(config: Config) -> Iterator[str]:
     """One sentence per setting of rounds, or of what is shared, that changes nothing or cannot be."""
     experts = config.experts
+    if config.calibration.shared and experts.kind != "ffn":
+        yield (
+            f"calibration.shared must be false unless experts.kind is ffn, since experts of kind {experts.kind} stand "
+            "beside the backbone's weights as they are; set it to false"
+        )
     if experts.unfreeze and experts.kind != "ffn":
         yield (
             f"experts.unfreeze must be left out unless experts.kind is ffn, since experts of kind {experts.kind} leave "

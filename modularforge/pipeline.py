@@ -374,6 +374,8 @@ CAME_LATER: dict[str, Any] = {
     "experts.outer.learning_rate": 1.0,
     "experts.outer.momentum": 0.0,
     "assembly.shared": "equal",
+    "calibration.shared": False,
+    "calibration.text": "validation",
     "evaluation.general": None,
     "evaluation.chat": None,
     "evaluation.tasks": None,
