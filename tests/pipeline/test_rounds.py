@@ -19,7 +19,7 @@ from launcher.processes import LocalLauncher
 from launcher.sbatch import Request, dependency
 from launcher.submit import by_twin
 from launcher.tasks import Group, build_groups, build_tasks, nodes_section
-from modularforge import edit_experts
+from modularforge import ModuleTrainer, edit_experts
 from modularforge.assembly import shared
 from modularforge.assembly.shared import SHARED_NAME
 from modularforge.config import Config
@@ -399,3 +399,10 @@ def test_what_is_known_before_and_after(whole: Config) -> None:
     assert f"in 2 round(s); each of 1 merges reads {read:,} bytes and writes {4 * shared_weights:,}" in text
     card = Run(whole).require("assemble").read_bytes("README.md").decode()
     assert "Its attention, embeddings, norms are the mean of what each expert made of them." in card
+
+
+def test_an_expert_without_a_run_has_one_round(whole: Config) -> None:
+    run = Run(whole)
+    trainer = ModuleTrainer(whole, run.url("backbone"), run.corpus.tokenizer)
+    with pytest.raises(ConfigError, match=r"experts\.rounds must be 1 where an expert is trained without a run"):
+        trainer.train(0, ["some text"], ["other text"], "nowhere")
