@@ -54,18 +54,26 @@ def _requests(config: Config, group: Group, run_id: str, snapshot: Path) -> list
     """Requests with names in place of the job ids that only sbatch gives."""
     success = tuple(f"<{name}>" for name in group.after)
     ended = tuple(f"<{name}>" for name in group.after_end)
+    twins = tuple(f"<{name}>" for name in [group.goes_on] if name)
     if group.tasks[0].index is None:
-        return [Request(group.name, group.name, run_id, snapshot, None, success, ended)]
+        waits = success, ended, twins, group.patience(config)
+        return [Request(group.name, group.name, run_id, snapshot, None, *waits)]
     parts = cut(list(range(len(group.tasks))), MAX_ARRAY_SIZE, config.cluster.array_throttle)
     return [
-        Request(group.name, f"{group.name}-{number}", run_id, snapshot, part, success, ended)
+        Request(group.name, f"{group.name}-{number}", run_id, snapshot, part, success, ended, twins)
         for number, part in enumerate(parts)
     ]
 
 
+def _end(config: Config, group: Group, name: str) -> str:
+    minutes = group.patience(config)
+    return f"{name} has ended" + ("" if minutes is None else f" or {minutes} min have passed since it started")
+
+
 def _line(config: Config, group: Group) -> str:
     nodes = nodes_of(config, group.name)
-    waits = [f"{name} has succeeded" for name in group.after] + [f"{name} has ended" for name in group.after_end]
+    waits = [f"{name} has succeeded" for name in group.after] + [_end(config, group, name) for name in group.after_end]
+    waits += [f"{group.goes_on} of the same index has succeeded"] if group.goes_on else []
     return (
         f"{group.name:<13} {len(group.tasks):>5} job(s) of {nodes.nodes} node(s) with {nodes.gpus} GPU(s) and "
         f"{nodes.cpus} cores, {nodes.time_minutes} min; {'when ' + ' and '.join(waits) if waits else 'at once'}"

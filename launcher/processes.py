@@ -34,7 +34,7 @@ from launcher.sbatch import job_names
 from launcher.slurm import QueuedJob, SlurmError, queue
 from launcher.snapshot import node_words, take_snapshot
 from launcher.submit import live_tasks
-from launcher.tasks import Task, finished_tasks, is_finished, unneeded_tasks
+from launcher.tasks import MERGED, Task, finished_tasks, is_finished, unneeded_tasks
 from launcher.trust import require_readable_settings
 from modularforge.config import Config
 from modularforge.cost import flops_of_jobs, span
@@ -75,6 +75,8 @@ class LocalLauncher:
         self.carriers: dict[str, Submission] = {}
         self.log_starts: dict[str, int] = {}
         self.start = time.monotonic()
+        self.tasks_by_name = {task.name: task for task in tasks}
+        self.starts: dict[str, float] = {}
 
     def run(self) -> None:
         """Run all tasks; raises TaskError when one failed, Interrupted after a stop, BusyError beside another."""
@@ -162,16 +164,33 @@ class LocalLauncher:
         return started
 
     def _is_ready(self, task: Task) -> bool:
-        ended = self.done | set(self.failed)
-        known = ended | {item.task.name for item in self.running}
-        if task.name in known or not all(name in ended for name in task.after_end) or self._lacks_experts(task):
+        known = self.done | set(self.failed) | {item.task.name for item in self.running}
+        if task.group in MERGED and "assemble" in self.done:  # they would come too late
             return False
-        return all(name in self.done for name in task.after)
+        if task.name in known or not self._has_waited(task) or self._lacks_experts(task):
+            return False
+        return all(name in self.done for name in task.needs)
+
+    def _has_waited(self, task: Task) -> bool:
+        """Whether all that it waits for has ended; a merge does not wait for stragglers beyond their time."""
+        if all(name in self.done or self._never_comes(name) for name in task.after_end):
+            return True
+        most, now = self.config.cluster.straggler_minutes, time.monotonic()
+        start = min(self.starts.get(name, now) for name in task.after_end)
+        is_late = most is not None and now - start > 60 * most
+        finished = sum(name in self.done for name in task.after_end)
+        return is_late and task.is_merge and finished >= self.config.needed_experts
+
+    def _never_comes(self, name: str) -> bool:
+        """Whether a task failed, or what it waits for did."""
+        if name in self.failed or name in self.done:
+            return name in self.failed
+        return any(map(self._never_comes, self.tasks_by_name[name].needs))
 
     def _lacks_experts(self, task: Task) -> bool:
-        """Whether more experts failed than the assembly can go without (cluster.min_experts)."""
-        failed = sum(name in self.failed for name in task.after_end)
-        return "assemble" in task.stages and failed > self.config.experts.count - self.config.needed_experts
+        """Whether more experts failed than assembly, or a merge, can go without (cluster.min_experts)."""
+        lost = sum(map(self._never_comes, task.after_end))
+        return lost > self.config.experts.count - self.config.needed_experts
 
     def _free_slot(self, task: Task) -> int | None:
         """The lowest free worker slot, or None when all are taken; a task that is no worker runs alone."""
@@ -195,6 +214,7 @@ class LocalLauncher:
                 env=self._environment(task, slot), start_new_session=True, preexec_fn=end_with_parent,
             )  # fmt: skip
         self.running.append(Running(task, process, slot, restarts))
+        self.starts.setdefault(task.name, time.monotonic())
 
     def _log(self, task: Task) -> Path:
         return log_file(self.config, task.group, task.index)

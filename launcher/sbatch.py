@@ -37,6 +37,10 @@ class Request:
     part: ArrayPart | None = None
     after_success: tuple[str, ...] = ()
     after_end: tuple[str, ...] = ()
+    after_task: tuple[str, ...] = ()
+    """Arrays of which each task waits for the one of its own index."""
+    patience: int | None = None
+    """Minutes from the start of `after_end` after which it waits no more."""
 
 
 def job_names(run_id: str, groups: list[str]) -> list[str]:
@@ -136,8 +140,13 @@ def _spelt(option: str) -> str:
 
 def dependency(request: Request) -> str | None:
     """The value of sbatch's --dependency, or None."""
-    kinds = (("afterok", request.after_success), ("afterany", request.after_end))
-    return ",".join(":".join((kind, *jobs)) for kind, jobs in kinds if jobs) or None
+    kinds = [("afterok", request.after_success), ("aftercorr", request.after_task)]
+    if request.patience is None or not request.after_end:
+        kinds.append(("afterany", request.after_end))
+        return ",".join(":".join((kind, *jobs)) for kind, jobs in kinds if jobs) or None
+    begun = ":".join(("after", *(f"{job}+{request.patience}" for job in request.after_end)))
+    # Slurm has "any of these" or "all of these": of several arrays the end of one must not be enough.
+    return f"afterany:{request.after_end[0]}?{begun}" if len(request.after_end) == 1 else begun
 
 
 def _executor(config: Config, request: Request) -> Any:

@@ -8,7 +8,7 @@ although the record names another one in its place ends at once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from launcher.record import Record, Submission, new_key, save_record
 from launcher.sbatch import Request, comment_of, job_names, submit
 from launcher.slurm import NEVER, QueuedJob, SlurmError, queue, run_slurm, site_settings
 from launcher.snapshot import take_snapshot
-from launcher.tasks import Group, build_groups, build_tasks, finished_tasks, unneeded_tasks
+from launcher.tasks import Group, Task, build_groups, build_tasks, finished_tasks, unneeded_tasks
 from modularforge.config import Config
 from modularforge.pipeline import JobName
 from modularforge.run import Run
@@ -27,6 +27,23 @@ from modularforge.run import Run
 Say = Callable[[str], None]
 # After an sbatch that failed its job may still appear in the queue.
 LOOKS, SECONDS_BETWEEN_LOOKS = 5, 2.0
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """One job or array before it has a key: its group, its part of an array, and what it waits for (`Request`)."""
+
+    group: str
+    part: ArrayPart | None
+    after_success: tuple[str, ...] = ()
+    after_end: tuple[str, ...] = ()
+    after_task: tuple[str, ...] = ()
+    patience: int | None = None
+
+    def request(self, key: str, run_id: str, snapshot: Path) -> Request:
+        """The same with what the submission adds."""
+        waits = self.after_success, self.after_end, self.after_task, self.patience
+        return Request(self.group, key, run_id, snapshot, self.part, *waits)
 
 
 @dataclass
@@ -85,13 +102,16 @@ class Submitter:
         if not missing:
             return
         if missing[0].index is None:
-            self._submit(group.name, None, after_success, after_end)
+            self._submit(Waiting(group.name, None, after_success, after_end, patience=group.patience(self.config)))
             return
-        indices = [task.index for task in missing if task.index is not None]
-        jobs: list[str] = []
-        for part in cut(indices, self.max_array_size, self.config.cluster.array_throttle):
-            before = () if part.after is None else (jobs[part.after],)
-            jobs.append(self._submit(group.name, part, after_success, (*after_end, *before)))
+        # One array for those that go on with tasks of one job each: in the array that it waits for, a task has a twin.
+        for twin, tasks in by_twin(missing, self.live, self.done).items():
+            indices = [task.index for task in tasks if task.index is not None]
+            jobs: list[str] = []
+            for part in cut(indices, self.max_array_size, self.config.cluster.array_throttle):
+                before = () if part.after is None else (jobs[part.after],)
+                waiting = Waiting(group.name, part, after_success, (*after_end, *before), tuple(filter(None, [twin])))
+                jobs.append(self._submit(waiting))
 
     def _jobs_of(self, groups: tuple[str, ...]) -> tuple[str, ...]:
         """Jobs that still carry tasks of these groups."""
@@ -102,7 +122,8 @@ class Submitter:
         """Cancel this group's jobs that wait for others than the parents of now."""
         for item in self.record.live:
             carried = [name for name in item.task_names if self.live.get(name) == item.job]
-            if item.group == group.name and carried and parents - set(item.after):
+            twins = by_twin([task for task in group.tasks if task.name in carried], self.live, self.done)
+            if item.group == group.name and carried and (parents | {*filter(None, twins)}) - set(item.after):
                 self.say(f"{group.name}: job {item.job} is taken back, because what it waits for is submitted anew")
                 item.withdrawn = True
                 save_record(self.config, self.record)
@@ -110,17 +131,17 @@ class Submitter:
                 for name in carried:
                     del self.live[name]
 
-    def _submit(
-        self, group: str, part: ArrayPart | None, after_success: tuple[str, ...], after_end: tuple[str, ...]
-    ) -> str:
+    def _submit(self, waiting: Waiting) -> str:
         """One call of sbatch; returns the job id."""
+        group, part = waiting.group, waiting.part
         key = new_key(group, len(self.record.submissions))
         indices, offset = (list(part.indices), part.offset) if part else ([], 0)
-        after, work = [*after_success, *after_end], work_folder(self.config).name
+        after = [*waiting.after_success, *waiting.after_end, *waiting.after_task]
+        work = work_folder(self.config).name
         item = Submission(key, group, indices, offset, after=after, work=work)
         self.record.submissions.append(item)
         save_record(self.config, self.record)
-        request = Request(group, key, self.record.run_id, self.snapshot, part, after_success, after_end)
+        request = waiting.request(key, self.record.run_id, self.snapshot)
         item.job = self._sbatch(request)
         save_record(self.config, self.record)
         self.live.update(dict.fromkeys(item.task_names, item.job))
@@ -141,6 +162,15 @@ class Submitter:
                     return found
                 time.sleep(SECONDS_BETWEEN_LOOKS)
             raise
+
+
+def by_twin(tasks: Iterable[Task], live: Mapping[str, str], done: Container[str]) -> dict[str, list[Task]]:
+    """Tasks by the job that carries what each goes on with; empty where that is finished, or there is none."""
+    found: dict[str, list[Task]] = {}
+    for task in tasks:
+        twin = "" if task.goes_on in done else live.get(task.goes_on, "")
+        found.setdefault(twin, []).append(task)
+    return found
 
 
 def live_tasks(record: Record, jobs: list[QueuedJob], events: dict[str, list[Event]]) -> dict[str, str]:

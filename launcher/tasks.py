@@ -10,21 +10,31 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from modularforge.config import Config, NodesConfig
-from modularforge.pipeline import STAGES, JobName, Stage, stage_settings, wanted_stages
+from modularforge.pipeline import ROUNDS, STAGES, JobName, Stage, stage_settings, wanted_stages
 from modularforge.run import Run, is_kept
+
+MERGED = ("expert", *ROUNDS)
+"""Jobs of which others go on without those that failed."""
 
 
 @dataclass(frozen=True)
 class Task:
     """One job: its name and group, the arguments of `python -m modularforge`, what it waits for, and what it makes.
 
-    `after` must have succeeded before it starts, `after_end` must only have ended.
+    `after` must have succeeded before it starts, `after_end` must only have ended. `goes_on` is the task of its own
+    index whose work it goes on with, which must have succeeded too.
     """
 
     job: JobName
     after: tuple[str, ...]
     stages: tuple[str, ...]
     after_end: tuple[str, ...] = ()
+    goes_on: str = ""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Tasks that must have succeeded before it starts."""
+        return (*self.after, self.goes_on) if self.goes_on else self.after
 
     @property
     def name(self) -> str:
@@ -53,8 +63,13 @@ class Task:
 
     @property
     def is_worker(self) -> bool:
-        """Whether it runs beside others: experts and baselines."""
-        return self.is_training and self.group != "backbone"
+        """Whether it runs beside others: experts and baselines, and merges, which may not wait for the last expert."""
+        return (self.is_training and self.group != "backbone") or self.is_merge
+
+    @property
+    def is_merge(self) -> bool:
+        """Whether it ends a round of experts."""
+        return STAGES[self.stages[0]].round > 0 and self.index is None
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,15 @@ class Group:
     tasks: tuple[Task, ...]
     after: tuple[str, ...]
     after_end: tuple[str, ...]
+
+    @property
+    def goes_on(self) -> str:
+        """The group whose tasks of the same index these go on with."""
+        return JobName.parse(self.tasks[0].goes_on).stage
+
+    def patience(self, config: Config) -> int | None:
+        """Minutes from the start of those that it waits for after which it waits no more; None for any time."""
+        return config.cluster.straggler_minutes if self.tasks[0].is_merge else None
 
 
 def build_tasks(config: Config) -> list[Task]:
@@ -78,19 +102,24 @@ def build_tasks(config: Config) -> list[Task]:
     for job, stages in stages_of.items():
         direct = waits[job] - {name for other in waits[job] for name in _all_before(other, waits)}
         # Experts only have to end: when one fails, the others go on without it (cluster.min_experts).
-        ended = {"expert"} if any("expert" in stage.inputs for stage in stages) else set()
+        read = {name for stage in stages for name in stage.inputs_of(config)}
+        ended = {name for name in read if name in MERGED and not stages[0].is_indexed}
+        before = next((name for name in read if name in ROUNDS and stages[0].is_indexed), "")
         names = tuple(stage.name for stage in stages)
         after, after_end = (
             tuple(task.name for name in stages_of if name in wanted for task in tasks[name])
             for wanted in (direct - ended, direct & ended)
         )
-        tasks[job] = [Task(JobName(job, index), after, names, after_end) for index in stages[0].indices(config)]
+        tasks[job] = [
+            Task(JobName(job, index), after, names, after_end, str(JobName(before, index)) if before else "")
+            for index in stages[0].indices(config)
+        ]
     return [task for found in tasks.values() for task in found]
 
 
 def _waits_for(stages: Iterable[Stage], job_of: dict[str, str], config: Config) -> set[str]:
     """The jobs whose artifacts these stages read."""
-    read = {name for stage in stages for name in stage.inputs}
+    read = {name for stage in stages for name in stage.inputs_of(config)}
     if "models" in read:
         read |= {stage.name for stage in wanted_stages(config) if stage.is_measured}
     return {job_of[name] for name in read if name in job_of}
@@ -138,7 +167,7 @@ def finished_tasks(run: Run, tasks: list[Task]) -> set[str]:
 
 def unneeded_tasks(tasks: list[Task], done: set[str]) -> set[str]:
     """Experts that the committed model goes without (cluster.min_experts): they are not tried again."""
-    return {task.name for task in tasks if task.group == "expert" and task.name not in done and "assemble" in done}
+    return {task.name for task in tasks if task.group in MERGED and task.name not in done and "assemble" in done}
 
 
 def _is_evaluated(run: Run) -> bool:

@@ -49,7 +49,14 @@ def _make(
     but: Container[str] = (),
     parts: Parts | None = None,
 ) -> None:
-    """Make what a job makes, stage by stage; `parts` say where the whole run is."""
+    """Make what a job makes, stage by stage; before all experts' last round, the rounds before.
+
+    `parts` say where the whole run is.
+    """
+    if job == "expert" and indices is None:
+        for stage in wanted_stages(run.config):
+            if stage.round:
+                _make(run, stage.name, parts=parts)
     for stage in STAGES.values():
         if stage.job == job and stage.name not in but and (not stage.needs or stage.is_wanted(run.config)):
             for index in stage.indices(run.config) if indices is None else indices:
@@ -70,25 +77,34 @@ def add_jobs(jobs: typer.Typer, stages: Iterable[Stage]) -> None:
     """A command for each job of the table of stages, under torchrun too; but for those with options of their own."""
     for stage in stages:
         if not stage.within and stage.name not in ("assemble", "evaluate"):
-            _add_job(jobs, stage.name, stage.is_indexed)
+            _add_job(jobs, stage)
 
 
-def _add_job(jobs: typer.Typer, job: str, is_indexed: bool) -> None:
+def _add_job(jobs: typer.Typer, stage: Stage) -> None:
+    job = stage.name
+
     def one(settings: Config) -> None:
         _make(Run(settings), job)
 
     def indexed(settings: Config, index: Annotated[int, INDEX]) -> None:
         _make(Run(settings), job, [index])
 
-    command = indexed if is_indexed else one
+    command = indexed if stage.is_indexed else one
     command.__doc__ = HELP_OF_JOBS.get(job, f"Train the baseline `{job}`, as a job of its own.")
-    jobs.command(job, rich_help_panel="Jobs")(with_settings(command))
+    if stage.round:
+        command.__doc__ = (
+            f"Train one expert through round {stage.round} of several."
+            if stage.is_indexed
+            else MERGES.format(stage.round)
+        )
+    jobs.command(job, rich_help_panel="Jobs", hidden=stage.round > 1)(with_settings(command))
 
 
+MERGES = "Merge what experts share after round {} (experts.rounds; later rounds have such commands too)."
 HELP_OF_JOBS = {
     "prepare-data": "Learn the tokenizer, write token files, and divide the documents among the experts.",
     "backbone": "Train the backbone; with DDP: torchrun --nproc-per-node 2 -m modularforge backbone.",
-    "expert": "Train one expert, alone, on its own partition.",
+    "expert": "Train one expert, alone, on its own partition; where it is trained in rounds, through the last.",
     "branch": "Train one branch of the BTX baseline.",
 }
 
@@ -108,7 +124,7 @@ def train(
     As separate jobs: `backbone` (with DDP: torchrun --nproc-per-node 2 -m modularforge backbone), then `expert --index
     K` on as many machines as there are experts.
     """
-    known = [stage.name for stage in STAGES.values() if stage.phase and not stage.within]
+    known = [stage.name for stage in STAGES.values() if stage.phase and not stage.within and not stage.round]
     if only not in (None, *known):
         raise ConfigError(f"--only must be one of {', '.join(known)}, but is {only!r}; choose one of these")
     if (only is not None and STAGES[only].is_indexed) != (index is not None):

@@ -65,6 +65,9 @@ Module = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 MODULES: tuple[Module, ...] = typing.get_args(Module)
 """Matrices of a layer that an adapter can stand beside."""
 ATTENTION_MODULES, MLP_MODULES = MODULES[:4], MODULES[4:]
+SharedPart = Literal["embeddings", "head", "attention", "norms"]
+"""What experts share of a backbone, all but its feed-forward blocks."""
+MOST_ROUNDS = 8  # each but the last has two rows in the table of stages
 PhaseNames = Literal["attn->mlp->both", "both->mlp->attn", "both->mlp->both", "early->late"]
 LARGEST_NUMBER = 2**63  # what files, tensors and Slurm can hold
 FEW_TOKENS = 4096  # enough for the mean size of a residual stream, and to see that a model is the one it was
@@ -468,6 +471,15 @@ class LoraConfig(Section):
         return tuple(name for name in MODULES if name in wanted)
 
 
+class OuterConfig(Section):
+    """The step that a merge between rounds takes from the last shared weights towards the mean of the experts'."""
+
+    learning_rate: float = Field(1.0, gt=0)
+    """Share of the way that it goes; 1 without momentum takes the mean itself. DiLoCo (arXiv 2311.08105) has 0.7."""
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """Nesterov momentum from merge to merge; DiLoCo has 0.9."""
+
+
 class ExpertsConfig(PhaseConfig):
     """The experts: how many, what each starts from, and how it trains."""
 
@@ -494,6 +506,15 @@ class ExpertsConfig(PhaseConfig):
     counted_pairs: int = Field(1_000_000, ge=0, le=2**27)
     """Pairs of tokens of them whose counts are kept, the commonest; 0 counts none. They tell which words follow which
     (docs/method.md)."""
+    unfreeze: list[SharedPart] = []
+    """Parts of the backbone that every expert's job trains too, each on its own; the assembled model has their mean
+    (docs/rounds.md)."""
+    unfreeze_rate: float = Field(0.1, gt=0, le=1)
+    """Learning rate of these parts, as a share of the experts'."""
+    rounds: int = Field(1, ge=1, le=MOST_ROUNDS)
+    """Rounds that the training is cut into: after each but the last, a job merges the shared weights of all experts,
+    which go on from there. Steps are those of all rounds together."""
+    outer: OuterConfig = OuterConfig()
     lora: LoraConfig = LoraConfig()
 
     @property
@@ -574,6 +595,9 @@ class AssemblyConfig(Section):
     ordinary mixture (adapters of feed-forward blocks only); `average`, one adapter that adds their mean."""
     lora_choice: Literal["token", "sequence"] = "token"
     """`adapters`: which of them a token visits is chosen for each token, or once for a sequence by its beginning."""
+    shared: Literal["equal", "tokens"] = "equal"
+    """How experts weigh in the mean of what `experts.unfreeze` lets them train, in the assembled model and between
+    rounds: alike, or by the tokens of their partitions."""
     dtype: Literal["same", "fp32", "bf16", "fp16"] = "same"
     """Type of the assembled weights; `same` keeps the backbone's."""
     max_shard_bytes: int = Field(5_000_000_000, ge=1_000_000)
@@ -601,6 +625,12 @@ class CalibrationConfig(PhaseConfig):
     """Train the gains of the RMSNorms."""
     router: bool = True
     """Train the router rows, where they route: not beside the tables of the evidence router."""
+    shared: bool = False
+    """Train embeddings, attention and head too, but for what the evidence router reads. Then the result is kept only if
+    neither text behind a switch of domain nor `evaluation.general`, where it is given, has become worse either."""
+    text: Literal["validation", "training"] = "validation"
+    """What is trained on: one half of the validation documents, or the windows of all partitions that come after those
+    of the experts. The other half of validation decides."""
 
 
 class TaskConfig(Section):
@@ -740,7 +770,11 @@ class ClusterConfig(Section):
     array_throttle: int | None = Field(None, ge=1)
     """Experts that run at the same time at the most; null leaves it to Slurm."""
     min_experts: int | None = Field(None, ge=1)
-    """Assembly goes on without the others when this many experts are finished; null wants all."""
+    """Assembly, and each merge of a round, goes on without the others when this many experts are finished; null wants
+    all."""
+    straggler_minutes: int | None = Field(None, ge=1)
+    """Minutes after the start of a round's jobs at which its merge goes on without those that still run, if
+    `min_experts` are finished; they join the next round. Null waits until all have ended."""
     max_crashes: int = Field(3, ge=0)
     """Starts after a crash; two crashes without progress between them end a job sooner."""
     max_time_limits: int = Field(20, ge=0)
@@ -913,6 +947,10 @@ class Config(SafeSection):
         """Experts without which nothing is assembled."""
         return self.experts.count if self.cluster.min_experts is None else self.cluster.min_experts
 
+    def round_ends(self, number: int) -> int:
+        """Steps that an expert has done at the end of a round, counted from 1; of all rounds alike but for rounding."""
+        return number * self.experts.steps // self.experts.rounds
+
     @property
     def preparation_seed(self) -> int:
         """Seed of corpus and partitions."""
@@ -986,6 +1024,7 @@ def _impossible_combinations(config: Config) -> Iterator[str]:
         )
     yield from _impossible_speech(config)
     yield from _settings_of_other_kinds(config)
+    yield from _impossible_rounds(config)
     if config.experts.kind == "lora":
         yield from _impossible_phases(config)
         yield from _impossible_composites(config)
@@ -1226,6 +1265,45 @@ def _settings_of_lora(config: Config) -> Iterator[str]:
             f"experts.lora.{name} must be left out unless experts.kind is lora, but experts.kind is {kind}; remove it, "
             "or set experts.kind to lora"
         )
+
+
+def _impossible_rounds(config: Config) -> Iterator[str]:
+    """One sentence per setting of rounds, or of what is shared, that changes nothing or cannot be."""
+    experts = config.experts
+    if config.calibration.shared and experts.kind != "ffn":
+        yield (
+            f"calibration.shared must be false unless experts.kind is ffn, since experts of kind {experts.kind} stand "
+            "beside the backbone's weights as they are; set it to false"
+        )
+    if experts.unfreeze and experts.kind != "ffn":
+        yield (
+            f"experts.unfreeze must be left out unless experts.kind is ffn, since experts of kind {experts.kind} leave "
+            "the backbone's weights as they are; remove it (an adapter can stand beside all matrices of a layer: "
+            "experts.lora.targets both)"
+        )
+    if "head" in experts.unfreeze and "embeddings" not in experts.unfreeze and config.model.tied_head:
+        yield (
+            "experts.unfreeze must have embeddings beside head where model.tied_head is true, since both are one "
+            "matrix; add it, or leave head out"
+        )
+    if not experts.unfreeze:
+        for name, value in _changed(experts, "unfreeze_rate", "rounds"):
+            yield (
+                f"experts.{name} must be left out without experts.unfreeze, since nothing is shared then that a job "
+                f"trains, but is {value}; set experts.unfreeze, such as [attention, norms]"
+            )
+        for name, value in _changed(config.assembly, "shared"):
+            yield (
+                f"assembly.{name} must be left out without experts.unfreeze, since experts share the backbone's "
+                f"weights then, but is {value}; remove it, or set experts.unfreeze, such as [attention, norms]"
+            )
+    for name, value in _changed(experts.outer) if experts.rounds == 1 else ():
+        yield (
+            f"experts.outer.{name} must be left out where experts.rounds is 1, since nothing is merged in between, but "
+            f"is {value}; remove it, or set experts.rounds"
+        )
+    if experts.rounds > max(1, experts.steps):
+        yield f"experts.rounds must be at most experts.steps ({experts.steps}), but is {experts.rounds}; lower it"
 
 
 def _changed(section: Section, *names: str) -> Iterator[tuple[str, Any]]:

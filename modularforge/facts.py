@@ -116,6 +116,7 @@ KINDS: dict[str, Any] = {
     "members": list[IndexedPart],
     "processor_seconds": float,
     "part_keys": dict[str, str],
+    "partition_tokens": Count,
     "pretrained": Pretrained | None,
     "provenance": Provenance,
     "public_expert": StrictBool,

@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from modularforge.advice import advice
 from modularforge.config import MLP_MODULES, Config, PhaseConfig
 from modularforge.cost import describe_cost, this_machine
-from modularforge.model.sizes import AdapterCounts, Sizes, adapter_parameters, lora_sizes, model_sizes
+from modularforge.model.sizes import (
+    AdapterCounts,
+    Sizes,
+    adapter_parameters,
+    lora_sizes,
+    model_sizes,
+    shared_parameters,
+)
 from modularforge.routing.solvers import widening_of
 
 
@@ -31,6 +38,7 @@ def _of_text(config: Config) -> Iterator[str]:
     yield f"backbone:   {_sizes(model_sizes(config.model, config.data.vocab_size))}"
     yield from _adapters(config)
     yield f"assembled:  {_assembled(config)}"
+    yield from _shared(config)
     yield (
         f"training:   backbone {_tokens(config, config.backbone)}; each of {config.experts.count} experts "
         f"{_tokens(config, config.experts)}"
@@ -51,6 +59,19 @@ def _adapters(config: Config) -> Iterator[str]:
     if config.experts.kind == "lora":
         own = adapter_parameters(config.model, lora.modules, lora.rank)
         yield f"adapters:   {own:,} parameters each, of rank {lora.rank} beside {', '.join(lora.modules)}"
+
+
+def _shared(config: Config) -> Iterator[str]:
+    """What experts train of the backbone, and what each merge between their rounds moves."""
+    experts = config.experts
+    if experts.unfreeze:
+        own = shared_parameters(config.model, config.data.vocab_size, experts.unfreeze)
+        merges = experts.rounds - 1
+        moved = f"; each of {merges} merges reads {4 * own * experts.count:,} bytes and writes {4 * own:,}"
+        yield (
+            f"shared:     {own:,} parameters ({', '.join(experts.unfreeze)}) that each expert trains too and the model "
+            f"has the mean of, in {experts.rounds} round(s){moved if merges else ''}"
+        )
 
 
 def _assembled(config: Config) -> str:

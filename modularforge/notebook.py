@@ -143,7 +143,12 @@ class ModuleTrainer:
         return [self.train(index, texts, validation_texts, output_dir) for index, texts in enumerate(partitions)]
 
     def train(self, index: int, texts: Texts, validation_texts: Texts, output_dir: str) -> Artifact:
-        """Train expert `index`; its result does not depend on the other experts."""
+        """Train expert `index`; its result does not depend on the other experts. Raises ConfigError for rounds."""
+        if (rounds := self.config.experts.rounds) > 1:
+            raise ConfigError(
+                f"experts.rounds must be 1 where an expert is trained without a run, since nothing is merged, but is "
+                f"{rounds}; set it to 1, or make the stages of a run (open_run, run.make)"
+            )
         world, name = World(device=default_device()), str(JobName("expert", index))
         end = _end_token(self.backbone.values)
         tokens, held_out = (encode(self.tokenizer, chosen, end) for chosen in (texts, validation_texts))

@@ -12,12 +12,13 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from operator import attrgetter
 from typing import Any
 
 from checkpoints import Artifact, paths
-from modularforge.config import GONE_FROM_ROPE, TRAINED_ON_ALL, Config, PhaseConfig
+from modularforge.config import GONE_FROM_ROPE, MOST_ROUNDS, TRAINED_ON_ALL, Config, PhaseConfig
 from modularforge.errors import ConfigError
 from modularforge.experts.kind import kind_of
 
@@ -32,8 +33,8 @@ class Stage:
 
     `sections` are the settings that its output depends on, all of them but those in `WITHOUT_EFFECT`; `also` single
     ones of other sections. `{index}` in `folder` stands for an expert's index, `{data}` for the prepared data.
-    `inputs` are rows, and what no row makes (`Run`). Of the partitions an indexed row reads its own; of an indexed row
-    any other reads all.
+    `inputs` are rows, and what no row makes (`Run`). Of the partitions, and of indexed rows, an indexed row reads its
+    own; any other reads all.
     """
 
     name: str
@@ -63,6 +64,8 @@ class Stage:
     """Where its curves are drawn; empty draws none."""
     colour: str = ""
     """Of its curves and bars; experts and branches have one each."""
+    round: int = 0
+    """The round of the experts' training, but the last, that it is of; it is wanted where there are more rounds."""
 
     @property
     def is_indexed(self) -> bool:
@@ -83,13 +86,19 @@ class Stage:
         """Whether a run with these settings makes it."""
         if self.needs and not attrgetter(self.needs)(config):
             return False
-        return self.baseline is None or self.baseline in config.evaluation.baselines
+        is_late = self.round >= config.experts.rounds
+        return not is_late and (self.baseline is None or self.baseline in config.evaluation.baselines)
+
+    def inputs_of(self, config: Config) -> tuple[str, ...]:
+        """What it reads in such a run: the last round of experts also what those before it made."""
+        before = config.experts.rounds - 1 if self.name == "expert" else 0
+        return self.inputs + (made_in_round(before) if before else ())
 
     def function(self, task: str = "text") -> Callable[..., Any]:
         """What makes it for a task; imported only here, because it loads torch."""
         module, _, name = MADE_FOR.get(task, {}).get(self.name, self.run).partition(":")
         found: Callable[..., Any] = getattr(import_module(module), name)
-        return found
+        return partial(found, number=self.round) if self.round else found
 
     def indices(self, config: Config) -> list[int | None]:
         """One index for each of its artifacts."""
@@ -104,6 +113,7 @@ CLEANED_FROM = tuple(
 )
 ROUTED = ("assembly.experts_per_token", "assembly.public_expert")
 SOLVED = (*ROUTED, "assembly.ridge_penalty", "assembly.router_temperature")
+OUTER = ("experts.outer.learning_rate", "experts.outer.momentum")
 COUNTED = ("experts.counted_tokens", "experts.counted_pairs")
 GATHERED = ("experts.statistics", "experts.statistics_tokens")
 
@@ -125,6 +135,40 @@ def _baseline(name: Any, also: tuple[str, ...]) -> Stage:
         panel="baselines",
         colour=BASELINE_COLOURS[name],
     )
+
+
+def _rounds() -> Iterator[Stage]:
+    """A row for the experts of each round but the last, and one for the merge of what they share."""
+    for number in range(1, MOST_ROUNDS):
+        before, made = made_in_round(number - 1) if number > 1 else (), made_in_round(number)
+        yield Stage(
+            made[0],
+            f"rounds/{made[0]}-{{index}}",
+            ("experts", "training"),
+            ("backbone", "partition", *before),
+            f"{MAKERS}.expert:train_round",
+            phase=lambda config: config.experts,
+            nodes="expert",
+            is_measured=False,
+            schedule="experts",
+            panel="rounds",
+            round=number,
+        )
+        yield Stage(
+            made[1],
+            f"rounds/{made[1]}",
+            (),
+            ("backbone", made[0], *before[1:]),
+            f"{MAKERS}.merge:run",
+            ("seed", *OUTER, "assembly.shared"),
+            is_measured=False,
+            round=number,
+        )
+
+
+def made_in_round(number: int) -> tuple[str, str]:
+    """The stages of a round: what an expert has learned by its end, and the mean of what all share."""
+    return f"round_{number}", f"merge_{number}"
 
 
 BASELINE_COLOURS = {
@@ -191,6 +235,7 @@ STAGES: dict[str, Stage] = _Rows(
             panel="backbone",
             colour="#1b1b1f",
         ),
+        *_rounds(),
         Stage(
             "expert",
             "experts/expert-{index}",
@@ -292,6 +337,8 @@ STACKED = ("joint", "assemble")
 """Stages on which the settings of a kind count too that are a section of their own."""
 JOINT_LORA = ("joint_lora", "joint_lora_wide")
 ALL_BASELINES = (*TRAINED_ON_ALL, "branch", "btx")
+ROUNDS = tuple(name for name, stage in STAGES.items() if stage.round and stage.is_indexed)
+"""The rows of experts between their rounds."""
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     # How often something is said, measured or saved, and how: the weights are the same.
     "training.compile": (EVERY,),
@@ -307,7 +354,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     # A pretrained model is an input, known by its bytes, wherever its files lie.
     "model.pretrained": (EVERY,),
     # One expert knows nothing of the others.
-    "experts.count": ("expert", "branch"),
+    "experts.count": ("expert", "branch", *ROUNDS),
     # What experts have and baselines have not: where an FFN starts, a public FFN beside it, a router's loss, sums.
     "experts.init": ALL_BASELINES,
     "experts.kind": ALL_BASELINES,
@@ -317,6 +364,10 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "experts.statistics_tokens": (*TRAINED_ON_ALL, "btx"),
     "experts.counted_tokens": ("dense", "dense_wide", "joint", *JOINT_LORA, "branch", "btx"),
     "experts.counted_pairs": ("dense", "dense_wide", "joint", *JOINT_LORA, "branch", "btx"),
+    "experts.unfreeze": ALL_BASELINES,
+    "experts.unfreeze_rate": ALL_BASELINES,
+    "experts.rounds": ALL_BASELINES,
+    **dict.fromkeys(OUTER, (*ALL_BASELINES, "expert", *ROUNDS)),  # what counts for merges, and by them for experts
     # How experts weigh beside each other, which one alone does not know.
     "steering.routing": ("expert", "joint"),
 }
@@ -343,6 +394,14 @@ CAME_LATER: dict[str, Any] = {
     "experts.counted_tokens": 20_000_000,
     "experts.counted_pairs": 1_000_000,
     "experts.statistics": "moments",
+    "experts.unfreeze": [],
+    "experts.unfreeze_rate": 0.1,
+    "experts.rounds": 1,
+    "experts.outer.learning_rate": 1.0,
+    "experts.outer.momentum": 0.0,
+    "assembly.shared": "equal",
+    "calibration.shared": False,
+    "calibration.text": "validation",
     "evaluation.general": None,
     "evaluation.chat": None,
     "evaluation.tasks": None,

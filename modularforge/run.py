@@ -11,7 +11,16 @@ from checkpoints import Artifact, find_artifact, paths
 from checkpoints.errors import MissingArtifactError
 from modularforge.config import Config
 from modularforge.errors import ConfigError, MismatchError
-from modularforge.pipeline import CHOSEN_FACT, STAGES, JobName, Plan, contents, stage_settings, stage_url
+from modularforge.pipeline import (
+    CHOSEN_FACT,
+    ROUNDS,
+    STAGES,
+    JobName,
+    Plan,
+    contents,
+    stage_settings,
+    stage_url,
+)
 
 if TYPE_CHECKING:
     from modularforge.stage_outputs import Backbone, Corpus
@@ -32,6 +41,7 @@ class Run:
         self._found: dict[str, Artifact | None] = {}
         self._settings: dict[str, dict[str, Any]] = {}
         self._pretrained: dict[str, dict[str, str]] = {}
+        self._merges: dict[str, Artifact] = {}  # whose identity is that of all experts behind them
 
     def find(self, url: str) -> Artifact | None:
         """The committed artifact at a URL, or None."""
@@ -46,6 +56,7 @@ class Run:
         order than one in memory, and model cards list them.
         """
         self._found.pop(url, None)
+        self._merges = {name: artifact for name, artifact in self._merges.items() if artifact.url != url}
 
     def url(self, stage: str, index: int | None = None) -> str:
         """URL of a stage's artifact."""
@@ -62,6 +73,11 @@ class Run:
             raise ConfigError(
                 f"--index must be between 0 and {count - 1} (experts.count is {count}), but is {index}; choose one of "
                 "these"
+            )
+        if STAGES[stage].round >= self.config.experts.rounds:
+            raise ConfigError(
+                f"{stage} must come before the last round, but experts.rounds is {self.config.experts.rounds}, whose "
+                "last round is the job expert; choose an earlier one, or change it"
             )
         found = self._inputs(stage, index) if inputs is None else inputs
         if stage not in self._settings:  # alike for all of ten thousand experts
@@ -101,10 +117,11 @@ class Run:
         try:
             return self._required(stage, index)
         except MissingArtifactError:
-            self._forget_missing()
+            self.look_again()
             raise
 
-    def _forget_missing(self) -> None:
+    def look_again(self) -> None:
+        """Forget what was missing."""
         self._found = {url: artifact for url, artifact in self._found.items() if artifact is not None}
 
     def _required(self, stage: str, index: int | None = None) -> Artifact:
@@ -133,7 +150,7 @@ class Run:
 
     def make(self, stage: str, index: int | None = None) -> Any:
         """Run what makes a stage, unless that is done; returns what it returns, mostly the artifact."""
-        self._forget_missing()
+        self.look_again()
         return STAGES[stage].function(self.config.task)(self, *([] if index is None else [index]))
 
     def require_each(self, stage: str) -> list[Artifact]:
@@ -160,43 +177,60 @@ class Run:
         A model whose experts were chosen by hand (`modularforge experts`) is left as it is. Raises MissingArtifactError
         with the missing ones when fewer than `cluster.min_experts` are finished.
         """
-        config = self.config
-        plans = {index: self.plan("expert", index) for index in range(config.experts.count)}
-        ready = {index: artifact for index, plan in plans.items() if (artifact := self.finished(plan))}
+        return self._chosen("expert", "assemble")
+
+    def merged_experts(self, number: int) -> dict[int, Artifact]:
+        """What experts had learned at the end of a round, of those that its merge takes; as for `chosen_experts`."""
+        return self._chosen(f"round_{number}", f"merge_{number}")
+
+    def _chosen(self, stage: str, whole: str) -> dict[int, Artifact]:
+        config, job = self.config, "assembly" if whole == "assemble" else whole
+        indices = range(config.experts.count)
+        ready = {index: artifact for index in indices if (artifact := self._ready(stage, index))}
         if len(ready) < config.needed_experts:
-            missing = ", ".join(str(index) for index in plans if index not in ready)
+            missing = ", ".join(str(index) for index in indices if index not in ready)
             raise MissingArtifactError(
-                f"assembly needs {config.needed_experts} of {config.experts.count} experts, but {len(ready)} are "
+                f"{job} needs {config.needed_experts} of {config.experts.count} experts, but {len(ready)} are "
                 f"finished (missing: {missing}); train them, or lower cluster.min_experts to go on without"
             )
-        assembled = self.find(self.url("assemble"))
-        return ready if assembled is None else self._named(assembled, ready)
+        made = self.find(self.url(whole))
+        return ready if made is None else self._named(stage, made, ready)
 
-    def _named(self, assembled: Artifact, ready: dict[int, Artifact]) -> dict[int, Artifact]:
+    def _ready(self, stage: str, index: int) -> Artifact | None:
+        """An expert's artifact, or None where it, or its round before, or the merge of that, is not finished."""
+        for needed in STAGES[stage].inputs_of(self.config):
+            if needed in STAGES and STAGES[needed].round:
+                where = self.url(needed, index if STAGES[needed].is_indexed else None)
+                if self.find(where) is None:
+                    return None
+        return self.finished(self.plan(stage, index))
+
+    def _named(self, stage: str, made: Artifact, ready: dict[int, Artifact]) -> dict[int, Artifact]:
         """The experts that a committed model names, where they are all here and enough; else all that are ready."""
-        inputs = assembled.manifest.inputs
+        inputs = made.manifest.inputs
         named = {
             index: artifact
             for index, artifact in ready.items()
-            if inputs.get(str(JobName("expert", index))) == artifact.manifest.fingerprint
+            if inputs.get(str(JobName(stage, index))) == artifact.manifest.fingerprint
         }
-        is_whole = len(named) == sum(key != "backbone" for key in inputs)
-        by_hand = bool(assembled.manifest.facts.get(CHOSEN_FACT))
-        return named if is_whole and (by_hand or len(named) >= self.config.needed_experts) else ready
+        is_whole = len(named) == sum(JobName.parse(key).index is not None for key in inputs)
+        # A merge stays what it is, since experts have gone on from it.
+        is_kept = stage in ROUNDS or bool(made.manifest.facts.get(CHOSEN_FACT))
+        return named if is_whole and (is_kept or len(named) >= self.config.needed_experts) else ready
 
     def _inputs(self, stage: str, index: int | None) -> dict[str, str]:
         """Fingerprints of what a stage reads, from their manifests; an expert knows only its own partition."""
         found: dict[str, str] = {}
-        for needed in STAGES[stage].inputs:
+        for needed in STAGES[stage].inputs_of(self.config):
             found |= self._input(needed, index)
         return found
 
     def _input(self, needed: str, index: int | None) -> dict[str, str]:
         if needed == "partition" and index is not None:
             return {needed: _partition_input(self._required("partition"), f"partition-{index}")}
-        if needed == "expert":
-            chosen = self.chosen_experts()
-            return {str(JobName("expert", k)): artifact.manifest.fingerprint for k, artifact in chosen.items()}
+        if needed == "expert" or (needed in ROUNDS and index is None):
+            chosen = self.chosen_experts() if needed == "expert" else self.merged_experts(STAGES[needed].round)
+            return {str(JobName(needed, k)): artifact.manifest.fingerprint for k, artifact in chosen.items()}
         if needed == "branch":
             branches = enumerate(self._required(needed, k) for k in STAGES[needed].indices(self.config))
             return {str(JobName(needed, k)): artifact.manifest.fingerprint for k, artifact in branches}
@@ -206,9 +240,20 @@ class Run:
             return self._pretrained[needed]
         if needed == "clean" and not STAGES[needed].is_wanted(self.config):
             return {}
+        if needed in STAGES and STAGES[needed].round:
+            return self._of_round(needed, index)
         artifact = self._required(needed)
         identity = contents(artifact) if needed in ("clean", "prepare-data") else artifact.manifest.fingerprint
         return {STAGES[needed].kind: identity}
+
+    def _of_round(self, needed: str, index: int | None) -> dict[str, str]:
+        """Identity of what the expert itself, or the merge, has made in a round before."""
+        if STAGES[needed].is_indexed:
+            found = self._required(needed, index)
+            return {str(JobName(needed, index)): found.manifest.fingerprint}
+        if needed not in self._merges:  # for a thousand experts it is the same thousand experts
+            self._merges[needed] = self._required(needed)
+        return {needed: self._merges[needed].manifest.fingerprint}
 
 
 def is_kept(artifact: Artifact) -> bool:

@@ -51,10 +51,10 @@ def model_card(
     return "\n\n".join(blocks) + "\n"
 
 
-def calibration_note(before: float, after: float) -> str:
-    """What a calibrated model adds to the card of the assembled one."""
+def calibration_note(before: float, after: float, what: str) -> str:
+    """What a calibrated model adds to the card of the assembled one; `what` was done."""
     return (
-        "\n## Calibration\n\nNorm gains and router rows were fitted on validation text after assembly. On text held "
+        f"\n## Calibration\n\n{what} after assembly. On text held "
         f"out from that, the mean loss over domains was {before:.4f} before and {after:.4f} after.\n"
     )
 

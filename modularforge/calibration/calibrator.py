@@ -1,4 +1,4 @@
-"""Fit norm gains and router rows on validation data with all else frozen, and keep them only if they help.
+"""Fit norm gains, router rows or shared weights with all else frozen, and keep them only if they help.
 
 LayerNorms hold no running statistics, so what can be calibrated are their gains (REPAIR, arXiv 2211.08403). The text is
 split by documents: one half is trained on, the other decides.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,16 @@ from modularforge.assembly.plan import OutputTensor, output_tensors, spans_of
 from modularforge.config import Config
 from modularforge.data.token_files import Stream, TokenFile
 from modularforge.errors import DataError
-from modularforge.evaluation.scoring import even_loss
+from modularforge.evaluation.bench import PROBE_SHARE, Bench
+from modularforge.evaluation.extras import Extras, read_texts
+from modularforge.evaluation.probes import GENERAL, SWITCH
+from modularforge.evaluation.scoring import even_loss, summarise
 from modularforge.experts.kind import kind_of, kind_of_artifact
 from modularforge.experts.trainable import ParameterGroup, Trainable
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import save_tensors
 from modularforge.stage_outputs import Corpus, derived_seed, joined_beginnings
-from modularforge.tasks.task import task_of
+from modularforge.tasks.task import Examples, task_of
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
@@ -49,16 +52,22 @@ class Calibration:
     before: float
     after: float
     tensors: dict[str, Tensor]
+    beside: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Losses before and after on what must not become worse, by the probe's name."""
+
+    what: str = ""
+    """What was done, for the card."""
 
     @property
     def kept(self) -> bool:
-        """Whether the held-out loss improved."""
-        return self.after < self.before
+        """Whether the held-out loss improved, and nothing beside it became worse."""
+        return self.after < self.before and all(after <= before for before, after in self.beside.values())
 
     @property
     def facts(self) -> dict[str, Any]:
         """What manifests and studies say of it."""
-        return {"kept": self.kept, "loss_before": self.before, "loss_after": self.after}
+        beside = {"beside": {name: list(losses) for name, losses in self.beside.items()}} if self.beside else {}
+        return {"kept": self.kept, "loss_before": self.before, "loss_after": self.after, **beside}
 
 
 def split_documents(file: TokenFile, labels: list[str]) -> tuple[dict[str, Stream], dict[str, Stream]]:
@@ -89,6 +98,10 @@ def _prompt_numbers(file: TokenFile, documents: npt.NDArray[np.int64]) -> npt.ND
     return np.array(found)
 
 
+Measure = Callable[[Decoder], Mapping[str, float]]
+"""Losses of a model by name."""
+
+
 def calibrate(
     model: Decoder,
     config: Config,
@@ -96,12 +109,30 @@ def calibrate(
     decide: Mapping[str, Stream],
     job: Job,
     seed: int,
+    measure: Measure = lambda _: {},
 ) -> Calibration:
     """Train the chosen parameters on `fit_stream`; `decide` holds the streams per domain that judge the result.
 
+    `measure` tells what must not become worse.
+    """
+    size = min(config.model.context_length, model.config.positions), config.calibration.batch_size
+    examples = task_of(config).of_stream(config, fit_stream, *size, seed, "the calibration half of validation")
+    return calibrate_on(examples, model, config, decide, job, measure)
+
+
+def calibrate_on(
+    examples: Examples,
+    model: Decoder,
+    config: Config,
+    decide: Mapping[str, Stream],
+    job: Job,
+    measure: Measure,
+) -> Calibration:
+    """The same on examples.
+
     It computes in float32, but what it returns and judges has the types that the model came with.
     """
-    world = World(device=model.lm_head.weight.device)
+    world, context = World(device=model.lm_head.weight.device), min(config.model.context_length, model.config.positions)
 
     def held_out() -> float:
         limits = config.evaluation.batch_size, config.evaluation.tokens_per_domain
@@ -111,20 +142,23 @@ def calibrate(
     stored = {name: weight.dtype for name, weight in model.named_parameters()}
     model.float()
     learns = choose_parameters(model, config)
-    context = min(config.model.context_length, model.config.positions)
-    before, batch, task = held_out(), config.calibration.batch_size, task_of(config)
-    fit(
-        Trainable(model, task.loss, [ParameterGroup(learns)]),
-        task.of_stream(config, fit_stream, context, batch, seed, "the calibration half of validation"),
-        job,
-        held_out,
-        world,
-    )
+    before, beside = held_out(), measure(model)
+    # Decay would reach what the evidence router has put around shared matrices.
+    group = ParameterGroup(learns, weight_decay=0.0 if config.calibration.shared else None)
+    fit(Trainable(model, task_of(config).loss, [group]), examples, job, held_out, world)
     changed = {}
     for name, weight in learns.items():
         changed[name] = weight.detach().cpu().to(stored[name])
         weight.data.copy_(changed[name])  # judged as it will be stored
-    return Calibration(before, held_out(), changed)
+    after = measure(model)
+    return Calibration(
+        before, held_out(), changed, {name: (beside[name], after[name]) for name in beside}, _what(config)
+    )
+
+
+def _what(config: Config) -> str:
+    shared = ", embeddings, attention and head" if config.calibration.shared else ""
+    return f"Norm gains and router rows{shared} were fitted on {config.calibration.text} text"
 
 
 def choose_parameters(model: Decoder, config: Config) -> Mapping[str, nn.Parameter]:
@@ -141,16 +175,38 @@ def even_mixture(streams: Mapping[str, Stream]) -> Stream:
     return joined_beginnings(streams, min(len(tokens) for tokens in streams.values()))
 
 
-def calibrate_on_validation(model: Decoder, config: Config, corpus: Corpus, job: Job) -> Calibration:
-    """Calibrate on one half of the validation documents, judged by the other; raises DataError for too few."""
+def calibrate_as_set(model: Decoder, config: Config, corpus: Corpus, partitions: Artifact, job: Job) -> Calibration:
+    """Calibrate on one half of the validation documents, or on training text; the other half of validation decides.
+
+    Raises DataError for too few documents.
+    """
     fit_half, decide_half = split_documents(corpus.tokens("validation"), corpus.labels)
     if not fit_half:
         raise DataError(
             "calibration needs at least two validation documents of a domain, but there are fewer; add validation text "
             "or leave it out (assemble --no-calibrate, run-all --skip-calibration)"
         )
+    settings, measure = config.calibration, _beside(config, corpus, decide_half)
+    if settings.text == "training":
+        skipped = config.experts.steps * config.experts.batch_size
+        examples = task_of(config).mixture(config, partitions, "calibrate", settings, skipped)
+        return calibrate_on(examples, model, config, decide_half, job, measure)
     seed = derived_seed(config.seed, "calibration order")
-    return calibrate(model, config, even_mixture(fit_half), decide_half, job, seed)
+    return calibrate(model, config, even_mixture(fit_half), decide_half, job, seed, measure)
+
+
+def _beside(config: Config, corpus: Corpus, decide: Mapping[str, Stream]) -> Measure:
+    """Losses behind a switch of domain, and on text of no domain where there is some; none where matrices rest."""
+    if not config.calibration.shared:
+        return lambda _: {}
+    limit, texts = config.evaluation.tokens_per_domain, read_texts(config.evaluation.general or [])
+    bench = Bench(config, corpus, decide, limit, limit // PROBE_SHARE, Extras(texts))
+
+    def measure(model: Decoder) -> dict[str, float]:
+        probes, scores = bench.probes(model), bench.score(model, (SWITCH, GENERAL))
+        return {name: summarise(probes[name], item, corpus.byte_lengths)["mean_loss"] for name, item in scores.items()}
+
+    return measure
 
 
 def write_calibrated(assembled: Artifact, result: Calibration, writer: ArtifactWriter, max_shard_bytes: int) -> None:
@@ -171,4 +227,4 @@ def write_calibrated(assembled: Artifact, result: Calibration, writer: ArtifactW
             (writer.folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(assembled.local_file(name), writer.folder / name)
     with open(writer.folder / CARD_NAME, "a", encoding="utf-8") as card:
-        card.write(calibration_note(result.before, result.after))
+        card.write(calibration_note(result.before, result.after, result.what))

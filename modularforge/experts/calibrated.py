@@ -2,31 +2,56 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from modularforge.config import CalibrationConfig
 from modularforge.errors import ConfigError
 from modularforge.model import names
 from modularforge.model.backbone import Decoder
 
+MATRICES = ("embeddings", "attention", "head")
+"""What `calibration.shared` lets learn; norms have a setting of their own."""
+
 
 def calibrates(model: Decoder, settings: CalibrationConfig) -> dict[str, nn.Parameter]:
-    """Norm gains and router rows of an assembled model, as the settings say."""
+    """Norm gains, router rows and shared matrices of an assembled model, as the settings say."""
     rows = settings.router and model.text_router is None  # which routes in their place
+    parts = (*(["norms"] if settings.norms else []), *(MATRICES if settings.shared else []))
     found = {
         name: weight
         for name, weight in model.named_parameters()
-        if (settings.norms and names.is_norm(name)) or (rows and names.is_gate(name))
+        if names.shared_part(name) in parts or (rows and names.is_gate(name))
     }
     if not found:
         raise ConfigError(
-            "calibration must train norms or a router's rows, but calibration.norms is false and the model routes by "
-            "tables or by nothing; set calibration.norms to true, assembly.token_pairs to 0 (by which a mixture routes "
-            "by its rows), or leave calibration out"
+            "calibration must train norms, shared weights or a router's rows, but the first two are false and the "
+            "model routes by tables or by nothing; set calibration.norms to true, assembly.token_pairs to 0 (by which "
+            "a mixture routes by its rows), or leave calibration out"
         )
+    # Zero gains hide the evidence router's channels from the head, and must stay so: others would add what the routers
+    # read to the logits.
+    is_seen_D = model.model.norm.weight.detach() != 0
     if names.FINAL_NORM in found:
-        # Zero gains hide the evidence router's channels from the head, and must stay so: others would add what the
-        # routers read to the logits.
-        is_seen_D = found[names.FINAL_NORM].detach() != 0
-        found[names.FINAL_NORM].requires_grad_(True).register_hook(lambda gradient_D: gradient_D * is_seen_D)  # type: ignore[no-untyped-call]
+        _learn_only(found[names.FINAL_NORM], is_seen_D)
+    for name, weight in found.items():
+        if names.shared_part(name) in MATRICES:
+            _learn_only(weight, own_entries(name, weight.detach(), is_seen_D))
     return found
+
+
+def own_entries(name: str, weight: Tensor, is_seen_D: Tensor) -> Tensor:
+    """Which entries of a shared matrix the backbone has too; the evidence router has put the others around them.
+
+    `is_seen_D` says which channels of the residual stream are the backbone's. What a further head reads and writes has
+    zeros in all of these.
+    """
+    if names.attention_part(name) == "o_proj":  # [D, heads]
+        return is_seen_D[:, None] & (weight[is_seen_D] != 0).any(dim=0)
+    if not names.attention_part(name):  # an entry of the vocabulary may be zero
+        return is_seen_D.expand_as(weight)
+    return (weight[:, is_seen_D] != 0).any(dim=1)[:, None] & is_seen_D
+
+
+def _learn_only(weight: nn.Parameter, mask: Tensor) -> None:
+    """Let gradients through only where the mask is true."""
+    weight.requires_grad_(True).register_hook(lambda gradient: gradient * mask)  # type: ignore[no-untyped-call]

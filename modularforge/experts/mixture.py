@@ -19,6 +19,7 @@ from checkpoints.hashing import describe_file
 from checkpoints.safetensors import WEIGHTS_NAME, TensorSpan, read_spans
 from modularforge.assembly import parts
 from modularforge.assembly.plan import LowRank, OutputTensor, output_tensors, spans_of
+from modularforge.assembly.shared import SHARED_NAME, shared_tensors, write_means
 from modularforge.config import Config, ModelConfig
 from modularforge.errors import ConfigError, MismatchError
 from modularforge.log import logger
@@ -113,10 +114,10 @@ class Mixture:
     def _tensors(self, scratch: Path) -> dict[str, OutputTensor]:
         """All tensors of the assembled model; new values are written to files in `scratch`."""
         public_slot = 0 if self.config.has_public_expert else None
+        backbone = spans_of(self.backbone, WEIGHTS_NAME)
+        shared = write_means(scratch / SHARED_NAME, backbone, self.experts, self.config.assembly.shared)
         slots = {index + (public_slot == 0): own for index, own in enumerate(self.spans)}
-        spans = merged_spans(
-            spans_of(self.backbone, WEIGHTS_NAME), slots, self.dense.layers, public_slot, self.dense.family
-        )
+        spans = merged_spans({**backbone, **shared}, slots, self.dense.layers, public_slot, self.dense.family)
         kept = output_tensors(spans, SAFETENSORS_NAME[self.config.assembly.dtype])
         for (index, layer, part), matrix in self.added.items():
             name = names.expert_ffn(layer, index + (public_slot == 0), part, self.dense.family)
@@ -131,6 +132,7 @@ class Mixture:
 
     def _facts(self, written: Mapping[str, Any]) -> dict[str, Any]:
         sizes = model_sizes(self.shape, self.vocab_size, self.count, self.active, self.dense)
+        trained = {names.shared_part(name) for expert in self.experts for name in shared_tensors(expert)}
         return {
             "architecture": written["architectures"][0],
             "experts": self.count,
@@ -140,6 +142,7 @@ class Mixture:
             "parameters": sizes.parameters,
             "active_parameters": sizes.active_parameters,
             "routing_parameters": sizes.routing_parameters,
+            **({"shared_means": sorted(trained)} if trained else {}),
         }
 
     def _write(self, folder: Path) -> dict[str, Any]:
@@ -200,8 +203,10 @@ def _summary(facts: Mapping[str, Any], experts: int) -> str:
     public = "the backbone's own feed-forward block and " if facts["public_expert"] else ""
     only = facts.get("routing_parameters")
     routing = f" (of which {only:,} only choose experts)" if only else ""
+    means = facts.get("shared_means")
+    shared = f" Its {', '.join(means)} are the mean of what each expert made of them." if means else ""
     return (
         f"A mixture-of-experts language model of {facts['parameters']:,} parameters, {facts['active_parameters']:,} of "
         f"them active per token{routing}: {public}{experts} experts per layer, of which each token visits "
-        f"{facts['experts_per_token']}."
+        f"{facts['experts_per_token']}.{shared}"
     )

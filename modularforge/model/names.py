@@ -118,6 +118,13 @@ def is_shared(name: str) -> bool:
     return not is_dense_ffn(name)
 
 
+def shared_part(name: str) -> str:
+    """embeddings, head, attention or norms for a tensor that experts share, empty for other names."""
+    if is_norm(name):
+        return "norms"
+    return {EMBEDDING: "embeddings", HEAD: "head"}.get(name) or ("attention" if attention_part(name) else "")
+
+
 def is_redundant(name: str, tied_head: bool) -> bool:
     """Whether a pretrained file may hold the tensor although the model does not need it: a tied head, old positions."""
     return (tied_head and name == HEAD) or name.endswith("rotary_emb.inv_freq")

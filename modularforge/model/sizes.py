@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from math import prod
 
 from modularforge.config import ModelConfig
 from modularforge.model import names
@@ -93,6 +94,13 @@ def adapter_parameters(model: ModelConfig, modules: Collection[str], rank: int) 
     """Entries of A and B beside the matrices of these names in all layers."""
     shapes = dense_shapes(model, 1)
     return sum(rank * sum(shape) for name, shape in shapes.items() if name.split(".")[-2] in modules)
+
+
+def shared_parameters(model: ModelConfig, vocab_size: int, parts: Collection[str]) -> int:
+    """Weights of these parts of a backbone, as `experts.unfreeze` names them."""
+    return sum(
+        prod(shape) for name, shape in dense_shapes(model, vocab_size).items() if names.shared_part(name) in parts
+    )
 
 
 @dataclass(frozen=True)

@@ -80,8 +80,8 @@ def house_style() -> Iterator[None]:
 
 
 def colour_of(job: str, num_experts: int) -> Any:
-    """The colour of a job, the same in every figure of a run; a branch has that of the expert of its partition."""
-    match = re.fullmatch(r"(?:expert|branch)-(\d+)", job)
+    """The colour of a job, the same in every figure of a run; branches and rounds have that of the expert."""
+    match = re.fullmatch(r"(?:expert|branch|round_\d+)-(\d+)", job)
     if not match:
         return JOB_COLOURS.get(job, GREY)
     index = int(match[1])

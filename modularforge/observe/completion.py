@@ -9,7 +9,7 @@ from modularforge.config import joined_batches
 from modularforge.observe.metrics import JobMetrics
 from modularforge.observe.run import MOST_EXPERTS, Run
 from modularforge.observe.table import duration
-from modularforge.pipeline import STAGES, JobName
+from modularforge.pipeline import STAGES, JobName, made_in_round
 
 State = Literal["finished", "running", "silent", "waiting"]
 # A job that has written no line for this long has probably stopped: longer than a validation and a checkpoint take.
@@ -50,11 +50,12 @@ class Part:
 def parts_of(run: Run) -> list[Part]:
     """All stages and jobs in the order of the pipeline, those that have not begun too."""
     wanted: list[str] = run.setting("evaluation.baselines", [])
-    begun = {*run.artifacts, *run.jobs}
+    begun, rounds = {*run.artifacts, *run.jobs}, run.setting("experts.rounds", 1)
     known: list[str] = []
     for name, stage in STAGES.items():
         names = [f"{name}-{index}" for index in range(run.num_experts)] if stage.is_indexed else [name]
-        is_wanted = stage.baseline in (None, *wanted) and (not stage.needs or bool(run.setting(stage.needs, [])))
+        is_wanted = stage.baseline in (None, *wanted) and stage.round < rounds
+        is_wanted = is_wanted and (not stage.needs or bool(run.setting(stage.needs, [])))
         known += names if is_wanted or any(JobName.parse(job).stage == name for job in begun) else []
     return [
         _part(run, name, run.jobs.get(name)) for name in [*known, *(name for name in run.jobs if name not in known)]
@@ -63,7 +64,7 @@ def parts_of(run: Run) -> list[Part]:
 
 def _part(run: Run, name: str, job: JobMetrics | None) -> Part:
     steps, tokens_per_step = _length(run, name)
-    step = job.last_step if job else 0
+    step = max(0, job.last_step - _steps_before(run, name)) if job else 0
     if name in run.artifacts:
         return Part(name, "finished", steps or step, steps or step or None, (steps or step) * tokens_per_step)
     if job is None:
@@ -94,7 +95,26 @@ def _length(run: Run, name: str) -> tuple[int | None, int]:
             or run.setting("joint.batch_size", 0)
             or run.setting("experts.batch_size", 1)
         )
+    steps = min(steps, _steps_until(run, name, steps)) - _steps_before(run, name)
     return steps or None, batch_size * run.setting("model.context_length", 1) if steps else 0
+
+
+def _steps_before(run: Run, name: str) -> int:
+    """Steps that an expert has done when one of its rounds begins; 0 for all other jobs."""
+    number = _round_of(run, name)
+    return _steps_until(run, made_in_round(number - 1)[0], 0) if number > 1 else 0
+
+
+def _steps_until(run: Run, name: str, otherwise: int) -> int:
+    """Steps that an expert has done when one of its rounds ends."""
+    number, rounds = _round_of(run, name), run.setting("experts.rounds", 1)
+    return number * run.setting("experts.steps", 0) // rounds if number and rounds else otherwise
+
+
+def _round_of(run: Run, name: str) -> int:
+    """The round of experts that a job is of, 0 for other jobs."""
+    stage = JobName.parse(name).stage
+    return run.setting("experts.rounds", 1) if stage == "expert" else STAGES[stage].round if stage in STAGES else 0
 
 
 def is_finished(run: Run) -> bool:

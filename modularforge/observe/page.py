@@ -24,6 +24,7 @@ from modularforge.observe.completion import Part, headline, is_finished, parts_o
 from modularforge.observe.evaluation import model_table, samples_of
 from modularforge.observe.findings import DECIDING, chat_table, finding_tables, harness_tables, task_tables
 from modularforge.observe.metrics import CURVES, JobMetrics, Metric
+from modularforge.observe.rounds import rounds_table
 from modularforge.observe.run import Run, flatten, made_with
 from modularforge.observe.table import Column, Table, duration, fixed, listing, rough
 from modularforge.observe.timeline import commit_time, timeline
@@ -78,6 +79,7 @@ def make_page(run: Run, plots: Iterable[Plot]) -> str:
         jobs=job_table(run),
         cleaning=list(cleaning_tables(run.cleaning)),
         cleaned=list(cleaning_samples(run.cleaning)),
+        rounds=rounds_table(run),
         evaluation=model_table(run.evaluation) if run.evaluation else None,
         findings=_findings(run, chat),
         samples=samples,

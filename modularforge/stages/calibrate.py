@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from checkpoints import Artifact
-from modularforge.calibration.calibrator import Calibration, calibrate_on_validation, write_calibrated
+from modularforge.calibration.calibrator import Calibration, calibrate_as_set, write_calibrated
 from modularforge.log import logger
 from modularforge.model.folder import load_model
 from modularforge.pipeline import metrics_url
@@ -40,4 +40,5 @@ def _calibrate(run: Run, assembled: Artifact, fingerprint: str) -> Calibration:
     config = run.config
     places = (None, metrics_url(config, "calibrate"), config.metrics.tensorboard)
     job = Job("calibrate", config.calibration, config.training, fingerprint, *places)
-    return calibrate_on_validation(load_model(assembled.local_folder()).to(default_device()), config, run.corpus, job)
+    model = load_model(assembled.local_folder()).to(default_device())
+    return calibrate_as_set(model, config, run.corpus, run.require("partition"), job)

@@ -1,12 +1,25 @@
-"""Train one expert alone: it reads the backbone and its own partition, and nothing of any other expert."""
+"""Train one expert alone: it reads the backbone and its own partition, and nothing of any other expert.
+
+Where experts are trained in rounds (docs/rounds.md), it also reads what the merge of the round before made of the
+weights that all share.
+"""
 
 from __future__ import annotations
 
-from checkpoints import Artifact
-from modularforge.experts.job import save_expert, train_expert
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from checkpoints import Artifact, ArtifactWriter
+from checkpoints.tensors import read_weight_file, weight_file_chunks, weight_file_size
+from checkpoints.training import STATE_NAME, TENSORS_NAME, Checkpoint
+from modularforge.assembly.shared import SHARED_NAME
+from modularforge.experts.job import partition_facts, save_expert, train_expert_from
 from modularforge.experts.kind import ExpertJob
 from modularforge.log import logger
-from modularforge.pipeline import JobName
+from modularforge.model import names
+from modularforge.pipeline import JobName, made_in_round
 from modularforge.provenance import commit, making, save_settings
 from modularforge.run import Run
 from modularforge.stage_outputs import own_domains
@@ -14,11 +27,55 @@ from modularforge.tasks.task import task_of
 from modularforge.training.distributed import joined_world
 from modularforge.training.job import Job
 
+WEIGHTS = "weights."  # before the names of weights in a checkpoint
+Save = Callable[[ExpertJob, nn.Module, Checkpoint, ArtifactWriter], dict[str, Any]]
+"""Writes what a trained expert leaves, and returns facts for the manifest."""
+
 
 def run(run: Run, index: int) -> Artifact:
-    """Train and commit expert `index` unless it is done (called on every rank; rank 0 writes)."""
-    config, name = run.config, JobName("expert", index)
-    plan = run.plan("expert", index)
+    """Train and commit expert `index` unless it is done (called on every rank; rank 0 writes), its last round too."""
+
+    def save(expert: ExpertJob, model: nn.Module, _: Checkpoint, writer: ArtifactWriter) -> dict[str, Any]:
+        return save_expert(expert, model, writer.folder)
+
+    return _train(run, "expert", index, run.config.experts.rounds, save)
+
+
+def train_round(run: Run, index: int, number: int) -> Artifact:
+    """Train expert `index` through a round, counted from 1, that is not the last, and commit how far it has come."""
+    return _train(run, made_in_round(number)[0], index, number, save_round)
+
+
+def save_round(expert: ExpertJob, _: nn.Module, state: Checkpoint, writer: ArtifactWriter) -> dict[str, Any]:
+    """Write what is shared into one file, for the merge, and into another what only the next round of this expert
+    reads: its own weights and AdamW's moments of all, in float32.
+    """
+    parts = expert.config.experts.unfreeze
+    shared = {name for name in state.tensors if names.shared_part(name.removeprefix(WEIGHTS)) in parts}
+    shared = {name for name in shared if name.startswith(WEIGHTS)}
+    exchanged = {name.removeprefix(WEIGHTS): state.tensors[name] for name in shared}
+    own = {name: tensor for name, tensor in state.tensors.items() if name not in shared}
+    for file, tensors in ((SHARED_NAME, exchanged), (TENSORS_NAME, own)):
+        writer.write_chunks(file, weight_file_chunks(tensors), weight_file_size(tensors))
+    writer.write_json(STATE_NAME, state.state)
+    return {"index": expert.index, "step": state.step, **partition_facts(expert)}
+
+
+def state_after(run: Run, index: int, number: int) -> Checkpoint:
+    """Where an expert stands after a round: its own weights and all moments as it left them, what is shared merged."""
+    stages = made_in_round(number)
+    own, merged = run.require(stages[0], index), run.require(stages[1])
+    if str(JobName(stages[0], index)) not in merged.manifest.inputs:
+        logger.info("expert %d was late for %s, and joins the others again here", index, stages[1])
+    shared = read_weight_file(merged, SHARED_NAME)
+    tensors = read_weight_file(own, TENSORS_NAME) | {f"{WEIGHTS}{name}": tensor for name, tensor in shared.items()}
+    return Checkpoint(run.config.round_ends(number), tensors, own.read_json(STATE_NAME))
+
+
+def _train(run: Run, stage: str, index: int, number: int, save: Save) -> Artifact:
+    """Train an expert through one of its rounds, and commit what `save` writes, unless it is done."""
+    config, name = run.config, JobName(stage, index)
+    plan = run.plan(stage, index)
     if found := run.finished(plan):
         logger.info("%s is finished: %s", name, plan.url)
         return found
@@ -26,15 +83,16 @@ def run(run: Run, index: int) -> Artifact:
     examples = task.part(config, partitions, index)
     domains = dict(enumerate(own_domains(partitions))).get(index, [])
     held_out = task.validation(config, run.corpus, domains)
-    job = Job.of_run(config, str(name), config.experts, plan.fingerprint)
+    start = state_after(run, index, number - 1) if number > 1 else None
+    job = Job.of_run(config, str(name), config.experts, plan.fingerprint, config.round_ends(number))
     with joined_world() as world:
         if world.is_main:
             save_settings(config)
         expert = ExpertJob(config, index, run.backbone, task, examples, world.device)
-        model, losses = train_expert(expert, held_out, job, world)
+        model, losses, state = train_expert_from(start, expert, held_out, job, world)
         if world.is_main:
             with making(plan) as writer:
-                facts = save_expert(expert, model, writer.folder)
+                facts = save(expert, model, state, writer)
                 commit(writer, plan, run, {**losses, **facts, "domains": domains})
         world.barrier()
-    return run.made("expert", index)
+    return run.made(stage, index)

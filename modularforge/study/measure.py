@@ -21,7 +21,7 @@ from torch import Tensor
 
 from checkpoints import Artifact, plain_folder
 from modularforge.assembly.assemble import assemble
-from modularforge.calibration.calibrator import calibrate_on_validation, split_documents
+from modularforge.calibration.calibrator import calibrate_as_set, split_documents
 from modularforge.config import Config
 from modularforge.data.token_files import Stream
 from modularforge.errors import ConfigError
@@ -91,7 +91,7 @@ def _assembled(config: Config, backbone: Artifact, experts: list[Artifact]) -> D
 def calibrate_model(run: StudyRun, config: Config, model: Decoder, fresh: Decoder) -> tuple[Decoder, dict[str, float]]:
     """Calibrate `model` and return it, or `fresh`, which is the same untouched, when it did not get better."""
     job = Job("calibrate", config.calibration, config.training)
-    result = calibrate_on_validation(model.to(default_device()), config, run.corpus, job)
+    result = calibrate_as_set(model.to(default_device()), config, run.corpus, run.obtain("partition"), job)
     return (model if result.kept else fresh), result.facts
 
 

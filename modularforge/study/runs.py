@@ -14,7 +14,7 @@ import contextlib
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -89,6 +89,7 @@ class StudyRun:
 
     config: Config
     others: list[Config]
+    obtained: dict[JobName, Artifact] = field(default_factory=dict)
 
     @cached_property
     def run(self) -> Run:
@@ -97,7 +98,12 @@ class StudyRun:
 
     def obtain(self, stage: str, index: int | None = None) -> Artifact:
         """The artifact of a stage: found here, copied from another run, or made now."""
-        for needed in STAGES[stage].inputs:
+        if (name := JobName(stage, index)) not in self.obtained:
+            self.obtained[name] = self._obtain(stage, index)
+        return self.obtained[name]
+
+    def _obtain(self, stage: str, index: int | None) -> Artifact:
+        for needed in STAGES[stage].inputs_of(self.config):
             if needed in STAGES:
                 self.obtain_each(needed)
         plan = self.run.plan(stage, index)
@@ -112,7 +118,8 @@ class StudyRun:
     def take_all(self) -> None:
         """Copy everything that another run has and this one would make alike; nothing is trained."""
         for stage in STAGES.values():
-            if stage.phase is not None and stage.name != "calibrate":
+            is_trained = stage.phase is not None or stage.round
+            if is_trained and stage.name != "calibrate" and stage.round < self.config.experts.rounds:
                 for index in stage.indices(self.config):
                     with contextlib.suppress(MissingArtifactError):
                         self._take(stage.name, index)

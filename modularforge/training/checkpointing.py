@@ -38,17 +38,17 @@ class Checkpointing:
             kept = (job.training.keep_checkpoints, job.training.keep_checkpoints_every)
             self.saver = CheckpointSaver(job.checkpoint_url, job.fingerprint, *kept)
 
-    def resume(self, trainer: Trainer) -> None:
-        """Continue from the newest checkpoint of this job, where there is one."""
+    def resume(self, trainer: Trainer, start: Checkpoint | None = None) -> None:
+        """Continue from the newest checkpoint of this job, where there is one, else from `start`."""
         self._prepare_after_first_step(trainer)
-        checkpoint = self._newest()
+        checkpoint = self._newest() or start
         if checkpoint is None:
             return
         trainer.restore(checkpoint.tensors)
         trainer.step, trainer.position = checkpoint.step, checkpoint.state["position"]
         trainer.train_loss = checkpoint.state["train_loss"]
         trainer.validation_loss = checkpoint.state["validation_loss"]
-        logger.info("%s continues at step %d of %d", self.job.name, trainer.step, self.job.phase.steps)
+        logger.info("%s continues at step %d of %d", self.job.name, trainer.step, self.job.end)
 
     def agree_to_stop(self, wants_to_stop: bool) -> bool:
         """Whether any rank wants to stop; raises on all when a background save has failed (one exchange a step)."""
@@ -59,15 +59,10 @@ class Checkpointing:
 
     def save(self, trainer: Trainer) -> None:
         """Copy the state and let it be written; the losses were found finite just before."""
-        state = {
-            "position": trainer.position,
-            "train_loss": trainer.train_loss,
-            "validation_loss": trainer.validation_loss,
-        }
 
         def start() -> None:
             if self.saver:
-                self.saver.save(Checkpoint(trainer.step, trainer.tensors(), state))
+                self.saver.save(checkpoint_of(trainer))
 
         self._on_rank_zero(start)
 
@@ -122,6 +117,16 @@ class Checkpointing:
             action()
         else:
             on_rank_zero(action, dist, self.world.device)
+
+
+def checkpoint_of(trainer: Trainer) -> Checkpoint:
+    """All that a job needs to go on from here."""
+    state = {
+        "position": trainer.position,
+        "train_loss": trainer.train_loss,
+        "validation_loss": trainer.validation_loss,
+    }
+    return Checkpoint(trainer.step, trainer.tensors(), state)
 
 
 class StopFlag:

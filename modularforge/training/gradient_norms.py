@@ -111,4 +111,4 @@ def norm_log(job: Job, trainable: Trainable, world: World, step: int) -> NormLog
     if not every or not job.metrics_url or not world.is_main:
         return None
     measure = NormMeasure(trainable.parameters, count_layers(name for name, _ in trainable.model.named_parameters()))
-    return NormLog(norms_url(job.metrics_url), job.name, measure, every, job.phase.steps, step)
+    return NormLog(norms_url(job.metrics_url), job.name, measure, every, job.end, step)

@@ -30,12 +30,29 @@ class Job:
     """FLOPs of its training by unit, for people; 0 is not known."""
     tokens: int = 0
     """Of a piece of a batch, on all ranks together."""
+    until: int | None = None
+    """Steps after which it ends, where another job goes on with the phase."""
+
+    @property
+    def end(self) -> int:
+        """Steps of the phase that are done when it ends."""
+        return self.phase.steps if self.until is None else self.until
 
     @staticmethod
-    def of_run(config: Config, name: str, phase: PhaseConfig, fingerprint: str) -> Job:
+    def of_run(config: Config, name: str, phase: PhaseConfig, fingerprint: str, until: int | None = None) -> Job:
         """A job of a run, with its checkpoints and metrics in their places there."""
         places = checkpoint_url(config, name), metrics_url(config, name)
         unit, flops = task_of(config).unit, training_flops_per_token(config, JobName.parse(name).stage)
         tokens = phase.batch_size // phase.accumulation_steps * config.model.context_length
-        where = *places, config.metrics.tensorboard
-        return Job(name, phase, config.training, fingerprint, *where, unit=unit, flops_per_unit=flops, tokens=tokens)
+        return Job(
+            name,
+            phase,
+            config.training,
+            fingerprint,
+            *places,
+            config.metrics.tensorboard,
+            unit=unit,
+            flops_per_unit=flops,
+            tokens=tokens,
+            until=until,
+        )

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.screen import progress
+from checkpoints.training import Checkpoint
 from modularforge.errors import Interrupted, TrainingError
 from modularforge.experts.trainable import Trainable
 from modularforge.model.backbone import perplexity
 from modularforge.tasks.task import Batch, Examples
 from modularforge.training.ahead import built_ahead
-from modularforge.training.checkpointing import Checkpointing, StopFlag, stop_on_signals
+from modularforge.training.checkpointing import Checkpointing, StopFlag, checkpoint_of, stop_on_signals
 from modularforge.training.distributed import World, parallelise
 from modularforge.training.gradient_norms import norm_log
 from modularforge.training.job import Job
@@ -36,25 +37,37 @@ def fit(
     validate: Callable[[], float],
     world: World,
 ) -> dict[str, float | None]:
-    """Train `job.phase.steps` steps and return the final losses (called on every rank; rank 0 writes).
+    """Train up to `job.end` steps and return the final losses (called on every rank; rank 0 writes).
 
     With them come the processor seconds of this process, since it began or went on. `validate` gives the validation
     loss, which is that of the job's own model. Raises TrainingError on a non-finite loss and Interrupted after a stop
     signal, both before anything is saved as finished.
     """
+    return fit_from(trainable, examples, job, validate, world)[0]
+
+
+def fit_from(
+    trainable: Trainable,
+    examples: Examples,
+    job: Job,
+    validate: Callable[[], float],
+    world: World,
+    start: Checkpoint | None = None,
+) -> tuple[dict[str, float | None], Checkpoint]:
+    """The same from the state that another job left after fewer steps; returns the state of this one too."""
     begun = time.process_time()
     trainable.model.to(world.device)
     choose_recompute(trainable, job, world)
     trainer = Trainer(trainable, build_optimizer(trainable.groups, job.phase, job.training))
     checkpoints = Checkpointing(job, world)
-    checkpoints.resume(trainer)
+    checkpoints.resume(trainer, start)
     norms = norm_log(job, trainable, world, trainer.step)
     with closing(_Wrapped(trainable, job, world)) as wrapped, closing(Meter(job, world, trainer.step, norms)) as meter:
         built = built_ahead(examples.batches(trainer.position, world.rank, world.size), world.device)
-        showing = progress(job.name, job.phase.steps, start=trainer.step, is_wanted=world.is_main, has_lines=False)
+        showing = progress(job.name, job.end, start=trainer.step, is_wanted=world.is_main, has_lines=False)
         with checkpoints, built as batches, stop_on_signals() as stop, showing as bar:
             reporter = Reporter(job, bar, trainer.step, job.speaks and world.is_main, world.size)
-            while trainer.step < job.phase.steps:
+            while trainer.step < job.end:
                 rate = learning_rate(job.phase, trainer.step)
                 with meter.waiting_for_data():
                     batch = next(batches)
@@ -83,12 +96,12 @@ def fit(
             trainer.validation_loss = _validated(trainer, validate, meter, job, world)
         meter.flush()
         reporter.finish(trainer, meter.mean_speed)
-    seconds = round(time.process_time() - begun, 1)
-    return {
+    losses = {
         "train_loss": trainer.train_loss,
         "validation_loss": trainer.validation_loss,
-        "processor_seconds": seconds,
+        "processor_seconds": round(time.process_time() - begun, 1),
     }
+    return losses, checkpoint_of(trainer)
 
 
 class _Wrapped:
@@ -177,7 +190,7 @@ def _without_sync(model: nn.Module, active: bool) -> AbstractContextManager[obje
 
 
 def _due(step: int, every: int, job: Job) -> bool:
-    return step % every == 0 or step == job.phase.steps
+    return step % every == 0 or step == job.end
 
 
 def _validated(trainer: Trainer, validate: Callable[[], float], meter: Meter, job: Job, world: World) -> float:
@@ -192,5 +205,5 @@ def _validated(trainer: Trainer, validate: Callable[[], float], meter: Meter, jo
 def _stop_message(trainer: Trainer, job: Job, stop: StopFlag) -> str:
     return (
         f"{job.name} was stopped by {stop.signal_name or 'a signal to another rank'} at step {trainer.step} of "
-        f"{job.phase.steps}; run the same command again to continue"
+        f"{job.end}; run the same command again to continue"
     )

@@ -140,7 +140,7 @@ class Reporter:
 
     def report(self, trainer: Trainer, rate: float, units_per_second: float) -> None:
         """Say where the job is, after a report of losses; in a log every two seconds at the most."""
-        steps, now = self.job.phase.steps, time.monotonic()
+        steps, now = self.job.end, time.monotonic()
         losses = [f"loss {trainer.train_loss:.3f}"] if trainer.train_loss is not None else []
         losses += [f"val {trainer.validation_loss:.3f}"] if trainer.validation_loss is not None else []
         left = (now - self._start) / max(1, trainer.step - self.first_step) * (steps - trainer.step)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from checkpoints import paths
-from modularforge.calibration.calibrator import choose_parameters, split_documents
+from modularforge.calibration import calibrator
+from modularforge.calibration.calibrator import Calibration, choose_parameters, split_documents
 from modularforge.config import Config
 from modularforge.data.token_files import TokenFile
+from modularforge.experts.calibrated import own_entries
+from modularforge.model import names
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.pipeline import stage_url
 from modularforge.run import Run
 from modularforge.stage_outputs import Corpus
 from modularforge.stages import calibrate, evaluate
+from modularforge.training.job import Job
 from tests.naive import naive_losses
 
 
@@ -85,3 +90,79 @@ def test_the_halves_share_no_document_and_a_lone_one_decides() -> None:
     assert decide_half.keys() == {"a", "b"}
     assert set(fit_half["a"]).isdisjoint(decide_half["a"])
     assert len(fit_half["a"]) + len(decide_half["a"]) == 12
+
+
+@pytest.fixture(scope="module")
+def widened(finished_run: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The finished run's experts with an evidence router, whose channels lie in all shared matrices."""
+    folder = tmp_path_factory.mktemp("widened")
+    for name in ("backbone", "experts"):
+        (folder / name).symlink_to(paths.local_path(finished_run.output_dir) / name)
+    assembly = finished_run.assembly.model_copy(update={"router": "evidence"})
+    shared = {"shared": True, "text": "training", "weight_decay": 0.1, "steps": 8, "peak_learning_rate": 3e-3}
+    config = finished_run.model_copy(
+        update={
+            "assembly": assembly,
+            "calibration": finished_run.calibration.model_copy(update=shared),
+            "output_dir": str(folder),
+            "data_dir": finished_run.data_url,
+        }
+    )
+    Run(config).make("assemble")
+    return config
+
+
+def test_shared_weights_learn_and_what_the_evidence_router_reads_stays(widened: Config) -> None:
+    run = Run(widened)
+    calibrated = run.make("calibrate")
+    assert calibrated.manifest.facts["kept"], calibrated.manifest.facts
+    before, after = (read_tensors(run.require(name).local_folder()) for name in ("assemble", "calibrate"))
+    backbone, learned = run.backbone.tensors, set()
+    for name, old in before.items():
+        if (part := names.shared_part(name)) in ("embeddings", "attention"):
+            rows, columns = backbone[name].shape
+            own = after[name][:rows, :columns] != old[:rows, :columns]
+            assert own.float().mean() > 0.3, name  # of embeddings, those of tokens that occur
+            around = (after[name] != old).clone()
+            around[:rows, :columns] = False
+            assert not around.any(), name
+            learned.add(part)
+        elif not part and "gate.weight" not in name:
+            assert torch.equal(after[name], old), name
+    assert learned == {"embeddings", "attention"}
+    assert b"embeddings, attention and head were fitted on training text" in calibrated.read_bytes("README.md")
+
+
+def test_shared_weights_are_kept_only_if_a_switch_is_no_worse(widened: Config) -> None:
+    facts = Run(widened).make("calibrate").manifest.facts
+    assert set(facts["beside"]) == {"switch"}
+    before, after = facts["beside"]["switch"]
+    assert after <= before
+    worse = Calibration(3.0, 2.9, {}, {"switch": (3.0, 3.0), "general": (3.0, 3.1)})
+    assert not worse.kept
+    assert Calibration(3.0, 2.9, {}, {"switch": (3.0, 3.0)}).kept
+    assert not Calibration(3.0, 3.0, {}).kept
+
+
+def test_a_widened_matrix_is_told_from_what_lies_around_it(widened: Config) -> None:
+    model = load_model(Run(widened).require("assemble").local_folder())
+    backbone, seen = Run(widened).backbone.tensors, model.model.norm.weight != 0
+    for name, weight in model.named_parameters():
+        if names.shared_part(name) in ("embeddings", "attention"):
+            mask, (rows, columns) = own_entries(name, weight, seen), backbone[name].shape
+            assert mask[:rows, :columns].all(), name
+            assert int(mask.sum()) == rows * columns, name
+
+
+def test_text_of_the_partitions_comes_after_that_of_the_experts(
+    widened: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(calibrator, "calibrate_on", lambda examples, *_: asked.append(examples))
+    run = Run(widened)
+    model = load_model(run.require("assemble").local_folder())
+    calibrator.calibrate_as_set(model, widened, run.corpus, run.require("partition"), Job("c", *(None,) * 2))  # type: ignore[arg-type]
+    assert asked[0].first_window == widened.experts.steps * widened.experts.batch_size
+    wanted = widened.calibration.steps * widened.calibration.batch_size
+    assert len(list(asked[0].batches())) >= widened.calibration.steps
+    assert asked[0].windows_each * 3 >= wanted

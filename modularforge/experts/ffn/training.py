@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from checkpoints import Artifact
+from modularforge.assembly.shared import SHARED_NAME, shared_tensors
 from modularforge.config import ExpertsConfig
 from modularforge.experts.calibrated import calibrates as calibrates
 from modularforge.experts.ffn import EXPERT_NAME
 from modularforge.experts.kind import ExpertJob
 from modularforge.experts.sums import save_sums
-from modularforge.experts.trainable import Trainable, trainable
+from modularforge.experts.trainable import ParameterGroup, Trainable, trainable
 from modularforge.facts import fact
 from modularforge.model import names
 from modularforge.model.backbone import Decoder, build_backbone, initialise
@@ -38,11 +40,22 @@ from modularforge.training.precision import measuring
 
 
 def prepare(expert: ExpertJob) -> Trainable:
-    """The expert in its own model, all else frozen."""
+    """The expert in its own model, all else frozen but for what `experts.unfreeze` names, at a rate of its own."""
     settings, backbone, task = expert.config.experts, expert.backbone, expert.task
     directions = _directions(expert) if settings.anchored else None
     model = build_expert(backbone.tensors, backbone.values, settings, directions)
-    return trainable(model, RoutedLoss(model, task.loss, settings.z_loss) if settings.anchored else task.loss)
+    loss = RoutedLoss(model, task.loss, settings.z_loss) if settings.anchored else task.loss
+    found = trainable(model, loss)
+    shared = unfrozen(model, settings.unfreeze)
+    for weight in shared.values():
+        weight.data = weight.data.clone()  # training must not reach the backbone's tensors
+        weight.requires_grad_(True)
+    return replace(found, groups=[*found.groups, ParameterGroup(shared, settings.unfreeze_rate)]) if shared else found
+
+
+def unfrozen(model: Decoder, parts: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The shared weights that belong to these parts, by name, a tied head once."""
+    return {name: weight for name, weight in model.named_parameters() if names.shared_part(name) in parts}
 
 
 def save(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:
@@ -55,6 +68,9 @@ def save(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:
     save_tensors(ffn, folder / EXPERT_NAME)
     if rows:
         save_tensors(rows, folder / ROUTER_NAME)
+    if shared := unfrozen(model, expert.config.experts.unfreeze):
+        types = {name: tensor.dtype for name, tensor in backbone.tensors.items()}
+        save_tensors({name: _stored(weight, types[name]) for name, weight in shared.items()}, folder / SHARED_NAME)
     save_sums(expert, model, folder)
     return {"slot": slot, "anchored": anchored}
 
@@ -65,14 +81,21 @@ def load(backbone: Backbone, artifact: Artifact) -> Decoder:
     anchored = fact(artifact, "anchored")
     if anchored:
         tensors.update(load_file(artifact.local_file(ROUTER_NAME)))
-    return load_expert(backbone.tensors, backbone.values, tensors, anchored)
+    return load_expert({**backbone.tensors, **_shared(artifact)}, backbone.values, tensors, anchored)
+
+
+def _shared(artifact: Artifact) -> dict[str, Tensor]:
+    """What an expert has made of the weights that all share, where it trained any."""
+    return load_file(artifact.local_file(SHARED_NAME)) if shared_tensors(artifact) else {}
 
 
 def soup(backbone: Backbone, experts: Sequence[Artifact]) -> Decoder:
-    """The backbone with the experts' mean FFN; two are in memory at a time."""
+    """The backbone with the mean of what the experts trained; two are in memory at a time."""
     total: dict[str, Tensor] = {}
+    shared = sorted({name for expert in experts for name in shared_tensors(expert)})
     for expert in experts:
-        for name, tensor in load_file(expert.local_file(EXPERT_NAME)).items():
+        own = {**{name: backbone.tensors[name] for name in shared}, **_shared(expert)}
+        for name, tensor in (load_file(expert.local_file(EXPERT_NAME)) | own).items():
             dense = names.expert_to_dense(name)
             total[dense] = total[dense] + tensor if dense in total else tensor.float()
     mean = {name: (tensor / len(experts)).to(backbone.tensors[name].dtype) for name, tensor in total.items()}

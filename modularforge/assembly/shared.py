@@ -1,0 +1,170 @@
+"""The shared weights of many experts as one: their mean, and the steps that merges between rounds take towards it.
+
+All of them are weighted sums of tensors that lie in committed files, and are streamed: memory is a few blocks, whatever
+the size of the model and the number of experts. Every tensor that is read is compared with its hash. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints import Artifact, paths
+from checkpoints.hashing import describe_file
+from checkpoints.parallel import in_order
+from checkpoints.safetensors import ITEM_BYTES, WEIGHTS_NAME, TensorSpan, header_bytes, read_spans
+from modularforge.assembly.plan import METADATA, spans_of
+from modularforge.assembly.values import converted
+from modularforge.config import OuterConfig
+from modularforge.errors import MismatchError
+from modularforge.facts import fact
+
+SHARED_NAME = "shared.safetensors"
+"""What an expert's job, or a merge, has made of the weights that all experts share."""
+MOMENTUM_NAME = "momentum.safetensors"
+BLOCK_VALUES = 1 << 20
+READS_AHEAD = 8  # of a store that is far away, to hide its latency
+
+Spans = Mapping[str, TensorSpan]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A tensor and what its values are multiplied by."""
+
+    span: TensorSpan
+    weight: float
+
+
+Sums = Mapping[str, Sequence[Term]]
+"""Tensors by name, each as the sum of others of its shape."""
+
+
+def shared_tensors(expert: Artifact) -> Mapping[str, str]:
+    """Hashes, by name, of what an expert has made of shared weights; none of one that trained none."""
+    return expert.entry(SHARED_NAME).tensors if SHARED_NAME in expert.manifest.files else {}
+
+
+def shares_of(experts: Sequence[Artifact], weighting: str) -> list[float]:
+    """How much each expert weighs in a mean, together 1: alike, or (`tokens`) by the tokens of its partition."""
+    weights = [float(fact(expert, "partition_tokens")) if weighting == "tokens" else 1.0 for expert in experts]
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+def means(base: Spans, experts: Sequence[Artifact], weighting: str) -> dict[str, list[Term]]:
+    """The mean of each tensor that any expert has trained; one that left it as it was counts with that, the base's."""
+    own = [spans_of(expert, SHARED_NAME) if shared_tensors(expert) else {} for expert in experts]
+    shares = shares_of(experts, weighting) if any(own) else []
+    return {
+        name: [Term(spans.get(name, base[name]), share) for spans, share in zip(own, shares, strict=True)]
+        for name in sorted({name for spans in own for name in spans})
+    }
+
+
+def outer_step(mean: Sums, base: Spans, momentum: Spans, outer: OuterConfig) -> tuple[Sums, Sums]:
+    """New weights and new momentum of DiLoCo's outer optimizer (arXiv 2311.08105), SGD with Nesterov momentum.
+
+    The gradient is g = base - mean, the momentum m' = μ m + g, and the weights are base - η (g + μ m'). Before the
+    first merge there is no momentum.
+    """
+    rate, share = outer.learning_rate, outer.momentum
+    steps: dict[str, list[Term]] = {}
+    momenta: dict[str, list[Term]] = {}
+    for name, terms in mean.items():
+        old = [Term(momentum[name], 1.0)] if name in momentum else []
+        towards = rate * (1 + share)
+        steps[name] = [Term(base[name], 1 - towards), *_times(terms, towards), *_times(old, -rate * share**2)]
+        momenta[name] = [Term(base[name], 1.0), *_times(terms, -1.0), *_times(old, share)]
+    return steps, momenta
+
+
+def _times(terms: Sequence[Term], factor: float) -> list[Term]:
+    return [Term(term.span, term.weight * factor) for term in terms]
+
+
+def write_means(path: Path, base: Spans, experts: Sequence[Artifact], weighting: str) -> dict[str, TensorSpan]:
+    """Write the mean of what experts share, in the base's types; returns its tensors, none where nothing was trained.
+
+    Raises MismatchError for a tensor of another shape, and for one that is not what its manifest says.
+    """
+    sums = means(base, experts, weighting)
+    if not sums:
+        return {}
+    with open(path, "wb") as file:
+        for chunk in chunks(sums, {name: base[name].dtype for name in sums}):
+            file.write(chunk)
+    return read_spans(str(path), describe_file(path).tensors)
+
+
+def backbone_spans(backbone: Artifact) -> dict[str, TensorSpan]:
+    """The tensors that experts begin with."""
+    return spans_of(backbone, WEIGHTS_NAME)
+
+
+def size_of(sums: Sums, types: Mapping[str, str]) -> int:
+    """Bytes of the file of these sums, but for its header."""
+    return sum(prod(terms[0].span.shape) * ITEM_BYTES[types[name]] for name, terms in sums.items())
+
+
+def chunks(sums: Sums, types: Mapping[str, str]) -> Iterator[bytes]:
+    """The bytes of a weight file of these sums, each tensor of its type (safetensors' name).
+
+    Terms are added in float64 in the order of their hashes, so that the order of experts changes no bit.
+    """
+    names = sorted(sums, key=lambda name: (-ITEM_BYTES[types[name]], types[name], name))
+    shapes = {name: _shape(name, sums[name]) for name in names}
+    yield header_bytes(
+        ((name, types[name], shapes[name], prod(shapes[name]) * ITEM_BYTES[types[name]]) for name in names), METADATA
+    )
+    for name in names:
+        terms = sorted(sums[name], key=lambda term: (term.span.sha256, term.weight))
+        for block in _blocks(name, terms, prod(shapes[name])):
+            yield converted(np.ascontiguousarray(block.astype("<f4")).data.cast("B"), "F32", types[name]).tobytes()
+
+
+def _shape(name: str, terms: Sequence[Term]) -> tuple[int, ...]:
+    shape = terms[0].span.shape
+    for term in terms:
+        if term.span.shape != shape:
+            raise MismatchError(
+                f"{name} in {term.span.url} must have the shape {shape} of the other experts', but has "
+                f"{term.span.shape}; use experts of one backbone"
+            )
+    return shape
+
+
+def _blocks(name: str, terms: Sequence[Term], values: int) -> Iterator[Any]:
+    """The sum in blocks of float64; hashes are compared when all of a tensor was read."""
+    hashes = [hashlib.sha256() for _ in terms]
+    for start in range(0, values, BLOCK_VALUES):
+        end = min(start + BLOCK_VALUES, values)
+        total = np.zeros(end - start)
+        for digest, term, content in zip(hashes, terms, _contents(terms, start, end), strict=True):
+            digest.update(content)
+            total += term.weight * converted(content, term.span.dtype, "F32").astype(np.float64)
+        yield total
+    for digest, term in zip(hashes, terms, strict=True):
+        if term.span.sha256 and digest.hexdigest() != term.span.sha256:
+            raise MismatchError(
+                f"{name} in {term.span.url} must have the sha256 that its manifest says, but differs: the file was "
+                "changed or damaged after it was committed; delete that artifact and run its stage again"
+            )
+
+
+def _contents(terms: Sequence[Term], start: int, end: int) -> Iterator[bytes]:
+    """The same values of each tensor, read ahead where that takes time."""
+
+    def read(term: Term) -> bytes:
+        span, width = term.span, ITEM_BYTES[term.span.dtype]
+        return paths.read_bytes(span.url, span.start + start * width, span.start + end * width)
+
+    if all(paths.is_local(term.span.url) for term in terms):
+        return map(read, terms)
+    return in_order(read, terms, READS_AHEAD)
