@@ -1036,7 +1036,6 @@ def _impossible_combinations(config: Config) -> Iterator[str]:
     yield from _impossible_chats(config)
     yield from _impossible_replies(config)
     yield from _impossible_sources(config)
-    yield from _impossible_partitions(config)
     yield from _impossible_cleaning(config)
 
 
@@ -1149,17 +1148,6 @@ def _impossible_sources(config: Config) -> Iterator[str]:
             )
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"data.sources must have names of their own, but {name!r} occurs {names.count(name)} times; rename one"
-
-
-def _impossible_partitions(config: Config) -> Iterator[str]:
-    """The number of experts that domains do not give, where the sources alone say their labels."""
-    sources, count = config.data.sources, config.experts.count
-    is_known = not any(source.label_field for source in sources)
-    if config.partition.method == "domain" and is_known and count > len(sources):
-        yield (
-            f"experts.count must be the number of data.sources for partition.method domain ({len(sources)}), but is "
-            f"{count}; set it to {len(sources)}, or choose another method"
-        )
 
 
 def _impossible_cleaning(config: Config) -> Iterator[str]:

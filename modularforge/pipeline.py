@@ -82,9 +82,13 @@ class Stage:
         """The job that makes it."""
         return self.within or self.name
 
+    def is_off(self, config: Config) -> bool:
+        """Whether the setting without which there is nothing to make is not given."""
+        return bool(self.needs) and not attrgetter(self.needs)(config)
+
     def is_wanted(self, config: Config) -> bool:
         """Whether a run with these settings makes it."""
-        if self.needs and not attrgetter(self.needs)(config):
+        if self.is_off(config):
             return False
         is_late = self.round >= config.experts.rounds
         return not is_late and (self.baseline is None or self.baseline in config.evaluation.baselines)

@@ -222,7 +222,7 @@ def test_partitions_added_later_submit_only_the_new_experts(stub_run: Make, tmp_
     old = run.folder / "data"
     shutil.copytree(old, tmp_path / "more", ignore=shutil.ignore_patterns("partitions"))
     run.values |= {"data_dir": str(tmp_path / "more")}
-    run.values["experts"]["count"] = 4
+    run.values["experts"]["count"], run.values["partition"] = 4, {"method": "random"}
     plan = Run(run.config).plan("partition")
     with making(plan) as writer:
         for path in (old / "partitions").iterdir():
