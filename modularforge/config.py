@@ -474,7 +474,7 @@ class LoraConfig(Section):
 class OuterConfig(Section):
     """The step that a merge between rounds takes from the last shared weights towards the mean of the experts'."""
 
-    learning_rate: float = Field(1.0, gt=0)
+    rate: float = Field(1.0, gt=0)
     """Share of the way that it goes; 1 without momentum takes the mean itself. DiLoCo (arXiv 2311.08105) has 0.7."""
     momentum: float = Field(0.0, ge=0, lt=1)
     """Nesterov momentum from merge to merge; DiLoCo has 0.9."""

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -319,7 +319,7 @@ def setting_names(section: type[BaseModel] = Config, prefix: str = "", in_lists:
 
 
 def _is_list(annotation: Any) -> bool:
-    return any(get_origin(part) is list for part in (annotation, *get_args(annotation)))
+    return any(typing.get_origin(part) is list for part in (annotation, *typing.get_args(annotation)))
 
 
 def _section_at(location: Iterable[Any]) -> type[BaseModel] | None:

@@ -117,7 +117,7 @@ CLEANED_FROM = tuple(
 )
 ROUTED = ("assembly.experts_per_token", "assembly.public_expert")
 SOLVED = (*ROUTED, "assembly.ridge_penalty", "assembly.router_temperature")
-OUTER = ("experts.outer.learning_rate", "experts.outer.momentum")
+OUTER = ("experts.outer.rate", "experts.outer.momentum")
 COUNTED = ("experts.counted_tokens", "experts.counted_pairs")
 GATHERED = ("experts.statistics", "experts.statistics_tokens")
 
@@ -401,7 +401,7 @@ CAME_LATER: dict[str, Any] = {
     "experts.unfreeze": [],
     "experts.unfreeze_rate": 0.1,
     "experts.rounds": 1,
-    "experts.outer.learning_rate": 1.0,
+    "experts.outer.rate": 1.0,
     "experts.outer.momentum": 0.0,
     "assembly.shared": "equal",
     "calibration.shared": False,
