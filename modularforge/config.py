@@ -252,9 +252,9 @@ class CleanStepConfig(SafeSection):
     """`repair` (mojibake), `length`, `repetition` (Gopher's rules), `gopher`, `c4` and `fineweb` (their rules of
     quality), `language`, `personal` (e-mail and IP addresses become others), `exact` and `near` (duplicates),
     `decontaminate` (documents that share word n-grams with given sets)."""
-    sources: list[str] | None = None
+    sources: list[Text] | None = None
     """Names of the sources whose documents it looks at; null is all, as for `exact` and `near`, which know no other."""
-    options: dict[str, bool | int | float | str | list[str] | None] = {}
+    options: dict[Line, bool | int | float | Line | list[Line] | None] = {}
     """Parameters of the step, by datatrove's names for them (docs/text.md); the others are as it has them."""
 
 
