@@ -98,13 +98,7 @@ def cluster_of(config: Config, assumed: Assumptions) -> Cluster:
     faults = (
         Fault("hardware", hardware, restart, gives_up="node"),
         Fault("software", failures - hardware, restart),
-        Fault(
-            "preemption",
-            assumed.preemptions_per_gpu_day / 24,
-            (assumed.start_minutes * 60,) * 2,
-            is_warned=True,
-            gives_up="all",
-        ),
+        Fault("preemption", preemptions, start, is_warned=True, gives_up="all"),
         Fault("straggler", assumed.stragglers_per_gpu_hour, slow, slows_to=assumed.straggler_speed),
     )
     spare = max(assumed.gpus_per_node, math.ceil(gpus / 50)) if assumed.spare_gpus is None else assumed.spare_gpus
