@@ -235,7 +235,7 @@ class _World:
         self.environment: simpy.Environment = package.Environment()
         total = cluster.gpus + cluster.spare_gpus
         self.free: simpy.Container = package.Container(self.environment, total, total)
-        self.store: simpy.Resource = package.Resource(self.environment)
+        self.busy_until = 0.0
 
     def run(self, phases: Sequence[Sequence[Job]]) -> Events:
         """All phases, one after another."""
@@ -246,17 +246,15 @@ class _World:
             done.append([life.ran for life in lives])
         return done
 
-    def transfer(self, job: Job, size: float) -> Events:
-        """Bytes of a job to or from the store, which serves one after another, each as fast as its nodes' links."""
-        begin, cluster = self.environment.now, self.cluster
-        busy = max(size / cluster.store, job.requests / cluster.store_requests)
-        if busy:
-            with self.store.request() as turn:
-                yield turn
-                yield self.environment.timeout(busy)
-        rest = cluster.transfer(job, size) - (self.environment.now - begin)
-        if rest > 0:
-            yield self.environment.timeout(rest)
+    def transfer(self, job: Job, size: float) -> float:
+        """Seconds until bytes of a job are at the store or from it, asked for now.
+
+        The store serves one after another, each as fast as its nodes' links, and to the end even if the job stops.
+        """
+        now, cluster = self.environment.now, self.cluster
+        self.busy_until = max(now, self.busy_until)
+        self.busy_until += max(size / cluster.store, job.requests / cluster.store_requests)
+        return max(self.busy_until - now, cluster.transfer(job, size))
 
     def repair(self, gpus: int) -> Events:
         """Give GPUs back when they are repaired."""
@@ -275,7 +273,7 @@ class _Life:
         self.is_up, self.is_training = False, False
         self.state, self.since = "waiting", self.environment.now
         self.ran = Ran(job, self.environment.now)
-        self.writer: simpy.Process | None = None
+        self.written, self.written_at = 0.0, 0.0
         self.process = self.environment.process(self.live())
         self.environment.process(self.be_hit())
 
@@ -305,7 +303,8 @@ class _Life:
         self.enter("down")
         self.is_up = True
         yield self.environment.timeout(outage)
-        yield from self.world.transfer(self.job, self.job.read_bytes + (self.job.state_bytes if self.saved else 0.0))
+        size = self.job.read_bytes + (self.job.state_bytes if self.saved else 0.0)
+        yield self.environment.timeout(self.world.transfer(self.job, size))
         while self.saved < self.job.work:
             yield from self.train(min(self.every, self.job.work - self.done))
             yield from self.save()
@@ -330,23 +329,16 @@ class _Life:
     def save(self) -> Events:
         """A checkpoint; one in the background waits for the one before, and the last is waited for."""
         self.enter("saving")
-        if self.writer is not None and self.writer.is_alive:
-            yield self.writer
+        if self.written_at > self.environment.now:
+            yield self.environment.timeout(self.written_at - self.environment.now)
+        self.saved = self.written
         if self.job.pause:
             yield self.environment.timeout(self.job.pause)
-        if not self.job.in_background:
-            yield from self.world.transfer(self.job, self.job.state_bytes)
-            self.saved = self.done
-            return
-        self.writer = self.environment.process(self.write(self.done, self.ran.stops))
-        if self.done >= self.job.work:
-            yield self.writer
-
-    def write(self, done: float, stops: int) -> Events:
-        """The background's part, which counts for nothing when the job stops before it is over."""
-        yield from self.world.transfer(self.job, self.job.state_bytes)
-        if stops == self.ran.stops:
-            self.saved = done
+        seconds = self.world.transfer(self.job, self.job.state_bytes)
+        self.written, self.written_at = self.done, self.environment.now + seconds
+        if not self.job.in_background or self.done >= self.job.work:
+            yield self.environment.timeout(seconds)
+            self.saved = self.written
 
     def stopped(self, fault: Fault) -> Events:
         """Account for a stop and find what was given up; returns how long the job is down."""
@@ -355,8 +347,11 @@ class _Life:
         self.ran.stops += 1
         if fault.is_warned:
             self.saved = self.done
+        elif self.written_at <= self.environment.now:
+            self.saved = self.written
         self.ran.lost += self.done - self.saved
-        self.done = self.saved
+        self.done = self.written = self.saved
+        self.written_at = 0.0
         if fault.gives_up == "node":
             gpus = min(self.job.gpus, self.cluster.gpus_per_node)
             self.environment.process(self.world.repair(gpus))
