@@ -48,6 +48,7 @@ from modularforge.config import Config  # noqa: E402
 from modularforge.config_files import load_config  # noqa: E402
 from modularforge.provenance import commit, making  # noqa: E402
 from modularforge.run import Run  # noqa: E402
+from tests.storage.proxy import Fault as Answer  # noqa: E402
 from tests.storage.proxy import FaultProxy, Request  # noqa: E402
 from tests.storage.server import start_server  # noqa: E402
 
@@ -56,6 +57,8 @@ TABLED = (64, 1024, 16384)
 WORK, BACKBONE_SHARE, NODE = 30 * DAY, 0.2, 8
 START, PAUSE, REQUESTS = 120.0, 2.0, 20
 EXPERT_STATE, BACKBONE_WEIGHTS = 1.6e9 * 14, 7e9 * 2
+LATENCY = 0.02
+"""Seconds that an object store takes for a small answer: the order of what S3 takes; here a proxy waits so long."""
 Phases = list[list[Job]]
 
 
@@ -325,14 +328,18 @@ def measure_status(url: str, proxy: FaultProxy, experts: int) -> None:
             commit(writer, plan, run, {})
     for number in range(experts):
         append_event(config, f"expert-{number}", "started")
+    proxy.rule = lambda request: Answer("do", action=lambda: time.sleep(LATENCY))
     for title, ask in (
         ("what is finished", lambda: finished_tasks(Run(config), build_tasks(config))),
         ("what happened", lambda: read_all_events(config)),
     ):
-        proxy.reset()
+        proxy.reset(proxy.rule)
         start = time.perf_counter()
         ask()
-        print(f"{experts} experts, {title}: {counted(proxy)} in {time.perf_counter() - start:.1f} s")
+        print(
+            f"{experts} experts, {title}: {counted(proxy)} in {time.perf_counter() - start:.1f} s, {LATENCY * 1000:.0f} ms each"
+        )
+    proxy.reset()
 
 
 def counted(proxy: FaultProxy, requests: Sequence[Request] | None = None) -> str:
