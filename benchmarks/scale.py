@@ -336,9 +336,8 @@ def measure_status(url: str, proxy: FaultProxy, experts: int) -> None:
         proxy.reset(proxy.rule)
         start = time.perf_counter()
         ask()
-        print(
-            f"{experts} experts, {title}: {counted(proxy)} in {time.perf_counter() - start:.1f} s, {LATENCY * 1000:.0f} ms each"
-        )
+        seconds = time.perf_counter() - start
+        print(f"{experts} experts, {title}: {counted(proxy)} of {LATENCY * 1000:.0f} ms in {seconds:.1f} s")
     proxy.reset()
 
 
