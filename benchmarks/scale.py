@@ -17,6 +17,7 @@ import os
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,9 +26,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import tokenise  # noqa: E402
 from checkpoints import find_artifact, paths  # noqa: E402
 from launcher.events import append_event, progress_of, read_all_events  # noqa: E402
 from launcher.plan import describe_plan  # noqa: E402
@@ -46,6 +50,8 @@ from launcher.simulation import DAY, HOUR, Cluster, Fault, Job, Outcome, simulat
 from launcher.tasks import build_tasks, finished_tasks  # noqa: E402
 from modularforge.config import Config  # noqa: E402
 from modularforge.config_files import load_config  # noqa: E402
+from modularforge.data.partition import random_partitions  # noqa: E402
+from modularforge.data.token_files import TokenFileWriter, open_token_file  # noqa: E402
 from modularforge.provenance import commit, making  # noqa: E402
 from modularforge.run import Run  # noqa: E402
 from tests.storage.proxy import Fault as Answer  # noqa: E402
@@ -233,6 +239,7 @@ def limits(experts: int) -> None:
         for count in (1600, experts):
             measure_plan(many(f"{folder}/planned", count))
         measure_partitions(Path(folder), experts)
+        measure_corpus(Path(folder))
         with counted_store(Path(folder)) as (url, proxy):
             measure_expert(url, proxy)
             for count in (100, 400):
@@ -283,6 +290,30 @@ def measure_partitions(folder: Path, experts: int) -> None:
     start = time.process_time()
     done = finished_tasks(Run(config), build_tasks(config))
     print(f"  what is finished, on this disk ({len(done)} tasks): {time.process_time() - start:.2f} s of processor")
+
+
+def measure_corpus(folder: Path, documents: int = 1_000_000) -> None:
+    """What one machine that prepares a corpus spends for each MB, and holds for each document."""
+    config = tokenise.make_config(tokenise.samples(), 1, folder)
+    _, size = tokenise.learn_once(config, folder)
+    start = time.process_time()
+    tokenise.end_to_end(config, folder)
+    print(f"{size:.1f} MB of text prepared: {size / (time.process_time() - start):.2f} MB a processor second")
+    tracemalloc.start()
+    with TokenFileWriter(folder, "train", 512) as writer:
+        for _ in range(documents // 1000):
+            writer.add(np.zeros(8000, np.uint16), np.full(1000, 8), np.zeros(1000, np.uint16))
+    print(f"token file of {documents:,} documents: {_peak() / documents:.0f} bytes each at the most")
+    random_partitions(open_token_file(folder, "train").lengths, 16, 0)
+    print(f"dividing them into 16 partitions: {_peak() / documents:.0f} bytes each at the most")
+    tracemalloc.stop()
+
+
+def _peak() -> int:
+    """Bytes that were held at the same time since the last question."""
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    return peak
 
 
 @contextmanager
