@@ -27,6 +27,7 @@ from modularforge.errors import ConfigError
 from modularforge.experts.ffn import EXPERT_NAME
 from modularforge.info import describe
 from modularforge.model import names
+from modularforge.model.folder import read_tensors
 from modularforge.observe.completion import parts_of
 from modularforge.observe.rounds import rounds_table
 from modularforge.observe.run import read_run
@@ -89,7 +90,7 @@ def test_a_last_round_that_settles_leaves_what_was_merged_and_trains_blocks_behi
     ffn, earlier = (load_file(found.require("expert", 0).local_file(EXPERT_NAME)) for found in (run, before))
     assert not any(torch.equal(tensor, earlier[name]) for name, tensor in ffn.items()), "the blocks went on"
     run.make("assemble")
-    model = load_file(run.require("assemble").local_file("model.safetensors"))
+    model = read_tensors(run.require("assemble").local_folder())
     assert all(
         torch.equal(model[name], tensor.to(model[name].dtype)) for name, tensor in merged.items() if name in model
     )
