@@ -514,6 +514,9 @@ class ExpertsConfig(PhaseConfig):
     rounds: int = Field(1, ge=1, le=MOST_ROUNDS)
     """Rounds that the training is cut into: after each but the last, a job merges the shared weights of all experts,
     which go on from there. Steps are those of all rounds together."""
+    settle: bool = False
+    """In the last round, leave the shared weights as they were merged, so that each expert's own block ends behind the
+    weights that the assembled model has."""
     outer: OuterConfig = OuterConfig()
     lora: LoraConfig = LoraConfig()
 
@@ -1289,6 +1292,11 @@ def _impossible_rounds(config: Config) -> Iterator[str]:
         yield (
             f"experts.outer.{name} must be left out where experts.rounds is 1, since nothing is merged in between, but "
             f"is {value}; remove it, or set experts.rounds"
+        )
+    if experts.settle and experts.rounds == 1:
+        yield (
+            "experts.settle must be false where experts.rounds is 1, since no merge comes before the last round then; "
+            "set it to false, or set experts.rounds"
         )
     if experts.rounds > max(1, experts.steps):
         yield f"experts.rounds must be at most experts.steps ({experts.steps}), but is {experts.rounds}; lower it"

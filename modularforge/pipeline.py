@@ -371,6 +371,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "experts.unfreeze": ALL_BASELINES,
     "experts.unfreeze_rate": ALL_BASELINES,
     "experts.rounds": ALL_BASELINES,
+    "experts.settle": (*ALL_BASELINES, *ROUNDS),  # of the last round
     **dict.fromkeys(OUTER, (*ALL_BASELINES, "expert", *ROUNDS)),  # what counts for merges, and by them for experts
     # How experts weigh beside each other, which one alone does not know.
     "steering.routing": ("expert", "joint"),
@@ -401,6 +402,7 @@ CAME_LATER: dict[str, Any] = {
     "experts.unfreeze": [],
     "experts.unfreeze_rate": 0.1,
     "experts.rounds": 1,
+    "experts.settle": False,
     "experts.outer.rate": 1.0,
     "experts.outer.momentum": 0.0,
     "assembly.shared": "equal",
