@@ -775,11 +775,14 @@ class SpeechConfig(Section):
 class SteeringConfig(Section):
     """Experts of kind `steering`: vectors between the frozen layers of a speech encoder (arXiv 2510.13558)."""
 
-    variant: Literal["layerwise", "aligner", "hybrid"] = "layerwise"
+    variant: Literal["layerwise", "aligner", "hybrid", "prompt", "lora"] = "layerwise"
     """`layerwise`: behind every layer, scaled; `aligner`: behind the encoder alone, without scale and without a prompt;
-    `hybrid`: the same with the prompt."""
+    `hybrid`: the same with the prompt; `prompt`: `layerwise`, with a prompt for each utterance; `lora`: no vectors, but
+    low-rank adapters beside q, k, v, out, fc1 and fc2 of every layer."""
     vectors: int = Field(8, ge=1)
     """Vectors of one expert at each place, mixed by a gate for every frame."""
+    rank: int = Field(8, ge=1, le=65_536)
+    """`lora`: rank of the adapters of one expert, whose learning rate is `experts.peak_learning_rate`."""
     start_scale: float = 0.1
     """What scales start at."""
     scale_bound: float | None = Field(None, gt=0)
@@ -1063,6 +1066,11 @@ def _impossible_speech(config: Config) -> Iterator[str]:
         yield (
             "speech.model.prompt and speech.data.prompt_field must be left out with steering.variant aligner, which "
             "reads no prompt; remove them, or set it to hybrid"
+        )
+    if config.steering.variant == "prompt" and not speech.data.prompt_field:
+        yield (
+            "speech.data.prompt_field must name the column of prompts with steering.variant prompt, which reads one "
+            "for each utterance, but is null; set it, or set steering.variant to layerwise"
         )
     if speech.model.pool_layer is not None and speech.model.pool_kind == "stack" and speech.model.pool_kernel > 1:
         yield (

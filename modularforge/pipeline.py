@@ -299,6 +299,7 @@ CAME_LATER: dict[str, Any] = {
     "assembly.lora": "adapters",
     "assembly.lora_choice": "token",
     "training.packing": True,
+    "steering.rank": 8,
     "experts.counted_tokens": 20_000_000,
     "experts.counted_pairs": 1_000_000,
     "evaluation.general": None,

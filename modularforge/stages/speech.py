@@ -107,13 +107,12 @@ def static(run: Run) -> Artifact:
 
 
 def joint(run: Run) -> Artifact:
-    """The original's training: as many vectors as all experts have together, trained jointly on all they see."""
+    """The original's training: as many vectors (or as large a rank) as all experts have, jointly on all they see."""
     phase, config = run.config.baseline_phase("joint"), run.config
 
     def start() -> Training:
         backbone = run.require("backbone")
-        vectors = config.steering.vectors * config.experts.count
-        trained = steered(config.steering, backbone, vectors, SPEECH.loss)
+        trained = steered(config.steering, backbone, config.experts.count, SPEECH.loss)
         return Training(trained, _mixture(run, "joint", phase), parts_in(backbone.local_folder()))
 
     return _train(run, "joint", phase, start)

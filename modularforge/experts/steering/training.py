@@ -1,4 +1,4 @@
-"""A steering expert's job: the backbone's projector frozen too, vectors and gates at rates of their own."""
+"""A steering expert's job: the backbone's projector frozen too, vectors and gates (or adapters) at rates of their own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+import torch
 from safetensors.torch import load_file
 from torch import nn
 
@@ -26,8 +27,9 @@ from modularforge.speech.folder import (
     shape_of,
     trained_tensors,
 )
+from modularforge.speech.low_rank import LowRank
 from modularforge.speech.model import STEERED_AT, SpeechModel
-from modularforge.speech.steering import SteeringShape
+from modularforge.speech.steering import Steering, SteeringShape
 from modularforge.speech.sums import gather_sums
 
 PREFIX = "steering."
@@ -35,27 +37,39 @@ PREFIX = "steering."
 
 def prepare(expert: ExpertJob) -> Trainable:
     """The expert's vectors and gates in the backbone's model, all else frozen."""
-    settings = expert.config.steering
-    return steered(settings, expert.backbone.artifact, settings.vectors, expert.task.loss)
+    return steered(expert.config.steering, expert.backbone.artifact, 1, expert.task.loss)
 
 
-def steered(settings: SteeringConfig, backbone: Artifact, vectors: int, loss: Loss) -> Trainable:
-    """New steering of so many vectors at each site, drawn from torch's global generator, and how it is trained."""
+def steered(settings: SteeringConfig, backbone: Artifact, times: int, loss: Loss) -> Trainable:
+    """New steering, drawn from torch's global generator, and how it is trained.
+
+    It has as many vectors at each site, or as large a rank, as so many experts have together.
+    """
     folder = backbone.local_folder()
-    width, layers = encoder_sizes(parts_in(folder))
-    is_within = STEERED_AT[settings.variant] == "layers"
-    own = {"active": settings.active, "scale_bound": settings.scale_bound, "is_scaled": is_within}
-    steering = SteeringShape(layers if is_within else 1, width, vectors, routing=settings.routing, **own)  # type: ignore[arg-type]
+    steering = _shape(settings, times, *encoder_sizes(parts_in(folder)))
     shape = replace(shape_of(read_speech_config(folder)), variant=settings.variant, steering=steering)
+    if settings.variant == "lora":
+        shape = replace(shape, rank=times * settings.rank)
     model = load_speech(folder, shape, is_fresh=True, start_scale=settings.start_scale)
     model.projector.requires_grad_(False)
     return Trainable(model, loss, groups_of(model, settings), observations=lambda: observations(model))
 
 
+def _shape(settings: SteeringConfig, times: int, width: int, layers: int) -> SteeringShape:
+    if settings.variant == "lora":
+        return SteeringShape(layers, width, 1, is_scaled=False, routing=settings.routing)
+    is_within = STEERED_AT[settings.variant] == "layers"
+    own = {"active": settings.active, "scale_bound": settings.scale_bound, "is_scaled": is_within}
+    sites, vectors = layers if is_within else 1, times * settings.vectors
+    return SteeringShape(sites, width, vectors, routing=settings.routing, **own)  # type: ignore[arg-type]
+
+
 def groups_of(model: SpeechModel, settings: SteeringConfig) -> list[ParameterGroup]:
-    """Vectors and scales in one group, gates in another; nothing of them decays."""
+    """Vectors and scales in one group, gates in another, neither of which decays; adapters learn as the phase says."""
     assert model.steering is not None
     named = {f"{PREFIX}{name}": weight for name, weight in model.steering.named_parameters()}
+    if settings.variant == "lora":
+        return [ParameterGroup(named, clip_norm=settings.clip_norm)]
     gates = {name: weight for name, weight in named.items() if ".gate_" in name}
     vectors = {name: weight for name, weight in named.items() if name not in gates}
     rates = ((vectors, settings.vector_rate), (gates, settings.gate_rate))
@@ -63,8 +77,11 @@ def groups_of(model: SpeechModel, settings: SteeringConfig) -> list[ParameterGro
 
 
 def observations(model: SpeechModel) -> dict[str, float]:
-    """How strong the steering is: mean scale, and mean length of a vector."""
-    assert model.steering is not None
+    """How strong the steering is: mean scale, and mean length of a vector; of adapters the mean norm of B."""
+    if isinstance(model.steering, LowRank):
+        norms = [adapter.lora_B.detach().norm() for adapter in model.steering.adapters.values()]  # type: ignore[operator]
+        return {"adapter_norm": float(torch.stack(norms).mean())}
+    assert isinstance(model.steering, Steering)
     found = {"vector_norm": float(model.steering.vectors.detach().norm(dim=-1).mean())}
     if model.steering.shape.is_scaled:
         found["scale"] = float(model.steering.scale.detach().mean())
@@ -81,8 +98,10 @@ def save(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:
     sums = gather_sums(model, batches, expert.device)
     save_statistics(folder / STATISTICS_NAME, sums.frames)
     save_statistics(folder / UTTERANCES_NAME, sums.utterances)
+    rank = {"rank": model.shape.rank} if model.shape.variant == "lora" else {}
     return {
         "variant": model.shape.variant,
+        **rank,
         "steering": asdict(model.shape.steering),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         FROZEN_FACT: fact(expert.backbone.artifact, FROZEN_FACT),
@@ -95,6 +114,7 @@ def load(backbone: Any, artifact: Artifact) -> Any:
     folder = backbone.artifact.local_folder()
     steering = SteeringShape(**fact(artifact, "steering"))
     shape = replace(shape_of(read_speech_config(folder)), variant=fact(artifact, "variant"), steering=steering)
+    shape = replace(shape, rank=fact(artifact, "rank", shape.rank))
     return load_speech(folder, shape, load_file(artifact.local_file(STEERING_NAME)))
 
 
