@@ -799,6 +799,16 @@ class SteeringConfig(Section):
     """Experts of an assembled model weigh anew at each frame, or alike at all frames of an utterance."""
 
 
+TASK_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "speech": {
+        "experts": {"kind": "steering"},
+        "assembly": {"router": "ridge"},
+        "evaluation": {"baselines": ["dense", "joint"]},
+    }
+}
+"""By task and section, settings whose own defaults no run of the task can have."""
+
+
 class Config(SafeSection):
     """A whole run."""
 
@@ -836,6 +846,18 @@ class Config(SafeSection):
     metrics: MetricsConfig = MetricsConfig()
     launcher: LauncherConfig = LauncherConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_task(cls, values: Any) -> Any:
+        """What is left out is as the task needs it."""
+        if not isinstance(values, dict):
+            return values
+        found = dict(values)
+        for section, defaults in TASK_DEFAULTS.get(str(values.get("task")), {}).items():
+            if isinstance(given := values.get(section, {}), dict):
+                found[section] = {**defaults, **given}
+        return found
 
     @property
     def learns_responses(self) -> bool:

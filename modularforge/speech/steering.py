@@ -54,9 +54,9 @@ class ExpertWeights(nn.Module):
         super().__init__()
         self.shape = shape
         if shape.experts > 1:
-            rows_LKD, bias_LK = torch.zeros(shape.sites, shape.experts, shape.width), torch.zeros(shape.sites, shape.experts)
-            self.router_weight = nn.Parameter(rows_LKD, requires_grad=False)
-            self.router_bias = nn.Parameter(bias_LK, requires_grad=False)
+            sites, experts = shape.sites, shape.experts
+            self.router_weight = nn.Parameter(torch.zeros(sites, experts, shape.width), requires_grad=False)
+            self.router_bias = nn.Parameter(torch.zeros(sites, experts), requires_grad=False)
         self.forced: int | None = None
         self.observed: GateUsage | None = None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from checkpoints import Artifact
 from modularforge.experts.job import save_expert, train_expert
 from modularforge.experts.kind import ExpertJob
@@ -10,7 +12,7 @@ from modularforge.pipeline import JobName
 from modularforge.provenance import commit, making, save_settings
 from modularforge.run import Run
 from modularforge.stage_outputs import own_domains
-from modularforge.tasks.task import task_of
+from modularforge.tasks.task import examples_taken, task_of
 from modularforge.training.distributed import joined_world
 from modularforge.training.job import Job
 
@@ -30,10 +32,13 @@ def run(run: Run, index: int) -> Artifact:
         if world.is_main:
             save_settings(config)
         expert = ExpertJob(config, index, run.backbone, task, examples, world.device)
+        start = time.perf_counter()
         model, losses = train_expert(expert, held_out, job, world)
+        seconds = round(time.perf_counter() - start, 3)
         if world.is_main:
             with making(plan) as writer:
                 facts = save_expert(expert, model, writer.folder)
-                commit(writer, plan, run, {**losses, **facts})
+                taken = examples_taken(examples, config.experts.steps)
+                commit(writer, plan, run, {**losses, **facts, **taken, "training_seconds": seconds})
         world.barrier()
     return run.made("expert", index)

@@ -6,7 +6,7 @@ Partitions, experts and assembly are those of every task.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,13 +31,14 @@ from modularforge.pipeline import JobName, contents, wanted_stages
 from modularforge.pretrained.fetch import local_model
 from modularforge.provenance import commit, making, save_settings
 from modularforge.run import Run, is_kept
+from modularforge.speech.costs import costs
 from modularforge.speech.folder import Parts, build_speech, load_speech, parts_in, parts_of, save_speech, shape_from
 from modularforge.speech.model import SpeechModel
 from modularforge.speech.prepare import prepare_speech
 from modularforge.speech.records import is_folder
 from modularforge.stage_outputs import derived_seed
 from modularforge.tasks.speech import SPEECH, HeldOutSpeech, gate_usage, held_out_speech, listing, measure, speech_file
-from modularforge.tasks.task import Examples
+from modularforge.tasks.task import Examples, examples_taken
 from modularforge.training.distributed import default_device, joined_world
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
@@ -146,15 +147,18 @@ def _train(run: Run, name: str, phase: PhaseConfig, start: Callable[[], Training
         if world.is_main:
             save_settings(config)
         validate = partial(mean_loss, begun.model, held_out, world)
+        clock = time.perf_counter()
         losses = fit(begun.trainable, begun.examples, job, validate, world)
+        seconds = round(time.perf_counter() - clock, 3)
         if world.is_main:
             with making(plan) as writer:
                 _write(run, begun, writer.folder)
                 trained = sum(weight.numel() for weight in begun.trainable.parameters.values())
                 frozen = {"encoder": begun.parts.encoder.identity, "decoder": begun.parts.decoder.identity}
                 data = {name: run.corpus.artifact.manifest.facts.get(name) for name in ("labels", "splits")}
-                facts = {**losses, "parameters": trained, FROZEN_FACT: frozen, "training_tokens": None, "data": data}
-                commit(writer, plan, run, facts)
+                facts = {**losses, "parameters": trained, FROZEN_FACT: frozen, "data": data}
+                taken = examples_taken(begun.examples, phase.steps)
+                commit(writer, plan, run, {**facts, **taken, "training_seconds": seconds})
         world.barrier()
     return run.made(name)
 
@@ -200,7 +204,7 @@ def evaluation(run: Run) -> dict[str, Any]:
 def measure_folder(run: Run, url: str) -> Table:
     """Error rates of one model folder on this config's test utterances, without writing anything."""
     folder = open_artifact(url).local_folder() if "://" in url else Path(url)
-    row, _ = _row(load_speech(folder), held_out_speech(run.config, run.corpus), default_device())
+    row, _ = measured_row(load_speech(folder), held_out_speech(run.config, run.corpus), default_device())
     name = url.rstrip("/").rsplit("/", 1)[-1]
     return rate_table({"name": run.config.name, "domains": list(row["domains"]), "models": {name: row}})
 
@@ -224,11 +228,12 @@ def _measured(run: Run, models: dict[str, Artifact]) -> tuple[Row, Row]:
     for name, artifact in models.items():
         is_expert = JobName.parse(name).stage == "expert"
         model = run.backbone.expert(artifact) if is_expert else load_speech(artifact.local_folder())
-        rows[name], listings[name] = _row(model, held_out, device)
+        row, listings[name] = measured_row(model, held_out, device)
+        rows[name] = row | _costs(models, name)
         logger.info("%s: word error rate %.3f, mean test loss %.4f", name, rows[name]["wer"], rows[name]["mean_loss"])
     experts = {name: row for name, row in rows.items() if JobName.parse(name).stage == "expert"}
     if experts:
-        rows["oracle"] = _oracle(experts)
+        rows["oracle"] = oracle_row(experts) | costs([models["backbone"], *map(models.__getitem__, experts)])
     order = [name for name in rows if name != "assembled"] + [name for name in rows if name == "assembled"]
     found = {
         "name": config.name,
@@ -246,7 +251,14 @@ def _measured(run: Run, models: dict[str, Artifact]) -> tuple[Row, Row]:
     return {**found, **empty}, listings
 
 
-def _row(model: Any, held_out: HeldOutSpeech, device: torch.device) -> tuple[Row, Row]:
+def _costs(models: Mapping[str, Artifact], name: str) -> Row:
+    """What went into a model: its own job's, those of the experts that it is made of, and the projector's."""
+    made_of = [models[other] for other in models[name].manifest.inputs if JobName.parse(other).stage == "expert"]
+    own = [models[name]] if name not in ("backbone", "assembled") else []
+    return costs([models["backbone"], *own, *made_of])
+
+
+def measured_row(model: Any, held_out: HeldOutSpeech, device: torch.device) -> tuple[Row, Row]:
     """What one model got right, and its worst utterances."""
     measured = measure(model, held_out, device)
     domains = {label: row for label, (row, _) in measured.items()}
@@ -286,7 +298,7 @@ def _means(domains: dict[str, Row]) -> Row:
     return {**shared, **means, "domains": domains}
 
 
-def _oracle(experts: dict[str, Row]) -> Row:
+def oracle_row(experts: dict[str, Row]) -> Row:
     """The best expert of each domain by its loss on the test utterances themselves: a bound, no model."""
     labels = next(iter(experts.values()))["domains"]
     best = {label: min((row["domains"][label] for row in experts.values()), key=_loss) for label in labels}

@@ -1,4 +1,4 @@
-"""A steering expert's job: the backbone's projector frozen too, vectors and gates (or adapters) at rates of their own."""
+"""A steering expert's job: the backbone's projector frozen too, vectors and gates, or adapters, at their own rates."""
 
 from __future__ import annotations
 
