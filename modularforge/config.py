@@ -368,6 +368,9 @@ class TrainingConfig(Section):
     """Steps between validations."""
     validation_tokens: int = Field(65_536, ge=1)
     """Tokens of each validation at the most."""
+    patience: int | None = Field(None, ge=1)
+    """End a job after so many validations in a row without a better loss, and keep the weights of the best one in any
+    case; null trains all steps and keeps the last ones. A calibration has none."""
     checkpoint_every: int = Field(200, ge=1)
     """Steps between training checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)

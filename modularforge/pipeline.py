@@ -265,6 +265,8 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "training.checkpoint_fallback": (EVERY,),
     # A pretrained model is an input, known by its bytes, wherever its files lie.
     "model.pretrained": (EVERY,),
+    # It keeps what it ends with, or nothing.
+    "training.patience": ("calibrated",),
     # One expert knows nothing of the others.
     "experts.count": ("expert", "branch"),
     # What experts have and baselines have not: where an FFN starts, a public FFN beside it, a router's loss, sums.
@@ -299,6 +301,7 @@ CAME_LATER: dict[str, Any] = {
     "assembly.lora": "adapters",
     "assembly.lora_choice": "token",
     "training.packing": True,
+    "training.patience": None,
     "steering.rank": 8,
     "experts.counted_tokens": 20_000_000,
     "experts.counted_pairs": 1_000_000,
@@ -316,6 +319,8 @@ with them keeps its fingerprint."""
 OF_EVIDENCE = ("assembly.token_pairs", "assembly.width_multiple", "assembly.head_multiple")
 """Settings that came with the evidence router's second form. A model of its first form was another model, so for that
 router they count with any value; for the other routers nothing has changed."""
+OF_PATIENCE = ("training.validate_every", "training.validation_tokens")
+"""Settings without effect but where a job keeps its best weights: they say when, and by what, weights are judged."""
 MADE_BY = {"partition": "partitions", "experts": "expert", "branches": "branch"}
 """The stages that make those inputs of the rows which are not called as a stage is."""
 CHOSEN_FACT = "chosen_by_hand"  # in the manifest of an assembled model whose experts somebody chose
@@ -393,7 +398,8 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
         found.update(_flatten(setting, value_of(values, setting)))
     if "model" in stage.sections and config.model.rope_scaling:
         found |= dict.fromkeys(GONE)
-    found = {setting: value for setting, value in found.items() if has_effect(setting, name)}
+    decides = OF_PATIENCE if config.training.patience and has_effect("training.patience", name) else ()
+    found = {setting: value for setting, value in found.items() if setting in decides or has_effect(setting, name)}
     for section, stages in OF_ONE_KIND.items():
         if name not in stages or kind_of(config).settings != section:
             found = {setting: value for setting, value in found.items() if not setting.startswith(f"{section}.")}

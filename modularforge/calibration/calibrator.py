@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,8 @@ def calibrate(
     learns = choose_parameters(model, config)
     context = min(config.model.context_length, model.config.positions)
     before, batch, task = held_out(), config.calibration.batch_size, task_of(config)
+    # Its best steps would be chosen by the half that then judges them.
+    job = replace(job, training=job.training.model_copy(update={"patience": None}))
     fit(
         Trainable(model, task.loss, [ParameterGroup(learns)]),
         task.of_stream(config, fit_stream, context, batch, seed, "the calibration half of validation"),

@@ -38,7 +38,7 @@ def run(run: Run, index: int) -> Artifact:
         if world.is_main:
             with making(plan) as writer:
                 facts = save_expert(expert, model, writer.folder)
-                taken = examples_taken(examples, config.experts.steps)
+                taken = examples_taken(examples, int(losses.get("steps") or config.experts.steps))
                 commit(writer, plan, run, {**losses, **facts, **taken, "training_seconds": seconds})
         world.barrier()
     return run.made("expert", index)

@@ -157,7 +157,7 @@ def _train(run: Run, name: str, phase: PhaseConfig, start: Callable[[], Training
                 frozen = {"encoder": begun.parts.encoder.identity, "decoder": begun.parts.decoder.identity}
                 data = {name: run.corpus.artifact.manifest.facts.get(name) for name in ("labels", "splits")}
                 facts = {**losses, "parameters": trained, FROZEN_FACT: frozen, "data": data}
-                taken = examples_taken(begun.examples, phase.steps)
+                taken = examples_taken(begun.examples, int(losses.get("steps") or phase.steps))
                 commit(writer, plan, run, {**facts, **taken, "training_seconds": seconds})
         world.barrier()
     return run.made(name)
