@@ -796,8 +796,20 @@ class SteeringConfig(Section):
     """Learning rate of vectors and scales, as a multiple of `experts.peak_learning_rate`."""
     gate_rate: float = Field(1.0, gt=0)
     """Learning rate of gates, as such a multiple."""
+    joint_projector: bool = False
+    """Train the projector along in the baseline `joint`, as the paper does; experts leave it, so that they fit
+    together."""
+    projector_rate: float = Field(0.1, gt=0)
+    """Its learning rate there, as such a multiple."""
     clip_norm: float | None = Field(None, gt=0)
     """Gradients of vectors, and of gates, are each scaled down to this norm; null leaves `training.clip_norm` alone."""
+    balance_loss: float = Field(0.0, ge=0)
+    """Weight of a loss that is lowest where all vectors of a place are used alike, in the mean over frames."""
+    orthogonality_loss: float = Field(0.0, ge=0)
+    """Weight of the mean squared cosine between two vectors of a place."""
+    calibrates: bool = False
+    """Train the assembled model's router rows (`calibration.router`) and scales (`calibration.norms`) together in the
+    stage `calibrated`, on utterances of all experts; kept only if the validation loss gets better."""
     routing: Literal["frame", "utterance"] = "utterance"
     """Experts of an assembled model weigh anew at each frame, or alike at all frames of an utterance."""
 
@@ -1092,6 +1104,12 @@ def _impossible_speech(config: Config) -> Iterator[str]:
             "speech.model.prompt and speech.data.prompt_field must be left out with steering.variant aligner, which "
             "reads no prompt; remove them, or set it to hybrid"
         )
+    if config.steering.variant == "lora":
+        for name, _ in _changed(config.steering, "scale_bound", "active", "balance_loss", "orthogonality_loss"):
+            yield (
+                f"steering.{name} must be left out with steering.variant lora, which has no vectors; remove it, or set "
+                "steering.variant to another"
+            )
     if config.steering.variant == "prompt" and not speech.data.prompt_field:
         yield (
             "speech.data.prompt_field must name the column of prompts with steering.variant prompt, which reads one "

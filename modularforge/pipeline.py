@@ -235,7 +235,7 @@ MADE_FOR: dict[str, dict[str, str]] = {
         "backbone": f"{MAKERS}.speech:projector",
         "dense": f"{MAKERS}.speech:static",
         "joint": f"{MAKERS}.speech:joint",
-        "calibrated": f"{MAKERS}.speech:uncalibrated",
+        "calibrated": f"{MAKERS}.speech:calibrated",
         "evaluation": f"{MAKERS}.speech:evaluation",
     }
 }
@@ -244,6 +244,7 @@ SETTINGS_FOR: dict[str, dict[str, tuple[str, ...]]] = {
     "speech": {
         "corpus": ("speech.data", "speech.model.prompt"),
         "backbone": ("speech.model",),
+        "calibrated": ("steering.calibrates",),
         "evaluation": ("speech.decoding",),
     }
 }
@@ -279,6 +280,10 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "experts.counted_pairs": ("dense", "dense_wide", "joint", *JOINT_LORA, "branch", "btx"),
     # How experts weigh beside each other, which one alone does not know.
     "steering.routing": ("expert", "joint"),
+    # What is done of the joint model, or with the assembled one.
+    "steering.joint_projector": ("expert", "assembled"),
+    "steering.projector_rate": ("expert", "assembled"),
+    "steering.calibrates": ("expert", *STACKED),
 }
 """By setting, the stages in whose sections it is and whose output it does not change. What is not here counts: a new
 setting changes the identity of what reads its section, unless it is written here or in `CAME_LATER`."""
@@ -303,6 +308,11 @@ CAME_LATER: dict[str, Any] = {
     "training.packing": True,
     "training.patience": None,
     "steering.rank": 8,
+    "steering.joint_projector": False,
+    "steering.projector_rate": 0.1,
+    "steering.balance_loss": 0.0,
+    "steering.orthogonality_loss": 0.0,
+    "steering.calibrates": False,
     "experts.counted_tokens": 20_000_000,
     "experts.counted_pairs": 1_000_000,
     "evaluation.general": None,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
 from checkpoints import Artifact, ArtifactWriter
@@ -32,7 +33,7 @@ from modularforge.experts.trainable import ParameterGroup, Trainable
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import save_tensors
 from modularforge.stage_outputs import Corpus, derived_seed, joined_beginnings
-from modularforge.tasks.task import task_of
+from modularforge.tasks.task import Examples, task_of
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
@@ -100,26 +101,26 @@ def calibrate(
 
     It computes in float32, but what it returns and judges has the types that the model came with.
     """
-    world = World(device=model.lm_head.weight.device)
+    context = min(config.model.context_length, model.config.positions)
+    limits = config.evaluation.batch_size, config.evaluation.tokens_per_domain
+    name, batch = "the calibration half of validation", config.calibration.batch_size
+    examples = task_of(config).of_stream(config, fit_stream, context, batch, seed, name)
+    device = model.lm_head.weight.device
+    return calibrate_on(model, config, examples, lambda: even_loss(model, decide, context, *limits), job, device)
 
-    def held_out() -> float:
-        limits = config.evaluation.batch_size, config.evaluation.tokens_per_domain
-        return even_loss(model, decide, context, *limits)
 
+def calibrate_on(
+    model: Any, config: Config, examples: Examples, held_out: Callable[[], float], job: Job, device: torch.device
+) -> Calibration:
+    """The same on any examples, judged by the loss that `held_out` measures of the model."""
     stored = {name: weight.dtype for name, weight in model.named_parameters()}
     model.float()
     learns = choose_parameters(model, config)
-    context = min(config.model.context_length, model.config.positions)
-    before, batch, task = held_out(), config.calibration.batch_size, task_of(config)
+    before = held_out()
     # Its best steps would be chosen by the half that then judges them.
     job = replace(job, training=job.training.model_copy(update={"patience": None}))
-    fit(
-        Trainable(model, task.loss, [ParameterGroup(learns)]),
-        task.of_stream(config, fit_stream, context, batch, seed, "the calibration half of validation"),
-        job,
-        held_out,
-        world,
-    )
+    trained = Trainable(model, task_of(config).loss, [ParameterGroup(learns)])
+    fit(trained, examples, job, held_out, World(device=device))
     changed = {}
     for name, weight in learns.items():
         changed[name] = weight.detach().cpu().to(stored[name])
@@ -127,7 +128,7 @@ def calibrate(
     return Calibration(before, held_out(), changed)
 
 
-def choose_parameters(model: Decoder, config: Config) -> Mapping[str, nn.Parameter]:
+def choose_parameters(model: Any, config: Config) -> Mapping[str, nn.Parameter]:
     """Let only those parameters learn that the experts' kind lets a calibration touch; returns them by name."""
     model.requires_grad_(False)
     learns = kind_of(config).calibrates(model, config.calibration)

@@ -84,6 +84,8 @@ class Steering(ExpertWeights):
         self.vectors = nn.Parameter(torch.randn(sites, total, width) * VECTOR_STD)
         self.gate_weight = nn.Parameter(torch.empty(sites, total, width).uniform_(-1, 1) / width**0.5)
         self.gate_bias = nn.Parameter(torch.zeros(sites, total))
+        self.mean_gates: list[Tensor] | None = None
+        """Where a list, forward appends the mean gates [E] of each site to it."""
         if shape.is_scaled:
             self.scale = nn.Parameter(torch.full((sites, shape.experts), start_scale))
 
@@ -94,6 +96,8 @@ class Steering(ExpertWeights):
             weight_BTE = gate_BTE * self.scales(site) if self.shape.is_scaled else gate_BTE
             added_BTD = weight_BTE @ self.vectors[site].float()
         self.observe(site, gate_BTE, mask_BT)
+        if self.mean_gates is not None:
+            self.mean_gates.append(gate_BTE[mask_BT].mean(dim=0))
         return u_BTD + added_BTD.to(u_BTD.dtype)
 
     def gates(self, site: int, u_BTD: Tensor, mask_BT: Tensor) -> Tensor:
@@ -118,6 +122,20 @@ class Steering(ExpertWeights):
         value_BTA, index_BTA = gate_BTE.topk(self.shape.active, dim=-1)
         kept_BTE = torch.zeros_like(gate_BTE).scatter(-1, index_BTA, value_BTA)
         return kept_BTE / kept_BTE.sum(dim=-1, keepdim=True)
+
+
+def unevenness(gate_LE: Tensor) -> Tensor:
+    """How unevenly vectors are used: 1 where all have the same mean gate at every site, E where one has all of it."""
+    return gate_LE.shape[1] * gate_LE.square().sum(dim=1).mean()
+
+
+def likeness(vectors_LED: Tensor) -> Tensor:
+    """Mean squared cosine between two vectors of a site; 0 where all are orthogonal, or where there is but one."""
+    unit_LED = nn.functional.normalize(vectors_LED.float(), dim=-1)
+    cosine_LEE = unit_LED @ unit_LED.mT
+    own_EE = torch.eye(vectors_LED.shape[1], device=cosine_LEE.device, dtype=torch.bool)
+    others = max(1, vectors_LED.shape[1] * (vectors_LED.shape[1] - 1))
+    return cosine_LEE.masked_fill(own_EE, 0).square().sum(dim=(1, 2)).mean() / others
 
 
 def masked_mean(x_BTD: Tensor, mask_BT: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import torch
 
 from checkpoints import Artifact, open_artifact, paths
 from checkpoints.screen import say
-from modularforge.config import PhaseConfig
+from modularforge.calibration.calibrator import Calibration, calibrate_on, write_calibrated
+from modularforge.config import Config, PhaseConfig
 from modularforge.data.inputs import file_states, list_matches, record, warn_of_repeats
 from modularforge.evaluation.results import checked_results, parse_results
 from modularforge.experts.steering import FROZEN_FACT
@@ -36,10 +37,10 @@ from modularforge.speech.folder import Parts, build_speech, load_speech, parts_i
 from modularforge.speech.model import SpeechModel
 from modularforge.speech.prepare import prepare_speech
 from modularforge.speech.records import is_folder
-from modularforge.stage_outputs import derived_seed
+from modularforge.stage_outputs import Corpus, derived_seed
 from modularforge.tasks.speech import SPEECH, HeldOutSpeech, gate_usage, held_out_speech, listing, measure, speech_file
 from modularforge.tasks.task import Examples, examples_taken
-from modularforge.training.distributed import default_device, joined_world
+from modularforge.training.distributed import World, default_device, joined_world
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
 from modularforge.training.losses import mean_loss
@@ -113,20 +114,41 @@ def joint(run: Run) -> Artifact:
 
     def start() -> Training:
         backbone = run.require("backbone")
-        trained = steered(config.steering, backbone, config.experts.count, SPEECH.loss)
+        settings, count = config.steering, config.experts.count
+        trained = steered(settings, backbone, count, SPEECH.loss, settings.joint_projector)
         return Training(trained, _mixture(run, "joint", phase), parts_in(backbone.local_folder()))
 
     return _train(run, "joint", phase, start)
 
 
-def uncalibrated(run: Run) -> Artifact:
-    """Say that nothing of an assembled speech model is calibrated; the assembled model is the one to use."""
-    plan = run.plan("calibrated")
+def calibrated(run: Run) -> Artifact:
+    """Calibrate the assembled model where `steering.calibrates` says so; else say that it is the one to use."""
+    plan, config = run.plan("calibrated"), run.config
     if found := run.finished(plan):
         return found
+    if not config.steering.calibrates:
+        with making(plan) as writer:
+            writer.write_json(CALIBRATION_NAME, {"kept": False})
+            return commit(writer, plan, run, {"kept": False})
+    assembled, clock = run.require("assembled"), time.perf_counter()
+    job = replace(Job.of_run(config, "calibrated", config.calibration, plan.fingerprint), checkpoint_url=None)
+    result, taken = calibrate_speech(load_speech(assembled.local_folder()), config, run.corpus, job)
+    logger.info("calibration: held-out loss %.4f before, %.4f after", result.before, result.after)
     with making(plan) as writer:
-        writer.write_json(CALIBRATION_NAME, {"kept": False})
-        return commit(writer, plan, run, {"kept": False})
+        writer.write_json(CALIBRATION_NAME, result.facts)
+        if result.kept:
+            write_calibrated(assembled, result, writer, config.assembly.max_shard_bytes)
+        seconds = round(time.perf_counter() - clock, 3)
+        return commit(writer, plan, run, {**result.facts, **taken, "training_seconds": seconds})
+
+
+def calibrate_speech(model: SpeechModel, config: Config, corpus: Corpus, job: Job) -> tuple[Calibration, Row]:
+    """Train router rows and scales on training utterances, judged by the validation ones; and what was heard for it."""
+    device, phase, held_out = default_device(), config.calibration, SPEECH.validation(config, corpus)
+    seed = derived_seed(config.seed, "calibration order")
+    examples = replace(SPEECH.everything(config, corpus), batch_size=phase.batch_size, seed=seed)
+    loss = partial(mean_loss, model.to(device), held_out, World(device=device))
+    return calibrate_on(model, config, examples, loss, job, device), examples.taken(phase.steps)
 
 
 def _mixture(run: Run, name: str, phase: PhaseConfig) -> Examples:
@@ -234,12 +256,13 @@ def _measured(run: Run, models: dict[str, Artifact]) -> tuple[Row, Row]:
     experts = {name: row for name, row in rows.items() if JobName.parse(name).stage == "expert"}
     if experts:
         rows["oracle"] = oracle_row(experts) | costs([models["backbone"], *map(models.__getitem__, experts)])
-    order = [name for name in rows if name != "assembled"] + [name for name in rows if name == "assembled"]
+    last = [name for name in ("assembled", "calibrated") if name in rows]
+    order = [name for name in rows if name not in last] + last
     found = {
         "name": config.name,
         "domains": list(held_out.domains),
         "models": {name: rows[name] for name in order},
-        "chosen": "assembled" if "assembled" in rows else None,
+        "chosen": last[-1] if last else None,
         "peak_memory_bytes": peak_memory_bytes(device),
     }
     routing: Row = {}
@@ -247,13 +270,17 @@ def _measured(run: Run, models: dict[str, Artifact]) -> tuple[Row, Row]:
         names = [str(JobName("expert", index)) for index in range(config.experts.count)]
         kept = [name for name in names if name in models["assembled"].manifest.inputs]
         routing = _routing(load_speech(models["assembled"].local_folder()), held_out, device, kept)
-    empty: Row = {"routing": routing, "samples": {}, "differences": {}, "calibration": None}
+    calibration = run.find(run.url("calibrated"))
+    facts = calibration.manifest.facts if calibration else {}
+    told = {key: facts[key] for key in ("kept", "loss_before", "loss_after") if key in facts}
+    empty: Row = {"routing": routing, "samples": {}, "differences": {}, "calibration": told if len(told) > 1 else None}
     return {**found, **empty}, listings
 
 
 def _costs(models: Mapping[str, Artifact], name: str) -> Row:
     """What went into a model: its own job's, those of the experts that it is made of, and the projector's."""
-    made_of = [models[other] for other in models[name].manifest.inputs if JobName.parse(other).stage == "expert"]
+    stacked = models["assembled" if name == "calibrated" else name].manifest.inputs
+    made_of = [models[other] for other in stacked if JobName.parse(other).stage == "expert"]
     own = [models[name]] if name not in ("backbone", "assembled") else []
     return costs([models["backbone"], *own, *made_of])
 

@@ -22,12 +22,13 @@ from modularforge.pipeline import JobName
 from modularforge.speech.costs import costs
 from modularforge.speech.folder import load_speech
 from modularforge.speech.model import SpeechModel
-from modularforge.stages.speech import measured_row, oracle_row
+from modularforge.stages.speech import calibrate_speech, measured_row, oracle_row
 from modularforge.study.measure import Split
 from modularforge.study.runs import StudyRun
 from modularforge.study.study_file import NEEDS, Variant
 from modularforge.tasks.speech import HeldOutSpeech, held_out_speech
 from modularforge.training.distributed import default_device
+from modularforge.training.job import Job
 
 KINDS = ("backbone", "dense", "joint", "experts", "assembled")
 WITHOUT: dict[str, Any] = {"documents": {}, "flops_per_token": None}
@@ -54,7 +55,15 @@ class SpeechBench:
         jobs = dict(parts)
         if variant.kind == "experts":
             return self._measure_experts(jobs)
-        return {"rows": {"": self._row(self._model(variant, config, jobs), [*jobs.values()])}, "calibration": None}
+        model, calibration, heard = self._model(variant, config, jobs), None, dict[str, Any]()
+        if variant.options.calibrate:
+            fresh, model = model, self._model(variant, config, jobs)
+            job = Job("calibrated", config.calibration, config.training, unit="seconds")
+            result, heard = calibrate_speech(model, config, self.run.corpus, job)
+            model, calibration = (model if result.kept else fresh), result.facts
+        row = self._row(model, [*jobs.values()])
+        row["training_tokens"] = _sum(row["training_tokens"], heard.get("training_tokens", 0))
+        return {"rows": {"": row}, "calibration": calibration}
 
     def _row(self, model: Any, jobs: list[Artifact]) -> dict[str, Any]:
         row, _ = measured_row(model, self.held_out, default_device())
@@ -74,6 +83,10 @@ class SpeechBench:
         with tempfile.TemporaryDirectory() as scratch:
             assemble(config, parts["backbone"], experts, plain_folder(Path(scratch)))
             return load_speech(Path(scratch))
+
+
+def _sum(first: int | None, more: int) -> int | None:
+    return None if first is None else first + more
 
 
 def _check(variant: Variant, texts: Texts) -> None:

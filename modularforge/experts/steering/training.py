@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from checkpoints import Artifact
-from modularforge.config import SteeringConfig
+from modularforge.config import CalibrationConfig, SteeringConfig
 from modularforge.errors import ConfigError
 from modularforge.experts.kind import ExpertJob
 from modularforge.experts.steering import FROZEN_FACT, STEERING_NAME, UTTERANCES_NAME
-from modularforge.experts.trainable import Loss, ParameterGroup, Trainable
+from modularforge.experts.trainable import Loss, ParameterGroup, Tensors, Trainable
 from modularforge.facts import fact
 from modularforge.model.folder import save_tensors
 from modularforge.routing.statistics import STATISTICS_NAME, save_statistics
@@ -29,7 +29,7 @@ from modularforge.speech.folder import (
 )
 from modularforge.speech.low_rank import LowRank
 from modularforge.speech.model import STEERED_AT, SpeechModel
-from modularforge.speech.steering import Steering, SteeringShape
+from modularforge.speech.steering import Steering, SteeringShape, likeness, unevenness
 from modularforge.speech.sums import gather_sums
 
 PREFIX = "steering."
@@ -40,8 +40,10 @@ def prepare(expert: ExpertJob) -> Trainable:
     return steered(expert.config.steering, expert.backbone.artifact, 1, expert.task.loss)
 
 
-def steered(settings: SteeringConfig, backbone: Artifact, times: int, loss: Loss) -> Trainable:
-    """New steering, drawn from torch's global generator, and how it is trained.
+def steered(
+    settings: SteeringConfig, backbone: Artifact, times: int, loss: Loss, trains_projector: bool = False
+) -> Trainable:
+    """New steering, drawn from torch's global generator, and how it is trained, perhaps with the projector.
 
     It has as many vectors at each site, or as large a rank, as so many experts have together.
     """
@@ -51,8 +53,33 @@ def steered(settings: SteeringConfig, backbone: Artifact, times: int, loss: Loss
     if settings.variant == "lora":
         shape = replace(shape, rank=times * settings.rank)
     model = load_speech(folder, shape, is_fresh=True, start_scale=settings.start_scale)
-    model.projector.requires_grad_(False)
-    return Trainable(model, loss, groups_of(model, settings), observations=lambda: observations(model))
+    model.projector.requires_grad_(trains_projector)
+    groups = groups_of(model, settings) + ([_projector_group(model, settings)] if trains_projector else [])
+    whole = loss
+    if settings.balance_loss or settings.orthogonality_loss:
+        whole = SteeredLoss(model, loss, settings.balance_loss, settings.orthogonality_loss)
+    return Trainable(model, whole, groups, observations=lambda: observations(model))
+
+
+def _projector_group(model: SpeechModel, settings: SteeringConfig) -> ParameterGroup:
+    named = {f"projector.{name}": weight for name, weight in model.projector.named_parameters()}
+    return ParameterGroup(named, settings.projector_rate, clip_norm=settings.clip_norm)
+
+
+class SteeredLoss:
+    """The loss of a task, that of uneven gates, and that of vectors which point the same way."""
+
+    def __init__(self, model: SpeechModel, loss: Loss, balance: float, orthogonality: float) -> None:
+        assert isinstance(model.steering, Steering)
+        self.steering, self.loss, self.balance, self.orthogonality = model.steering, loss, balance, orthogonality
+
+    def __call__(self, model: nn.Module, tensors: Tensors) -> Tensor:
+        """Loss of one batch; `model` may be wrapped for several ranks."""
+        seen = self.steering.mean_gates = []
+        loss = self.loss(model, tensors)
+        self.steering.mean_gates = None
+        loss = loss + self.balance * unevenness(torch.stack(seen))
+        return loss + self.orthogonality * likeness(self.steering.vectors)
 
 
 def _shape(settings: SteeringConfig, times: int, width: int, layers: int) -> SteeringShape:
@@ -118,6 +145,14 @@ def load(backbone: Any, artifact: Artifact) -> Any:
     return load_speech(folder, shape, load_file(artifact.local_file(STEERING_NAME)))
 
 
-def calibrates(model: Any, settings: Any) -> NoReturn:
-    """Nothing: an assembled speech model has no calibration yet."""
-    raise ConfigError("calibration must be left out with experts.kind steering (run-all --skip-calibration)")
+def calibrates(model: Any, settings: CalibrationConfig) -> dict[str, nn.Parameter]:
+    """Router rows and scales of an assembled model, as the settings say."""
+    wanted = {"router_weight": settings.router, "router_bias": settings.router, "scale": settings.norms}
+    steering = dict(model.steering.named_parameters())
+    found = {f"{PREFIX}{name}": steering[name] for name, is_wanted in wanted.items() if is_wanted and name in steering}
+    if not found:
+        raise ConfigError(
+            "calibration must train router rows or scales, but calibration.router and calibration.norms leave none of "
+            "those that this model has; set both to true, or steering.calibrates to false"
+        )
+    return found
