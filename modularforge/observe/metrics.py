@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modularforge.json_lines import MOST, moment, number_of, objects_in
-from modularforge.tasks.task import TEXT_METRICS
+from modularforge.tasks.task import SPEECH_METRICS, TEXT_METRICS
 
 MOST_STEPS = 2.0**53  # beyond, a float holds not every whole number
 Floats = npt.NDArray[np.float64]
@@ -72,6 +72,12 @@ MEASURED = tuple(
     )
     for one in TEXT_METRICS
 )  # fmt: skip
+ERROR_RATES = tuple(
+    Metric(one.name, one.title, "%", 100, better=one.better, digits=1, in_table=one.in_table)
+    for one in SPEECH_METRICS
+    if one.name not in {own.name for own in TEXT_METRICS}
+)
+"""What only rows of speech have, in per cent."""
 DECISIVE = next(metric for metric in MEASURED if metric.decides)
 
 

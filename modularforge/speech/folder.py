@@ -105,7 +105,7 @@ def trained_tensors(model: SpeechModel) -> dict[str, Tensor]:
 
 
 def _is_frozen(name: str) -> bool:
-    return name.startswith(FROZEN) and "lora_" not in name
+    return name.startswith(FROZEN)
 
 
 def encoder_sizes(parts: Parts) -> tuple[int, int]:

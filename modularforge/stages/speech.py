@@ -6,8 +6,8 @@ Partitions, experts and assembly are those of every task.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import torch
 
 from checkpoints import Artifact, open_artifact, paths
 from checkpoints.screen import say
-from modularforge.config import PhaseConfig
+from modularforge.calibration.calibrator import Calibration, calibrate_by, write_calibrated
+from modularforge.config import Config, PhaseConfig
 from modularforge.data.inputs import file_states, list_matches, record, warn_of_repeats
 from modularforge.evaluation.results import checked_results, parse_results
 from modularforge.experts.steering import FROZEN_FACT
@@ -31,14 +32,15 @@ from modularforge.pipeline import JobName, contents, wanted_stages
 from modularforge.pretrained.fetch import local_model
 from modularforge.provenance import commit, making, save_settings
 from modularforge.run import Run, is_kept
+from modularforge.speech.costs import costs
 from modularforge.speech.folder import Parts, build_speech, load_speech, parts_in, parts_of, save_speech, shape_from
 from modularforge.speech.model import SpeechModel
 from modularforge.speech.prepare import prepare_speech
 from modularforge.speech.records import is_folder
-from modularforge.stage_outputs import derived_seed
+from modularforge.stage_outputs import Corpus, derived_seed
 from modularforge.tasks.speech import SPEECH, HeldOutSpeech, gate_usage, held_out_speech, listing, measure, speech_file
-from modularforge.tasks.task import Examples
-from modularforge.training.distributed import default_device, joined_world
+from modularforge.tasks.task import Examples, examples_taken
+from modularforge.training.distributed import World, default_device, joined_world
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
 from modularforge.training.losses import mean_loss
@@ -107,26 +109,46 @@ def static(run: Run) -> Artifact:
 
 
 def joint(run: Run) -> Artifact:
-    """The original's training: as many vectors as all experts have together, trained jointly on all they see."""
+    """The original's training: as many vectors (or as large a rank) as all experts have, jointly on all they see."""
     phase, config = run.config.baseline_phase("joint"), run.config
 
     def start() -> Training:
         backbone = run.require("backbone")
-        vectors = config.steering.vectors * config.experts.count
-        trained = steered(config.steering, backbone, vectors, SPEECH.loss)
+        settings, count = config.steering, config.experts.count
+        trained = steered(settings, backbone, count, SPEECH.loss, settings.joint_projector)
         return Training(trained, _mixture(run, "joint", phase), parts_in(backbone.local_folder()))
 
     return _train(run, "joint", phase, start)
 
 
-def uncalibrated(run: Run) -> Artifact:
-    """Say that nothing of an assembled speech model is calibrated; the assembled model is the one to use."""
-    plan = run.plan("calibrate")
+def calibrated(run: Run) -> Artifact:
+    """Calibrate the assembled model where `steering.calibrates` says so; else say that it is the one to use."""
+    plan, config = run.plan("calibrate"), run.config
     if found := run.finished(plan):
         return found
+    if not config.steering.calibrates:
+        with making(plan) as writer:
+            writer.write_json(CALIBRATION_NAME, {"kept": False})
+            return commit(writer, plan, run, {"kept": False})
+    assembled, clock = run.require("assemble"), time.perf_counter()
+    job = replace(Job.of_run(config, "calibrate", config.calibration, plan.fingerprint), checkpoint_url=None)
+    result, taken = calibrate_speech(load_speech(assembled.local_folder()), config, run.corpus, job)
+    logger.info("calibration: held-out loss %.4f before, %.4f after", result.before, result.after)
     with making(plan) as writer:
-        writer.write_json(CALIBRATION_NAME, {"kept": False})
-        return commit(writer, plan, run, {"kept": False})
+        writer.write_json(CALIBRATION_NAME, result.facts)
+        if result.kept:
+            write_calibrated(assembled, result, writer, config.assembly.max_shard_bytes)
+        seconds = round(time.perf_counter() - clock, 3)
+        return commit(writer, plan, run, {**result.facts, **taken, "training_seconds": seconds})
+
+
+def calibrate_speech(model: SpeechModel, config: Config, corpus: Corpus, job: Job) -> tuple[Calibration, Row]:
+    """Train router rows and scales on training utterances, judged by the validation ones; and what was heard for it."""
+    device, phase, held_out = default_device(), config.calibration, SPEECH.validation(config, corpus)
+    seed = derived_seed(config.seed, "calibration order")
+    examples = replace(SPEECH.everything(config, corpus), batch_size=phase.batch_size, seed=seed)
+    loss = partial(mean_loss, model.to(device), held_out, World(device=device))
+    return calibrate_by(examples, model, config, loss, job, device), examples.taken(phase.steps)
 
 
 def _mixture(run: Run, name: str, phase: PhaseConfig) -> Examples:
@@ -147,15 +169,18 @@ def _train(run: Run, name: str, phase: PhaseConfig, start: Callable[[], Training
         if world.is_main:
             save_settings(config)
         validate = partial(mean_loss, begun.model, held_out, world)
+        clock = time.perf_counter()
         losses = fit(begun.trainable, begun.examples, job, validate, world)
+        seconds = round(time.perf_counter() - clock, 3)
         if world.is_main:
             with making(plan) as writer:
                 _write(run, begun, writer.folder)
                 trained = sum(weight.numel() for weight in begun.trainable.parameters.values())
                 frozen = {"encoder": begun.parts.encoder.identity, "decoder": begun.parts.decoder.identity}
                 data = {name: run.corpus.artifact.manifest.facts.get(name) for name in ("labels", "splits")}
-                facts = {**losses, "parameters": trained, FROZEN_FACT: frozen, "training_tokens": None, "data": data}
-                commit(writer, plan, run, facts)
+                facts = {**losses, "parameters": trained, FROZEN_FACT: frozen, "data": data}
+                taken = examples_taken(begun.examples, int(losses.get("steps") or phase.steps))
+                commit(writer, plan, run, {**facts, **taken, "training_seconds": seconds})
         world.barrier()
     return run.made(name)
 
@@ -201,7 +226,7 @@ def evaluation(run: Run) -> dict[str, Any]:
 def measure_folder(run: Run, url: str) -> Table:
     """Error rates of one model folder on this config's test utterances, without writing anything."""
     folder = open_artifact(url).local_folder() if "://" in url else Path(url)
-    row, _ = _row(load_speech(folder), held_out_speech(run.config, run.corpus), default_device())
+    row, _ = measured_row(load_speech(folder), held_out_speech(run.config, run.corpus), default_device())
     name = url.rstrip("/").rsplit("/", 1)[-1]
     return rate_table({"name": run.config.name, "domains": list(row["domains"]), "models": {name: row}})
 
@@ -225,17 +250,19 @@ def _measured(run: Run, models: dict[str, Artifact]) -> tuple[Row, Row]:
     for name, artifact in models.items():
         is_expert = JobName.parse(name).stage == "expert"
         model = run.backbone.expert(artifact) if is_expert else load_speech(artifact.local_folder())
-        rows[name], listings[name] = _row(model, held_out, device)
+        row, listings[name] = measured_row(model, held_out, device)
+        rows[name] = row | _costs(models, name)
         logger.info("%s: word error rate %.3f, mean test loss %.4f", name, rows[name]["wer"], rows[name]["mean_loss"])
     experts = {name: row for name, row in rows.items() if JobName.parse(name).stage == "expert"}
     if experts:
-        rows["oracle"] = _oracle(experts)
-    order = [name for name in rows if name != "assembled"] + [name for name in rows if name == "assembled"]
+        rows["oracle"] = oracle_row(experts) | costs([models["backbone"], *map(models.__getitem__, experts)])
+    last = [name for name in ("assembled", "calibrated") if name in rows]
+    order = [name for name in rows if name not in last] + last
     found = {
         "name": config.name,
         "domains": list(held_out.domains),
         "models": {name: rows[name] for name in order},
-        "chosen": "assembled" if "assembled" in rows else None,
+        "chosen": last[-1] if last else None,
         "peak_memory_bytes": peak_memory_bytes(device),
     }
     routing: Row = {}
@@ -243,11 +270,22 @@ def _measured(run: Run, models: dict[str, Artifact]) -> tuple[Row, Row]:
         names = [str(JobName("expert", index)) for index in range(config.experts.count)]
         kept = [name for name in names if name in models["assembled"].manifest.inputs]
         routing = _routing(load_speech(models["assembled"].local_folder()), held_out, device, kept)
-    empty: Row = {"routing": routing, "samples": {}, "differences": {}, "calibration": None}
+    calibration = run.find(run.url("calibrate"))
+    facts = calibration.manifest.facts if calibration else {}
+    told = {key: facts[key] for key in ("kept", "loss_before", "loss_after") if key in facts}
+    empty: Row = {"routing": routing, "samples": {}, "differences": {}, "calibration": told if len(told) > 1 else None}
     return {**found, **empty}, listings
 
 
-def _row(model: Any, held_out: HeldOutSpeech, device: torch.device) -> tuple[Row, Row]:
+def _costs(models: Mapping[str, Artifact], name: str) -> Row:
+    """What went into a model: its own job's, those of the experts that it is made of, and the projector's."""
+    stacked = models["assembled" if name == "calibrated" else name].manifest.inputs
+    made_of = [models[other] for other in stacked if JobName.parse(other).stage == "expert"]
+    own = [models[name]] if name not in ("backbone", "assembled") else []
+    return costs([models["backbone"], *own, *made_of])
+
+
+def measured_row(model: Any, held_out: HeldOutSpeech, device: torch.device) -> tuple[Row, Row]:
     """What one model got right, and its worst utterances."""
     measured = measure(model, held_out, device)
     domains = {label: row for label, (row, _) in measured.items()}
@@ -287,7 +325,7 @@ def _means(domains: dict[str, Row]) -> Row:
     return {**shared, **means, "domains": domains}
 
 
-def _oracle(experts: dict[str, Row]) -> Row:
+def oracle_row(experts: dict[str, Row]) -> Row:
     """The best expert of each domain by its loss on the test utterances themselves: a bound, no model."""
     labels = next(iter(experts.values()))["domains"]
     best = {label: min((row["domains"][label] for row in experts.values()), key=_loss) for label in labels}

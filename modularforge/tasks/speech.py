@@ -20,6 +20,7 @@ from modularforge.errors import TrainingError
 from modularforge.model.backbone import perplexity
 from modularforge.pipeline import stage_url
 from modularforge.routing.statistics import RouterStatistics
+from modularforge.speech.costs import heard
 from modularforge.speech.feature_files import STATISTICS_NAME, SpeechFile, file_names, open_speech_file
 from modularforge.speech.metrics import Pair, pooled, worst
 from modularforge.speech.model import NO_TOKEN, SpeechModel, speech_loss
@@ -29,6 +30,7 @@ from modularforge.stage_outputs import Corpus, derived_seed, example_seeds
 from modularforge.tasks.task import SPEECH_METRICS, Batch, Examples, Metric
 
 Indices = NDArray[np.int64]
+NOBODY: Indices = np.zeros(0, np.int64)
 UTTERANCES_A_VALIDATION = 256  # of all domains together; they are short
 
 
@@ -66,6 +68,10 @@ class SpeechExamples:
         chosen: Indices = self.utterances[orders[start : start + end - first]]
         return chosen
 
+    def taken(self, steps: int) -> dict[str, Any]:
+        """What so many steps of a training heard."""
+        return heard(self.file, self._order(0, steps * self.batch_size)) if steps else heard(self.file, NOBODY)
+
     def sample(self) -> Iterator[Batch]:
         """What routers are solved from, each utterance once."""
         order = np.random.default_rng([self.sample_seed]).permutation(len(self.utterances))
@@ -88,13 +94,20 @@ class MixedSpeech:
 
     def batches(self, position: Any = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """Batches until all were taken; positions count utterances over all ranks."""
-        end = self.skipped + self.utterances_each
-        taken = np.concatenate([part._order(self.skipped, end) for part in self.parts])
-        mixed = np.random.default_rng([self.seed]).permutation(taken)
-        share = self.batch_size // ranks
+        mixed, share = self._order(), self.batch_size // ranks
         for first in range(int(position), len(mixed) - self.batch_size + 1, self.batch_size):
             mine = mixed[first + rank * share : first + (rank + 1) * share]
             yield batch_of(self.parts[0].file, mine, first + self.batch_size)
+
+    def taken(self, steps: int) -> dict[str, Any]:
+        """What so many steps of a training heard."""
+        return heard(self.parts[0].file, self._order()[: steps * self.batch_size])
+
+    def _order(self) -> Indices:
+        end = self.skipped + self.utterances_each
+        taken = np.concatenate([part._order(self.skipped, end) for part in self.parts])
+        mixed: Indices = np.random.default_rng([self.seed]).permutation(taken)
+        return mixed
 
 
 @dataclass(frozen=True)
@@ -242,9 +255,9 @@ def listing(measured: Mapping[str, tuple[Mapping[str, float], list[Pair]]], most
     return {label: worst(pairs, most) for label, (_, pairs) in measured.items()}
 
 
-def held_out_speech(config: Config, corpus: Corpus) -> HeldOutSpeech:
-    """The test utterances of a run."""
-    file, settings = speech_file(config, corpus.artifact, "test"), config.speech.decoding
+def held_out_speech(config: Config, corpus: Corpus, split: str = "test") -> HeldOutSpeech:
+    """The test utterances of a run, or those of another split."""
+    file, settings = speech_file(config, corpus.artifact, split), config.speech.decoding
     domains = {label: indices[: settings.max_utterances] for label, indices in by_domain(file, corpus).items()}
     return HeldOutSpeech(file, domains, corpus, settings.batch_size, settings.max_tokens, settings.listed)
 

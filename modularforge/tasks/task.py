@@ -66,6 +66,14 @@ def examples_facts(examples: Examples) -> dict[str, Any]:
     return dict(facts()) if facts else {}
 
 
+def examples_taken(examples: Examples, steps: int) -> dict[str, Any]:
+    """What a job's manifest says of the examples that so many steps took; a source that has nothing to say needs no
+    method `taken`.
+    """
+    taken = getattr(examples, "taken", None)
+    return dict(taken(steps)) if taken else {}
+
+
 class Validation(Protocol):
     """Held-out examples that a training is validated on."""
 
