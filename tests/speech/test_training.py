@@ -184,7 +184,7 @@ def test_the_joint_baseline_trains_the_projector_only_where_asked(with_settings:
         all(torch.equal(first[name], one[name]) for name in first if name.startswith("projector")) for one in others
     ]
     assert same == [True, False]
-    for stage, counts in (("expert", False), ("joint", True), ("assembled", False)):
+    for stage, counts in (("expert", False), ("joint", True), ("assemble", False)):
         assert (stage_settings(fixed.config, stage) != stage_settings(along.config, stage)) is counts, stage
 
 

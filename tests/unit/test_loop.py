@@ -177,7 +177,7 @@ def test_patience_counts_with_what_it_judges_by_where_it_is_set(tmp_path: Path) 
         assert settings(stage, validate_every=7) == settings(stage, patience=None)
         assert settings(stage, patience=2)["training.validate_every"] != 7
         assert settings(stage, patience=2) != settings(stage, patience=2, validate_every=7) != settings(stage)
-    assert settings("calibrated", patience=2, validate_every=7) == settings("calibrated")
+    assert settings("calibrate", patience=2, validate_every=7) == settings("calibrate")
 
 
 def test_a_loss_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
