@@ -115,20 +115,29 @@ def assemble(
 def evaluate(
     settings: Config,
     model: Annotated[str | None, typer.Option(help="Measure only this model folder, and write nothing.")] = None,
+    on: Annotated[
+        str | None, typer.Option(help="Of speech: measure on this test set alone, at a path or known by name.")
+    ] = None,
 ) -> None:
-    """Measure the models of a run side by side: perplexity per domain, routing, samples; prints the table."""
-    if model is None:
+    """Measure the models of a run side by side: perplexity or error rate per domain, routing; prints the table."""
+    if on is not None and settings.task != "speech":
+        raise ConfigError(f"--on must be left out unless task is speech, but task is {settings.task}; leave it out")
+    if model is None and on is None:
         _evaluate(Run(settings))
         return
+    from modularforge.observe.evaluation import print_errors, print_table
+    from modularforge.stages.evaluate import chosen_model, measure_folder
+
+    run = Run(settings)
     if settings.task == "speech":
-        from modularforge.stages.speech import measure_folder as measure_speech
+        from modularforge.stages.evaluate_speech import measure_folder as measure_speech
 
-        measure_speech(Run(settings), model).show(None)
-        return
-    from modularforge.observe.evaluation import print_table
-    from modularforge.stages.evaluate import measure_folder
-
-    print_table(measure_folder(Run(settings), model))
+        results = measure_speech(run, model or chosen_model(run).url, on)
+        print_errors(results)
+    else:
+        assert model is not None
+        results = measure_folder(run, model)
+    print_table(results)
 
 
 def _evaluate(run: Run) -> None:
@@ -268,6 +277,24 @@ def route(
 
         model = chosen_model(Run(load_settings())).url
     show_routes(model, prompt)
+
+
+@app.command()
+def analyze(
+    target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="Run of task speech, or folder of one model.")],
+    audio: Annotated[str | None, typer.Argument(metavar="AUDIO", help="Recording to listen to.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder or URL for the figures; a run has them in plots/.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
+) -> None:
+    """Show what the gates of a speech model do: by layer, by domain, over training, and frame by frame of a recording.
+
+    Prints tables and writes figures.
+    """
+    from modularforge.log import configure_logging
+    from modularforge.observe.analyze import analyze as show
+
+    configure_logging()
+    show(target, audio, output)
 
 
 @app.command()

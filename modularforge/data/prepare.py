@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -60,7 +61,7 @@ def prepare_corpus(
     The tokenizer is learned, or taken from the model folder `pretrained`. `states` are those of the files, if known.
     `scratch` must be the same folder when a killed run is repeated; the caller deletes it once `output` is committed.
     """
-    work = _own_scratch(scratch, describe_corpus(config, pretrained, states))
+    work = own_scratch(scratch, describe_corpus(config, pretrained, states))
     if pretrained is not None:
         tokenizer, end_token = adopt_tokenizer(pretrained, output)
     else:
@@ -114,6 +115,14 @@ def describe_corpus(
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
+def scratch_folder(url: str, fingerprint: str) -> Path:
+    """A folder beside what is made, or among temporary files, that a killed and repeated preparation finds again."""
+    if paths.is_local(url):
+        target = paths.local_path(url)
+        return target.with_name(f"{target.name}.partial")
+    return Path(tempfile.gettempdir()) / f"modularforge-prepare-{fingerprint}"
+
+
 def remove_scratch(scratch: Path) -> None:
     """Remove what preparations left; a folder of that name may be somebody's, so nothing else in it is touched."""
     for work in scratch.glob(SCRATCH_PATTERN):
@@ -122,7 +131,7 @@ def remove_scratch(scratch: Path) -> None:
         scratch.rmdir()
 
 
-def _own_scratch(scratch: Path, key: str) -> Path:
+def own_scratch(scratch: Path, key: str) -> Path:
     """The scratch folder of these settings; those of others are deleted."""
     for other in scratch.glob(SCRATCH_PATTERN):
         if other.name != f"prepare-{key}":

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from pathlib import Path
 
-from checkpoints import Artifact, paths
+from checkpoints import Artifact
 from modularforge.config import Config
 from modularforge.data.inputs import SHOWN, changes_since, file_states, list_matches, record, warn_of_repeats
 from modularforge.data.partition_files import make_partitions
-from modularforge.data.prepare import prepare_corpus, remove_scratch
+from modularforge.data.prepare import prepare_corpus, remove_scratch, scratch_folder
 from modularforge.errors import DataError, StoreError
 from modularforge.log import logger
 from modularforge.pretrained.fetch import local_model
@@ -23,7 +21,7 @@ SOURCES_FACT = "sources"  # in the manifest of prepared data: the files that wer
 def corpus(run: Run) -> Artifact:
     """Learn the tokenizer and write the token files, unless that is done."""
     plan, config = run.plan("corpus"), run.config
-    scratch = _scratch_folder(plan.url, plan.fingerprint)
+    scratch = scratch_folder(plan.url, plan.fingerprint)
     if artifact := run.finished(plan):
         logger.info("data is finished: %s", plan.url)
         remove_scratch(scratch)  # of a preparation that was killed right after its commit
@@ -72,11 +70,3 @@ def partitions(run: Run) -> Artifact:
         summary = make_partitions(run.config, run.require("corpus").local_folder(), writer.folder)
         facts = {"method": summary["method"], "partitions": len(summary["partitions"])}
         return commit(writer, plan, run, {"seconds": round(time.perf_counter() - start, 3), **facts})
-
-
-def _scratch_folder(url: str, fingerprint: str) -> Path:
-    """A folder that a killed and repeated preparation finds again."""
-    if paths.is_local(url):
-        target = paths.local_path(url)
-        return target.with_name(f"{target.name}.partial")
-    return Path(tempfile.gettempdir()) / f"modularforge-prepare-{fingerprint}"
