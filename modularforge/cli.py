@@ -243,13 +243,17 @@ def generate(
 def transcribe(
     load_settings: Callable[[], Config],
     audio: Annotated[list[str], typer.Argument(metavar="AUDIO…", help="Recordings: paths, URLs or patterns.")],
-    model: Annotated[str | None, typer.Option(help="Folder of a speech model; without it the run's.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Speech model: folder, URL or owner/name on the Hub; without it the run's.")
+    ] = None,
     prompt: Annotated[str, typer.Option(help="The text prompt that it was trained with.")] = "",
     tokens: Annotated[int, typer.Option(min=1, help="Length of a transcript at the most.")] = 64,
+    encoder: Annotated[str | None, typer.Option(help="Where its encoder lies here: a folder, or on the Hub.")] = None,
+    decoder: Annotated[str | None, typer.Option(help="Where its language model lies here.")] = None,
 ) -> None:
     """Write down what recordings say, with a model of the task speech."""
-    from pathlib import Path
-
+    from modularforge.speech.folder import parts_in
+    from modularforge.speech.hub import placed, speech_folder
     from modularforge.speech.transcribe import transcribe_files
 
     if model is None:
@@ -257,9 +261,26 @@ def transcribe(
         prompt = prompt or settings.speech.model.prompt
         folder = Run(settings).require("assembled").local_folder()
     else:
-        folder = Path(model)
-    for text in transcribe_files(folder, audio, prompt, tokens):
+        folder = speech_folder(model)
+    parts = placed(parts_in(folder), encoder, decoder)
+    for text in transcribe_files(folder, audio, prompt, tokens, parts):
         say(text)
+
+
+@app.command()
+@with_lazy_settings
+def push(
+    load_settings: Callable[[], Config],
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Where on the Hub.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder of a speech model, or of an expert of the run; without it the run's.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="A new model there is yours alone.")] = False,
+) -> None:
+    """Upload the trained part of a speech model, or of one expert, to the Hugging Face Hub (set HF_TOKEN)."""
+    from modularforge.stages.push_speech import push as upload
+
+    upload(load_settings, name, model, private)
 
 
 @app.command()

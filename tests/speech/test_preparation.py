@@ -50,7 +50,7 @@ def test_a_killed_preparation_goes_on_with_the_same_bytes(
     speech = {"data": {"split_field": "split", "keeps": keeps, "normalise": normalise}}
     whole, killed = (speech_config(tmp_path / name, sounds, speech=speech) for name in ("whole", "killed"))
     Run(whole).make("corpus")
-    monkeypatch.setattr(prepare.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
     with monkeypatch.context() as stopped:
         first = computes(stopped, 50)
         with pytest.raises(Killed):
