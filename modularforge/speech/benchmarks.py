@@ -91,7 +91,7 @@ def _settings(config: Config, test: SpeechTestConfig) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"sources": [source]}), "speech": speech})
 
 
-def tests_identity(config: Config) -> dict[str, str]:
+def identity_of_sets(config: Config) -> dict[str, str]:
     """What identifies the files of the test sets, for an evaluation's fingerprint; nothing where there are none."""
     tests = [known(test) for test in config.speech.decoding.tests or ()]
     states = {test.name: _states(_settings(config, test)) for test in tests if test.path is not None}

@@ -20,7 +20,7 @@ from modularforge.observe.evaluation import markdown
 from modularforge.pipeline import JobName, contents, wanted_stages
 from modularforge.provenance import commit, making
 from modularforge.run import Run, is_kept
-from modularforge.speech.benchmarks import set_at, tests_identity, write_test_set
+from modularforge.speech.benchmarks import identity_of_sets, set_at, write_test_set
 from modularforge.speech.folder import load_speech
 from modularforge.speech.gates import GateReader
 from modularforge.speech.model import SpeechModel
@@ -40,7 +40,7 @@ def run(run: Run) -> Row:
     """Measure what is there, and commit results, report and worst utterances."""
     start, models = time.perf_counter(), dict(_models(run))
     inputs = {name: artifact.manifest.fingerprint for name, artifact in models.items()}
-    inputs |= {"corpus": contents(run.require("corpus")), "format": RESULTS_FORMAT, **tests_identity(run.config)}
+    inputs |= {"corpus": contents(run.require("corpus")), "format": RESULTS_FORMAT, **identity_of_sets(run.config)}
     plan = run.plan("evaluation", inputs=inputs)
     old = run.find(plan.url)
     if old and old.manifest.fingerprint == plan.fingerprint:

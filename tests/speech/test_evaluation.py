@@ -21,7 +21,7 @@ from modularforge.observe.evaluation import markdown, model_table, verdict
 from modularforge.observe.metrics import decisive
 from modularforge.observe.report import write_report
 from modularforge.run import Run
-from modularforge.speech.benchmarks import HUB_SETS, known, set_at, tests_identity
+from modularforge.speech.benchmarks import HUB_SETS, identity_of_sets, known, set_at
 from modularforge.speech.folder import Part, Parts, load_speech, trained_tensors
 from modularforge.speech.gates import frame_facts, reading, usage_facts, weight_facts
 from modularforge.speech.hub import placed
@@ -35,7 +35,7 @@ from tests.speech.tiny import tiny_batch, tiny_model
 
 @pytest.fixture(scope="session")
 def results(finished: Config) -> Any:
-    return json.loads(Run(finished).require("evaluation").read_bytes("results.json"))
+    return json.loads(paths.read_bytes(f"{finished.output_dir}/evaluation/results.json"))
 
 
 def with_rates(results: Any, **rates: float) -> Any:
@@ -176,13 +176,13 @@ def test_a_test_set_has_a_row_and_errors_of_its_own(finished: Config, tmp_path: 
     assert "## Test sets beside the domains" in report
     assert "mine WER %" in report
     assert [error["audio"] for error in found["errors"] if error["domain"] == "mine"]
-    identity = tests_identity(config)
-    assert identity == tests_identity(config)
-    assert not tests_identity(finished)
+    identity = identity_of_sets(config)
+    assert identity == identity_of_sets(config)
+    assert not identity_of_sets(finished)
     plans = [Run(one).plan("evaluation", inputs={}).fingerprint for one in (config, finished)]
     assert plans[0] != plans[1]
     (tmp_path / "set/0.wav").write_bytes(wav(tone(600.0, 0.5)))
-    assert tests_identity(config) != identity
+    assert identity_of_sets(config) != identity
     (tmp_path / "set/other.jsonl").write_text(json.dumps({"audio": "1.wav", "text": "one"}) + "\n")
     assert measure_folder(Run(finished), url, str(tmp_path / "set/other.jsonl"))["domains"] == ["other.jsonl"]
     empty = write_table(tmp_path / "empty", [{"audio": "gone.wav", "text": "one"}])
