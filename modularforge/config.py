@@ -832,6 +832,9 @@ class SpeechDataConfig(Section):
     """Leave out recordings of which 1 % of the samples is at full scale."""
     unusable: Literal["skip", "refuse"] = "skip"
     """Recordings that are missing, corrupt or silent are counted and left out, or stop the preparation."""
+    keeps: Literal["features", "audio"] = "features"
+    """What prepared data hold: `features`, computed once, or the recordings (`audio`) as their files have them, from
+    which features are computed on the fly, as batches are made. Both give the same losses."""
 
 
 class SpeechModelConfig(Section):
@@ -856,6 +859,33 @@ class SpeechModelConfig(Section):
     """Text that the language model reads between audio and answer, in training and evaluation."""
 
 
+class SpeechTestConfig(SafeSection):
+    """A test set beside a run's domains: recordings with texts at a path, on the Hub, or by a known name alone."""
+
+    name: str = Field(pattern=NAME)
+    """What tables call it; `librispeech-test-clean`, `librispeech-test-other` and `aishell-1` need nothing else."""
+    path: Text | list[Text] | None = None
+    """Where it is, in any form that `data.sources` take: a folder, files, URLs or patterns."""
+    hub: Text | None = None
+    """Hub data set, in place of a path."""
+    hub_config: Line | None = None
+    """Configuration of the Hub data set."""
+    split: Line = "test"
+    """Split of the Hub data set."""
+    audio_field: Text = "audio"
+    """Column that holds the audio."""
+    text_field: Text = "text"
+    """Column that holds what is said."""
+    prompt_field: Text | None = None
+    """Column of the text prompt; null is `speech.model.prompt`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_name(cls, values: Any) -> Any:
+        """The name of a known set alone is enough."""
+        return {"name": values} if isinstance(values, str) else values
+
+
 class SpeechDecodingConfig(Section):
     """How transcripts are written and measured, for `task: speech`."""
 
@@ -867,6 +897,8 @@ class SpeechDecodingConfig(Section):
     """Utterances per batch, the same for every model."""
     listed: int = Field(20, ge=0)
     """Worst utterances of each domain that are listed with audio, reference and hypothesis."""
+    tests: list[SpeechTestConfig] | None = None
+    """Test sets that all models are measured on beside the domains, by a known name or with settings."""
 
 
 class SpeechConfig(Section):

@@ -325,7 +325,7 @@ MADE_FOR: dict[str, dict[str, str]] = {
         "dense": f"{MAKERS}.speech:static",
         "joint": f"{MAKERS}.speech:joint",
         "calibrate": f"{MAKERS}.speech:calibrated",
-        "evaluate": f"{MAKERS}.speech:evaluation",
+        "evaluate": f"{MAKERS}.evaluate_speech:run",
     }
 }
 """By task and stage, what makes it where that is not the row's own function."""
@@ -427,6 +427,8 @@ CAME_LATER: dict[str, Any] = {
     "evaluation.tasks": None,
     "evaluation.harness": None,
     "evaluation.harness_documents": None,
+    "speech.data.keeps": "features",
+    "speech.decoding.tests": None,
 }
 """Settings that stages learned after artifacts had been made without them, by dotted name, each with the value under
 which a stage does what it did before. With that value they are no part of a stage's settings, so that the artifact that

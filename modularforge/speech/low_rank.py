@@ -50,6 +50,13 @@ class Adapter(nn.Module):
             inner_BTR = inner_BTR * self.mixture.weight_BTK.repeat_interleave(self.rank, dim=-1)
         return output_BTO + ALPHA_PER_RANK * F.linear(inner_BTR, self.lora_B)
 
+    def squares_K(self, experts: int) -> Tensor:
+        """Squared Frobenius norm of each expert's B A, scaled: the trace of (B^T B)(A A^T)."""
+        a_KRI = self.lora_A.detach().float().view(experts, self.rank, -1)
+        b_OKR = self.lora_B.detach().float().view(-1, experts, self.rank)
+        inner_KRR = torch.einsum("okr,oks->krs", b_OKR, b_OKR) * (a_KRI @ a_KRI.mT)
+        return (ALPHA_PER_RANK**2 * inner_KRR.sum(dim=(1, 2))).cpu()
+
 
 class LowRank(ExpertWeights):
     """Adapters beside q, k, v, out and the feed-forward matrices of every layer; sites are the layers' inputs."""
@@ -67,7 +74,18 @@ class LowRank(ExpertWeights):
         if self.shape.experts > 1:
             self.mixture.weight_BTK = self.expert_weights(site, u_BTD.float(), mask_BT)
             self.observe(site, self.mixture.weight_BTK.expand(*u_BTD.shape[:2], -1), mask_BT)
+        else:
+            self.observe(site, u_BTD.new_ones(*u_BTD.shape[:2], 1), mask_BT)
         return u_BTD
+
+    def lengths_LE(self) -> Tensor:
+        """Frobenius norms of what each expert's adapters add to the matrices of a layer, B A, all of them together."""
+        square_LE = torch.zeros(self.shape.sites, self.shape.experts)
+        for name, adapter in self.adapters.items():
+            assert isinstance(adapter, Adapter)
+            layer = int(name.partition("layers-")[2].partition("-")[0])
+            square_LE[layer] += adapter.squares_K(self.shape.experts)
+        return square_LE.sqrt()
 
 
 def adapted(encoder: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

@@ -69,6 +69,18 @@ class ExpertWeights(nn.Module):
             x_BTD = masked_mean(x_BTD, mask_BT)[:, None]
         return (x_BTD @ self.router_weight[site].T + self.router_bias[site]).softmax(dim=-1)
 
+    def scales_K(self, _site: int) -> Tensor:
+        """What each expert is scaled by at a site; empty where nothing is."""
+        return torch.empty(0)
+
+    def lengths_LE(self) -> Tensor:
+        """Lengths of what is added, at each site by each vector, or by each expert where there are none."""
+        raise NotImplementedError
+
+    def length_added(self, _site: int, _gate_NE: Tensor) -> Tensor | None:
+        """Lengths [N] of what these gates add to frames, or None where it depends on more than gates."""
+        return None
+
     def observe(self, site: int, gate_BTE: Tensor, mask_BT: Tensor) -> None:
         """Count the gates of the frames that are there, where somebody wants to know them."""
         if self.observed is not None:
@@ -115,6 +127,19 @@ class Steering(ExpertWeights):
         scale_K, bound = self.scale[site].float(), self.shape.scale_bound
         scale_K = scale_K if bound is None else bound * torch.tanh(scale_K / bound)
         return scale_K.repeat_interleave(self.shape.vectors)
+
+    def scales_K(self, site: int) -> Tensor:
+        """What each expert is scaled by at a site; empty where nothing is."""
+        return self.scales(site)[:: self.shape.vectors] if self.shape.is_scaled else torch.empty(0)
+
+    def lengths_LE(self) -> Tensor:
+        """Lengths of the vectors."""
+        return torch.linalg.vector_norm(self.vectors.detach().float(), dim=-1)
+
+    def length_added(self, site: int, gate_NE: Tensor) -> Tensor:
+        """Lengths [N] of what these gates add to frames."""
+        weight_NE = gate_NE * self.scales(site) if self.shape.is_scaled else gate_NE
+        return torch.linalg.vector_norm(weight_NE @ self.vectors[site].float(), dim=-1)
 
     def _kept(self, gate_BTE: Tensor) -> Tensor:
         if self.shape.active is None or self.shape.active >= self.shape.total:

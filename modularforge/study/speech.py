@@ -22,7 +22,8 @@ from modularforge.pipeline import JobName
 from modularforge.speech.costs import costs
 from modularforge.speech.folder import load_speech
 from modularforge.speech.model import SpeechModel
-from modularforge.stages.speech import calibrate_speech, measured_row, oracle_row
+from modularforge.stages.evaluate_speech import measured_row, oracle_row
+from modularforge.stages.speech import calibrate_speech
 from modularforge.study.measure import Split
 from modularforge.study.runs import StudyRun
 from modularforge.study.study_file import NEEDS, Variant
@@ -66,7 +67,7 @@ class SpeechBench:
         return {"rows": {"": row}, "calibration": calibration}
 
     def _row(self, model: Any, jobs: list[Artifact]) -> dict[str, Any]:
-        row, _ = measured_row(model, self.held_out, default_device())
+        row, _, _ = measured_row(model, self.held_out, {}, default_device())
         return {**row, **costs(jobs), **WITHOUT}
 
     def _measure_experts(self, jobs: dict[str, Artifact]) -> dict[str, Any]:

@@ -25,25 +25,12 @@ from modularforge.speech.model import SpeechModel
 from modularforge.speech.steering import GateUsage, Steering
 from modularforge.speech.transcribe import features_of, transcribe_files
 from modularforge.stage_outputs import Backbone
-from modularforge.stages.speech import measure_folder
+from modularforge.stages.evaluate_speech import measure_folder
 from modularforge.tasks.speech import SPEECH, arguments, held_out_speech, speech_file
 from modularforge.training.checkpointing import Checkpointing
 from tests.conftest import run_command
 from tests.speech.runs import run_all, speech_config
 from tests.speech.sounds import wav, words
-
-
-@pytest.fixture(scope="module")
-def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("sounds")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, sounds: Path) -> Config:
-    """A finished run; tests must not change it."""
-    config = speech_config(tmp_path_factory.mktemp("speech") / "run", sounds)
-    run_all(config)
-    return config
 
 
 def batch_of(config: Config) -> tuple[torch.Tensor, ...]:
@@ -63,7 +50,10 @@ def test_a_run_ends_with_error_rates_of_every_model(finished: Config) -> None:
             assert domain["loss"] > 0
     folder = paths.local_path(finished.output_dir) / "evaluation"
     report = (folder / "report.md").read_text()
-    assert "## Error rates" in report
+    header = next(line for line in report.splitlines() if line.startswith("| model |"))
+    assert header.split(" | ")[4:8] == ["low", "high", "WER %", "CER %"]
+    assert "mean test WER of" in report.splitlines()[2]
+    assert "perplexity" not in report.split("##")[0]
     assert "## Where assembled routes" in report
     routing = results["routing"]["assembled"]
     assert routing["experts"] == ["expert-0", "expert-1"]
@@ -271,8 +261,8 @@ def test_a_folder_of_no_speech_model_gets_one_sentence(tmp_path: Path) -> None:
 
 
 def test_one_folder_is_measured_as_the_evaluation_measures_it(finished: Config) -> None:
-    table = measure_folder(Run(finished), str(Run(finished).require("assemble").local_folder()))
-    ((name, row),) = table.records
+    found = measure_folder(Run(finished), str(Run(finished).require("assemble").local_folder()))
+    ((name, row),) = found["models"].items()
     assert name == "assembled"
     expected = run_all(finished)["models"]["assembled"]
     assert row["mean_loss"] == pytest.approx(expected["mean_loss"], abs=1e-6)

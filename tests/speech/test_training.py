@@ -23,10 +23,11 @@ from modularforge.experts.steering.training import SteeredLoss, calibrates, stee
 from modularforge.pipeline import stage_settings
 from modularforge.run import Run
 from modularforge.speech.folder import load_speech
-from modularforge.speech.low_rank import LowRank
+from modularforge.speech.gates import weight_facts
+from modularforge.speech.low_rank import ALPHA_PER_RANK, LowRank
 from modularforge.speech.model import SpeechModel
 from modularforge.speech.steering import GateUsage, Steering, SteeringShape, likeness, unevenness
-from modularforge.stages.speech import evaluation
+from modularforge.stages.evaluate_speech import run as evaluation
 from modularforge.study.runs import Runs
 from modularforge.study.study import run_study
 from modularforge.study.study_file import VariantEntry, load_study
@@ -186,6 +187,23 @@ def test_the_joint_baseline_trains_the_projector_only_where_asked(with_settings:
     assert same == [True, False]
     for stage, counts in (("expert", False), ("joint", True), ("assemble", False)):
         assert (stage_settings(fixed.config, stage) != stage_settings(along.config, stage)) is counts, stage
+
+
+def test_lengths_of_low_rank_adapters_are_those_of_their_products() -> None:
+    torch.manual_seed(0)
+    model = tiny_model("lora", experts=2)
+    assert isinstance(model.steering, LowRank)
+    for adapter in model.steering.adapters.values():
+        torch.nn.init.normal_(adapter.lora_B)  # type: ignore[arg-type]
+    shape, expected = model.steering.shape, torch.zeros(model.steering.shape.sites, 2)
+    for name, adapter in model.steering.adapters.items():
+        layer, rank = int(name.split("layers-")[1].split("-")[0]), model.shape.rank
+        for k in range(2):
+            own = slice(k * rank, (k + 1) * rank)
+            product = ALPHA_PER_RANK * adapter.lora_B[:, own] @ adapter.lora_A[own]  # type: ignore[index]
+            expected[layer, k] += product.detach().square().sum()
+    assert torch.allclose(model.steering.lengths_LE(), expected.sqrt(), rtol=1e-4)
+    assert len(weight_facts(model.steering)["norm_per_layer_and_vector"]) == shape.sites
 
 
 def test_gates_are_computed_in_float32_under_bf16_and_experts_learn_so(with_settings: Made) -> None:
