@@ -134,12 +134,14 @@ class Steering(ExpertWeights):
 
     def lengths_LE(self) -> Tensor:
         """Lengths of the vectors."""
-        return torch.linalg.vector_norm(self.vectors.detach().float(), dim=-1)
+        length_LE: Tensor = torch.linalg.vector_norm(self.vectors.detach().float(), dim=-1)
+        return length_LE
 
     def length_added(self, site: int, gate_NE: Tensor) -> Tensor:
         """Lengths [N] of what these gates add to frames."""
         weight_NE = gate_NE * self.scales(site) if self.shape.is_scaled else gate_NE
-        return torch.linalg.vector_norm(weight_NE @ self.vectors[site].float(), dim=-1)
+        length_N: Tensor = torch.linalg.vector_norm(weight_NE @ self.vectors[site].float(), dim=-1)
+        return length_N
 
     def _kept(self, gate_BTE: Tensor) -> Tensor:
         if self.shape.active is None or self.shape.active >= self.shape.total:

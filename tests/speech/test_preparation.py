@@ -92,7 +92,7 @@ def test_features_on_the_fly_give_the_losses_of_those_on_disk(normalise: str, so
         data = {"split_field": "split", "keeps": keeps, "normalise": normalise}
         config = speech_config(tmp_path / keeps, sounds, speech={"data": data})
         run = Run(config)
-        for stage in ("corpus", "partitions", "backbone"):
+        for stage in ("prepare-data", "partition", "backbone"):
             run.make(stage)
         losses[keeps] = run.require("backbone").manifest.facts["validation_loss"]
         files = run.require("prepare-data").manifest.files
