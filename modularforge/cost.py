@@ -162,6 +162,11 @@ def _memory(config: Config, stage: Stage) -> float:
     return weights + BYTES_STATE * _trained_parameters(config, stage.name)
 
 
+def checkpoint_bytes(config: Config, stage: str) -> int:
+    """Of one checkpoint of a training: its parameters and their moments."""
+    return BYTES_STATE * _trained_parameters(config, stage)
+
+
 def _trained_parameters(config: Config, stage: str) -> int:
     """Parameters that a stage trains, or writes where it trains none."""
     if stage != "expert":
