@@ -235,12 +235,16 @@ class Decoder(nn.Module):
         examples_BT: Tensor | None = None,
         targets_BT: Tensor | None = None,
         reduction: Reduction = "mean",
+        headless: bool = False,
     ) -> Tensor:
         """Logits [B, T, V] of the next token at every position; with a cache, T new tokens after those it holds.
 
-        With `targets_BT` the loss of these instead, as `head_loss` has it, which needs no memory for all logits.
+        With `targets_BT` the loss of these instead, as `head_loss` has it, which needs no memory for all logits; and
+        `headless` what the head reads, [B, T, D].
         """
         x_BTD = self.hidden(tokens_BT, cache, routing_BTE, examples_BT)
+        if headless:
+            return x_BTD
         if targets_BT is not None:
             return head_loss(x_BTD, self.lm_head.weight, targets_BT, reduction)
         logits_BTV: Tensor = self.lm_head(x_BTD)

@@ -19,6 +19,7 @@ from modularforge.experts.job import partition_facts, save_expert, train_expert_
 from modularforge.experts.kind import ExpertJob
 from modularforge.log import logger
 from modularforge.model import names
+from modularforge.model.shards import in_company
 from modularforge.pipeline import JobName, made_in_round
 from modularforge.provenance import commit, making, save_settings
 from modularforge.run import Run
@@ -90,9 +91,10 @@ def _train(run: Run, stage: str, index: int, number: int, save: Save) -> Artifac
             save_settings(config)
         expert = ExpertJob(config, index, run.backbone, task, examples, world.device)
         model, losses, state = train_expert_from(start, expert, held_out, job, world)
-        if world.is_main:
-            with making(plan) as writer:
-                facts = save(expert, model, state, writer)
-                commit(writer, plan, run, {**losses, **facts, "domains": domains})
+        with in_company(model, world.total):
+            if world.is_main:
+                with making(plan) as writer:
+                    facts = save(expert, model, state, writer)
+                    commit(writer, plan, run, {**losses, **facts, "domains": domains})
         world.barrier()
     return run.made(stage, index)

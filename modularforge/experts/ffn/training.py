@@ -25,9 +25,10 @@ from modularforge.experts.trainable import ParameterGroup, Trainable, trainable
 from modularforge.facts import fact
 from modularforge.model import names
 from modularforge.model.backbone import Decoder, build_backbone, initialise
-from modularforge.model.folder import fill, save_tensors
+from modularforge.model.folder import Weight, cast_like, fill, save_tensors
 from modularforge.model.hub_config import model_config_of
 from modularforge.model.moe import build_anchored_pair
+from modularforge.model.shards import host_tensors
 from modularforge.routing.statistics import (
     ROUTER_NAME,
     STATISTICS_NAME,
@@ -70,7 +71,7 @@ def save(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:
         save_tensors(rows, folder / ROUTER_NAME)
     if shared := unfrozen(model, expert.config.experts.unfreeze):
         types = {name: tensor.dtype for name, tensor in backbone.tensors.items()}
-        save_tensors({name: _stored(weight, types[name]) for name, weight in shared.items()}, folder / SHARED_NAME)
+        save_tensors(cast_like(host_tensors(shared), types), folder / SHARED_NAME)
     save_sums(expert, model, folder)
     return {"slot": slot, "anchored": anchored}
 
@@ -177,24 +178,21 @@ def router_directions(own: Sequence[LayerStatistics], general: Sequence[LayerSta
 
 def expert_tensors(
     model: Decoder, slot: int, anchored: bool, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[dict[str, Weight], dict[str, Weight]]:
     """What an expert is: its FFN under the names of `slot`, in the type of the backbone's, and its router rows [1, D].
 
     Rows stay float32; there are none when the expert is not anchored.
     """
-    ffn: dict[str, Tensor] = {}
-    rows: dict[str, Tensor] = {}
-    family = model.config.family
-    for name, tensor in model.state_dict().items():
+    ffn: dict[str, Weight] = {}
+    rows: dict[str, Weight] = {}
+    family, state = model.config.family, model.state_dict()
+    own = {name for name in state if names.expert_position(name) or names.is_gate(name) or names.is_dense_ffn(name)}
+    for name, tensor in host_tensors({name: tensor for name, tensor in state.items() if name in own}).items():
         position = names.expert_position(name)
         if names.is_gate(name):
-            rows[name] = tensor.detach().cpu().contiguous()
+            rows[name] = tensor
         elif position and position[1] == 1:
-            ffn[names.expert_ffn(position[0], slot, position[2], family)] = _stored(tensor, dtype)
+            ffn[names.expert_ffn(position[0], slot, position[2], family)] = tensor.to(dtype).contiguous()
         elif names.is_dense_ffn(name) and not anchored:
-            ffn[names.dense_to_expert(name, slot, family)] = _stored(tensor, dtype)
+            ffn[names.dense_to_expert(name, slot, family)] = tensor.to(dtype).contiguous()
     return ffn, rows
-
-
-def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().cpu().to(dtype).contiguous()
