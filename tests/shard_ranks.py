@@ -1,12 +1,16 @@
-"""Ranks that train together in one of the ways that `training.parallel` names; whole weights are saved behind it.
+"""Ranks that train together in the ways that `training.parallel` names, one after another; weights are saved behind.
 
-python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.shard_ranks FOLDER NAME PARALLEL [STEPS] [LAST]
+`python -m tests.shard_ranks FOLDER backbone:2-fsdp backbone:2-fsdp:1-ddp`: a job in a layout, or the half of it in
+one and the rest in another.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import socket
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +20,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from modularforge.config import ModelConfig, PhaseConfig, TrainingConfig
-from modularforge.experts.lora.phases import phases_of, stretched
+from modularforge.config import LoraConfig, ModelConfig, PhaseConfig, TrainingConfig
+from modularforge.experts.lora.phases import phases_of
 from modularforge.experts.lora.training import adapters
 from modularforge.experts.trainable import Trainable, trainable
-from modularforge.model.adapter_config import AdapterShape
+from modularforge.model.adapter_config import shape_of
 from modularforge.model.backbone import Decoder, build_backbone
 from modularforge.model.folder import save_tensors
 from modularforge.model.moe import build_moe, moe_layers, restrict_routing
@@ -50,20 +54,20 @@ def job_of(name: str) -> Trainable:
         return routed(model, TEXT.loss, 1e-3)
     model = build_backbone(TIED if name == "tied" else SHAPE, V)
     if name == "lora":
-        lora = AdapterShape(("q_proj", "down_proj"), 4, 8.0, 0.0, False)
-        raise NotImplementedError(lora, phases_of, stretched, adapters)
+        lora = LoraConfig(rank=4, targets=["q_proj", "down_proj"], phases="early->late")
+        model.bfloat16()  # as a pretrained backbone is stored
+        return adapters(model, shape_of(lora), TEXT.loss, phases_of(lora, STEPS, SHAPE.layers), seed=0)
     if name == "frozen":
         for key, weight in model.named_parameters():
             weight.requires_grad_(".mlp." in key)
     return trainable(model, TEXT.loss)
 
 
-def train(name: str, parallel: str, folder: Path, world: World, steps: int = STEPS, **training: Any) -> None:
-    """Train, then write weights, losses and sums to `folder`, from rank 0."""
+def train(name: str, parallel: str, folder: Path, world: World, until: int = STEPS, **training: Any) -> None:
+    """Train or go on up to a step, then write weights, losses and sums to `folder`, from rank 0."""
     phase = PhaseConfig(steps=STEPS, batch_size=8, accumulation_steps=2, warmup_steps=1, peak_learning_rate=1e-2)
-    settings = TrainingConfig(parallel=parallel, log_every=1, checkpoint_every=2, **training)
-    url = str(folder / "checkpoints") if steps != STEPS or (folder / "checkpoints").exists() else None
-    job = Job(name, phase, settings, "f", url, tokens=64, until=steps)
+    settings = TrainingConfig(**{"parallel": parallel, "log_every": 1, "checkpoint_every": 2, **training})
+    job = Job(name, phase, settings, "f", str(folder / "checkpoints"), tokens=64, until=until)
     learns, examples = job_of(name), TextExamples(TOKENS, T, 8, 3, sample_windows=8, sample_batch=2)
     held_out = TextValidation(TOKENS[:200], T, 4)  # seven batches, which ranks share unevenly
     losses = fit(learns, examples, job, partial(mean_loss, learns.model, held_out, world), world)
@@ -88,9 +92,43 @@ def found(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return load_file(folder / "weights.safetensors"), torch.load(folder / "found.pt", weights_only=True)
 
 
+def together(size: int, work: Callable[[World], None]) -> None:
+    """Run `work` in forked processes that are each other's ranks, without torchrun, which takes seconds to start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    sizes = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=_rank, args=(rank, sizes, work)) for rank in range(size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert not any(process.exitcode for process in ranks), [process.exitcode for process in ranks]
+
+
+def _rank(rank: int, sizes: dict[str, int], work: Callable[[World], None]) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, **sizes, "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "tests"}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    with joined_world(torch.device("cpu")) as world:
+        work(world)
+
+
+def run_layout(folder: Path, name: str, layout: str, until: int = STEPS) -> None:
+    """Train in a layout, such as `2-fsdp`."""
+    size, parallel = layout.split("-")
+    given = {"shard_ranks": 2} if parallel == "hsdp" else {}
+    folder.mkdir(parents=True, exist_ok=True)
+    together(int(size), lambda world: train(name, parallel, folder, world, until, **given))
+
+
+LAYOUTS = ("1-ddp", "2-ddp", "2-fsdp", "4-hsdp")
+CHANGES = [(first, then) for first in LAYOUTS for then in (*LAYOUTS, "3-fsdp", "1-fsdp")]
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder, name, parallel = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-    given = {"shard_ranks": 2} if parallel == "hsdp" else {}
-    with joined_world(torch.device("cpu")) as joined:
-        train(name, parallel, folder, joined, int(os.environ.get("STEPS", STEPS)), **given)
+    for wanted in sys.argv[2:]:
+        kind, *layouts = wanted.split(":")
+        for number, layout in enumerate(layouts):
+            is_last = number == len(layouts) - 1
+            run_layout(Path(sys.argv[1]) / wanted, kind, layout, STEPS if is_last else STEPS // 2)

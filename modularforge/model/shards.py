@@ -29,7 +29,8 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def own_piece(tensor: Tensor) -> Tensor:
     """What this rank has of a tensor: rows of it, or all."""
-    piece: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    found: Any = tensor
+    piece: Tensor = found.to_local() if is_sharded(tensor) else tensor
     return piece
 
 

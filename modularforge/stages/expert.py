@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 
 from checkpoints import Artifact, ArtifactWriter
+from checkpoints.pieces import TENSORS_NAME
 from checkpoints.tensors import read_weight_file, weight_file_chunks, weight_file_size
-from checkpoints.training import STATE_NAME, TENSORS_NAME, Checkpoint
+from checkpoints.training import STATE_NAME, Checkpoint
 from modularforge.assembly.shared import SHARED_NAME
 from modularforge.experts.job import partition_facts, save_expert, train_expert_from
 from modularforge.experts.kind import ExpertJob

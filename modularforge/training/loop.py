@@ -29,7 +29,7 @@ from modularforge.training.meter import Meter, Reporter
 from modularforge.training.optimizer import Trainer, build_optimizer, learning_rate, set_rate
 from modularforge.training.precision import autocast, measuring
 from modularforge.training.recompute import choose_recompute
-from modularforge.training.sharding import exchange_gradients, forget_unvisited, shard, whole_norm
+from modularforge.training.sharding import exchange_gradients, forget_unvisited, part_of, shard, whole_norm
 
 
 def fit(
@@ -62,7 +62,7 @@ def fit_from(
     trainable.model.to(world.device)
     choose_recompute(trainable, job, world)
     trainer = Trainer(trainable, build_optimizer(trainable.groups, job.phase, job.training))
-    checkpoints = Checkpointing(job, world)
+    checkpoints = Checkpointing(job, world, part_of(trainer, job.training, world))
     checkpoints.resume(trainer, start)
     norms = norm_log(job, trainable, world, trainer.step)
     with closing(_Wrapped(trainable, job, world)) as wrapped, closing(Meter(job, world, trainer.step, norms)) as meter:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from checkpoints.pieces import Part
 from modularforge.config import TrainingConfig
 from modularforge.errors import ConfigError
 from modularforge.experts.trainable import ParameterGroup, Trainable
@@ -23,6 +24,7 @@ from modularforge.model.backbone import Block
 from modularforge.model.shards import is_sharded, own_piece
 from modularforge.ranks import node_size
 from modularforge.training.distributed import World
+from modularforge.training.optimizer import Trainer
 
 
 def shard(trainable: Trainable, training: TrainingConfig, world: World) -> Trainable:
@@ -50,6 +52,12 @@ def shard_ranks(training: TrainingConfig, world: World) -> int:
             "or fsdp"
         )
     return count
+
+
+def part_of(trainer: Trainer, training: TrainingConfig, world: World) -> Part | None:
+    """Which piece this rank has of a job's weights; None where it has all."""
+    count = shard_ranks(training, world)
+    return Part(world.rank % count, count, trainer.rows) if count > 1 else None
 
 
 def _mesh(training: TrainingConfig, world: World) -> Any:
@@ -119,5 +127,6 @@ def forget_unvisited(trainable: Trainable) -> None:
 
 def whole_norm(norm: Tensor) -> Tensor:
     """A norm over all ranks from one that lies in parts on them."""
-    whole: Tensor = norm.full_tensor() if is_sharded(norm) else norm  # type: ignore[operator]
+    found: Any = norm
+    whole: Tensor = found.full_tensor() if is_sharded(norm) else norm
     return whole

@@ -1,0 +1,102 @@
+"""Weights in pieces on several ranks: the same training as in one process, and checkpoints for any number of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from checkpoints import paths
+from modularforge.config import Config
+from modularforge.pipeline import stage_url
+from modularforge.run import Run
+from modularforge.training.distributed import World
+from tests import shard_ranks
+from tests.conftest import prepare_data, run_command, tiny_config
+
+# Sums of gradients and norms over ranks are taken in another order; a weight moves by up to 0.01 in a step.
+WEIGHT_TOLERANCE, LOSS_TOLERANCE = 5e-6, 2e-6
+EQUAL = [f"{name}:{layout}" for name in shard_ranks.NAMES for layout in ("2-fsdp", "4-hsdp")]
+RESUMED = [
+    f"backbone:{pair}"
+    for pair in ("2-ddp:2-fsdp", "2-fsdp:1-ddp", "2-fsdp:4-hsdp", "4-hsdp:4-fsdp", "4-fsdp:2-fsdp", "4-hsdp:2-ddp")
+]
+EXACT = ["backbone:2-fsdp:2-fsdp", "backbone:4-hsdp:4-hsdp", "lora:2-fsdp:2-fsdp", "mixture:2-fsdp:2-fsdp"]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All trainings, in one process that forks their ranks."""
+    folder = tmp_path_factory.mktemp("jobs")
+    alone = [f"{name}:1-ddp" for name in shard_ranks.NAMES]
+    run_command("tests.shard_ranks", str(folder), *alone, *EQUAL, *RESUMED, *EXACT)
+    return folder
+
+
+def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)
+
+
+@pytest.mark.parametrize("name", [*EQUAL, *RESUMED])
+def test_pieces_train_as_one_process_does_and_go_on_in_any_layout(name: str, jobs: Path) -> None:
+    alone, facts = shard_ranks.found(jobs / f"{name.split(':')[0]}:1-ddp")
+    weights, found = shard_ranks.found(jobs / name)
+    assert difference(weights, alone) < WEIGHT_TOLERANCE
+    assert abs(found["train_loss"] - facts["train_loss"]) < LOSS_TOLERANCE
+    assert abs(found["validation_loss"] - facts["validation_loss"]) < LOSS_TOLERANCE
+    assert torch.allclose(found["sums"], facts["sums"], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_job_in_pieces_goes_on_bit_for_bit_in_its_own_layout(name: str, jobs: Path) -> None:
+    whole, facts = shard_ranks.found(jobs / name.rpartition(":")[0])
+    resumed, found = shard_ranks.found(jobs / name)
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+    assert found["train_loss"] == facts["train_loss"]
+
+
+def test_a_rank_holds_its_share_alone_and_unvisited_experts_do_not_decay(jobs: Path) -> None:
+    pieces = sorted((jobs / "backbone:4-fsdp:2-fsdp/checkpoints/pieces-00000006").glob("*/state.safetensors"))
+    whole = load_file(jobs / "backbone:1-ddp/checkpoints/step-00000006/state.safetensors")
+    own = [load_file(piece) for piece in pieces]
+    names = [name for name in whole if name.startswith(("weights.", "exp_avg"))]
+    for name in names:
+        assert sum(len(piece[name]) for piece in own) == len(whole[name])
+    assert max(sum(piece[name].numel() for name in names) for piece in own) < 0.51 * sum(whole[n].numel() for n in names)
+    start = shard_ranks.job_of("mixture").model.state_dict()
+    after, _ = shard_ranks.found(jobs / "mixture:2-fsdp")
+    never = [name for name in start if f".experts.{shard_ranks.NEVER_VISITED}." in name]
+    assert never
+    assert all(torch.equal(start[name], after[name]) for name in never)
+
+
+def run_of(folder: Path, data_dir: str, parallel: str, **changes: Any) -> Config:
+    """A tiny run of three plain experts on one corpus."""
+    experts = {"anchored": False, "count": 3, **changes.pop("experts", {})}
+    training = {"parallel": parallel, "validate_every": 5, **changes.pop("training", {})}
+    assembly = {"router": "uniform"} | changes.pop("assembly", {})
+    sections = {"experts": experts, "training": training, "assembly": assembly, **changes}
+    return tiny_config(folder, data_dir=data_dir, **sections)
+
+
+def make_together(config: Config, jobs: list[tuple[str, int | None]], size: int) -> None:
+    for stage, index in jobs:
+        if size == 1:
+            Run(config).make(stage, index)
+        else:
+            command = ["tests.shard_ranks", "make", config.output_dir, str(size), stage, str(index)]
+            run_command(*command)
+
+
+@pytest.mark.parametrize("kind", ["ffn", "lora"])
+def test_stages_write_the_same_artifacts_from_pieces(kind: str, tmp_path: Path) -> None:
+    data, jobs = str(tmp_path / "data"), [("backbone", None), ("expert", 0)]
+    jobs += [("joint", None)] if kind == "ffn" else [("joint_lora", None)]
+    configs = {}
+    for parallel in ("ddp", "fsdp"):
+        configs[parallel] = run_of(tmp_path / parallel, data, parallel, experts={"kind": kind})
