@@ -125,7 +125,9 @@ def _description(step: Artifact) -> tuple[int, dict[str, int], list[str]]:
             return count, rows, hashes
     except (TypeError, KeyError, AttributeError):
         pass
-    raise CorruptArtifactError(f"{step.url} must say of how many pieces it is, but {PIECES_NAME} does not; move it away")
+    raise CorruptArtifactError(
+        f"{step.url} must say of how many pieces it is, but {PIECES_NAME} does not; move it away"
+    )
 
 
 def sweep_pieces(url: str, kept: set[int], before: int | None = None) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from checkpoints.retry import logger
 from checkpoints.pieces import Part
+from checkpoints.retry import logger
 from checkpoints.training import Checkpoint, save_checkpoint, save_piece
 
 
@@ -27,7 +27,9 @@ class CheckpointSaver:
     A program that ends without `wait` still finishes the save, or has its failure in the log.
     """
 
-    def __init__(self, url: str, fingerprint: str, keep_last: int, keep_every: int = 0, part: Part | None = None) -> None:
+    def __init__(
+        self, url: str, fingerprint: str, keep_last: int, keep_every: int = 0, part: Part | None = None
+    ) -> None:
         self._url = url
         self._part = part
         self._fingerprint = fingerprint

@@ -1,7 +1,7 @@
 """Ranks that train together in the ways that `training.parallel` names, one after another; weights are saved behind.
 
 `python -m tests.shard_ranks FOLDER backbone:2-fsdp backbone:2-fsdp:1-ddp`: a job in a layout, or the half of it in
-one and the rest in another.
+one and the rest in another. `python -m tests.shard_ranks config.yaml 2 backbone expert-0`: stages of a run.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from modularforge.config import LoraConfig, ModelConfig, PhaseConfig, TrainingConfig
+from modularforge.config_files import load_config
 from modularforge.experts.lora.phases import phases_of
 from modularforge.experts.lora.training import adapters
 from modularforge.experts.trainable import Trainable, trainable
@@ -29,7 +30,9 @@ from modularforge.model.backbone import Decoder, build_backbone
 from modularforge.model.folder import save_tensors
 from modularforge.model.moe import build_moe, moe_layers, restrict_routing
 from modularforge.model.shards import host_tensors, in_company
+from modularforge.pipeline import JobName
 from modularforge.routing.gathering import gather_statistics
+from modularforge.run import Run
 from modularforge.tasks.text import TEXT, TextExamples, TextValidation
 from modularforge.training.distributed import World, joined_world
 from modularforge.training.job import Job
@@ -92,7 +95,7 @@ def found(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return load_file(folder / "weights.safetensors"), torch.load(folder / "found.pt", weights_only=True)
 
 
-def together(size: int, work: Callable[[World], None]) -> None:
+def together(size: int, work: Callable[[], object]) -> None:
     """Run `work` in forked processes that are each other's ranks, without torchrun, which takes seconds to start."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -107,11 +110,10 @@ def together(size: int, work: Callable[[World], None]) -> None:
     assert not any(process.exitcode for process in ranks), [process.exitcode for process in ranks]
 
 
-def _rank(rank: int, sizes: dict[str, int], work: Callable[[World], None]) -> None:
+def _rank(rank: int, sizes: dict[str, int], work: Callable[[], object]) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, **sizes, "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "tests"}
     os.environ.update({name: str(value) for name, value in names.items()})
-    with joined_world(torch.device("cpu")) as world:
-        work(world)
+    work()
 
 
 def run_layout(folder: Path, name: str, layout: str, until: int = STEPS) -> None:
@@ -119,14 +121,26 @@ def run_layout(folder: Path, name: str, layout: str, until: int = STEPS) -> None
     size, parallel = layout.split("-")
     given = {"shard_ranks": 2} if parallel == "hsdp" else {}
     folder.mkdir(parents=True, exist_ok=True)
-    together(int(size), lambda world: train(name, parallel, folder, world, until, **given))
+
+    def work() -> None:
+        with joined_world(torch.device("cpu")) as world:
+            train(name, parallel, folder, world, until, **given)
+
+    together(int(size), work)
 
 
-LAYOUTS = ("1-ddp", "2-ddp", "2-fsdp", "4-hsdp")
-CHANGES = [(first, then) for first in LAYOUTS for then in (*LAYOUTS, "3-fsdp", "1-fsdp")]
+def make(path: str, size: int, jobs: list[str]) -> None:
+    """Make stages of a run, one after another, each on `size` ranks."""
+    config = load_config(path)
+    for job in map(JobName.parse, jobs):
+        together(size, partial(Run(config).make, job.stage, job.index))
+
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if sys.argv[1].endswith(".yaml"):
+        make(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
+        sys.exit()
     for wanted in sys.argv[2:]:
         kind, *layouts = wanted.split(":")
         for number, layout in enumerate(layouts):

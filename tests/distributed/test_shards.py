@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoints import paths
+from checkpoints import find_artifact, paths
 from modularforge.config import Config
-from modularforge.pipeline import stage_url
-from modularforge.run import Run
-from modularforge.training.distributed import World
+from modularforge.config_files import to_yaml
+from modularforge.pipeline import JobName, stage_url
 from tests import shard_ranks
 from tests.conftest import prepare_data, run_command, tiny_config
 
@@ -67,7 +65,9 @@ def test_a_rank_holds_its_share_alone_and_unvisited_experts_do_not_decay(jobs: P
     names = [name for name in whole if name.startswith(("weights.", "exp_avg"))]
     for name in names:
         assert sum(len(piece[name]) for piece in own) == len(whole[name])
-    assert max(sum(piece[name].numel() for name in names) for piece in own) < 0.51 * sum(whole[n].numel() for n in names)
+    assert max(sum(piece[name].numel() for name in names) for piece in own) < 0.51 * sum(
+        whole[n].numel() for n in names
+    )
     start = shard_ranks.job_of("mixture").model.state_dict()
     after, _ = shard_ranks.found(jobs / "mixture:2-fsdp")
     never = [name for name in start if f".experts.{shard_ranks.NEVER_VISITED}." in name]
@@ -75,28 +75,34 @@ def test_a_rank_holds_its_share_alone_and_unvisited_experts_do_not_decay(jobs: P
     assert all(torch.equal(start[name], after[name]) for name in never)
 
 
-def run_of(folder: Path, data_dir: str, parallel: str, **changes: Any) -> Config:
-    """A tiny run of three plain experts on one corpus."""
-    experts = {"anchored": False, "count": 3, **changes.pop("experts", {})}
-    training = {"parallel": parallel, "validate_every": 5, **changes.pop("training", {})}
-    assembly = {"router": "uniform"} | changes.pop("assembly", {})
-    sections = {"experts": experts, "training": training, "assembly": assembly, **changes}
-    return tiny_config(folder, data_dir=data_dir, **sections)
-
-
-def make_together(config: Config, jobs: list[tuple[str, int | None]], size: int) -> None:
-    for stage, index in jobs:
-        if size == 1:
-            Run(config).make(stage, index)
-        else:
-            command = ["tests.shard_ranks", "make", config.output_dir, str(size), stage, str(index)]
-            run_command(*command)
+def made(folder: Path, ranks: int, kind: str, jobs: list[str], **training: Any) -> Config:
+    """Stages of a tiny run of three plain experts, on so many ranks; its data lies beside its folder."""
+    experts = {"anchored": False, "kind": kind, **({"unfreeze": ["attention"]} if kind == "ffn" else {})}
+    sections: dict[str, Any] = {"experts": experts, "training": training, "assembly": {"router": "uniform"}}
+    config = tiny_config(folder / "run", data_dir=str(folder.parent / "data"), joint={"batch_size": None}, **sections)
+    folder.mkdir()
+    prepare_data(config)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    run_command("tests.shard_ranks", str(folder / "config.yaml"), str(ranks), *jobs)
+    return config
 
 
 @pytest.mark.parametrize("kind", ["ffn", "lora"])
 def test_stages_write_the_same_artifacts_from_pieces(kind: str, tmp_path: Path) -> None:
-    data, jobs = str(tmp_path / "data"), [("backbone", None), ("expert", 0)]
-    jobs += [("joint", None)] if kind == "ffn" else [("joint_lora", None)]
-    configs = {}
-    for parallel in ("ddp", "fsdp"):
-        configs[parallel] = run_of(tmp_path / parallel, data, parallel, experts={"kind": kind})
+    jobs = ["backbone", "expert-0", *(["joint", "branch-1"] if kind == "ffn" else ["joint_lora"])]
+    alone, pieces = made(tmp_path / "one", 1, kind, jobs), made(tmp_path / "two", 2, kind, jobs, parallel="fsdp")
+    for job in map(JobName.parse, jobs):
+        folders = [paths.local_path(stage_url(config, job.stage, job.index)) for config in (alone, pieces)]
+        files = [sorted(path.relative_to(folder) for path in folder.rglob("*")) for folder in folders]
+        assert files[0] == files[1]
+        for name in (path for path in files[0] if path.suffix == ".safetensors"):
+            one, two = (load_file(folder / name) for folder in folders)
+            tolerance = 1.0 if name.name == "statistics.safetensors" else 1e-3  # sums over 4096 tokens
+            assert difference(one, two) < tolerance, name
+        ours, theirs = (find_artifact(str(folder)) for folder in folders)
+        assert ours is not None
+        assert theirs is not None
+        assert ours.manifest.fingerprint == theirs.manifest.fingerprint or job.stage != "backbone"
+        assert ours.manifest.facts["validation_loss"] == pytest.approx(
+            theirs.manifest.facts["validation_loss"], abs=1e-4
+        )
