@@ -7,6 +7,7 @@ as `torch.chunk` does; what has no rows to cut is in each piece.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -130,9 +131,9 @@ def _description(step: Artifact) -> tuple[int, dict[str, int], list[str]]:
     )
 
 
-def sweep_pieces(url: str, kept: set[int], before: int | None = None) -> None:
-    """Delete the pieces of steps that are not `kept`, of those before a step alone where one is given."""
+def sweep_pieces(url: str, kept: set[int], before: float = math.inf) -> None:
+    """Delete the pieces of steps before one, but of those that are `kept`."""
     for name in paths.list_folder(url):
-        if (found := FOLDER_NAME.fullmatch(name)) and int(found[1]) not in kept:
-            if before is None or int(found[1]) < before:
-                paths.remove(paths.join(url, name))
+        found = FOLDER_NAME.fullmatch(name)
+        if found and int(found[1]) not in kept and int(found[1]) < before:
+            paths.remove(paths.join(url, name))

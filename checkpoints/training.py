@@ -179,7 +179,10 @@ def delete_old_checkpoints(url: str, newest: int, keep_last: int, keep_every: in
 
 
 def forget_unfinished(url: str) -> None:
-    """Delete pieces of steps that were never committed, so that a job may come there again (on rank 0, at its start)."""
+    """Delete pieces of steps that were never committed, so that a job may come there again (on rank 0, at its start).
+
+    Steps that were set aside as damaged lose theirs as well.
+    """
     sweep_pieces(url, {step_of(name) for name in list_checkpoints(url)})
 
 

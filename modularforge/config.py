@@ -408,7 +408,7 @@ class TrainingConfig(Section):
     more work, the same values, far less memory; `auto` does so on a GPU that could not hold the rest."""
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     """How processes share a job: `ddp` has all of the model in each, `fsdp` shards weights, gradients and moments over
-    all, `hsdp` over a few and repeats that (docs/operations.md says when); one process is the same with each."""
+    all, `hsdp` over a few and repeats that (docs/scale.md says when); one process is the same with each."""
     shard_ranks: int | None = Field(None, ge=2)
     """Processes over which `hsdp` shards; null is those of a node, between which traffic is fast."""
     log_every: int = Field(10, ge=1)

@@ -42,12 +42,12 @@ from modularforge.training.losses import mean_loss, routed
 T, V, EXPERTS, NEVER_VISITED, STEPS = 8, 31, 6, 5, 6
 SHAPE = ModelConfig(width=16, layers=2, heads=2, kv_heads=2, ffn_width=24, context_length=T)
 TIED = SHAPE.model_copy(update={"tied_head": True, "family": "qwen3"})
-NAMES = ("backbone", "tied", "frozen", "lora", "mixture")
+NAMES = ("backbone", "tied", "frozen", "lora", "mixture", "half", "again")
 TOKENS = np.random.default_rng(0).integers(0, V, 2000).astype(np.uint16)
 
 
 def job_of(name: str) -> Trainable:
-    """A backbone, one of which a part alone learns, adapters in phases, or a mixture one expert of which none visits."""
+    """A backbone, one of which a part learns, adapters in phases, or a mixture with an expert that nothing visits."""
     torch.manual_seed(0)
     if name == "mixture":
         model = build_moe(SHAPE, V, EXPERTS, 2)
@@ -69,7 +69,9 @@ def job_of(name: str) -> Trainable:
 def train(name: str, parallel: str, folder: Path, world: World, until: int = STEPS, **training: Any) -> None:
     """Train or go on up to a step, then write weights, losses and sums to `folder`, from rank 0."""
     phase = PhaseConfig(steps=STEPS, batch_size=8, accumulation_steps=2, warmup_steps=1, peak_learning_rate=1e-2)
-    settings = TrainingConfig(**{"parallel": parallel, "log_every": 1, "checkpoint_every": 2, **training})
+    given = {"precision": "bf16" if name == "half" else "fp32", "recompute": "blocks" if name == "again" else "none"}
+    given |= {"parallel": parallel, "log_every": 1, "checkpoint_every": 2}
+    settings = TrainingConfig(**{**given, **training})
     job = Job(name, phase, settings, "f", str(folder / "checkpoints"), tokens=64, until=until)
     learns, examples = job_of(name), TextExamples(TOKENS, T, 8, 3, sample_windows=8, sample_batch=2)
     held_out = TextValidation(TOKENS[:200], T, 4)  # seven batches, which ranks share unevenly

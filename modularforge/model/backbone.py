@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,6 +215,9 @@ class Decoder(nn.Module):
         self.text_router: TextRouter | None = None
         self.adapters: AdapterCounts | None = None  # where there are some beside its matrices
         self.holds_choice = False  # whether a text router chooses among them once for a sequence
+        self.has_half_blocks = (
+            False  # their weights are there in bf16 alone, as pieces on several ranks can be gathered
+        )
         self.recomputes = False  # blocks keep only their inputs for the backward pass, and are computed again there
         self.restore_positions()
 
@@ -242,13 +246,21 @@ class Decoder(nn.Module):
         With `targets_BT` the loss of these instead, as `head_loss` has it, which needs no memory for all logits; and
         `headless` what the head reads, [B, T, D].
         """
-        x_BTD = self.hidden(tokens_BT, cache, routing_BTE, examples_BT)
+        with self._in_half():
+            x_BTD = self.hidden(tokens_BT, cache, routing_BTE, examples_BT)
         if headless:
             return x_BTD
         if targets_BT is not None:
             return head_loss(x_BTD, self.lm_head.weight, targets_BT, reduction)
         logits_BTV: Tensor = self.lm_head(x_BTD)
         return logits_BTV
+
+    def _in_half(self) -> AbstractContextManager[object]:
+        """Autocast where blocks need it and nobody has asked for it, as where a model is measured on a CPU."""
+        device = self.lm_head.weight.device.type
+        if self.has_half_blocks and not torch.is_autocast_enabled(device):
+            return torch.autocast(device, torch.bfloat16)
+        return nullcontext()
 
     def hidden(
         self,

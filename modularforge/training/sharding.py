@@ -20,11 +20,12 @@ from checkpoints.pieces import Part
 from modularforge.config import TrainingConfig
 from modularforge.errors import ConfigError
 from modularforge.experts.trainable import ParameterGroup, Trainable
-from modularforge.model.backbone import Block
+from modularforge.model.backbone import Block, Decoder
 from modularforge.model.shards import is_sharded, own_piece
 from modularforge.ranks import node_size
 from modularforge.training.distributed import World
 from modularforge.training.optimizer import Trainer
+from modularforge.training.precision import is_half
 
 
 def shard(trainable: Trainable, training: TrainingConfig, world: World) -> Trainable:
@@ -32,7 +33,7 @@ def shard(trainable: Trainable, training: TrainingConfig, world: World) -> Train
     if training.parallel == "ddp" or world.size == 1:
         return trainable
     mesh, names = _mesh(training, world), _names(trainable)
-    _fully_shard(trainable.model, mesh)
+    _fully_shard(trainable.model, mesh, is_half(training, world.device))
     for module in _sharded_modules(trainable.model):
         # gloo's mean is a sum (pytorch issue 162338), so that the division is done here.
         module.set_force_sum_reduction_for_comms(world.device.type == "cpu")
@@ -69,17 +70,26 @@ def _mesh(training: TrainingConfig, world: World) -> Any:
     return init_device_mesh(world.device.type, (world.size // count, count), mesh_dim_names=("replica", "shard"))
 
 
-def _fully_shard(model: nn.Module, mesh: Any) -> None:
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+def _fully_shard(model: nn.Module, mesh: Any, is_half: bool) -> None:
+    """Cut weights into pieces; blocks are gathered in the type that they compute in.
+
+    Under autocast alone, copies in bf16 of all blocks would stay for the backward pass. So gains of norms in blocks are
+    rounded to bf16 too, which with `ddp` they are not; weights that AdamW sees, sums of gradients and what stands around
+    blocks are float32.
+    """
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         raise ConfigError(
             f"training.parallel must be ddp with torch {torch.__version__}, whose fully_shard lacks what a mixture "
             "needs; install torch 2.13 or later"
         )
+    half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if is_half else {}
     for module in model.modules():
+        if isinstance(module, Decoder):
+            module.has_half_blocks = is_half
         if isinstance(module, Block):
-            fully_shard(module, mesh=mesh)
+            fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(**half, cast_forward_inputs=False))
     fully_shard(model, mesh=mesh)
 
 
