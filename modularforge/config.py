@@ -799,6 +799,9 @@ class ClusterConfig(Section):
     work_dir: Line | None = None
     """Folder that nodes share, in which each run has one for logs, scripts and code; null: in the run's own folder, and
     of a run on an object store in `./modularforge-jobs`."""
+    gpu_memory_gb: float | None = Field(None, gt=0)
+    """Memory of a GPU: the launcher then refuses jobs that cannot fit, and `info` says on how many they do; null asks
+    nothing."""
     price_per_gpu_hour: float | None = Field(None, ge=0)
     """What a GPU-hour costs, in any currency: `python -m launcher plan` then says what a launch may cost."""
 

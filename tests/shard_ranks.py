@@ -69,7 +69,8 @@ def job_of(name: str) -> Trainable:
 def train(name: str, parallel: str, folder: Path, world: World, until: int = STEPS, **training: Any) -> None:
     """Train or go on up to a step, then write weights, losses and sums to `folder`, from rank 0."""
     phase = PhaseConfig(steps=STEPS, batch_size=8, accumulation_steps=2, warmup_steps=1, peak_learning_rate=1e-2)
-    given = {"precision": "bf16" if name == "half" else "fp32", "recompute": "blocks" if name == "again" else "none"}
+    given: dict[str, Any] = {"precision": "bf16" if name == "half" else "fp32"}
+    given |= {"recompute": "blocks" if name == "again" else "none"}
     given |= {"parallel": parallel, "log_every": 1, "checkpoint_every": 2}
     settings = TrainingConfig(**{**given, **training})
     job = Job(name, phase, settings, "f", str(folder / "checkpoints"), tokens=64, until=until)

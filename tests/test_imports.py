@@ -26,6 +26,7 @@ TORCH_FREE_FOR_LAUNCHER = {
     "modularforge.errors",
     "modularforge.json_lines",
     "modularforge.log",
+    "modularforge.memory",
     "modularforge.mistakes",
     "modularforge.provenance",
 }

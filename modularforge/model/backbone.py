@@ -215,9 +215,7 @@ class Decoder(nn.Module):
         self.text_router: TextRouter | None = None
         self.adapters: AdapterCounts | None = None  # where there are some beside its matrices
         self.holds_choice = False  # whether a text router chooses among them once for a sequence
-        self.has_half_blocks = (
-            False  # their weights are there in bf16 alone, as pieces on several ranks can be gathered
-        )
+        self.has_half_blocks = False  # their weights are there in bf16 alone, as pieces can be gathered
         self.recomputes = False  # blocks keep only their inputs for the backward pass, and are computed again there
         self.restore_positions()
 

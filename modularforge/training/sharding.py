@@ -74,8 +74,8 @@ def _fully_shard(model: nn.Module, mesh: Any, is_half: bool) -> None:
     """Cut weights into pieces; blocks are gathered in the type that they compute in.
 
     Under autocast alone, copies in bf16 of all blocks would stay for the backward pass. So gains of norms in blocks are
-    rounded to bf16 too, which with `ddp` they are not; weights that AdamW sees, sums of gradients and what stands around
-    blocks are float32.
+    rounded to bf16 too, which with `ddp` they are not; weights that AdamW sees, sums of gradients and what stands
+    around blocks are float32.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 

@@ -28,6 +28,7 @@ RESUMED = [
     f"backbone:{pair}"
     for pair in ("2-ddp:2-fsdp", "2-fsdp:1-ddp", "2-fsdp:4-hsdp", "4-hsdp:4-fsdp", "4-fsdp:2-fsdp", "4-hsdp:2-ddp")
 ]
+ROUNDS = {"rounds": 2, "unfreeze": ["norms"]}
 EXACT = ["backbone:2-fsdp:2-fsdp", "backbone:4-hsdp:4-hsdp", "lora:2-fsdp:2-fsdp", "mixture:2-fsdp:2-fsdp"]
 
 
@@ -119,7 +120,7 @@ def test_what_cannot_be_in_pieces_is_refused_by_name(tmp_path: Path) -> None:
         ({"training": {"parallel": "hsdp", "gradient_norms": 5}}, "training.gradient_norms must be 0"),
         ({"training": {"shard_ranks": 2}}, "training.shard_ranks must be null with training.parallel ddp"),
         (
-            {"training": {"parallel": "fsdp"}, "experts": {"rounds": 2, "unfreeze": ["norms"]}},
+            {"training": {"parallel": "fsdp"}, "experts": ROUNDS},
             "experts.rounds must be 1",
         ),
     ):
