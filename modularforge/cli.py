@@ -58,7 +58,7 @@ def _make(
             if stage.round:
                 _make(run, stage.name, parts=parts)
     for stage in STAGES.values():
-        if stage.job == job and stage.name not in but and (not stage.needs or stage.is_wanted(run.config)):
+        if stage.job == job and stage.name not in but and not stage.is_off(run.config):
             for index in stage.indices(run.config) if indices is None else indices:
                 _make_part(run, stage.name, index, parts)
 

@@ -252,9 +252,9 @@ class CleanStepConfig(SafeSection):
     """`repair` (mojibake), `length`, `repetition` (Gopher's rules), `gopher`, `c4` and `fineweb` (their rules of
     quality), `language`, `personal` (e-mail and IP addresses become others), `exact` and `near` (duplicates),
     `decontaminate` (documents that share word n-grams with given sets)."""
-    sources: list[str] | None = None
+    sources: list[Text] | None = None
     """Names of the sources whose documents it looks at; null is all, as for `exact` and `near`, which know no other."""
-    options: dict[str, bool | int | float | str | list[str] | None] = {}
+    options: dict[Line, bool | int | float | Line | list[Line] | None] = {}
     """Parameters of the step, by datatrove's names for them (docs/text.md); the others are as it has them."""
 
 
@@ -479,7 +479,7 @@ class LoraConfig(Section):
 class OuterConfig(Section):
     """The step that a merge between rounds takes from the last shared weights towards the mean of the experts'."""
 
-    learning_rate: float = Field(1.0, gt=0)
+    rate: float = Field(1.0, gt=0)
     """Share of the way that it goes; 1 without momentum takes the mean itself. DiLoCo (arXiv 2311.08105) has 0.7."""
     momentum: float = Field(0.0, ge=0, lt=1)
     """Nesterov momentum from merge to merge; DiLoCo has 0.9."""
@@ -519,6 +519,9 @@ class ExpertsConfig(PhaseConfig):
     rounds: int = Field(1, ge=1, le=MOST_ROUNDS)
     """Rounds that the training is cut into: after each but the last, a job merges the shared weights of all experts,
     which go on from there. Steps are those of all rounds together."""
+    settle: bool = False
+    """In the last round, leave the shared weights as they were merged, so that each expert's own block ends behind the
+    weights that the assembled model has."""
     outer: OuterConfig = OuterConfig()
     lora: LoraConfig = LoraConfig()
 
@@ -1045,7 +1048,6 @@ def _impossible_combinations(config: Config) -> Iterator[str]:
     yield from _impossible_chats(config)
     yield from _impossible_replies(config)
     yield from _impossible_sources(config)
-    yield from _impossible_partitions(config)
     yield from _impossible_cleaning(config)
 
 
@@ -1158,17 +1160,6 @@ def _impossible_sources(config: Config) -> Iterator[str]:
             )
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"data.sources must have names of their own, but {name!r} occurs {names.count(name)} times; rename one"
-
-
-def _impossible_partitions(config: Config) -> Iterator[str]:
-    """The number of experts that domains do not give, where the sources alone say their labels."""
-    sources, count = config.data.sources, config.experts.count
-    is_known = not any(source.label_field for source in sources)
-    if config.partition.method == "domain" and is_known and count > len(sources):
-        yield (
-            f"experts.count must be the number of data.sources for partition.method domain ({len(sources)}), but is "
-            f"{count}; set it to {len(sources)}, or choose another method"
-        )
 
 
 def _impossible_cleaning(config: Config) -> Iterator[str]:
@@ -1331,6 +1322,11 @@ def _impossible_rounds(config: Config) -> Iterator[str]:
         yield (
             f"experts.outer.{name} must be left out where experts.rounds is 1, since nothing is merged in between, but "
             f"is {value}; remove it, or set experts.rounds"
+        )
+    if experts.settle and experts.rounds == 1:
+        yield (
+            "experts.settle must be false where experts.rounds is 1, since no merge comes before the last round then; "
+            "set it to false, or set experts.rounds"
         )
     if experts.rounds > max(1, experts.steps):
         yield f"experts.rounds must be at most experts.steps ({experts.steps}), but is {experts.rounds}; lower it"

@@ -82,9 +82,13 @@ class Stage:
         """The job that makes it."""
         return self.within or self.name
 
+    def is_off(self, config: Config) -> bool:
+        """Whether the setting without which there is nothing to make is not given."""
+        return bool(self.needs) and not attrgetter(self.needs)(config)
+
     def is_wanted(self, config: Config) -> bool:
         """Whether a run with these settings makes it."""
-        if self.needs and not attrgetter(self.needs)(config):
+        if self.is_off(config):
             return False
         is_late = self.round >= config.experts.rounds
         return not is_late and (self.baseline is None or self.baseline in config.evaluation.baselines)
@@ -113,7 +117,7 @@ CLEANED_FROM = tuple(
 )
 ROUTED = ("assembly.experts_per_token", "assembly.public_expert")
 SOLVED = (*ROUTED, "assembly.ridge_penalty", "assembly.router_temperature")
-OUTER = ("experts.outer.learning_rate", "experts.outer.momentum")
+OUTER = ("experts.outer.rate", "experts.outer.momentum")
 COUNTED = ("experts.counted_tokens", "experts.counted_pairs")
 GATHERED = ("experts.statistics", "experts.statistics_tokens")
 
@@ -369,6 +373,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "experts.unfreeze": ALL_BASELINES,
     "experts.unfreeze_rate": ALL_BASELINES,
     "experts.rounds": ALL_BASELINES,
+    "experts.settle": (*ALL_BASELINES, *ROUNDS),  # of the last round
     **dict.fromkeys(OUTER, (*ALL_BASELINES, "expert", *ROUNDS)),  # what counts for merges, and by them for experts
     # How experts weigh beside each other, which one alone does not know.
     "steering.routing": ("expert", "joint"),
@@ -399,7 +404,8 @@ CAME_LATER: dict[str, Any] = {
     "experts.unfreeze": [],
     "experts.unfreeze_rate": 0.1,
     "experts.rounds": 1,
-    "experts.outer.learning_rate": 1.0,
+    "experts.settle": False,
+    "experts.outer.rate": 1.0,
     "experts.outer.momentum": 0.0,
     "assembly.shared": "equal",
     "calibration.shared": False,

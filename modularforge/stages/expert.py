@@ -7,6 +7,8 @@ weights that all share.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -16,6 +18,7 @@ from checkpoints.pieces import TENSORS_NAME
 from checkpoints.tensors import read_weight_file, weight_file_chunks, weight_file_size
 from checkpoints.training import STATE_NAME, Checkpoint
 from modularforge.assembly.shared import SHARED_NAME
+from modularforge.config import Config
 from modularforge.experts.job import partition_facts, save_expert, train_expert_from
 from modularforge.experts.kind import ExpertJob
 from modularforge.log import logger
@@ -52,9 +55,7 @@ def save_round(expert: ExpertJob, _: nn.Module, state: Checkpoint, writer: Artif
     """Write what is shared into one file, for the merge, and into another what only the next round of this expert
     reads: its own weights and AdamW's moments of all, in float32.
     """
-    parts = expert.config.experts.unfreeze
-    shared = {name for name in state.tensors if names.shared_part(name.removeprefix(WEIGHTS)) in parts}
-    shared = {name for name in shared if name.startswith(WEIGHTS)}
+    shared = {name for name in state.tensors if name.startswith(WEIGHTS) and _is_shared(name, expert.config)}
     exchanged = {name.removeprefix(WEIGHTS): state.tensors[name] for name in shared}
     own = {name: tensor for name, tensor in state.tensors.items() if name not in shared}
     for file, tensors in ((SHARED_NAME, exchanged), (TENSORS_NAME, own)):
@@ -74,6 +75,27 @@ def state_after(run: Run, index: int, number: int) -> Checkpoint:
     return Checkpoint(run.config.round_ends(number), tensors, own.read_json(STATE_NAME))
 
 
+def settled(expert: ExpertJob, start: Checkpoint) -> tuple[ExpertJob, Checkpoint]:
+    """The job of a last round in which nothing shared learns: behind what was merged, in the types that are stored."""
+    frozen = {name: tensor for name, tensor in start.tensors.items() if _is_shared(name, expert.config)}
+    types = expert.backbone.tensors
+    merged = {
+        name: tensor.to(types[name].dtype)
+        for name, tensor in ((name.removeprefix(WEIGHTS), tensor) for name, tensor in frozen.items())
+        if name in types
+    }
+    backbone = copy(expert.backbone)
+    backbone.__dict__["tensors"] = {**types, **merged}
+    experts = expert.config.experts.model_copy(update={"unfreeze": []})
+    alone = replace(expert, backbone=backbone, config=expert.config.model_copy(update={"experts": experts}))
+    return alone, replace(start, tensors={name: start.tensors[name] for name in start.tensors.keys() - frozen.keys()})
+
+
+def _is_shared(name: str, config: Config) -> bool:
+    """Whether a tensor of a checkpoint, weight or moment, is of what all experts share."""
+    return names.shared_part(name.partition(".")[2]) in config.experts.unfreeze
+
+
 def _train(run: Run, stage: str, index: int, number: int, save: Save) -> Artifact:
     """Train an expert through one of its rounds, and commit what `save` writes, unless it is done."""
     config, name = run.config, JobName(stage, index)
@@ -91,7 +113,10 @@ def _train(run: Run, stage: str, index: int, number: int, save: Save) -> Artifac
         if world.is_main:
             save_settings(config)
         expert = ExpertJob(config, index, run.backbone, task, examples, world.device)
-        model, losses, state = train_expert_from(start, expert, held_out, job, world)
+        trained = expert
+        if start and config.experts.settle and number == config.experts.rounds:
+            trained, start = settled(expert, start)
+        model, losses, state = train_expert_from(start, trained, held_out, job, world)
         with in_company(model, world.total):
             if world.is_main:
                 with making(plan) as writer:

@@ -104,7 +104,7 @@ class StudyRun:
 
     def _obtain(self, stage: str, index: int | None) -> Artifact:
         for needed in STAGES[stage].inputs_of(self.config):
-            if needed in STAGES:
+            if needed in STAGES and not STAGES[needed].is_off(self.config):
                 self.obtain_each(needed)
         plan = self.run.plan(stage, index)
         artifact = self.run.finished(plan) or self._copied(plan, stage, index)
