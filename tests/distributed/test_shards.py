@@ -23,21 +23,27 @@ from tests.conftest import prepare_data, run_command, tiny_config
 WEIGHT_TOLERANCE, LOSS_TOLERANCE = 5e-6, 2e-6
 # In bf16 the order decides the sign of small gradients, and by that whole steps; so it does with ddp (8e-5, 0.01).
 HALF_TOLERANCES = 0.05, 2e-4
-EQUAL = [f"{name}:{layout}" for name in shard_ranks.NAMES for layout in ("2-fsdp", "4-hsdp")]
-RESUMED = [
-    f"backbone:{pair}"
-    for pair in ("2-ddp:2-fsdp", "2-fsdp:1-ddp", "2-fsdp:4-hsdp", "4-hsdp:4-fsdp", "4-fsdp:2-fsdp", "4-hsdp:2-ddp")
-]
 ROUNDS = {"rounds": 2, "unfreeze": ["norms"]}
-EXACT = ["backbone:2-fsdp:2-fsdp", "backbone:4-hsdp:4-hsdp", "lora:2-fsdp:2-fsdp", "mixture:2-fsdp:2-fsdp"]
+FAST = ["backbone:2-fsdp", "backbone:4-hsdp", "tied:2-fsdp", "lora:2-fsdp", "mixture:4-hsdp", "half:2-fsdp"]
+FAST += [f"backbone:{pair}" for pair in ("2-ddp:2-fsdp", "2-fsdp:1-ddp", "2-fsdp:4-hsdp")]
+EVERY = [f"{name}:{layout}" for name in shard_ranks.NAMES for layout in ("2-fsdp", "4-hsdp")]
+EVERY += [f"backbone:{pair}" for pair in ("4-hsdp:4-fsdp", "4-fsdp:2-fsdp", "4-hsdp:2-ddp")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in EVERY if name not in FAST]
+EXACT = ["backbone:2-fsdp:2-fsdp", "backbone:4-hsdp:4-hsdp"]
+MORE_EXACT = ["lora:2-fsdp:2-fsdp", "mixture:4-hsdp:4-hsdp"]
+SLOW_EXACT = [pytest.param(name, marks=pytest.mark.slow) for name in MORE_EXACT]
+ALWAYS = ["backbone:2-fsdp", "mixture:4-hsdp"]
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All trainings, in one process that forks their ranks."""
+def jobs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trainings that are asked for, in one process that forks their ranks."""
     folder = tmp_path_factory.mktemp("jobs")
-    alone = [f"{name}:1-ddp" for name in shard_ranks.NAMES]
-    run_command("tests.shard_ranks", str(folder), *alone, *EQUAL, *RESUMED, *EXACT)
+    asked = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+    names = {str(call.params["name"]) for call in asked if call and "name" in call.params} | {*ALWAYS}
+    names |= {name.rpartition(":")[0] for name in names if name in (*EXACT, *MORE_EXACT)}
+    alone = {f"{name.split(':')[0]}:1-ddp" for name in names}
+    run_command("tests.shard_ranks", str(folder), *sorted(names | alone))
     return folder
 
 
@@ -46,7 +52,7 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
     return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)
 
 
-@pytest.mark.parametrize("name", [*EQUAL, *RESUMED])
+@pytest.mark.parametrize("name", [*FAST, *SLOW])
 def test_pieces_train_as_one_process_does_and_go_on_in_any_layout(name: str, jobs: Path) -> None:
     alone, facts = shard_ranks.found(jobs / f"{name.split(':')[0]}:1-ddp")
     weights, found = shard_ranks.found(jobs / name)
@@ -58,7 +64,7 @@ def test_pieces_train_as_one_process_does_and_go_on_in_any_layout(name: str, job
     assert torch.allclose(found["sums"], facts["sums"], rtol=1e-4, atol=0.3 if is_half else 1e-3)
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", [*EXACT, *SLOW_EXACT])
 def test_a_job_in_pieces_goes_on_bit_for_bit_in_its_own_layout(name: str, jobs: Path) -> None:
     whole, facts = shard_ranks.found(jobs / name.rpartition(":")[0])
     resumed, found = shard_ranks.found(jobs / name)
@@ -67,7 +73,7 @@ def test_a_job_in_pieces_goes_on_bit_for_bit_in_its_own_layout(name: str, jobs: 
 
 
 def test_a_rank_holds_its_share_alone_and_unvisited_experts_do_not_decay(jobs: Path) -> None:
-    pieces = sorted((jobs / "backbone:4-fsdp:2-fsdp/checkpoints/pieces-00000006").glob("*/state.safetensors"))
+    pieces = sorted((jobs / "backbone:2-fsdp/checkpoints/pieces-00000006").glob("*/state.safetensors"))
     whole = load_file(jobs / "backbone:1-ddp/checkpoints/step-00000006/state.safetensors")
     own = [load_file(piece) for piece in pieces]
     names = [name for name in whole if name.startswith(("weights.", "exp_avg"))]
@@ -76,7 +82,7 @@ def test_a_rank_holds_its_share_alone_and_unvisited_experts_do_not_decay(jobs: P
     most, total = (sum(tensors[name].numel() for name in names) for tensors in (own[0], whole))
     assert most < 0.51 * total
     start = shard_ranks.job_of("mixture").model.state_dict()
-    after, _ = shard_ranks.found(jobs / "mixture:2-fsdp")
+    after, _ = shard_ranks.found(jobs / "mixture:4-hsdp")
     never = [name for name in start if f".experts.{shard_ranks.NEVER_VISITED}." in name]
     assert never
     assert all(torch.equal(start[name], after[name]) for name in never)
@@ -96,7 +102,7 @@ def made(folder: Path, ranks: int, kind: str, jobs: list[str], **training: Any) 
 
 @pytest.mark.parametrize("kind", ["ffn", pytest.param("lora", marks=pytest.mark.slow)])
 def test_stages_write_the_same_artifacts_from_pieces(kind: str, tmp_path: Path) -> None:
-    jobs = ["backbone", "expert-0", *(["joint", "branch-1"] if kind == "ffn" else ["joint_lora"])]
+    jobs = ["backbone", "expert-0", *(["joint"] if kind == "ffn" else ["joint_lora", "branch-1"])]
     alone, pieces = made(tmp_path / "one", 1, kind, jobs), made(tmp_path / "two", 2, kind, jobs, parallel="fsdp")
     for job in map(JobName.parse, jobs):
         folders = [paths.local_path(stage_url(config, job.stage, job.index)) for config in (alone, pieces)]
