@@ -100,7 +100,7 @@ def measured(config: Config, world: World) -> tuple[float, float]:
         if step:
             forget_peak(world.device)
         with autocast(config.training, world.device):
-            learns.loss(model, {"inputs": tokens, "targets": tokens}).backward()  # type: ignore[no-untyped-call]
+            learns.loss(model, {"inputs": tokens, "targets": tokens}).backward()
         tensors = [*learns.parameters.values(), *(w.grad for w in learns.parameters.values() if w.grad is not None)]
         optimizer.step()
         tensors += [value for state in optimizer.state.values() for value in state.values()]

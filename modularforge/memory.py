@@ -73,8 +73,7 @@ def job_memory(config: Config, stage: Stage, gpus: int, parallel: str, shards: i
 
 def keeps_stored(config: Config, stage: Stage) -> bool:
     """Whether frozen weights stay in bf16, in which pretrained models are mostly stored."""
-    has_adapters = stage.name.startswith("joint_lora") or (stage.name in OF_EXPERTS and config.experts.kind == "lora")
-    return config.model.pretrained is not None and has_adapters
+    return config.model.pretrained is not None and (stage.name in OF_EXPERTS or stage.name.startswith("joint_lora"))
 
 
 def _around(config: Config) -> int:

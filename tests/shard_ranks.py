@@ -20,14 +20,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from modularforge.config import LoraConfig, ModelConfig, PhaseConfig, TrainingConfig
+from modularforge.config import ExpertsConfig, LoraConfig, ModelConfig, PhaseConfig, TrainingConfig
 from modularforge.config_files import load_config
+from modularforge.experts.ffn.training import build_expert
 from modularforge.experts.lora.phases import phases_of
 from modularforge.experts.lora.training import adapters
 from modularforge.experts.trainable import Trainable, trainable
 from modularforge.model.adapter_config import shape_of
 from modularforge.model.backbone import Decoder, build_backbone
 from modularforge.model.folder import save_tensors
+from modularforge.model.hub_config import backbone_config
 from modularforge.model.moe import build_moe, moe_layers, restrict_routing
 from modularforge.model.shards import host_tensors, in_company
 from modularforge.pipeline import JobName
@@ -42,7 +44,7 @@ from modularforge.training.losses import mean_loss, routed
 T, V, EXPERTS, NEVER_VISITED, STEPS = 8, 31, 6, 5, 6
 SHAPE = ModelConfig(width=16, layers=2, heads=2, kv_heads=2, ffn_width=24, context_length=T)
 TIED = SHAPE.model_copy(update={"tied_head": True, "family": "qwen3"})
-NAMES = ("backbone", "tied", "frozen", "lora", "mixture", "half", "again")
+NAMES = ("backbone", "tied", "frozen", "lora", "mixture", "half", "half_expert", "again")
 TOKENS = np.random.default_rng(0).integers(0, V, 2000).astype(np.uint16)
 
 
@@ -60,6 +62,9 @@ def job_of(name: str) -> Trainable:
         lora = LoraConfig(rank=4, targets=["q_proj", "down_proj"], phases="early->late")
         model.bfloat16()  # as a pretrained backbone is stored
         return adapters(model, shape_of(lora), TEXT.loss, phases_of(lora, STEPS, SHAPE.layers), seed=0)
+    if name == "half_expert":  # as on a GPU, beside a backbone that is stored in bf16
+        stored = {key: weight.detach().bfloat16() for key, weight in model.named_parameters()}
+        return trainable(build_expert(stored, backbone_config(SHAPE, V), ExpertsConfig(), None, True), TEXT.loss)
     if name == "frozen":
         for key, weight in model.named_parameters():
             weight.requires_grad_(".mlp." in key)
@@ -69,7 +74,7 @@ def job_of(name: str) -> Trainable:
 def train(name: str, parallel: str, folder: Path, world: World, until: int = STEPS, **training: Any) -> None:
     """Train or go on up to a step, then write weights, losses and sums to `folder`, from rank 0."""
     phase = PhaseConfig(steps=STEPS, batch_size=8, accumulation_steps=2, warmup_steps=1, peak_learning_rate=1e-2)
-    given: dict[str, Any] = {"precision": "bf16" if name == "half" else "fp32"}
+    given: dict[str, Any] = {"precision": "bf16" if name.startswith("half") else "fp32"}
     given |= {"recompute": "blocks" if name == "again" else "none"}
     given |= {"parallel": parallel, "log_every": 1, "checkpoint_every": 2}
     settings = TrainingConfig(**{**given, **training})

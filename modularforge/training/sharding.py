@@ -87,7 +87,7 @@ def _fully_shard(model: nn.Module, mesh: Any, is_half: bool) -> None:
     half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if is_half else {}
     for module in model.modules():
         if isinstance(module, Decoder):
-            module.has_half_blocks = is_half
+            module.has_half_blocks |= is_half
         if isinstance(module, Block):
             fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(**half, cast_forward_inputs=False))
     fully_shard(model, mesh=mesh)

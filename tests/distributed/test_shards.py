@@ -24,7 +24,7 @@ WEIGHT_TOLERANCE, LOSS_TOLERANCE = 5e-6, 2e-6
 # In bf16 the order decides the sign of small gradients, and by that whole steps; so it does with ddp (8e-5, 0.01).
 HALF_TOLERANCES = 0.05, 2e-4
 ROUNDS = {"rounds": 2, "unfreeze": ["norms"]}
-FAST = ["backbone:2-fsdp", "backbone:4-hsdp", "tied:2-fsdp", "lora:2-fsdp", "mixture:4-hsdp", "half:2-fsdp"]
+FAST = ["backbone:2-fsdp", "backbone:4-hsdp", "tied:2-fsdp", "lora:2-fsdp", "mixture:4-hsdp", "half_expert:2-fsdp"]
 FAST += [f"backbone:{pair}" for pair in ("2-ddp:2-fsdp", "2-fsdp:1-ddp", "2-fsdp:4-hsdp")]
 EVERY = [f"{name}:{layout}" for name in shard_ranks.NAMES for layout in ("2-fsdp", "4-hsdp")]
 EVERY += [f"backbone:{pair}" for pair in ("4-hsdp:4-fsdp", "4-fsdp:2-fsdp", "4-hsdp:2-ddp")]

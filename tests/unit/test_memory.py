@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from launcher.preflight import _memory_problems
-from modularforge.config import Config
+from modularforge.config import Config, ExpertsConfig, ModelConfig
 from modularforge.config_files import load_config
 from modularforge.errors import ConfigError
+from modularforge.experts.ffn.training import build_expert
 from modularforge.memory import gpu_counts, job_memory, memory_table, smallest, too_large, trained_stages
 from modularforge.model.backbone import build_backbone
+from modularforge.model.hub_config import backbone_config
 from modularforge.pipeline import STAGES
+from modularforge.tasks.text import TEXT
 from tests.conftest import ROOT
 
 LARGE: dict[str, Any] = {
@@ -89,3 +93,34 @@ def test_a_number_of_gpus_that_is_none_is_refused() -> None:
     for text in ("1,x", "0", "1,,2"):
         with pytest.raises(ConfigError, match="--gpus must be numbers of 1 or more with commas between"):
             gpu_counts(text)
+
+
+@pytest.mark.parametrize("anchored", [False, True], ids=["plain", "anchored"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_what_is_frozen_may_stay_in_bf16_and_the_expert_is_the_same_bit_for_bit(anchored: bool, family: Any) -> None:
+    """Under autocast, which multiplies in bf16 whatever frozen matrices are stored in."""
+    torch.manual_seed(0)
+    shape = ModelConfig(width=32, layers=2, heads=4, kv_heads=2, ffn_width=48, context_length=16, family=family)
+    stored = {name: tensor.bfloat16() for name, tensor in build_backbone(shape, 64).state_dict().items()}
+    stored = {name: tensor for name, tensor in stored.items() if not (shape.tied_head and name == "lm_head.weight")}
+    values, directions = backbone_config(shape, 64), [torch.ones(32)] * 2 if anchored else None
+    settings, tokens = ExpertsConfig(anchored=anchored), torch.randint(0, 64, (4, 16))
+    found = []
+    for keeps_types in (False, True):
+        model = build_expert(stored, values, settings, directions, keeps_types)
+        learns = [weight for weight in model.parameters() if weight.requires_grad]
+        frozen = {weight.dtype for weight in model.parameters() if not weight.requires_grad}
+        assert {weight.dtype for weight in learns} == {torch.float32}
+        assert frozen == {torch.bfloat16 if keeps_types else torch.float32}
+        optimizer = torch.optim.AdamW(learns, lr=1e-2)
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = TEXT.loss(model, {"inputs": tokens, "targets": tokens})
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([loss.detach(), model(tokens).detach(), *(weight.detach() for weight in learns)])
+    plain, kept = found
+    assert all(torch.equal(one, other) for one, other in zip(plain[2:], kept[2:], strict=True))
+    assert torch.equal(plain[0], kept[0])
+    assert torch.allclose(plain[1], kept[1].float(), atol=0.1)  # here float32, and there in bf16 by itself

@@ -37,19 +37,21 @@ from modularforge.routing.statistics import (
 )
 from modularforge.stage_outputs import Backbone
 from modularforge.training.losses import RoutedLoss
-from modularforge.training.precision import measuring
+from modularforge.training.precision import is_half, measuring
 
 
 def prepare(expert: ExpertJob) -> Trainable:
     """The expert in its own model, all else frozen but for what `experts.unfreeze` names, at a rate of its own."""
     settings, backbone, task = expert.config.experts, expert.backbone, expert.task
     directions = _directions(expert) if settings.anchored else None
-    model = build_expert(backbone.tensors, backbone.values, settings, directions)
+    # On a CPU all is float32 as ever: models are measured there without autocast, and last bits are recorded.
+    keeps_types = expert.device.type == "cuda" and is_half(expert.config.training, expert.device)
+    model = build_expert(backbone.tensors, backbone.values, settings, directions, keeps_types)
     loss = RoutedLoss(model, task.loss, settings.z_loss) if settings.anchored else task.loss
     found = trainable(model, loss)
     shared = unfrozen(model, settings.unfreeze)
     for weight in shared.values():
-        weight.data = weight.data.clone()  # training must not reach the backbone's tensors
+        weight.data = weight.data.float().clone()  # training must not reach the backbone's tensors
         weight.requires_grad_(True)
     return replace(found, groups=[*found.groups, ParameterGroup(shared, settings.unfreeze_rate)]) if shared else found
 
@@ -104,12 +106,17 @@ def soup(backbone: Backbone, experts: Sequence[Artifact]) -> Decoder:
 
 
 def build_expert(
-    backbone: dict[str, Tensor], values: dict[str, Any], experts: ExpertsConfig, directions: list[Tensor] | None
+    backbone: dict[str, Tensor],
+    values: dict[str, Any],
+    experts: ExpertsConfig,
+    directions: list[Tensor] | None,
+    keeps_types: bool = False,
 ) -> Decoder:
     """A float32 model in which only the new FFN (and its router rows when anchored) require gradients.
 
     `backbone` and `values` are the tensors and config.json of the backbone; `directions`, one [D] per layer, are where
-    the router rows start (anchored experts only).
+    the router rows start (anchored experts only). With `keeps_types` what is frozen stays in the type that it is stored
+    in, for autocast, which casts it to bf16 in either case: the bits are the same.
     """
     family = names.family_of(values["model_type"])
     start: dict[str, Tensor] = {}
@@ -118,14 +125,16 @@ def build_expert(
             start[names.dense_to_expert(name, 1, family)] = tensor.clone()
     for layer, direction_D in enumerate(directions or []):
         start[names.gate(layer, family)] = direction_D[None].clone()
-    model = load_expert(backbone, values, start, experts.anchored).float()
+    model = load_expert(backbone, values, start, experts.anchored)
+    model = model if keeps_types else model.float()
+    model.has_half_blocks = model.has_float_stream = keeps_types
     model.requires_grad_(False)
     for block in model.blocks:
         learns = (
             [block.ffn.get_submodule("experts.1"), block.ffn.get_submodule("gate")] if experts.anchored else [block.ffn]
         )
         for module in learns:
-            module.requires_grad_(True)
+            module.float().requires_grad_(True)
         if experts.init == "fresh":
             initialise(learns[0], model.config.layers)
     return model
