@@ -457,12 +457,14 @@ def settings(
 def info(
     settings: Config,
     show_settings: Annotated[bool, typer.Option("--settings", help="Print the resolved settings as YAML.")] = False,
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs, such as 1,8: what each job needs on each of them.")] = "",
 ) -> None:
     """Print the sizes of backbone and assembled model, the length of the training, and what it costs here."""
     from modularforge.config_files import to_yaml
     from modularforge.info import describe
+    from modularforge.memory import gpu_counts
 
-    say(to_yaml(settings) if show_settings else describe(settings))
+    say(to_yaml(settings) if show_settings else describe(settings, gpu_counts(gpus)))
 
 
 @app.command()

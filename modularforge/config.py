@@ -406,6 +406,11 @@ class TrainingConfig(Section):
     recompute: Literal["none", "blocks", "auto"] = "none"
     """`blocks` keeps the input of each block alone for the backward pass and computes the block again there: a third
     more work, the same values, far less memory; `auto` does so on a GPU that could not hold the rest."""
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """How processes share a job: `ddp` has all of the model in each, `fsdp` shards weights, gradients and moments over
+    all, `hsdp` over a few and repeats that (docs/scale.md says when); one process is the same with each."""
+    shard_ranks: int | None = Field(None, ge=2)
+    """Processes over which `hsdp` shards; null is those of a node, between which traffic is fast."""
     log_every: int = Field(10, ge=1)
     """Steps between lines of metrics."""
     gradient_norms: int | None = Field(0, ge=0)
@@ -800,6 +805,9 @@ class ClusterConfig(Section):
     work_dir: Line | None = None
     """Folder that nodes share, in which each run has one for logs, scripts and code; null: in the run's own folder, and
     of a run on an object store in `./modularforge-jobs`."""
+    gpu_memory_gb: float | None = Field(None, gt=0)
+    """Memory of a GPU: the launcher then refuses jobs that cannot fit, and `info` says on how many they do; null asks
+    nothing."""
     price_per_gpu_hour: float | None = Field(None, ge=0)
     """What a GPU-hour costs, in any currency: `python -m launcher plan` then says what a launch may cost."""
 
@@ -1098,6 +1106,7 @@ def _impossible_combinations(config: Config) -> Iterator[str]:
             "or name an instruct model"
         )
     yield from _impossible_speech(config)
+    yield from _impossible_shards(config)
     yield from _settings_of_other_kinds(config)
     yield from _impossible_rounds(config)
     if config.experts.kind == "lora":
@@ -1244,6 +1253,28 @@ def _impossible_cleaning(config: Config) -> Iterator[str]:
             f"data.clean must name near after all steps that change text, but {late[0]} comes after it; "
             "put near behind it"
         )
+
+
+def _impossible_shards(config: Config) -> Iterator[str]:
+    """The same of weights that lie in pieces on several processes."""
+    training = config.training
+    if training.parallel != "hsdp" and training.shard_ranks is not None:
+        yield (
+            f"training.shard_ranks must be null with training.parallel {training.parallel}, which leaves no choice; "
+            "unset it, or choose hsdp"
+        )
+    if training.parallel == "ddp":
+        return
+    wrong = {
+        "training.compile must be false": training.compile,
+        "training.gradient_norms must be 0": training.gradient_norms,
+        "training.patience must be null": training.patience is not None,
+        "experts.rounds must be 1": config.experts.rounds > 1,
+        "task must not be speech": config.task == "speech",
+    }
+    for what, is_wrong in wrong.items():
+        if is_wrong:
+            yield f"{what} with training.parallel {training.parallel}, which cannot do that yet; change it, or use ddp"
 
 
 def _impossible_speech(config: Config) -> Iterator[str]:

@@ -348,6 +348,8 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     # How often something is said, measured or saved, and how: the weights are the same.
     "training.compile": (EVERY,),
     "training.recompute": (EVERY,),
+    "training.parallel": (EVERY,),
+    "training.shard_ranks": (EVERY,),
     "training.log_every": (EVERY,),
     "training.gradient_norms": (EVERY,),
     "training.validate_every": (EVERY,),

@@ -15,14 +15,16 @@ from typing import Any
 from torch import nn
 
 from checkpoints import Artifact, ArtifactWriter
+from checkpoints.pieces import TENSORS_NAME
 from checkpoints.tensors import read_weight_file, weight_file_chunks, weight_file_size
-from checkpoints.training import STATE_NAME, TENSORS_NAME, Checkpoint
+from checkpoints.training import STATE_NAME, Checkpoint
 from modularforge.assembly.shared import SHARED_NAME
 from modularforge.config import Config
 from modularforge.experts.job import partition_facts, save_expert, train_expert_from
 from modularforge.experts.kind import ExpertJob
 from modularforge.log import logger
 from modularforge.model import names
+from modularforge.model.shards import in_company
 from modularforge.pipeline import JobName, made_in_round
 from modularforge.provenance import commit, making, save_settings
 from modularforge.run import Run
@@ -117,11 +119,12 @@ def _train(run: Run, stage: str, index: int, number: int, save: Save) -> Artifac
             trained, start = settled(expert, start)
         model, losses, state = train_expert_from(start, trained, held_out, job, world)
         seconds = round(time.perf_counter() - clock, 3)
-        if world.is_main:
-            with making(plan) as writer:
-                facts = save(expert, model, state, writer)
-                taken = examples_taken(examples, int(losses.get("steps") or config.experts.steps))
-                facts |= {**taken, "training_seconds": seconds, "domains": domains}
-                commit(writer, plan, run, {**losses, **facts})
+        with in_company(model, world.total):
+            if world.is_main:
+                with making(plan) as writer:
+                    facts = save(expert, model, state, writer)
+                    taken = examples_taken(examples, int(losses.get("steps") or config.experts.steps))
+                    facts |= {**taken, "training_seconds": seconds, "domains": domains}
+                    commit(writer, plan, run, {**losses, **facts})
         world.barrier()
     return run.made(stage, index)

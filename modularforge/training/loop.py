@@ -18,6 +18,7 @@ from checkpoints.training import Checkpoint
 from modularforge.errors import Interrupted, TrainingError
 from modularforge.experts.trainable import Trainable
 from modularforge.model.backbone import perplexity
+from modularforge.model.shards import is_sharded
 from modularforge.tasks.task import Batch, Examples
 from modularforge.training.ahead import built_ahead
 from modularforge.training.checkpointing import Checkpointing, StopFlag, checkpoint_of, stop_on_signals
@@ -28,6 +29,7 @@ from modularforge.training.meter import Meter, Reporter
 from modularforge.training.optimizer import Trainer, build_optimizer, learning_rate, set_rate
 from modularforge.training.precision import autocast, measuring
 from modularforge.training.recompute import choose_recompute
+from modularforge.training.sharding import exchange_gradients, forget_unvisited, part_of, shard, whole_norm
 
 
 def fit(
@@ -58,10 +60,11 @@ def fit_from(
 ) -> tuple[dict[str, float | None], Checkpoint]:
     """The same from the state that another job left after fewer steps; returns the state of this one too."""
     begun = time.process_time()
+    trainable = shard(trainable, job.training, world)
     trainable.model.to(world.device)
     choose_recompute(trainable, job, world)
     trainer = Trainer(trainable, build_optimizer(trainable.groups, job.phase, job.training))
-    checkpoints, patience = Checkpointing(job, world), job.training.patience
+    checkpoints, patience = Checkpointing(job, world, part_of(trainer, job.training, world)), job.training.patience
     if patience:
         trainer.keep_best()
     checkpoints.resume(trainer, start)
@@ -132,6 +135,7 @@ class _Wrapped:
     def __init__(self, trainable: Trainable, job: Job, world: World) -> None:
         self.trainable, self.compiles, self.world = trainable, job.training.compile, world
         self._parameters = list(trainable.parameters.values())
+        self._is_sharded = any(map(is_sharded, self._parameters))
         self._learning: list[bool] = []
         self._model: nn.Module | None = None
 
@@ -140,7 +144,9 @@ class _Wrapped:
         learning = [weight.requires_grad for weight in self._parameters]
         if self._model is None or learning != self._learning:
             self._learning, self._model = learning, None  # the old one lets go of its hooks first
-            wrapped = parallelise(self.trainable.model, self.world, self.trainable.may_skip_parameters)
+            wrapped = self.trainable.model
+            if not self._is_sharded:
+                wrapped = parallelise(wrapped, self.world, self.trainable.may_skip_parameters)
             self._model = torch.compile(wrapped) if self.compiles else wrapped  # type: ignore[assignment]
         assert self._model is not None
         return self._model
@@ -164,10 +170,12 @@ def _step(
     total = torch.zeros((), device=world.device)
     for index, piece in enumerate(_pieces(batch.tensors, count)):
         tensors = {name: tensor.to(world.device, non_blocking=True) for name, tensor in piece.items()}
+        exchange_gradients(model, job.training, index == count - 1)
         with _without_sync(model, index < count - 1), autocast(job.training, world.device):
             loss = trainer.trainable.loss(model, tensors) / count
             loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
+    forget_unvisited(trainer.trainable)
     meter.measure_gradients(trainer.step + 1)
     norm = _clipped(trainer.trainable, job.training.clip_norm)
     trainer.optimizer.step()
@@ -180,7 +188,7 @@ def _clipped(trainable: Trainable, most: float) -> Tensor:
     for group in trainable.groups:
         if group.clip_norm is not None:
             nn.utils.clip_grad_norm_(group.parameters.values(), group.clip_norm)
-    return nn.utils.clip_grad_norm_(trainable.parameters.values(), most)
+    return whole_norm(nn.utils.clip_grad_norm_(trainable.parameters.values(), most))
 
 
 def _pieces(tensors: Mapping[str, Tensor], count: int) -> Iterator[dict[str, Tensor]]:

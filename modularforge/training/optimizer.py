@@ -13,9 +13,11 @@ from torch import Tensor
 from modularforge.config import PhaseConfig, TrainingConfig
 from modularforge.errors import MismatchError
 from modularforge.experts.trainable import ParameterGroup, Trainable
+from modularforge.model.shards import is_sharded, like_piece, own_piece
 
 LARGEST = 1e300  # a loss that any validation is better than, as a number of JSON
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+RANDOM_STATE = "random_state"
 
 
 def build_optimizer(
@@ -119,17 +121,23 @@ class Trainer:
     def tensors(self) -> dict[str, Tensor]:
         """All of the job's weights, AdamW's moments and torch's random state, each under a name of its own.
 
-        A weight that has never learned has no moments.
+        A weight that has never learned has no moments. Of what lies in pieces, only this rank's rows are here.
         """
         parameters = self.trainable.parameters
-        tensors = {f"weights.{name}": weight.detach() for name, weight in parameters.items()}
+        tensors = {f"weights.{name}": own_piece(weight.detach()) for name, weight in parameters.items()}
         for name, weight in parameters.items():
             for moment, value in self.optimizer.state.get(weight, {}).items():
-                tensors[f"{moment}.{name}"] = value
+                tensors[f"{moment}.{name}"] = own_piece(value)
         if self.best:
             tensors |= {f"best.{name}": weight for name, weight in self.best.weights.items()}
-        tensors["random_state"] = torch.get_rng_state()
+        tensors[RANDOM_STATE] = torch.get_rng_state()
         return tensors
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows of each tensor that lies in pieces on several ranks, over all of them."""
+        found = {name: weight.shape[0] for name, weight in self.trainable.parameters.items() if is_sharded(weight)}
+        return {f"{part}.{name}": rows for name, rows in found.items() for part in ("weights", *MOMENTS[:2])}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `tensors` returned; raises MismatchError unless names are those of this job's parameters."""
@@ -142,9 +150,15 @@ class Trainer:
             )
         with torch.no_grad():
             for name, weight in parameters.items():
-                weight.copy_(tensors[f"weights.{name}"])
+                own_piece(weight).copy_(tensors[f"weights.{name}"])
                 moments = {moment: tensors[f"{moment}.{name}"] for moment in MOMENTS if f"{moment}.{name}" in tensors}
                 if moments:
-                    self.optimizer.state[weight] = {k: v.to(weight.device, copy=True) for k, v in moments.items()}
+                    self.optimizer.state[weight] = {k: _moment(v, weight) for k, v in moments.items()}
         # A copy: tensors read from a file may lie at addresses that torch's vector code cannot take.
-        torch.set_rng_state(tensors["random_state"].clone())
+        torch.set_rng_state(tensors[RANDOM_STATE].clone())
+
+
+def _moment(value: Tensor, weight: Tensor) -> Tensor:
+    """What AdamW keeps of a weight, from a tensor on the host; in pieces as the weight is."""
+    own = value.to(weight.device, copy=True)
+    return like_piece(own, weight) if own.dim() and is_sharded(weight) else own

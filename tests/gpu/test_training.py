@@ -199,5 +199,3 @@ class _Modes:
 
     def __exit__(self, *_raised: object) -> None:
         self._set("default")
-
-
