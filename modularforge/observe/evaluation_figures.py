@@ -147,7 +147,7 @@ def _reach(change: Floats, names: list[str]) -> float:
 def _is_dark(colour: Sequence[float]) -> bool:
     """Whether white text has more contrast on a colour than black (WCAG 2's relative luminance, its sRGB rounded)."""
     luminance = sum(share * part**2.2 for share, part in zip((0.2126, 0.7152, 0.0722), colour, strict=False))
-    return luminance < 0.18
+    return bool(luminance < 0.18)
 
 
 def _written(perplexity: float) -> str:

@@ -17,7 +17,6 @@ from modularforge.log import MetricsLog
 from modularforge.metric_writers import WRITERS, JobNames, writers_of
 from modularforge.pipeline import stage_settings
 from modularforge.training.job import Job
-from modularforge.training.meter import MetricsLog as LogOfTheMeter
 from tests.conftest import tiny_config
 
 VARIABLES = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME")
@@ -156,5 +155,4 @@ def test_a_tool_that_is_not_installed_is_a_sentence(name: str, monkeypatch: pyte
 def test_writers_are_of_a_job_and_of_no_identity(tmp_path: Path) -> None:
     plain, told = tiny_config(str(tmp_path)), tiny_config(str(tmp_path), metrics={"writers": ["wandb"]})
     assert Job.of_run(told, "backbone", told.backbone, "fingerprint").writers == ("wandb",)
-    assert LogOfTheMeter is MetricsLog
     assert stage_settings(plain, "backbone") == stage_settings(told, "backbone")

@@ -8,6 +8,7 @@ import re
 import sys
 import uuid
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,7 +121,9 @@ def test_samples_keep_their_line_breaks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("joined", [None, 16, 32])
 def test_trainings_are_as_long_as_their_jobs_are(joined: int | None, tmp_path: Path) -> None:
     """Four experts' batches in one of a baseline make a quarter of the steps: 250 of 1,000."""
-    names = [name for name, stage in STAGES.items() if stage.panel == "baselines" and name not in ("btx", "branch")]
+    names: list[Any] = [
+        name for name, stage in STAGES.items() if stage.panel == "baselines" and name not in ("btx", "branch")
+    ]
     experts = {"count": 5, "steps": 200, "batch_size": 8}
     config = tiny_config(str(tmp_path), experts=experts, joint={"batch_size": 32}, dense={"batch_size": joined})
     config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"baselines": names})})
