@@ -710,6 +710,8 @@ class MetricsConfig(Section):
 
     tensorboard: Literal["auto", "on", "off"] = "auto"
     """TensorBoard event files in `metrics/tensorboard`; `auto` writes them when tensorboard is installed."""
+    writers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    """Other tools that get the same numbers, each an extra of its own; docs/observing.md says where they write."""
 
 
 class LauncherConfig(Section):
@@ -798,7 +800,7 @@ class ClusterConfig(Section):
     """The python of jobs, on storage that nodes share; null is the one that runs the launcher."""
     container: Annotated[Line, AfterValidator(_words)] | None = None
     """Put before the `python3` that trains, such as `apptainer exec --nv /images/train.sif`."""
-    pass_environment: list[Text] = ["AWS_*", "FSSPEC_*", "HF_*", "MODULARFORGE_*"]
+    pass_environment: list[Text] = ["AWS_*", "FSSPEC_*", "HF_*", "MLFLOW_*", "MODULARFORGE_*", "TRACKIO_*", "WANDB_*"]
     """Variables of your shell that jobs get; all others stay behind. Values go to Slurm, never into a file."""
     sbatch_options: dict[Annotated[str, Field(pattern=OPTION), AfterValidator(_free_option)], Line | int | bool] = {}
     """Further options of sbatch by name, such as `{reservation: spring}`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,11 +112,12 @@ def evaluation_figure(run: Run) -> Figure | None:
     shown, change = _rates(results, names) if is_speech(results) else _perplexities(results, names)
     figure = new_figure(WIDTH_INCHES, 1.4 + 0.42 * len(names))
     axes: Any = figure.subplots()
-    reach = float(max(1.0, np.max(np.abs(change[np.isfinite(change)]), initial=0.0)))
-    axes.imshow(change, aspect="auto", cmap="PuOr_r", norm=TwoSlopeNorm(0, -reach, reach))
+    reach = _reach(change, names)
+    image = axes.imshow(change, aspect="auto", cmap="PuOr_r", norm=TwoSlopeNorm(0, -reach, reach))
     for (row, column), percent in np.ndenumerate(change):
-        colour, weight = PAPER if abs(percent) > 0.6 * reach else INK, "bold" if column == len(domains) else "normal"
-        value = rough(float(shown[row, column]))
+        colour = PAPER if _is_dark(image.to_rgba(percent)) else INK
+        weight = "bold" if column == len(domains) else "normal"
+        value = _written(float(shown[row, column]))
         axes.text(column, row, value, ha="center", va="center", color=colour, fontweight=weight)
     _name_columns(axes, domains)
     axes.set_yticks(range(len(names)), names)
@@ -126,7 +127,7 @@ def evaluation_figure(run: Run) -> Figure | None:
     _no_frame(axes)
     what = f"Test {of_domains(results).axis}, lower is better."
     unit = "points" if is_speech(results) else "%"
-    _caption(axes, 14, f"{what} Purple: better than the backbone, orange: worse; up to {reach:.0f} {unit}.")
+    _caption(axes, 14, f"{what} Purple: better than the backbone, orange: worse; darkest from {reach:.0f} {unit} on.")
     return figure
 
 
@@ -145,6 +146,24 @@ def _rates(results: dict[str, Any], names: list[str]) -> tuple[Floats, Floats]:
     rates = 100 * np.array([[float(cell[column]) for cell in row] for row in rows])
     with np.errstate(invalid="ignore"):  # nothing was said, and something written
         return rates, rates - rates[names.index("backbone")]
+
+
+def _reach(change: Floats, names: list[str]) -> float:
+    """The change in % at which colours are darkest: that of whole models, beside which single experts are far off."""
+    whole = [kind_of(name) != "expert" for name in names]
+    shown = change[whole]
+    return float(max(1.0, np.max(np.abs(shown[np.isfinite(shown)]), initial=0.0)))
+
+
+def _is_dark(colour: Sequence[float]) -> bool:
+    """Whether white text has more contrast on a colour than black (WCAG 2's relative luminance, its sRGB rounded)."""
+    luminance = sum(share * part**2.2 for share, part in zip((0.2126, 0.7152, 0.0722), colour, strict=False))
+    return bool(luminance < 0.18)
+
+
+def _written(perplexity: float) -> str:
+    """As many digits as tell models apart that differ by half a percent."""
+    return f"{perplexity:.2f}" if perplexity < 100 else f"{perplexity:.1f}" if perplexity < 1000 else rough(perplexity)
 
 
 def _name_columns(axes: Any, domains: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from matplotlib.figure import Figure
 
@@ -25,6 +26,10 @@ from modularforge.observe.timeline import timeline_figure
 
 PAGE_NAME = "report.html"
 PLOTS_FOLDER = "plots"
+FIRST_CURVES = (
+    "loss",
+    "validation_loss",
+)  # the page has the others folded: they say how a job runs, not what it learns
 WRITES_AT_ONCE = 8  # pictures on their way to an object store while the next is drawn
 
 
@@ -64,9 +69,12 @@ def draw_run(run: Run) -> Iterator[Plot]:
     """Draw everything that the run has data for, in the order of the page."""
     with house_style():
         yield from _plot("timeline", "timeline", "Timeline", "Stages and jobs over time.", timeline_figure(run))
+        narrow = curve_figures(run, FIRST_CURVES)
         for column, figure in curve_figures(run).items():
             title = CURVE_OF_COLUMN[column].title.capitalize()
-            yield from _plot(column, "training", title, _last_values(run, column), figure, cut=False)
+            for plot in _plot(column, "training", title, _last_values(run, column), figure, cut=False):
+                stacked = png_bytes(narrow[column], cut=False) if column in narrow else None
+                yield replace(plot, narrow=stacked, is_aside=column not in FIRST_CURVES)
         for name, figure in norm_figures(norms_of_jobs(run.norms)):
             text = f"{TITLES[name]}; the numbers are in metrics/gradients of the run."
             yield from _plot(name, "gradients", TITLES[name], text, figure, cut=False)
