@@ -50,6 +50,7 @@ from launcher.simulation import DAY, HOUR, Cluster, Fault, Job, Outcome, simulat
 from launcher.tasks import build_tasks, finished_tasks  # noqa: E402
 from modularforge.config import Config  # noqa: E402
 from modularforge.config_files import load_config  # noqa: E402
+from modularforge.cost import disk_bytes, flops_of_jobs, size, trained_parameters  # noqa: E402
 from modularforge.data.partition import random_partitions  # noqa: E402
 from modularforge.data.token_files import TokenFileWriter, open_token_file  # noqa: E402
 from modularforge.provenance import commit, making  # noqa: E402
@@ -238,6 +239,8 @@ def limits(experts: int) -> None:
     with tempfile.TemporaryDirectory(prefix="mf-scale-") as folder:
         for count in (1600, experts):
             measure_plan(many(f"{folder}/planned", count))
+        for count in (1000, experts):
+            count_sizes(count)
         measure_partitions(Path(folder), experts)
         measure_corpus(Path(folder))
         with counted_store(Path(folder)) as (url, proxy):
@@ -257,6 +260,19 @@ def measure_plan(config: Config) -> None:
     text = describe_plan(config)
     spent = time.process_time() - start
     print(f"plan of {config.experts.count:,} experts: {spent:.3f} s of processor, {len(text) / 1000:,.0f} kB of text")
+
+
+def count_sizes(experts: int) -> None:
+    """What follows from the shapes of `configs/default.yaml`."""
+    for router in ("evidence", "ridge"):
+        changes = [f"experts.count={experts}", "partition.method=random", "evaluation.baselines=[]"]
+        config = load_config(str(ROOT / "configs/default.yaml"), [*changes, f"assembly.router={router}"])
+        assembled, flops = trained_parameters(config, "assemble"), flops_of_jobs(config)
+        print(
+            f"{experts:,} experts of {trained_parameters(config, 'expert') / 1e6:.1f} M, {router}: "
+            f"{assembled / 1e9:,.1f} billion parameters, {size(disk_bytes(config))} of disk, an evaluation of "
+            f"{flops['evaluate'] / flops['expert-0']:,.0f} trainings of an expert"
+        )
 
 
 def measure_partitions(folder: Path, experts: int) -> None:

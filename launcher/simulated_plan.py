@@ -17,9 +17,9 @@ from modularforge.cost import (
     BYTES_STATE,
     GPU_SHARE_REACHED,
     USUAL_PEAK,
-    checkpoint_bytes,
     flops_of_jobs,
     span,
+    trained_parameters,
 )
 from modularforge.errors import ConfigError
 from modularforge.mistakes import config_error
