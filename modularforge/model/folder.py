@@ -96,13 +96,13 @@ def with_text_router(decoder: Decoder, path: Path) -> Decoder:
 
 
 def load_pretrained(folder: Path) -> Decoder:
-    """A pretrained dense model in a folder, in float32 for training."""
+    """A pretrained dense model in a folder, mapped from its files in the types that they have."""
     values = read_config(folder)
     model, vocab_size = model_config_of(values), int(values["vocab_size"])
     with torch.device("meta"):
         decoder = build_backbone(model, vocab_size)
     tensors = read_tensors(folder)
-    return fill(decoder, {n: t for n, t in tensors.items() if not names.is_redundant(n, model.tied_head)}).float()
+    return fill(decoder, {n: t for n, t in tensors.items() if not names.is_redundant(n, model.tied_head)})
 
 
 def cast_like(tensors: Mapping[str, Weight], types: Mapping[str, torch.dtype]) -> dict[str, Weight]:
