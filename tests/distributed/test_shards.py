@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +19,12 @@ from checkpoints import find_artifact, paths
 from modularforge.config import Config, TrainingConfig
 from modularforge.config_files import to_yaml
 from modularforge.errors import ConfigError
-from modularforge.pipeline import JobName, stage_url
+from modularforge.pipeline import JobName, checkpoint_url, stage_url
+from modularforge.run import Run
 from modularforge.training.distributed import World
 from modularforge.training.sharding import shard_ranks as shard_ranks_of
 from tests import shard_ranks
-from tests.conftest import prepare_data, run_command, tiny_config
+from tests.conftest import ROOT, prepare_data, run_command, tiny_config
 
 # Sums of gradients and norms over ranks are taken in another order; a weight moves by up to 0.01 in a step.
 WEIGHT_TOLERANCE, LOSS_TOLERANCE = 5e-6, 2e-6
@@ -138,3 +144,36 @@ def test_what_cannot_be_in_pieces_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must divide the 4 processes of the job, but is 3; choose another"):
         shard_ranks_of(TrainingConfig(parallel="hsdp", shard_ranks=3), World(0, 4))
     assert shard_ranks_of(TrainingConfig(parallel="fsdp"), World()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["fsdp", "hsdp"])
+def test_a_killed_job_in_pieces_under_torchrun_goes_on_and_ends_as_one_process_does(
+    parallel: str, tmp_path: Path
+) -> None:
+    """With `hsdp` over the processes of the node, which are all; what a kill left half written is in nobody's way."""
+    data, training = str(tmp_path / "data"), {"parallel": parallel, "checkpoint_every": 5}
+    config = tiny_config(tmp_path / "run", data_dir=data, backbone={"steps": 60}, training=training)
+    prepare_data(config)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "modularforge", "backbone"]
+    command += ["--config", str(tmp_path / "config.yaml")]
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    folder, deadline = paths.local_path(checkpoint_url(config, "backbone")), time.monotonic() + 120
+    while not list(folder.glob("step-*/manifest.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = [int(line) for line in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    for number in (process.pid, *workers):
+        os.kill(number, signal.SIGKILL)
+    process.wait()
+    assert list(folder.glob("pieces-*/*/manifest.json"))
+    assert find_artifact(stage_url(config, "backbone")) is None
+    run_command(*command[1:])
+    alone = tiny_config(tmp_path / "alone", data_dir=data, backbone={"steps": 60})
+    Run(alone).make("backbone")
+    found, whole = (
+        load_file(paths.local_path(stage_url(one, "backbone")) / "model.safetensors") for one in (config, alone)
+    )
+    assert difference(found, whole) < 2e-3
