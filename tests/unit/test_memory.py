@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.preflight import _memory_problems
+from launcher.preflight import _memory_problems, fingerprint_of
 from modularforge.config import Config, ExpertsConfig, ModelConfig, TrainingConfig
 from modularforge.config_files import load_config
 from modularforge.errors import ConfigError
@@ -78,8 +78,9 @@ def test_the_smallest_number_that_fits_is_named_and_what_cannot_fit_is_refused()
     problems = list(_memory_problems(config, "run", []))
     assert "backbone must fit into 90 % of cluster.gpu_memory_gb (80), but needs about" in problems[0]
     assert f"fsdp on {found[0]} would do" in problems[0]
-    fits = large(**{"cluster.gpu_memory_gb": 80, "training.parallel": "fsdp"})
-    assert too_large(fits, STAGES["backbone"], found[0]) is None
+    many = {"cluster.backbone": {"nodes": found[0], "gpus": 1}, "training.parallel": "fsdp"}
+    assert too_large(large(**{"cluster.gpu_memory_gb": 80, **many}), STAGES["backbone"]) is None
+    assert fingerprint_of(config) != fingerprint_of(config_of(**{"cluster.gpu_memory_gb": 80}))
     assert list(_memory_problems(large(), "run", [])) == []
 
 
