@@ -420,6 +420,9 @@ class TrainingConfig(Section):
     """Steps between validations."""
     validation_tokens: int = Field(65_536, ge=1)
     """Tokens of each validation at the most."""
+    patience: int | None = Field(None, ge=1)
+    """End a job after so many validations in a row without a better loss, and keep the weights of the best one in any
+    case; null trains all steps and keeps the last ones. A calibration has none."""
     checkpoint_every: int = Field(200, ge=1)
     """Steps between training checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
@@ -707,6 +710,8 @@ class MetricsConfig(Section):
 
     tensorboard: Literal["auto", "on", "off"] = "auto"
     """TensorBoard event files in `metrics/tensorboard`; `auto` writes them when tensorboard is installed."""
+    writers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    """Other tools that get the same numbers, each an extra of its own; docs/observing.md says where they write."""
 
 
 class LauncherConfig(Section):
@@ -795,7 +800,7 @@ class ClusterConfig(Section):
     """The python of jobs, on storage that nodes share; null is the one that runs the launcher."""
     container: Annotated[Line, AfterValidator(_words)] | None = None
     """Put before the `python3` that trains, such as `apptainer exec --nv /images/train.sif`."""
-    pass_environment: list[Text] = ["AWS_*", "FSSPEC_*", "HF_*", "MODULARFORGE_*"]
+    pass_environment: list[Text] = ["AWS_*", "FSSPEC_*", "HF_*", "MLFLOW_*", "MODULARFORGE_*", "TRACKIO_*", "WANDB_*"]
     """Variables of your shell that jobs get; all others stay behind. Values go to Slurm, never into a file."""
     sbatch_options: dict[Annotated[str, Field(pattern=OPTION), AfterValidator(_free_option)], Line | int | bool] = {}
     """Further options of sbatch by name, such as `{reservation: spring}`."""
@@ -837,6 +842,9 @@ class SpeechDataConfig(Section):
     """Leave out recordings of which 1 % of the samples is at full scale."""
     unusable: Literal["skip", "refuse"] = "skip"
     """Recordings that are missing, corrupt or silent are counted and left out, or stop the preparation."""
+    keeps: Literal["features", "audio"] = "features"
+    """What prepared data hold: `features`, computed once, or the recordings (`audio`) as their files have them, from
+    which features are computed on the fly, as batches are made. Both give the same losses."""
 
 
 class SpeechModelConfig(Section):
@@ -861,6 +869,33 @@ class SpeechModelConfig(Section):
     """Text that the language model reads between audio and answer, in training and evaluation."""
 
 
+class SpeechTestConfig(SafeSection):
+    """A test set beside a run's domains: recordings with texts at a path, on the Hub, or by a known name alone."""
+
+    name: str = Field(pattern=NAME)
+    """What tables call it; `librispeech-test-clean`, `librispeech-test-other` and `aishell-1` need nothing else."""
+    path: Text | list[Text] | None = None
+    """Where it is, in any form that `data.sources` take: a folder, files, URLs or patterns."""
+    hub: Text | None = None
+    """Hub data set, in place of a path."""
+    hub_config: Line | None = None
+    """Configuration of the Hub data set."""
+    split: Line = "test"
+    """Split of the Hub data set."""
+    audio_field: Text = "audio"
+    """Column that holds the audio."""
+    text_field: Text = "text"
+    """Column that holds what is said."""
+    prompt_field: Text | None = None
+    """Column of the text prompt; null is `speech.model.prompt`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_name(cls, values: Any) -> Any:
+        """The name of a known set alone is enough."""
+        return {"name": values} if isinstance(values, str) else values
+
+
 class SpeechDecodingConfig(Section):
     """How transcripts are written and measured, for `task: speech`."""
 
@@ -872,6 +907,8 @@ class SpeechDecodingConfig(Section):
     """Utterances per batch, the same for every model."""
     listed: int = Field(20, ge=0)
     """Worst utterances of each domain that are listed with audio, reference and hypothesis."""
+    tests: list[SpeechTestConfig] | None = None
+    """Test sets that all models are measured on beside the domains, by a known name or with settings."""
 
 
 class SpeechConfig(Section):
@@ -885,11 +922,14 @@ class SpeechConfig(Section):
 class SteeringConfig(Section):
     """Experts of kind `steering`: vectors between the frozen layers of a speech encoder (arXiv 2510.13558)."""
 
-    variant: Literal["layerwise", "aligner", "hybrid"] = "layerwise"
+    variant: Literal["layerwise", "aligner", "hybrid", "prompt", "lora"] = "layerwise"
     """`layerwise`: behind every layer, scaled; `aligner`: behind the encoder alone, without scale and without a prompt;
-    `hybrid`: the same with the prompt."""
+    `hybrid`: the same with the prompt; `prompt`: `layerwise`, with a prompt for each utterance; `lora`: no vectors, but
+    low-rank adapters beside q, k, v, out, fc1 and fc2 of every layer."""
     vectors: int = Field(8, ge=1)
     """Vectors of one expert at each place, mixed by a gate for every frame."""
+    rank: int = Field(8, ge=1, le=65_536)
+    """`lora`: rank of the adapters of one expert, whose learning rate is `experts.peak_learning_rate`."""
     start_scale: float = 0.1
     """What scales start at."""
     scale_bound: float | None = Field(None, gt=0)
@@ -900,10 +940,32 @@ class SteeringConfig(Section):
     """Learning rate of vectors and scales, as a multiple of `experts.peak_learning_rate`."""
     gate_rate: float = Field(1.0, gt=0)
     """Learning rate of gates, as such a multiple."""
+    joint_projector: bool = False
+    """Train the projector along in the baseline `joint`, as the paper does; experts leave it, so that they fit
+    together."""
+    projector_rate: float = Field(0.1, gt=0)
+    """Its learning rate there, as such a multiple."""
     clip_norm: float | None = Field(None, gt=0)
     """Gradients of vectors, and of gates, are each scaled down to this norm; null leaves `training.clip_norm` alone."""
+    balance_loss: float = Field(0.0, ge=0)
+    """Weight of a loss that is lowest where all vectors of a place are used alike, in the mean over frames."""
+    orthogonality_loss: float = Field(0.0, ge=0)
+    """Weight of the mean squared cosine between two vectors of a place."""
+    calibrates: bool = False
+    """Train the assembled model's router rows (`calibration.router`) and scales (`calibration.norms`) together in the
+    stage `calibrated`, on utterances of all experts; kept only if the validation loss gets better."""
     routing: Literal["frame", "utterance"] = "utterance"
     """Experts of an assembled model weigh anew at each frame, or alike at all frames of an utterance."""
+
+
+TASK_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "speech": {
+        "experts": {"kind": "steering"},
+        "assembly": {"router": "ridge"},
+        "evaluation": {"baselines": ["dense", "joint"]},
+    }
+}
+"""By task and section, settings whose own defaults no run of the task can have."""
 
 
 class Config(SafeSection):
@@ -943,6 +1005,18 @@ class Config(SafeSection):
     metrics: MetricsConfig = MetricsConfig()
     launcher: LauncherConfig = LauncherConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_task(cls, values: Any) -> Any:
+        """What is left out is as the task needs it."""
+        if not isinstance(values, dict):
+            return values
+        found = dict(values)
+        for section, defaults in TASK_DEFAULTS.get(str(values.get("task")), {}).items():
+            if isinstance(given := values.get(section, {}), dict):
+                found[section] = {**defaults, **given}
+        return found
 
     @property
     def learns_responses(self) -> bool:
@@ -1195,6 +1269,7 @@ def _impossible_shards(config: Config) -> Iterator[str]:
         return
     wrong = {
         "training.compile must be false": training.compile,
+        "training.patience must be null": training.patience is not None,
         "experts.rounds must be 1": config.experts.rounds > 1,
         "task must not be speech": config.task == "speech",
     }
@@ -1227,6 +1302,17 @@ def _impossible_speech(config: Config) -> Iterator[str]:
         yield (
             "speech.model.prompt and speech.data.prompt_field must be left out with steering.variant aligner, which "
             "reads no prompt; remove them, or set it to hybrid"
+        )
+    if config.steering.variant == "lora":
+        for name, _ in _changed(config.steering, "scale_bound", "active", "balance_loss", "orthogonality_loss"):
+            yield (
+                f"steering.{name} must be left out with steering.variant lora, which has no vectors; remove it, or set "
+                "steering.variant to another"
+            )
+    if config.steering.variant == "prompt" and not speech.data.prompt_field:
+        yield (
+            "speech.data.prompt_field must name the column of prompts with steering.variant prompt, which reads one "
+            "for each utterance, but is null; set it, or set steering.variant to layerwise"
         )
     if speech.model.pool_layer is not None and speech.model.pool_kind == "stack" and speech.model.pool_kernel > 1:
         yield (
@@ -1321,6 +1407,11 @@ def _impossible_rounds(config: Config) -> Iterator[str]:
         yield (
             f"experts.outer.{name} must be left out where experts.rounds is 1, since nothing is merged in between, but "
             f"is {value}; remove it, or set experts.rounds"
+        )
+    if config.training.patience is not None and experts.rounds > 1:
+        yield (
+            f"training.patience must be left out where experts.rounds is more than 1, since a round goes on from where "
+            f"the one before ended, but is {config.training.patience}; remove it, or set experts.rounds to 1"
         )
     if experts.settle and experts.rounds == 1:
         yield (

@@ -52,7 +52,11 @@ def _of_text(config: Config) -> Iterator[str]:
 
 def _of_speech(config: Config) -> Iterator[str]:
     """Of the encoder, and so of vectors in it, nothing is known before it is read."""
-    yield f"language:   {model_sizes(config.model, config.data.vocab_size).parameters:,} parameters, frozen"
+    if config.model.pretrained is None:
+        yield f"language:   {model_sizes(config.model, config.data.vocab_size).parameters:,} parameters, frozen"
+    else:  # its vocabulary is not that of the settings
+        yield f"language:   {config.model.pretrained}, frozen"
+    yield f"encoder:    {config.speech.model.encoder or 'a random one'}, frozen"
     yield (
         f"training:   projector {_utterances(config.backbone)}; each of {config.experts.count} experts "
         f"{_utterances(config.experts)}"

@@ -231,7 +231,8 @@ def _train(run: Run, name: JobName, start: Callable[[], Start], skipped_windows:
                     begun.save(writer.folder)
                     if begun.weights:
                         take_weights(begun.weights, writer)
-                    facts = {"training_tokens": phase.steps * phase.batch_size * config.model.context_length}
+                    steps = int(losses.get("steps") or phase.steps)
+                    facts = {"training_tokens": steps * phase.batch_size * config.model.context_length}
                     commit(writer, plan, run, {**losses, **facts})
         world.barrier()
     return run.made(name.stage, name.index)

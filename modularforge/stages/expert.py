@@ -6,6 +6,7 @@ weights that all share.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
@@ -28,7 +29,7 @@ from modularforge.pipeline import JobName, made_in_round
 from modularforge.provenance import commit, making, save_settings
 from modularforge.run import Run
 from modularforge.stage_outputs import own_domains
-from modularforge.tasks.task import task_of
+from modularforge.tasks.task import examples_taken, task_of
 from modularforge.training.distributed import joined_world
 from modularforge.training.job import Job
 
@@ -113,14 +114,17 @@ def _train(run: Run, stage: str, index: int, number: int, save: Save) -> Artifac
         if world.is_main:
             save_settings(config)
         expert = ExpertJob(config, index, run.backbone, task, examples, world.device)
-        trained = expert
+        trained, clock = expert, time.perf_counter()
         if start and config.experts.settle and number == config.experts.rounds:
             trained, start = settled(expert, start)
         model, losses, state = train_expert_from(start, trained, held_out, job, world)
+        seconds = round(time.perf_counter() - clock, 3)
         with in_company(model, world.total):
             if world.is_main:
                 with making(plan) as writer:
                     facts = save(expert, model, state, writer)
-                    commit(writer, plan, run, {**losses, **facts, "domains": domains})
+                    taken = examples_taken(examples, int(losses.get("steps") or config.experts.steps))
+                    facts |= {**taken, "training_seconds": seconds, "domains": domains}
+                    commit(writer, plan, run, {**losses, **facts})
         world.barrier()
     return run.made(stage, index)

@@ -53,6 +53,8 @@ class Checkpointing:
         trainer.step, trainer.position = checkpoint.step, checkpoint.state["position"]
         trainer.train_loss = checkpoint.state["train_loss"]
         trainer.validation_loss = checkpoint.state["validation_loss"]
+        if trainer.best:
+            trainer.best.restore(checkpoint.state["best"], checkpoint.tensors)
         logger.info("%s continues at step %d of %d", self.job.name, trainer.step, self.job.end)
 
     def agree_to_stop(self, wants_to_stop: bool) -> bool:
@@ -152,6 +154,7 @@ def checkpoint_of(trainer: Trainer) -> Checkpoint:
         "position": trainer.position,
         "train_loss": trainer.train_loss,
         "validation_loss": trainer.validation_loss,
+        **({"best": trainer.best.state} if trainer.best else {}),
     }
     return Checkpoint(trainer.step, trainer.tensors(), state)
 

@@ -41,9 +41,11 @@ def fit(
 ) -> dict[str, float | None]:
     """Train up to `job.end` steps and return the final losses (called on every rank; rank 0 writes).
 
-    With them come the processor seconds of this process, since it began or went on. `validate` gives the validation
-    loss, which is that of the job's own model. Raises TrainingError on a non-finite loss and Interrupted after a stop
-    signal, both before anything is saved as finished.
+    With them come the processor seconds of this process, since it began or went on. With `training.patience` the model
+    ends with the weights of its best validation, perhaps after fewer steps; then `steps` and `best_step` come too.
+
+    `validate` gives the validation loss, which is that of the job's own model. Raises TrainingError on a non-finite
+    loss and Interrupted after a stop signal, both before anything is saved as finished.
     """
     return fit_from(trainable, examples, job, validate, world)[0]
 
@@ -62,7 +64,9 @@ def fit_from(
     trainable.model.to(world.device)
     choose_recompute(trainable, job, world)
     trainer = Trainer(trainable, build_optimizer(trainable.groups, job.phase, job.training))
-    checkpoints = Checkpointing(job, world, part_of(trainer, job.training, world))
+    checkpoints, patience = Checkpointing(job, world, part_of(trainer, job.training, world)), job.training.patience
+    if patience:
+        trainer.keep_best()
     checkpoints.resume(trainer, start)
     norms = norm_log(job, trainable, world, trainer.step)
     with closing(_Wrapped(trainable, job, world)) as wrapped, closing(Meter(job, world, trainer.step, norms)) as meter:
@@ -70,7 +74,7 @@ def fit_from(
         showing = progress(job.name, job.end, start=trainer.step, is_wanted=world.is_main, has_lines=False)
         with checkpoints, built as batches, stop_on_signals() as stop, showing as bar:
             reporter = Reporter(job, bar, trainer.step, job.speaks and world.is_main, world.size)
-            while trainer.step < job.end:
+            while not trainer.is_over(job.end, patience):
                 rate = learning_rate(job.phase, trainer.step)
                 with meter.waiting_for_data():
                     batch = next(batches)
@@ -80,12 +84,15 @@ def fit_from(
                 meter.count(loss, norm, batch.units)
                 stopping = checkpoints.agree_to_stop(bool(stop))
                 saving = stopping or trainer.step % job.training.checkpoint_every == 0
-                # Whatever is saved was reported just before, and so found finite.
-                reporting = saving or _due(trainer.step, job.training.log_every, job)
+                # Whatever is saved, or may be the best, was reported just before, and so found finite.
+                validating = _due(trainer.step, job.training.validate_every, job)
+                reporting = saving or (patience and validating) or _due(trainer.step, job.training.log_every, job)
                 if reporting:
                     trainer.train_loss = meter.report(trainer.step, rate, trainable.observations())
-                if _due(trainer.step, job.training.validate_every, job):
+                if validating:
                     trainer.validation_loss = _validated(trainer, validate, meter, job, world)
+                    if trainer.best:
+                        trainer.best.see(trainer.validation_loss, trainer.step, trainable.parameters)
                 if reporting:
                     reporter.report(trainer, rate, meter.units_per_second)
                 if saving:
@@ -97,14 +104,26 @@ def fit_from(
                 bar.advance(1)
         if trainer.validation_loss is None:
             trainer.validation_loss = _validated(trainer, validate, meter, job, world)
+        ended = _with_best(trainer)
         meter.flush()
         reporter.finish(trainer, meter.mean_speed)
     losses = {
         "train_loss": trainer.train_loss,
         "validation_loss": trainer.validation_loss,
+        **ended,
         "processor_seconds": round(time.process_time() - begun, 1),
     }
     return losses, checkpoint_of(trainer)
+
+
+def _with_best(trainer: Trainer) -> dict[str, float]:
+    """Give the model the best weights that were kept; returns when training ended and when they were had."""
+    best = trainer.best
+    if best is None or not best.step:
+        return {}
+    best.put_back(trainer.trainable.parameters)
+    trainer.validation_loss = best.loss
+    return {"steps": trainer.step, "best_step": best.step}
 
 
 class _Wrapped:

@@ -15,6 +15,7 @@ from modularforge.errors import MismatchError
 from modularforge.experts.trainable import ParameterGroup, Trainable
 from modularforge.model.shards import is_sharded, like_piece, own_piece
 
+LARGEST = 1e300  # a loss that any validation is better than, as a number of JSON
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 RANDOM_STATE = "random_state"
 
@@ -60,6 +61,44 @@ def learning_rate(phase: PhaseConfig, step: int) -> float:
 
 
 @dataclass
+class Best:
+    """The weights of the best validation so far by name, its loss and step, and how many came since that were worse."""
+
+    weights: dict[str, Tensor]
+    loss: float = math.inf
+    step: int = 0
+    worse: int = 0
+
+    def see(self, loss: float, step: int, parameters: Mapping[str, Tensor]) -> None:
+        """Take the weights of a step if its validation loss is the best one."""
+        if loss < self.loss:
+            self.loss, self.step, self.worse = loss, step, 0
+            self._copy(self.weights, parameters)
+        else:
+            self.worse += 1
+
+    def put_back(self, parameters: Mapping[str, Tensor]) -> None:
+        """Let a job's parameters be those of its best validation."""
+        self._copy(parameters, self.weights)
+
+    @property
+    def state(self) -> dict[str, float]:
+        """All but the weights, for a checkpoint."""
+        return {"loss": self.loss if math.isfinite(self.loss) else LARGEST, "step": self.step, "worse": self.worse}
+
+    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Put back what a checkpoint kept."""
+        self.loss, self.step, self.worse = float(state["loss"]), int(state["step"]), int(state["worse"])
+        self._copy(self.weights, {name: tensors[f"best.{name}"] for name in self.weights})
+
+    @staticmethod
+    def _copy(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, target in targets.items():
+                target.copy_(sources[name])
+
+
+@dataclass
 class Trainer:
     """What the loop carries from step to step: what learns, steps done, position in the data, and the newest losses."""
 
@@ -69,6 +108,15 @@ class Trainer:
     position: Any = 0
     train_loss: float | None = None
     validation_loss: float | None = None
+    best: Best | None = None
+
+    def keep_best(self) -> None:
+        """Keep the weights of the best validation from now on."""
+        self.best = Best({name: weight.detach().clone() for name, weight in self.trainable.parameters.items()})
+
+    def is_over(self, steps: int, patience: int | None) -> bool:
+        """Whether all steps are done, or so many validations in a row were no better."""
+        return self.step >= steps or bool(patience and self.best and self.best.worse >= patience)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of the job's weights, AdamW's moments and torch's random state, each under a name of its own.
@@ -80,6 +128,8 @@ class Trainer:
         for name, weight in parameters.items():
             for moment, value in self.optimizer.state.get(weight, {}).items():
                 tensors[f"{moment}.{name}"] = own_piece(value)
+        if self.best:
+            tensors |= {f"best.{name}": weight for name, weight in self.best.weights.items()}
         tensors[RANDOM_STATE] = torch.get_rng_state()
         return tensors
 
