@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from checkpoints.safetensors import weight_files
-from checkpoints.tensors import LaterTensor, weight_file_chunks
+from checkpoints.tensors import weight_file_chunks
 from modularforge.errors import DataError, MismatchError
 from modularforge.model import names
 from modularforge.model.adapter_config import ADAPTERS_NAME
@@ -29,8 +29,8 @@ from modularforge.model.moe import build_moe, moe_layers
 from modularforge.model.shards import host_tensors
 from modularforge.model.text_router import load_text_router
 
-Weight = Tensor | LaterTensor
-"""A tensor on the host, or one that is made whole from all ranks' pieces when it is written."""
+Weight = Any
+"""A tensor on the host, or a `LaterTensor`: one that is made whole from all ranks' pieces when it is written."""
 
 
 def backbone_tensors(decoder: Decoder) -> dict[str, Weight]:
