@@ -136,7 +136,7 @@ def test_a_report_and_a_comparison_show_rates_and_gates(finished: Config, tmp_pa
         "scales of layers, of which scale is the mean"
     )
     shown = course_figure(job).axes[0].lines  # type: ignore[union-attr]
-    assert [line.get_ydata().tolist() for line in shown] == [values.tolist() for values in layers]
+    assert [np.asarray(line.get_ydata()).tolist() for line in shown] == [values.tolist() for values in layers]
     text = compare_runs([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "out"))
     assert "Test: WER (%)" in text
     assert "perplexity" not in text.split("Test: WER")[1]
