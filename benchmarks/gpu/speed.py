@@ -23,9 +23,9 @@ from modularforge.model.hub_config import backbone_config
 from modularforge.model.moe import build_moe
 from modularforge.model.sizes import ffn_parameters, model_sizes
 from modularforge.tasks.text import TEXT
+from modularforge.training.distributed import default_device
 from modularforge.training.losses import RoutedLoss, routed
 from modularforge.training.meter import peak_memory_bytes
-from modularforge.training.distributed import default_device
 
 #                width layers heads context batch vocabulary experts every times compiles
 SHAPES = [Shape(512, 8, 8, 1024, 64, 32768, 8, 10, 3, True), Shape(1024, 16, 16, 1024, 24, 32768, 8, 5, 3, True),
