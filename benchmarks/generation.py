@@ -1,4 +1,4 @@
-"""Speed of generation beside transformers on the same weights, at batch 1 and more: ratios, and whether tokens are equal.
+"""Speed of generation beside transformers on the same weights, by batch: ratios, and whether tokens are equal.
 
     python benchmarks/generation.py [--width 512] [--layers 8] [--tokens 64] [--batches 1 8] [--rounds 5]
 

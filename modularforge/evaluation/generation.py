@@ -45,11 +45,16 @@ def generate(
     end_tokens: Collection[int] = (EOS,),
 ) -> str:
     """The continuation of `prompt` (without it), at most `new_tokens` long, ending early at one of `end_tokens`."""
+    ids = _open_prompt(tokenizer, prompt, end_tokens)
+    text: str = tokenizer.decode(continue_tokens(model, ids, new_tokens, sampling, end_tokens))
+    return text
+
+
+def _open_prompt(tokenizer: Tokenizer, prompt: str, end_tokens: Collection[int]) -> list[int]:
     ids = prompt_tokens(tokenizer, prompt)
     if ids[-1] in end_tokens:
         raise DataError("a prompt must not end with the end of a text, since nothing follows that; shorten the prompt")
-    text: str = tokenizer.decode(continue_tokens(model, ids, new_tokens, sampling, end_tokens))
-    return text
+    return ids
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -200,6 +205,16 @@ def load_for_generation(url: str) -> Loaded:
 def continue_text(loaded: Loaded, prompt: str, tokens: int, sampling: Sampling) -> str:
     """The continuation of a prompt."""
     return generate(loaded.model, loaded.tokenizer, prompt, tokens, sampling, loaded.end_tokens)
+
+
+def continue_texts(loaded: Loaded, prompts: Sequence[str], tokens: int, sampling: Sampling) -> list[str]:
+    """The continuations of prompts: several in one batch where all of them have room in the context."""
+    asked = [_open_prompt(loaded.tokenizer, prompt, loaded.end_tokens) for prompt in prompts]
+    if len(asked) == 1 or max(map(len, asked)) + tokens > loaded.model.config.context_length:
+        return [continue_text(loaded, prompt, tokens, sampling) for prompt in prompts]
+    replies = continue_batch(loaded.model, asked, tokens, sampling, loaded.end_tokens)
+    texts: list[str] = loaded.tokenizer.decode_batch(replies)
+    return texts
 
 
 def talk(loaded: Loaded, tokens: int, sampling: Sampling) -> None:
