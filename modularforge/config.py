@@ -273,6 +273,9 @@ class DataConfig(Section):
     clean: list[CleanStepConfig] = []
     """Steps that clean the documents before anything else reads them, in this order; none by default (extra `clean`).
     `near` comes after the steps that change text."""
+    packing: Literal["stream", "documents"] = "stream"
+    """`stream` trains on windows of all documents one after another; `documents` on whole documents, several in a
+    sequence where they fit, of which none sees another (docs/text.md). Prepared data is the same."""
     vocab_size: int = Field(16384, ge=260, le=1_000_000)
     """Entries of the byte-level BPE vocabulary: 4 special tokens, 256 bytes, and merges. With `model.pretrained` it is
     that model's."""
@@ -938,6 +941,11 @@ class Config(SafeSection):
         """Whether the data are examples, of which responses alone are learned."""
         return self.task in LEARN_RESPONSES
 
+    @property
+    def reads_documents(self) -> bool:
+        """Whether text is read document by document, not in windows."""
+        return self.data.packing == "documents"
+
     def example(self, source: SourceConfig) -> ExampleConfig | None:
         """How records of a source become examples; None where they are plain text."""
         return (source.example or ExampleConfig()) if self.learns_responses else None
@@ -1163,8 +1171,13 @@ def _impossible_partitions(config: Config) -> Iterator[str]:
 
 
 def _impossible_cleaning(config: Config) -> Iterator[str]:
-    """One sentence per step that finds nothing to clean, or comes too late."""
+    """One sentence per step that finds nothing to clean, or comes too late, and for documents where there are none."""
     names = [item.step for item in config.data.clean]
+    if config.reads_documents and config.task != "text":
+        yield (
+            f"data.packing must be left out under task {config.task}, since it packs documents of text, but is "
+            "documents; remove it"
+        )
     if names and config.task != "text":
         yield f"data.clean must be left out under task {config.task}, since it cleans documents of text; remove it"
     known = {source.name for source in config.data.sources}

@@ -351,6 +351,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "training.keep_checkpoints": (EVERY,),
     "training.keep_checkpoints_every": (EVERY,),
     "training.checkpoint_fallback": (EVERY,),
+    "data.packing": ("prepare-data",),
     # A pretrained model is an input, known by its bytes, wherever its files lie.
     "model.pretrained": (EVERY,),
     # One expert knows nothing of the others.
@@ -384,10 +385,13 @@ STANDS_FOR = {
 name: whoever says it, the artifact is the same."""
 EVERYWHERE = ("task",)
 """Settings that every stage depends on."""
+READ_BY = ("data.packing",)
+"""How text is read: by what trains, and by what measures."""
 CAME_LATER: dict[str, Any] = {
     "experts.kind": "ffn",
     "task": "text",
     "data.clean": [],
+    "data.packing": "stream",
     "assembly.lora": "adapters",
     "assembly.lora_choice": "token",
     "training.packing": True,
@@ -486,10 +490,11 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
         values["seed"] = config.preparation_seed
     values["assembly"]["router"] = config.assembly.recorded_router
     found: dict[str, Any] = {}
+    reads = READ_BY if stage.phase or name == "evaluate" else ()
     own, also = kind_of(config).settings, SETTINGS_FOR.get(config.task, {}).get(name, ())
     counts = name == "expert" or (name in STACKED and own != "experts")
     sections = {*stage.sections, own} if counts else stage.sections
-    for setting in (*sections, *stage.also, *also, *EVERYWHERE):
+    for setting in (*sections, *stage.also, *also, *reads, *EVERYWHERE):
         found.update(_flatten(setting, value_of(values, setting)))
     if "model" in stage.sections and config.model.rope_scaling:
         found |= dict.fromkeys(GONE)

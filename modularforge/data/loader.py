@@ -115,10 +115,10 @@ def label_tokens(file: TokenFile, label: int, max_tokens: int | None = None) -> 
 
     Examples are whole: the last one is not cut.
     """
-    if file.learned is not None:
+    if file.has_examples:
         stream = file.stream(np.flatnonzero(file.labels == label))
         assert isinstance(stream, ExampleTokens)
-        return stream if max_tokens is None or not len(stream) else stream.first(max_tokens)
+        return stream if max_tokens is None or not len(stream) else stream.first(max_tokens + stream.is_text)
     documents: list[Tokens] = []
     missing = file.tokens.size if max_tokens is None else max_tokens + 1
     for index in np.flatnonzero(file.labels == label):

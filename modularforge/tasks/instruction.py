@@ -1,4 +1,7 @@
-"""Responses to prompts: examples of which the response alone is learned, packed into rows without seeing each other."""
+"""Responses to prompts: examples of which the response alone is learned, packed into rows without seeing each other.
+
+Documents of text that are read one by one are such examples too, of which all is learned (`data.packing`).
+"""
 
 # B batch  T tokens
 
@@ -57,6 +60,8 @@ class InstructionExamples:
 
     def facts(self) -> dict[str, Any]:
         """How many examples there are, and how many did not fit in the context as they are."""
+        if self.stream.is_text:
+            return {"documents": self.rows.text_facts}
         prompts, responses = len(self.rows.long_examples), self.rows.cut_responses
         return {"examples": {"count": self.stream.num_examples, "cut_prompts": prompts, "cut_responses": responses}}
 
@@ -116,7 +121,7 @@ class InstructionTask:
     def part(self, config: Config, partitions: Artifact, index: int) -> InstructionExamples:
         """The examples of one partition; their order follows from the seed and the index alone."""
         seed, sample_seed = example_seeds(config.seed, "expert", index)
-        stream = token_file(partitions, f"partition-{index}").whole
+        stream = token_file(partitions, f"partition-{index}", config.reads_documents).whole
         return _examples(config, stream, config.experts.batch_size, seed, f"partition {index}", sample_seed)
 
     def mixture(
@@ -192,7 +197,13 @@ def _checked(stream: Stream) -> ExampleTokens:
 
 
 def _tell_of_cuts(rows: Rows, name: str) -> None:
-    if count := len(rows.long_examples):
+    if rows.stream.is_text:
+        logger.info(
+            "%(count)d documents of %(name)s are in %(rows)d sequences, %(filled).1f %% of them filled; %(cut)d are "
+            "longer than a sequence and cut, into %(pieces)d pieces",
+            {**rows.text_facts, "name": name, "filled": 100 * rows.text_facts["filled"]},
+        )
+    elif count := len(rows.long_examples):
         logger.warning(
             "%d of %d examples of %s are longer than %d tokens: their prompts lose the beginning%s",
             count,
