@@ -339,6 +339,8 @@ JOINT_LORA = ("joint_lora", "joint_lora_wide")
 ALL_BASELINES = (*TRAINED_ON_ALL, "branch", "btx")
 ROUNDS = tuple(name for name, stage in STAGES.items() if stage.round and stage.is_indexed)
 """The rows of experts between their rounds."""
+HOW_READ, HOW_DRAWN = "data.packing", ("data.mix", "data.temperature")
+"""Settings of prepared text that count where it is read: by what trains and measures, and by what trains."""
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     # How often something is said, measured or saved, and how: the weights are the same.
     "training.compile": (EVERY,),
@@ -351,7 +353,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "training.keep_checkpoints": (EVERY,),
     "training.keep_checkpoints_every": (EVERY,),
     "training.checkpoint_fallback": (EVERY,),
-    "data.packing": ("prepare-data",),
+    **dict.fromkeys((HOW_READ, *HOW_DRAWN), ("prepare-data",)),
     # A pretrained model is an input, known by its bytes, wherever its files lie.
     "model.pretrained": (EVERY,),
     # One expert knows nothing of the others.
@@ -385,13 +387,13 @@ STANDS_FOR = {
 name: whoever says it, the artifact is the same."""
 EVERYWHERE = ("task",)
 """Settings that every stage depends on."""
-READ_BY = ("data.packing",)
-"""How text is read: by what trains, and by what measures."""
 CAME_LATER: dict[str, Any] = {
     "experts.kind": "ffn",
     "task": "text",
     "data.clean": [],
     "data.packing": "stream",
+    "data.mix": [],
+    "data.temperature": 1.0,
     "assembly.lora": "adapters",
     "assembly.lora_choice": "token",
     "training.packing": True,
@@ -490,7 +492,7 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
         values["seed"] = config.preparation_seed
     values["assembly"]["router"] = config.assembly.recorded_router
     found: dict[str, Any] = {}
-    reads = READ_BY if stage.phase or name == "evaluate" else ()
+    reads = (HOW_READ, *HOW_DRAWN) if stage.phase else (HOW_READ,) if name == "evaluate" else ()
     own, also = kind_of(config).settings, SETTINGS_FOR.get(config.task, {}).get(name, ())
     counts = name == "expert" or (name in STACKED and own != "experts")
     sections = {*stage.sections, own} if counts else stage.sections

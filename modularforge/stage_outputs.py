@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoints import Artifact
+from modularforge.config import Config
 from modularforge.data.loader import label_tokens
 from modularforge.data.token_files import (
     ExampleTokens,
@@ -114,6 +115,11 @@ def partition_rows(partitions: Artifact) -> list[PartitionRow]:
     """What partitions.json says of each partition."""
     name = "partitions.json"
     return read_partitions(partitions.read_bytes(name), partitions.file_url(name))
+
+
+def partition_labels(config: Config, partitions: Artifact) -> list[str]:
+    """Names of the domains by label id, as all partitions have them; nothing is read where nothing is mixed."""
+    return list(partition_rows(partitions)[0].tokens_by_label) if config.mixes else []
 
 
 OWN_SHARE = 0.05  # clusters take stray documents of every domain, which none of them stands for

@@ -4,8 +4,9 @@ Which examples share a row follows from the seed alone, so that rows stand for w
 orders them, positions count them over all ranks, and a position restarts the stream. An example that is too long loses
 the beginning of its prompt; a response that is too long alone loses its end. Both are counted.
 
-Of documents of text nothing is lost: one that is too long is cut into pieces of a whole row and a rest, which are packed
-as documents are (best-fit packing, arXiv 2404.10830, in the order of the seed); a piece does not see the one before it.
+Of documents of text nothing is lost: one that is too long is cut into pieces of a whole row and a rest, which are
+packed as documents are (best-fit packing, arXiv 2404.10830, in the order of the seed); a piece does not see the one
+before it.
 """
 
 # B batch  T tokens of the longest row  N examples  W rows
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from modularforge.data.loader import IGNORED_TARGET, Order, mixed_windows, require_shares
+from modularforge.data.mixing import MixedOrder, Mixture
 from modularforge.data.token_files import ExampleTokens, Tokens
 from modularforge.data.tokenizer import PAD
 from modularforge.errors import DataError, TrainingError
@@ -36,12 +38,16 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Rows:
-    """Examples cut to `context_length` + 1 tokens in rows, put there in the order of a seed, or in their own."""
+    """Examples cut to `context_length` + 1 tokens in rows, put there in the order of a seed, or in their own.
+
+    Of a mixture, documents of one source alone share a row.
+    """
 
     stream: ExampleTokens
     context_length: int
     seed: int | None = None
     packs: bool = True
+    mixture: Mixture | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -66,7 +72,18 @@ class Rows:
         if self.seed is None:
             return _in_order(self.lengths_N.tolist(), self.context_length)
         order_N = np.random.default_rng([self.seed]).permutation(count)
+        if self.mixture is not None:
+            sources_N = self.mixture.of_places(self.spans_N2[order_N, 0])
+            parts = [order_N[sources_N == source].tolist() for source in range(len(self.mixture.names))]
+            return [row for part in parts for row in _fitted(part, self.lengths_N.tolist(), self.context_length)]
         return _fitted(order_N.tolist(), self.lengths_N.tolist(), self.context_length)
+
+    def order(self, seed: int) -> Order | MixedOrder:
+        """Which row stands at a position."""
+        if self.mixture is None:
+            return Order(len(self), seed)
+        starts_W = np.array([self.spans_N2[row[0], 0] for row in self.examples], np.int64)
+        return MixedOrder(self.mixture.of_places(starts_W), seed, self.mixture)
 
     @cached_property
     def targets_W(self) -> Indices:
@@ -146,7 +163,7 @@ def example_batches(
     loss can be their mean over all pieces and ranks. Raises TrainingError when the rows do not fill one batch.
     """
     require_rows(len(rows), batch_size, world, name)
-    order, position = Order(len(rows), seed), start_position
+    order, position = rows.order(seed), start_position
     while True:
         chosen = order.windows(position, position + batch_size)
         position += batch_size
@@ -167,7 +184,8 @@ def mixed_example_batches(
     """The same of the very rows that jobs on the parts take, each once, as `mixed_batches` does for text."""
     for number, part in enumerate(parts):
         require_rows(len(part), batch_size, world, f"partition {number}")
-    mixed_S2 = mixed_windows([len(part) for part in parts], seeds, rows_each, batch_size, seed, first_row)
+    orders = [part.order(own) for part, own in zip(parts, seeds, strict=True)]
+    mixed_S2 = mixed_windows(orders, rows_each, batch_size, seed, first_row)
     for position in range(start_position, len(mixed_S2), batch_size):
         chosen = [(parts[part], row) for part, row in mixed_S2[position : position + batch_size]]
         yield _share(chosen, rank, world), position + batch_size

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from checkpoints import Artifact
 from modularforge.config import Config, PhaseConfig
+from modularforge.data.mixing import Mixture, mixture_of, order_facts
 from modularforge.data.packing import PADDING, Rows, example_batches, mixed_example_batches, ordered_batches
 from modularforge.data.token_files import ExampleTokens, Stream
 from modularforge.errors import MismatchError
@@ -28,7 +29,14 @@ from modularforge.model.backbone import Decoder
 from modularforge.routing.gathering import gather_statistics
 from modularforge.routing.statistics import RouterStatistics
 from modularforge.routing.text_counts import counts_of, save_counts
-from modularforge.stage_outputs import Corpus, derived_seed, even_streams, example_seeds, token_file
+from modularforge.stage_outputs import (
+    Corpus,
+    derived_seed,
+    even_streams,
+    example_seeds,
+    partition_labels,
+    token_file,
+)
 from modularforge.tasks.task import TEXT_METRICS, Batch, Examples, Metric
 from modularforge.tasks.text import TEXT, HeldOutText
 
@@ -46,11 +54,13 @@ class InstructionExamples:
     sample_seed: int = 0
     sample_rows: int = 0
     moments: bool = True
+    mixture: Mixture | None = None
+    steps: int = 0
 
     @cached_property
     def rows(self) -> Rows:
         """The examples in rows."""
-        return Rows(self.stream, self.context_length, self.seed, self.packs)
+        return Rows(self.stream, self.context_length, self.seed, self.packs, self.mixture)
 
     def batches(self, position: Any = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """Endless batches; positions count rows over all ranks. Raises TrainingError where one is not filled."""
@@ -61,7 +71,8 @@ class InstructionExamples:
     def facts(self) -> dict[str, Any]:
         """How many examples there are, and how many did not fit in the context as they are."""
         if self.stream.is_text:
-            return {"documents": self.rows.text_facts}
+            drawn = order_facts(self.rows.order(self.seed), self.steps * self.batch_size)
+            return {"documents": self.rows.text_facts, **drawn}
         prompts, responses = len(self.rows.long_examples), self.rows.cut_responses
         return {"examples": {"count": self.stream.num_examples, "cut_prompts": prompts, "cut_responses": responses}}
 
@@ -115,14 +126,17 @@ class InstructionTask:
     def everything(self, config: Config, corpus: Corpus) -> InstructionExamples:
         """All training examples."""
         seed, sample_seed = example_seeds(config.seed, "backbone")
-        stream, batch_size = corpus.tokens("train").whole, config.backbone.batch_size
-        return _examples(config, stream, batch_size, seed, "the training data", sample_seed)
+        name, file = "the training data", corpus.tokens("train")
+        found = _examples(config, file.whole, config.backbone.batch_size, seed, name, sample_seed)
+        return replace(found, mixture=mixture_of(config, file, corpus.labels, name), steps=config.backbone.steps)
 
     def part(self, config: Config, partitions: Artifact, index: int) -> InstructionExamples:
         """The examples of one partition; their order follows from the seed and the index alone."""
         seed, sample_seed = example_seeds(config.seed, "expert", index)
-        stream = token_file(partitions, f"partition-{index}", config.reads_documents).whole
-        return _examples(config, stream, config.experts.batch_size, seed, f"partition {index}", sample_seed)
+        name, file = f"partition {index}", token_file(partitions, f"partition-{index}", config.reads_documents)
+        found = _examples(config, file.whole, config.experts.batch_size, seed, name, sample_seed)
+        mixture = mixture_of(config, file, partition_labels(config, partitions), name)
+        return replace(found, mixture=mixture, steps=config.experts.steps)
 
     def mixture(
         self, config: Config, partitions: Artifact, name: str, phase: PhaseConfig, skipped_windows: int = 0

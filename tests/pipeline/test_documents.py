@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from modularforge.config import Config
+from modularforge.config_files import make_config
 from modularforge.data.token_files import ExampleTokens
 from modularforge.errors import ConfigError
 from modularforge.evaluation.scoring import even_loss
@@ -17,7 +18,8 @@ from modularforge.model.folder import load_model
 from modularforge.pipeline import STAGES, stage_settings
 from modularforge.run import Run
 from modularforge.stages import evaluate
-from tests.conftest import run_every_stage, tiny_config
+from modularforge.tasks.task import task_of
+from tests.conftest import run_every_stage, tiny_config, tiny_values
 
 CHANGES: dict[str, Any] = {
     "assembly": {"router": "evidence"},
@@ -68,17 +70,37 @@ def test_the_loss_of_a_domain_is_that_of_its_documents_each_alone(config: Config
             with torch.no_grad():
                 total += float(model(ids[:, :-1], targets_BT=ids[:, 1:], reduction="sum"))
             count += ids.shape[1] - 1
-    row = next(item for item in results["models"] if item["model"] == "backbone")["domains"][label]
+    row = results["models"]["backbone"]["domains"][label]
     assert row["tokens"] == count
     assert row["loss"] == pytest.approx(total / count, abs=1e-5)
     limit = config.evaluation.tokens_per_domain
     assert even_loss(model, {label: stream}, room, 4, limit + 1) == pytest.approx(total / count, abs=1e-5)
 
 
-def test_documents_are_packed_under_text_alone(tmp_path: Path) -> None:
-    from modularforge.config_files import make_config
-    from tests.conftest import tiny_values
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+def test_a_mixture_trains_backbone_and_experts_on_other_shares(packing: str, config: Config, tmp_path: Path) -> None:
+    labels = [source.name for source in config.data.sources]
+    mix = [{"source": labels[0], "weight": 4.0}]
+    values = tiny_values(tmp_path / packing, **CHANGES, data_dir=config.data_url)
+    values["data"] |= {"packing": packing, "mix": mix}
+    values["partition"] = {"method": "domain", "overlap_ratio": 0.5}
+    mixed, plain = make_config(values, "tests"), config_of(tmp_path, packing)
+    changed = {name for name in STAGES if stage_settings(plain, name) != stage_settings(mixed, name)}
+    assert changed == {name for name, stage in STAGES.items() if stage.phase} | {"partition"}
+    run = Run(mixed.model_copy(update={"data_dir": str(tmp_path / packing / "data")}))
+    for stage, index in (("prepare-data", None), ("partition", None), ("backbone", None), ("expert", 1)):
+        run.make(stage, index)
+    drawn = run.require("backbone").manifest.facts["mixture"]
+    phase = mixed.backbone
+    assert sum(item["windows"] for item in drawn.values()) == phase.steps * phase.batch_size
+    assert drawn[labels[0]]["epochs"] > 2 * drawn[labels[1]]["epochs"]
+    beside = run.require("expert", 1).manifest.facts["mixture"]
+    assert beside[labels[0]]["share"] > 0, "text of another source beside the domain's own"
+    mixture = task_of(mixed).mixture(mixed, run.require("partition"), "joint", mixed.baseline_phase("joint"))
+    assert next(iter(mixture.batches())).position > 0
 
+
+def test_documents_are_packed_under_text_alone(tmp_path: Path) -> None:
     values = tiny_values(tmp_path, task="instruction")
     values["data"]["packing"] = "documents"
     with pytest.raises(ConfigError, match=r"data\.packing must be left out under task instruction"):
