@@ -75,7 +75,7 @@ def mixed_batches(
     pairs = [_windows(tokens, context_length) for tokens in streams]
     counts = [len(inputs_WT) for inputs_WT, _ in pairs]
     mixtures = mixtures or [None] * len(streams)
-    orders = [order_of(count, context_length, *pair) for count, *pair in zip(counts, seeds, mixtures, strict=True)]
+    orders = [order_of(counts[k], context_length, seeds[k], mixtures[k]) for k in range(len(counts))]
     for k, count in enumerate(counts):
         _require_batch(count, len(streams[k]), context_length, batch_size, world, f"partition {k}")
     mixed_S2 = mixed_windows(orders, windows_each, batch_size, seed, first_window)

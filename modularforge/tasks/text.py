@@ -84,8 +84,8 @@ class MixedText:
     def batches(self, position: Any = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """Batches until all windows were taken; positions count windows over all ranks."""
         sizes = self.windows_each, self.context_length, self.batch_size, self.seed
-        place = int(position), rank, ranks, self.first_window, self.mixtures
-        return text_batches(mixed_batches(self.streams, self.seeds, *sizes, *place))
+        place = int(position), rank, ranks, self.first_window
+        return text_batches(mixed_batches(self.streams, self.seeds, *sizes, *place, mixtures=self.mixtures))
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def test_packed_documents_of_a_mixture_share_no_row_with_another_source() -> Non
     assert torch.equal(again[0]["inputs"], found[4][0]["inputs"])
 
 
-WRONG = {
+WRONG: dict[str, tuple[list[dict[str, Any]], str]] = {
     "unknown": ([{"source": "poems"}], "data.mix must name data.sources .* but names 'poems'"),
     "twice": ([{"source": "law"}, {"source": "law"}], "must name each source once, but names 'law' 2 times"),
     "nothing": ([{"source": name, "weight": 0} for name in NAMES], "must leave some source a weight above 0"),
