@@ -114,7 +114,8 @@ def full_step(model: ModelConfig) -> tuple[Decoder, Callable[[Tensor, Tensor], N
 
 def expert_step(model: ModelConfig, *, anchored: bool) -> tuple[Decoder, Callable[[Tensor, Tensor], None]]:
     """An expert's own model and one bare training step of it."""
-    tensors = backbone_tensors(build_backbone(model, VOCABULARY))
+    found = backbone_tensors(build_backbone(model, VOCABULARY)).items()
+    tensors = {name: tensor for name, tensor in found if isinstance(tensor, Tensor)}
     directions = [torch.zeros(model.width)] * model.layers if anchored else None
     values = backbone_config(model, VOCABULARY)
     decoder = build_expert(tensors, values, ExpertsConfig(anchored=anchored), directions)

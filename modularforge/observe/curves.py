@@ -6,7 +6,7 @@ figure with one panel per job, and an overview shows all metrics.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from modularforge.observe.canvas import (
     EXPERT_COLOURS,
     GREY,
+    NARROW_INCHES,
     PALE,
     RUN_COLOURS,
     WIDTH_INCHES,
@@ -47,13 +48,13 @@ SMOOTH_ALREADY = ("learning_rate", "peak_memory_bytes")
 MOST_PANELS = 4  # of a comparison
 
 
-def curve_figures(run: Run) -> dict[str, Figure]:
-    """Figures by metric column, for the metrics that the run has."""
+def curve_figures(run: Run, narrow: Collection[str] = ()) -> dict[str, Figure]:
+    """Figures by metric column, for the metrics that the run has; with `narrow` only these, panel below panel."""
     found: dict[str, Figure] = {}
     for metric in CURVES:
-        panels = _panels(run, metric.column)
+        panels = {} if narrow and metric.column not in narrow else _panels(run, metric.column)
         if panels:
-            found[metric.column] = _draw(run, metric, panels)
+            found[metric.column] = _draw(run, metric, panels, bool(narrow))
     return found
 
 
@@ -79,10 +80,10 @@ def _panels(run: Run, column: str) -> dict[str, dict[str, Curve]]:
     return {name: found[name] for name in ordered if name in found}
 
 
-def _draw(run: Run, metric: Metric, panels: dict[str, dict[str, Curve]]) -> Figure:
-    rows = _rows(list(panels))
-    figure = new_figure(WIDTH_INCHES, ROW_INCHES * len(rows))
-    places = _add_panels(figure, rows)
+def _draw(run: Run, metric: Metric, panels: dict[str, dict[str, Curve]], narrow: bool) -> Figure:
+    rows = [[name] for name in panels] if narrow else _rows(list(panels))
+    figure = new_figure(NARROW_INCHES if narrow else WIDTH_INCHES, ROW_INCHES * len(rows))
+    places = _add_panels(figure, rows, (0.18, 0.84) if narrow else (0.09, 0.92))
     planned = {part.name: part.steps or 0 for part in parts_of(run)}
     for axes, (name, curves) in zip(places, panels.items(), strict=True):
         width, noise = (1.0, 0.08) if len(curves) > len(EXPERT_COLOURS) else (2.0, 0.3)
@@ -107,12 +108,12 @@ def _rows(names: list[str]) -> list[list[str]]:
     return [row for row in (names[:half], names[half:]) if row]
 
 
-def _add_panels(figure: Figure, rows: list[list[str]]) -> list[Any]:
+def _add_panels(figure: Figure, rows: list[list[str]], sides: tuple[float, float]) -> list[Any]:
     """Axes of all panels, row by row, with one value axis; margins are the same inches for any number of rows."""
     margin = 1 / len(rows)
     places: list[Any] = []
     grid = figure.add_gridspec(
-        len(rows), 1, left=0.09, right=0.92, bottom=0.19 * margin, top=1 - 0.12 * margin, hspace=0.45
+        len(rows), 1, left=sides[0], right=sides[1], bottom=0.19 * margin, top=1 - 0.12 * margin, hspace=0.45
     )
     for number, row in enumerate(rows):
         weights = [PANEL_WEIGHTS.get(name, 1.0) for name in row]

@@ -21,9 +21,9 @@ from checkpoints.screen import literal
 from modularforge import __version__
 from modularforge.observe.cleaning import cleaning_samples, cleaning_tables
 from modularforge.observe.completion import Part, headline, is_finished, parts_of
-from modularforge.observe.evaluation import model_table, samples_of
+from modularforge.observe.evaluation import model_table, samples_of, verdict
 from modularforge.observe.findings import DECIDING, chat_table, finding_tables, harness_tables, task_tables
-from modularforge.observe.metrics import CURVES, JobMetrics, Metric
+from modularforge.observe.metrics import CURVES, JobMetrics, Metric, of_domains
 from modularforge.observe.rounds import rounds_table
 from modularforge.observe.run import Run, flatten, made_with
 from modularforge.observe.table import Column, Table, duration, fixed, listing, rough
@@ -40,22 +40,30 @@ SECTIONS = {
     "samples": "Samples",
     "configuration": "Configuration and versions",
 }
+FINISHED_ORDER = (
+    "evaluation", "samples", "routing", "training", "gradients", "cleaning", "progress", "timeline", "configuration",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One figure: file name without ending, section of the page, title, text instead of the picture, and PNG bytes."""
+    """One figure: file name without ending, section of the page, title, text instead of the picture, and PNG bytes.
+
+    `narrow` is the same for a phone; without it the figure is scrolled there. What is aside is folded at first.
+    """
 
     name: str
     section: str
     title: str
     text: str
     png: bytes
+    narrow: bytes | None = None
+    is_aside: bool = False
 
 
 def make_page(run: Run, plots: Iterable[Plot]) -> str:
     """The whole page."""
-    drawn = [{**asdict(plot), "base64": Markup(base64.b64encode(plot.png).decode())} for plot in plots]
+    drawn = [{**asdict(plot), "png": _base64(plot.png), "narrow": _base64(plot.narrow)} for plot in plots]
     samples = list(samples_of(run.evaluation or {}))
     chat = chat_table(run.evaluation or {})
     filled = {"progress", *(plot["section"] for plot in drawn)}
@@ -67,13 +75,15 @@ def make_page(run: Run, plots: Iterable[Plot]) -> str:
         redact=redactor(),
         title=_title(run),
         headline=headline(run),
+        verdict=verdict(run.evaluation) if run.evaluation else None,
         tiles=list(_key_figures(run)),
+        tile_unit=f"test {of_domains(run.evaluation or {}).axis}",
         problems=run.problems,
         url=run.url,
         read_at=f"{datetime.datetime.fromtimestamp(run.read_at, datetime.timezone.utc):%Y-%m-%d %H:%M}",
         version=__version__,
         sections=SECTIONS,
-        shown=[name for name in SECTIONS if name in filled],
+        shown=[name for name in (FINISHED_ORDER if run.evaluation else SECTIONS) if name in filled],
         plots=drawn,
         share=_share(run),
         jobs=job_table(run),
@@ -88,6 +98,10 @@ def make_page(run: Run, plots: Iterable[Plot]) -> str:
         settings=settings_table(run.config) if run.config else None,
     )
     return page.strip() + "\n"
+
+
+def _base64(png: bytes | None) -> Markup | None:
+    return None if png is None else Markup(base64.b64encode(png).decode())
 
 
 def _findings(run: Run, chat: Table) -> list[Table]:
@@ -117,12 +131,13 @@ def _title(run: Run) -> str:
 
 
 def _key_figures(run: Run) -> Iterator[tuple[str, str]]:
-    """Test perplexity of the chosen model beside what it must beat."""
+    """Test perplexity, or error rate, of the chosen model beside what it must beat."""
     results = run.evaluation
     if results and results.get("chosen"):
         for name in dict.fromkeys((results["chosen"], "backbone", *DECIDING)):
             if name in results["models"]:
-                yield name, f"{results['models'][name]['perplexity']:,.2f}"
+                metric = of_domains(results)
+                yield name, f"{float(results['models'][name][metric.column]) * metric.factor:,.{metric.digits}f}"
 
 
 def _share(run: Run) -> float | None:

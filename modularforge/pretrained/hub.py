@@ -1,4 +1,4 @@
-"""The only file that talks to the Hub: which files a model has there, and downloads into Hugging Face's own cache.
+"""What talks to the Hub of models: which files a model has there, downloads into Hugging Face's own cache, uploads.
 
 That cache is shared with other tools, resumes downloads, and is what works without a network. `HF_ENDPOINT`, `HF_HOME`,
 `HF_TOKEN` and `HF_HUB_OFFLINE` mean what they mean to `huggingface_hub`.
@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from modularforge.errors import DataError, StoreError, one_line
@@ -118,6 +119,41 @@ def _hash(path: Path, digest: hashlib._Hash) -> str:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def upload(folder: Path, name: HubName, is_private: bool) -> None:
+    """All files of a folder as one commit of a model, made where there is none; raises DataError, StoreError."""
+    from huggingface_hub import HfApi
+
+    try:
+        with _explained(name):
+            HfApi().create_repo(name.repository, private=is_private, exist_ok=True)
+            HfApi().upload_folder(repo_id=name.repository, folder_path=folder, revision=name.revision)
+    except ConnectionError as error:
+        raise StoreError(
+            f"{name.repository} must be a name on the Hub that you may write to, but the upload broke off ({error}); "
+            "set HF_TOKEN, and repeat the command"
+        ) from error
+
+
+def snapshot(name: HubName, patterns: list[str]) -> Path:
+    """The files of a model that match, in Hugging Face's cache; without a network those that are there already.
+
+    Raises DataError, StoreError.
+    """
+    try:
+        listing = list_files(name)
+    except ConnectionError as error:
+        if (folder := cached_folder(name)) is not None:
+            return folder
+        raise StoreError(
+            f"{name.repository} must be cached or reachable on the Hub, but is neither ({error}); name a folder"
+        ) from error
+    wanted = [file for file in listing.files if any(fnmatch(file, pattern) for pattern in patterns)]
+    if not wanted:
+        raise DataError(f"{name.repository} must hold a model, but has none of its files; choose another")
+    found = [download(name, listing, file) for file in wanted]
+    return found[0].parent
 
 
 @contextmanager

@@ -25,13 +25,14 @@ def gather_statistics(
     layers = [_LayerSums(block, moments) for block in model.blocks]
     counts_V = torch.zeros(model.vocab_size, dtype=torch.float64)
     model.to(device).eval()
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode, whose tensors a sharded model could not take back into training
         for batch in batches:
             tokens_BT, examples_BT = batch if isinstance(batch, tuple) else (batch, None)
             counted_N = None if examples_BT is None else (examples_BT >= 0).flatten()
             for layer in layers:
                 layer.counted_N = None if counted_N is None else counted_N.to(device)
-            model.hidden(tokens_BT.to(device), examples_BT=None if examples_BT is None else examples_BT.to(device))
+            examples_BT = None if examples_BT is None else examples_BT.to(device)
+            model(tokens_BT.to(device), examples_BT=examples_BT, headless=True)
             tokens_N = tokens_BT.flatten() if counted_N is None else tokens_BT.flatten()[counted_N]
             counts_V += torch.bincount(tokens_N.cpu(), minlength=model.vocab_size)
     inverse_rms_L: Any = np.asarray([layer.inverse_rms / max(layer.count, 1) for layer in layers])

@@ -36,6 +36,7 @@ from modularforge.model.adapter_config import shape_of
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import with_text_router
 from modularforge.model.hub_config import TABLES_NAME
+from modularforge.model.shards import in_company
 from modularforge.model.upcycling import build_joint, build_wide, without_rows
 from modularforge.pipeline import STAGES, JobName
 from modularforge.provenance import commit, making, save_settings
@@ -224,13 +225,15 @@ def _train(run: Run, name: JobName, start: Callable[[], Start], skipped_windows:
         if world.is_main:
             save_settings(config)
         losses = fit(begun.trainable, examples, job, partial(mean_loss, begun.trainable.model, held_out, world), world)
-        if world.is_main:
-            with making(plan) as writer:
-                begun.save(writer.folder)
-                if begun.weights:
-                    take_weights(begun.weights, writer)
-                facts = {"training_tokens": phase.steps * phase.batch_size * config.model.context_length}
-                commit(writer, plan, run, {**losses, **facts})
+        with in_company(begun.trainable.model, world.total):
+            if world.is_main:
+                with making(plan) as writer:
+                    begun.save(writer.folder)
+                    if begun.weights:
+                        take_weights(begun.weights, writer)
+                    steps = int(losses.get("steps") or phase.steps)
+                    facts = {"training_tokens": steps * phase.batch_size * config.model.context_length}
+                    commit(writer, plan, run, {**losses, **facts})
         world.barrier()
     return run.made(name.stage, name.index)
 

@@ -38,7 +38,7 @@ def run(run: Run) -> Artifact:
 
 def _calibrate(run: Run, assembled: Artifact, fingerprint: str) -> Calibration:
     config = run.config
-    places = (None, metrics_url(config, "calibrate"), config.metrics.tensorboard)
+    places = (None, metrics_url(config, "calibrate"), config.metrics.tensorboard, tuple(config.metrics.writers))
     job = Job("calibrate", config.calibration, config.training, fingerprint, *places)
     model = load_model(assembled.local_folder()).to(default_device())
     return calibrate_as_set(model, config, run.corpus, run.require("partition"), job)

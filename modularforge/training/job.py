@@ -22,6 +22,8 @@ class Job:
     checkpoint_url: str | None = None
     metrics_url: str | None = None
     tensorboard: Literal["auto", "on", "off"] = "off"
+    writers: tuple[str, ...] = ()
+    """Tools that get its metrics too."""
     speaks: bool = True
     """Whether its progress is told in the log; a check has words of its own."""
     unit: str = "tokens"
@@ -51,6 +53,7 @@ class Job:
             fingerprint,
             *places,
             config.metrics.tensorboard,
+            tuple(config.metrics.writers),
             unit=unit,
             flops_per_unit=flops,
             tokens=tokens,

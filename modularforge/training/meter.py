@@ -32,7 +32,9 @@ class Meter:
 
     def __init__(self, job: Job, world: World, step: int, norms: NormLog | None = None) -> None:
         self.job, self.world, self._norms = job, world, norms
-        self._log = MetricsLog(job.metrics_url, job.tensorboard) if job.metrics_url and world.is_main else None
+        self._log = (
+            MetricsLog(job.metrics_url, job.tensorboard, job.writers) if job.metrics_url and world.is_main else None
+        )
         if self._log:
             self._log.restart_after(step)
         self.units_per_second = 0.0

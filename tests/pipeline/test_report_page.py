@@ -25,7 +25,7 @@ FLAGS = (
 )  # fmt: skip
 # Every name but this machine's resolves to nothing, so a page that asks for anything from outside fails visibly.
 NO_NETWORK = "--host-resolver-rules=MAP * ~NOTFOUND"
-PLOTS_OF_A_RUN = 12
+PLOTS_OF_A_RUN, STACKED_OF_A_RUN = 12, 2
 TABLES_OF_A_RUN = {
     "Stages and jobs",
     "Perplexity on the test split",
@@ -63,18 +63,22 @@ def page(finished_run: Config, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 PROBE = """
 <script>addEventListener("load", () => {
+  document.querySelectorAll("details").forEach(one => one.open = true);
   const images = [...document.images].filter(i => i.complete && i.naturalWidth > 1000 && i.offsetHeight > 100);
   const tables = [...document.querySelectorAll("table")].map(t => t.ariaLabel + ":" + t.rows.length);
+  const narrow = [...document.images].filter(i => i.naturalWidth < 1000).length;
+  const paper = getComputedStyle(document.body).backgroundColor;
   const outside = performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length;
-  document.title = JSON.stringify({images: images.length, tables, outside, wide: document.body.scrollWidth});
+  const wide = document.body.scrollWidth;
+  document.title = JSON.stringify({images: images.length, tables, outside, narrow, paper, wide});
 });</script></body>"""
 
 
-def probe(text: str, folder: Path) -> tuple[dict[str, Any], list[str]]:
+def probe(text: str, folder: Path, width: int = 1200, *options: str) -> tuple[dict[str, Any], list[str]]:
     """What a script within a copy of the page counts after the browser has loaded it, and the console's messages."""
     copy = folder / "probe.html"
     copy.write_text(text.replace("</body>", PROBE))
-    done = browse(copy, folder / "profile", "--window-size=1200,900", "--dump-dom")
+    done = browse(copy, folder / "profile", f"--window-size={width},900", "--dump-dom", *options)
     found = re.search(r"<title>(.*?)</title>", done.stdout)
     assert found is not None
     return json.loads(unescape(found[1])), console_messages(done.stderr)
@@ -89,6 +93,20 @@ def test_plots_and_tables_show_without_an_error_and_without_the_network(page: Pa
     rows = dict(table.split(":") for table in facts["tables"])
     assert rows["Stages and jobs"] == "11"
     assert set(rows) == TABLES_OF_A_RUN
+
+
+def test_a_phone_has_panels_below_each_other_and_does_not_scroll_the_page_sideways(page: Path, tmp_path: Path) -> None:
+    facts, _ = probe(page.read_text(), tmp_path, width=500)  # no window of the browser is narrower
+    assert facts["narrow"] == STACKED_OF_A_RUN
+    assert facts["wide"] == 500
+
+
+def test_a_dark_screen_has_a_dark_page_and_dark_pictures(page: Path, tmp_path: Path) -> None:
+    dark, shot = "--blink-settings=preferredColorScheme=0", tmp_path / "page.png"
+    facts, _ = probe(page.read_text(), tmp_path, 1200, dark)
+    assert facts["paper"] == "rgb(26, 26, 26)"
+    browse(page, tmp_path / "profile", dark, "--window-size=1200,3000", f"--screenshot={shot}")
+    assert (imread(str(shot))[..., :3].mean(axis=-1) < 0.5).mean() > 0.8
 
 
 def test_the_page_as_it_is_says_nothing_on_the_console(page: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -84,10 +85,11 @@ def test_no_text_covers_another_or_leaves_the_figure(num_experts: int, trained: 
     with house_style():
         curves = curve_figures(run)
         others = {"timeline": timeline_figure(run), "evaluation": evaluation_figure(run), **routing_figures(run)}
-        for name, figure in {**curves, **others}.items():
+        stacked = curve_figures(run, narrow=("loss",))
+        for name, figure in {**curves, **others, "narrow": stacked["loss"]}.items():
             assert figure is not None
             assert collisions(figure) == [], name
-        for name, figure in curves.items():
+        for name, figure in {**curves, "narrow": stacked["loss"]}.items():
             width = figure.bbox.width
             assert [text for text, box in boxes(figure) if box.x0 < 0 or box.x1 > width] == [], name
 
@@ -223,3 +225,20 @@ def test_a_zero_on_a_log_axis_does_not_stretch_the_figure(tmp_path: Path) -> Non
             assert isinstance(figure.canvas, FigureCanvasAgg)
             drawn = figure.get_tightbbox(figure.canvas.get_renderer())
             assert -1 < drawn.y0 < drawn.y1 < 5
+
+
+def test_rows_that_decide_differ_in_number_and_colour(tmp_path: Path) -> None:
+    """A single expert that is far off on other domains does not make all else pale; 28.24 is not 28.13."""
+    write_run(str(tmp_path), 3)
+    run = read_run(str(tmp_path))
+    assert run.evaluation is not None
+    models = run.evaluation["models"]
+    for name, perplexity in (("backbone", 30.0), ("dense", 28.24), ("assembled", 28.13), ("expert-0", 90.0)):
+        models[name] = {**models["backbone"], "mean_loss": math.log(perplexity)}
+        models[name]["domains"] = {label: {"loss": math.log(perplexity)} for label in run.evaluation["domains"]}
+    figure = evaluation_figure(run)
+    assert figure is not None
+    texts = {text.get_text() for text in figure.axes[0].texts}
+    assert {"28.24", "28.13", "90.00"} <= texts
+    reach: Any = figure.axes[0].images[0].norm.vmax
+    assert reach < 100, "the expert is 200 % worse, and no measure of the others"

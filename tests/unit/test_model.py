@@ -131,12 +131,12 @@ def test_names_of_both_kinds_translate_and_back() -> None:
 
 
 def test_weights_of_another_shape_are_refused_by_name() -> None:
-    tensors = backbone_tensors(build_backbone(SHAPES[0], VOCABULARY))
-    tensors["model.norm.weight"] = torch.ones(5)
+    tensors = dict(build_backbone(SHAPES[0], VOCABULARY).named_parameters())
+    tensors["model.norm.weight"] = torch.nn.Parameter(torch.ones(5))
     with torch.device("meta"):
         empty = build_backbone(SHAPES[0], VOCABULARY)
     with pytest.raises(MismatchError, match=r"model\.norm\.weight must have shape \(24,\)"):
-        fill(empty, tensors)
+        fill(empty, {**tensors})
 
 
 @pytest.mark.parametrize(

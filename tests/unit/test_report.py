@@ -8,9 +8,11 @@ import re
 import sys
 import uuid
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from markupsafe import escape
 from matplotlib.image import imread
 
 from benchmarks.report import MOST_MEGABYTES, measure, write_large_run
@@ -19,11 +21,13 @@ from modularforge.errors import DataError, UserError
 from modularforge.observe.canvas import EXPERT_COLOURS, colour_of, spread
 from modularforge.observe.completion import headline, parts_of
 from modularforge.observe.discover import choose_runs, find_runs, resolve, short_names
+from modularforge.observe.evaluation import verdict
 from modularforge.observe.metrics import parse_metrics
 from modularforge.observe.report import write_report
 from modularforge.observe.run import Run, read_run
 from modularforge.observe.table import duration
 from modularforge.observe.timeline import Span, spans_of_metrics, spans_of_records, timeline
+from modularforge.pipeline import STAGES
 from tests import synthetic_runs
 from tests.conftest import run_command, tiny_config
 from tests.synthetic_runs import START, training_line, validation_line, write_metrics, write_run, write_stage
@@ -87,6 +91,46 @@ def test_a_finished_run_has_every_plot_and_one_page_with_the_same_pictures(tmp_p
         height, width = imread(str(tmp_path / "run" / "plots" / f"{plot}.png")).shape[:2]
         assert 1500 <= width <= 2000, plot
         assert 300 <= height <= 2000, plot
+
+
+def test_the_page_leads_with_the_verdict_and_folds_what_matters_less(tmp_path: Path) -> None:
+    url = str(tmp_path / "run")
+    write_run(url)
+    run, page_url = write_report(url)
+    page = Path(page_url).read_text()
+    assert run.evaluation is not None
+    assert f"</h1><p class=verdict>{escape(verdict(run.evaluation))}</p>" in page
+    places = [page.index(f'<section id="{name}"') for name in ("evaluation", "samples", "training", "progress")]
+    assert places == sorted(places)
+    first, aside = page.split("<details class=aside>")
+    assert 'id="plot-loss"' in first
+    assert 'id="plot-validation_loss"' in first
+    assert 'id="plot-peak_memory_bytes"' in aside
+    assert page.count("<source media=") == 2  # the other figures scroll sideways on a phone
+
+
+def test_samples_keep_their_line_breaks(tmp_path: Path) -> None:
+    url, config = str(tmp_path / "run"), tiny_config(str(tmp_path / "run"))
+    results = synthetic_runs.evaluation(2)
+    results["samples"] = {"backbone": [{"prompt": "int f()", "greedy": " {\n  return 0;\n}", "sampled": ";"}]}
+    write_stage(url, "evaluation", "evaluation", config, {"results.json": results})
+    _, page_url = write_report(url)
+    assert "<pre class=text><i>int f()</i> {\n  return 0;\n}</pre>" in Path(page_url).read_text()
+
+
+@pytest.mark.parametrize("joined", [None, 16, 32])
+def test_trainings_are_as_long_as_their_jobs_are(joined: int | None, tmp_path: Path) -> None:
+    """Four experts' batches in one of a baseline make a quarter of the steps: 250 of 1,000."""
+    names: list[Any] = [
+        name for name, stage in STAGES.items() if stage.panel == "baselines" and name not in ("btx", "branch")
+    ]
+    experts = {"count": 5, "steps": 200, "batch_size": 8}
+    config = tiny_config(str(tmp_path), experts=experts, joint={"batch_size": 32}, dense={"batch_size": joined})
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"baselines": names})})
+    run = Run(str(tmp_path), config=config.model_dump(mode="json"))
+    steps = {part.name: part.steps for part in parts_of(run)}
+    assert {name: steps[name] for name in names} == {name: config.baseline_phase(name).steps for name in names}
+    assert steps["dense"] == (500 if joined == 16 else 250)
 
 
 def test_the_same_run_gives_the_same_pictures(tmp_path: Path) -> None:
