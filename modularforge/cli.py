@@ -356,6 +356,24 @@ def fetch(
 
 
 @app.command()
+@with_lazy_settings
+def push(
+    load_settings: Callable[[], Config],
+    target: Annotated[str, typer.Argument(metavar="hf://OWNER/NAME", help="Where on the Hub; @BRANCH may follow.")],
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or artifact; without it the run's best model.")
+    ] = None,
+    licence: Annotated[str | None, typer.Option(help="The card's licence, by the Hub's word: apache-2.0 …")] = None,
+    private: Annotated[bool, typer.Option("--private", help="A new model there is yours alone.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show files and card; ask the Hub nothing.")] = False,
+) -> None:
+    """Upload a model to the Hugging Face Hub (set HF_TOKEN), with a card of its origin and measured figures."""
+    from modularforge.stages.push import push as push_model
+
+    push_model(load_settings, target, model, licence, private, dry_run)
+
+
+@app.command()
 def wikisql(
     archive: Annotated[str, typer.Argument(metavar="ARCHIVE", help="WikiSQL's data.tar.bz2: a path or URL.")],
     output: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder or URL for the files of the three splits.")],

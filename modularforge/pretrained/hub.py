@@ -1,4 +1,4 @@
-"""The only file that talks to the Hub: which files a model has there, and downloads into Hugging Face's own cache.
+"""What talks to the Hub of models: which files a model has there, downloads into Hugging Face's own cache, uploads.
 
 That cache is shared with other tools, resumes downloads, and is what works without a network. `HF_ENDPOINT`, `HF_HOME`,
 `HF_TOKEN` and `HF_HUB_OFFLINE` mean what they mean to `huggingface_hub`.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from modularforge.model.hub_config import CONFIG_NAME
 from modularforge.pretrained.sources import HubName
 
 CHUNK_BYTES = 1 << 20
+Upload = Path | bytes  # a file here, or its content
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,30 @@ def _hash(path: Path, digest: hashlib._Hash) -> str:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def upload(name: HubName, files: Mapping[str, Upload], is_private: bool = False) -> str:
+    """All files, by their names there, as one commit to a model, which is made where there is none; its URL.
+
+    A revision but `main` is a branch, made where there is none. Raises DataError, StoreError.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    hub, added = HfApi(), [CommitOperationAdd(there, one) for there, one in files.items()]
+    try:
+        with _explained(name):
+            hub.create_repo(name.repository, private=is_private or None, exist_ok=True)  # or as its owner has it
+            if name.revision != "main":
+                hub.create_branch(name.repository, branch=name.revision, exist_ok=True)
+            words = "Model pushed by ModularForge"
+            return str(
+                hub.create_commit(name.repository, added, commit_message=words, revision=name.revision).commit_url
+            )
+    except ConnectionError as error:
+        raise StoreError(
+            f"{name.repository} must be a name on the Hub that you may write to, but the upload broke off ({error}); "
+            "set HF_TOKEN, and repeat the command"
+        ) from error
 
 
 @contextmanager

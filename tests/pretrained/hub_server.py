@@ -1,6 +1,6 @@
 """A small Hub on this machine: the few endpoints that huggingface_hub uses to list and download a model.
 
-It can break downloads off, send damaged bytes, and count what was asked for.
+It takes commits too. It can break downloads off, send damaged bytes, and count what was asked for.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from base64 import b64decode
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,8 +22,12 @@ LARGE = ".safetensors"
 class SmallHub:
     """Serves model folders under their names; `url` goes into HF_ENDPOINT."""
 
-    def __init__(self, models: dict[str, Path]) -> None:
-        self.models = models
+    def __init__(self, models: dict[str, Path], uploads: Path = Path("/none")) -> None:
+        self.models, self.uploads = models, uploads
+        self.private: dict[str, bool] = {}
+        """Models that were made here."""
+        self.branches: list[str] = []
+        """Branches that were made here, and those of commits: `owner/name@branch`."""
         self.cut: Counter[str] = Counter()
         """How often the download of a file ends in its middle."""
         self.damaged: Counter[str] = Counter()
@@ -38,6 +43,9 @@ class SmallHub:
 
             def do_HEAD(self) -> None:
                 hub.answer(self, with_body=False)
+
+            def do_POST(self) -> None:
+                hub.take(self)
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -73,6 +81,33 @@ class SmallHub:
         content = file.read_bytes()
         headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{self._hashes(name, content)[0]}"', "Accept-Ranges": "bytes"}
         return self._send(request, content, headers, with_body, "application/octet-stream", name)
+
+    def take(self, request: BaseHTTPRequestHandler) -> None:
+        """Make a model or a branch, or write the files of a commit into the model's folder."""
+        content = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        path = request.path.split("?")[0].strip("/")
+        model = "/".join(path.split("/")[2:4])
+        if path == "api/repos/create":
+            asked = json.loads(content)
+            model = "/".join(filter(None, (asked["organization"], asked["name"])))
+            self.models.setdefault(model, self.uploads / model).mkdir(parents=True, exist_ok=True)
+            self.private[model] = asked.get("private", False) or asked.get("visibility") == "private"
+            found: dict[str, Any] = {"url": f"{self.url}/{model}", "id": model}
+        elif path == "api/validate-yaml":
+            found = {"errors": [], "warnings": []}
+        elif "/branch/" in path:
+            found = {}
+            self.branches.append(f"{model}@{path.split('/branch/')[1]}")
+        elif "/preupload/" in path:
+            names = [file["path"] for file in json.loads(content)["files"]]
+            found = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
+        else:
+            for line in map(json.loads, content.splitlines()):
+                if line["key"] == "file":
+                    (self.models[model] / line["value"]["path"]).write_bytes(b64decode(line["value"]["content"]))
+            self.branches.append(f"{model}@{path.split('/commit/')[1]}")
+            found = {"commitUrl": f"{self.url}/{model}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
+        self._send(request, json.dumps(found).encode(), {}, True, "application/json")
 
     def _send(
         self, request: BaseHTTPRequestHandler, content: bytes, headers: dict[str, str], with_body: bool, kind: str,
