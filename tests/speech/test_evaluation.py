@@ -243,7 +243,7 @@ def test_the_trained_part_goes_to_the_hub_and_back(what: str, finished: Config, 
     with SmallHub({}, tmp_path / "uploads") as hub:
         environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_x"}
         arguments = ("push", "me/speech", "--config", str(settings), "--model", model)
-        assert "uploaded: me/speech" in run_command("modularforge", *arguments, env=environment).stdout
+        assert "/me/speech/commit/" in run_command("modularforge", *arguments, env=environment).stdout
         assert {path.name for path in (tmp_path / "uploads/me/speech").iterdir()} >= {"config.json", "README.md"}
         heard = run_command("modularforge", "transcribe", "--model", "me/speech", recording, env=environment).stdout
     folder = Path(model)
