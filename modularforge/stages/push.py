@@ -24,7 +24,14 @@ from modularforge.cost import size
 from modularforge.errors import DataError
 from modularforge.evaluation.results import parse_results
 from modularforge.log import logger
-from modularforge.model.hub_config import CONFIG_NAME, GENERATION_NAME, TABLES_NAME, TOKENIZER_FILES, read_config
+from modularforge.model.hub_config import (
+    CONFIG_NAME,
+    GENERATION_NAME,
+    TABLES_NAME,
+    TOKENIZER_FILES,
+    read_config,
+    read_values,
+)
 from modularforge.model.supported import SPEECH_TYPE
 from modularforge.observe.evaluation import Results, model_table, verdict
 from modularforge.pretrained.hub import Upload, upload
@@ -93,7 +100,7 @@ def _is_of_speech(load_settings: Callable[[], Config], model: str | None) -> boo
     if model is None or (artifact is not None and artifact.manifest.kind == "expert"):
         return load_settings().task == "speech"
     folder = artifact.local_folder() if artifact else Path(paths.local_path(model)) if paths.is_local(model) else None
-    return folder is not None and folder.is_dir() and read_config(folder).get("model_type") == SPEECH_TYPE
+    return folder is not None and folder.is_dir() and read_values(folder).get("model_type") == SPEECH_TYPE
 
 
 def _target(target: str) -> HubName:
