@@ -281,7 +281,9 @@ def study(
 def generate(
     load_settings: Callable[[], Config],
     model: Annotated[str | None, typer.Option(help="Model folder; without it the run's best model.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Text to continue; without it you are asked for one.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to continue; repeatable. Without it you are asked for one.")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Length of the continuation.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Choose among the k likeliest; 0: all.")] = 50,
@@ -289,7 +291,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same text.")] = 0,
 ) -> None:
     """Continue a text with a trained model."""
-    from modularforge.evaluation.generation import Sampling, continue_text, load_for_generation, show, talk
+    from modularforge.evaluation.generation import Sampling, continue_texts, load_for_generation, show, talk
 
     if model is None:
         from modularforge.stages.evaluate import chosen_model
@@ -297,10 +299,11 @@ def generate(
         model = chosen_model(Run(load_settings())).url
     loaded = load_for_generation(model)
     sampling = Sampling(temperature, top_k, top_p, seed)
-    if prompt is None:
+    if not prompt:
         talk(loaded, tokens, sampling)
-    else:
-        show(prompt + continue_text(loaded, prompt, tokens, sampling))
+        return
+    for text, following in zip(prompt, continue_texts(loaded, prompt, tokens, sampling), strict=True):
+        show(text + following)
 
 
 @app.command()

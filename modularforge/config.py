@@ -1325,7 +1325,6 @@ def _impossible_shards(config: Config) -> Iterator[str]:
         return
     wrong = {
         "training.compile must be false": training.compile,
-        "training.gradient_norms must be 0": training.gradient_norms,
         "training.patience must be null": training.patience is not None,
         "experts.rounds must be 1": config.experts.rounds > 1,
         "task must not be speech": config.task == "speech",

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import tempfile
 from collections.abc import Callable
@@ -19,7 +20,7 @@ Seconds = Callable[[Shape, bool], list[float]]
 
 
 class PlainBlock(nn.Module):
-    """A block of nanoGPT: norm, causal attention, norm, FFN of four times the width (as many FLOPs as 8/3 of SwiGLU)."""
+    """A block of nanoGPT: norm, causal attention, norm, FFN of four times the width (the FLOPs of 8/3 in SwiGLU)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -29,6 +30,7 @@ class PlainBlock(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        """Residual stream in, residual stream out."""
         B, T, D = x_BTD.shape
         parts = self.attention(self.norm_1(x_BTD)).split(D, dim=2)
         query, key, value = (part.view(B, T, self.heads, D // self.heads).transpose(1, 2) for part in parts)
@@ -52,6 +54,7 @@ class PlainGPT(nn.Module):
                 nn.init.normal_(weight, std=0.02)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Logits of all positions."""
         x_BTD = self.tokens(tokens_BT) + self.positions.weight[: tokens_BT.shape[1]]
         for block in self.blocks:
             x_BTD = block(x_BTD)
@@ -70,16 +73,15 @@ def plain_torch(shape: Shape, compiles: bool) -> list[float]:
 
 def litgpt(shape: Shape, compiles: bool) -> list[float]:
     """litgpt's model of the backbone's very shape, in the same loop."""
-    from litgpt.model import GPT, Config
-
+    package = importlib.import_module("litgpt.model")  # of which this project knows nothing else
     model = shape.model
-    config = Config(
+    config = package.Config(
         block_size=shape.context, padded_vocab_size=shape.vocabulary, vocab_size=shape.vocabulary,
         n_layer=shape.layers, n_head=shape.heads, n_embd=shape.width, n_query_groups=model.kv_heads,
         rotary_percentage=1.0, parallel_residual=False, bias=False, norm_class_name="RMSNorm",
         mlp_class_name="LLaMAMLP", intermediate_size=model.ffn_width,
     )  # fmt: skip
-    return bare_steps(GPT(config), logits_loss, shape, compiles)
+    return bare_steps(package.GPT(config), logits_loss, shape, compiles)
 
 
 def hf_trainer(shape: Shape, compiles: bool) -> list[float]:

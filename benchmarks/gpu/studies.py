@@ -77,10 +77,11 @@ def changes(name: str, folder: Path) -> list[str]:
 
 def tiny_model(folder: Path) -> Path:
     """A folder in Hugging Face's format that is made in seconds."""
-    made = folder / f"model{SUFFIX}" / "backbone"
+    made = folder / "model" / "backbone"
     if not (made / "config.json").is_file():
-        command = [sys.executable, "-m", "modularforge", "backbone", "--smoke-test", "--output-dir"]
-        subprocess.run([*command, str(folder / "model")], check=True)
+        for stage in ("prepare-data", "backbone"):
+            command = [sys.executable, "-m", "modularforge", stage, "--smoke-test", "--output-dir"]
+            subprocess.run([*command, str(folder / "model")], check=True)
     return made
 
 

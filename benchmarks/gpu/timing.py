@@ -6,6 +6,8 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,11 +74,11 @@ def our_steps(trainable: Trainable, shape: Shape, compiles: bool) -> list[float]
 
 
 def bare_steps(model: nn.Module, loss_of: LossOf, shape: Shape, compiles: bool) -> list[float]:
-    """Seconds per step of nanoGPT's loop: bf16 autocast, fused AdamW, clipping, a pinned batch on its way beforehand."""
+    """Seconds per step of nanoGPT's loop: bf16 autocast, fused AdamW, clipping, a pinned batch sent ahead."""
     device, training = default_device(), TrainingConfig()
     model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    called = torch.compile(model) if compiles else model
+    called: Any = torch.compile(model) if compiles else model
     tokens_BT = shape.batch_BT()
     tokens_BT = tokens_BT.pin_memory() if device.type == "cuda" else tokens_BT
     marks, batch_BT = list[float](), tokens_BT.to(device, non_blocking=True)
@@ -102,7 +104,7 @@ def now() -> float:
 
 def between(marks: list[float], steps: int) -> list[float]:
     """Seconds per step from mark to mark."""
-    return [(end - start) / steps for start, end in zip(marks, marks[1:], strict=False)]
+    return [(end - start) / steps for start, end in pairwise(marks)]
 
 
 def forget() -> None:

@@ -1,4 +1,4 @@
-"""Tests marked `gpu` run where there is one, and on a CPU where that is asked for, so that they are known to be right."""
+"""Tests marked `gpu` run where there is one, and on a CPU where that is asked for: so they are known to be right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training on a GPU: types, kernels, the optimizer, processes, restarts, and that the host never waits within a step."""
+"""Training on a GPU: types, kernels, the optimizer, processes, restarts, and that the host never waits in a step."""
 
 from __future__ import annotations
 
