@@ -17,6 +17,7 @@ import os
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,9 +26,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import tokenise  # noqa: E402
 from checkpoints import find_artifact, paths  # noqa: E402
 from launcher.events import append_event, progress_of, read_all_events  # noqa: E402
 from launcher.plan import describe_plan  # noqa: E402
@@ -46,8 +50,12 @@ from launcher.simulation import DAY, HOUR, Cluster, Fault, Job, Outcome, simulat
 from launcher.tasks import build_tasks, finished_tasks  # noqa: E402
 from modularforge.config import Config  # noqa: E402
 from modularforge.config_files import load_config  # noqa: E402
+from modularforge.cost import disk_bytes, flops_of_jobs, size, trained_parameters  # noqa: E402
+from modularforge.data.partition import random_partitions  # noqa: E402
+from modularforge.data.token_files import TokenFileWriter, open_token_file  # noqa: E402
 from modularforge.provenance import commit, making  # noqa: E402
 from modularforge.run import Run  # noqa: E402
+from tests.storage.proxy import Fault as Answer  # noqa: E402
 from tests.storage.proxy import FaultProxy, Request  # noqa: E402
 from tests.storage.server import start_server  # noqa: E402
 
@@ -56,6 +64,8 @@ TABLED = (64, 1024, 16384)
 WORK, BACKBONE_SHARE, NODE = 30 * DAY, 0.2, 8
 START, PAUSE, REQUESTS = 120.0, 2.0, 20
 EXPERT_STATE, BACKBONE_WEIGHTS = 1.6e9 * 14, 7e9 * 2
+LATENCY = 0.02
+"""Seconds that an object store takes for a small answer: the order of what S3 takes; here a proxy waits so long."""
 Phases = list[list[Job]]
 
 
@@ -229,7 +239,10 @@ def limits(experts: int) -> None:
     with tempfile.TemporaryDirectory(prefix="mf-scale-") as folder:
         for count in (1600, experts):
             measure_plan(many(f"{folder}/planned", count))
+        for count in (1000, experts):
+            count_sizes(count)
         measure_partitions(Path(folder), experts)
+        measure_corpus(Path(folder))
         with counted_store(Path(folder)) as (url, proxy):
             measure_expert(url, proxy)
             for count in (100, 400):
@@ -247,6 +260,19 @@ def measure_plan(config: Config) -> None:
     text = describe_plan(config)
     spent = time.process_time() - start
     print(f"plan of {config.experts.count:,} experts: {spent:.3f} s of processor, {len(text) / 1000:,.0f} kB of text")
+
+
+def count_sizes(experts: int) -> None:
+    """What follows from the shapes of `configs/default.yaml`."""
+    for router in ("evidence", "ridge"):
+        changes = [f"experts.count={experts}", "partition.method=random", "evaluation.baselines=[]"]
+        config = load_config(str(ROOT / "configs/default.yaml"), [*changes, f"assembly.router={router}"])
+        assembled, flops = trained_parameters(config, "assemble"), flops_of_jobs(config)
+        print(
+            f"{experts:,} experts of {trained_parameters(config, 'expert') / 1e6:.1f} M, {router}: "
+            f"{assembled / 1e9:,.1f} billion parameters, {size(disk_bytes(config))} of disk, an evaluation of "
+            f"{flops['evaluate'] / flops['expert-0']:,.0f} trainings of an expert"
+        )
 
 
 def measure_partitions(folder: Path, experts: int) -> None:
@@ -280,6 +306,30 @@ def measure_partitions(folder: Path, experts: int) -> None:
     start = time.process_time()
     done = finished_tasks(Run(config), build_tasks(config))
     print(f"  what is finished, on this disk ({len(done)} tasks): {time.process_time() - start:.2f} s of processor")
+
+
+def measure_corpus(folder: Path, documents: int = 1_000_000) -> None:
+    """What one machine that prepares a corpus spends for each MB, and holds for each document."""
+    config = tokenise.make_config(tokenise.samples(), 1, folder)
+    _, size = tokenise.learn_once(config, folder)
+    start = time.process_time()
+    tokenise.end_to_end(config, folder)
+    print(f"{size:.1f} MB of text prepared: {size / (time.process_time() - start):.2f} MB a processor second")
+    tracemalloc.start()
+    with TokenFileWriter(folder, "train", 512) as writer:
+        for _ in range(documents // 1000):
+            writer.add(np.zeros(8000, np.uint16), np.full(1000, 8), np.zeros(1000, np.uint16))
+    print(f"token file of {documents:,} documents: {_peak() / documents:.0f} bytes each at the most")
+    random_partitions(open_token_file(folder, "train").lengths, 16, 0)
+    print(f"dividing them into 16 partitions: {_peak() / documents:.0f} bytes each at the most")
+    tracemalloc.stop()
+
+
+def _peak() -> int:
+    """Bytes that were held at the same time since the last question."""
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    return peak
 
 
 @contextmanager
@@ -325,14 +375,17 @@ def measure_status(url: str, proxy: FaultProxy, experts: int) -> None:
             commit(writer, plan, run, {})
     for number in range(experts):
         append_event(config, f"expert-{number}", "started")
+    proxy.rule = lambda request: Answer("do", action=lambda: time.sleep(LATENCY))
     for title, ask in (
         ("what is finished", lambda: finished_tasks(Run(config), build_tasks(config))),
         ("what happened", lambda: read_all_events(config)),
     ):
-        proxy.reset()
+        proxy.reset(proxy.rule)
         start = time.perf_counter()
         ask()
-        print(f"{experts} experts, {title}: {counted(proxy)} in {time.perf_counter() - start:.1f} s")
+        seconds = time.perf_counter() - start
+        print(f"{experts} experts, {title}: {counted(proxy)} of {LATENCY * 1000:.0f} ms in {seconds:.1f} s")
+    proxy.reset()
 
 
 def counted(proxy: FaultProxy, requests: Sequence[Request] | None = None) -> str:

@@ -114,8 +114,7 @@ def full_step(model: ModelConfig) -> tuple[Decoder, Callable[[Tensor, Tensor], N
 
 def expert_step(model: ModelConfig, *, anchored: bool) -> tuple[Decoder, Callable[[Tensor, Tensor], None]]:
     """An expert's own model and one bare training step of it."""
-    found = backbone_tensors(build_backbone(model, VOCABULARY)).items()
-    tensors = {name: tensor for name, tensor in found if isinstance(tensor, Tensor)}
+    tensors = backbone_tensors(build_backbone(model, VOCABULARY))
     directions = [torch.zeros(model.width)] * model.layers if anchored else None
     values = backbone_config(model, VOCABULARY)
     decoder = build_expert(tensors, values, ExpertsConfig(anchored=anchored), directions)

@@ -49,7 +49,8 @@ def preflight(config: Config, run_id: str) -> list[str]:
 
 def fingerprint_of(config: Config) -> str:
     """What the checks depend on: with the same, they need not be repeated."""
-    values = [config.cluster.model_dump(mode="json"), config.output_dir, config.experts.count]
+    values: list[object] = [config.cluster.model_dump(mode="json"), config.output_dir, config.experts.count]
+    values += _memory_problems(config, "", [])  # a model that has grown is looked at again
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -147,8 +148,7 @@ def _queue_names(config: Config) -> list[str]:
 def _memory_problems(config: Config, _run_id: str, _notes: list[str]) -> Iterator[str]:
     """Jobs whose GPUs are too small, where `cluster.gpu_memory_gb` says how large they are."""
     for stage in trained_stages(config):
-        nodes = nodes_of(config, stage.job)
-        if why := too_large(config, stage, nodes.nodes * nodes.gpus):
+        if why := too_large(config, stage):
             yield why
 
 

@@ -17,9 +17,9 @@ from modularforge.cost import (
     BYTES_STATE,
     GPU_SHARE_REACHED,
     USUAL_PEAK,
-    checkpoint_bytes,
     flops_of_jobs,
     span,
+    trained_parameters,
 )
 from modularforge.errors import ConfigError
 from modularforge.mistakes import config_error
@@ -159,7 +159,7 @@ def _job(config: Config, assumed: Assumptions, name: str, gpus: int, flops: floa
         flops / (gpus * assumed.mfu * assumed.peak_teraflops * 1e12),
         pause=assumed.checkpoint_pause_seconds,
         every=None if every is None else every * 60,
-        state_bytes=checkpoint_bytes(config, stage),
+        state_bytes=BYTES_STATE * trained_parameters(config, stage),
         read_bytes=reads,
         requests=assumed.checkpoint_requests,
         in_background=True,
@@ -168,7 +168,7 @@ def _job(config: Config, assumed: Assumptions, name: str, gpus: int, flops: floa
 
 def _weights(config: Config) -> float:
     """Bytes of the backbone, which every node of an expert reads."""
-    return checkpoint_bytes(config, "backbone") * BYTES_FP32 / BYTES_STATE
+    return BYTES_FP32 * trained_parameters(config, "backbone")
 
 
 def describe_simulation(config: Config, texts: Sequence[str] = ()) -> str:

@@ -337,22 +337,6 @@ def transcribe(
 
 @app.command()
 @with_lazy_settings
-def push(
-    load_settings: Callable[[], Config],
-    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Where on the Hub.")],
-    model: Annotated[
-        str | None, typer.Option(help="Folder of a speech model, or of an expert of the run; without it the run's.")
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="A new model there is yours alone.")] = False,
-) -> None:
-    """Upload the trained part of a speech model, or of one expert, to the Hugging Face Hub (set HF_TOKEN)."""
-    from modularforge.stages.push_speech import push as upload
-
-    upload(load_settings, name, model, private)
-
-
-@app.command()
-@with_lazy_settings
 def route(
     load_settings: Callable[[], Config],
     prompt: Annotated[str, typer.Option(help="The text.")],
@@ -404,6 +388,24 @@ def fetch(
 
     configure_logging()
     say(fetch_model(model, output, verify).url)
+
+
+@app.command()
+@with_lazy_settings
+def push(
+    load_settings: Callable[[], Config],
+    target: Annotated[str, typer.Argument(metavar="hf://OWNER/NAME", help="Where on the Hub; @BRANCH may follow.")],
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or artifact, of speech an expert too; without it the run's model.")
+    ] = None,
+    licence: Annotated[str | None, typer.Option(help="The card's licence, by the Hub's word: apache-2.0 …")] = None,
+    private: Annotated[bool, typer.Option("--private", help="A new model there is yours alone.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show files and card; ask the Hub nothing.")] = False,
+) -> None:
+    """Upload a model to the Hugging Face Hub (set HF_TOKEN), with a card of its origin and measured figures."""
+    from modularforge.stages.push import push as push_model
+
+    push_model(load_settings, target, model, licence, private, dry_run)
 
 
 @app.command()

@@ -258,6 +258,17 @@ class CleanStepConfig(SafeSection):
     """Parameters of the step, by datatrove's names for them (docs/text.md); the others are as it has them."""
 
 
+class MixConfig(Section):
+    """How often the text of a source is drawn in training."""
+
+    source: str
+    """Name of the source, or a label that `label_field` gives."""
+    weight: float = Field(1.0, ge=0)
+    """It is drawn in proportion to this times its tokens (see `data.temperature`); 0 draws none of it."""
+    epochs: float | None = Field(None, gt=0)
+    """None of its text is drawn more often than this; the others then take its share. Null is no limit."""
+
+
 class DataConfig(Section):
     """Where text comes from and how it becomes tokens."""
 
@@ -273,6 +284,15 @@ class DataConfig(Section):
     clean: list[CleanStepConfig] = []
     """Steps that clean the documents before anything else reads them, in this order; none by default (extra `clean`).
     `near` comes after the steps that change text."""
+    packing: Literal["stream", "documents"] = "stream"
+    """`stream` trains on windows of all documents one after another; `documents` on whole documents, several in a
+    sequence where they fit, of which none sees another (docs/text.md). Prepared data is the same."""
+    mix: list[MixConfig] = []
+    """Sources that training draws more or less often than their tokens say, for the backbone and inside partitions
+    (docs/text.md). Prepared data is the same."""
+    temperature: float | None = Field(1.0, ge=1)
+    """Sources are drawn in proportion to their tokens to the power of 1 / temperature, times their weights in
+    `data.mix`: above 1 small ones come more often; null draws by the weights alone."""
     vocab_size: int = Field(16384, ge=260, le=1_000_000)
     """Entries of the byte-level BPE vocabulary: 4 special tokens, 256 bytes, and merges. With `model.pretrained` it is
     that model's."""
@@ -1023,6 +1043,16 @@ class Config(SafeSection):
         """Whether the data are examples, of which responses alone are learned."""
         return self.task in LEARN_RESPONSES
 
+    @property
+    def reads_documents(self) -> bool:
+        """Whether text is read document by document, not in windows."""
+        return self.data.packing == "documents"
+
+    @property
+    def mixes(self) -> bool:
+        """Whether sources are drawn otherwise than each text once an epoch."""
+        return bool(self.data.mix) or self.data.temperature != 1
+
     def example(self, source: SourceConfig) -> ExampleConfig | None:
         """How records of a source become examples; None where they are plain text."""
         return (source.example or ExampleConfig()) if self.learns_responses else None
@@ -1123,6 +1153,7 @@ def _impossible_combinations(config: Config) -> Iterator[str]:
     yield from _impossible_replies(config)
     yield from _impossible_sources(config)
     yield from _impossible_cleaning(config)
+    yield from _impossible_mixing(config)
 
 
 def _impossible_shapes(model: ModelConfig) -> Iterator[str]:
@@ -1236,9 +1267,34 @@ def _impossible_sources(config: Config) -> Iterator[str]:
         yield f"data.sources must have names of their own, but {name!r} occurs {names.count(name)} times; rename one"
 
 
+def _impossible_mixing(config: Config) -> Iterator[str]:
+    """One sentence per entry of the mixture that names no source, or one twice, and where there is no text to mix."""
+    sources, named = config.data.sources, [item.source for item in config.data.mix]
+    if config.mixes and config.task != "text":
+        yield (
+            f"data.mix and data.temperature must be left out under task {config.task}, since they mix text; remove them"
+        )
+    known = [source.name for source in sources]
+    unknown = [name for name in named if name not in known]
+    if unknown and not any(source.label_field for source in sources):
+        yield (
+            f"data.mix must name data.sources ({', '.join(sorted(known))}), but names {unknown[0]!r:.60}; "
+            "name one of these"
+        )
+    for name in sorted({name for name in named if named.count(name) > 1}):
+        yield f"data.mix must name each source once, but names {name!r:.60} {named.count(name)} times; leave one"
+    if known and {item.source for item in config.data.mix if item.weight == 0} >= {*known}:
+        yield "data.mix must leave some source a weight above 0, but gives all of them 0; raise one"
+
+
 def _impossible_cleaning(config: Config) -> Iterator[str]:
-    """One sentence per step that finds nothing to clean, or comes too late."""
+    """One sentence per step that finds nothing to clean, or comes too late, and for documents where there are none."""
     names = [item.step for item in config.data.clean]
+    if config.reads_documents and config.task != "text":
+        yield (
+            f"data.packing must be left out under task {config.task}, since it packs documents of text, but is "
+            "documents; remove it"
+        )
     if names and config.task != "text":
         yield f"data.clean must be left out under task {config.task}, since it cleans documents of text; remove it"
     known = {source.name for source in config.data.sources}
@@ -1269,7 +1325,6 @@ def _impossible_shards(config: Config) -> Iterator[str]:
         return
     wrong = {
         "training.compile must be false": training.compile,
-        "training.gradient_norms must be 0": training.gradient_norms,
         "training.patience must be null": training.patience is not None,
         "experts.rounds must be 1": config.experts.rounds > 1,
         "task must not be speech": config.task == "speech",

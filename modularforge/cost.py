@@ -163,11 +163,6 @@ def _memory(config: Config, stage: Stage) -> float:
     return weights + BYTES_STATE * trained_parameters(config, stage.name)
 
 
-def checkpoint_bytes(config: Config, stage: str) -> int:
-    """Of one checkpoint of a training: its parameters and their moments."""
-    return BYTES_STATE * trained_parameters(config, stage)
-
-
 def trained_parameters(config: Config, stage: str) -> int:
     """Parameters that a stage trains, or writes where it trains none."""
     experts, model, vocab_size = config.experts, config.model, config.data.vocab_size

@@ -106,15 +106,16 @@ def _counts(most: int) -> Iterator[int]:
     return (count for count in (1 << power for power in range(MOST_GPUS.bit_length())) if most % count == 0)
 
 
-def too_large(config: Config, stage: Stage, gpus: int) -> str | None:
-    """Why a job cannot run on so many GPUs of `cluster.gpu_memory_gb`, and what would do; None where it can or no
-    memory is given.
+def too_large(config: Config, stage: Stage) -> str | None:
+    """Why a job cannot run on the GPUs that the launcher asks for, and what would do.
+
+    None where it can, and where `cluster.gpu_memory_gb` does not say how large they are.
     """
-    memory, training = config.cluster.gpu_memory_gb, config.training
+    memory, training, nodes = config.cluster.gpu_memory_gb, config.training, getattr(config.cluster, stage.nodes)
+    gpus = nodes.nodes * nodes.gpus
     if memory is None or not gpus:
         return None
-    shards = training.shard_ranks or gpus_per_node(config, stage)
-    needed = job_memory(config, stage, gpus, training.parallel, shards).total
+    needed = job_memory(config, stage, gpus, training.parallel, training.shard_ranks or nodes.gpus).total
     if needed <= ROOM * memory * 1e9:
         return None
     found = smallest(config, stage, ROOM * memory * 1e9)
@@ -123,11 +124,6 @@ def too_large(config: Config, stage: Stage, gpus: int) -> str | None:
         f"{stage.name} must fit into {100 * ROOM:.0f} % of cluster.gpu_memory_gb ({memory:g}), but needs about "
         f"{needed / 1e9:.0f} GB on each of {gpus} GPU(s) with training.parallel {training.parallel}; {cure}"
     )
-
-
-def gpus_per_node(config: Config, stage: Stage) -> int:
-    """GPUs of a node of a stage's job."""
-    return int(getattr(config.cluster, stage.nodes).gpus)
 
 
 def gpu_counts(text: str) -> list[int]:

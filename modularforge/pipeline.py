@@ -344,6 +344,8 @@ JOINT_LORA = ("joint_lora", "joint_lora_wide")
 ALL_BASELINES = (*TRAINED_ON_ALL, "branch", "btx")
 ROUNDS = tuple(name for name, stage in STAGES.items() if stage.round and stage.is_indexed)
 """The rows of experts between their rounds."""
+HOW_READ, HOW_DRAWN = "data.packing", ("data.mix", "data.temperature")
+"""Settings of prepared text that count where it is read: by what trains and measures, and by what trains."""
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     # How often something is said, measured or saved, and how: the weights are the same.
     "training.compile": (EVERY,),
@@ -358,6 +360,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "training.keep_checkpoints": (EVERY,),
     "training.keep_checkpoints_every": (EVERY,),
     "training.checkpoint_fallback": (EVERY,),
+    **dict.fromkeys((HOW_READ, *HOW_DRAWN), ("prepare-data",)),
     # A pretrained model is an input, known by its bytes, wherever its files lie.
     "model.pretrained": (EVERY,),
     # It keeps what it ends with, or nothing.
@@ -402,6 +405,9 @@ CAME_LATER: dict[str, Any] = {
     "experts.kind": "ffn",
     "task": "text",
     "data.clean": [],
+    "data.packing": "stream",
+    "data.mix": [],
+    "data.temperature": 1.0,
     "assembly.lora": "adapters",
     "assembly.lora_choice": "token",
     "training.packing": True,
@@ -512,10 +518,11 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
         values["seed"] = config.preparation_seed
     values["assembly"]["router"] = config.assembly.recorded_router
     found: dict[str, Any] = {}
+    reads = (HOW_READ, *HOW_DRAWN) if stage.phase else (HOW_READ,) if name == "evaluate" else ()
     own, also = kind_of(config).settings, SETTINGS_FOR.get(config.task, {}).get(name, ())
     counts = name == "expert" or (name in STACKED and own != "experts")
     sections = {*stage.sections, own} if counts else stage.sections
-    for setting in (*sections, *stage.also, *also, *EVERYWHERE):
+    for setting in (*sections, *stage.also, *also, *reads, *EVERYWHERE):
         found.update(_flatten(setting, value_of(values, setting)))
     if "model" in stage.sections and config.model.rope_scaling:
         found |= dict.fromkeys(GONE)

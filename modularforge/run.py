@@ -162,7 +162,7 @@ class Run:
         """The prepared data."""
         from modularforge.stage_outputs import Corpus
 
-        return Corpus(self.require("prepare-data"))
+        return Corpus(self.require("prepare-data"), self.config.reads_documents)
 
     @cached_property
     def backbone(self) -> Backbone:

@@ -32,6 +32,7 @@ from modularforge.model.folder import save_tensors
 from modularforge.model.hub_config import backbone_config
 from modularforge.model.moe import build_moe, moe_layers, restrict_routing
 from modularforge.model.shards import host_tensors, in_company
+from modularforge.norm_files import Floats, norms_url, parse_norms
 from modularforge.pipeline import JobName
 from modularforge.routing.gathering import gather_statistics
 from modularforge.run import Run
@@ -45,6 +46,7 @@ T, V, EXPERTS, NEVER_VISITED, STEPS = 8, 31, 6, 5, 6
 SHAPE = ModelConfig(width=16, layers=2, heads=2, kv_heads=2, ffn_width=24, context_length=T)
 TIED = SHAPE.model_copy(update={"tied_head": True, "family": "qwen3"})
 NAMES = ("backbone", "tied", "frozen", "lora", "mixture", "half", "half_expert", "again")
+METRICS = "metrics/job.jsonl"
 TOKENS = np.random.default_rng(0).integers(0, V, 2000).astype(np.uint16)
 
 
@@ -76,9 +78,10 @@ def train(name: str, parallel: str, folder: Path, world: World, until: int = STE
     phase = PhaseConfig(steps=STEPS, batch_size=8, accumulation_steps=2, warmup_steps=1, peak_learning_rate=1e-2)
     given: dict[str, Any] = {"precision": "bf16" if name.startswith("half") else "fp32"}
     given |= {"recompute": "blocks" if name == "again" else "none"}
-    given |= {"parallel": parallel, "log_every": 1, "checkpoint_every": 2}
+    given |= {"parallel": parallel, "log_every": 1, "checkpoint_every": 2, "gradient_norms": 2}
     settings = TrainingConfig(**{**given, **training})
-    job = Job(name, phase, settings, "f", str(folder / "checkpoints"), tokens=64, until=until)
+    places = str(folder / "checkpoints"), str(folder / METRICS)
+    job = Job(name, phase, settings, "f", *places, tokens=64, until=until)
     learns, examples = job_of(name), TextExamples(TOKENS, T, 8, 3, sample_windows=8, sample_batch=2)
     held_out = TextValidation(TOKENS[:200], T, 4)  # seven batches, which ranks share unevenly
     losses = fit(learns, examples, job, partial(mean_loss, learns.model, held_out, world), world)
@@ -101,6 +104,11 @@ def save(learns: Trainable, losses: dict[str, Any], examples: TextExamples, fold
 def found(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What was saved."""
     return load_file(folder / "weights.safetensors"), torch.load(folder / "found.pt", weights_only=True)
+
+
+def norms(folder: Path) -> Floats:
+    """The gradients' norms that were measured, by step and group."""
+    return parse_norms(Path(norms_url(str(folder / METRICS))).read_bytes()).groups_SG
 
 
 def together(size: int, work: Callable[[], object]) -> None:

@@ -48,6 +48,7 @@ from modularforge.log import logger
 # Raise it when the same settings and files give other tokens.
 FORMAT = 1
 SCRATCH_PATTERN = "prepare-*"
+READ_LATER = ("packing", "mix", "temperature")  # how training reads what was prepared
 
 
 def prepare_corpus(
@@ -110,7 +111,7 @@ def describe_corpus(
 ) -> str:
     """A hash of the data settings, of the names, sizes and times of the files they name, and of a given tokenizer."""
     files = file_states(list_matches(config)) if states is None else states
-    facts: dict[str, Any] = {"format": FORMAT, "data": config.data.model_dump(), "files": files}
+    facts: dict[str, Any] = {"format": FORMAT, "data": config.data.model_dump(exclude={*READ_LATER}), "files": files}
     facts["tokenizers"] = tokenizers.__version__
     if config.learns_responses:
         facts["task"] = config.task

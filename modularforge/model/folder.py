@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from checkpoints.safetensors import weight_files
-from checkpoints.tensors import LaterTensor, weight_file_chunks
+from checkpoints.tensors import weight_file_chunks
 from modularforge.errors import DataError, MismatchError
 from modularforge.model import names
 from modularforge.model.adapter_config import ADAPTERS_NAME
@@ -29,8 +29,8 @@ from modularforge.model.moe import build_moe, moe_layers
 from modularforge.model.shards import host_tensors
 from modularforge.model.text_router import load_text_router
 
-Weight = Tensor | LaterTensor
-"""A tensor on the host, or one that is made whole from all ranks' pieces when it is written."""
+Weight = Any
+"""A tensor on the host, or a `LaterTensor`: one that is made whole from all ranks' pieces when it is written."""
 
 
 def backbone_tensors(decoder: Decoder) -> dict[str, Weight]:
@@ -96,13 +96,13 @@ def with_text_router(decoder: Decoder, path: Path) -> Decoder:
 
 
 def load_pretrained(folder: Path) -> Decoder:
-    """A pretrained dense model in a folder, in float32 for training."""
+    """A pretrained dense model in a folder, mapped from its files in the types that they have."""
     values = read_config(folder)
     model, vocab_size = model_config_of(values), int(values["vocab_size"])
     with torch.device("meta"):
         decoder = build_backbone(model, vocab_size)
     tensors = read_tensors(folder)
-    return fill(decoder, {n: t for n, t in tensors.items() if not names.is_redundant(n, model.tied_head)}).float()
+    return fill(decoder, {n: t for n, t in tensors.items() if not names.is_redundant(n, model.tied_head)})
 
 
 def cast_like(tensors: Mapping[str, Weight], types: Mapping[str, torch.dtype]) -> dict[str, Weight]:

@@ -232,4 +232,9 @@ def is_dense(values: Mapping[str, Any]) -> bool:
 
 def write_json(path: Path, values: Any) -> None:
     """Write one JSON file of a model folder."""
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    path.write_text(json_text(values))
+
+
+def json_text(values: Any) -> str:
+    """The content of a JSON file of a model folder."""
+    return json.dumps(values, indent=2) + "\n"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from checkpoints import find_artifact, open_artifact, paths
 from checkpoints.screen import say
@@ -15,7 +16,7 @@ from modularforge.data.files import find_files, open_bytes
 from modularforge.errors import DataError
 from modularforge.log import json_safe
 from modularforge.observe.canvas import house_style, png_bytes
-from modularforge.observe.gates import Gates, course_table, gate_figures, gate_table
+from modularforge.observe.gates import Gates, course_figures, course_table, gate_figures, gate_table
 from modularforge.observe.run import Run, is_run, read_run
 from modularforge.speech.audio import UnusableAudio
 from modularforge.speech.folder import load_speech, read_speech_config
@@ -37,7 +38,7 @@ def analyze(url: str, audio: str | None = None, output: str | None = None) -> No
     if run and (course := course_table(run.jobs)).records:
         course.show()
     target = output or (run.url if run else None)
-    for place in _write(found, target) if target else ():
+    for place in _write(found, target, run if audio is None else None) if target else ():
         say(place)
 
 
@@ -96,11 +97,17 @@ def _of_model(url: str, audio: str | None) -> Gates:
     return safe
 
 
-def _write(found: dict[str, Any], target: str) -> Iterator[str]:
+def _write(found: dict[str, Any], target: str, run: Run | None) -> Iterator[str]:
     """PNG files of all figures; their places."""
     with house_style():
-        for model, gates in found.items():
-            for name, figure in gate_figures(gates, model):
-                place = paths.join(target, PLOTS_FOLDER, f"gates_{safe_part(model)}_{name}.png")
-                paths.replace_bytes(place, png_bytes(figure, cut=False))
-                yield place
+        for model, name, figure in _figures(found, run):
+            place = paths.join(target, PLOTS_FOLDER, f"gates_{safe_part(model)}_{name}.png")
+            paths.replace_bytes(place, png_bytes(figure, cut=False))
+            yield place
+
+
+def _figures(found: dict[str, Any], run: Run | None) -> Iterator[tuple[str, str, Figure]]:
+    for model, gates in found.items():
+        for name, figure in gate_figures(gates, model):
+            yield model, name, figure
+    yield from course_figures(run) if run else ()

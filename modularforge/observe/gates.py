@@ -8,13 +8,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import count, takewhile
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from checkpoints.screen import breakable, short
-from modularforge.observe.canvas import INK, WIDTH_INCHES, colour_of, new_figure
+from modularforge.observe.canvas import INK, WIDTH_INCHES, colour_of, label_ends, new_figure, shades, shape_steps
 from modularforge.observe.evaluation_figures import LABEL_CHARACTERS, WRITTEN_COLUMNS
 from modularforge.observe.metrics import Floats, JobMetrics
 from modularforge.observe.run import Run
@@ -25,8 +26,10 @@ TITLES = {
     "usage": "Weight of vectors by layer and by domain",
     "strength": "Strength, length of vectors and scale by layer",
     "frames": "Gates frame by frame",
+    "course": "Scales of layers over training",
 }
 MOST_COLUMNS = 8
+LAYER_SCALE = "scale_"  # and the layer's number: a column of metrics
 SHOWN_MODELS = ("calibrated", "assembled", "joint")
 
 
@@ -69,11 +72,40 @@ def gate_figures(gates: Gates, name: str) -> Iterator[tuple[str, Figure]]:
 
 
 def figures_of_run(run: Run) -> Iterator[tuple[str, str, Figure]]:
-    """Of the models that a report shows: model, name of the figure, figure."""
+    """Of the models that a report shows: model, name of the figure, figure; then scales of the jobs."""
     found = (run.evaluation or {}).get("gates") or {}
     for model in SHOWN_MODELS:
         for name, figure in gate_figures(found[model], model) if model in found else ():
             yield model, name, figure
+    yield from course_figures(run)
+
+
+def course_figures(run: Run) -> Iterator[tuple[str, str, Figure]]:
+    """Of each job with scales: its name, name of the figure, figure."""
+    for name, job in run.jobs.items():
+        if (figure := course_figure(job)) is not None:
+            yield name, "course", figure
+
+
+def course_figure(job: JobMetrics) -> Figure | None:
+    """A job's scales by step, a line for each layer, the lighter the later; None where nothing was scaled or logged."""
+    columns = takewhile(job.curves.__contains__, (f"{LAYER_SCALE}{layer}" for layer in count()))
+    shown = [job.curves[column].finite() for column in columns]
+    if not any(map(len, shown)):
+        return None
+    figure = new_figure(WIDTH_INCHES, 3.4)
+    axes: Any = figure.subplots()
+    figure.subplots_adjust(left=0.08, right=0.9, bottom=0.2, top=0.86)
+    ends = []
+    for layer, curve in enumerate(shown):
+        colour = shades(len(shown))(layer / max(1, len(shown) - 1))
+        axes.plot(curve.steps, curve.values, color=colour)
+        ends += [(curve.values[-1], f"layer {layer}", colour)] if len(curve) else []
+    label_ends(axes, ends if len(ends) <= MOST_COLUMNS else [ends[0], ends[-1]])
+    axes.set_title(f"{job.name}: scale by layer", fontweight="bold")
+    axes.set_xlabel("step")
+    shape_steps(axes)
+    return figure
 
 
 def _labels(gates: Gates) -> list[str]:

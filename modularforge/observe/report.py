@@ -89,7 +89,7 @@ def draw_run(run: Run) -> Iterator[Plot]:
 
 def _gates(run: Run) -> Iterator[Plot]:
     for model, name, figure in figures_of_run(run):
-        text = f"{TITLES_OF_GATES[name]} of the {model} model; `modularforge analyze` prints the numbers."
+        text = f"{TITLES_OF_GATES[name]} of {model}; `modularforge analyze` prints the numbers."
         title = f"{TITLES_OF_GATES[name]}: {model}"
         yield from _plot(f"gates_{model}_{name}", "routing", title, text, figure, cut=False)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -20,6 +20,7 @@ from modularforge.model.hub_config import CONFIG_NAME
 from modularforge.pretrained.sources import HubName
 
 CHUNK_BYTES = 1 << 20
+Upload = Path | bytes  # a file here, or its content
 
 
 @dataclass(frozen=True)
@@ -121,14 +122,23 @@ def _hash(path: Path, digest: hashlib._Hash) -> str:
     return digest.hexdigest()
 
 
-def upload(folder: Path, name: HubName, is_private: bool) -> None:
-    """All files of a folder as one commit of a model, made where there is none; raises DataError, StoreError."""
-    from huggingface_hub import HfApi
+def upload(name: HubName, files: Mapping[str, Upload], is_private: bool = False) -> str:
+    """All files, by their names there, as one commit to a model, which is made where there is none; its URL.
 
+    A revision but `main` is a branch, made where there is none. Raises DataError, StoreError.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    hub, added = HfApi(), [CommitOperationAdd(there, one) for there, one in files.items()]
     try:
         with _explained(name):
-            HfApi().create_repo(name.repository, private=is_private, exist_ok=True)
-            HfApi().upload_folder(repo_id=name.repository, folder_path=folder, revision=name.revision)
+            hub.create_repo(name.repository, private=is_private or None, exist_ok=True)  # or as its owner has it
+            if name.revision != "main":
+                hub.create_branch(name.repository, branch=name.revision, exist_ok=True)
+            words = "Model pushed by ModularForge"
+            return str(
+                hub.create_commit(name.repository, added, commit_message=words, revision=name.revision).commit_url
+            )
     except ConnectionError as error:
         raise StoreError(
             f"{name.repository} must be a name on the Hub that you may write to, but the upload broke off ({error}); "

@@ -144,7 +144,7 @@ def _encoder(part: Part, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 def _decoder(part: Part, tensors: Mapping[str, Tensor]) -> Decoder:
     if part.source is not None:
-        return load_pretrained(_checked_folder(part, "language model"))
+        return load_pretrained(_checked_folder(part, "language model")).float()
     shape = ModelConfig.model_validate(part.sizes["model"])
     decoder = build_backbone(shape, int(part.sizes["vocab_size"]))
     _filled(decoder, tensors, "decoder.")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 from checkpoints import find_artifact, open_artifact, paths
-from modularforge.errors import DataError
-from modularforge.model.hub_config import CONFIG_NAME, TOKENIZER_FILES, write_json
-from modularforge.pretrained.hub import snapshot, upload
+from modularforge.model.hub_config import CONFIG_NAME, TOKENIZER_FILES, json_text
+from modularforge.pretrained.hub import Upload, snapshot
 from modularforge.pretrained.sources import HUB_NAME, hub_name, published_name
 from modularforge.speech.folder import Part, Parts, load_speech, named_parts, parts_in, read_speech_config
 from modularforge.speech.model import SpeechModel
@@ -48,30 +45,25 @@ def _placed(part: Part, source: str | None) -> Part:
     return part if source is None or part.source is None else replace(part, source=source)
 
 
-def push_speech(folder: Path, name: str, is_private: bool = False) -> None:
-    """Upload a model folder; encoder and language model are named as the Hub knows them where that is known."""
+def published_files(folder: Path, name: str, licence: str | None = None) -> dict[str, Upload]:
+    """What goes to the Hub of a model folder; encoder and language model are called as the Hub knows them."""
     values, parts = read_speech_config(folder), parts_in(folder)
-    if not HUB_NAME.fullmatch(name) or "/" not in name:
-        raise DataError(f"a model's name on the Hub must be owner/name, but is {name!r:.80}; give it so")
-    with tempfile.TemporaryDirectory(prefix="modularforge-push-") as scratch:
-        target = Path(scratch)
-        for pattern in WANTED:
-            for path in folder.glob(pattern):
-                shutil.copyfile(path, target / path.name)
-        published = Parts(_published(parts.encoder), _published(parts.decoder))
-        write_json(target / CONFIG_NAME, {**values, **named_parts(published)})
-        (target / CARD_NAME).write_text(_card(name, published), encoding="utf-8")
-        upload(target, hub_name(name), is_private)
+    files: dict[str, Upload] = {path.name: path for pattern in WANTED for path in sorted(folder.glob(pattern))}
+    published = Parts(_published(parts.encoder), _published(parts.decoder))
+    files[CONFIG_NAME] = json_text({**values, **named_parts(published)}).encode()
+    files[CARD_NAME] = _card(name, published, licence).encode()
+    return files
 
 
 def _published(part: Part) -> Part:
     return _placed(part, published_name(part.source) if part.source else None)
 
 
-def _card(name: str, parts: Parts) -> str:
+def _card(name: str, parts: Parts, licence: str | None) -> str:
+    licensed = f"license: {licence}\n" if licence else ""
     between = ", ".join(part.source or "a random one" for part in (parts.encoder, parts.decoder))
     return (
-        f"---\nlibrary_name: modularforge\npipeline_tag: automatic-speech-recognition\n---\n# {name}\n\n"
+        f"---\nlibrary_name: modularforge\npipeline_tag: automatic-speech-recognition\n{licensed}---\n# {name}\n\n"
         f"The trained part of a speech model between a frozen encoder and a frozen language model ({between}).\n\n"
         f"```python\nfrom modularforge.speech.hub import load_published\n\nmodel = load_published({name!r})\n```\n"
     )

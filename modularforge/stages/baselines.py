@@ -69,7 +69,7 @@ def dense(run: Run) -> Artifact:
     """Train and commit unless it is done (called on every rank; rank 0 writes), as all that follow."""
 
     def start() -> Start:
-        model = run.backbone.model().float()
+        model = run.backbone.model()
         return Start(trainable(model, task_of(run.config).loss), partial(save_trained_on, model, run.backbone))
 
     return _train(run, JobName("dense"), start)
@@ -172,7 +172,7 @@ def branch(run: Run, index: int) -> Artifact:
     task = task_of(run.config)
 
     def start() -> Start:
-        model, examples = run.backbone.model().float(), task.part(run.config, run.require("partition"), index)
+        model, examples = run.backbone.model(), task.part(run.config, run.require("partition"), index)
 
         def save(folder: Path) -> None:
             save_trained_on(model, run.backbone, folder)

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from checkpoints import Artifact, find_artifact
-from checkpoints.screen import say
 from modularforge.config import Config
 from modularforge.model.hub_config import TOKENIZER_FILES
+from modularforge.pretrained.hub import Upload
+from modularforge.pretrained.sources import HubName
 from modularforge.run import Run
 from modularforge.speech.folder import parts_in, read_speech_config, save_speech
-from modularforge.speech.hub import push_speech, speech_folder
+from modularforge.speech.hub import published_files, speech_folder
 
 
-def push(load_settings: Callable[[], Config], name: str, model: str | None, is_private: bool) -> None:
-    """Upload a model folder, an expert's, or the run's assembled model; raises DataError, StoreError."""
+@contextmanager
+def published(
+    load_settings: Callable[[], Config], name: HubName, model: str | None, licence: str | None
+) -> Iterator[dict[str, Upload]]:
+    """The files of a model folder, an expert's, or the run's assembled model; raises DataError, StoreError."""
     artifact = find_artifact(model) if model else Run(load_settings()).require("assemble")
     if artifact is not None and artifact.manifest.kind == "expert":
         with tempfile.TemporaryDirectory(prefix="modularforge-expert-") as scratch:
             write_expert(Run(load_settings()), artifact, Path(scratch))
-            push_speech(Path(scratch), name, is_private)
+            yield published_files(Path(scratch), name.repository, licence)
     else:
-        push_speech(artifact.local_folder() if artifact else speech_folder(str(model)), name, is_private)
-    say(f"uploaded: {name}")
+        folder = artifact.local_folder() if artifact else speech_folder(str(model))
+        yield published_files(folder, name.repository, licence)
 
 
 def write_expert(run: Run, expert: Artifact, folder: Path) -> None:

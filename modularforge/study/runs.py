@@ -143,7 +143,7 @@ class StudyRun:
     @cached_property
     def corpus(self) -> Corpus:
         """The prepared data."""
-        return Corpus(self.obtain("prepare-data"))
+        return Corpus(self.obtain("prepare-data"), self.config.reads_documents)
 
     @cached_property
     def backbone(self) -> Backbone:

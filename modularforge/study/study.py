@@ -121,6 +121,7 @@ def result_plan(
         "removal": variant.options.removal,
         "without": variant.options.without,
         **({"carry": True} if variant.options.carry else {}),
+        **({"packing": config.data.packing} if config.reads_documents else {}),
         "seed": seed,
     }
     if config.task == "speech":

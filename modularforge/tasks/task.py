@@ -170,5 +170,5 @@ def find_task(name: str) -> Task:
 
 
 def task_of(config: Config) -> Task:
-    """The task of a run, `task`."""
-    return find_task(config.task)
+    """The task of a run, `task`; documents of text that are read one by one are examples of which all is learned."""
+    return find_task("instruction" if config.reads_documents else config.task)

@@ -8,7 +8,7 @@ accumulated batch, and between the groups once a step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -29,11 +29,15 @@ from modularforge.training.precision import is_half
 
 
 def shard(trainable: Trainable, training: TrainingConfig, world: World) -> Trainable:
-    """The same job with its model in pieces, where `training.parallel` asks for that and there are several ranks."""
+    """The same job with its model in pieces, where `training.parallel` asks for that and there are several ranks.
+
+    In either case what learns is float32 behind it, in whatever type it was read.
+    """
     if training.parallel == "ddp" or world.size == 1:
+        _widen(trainable.parameters.values())
         return trainable
     mesh, names = _mesh(training, world), _names(trainable)
-    _fully_shard(trainable.model, mesh, is_half(training, world.device))
+    _fully_shard(trainable, mesh, is_half(training, world.device))
     for module in _sharded_modules(trainable.model):
         # gloo's mean is a sum (pytorch issue 162338), so that the division is done here.
         module.set_force_sum_reduction_for_comms(world.device.type == "cpu")
@@ -70,7 +74,12 @@ def _mesh(training: TrainingConfig, world: World) -> Any:
     return init_device_mesh(world.device.type, (world.size // count, count), mesh_dim_names=("replica", "shard"))
 
 
-def _fully_shard(model: nn.Module, mesh: Any, is_half: bool) -> None:
+def _widen(weights: Iterable[nn.Parameter]) -> None:
+    for weight in weights:
+        weight.data = weight.data.float()
+
+
+def _fully_shard(trainable: Trainable, mesh: Any, is_half: bool) -> None:
     """Cut weights into pieces; blocks are gathered in the type that they compute in.
 
     Under autocast alone, copies in bf16 of all blocks would stay for the backward pass. So gains of norms in blocks are
@@ -85,12 +94,22 @@ def _fully_shard(model: nn.Module, mesh: Any, is_half: bool) -> None:
             "needs; install torch 2.13 or later"
         )
     half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if is_half else {}
-    for module in model.modules():
+    policy = MixedPrecisionPolicy(**half, cast_forward_inputs=False)
+    learned = {id(weight) for weight in trainable.parameters.values()}
+    for module in _inside_out(trainable.model):
         if isinstance(module, Decoder):
             module.has_half_blocks |= is_half
-        if isinstance(module, Block):
-            fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(**half, cast_forward_inputs=False))
-    fully_shard(model, mesh=mesh)
+        whole = [weight for weight in module.parameters() if not is_sharded(weight)]
+        _widen(weight for weight in whole if id(weight) in learned)
+        fully_shard(module, mesh=mesh, mp_policy=policy if isinstance(module, Block) else MixedPrecisionPolicy())
+        for weight in whole:  # which the groups still name: no rank holds more than one block as a whole
+            weight.data = weight.data.new_empty(0)
+
+
+def _inside_out(model: nn.Module) -> Iterator[nn.Module]:
+    """What is gathered at a time: each block, and then what is left."""
+    yield from (module for module in model.modules() if isinstance(module, Block))
+    yield model
 
 
 def _sharded_modules(model: nn.Module) -> list[Any]:

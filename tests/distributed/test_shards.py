@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,11 +19,12 @@ from checkpoints import find_artifact, paths
 from modularforge.config import Config, TrainingConfig
 from modularforge.config_files import to_yaml
 from modularforge.errors import ConfigError
-from modularforge.pipeline import JobName, stage_url
+from modularforge.pipeline import JobName, checkpoint_url, stage_url
+from modularforge.run import Run
 from modularforge.training.distributed import World
 from modularforge.training.sharding import shard_ranks as shard_ranks_of
 from tests import shard_ranks
-from tests.conftest import prepare_data, run_command, tiny_config
+from tests.conftest import ROOT, prepare_data, run_command, tiny_config
 
 # Sums of gradients and norms over ranks are taken in another order; a weight moves by up to 0.01 in a step.
 WEIGHT_TOLERANCE, LOSS_TOLERANCE = 5e-6, 2e-6
@@ -61,6 +68,9 @@ def test_pieces_train_as_one_process_does_and_go_on_in_any_layout(name: str, job
     assert difference(weights, alone) < of_weights
     assert abs(found["train_loss"] - facts["train_loss"]) < of_losses
     assert abs(found["validation_loss"] - facts["validation_loss"]) < of_losses
+    norms, alone_norms = (shard_ranks.norms(jobs / folder) for folder in (name, f"{name.split(':')[0]}:1-ddp"))
+    assert norms.shape == alone_norms.shape
+    assert np.allclose(norms, alone_norms, rtol=0.2 if is_half else 1e-3, atol=1e-5, equal_nan=True)
     assert torch.allclose(found["sums"], facts["sums"], rtol=1e-4, atol=0.3 if is_half else 1e-3)
 
 
@@ -122,8 +132,7 @@ def test_stages_write_the_same_artifacts_from_pieces(kind: str, tmp_path: Path) 
 
 def test_what_cannot_be_in_pieces_is_refused_by_name(tmp_path: Path) -> None:
     for wrong, said in (
-        ({"training": {"parallel": "fsdp", "compile": True}}, "training.compile must be false with training.parallel"),
-        ({"training": {"parallel": "hsdp", "gradient_norms": 5}}, "training.gradient_norms must be 0"),
+        ({"training": {"parallel": "hsdp", "compile": True}}, "training.compile must be false with training.parallel"),
         ({"training": {"shard_ranks": 2}}, "training.shard_ranks must be null with training.parallel ddp"),
         (
             {"training": {"parallel": "fsdp"}, "experts": ROUNDS},
@@ -135,3 +144,36 @@ def test_what_cannot_be_in_pieces_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must divide the 4 processes of the job, but is 3; choose another"):
         shard_ranks_of(TrainingConfig(parallel="hsdp", shard_ranks=3), World(0, 4))
     assert shard_ranks_of(TrainingConfig(parallel="fsdp"), World()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["fsdp", "hsdp"])
+def test_a_killed_job_in_pieces_under_torchrun_goes_on_and_ends_as_one_process_does(
+    parallel: str, tmp_path: Path
+) -> None:
+    """With `hsdp` over the processes of the node, which are all; what a kill left half written is in nobody's way."""
+    data, training = str(tmp_path / "data"), {"parallel": parallel, "checkpoint_every": 5}
+    config = tiny_config(tmp_path / "run", data_dir=data, backbone={"steps": 60}, training=training)
+    prepare_data(config)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "modularforge", "backbone"]
+    command += ["--config", str(tmp_path / "config.yaml")]
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    folder, deadline = paths.local_path(checkpoint_url(config, "backbone")), time.monotonic() + 120
+    while not list(folder.glob("step-*/manifest.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = [int(line) for line in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    for number in (process.pid, *workers):
+        os.kill(number, signal.SIGKILL)
+    process.wait()
+    assert list(folder.glob("pieces-*/*/manifest.json"))
+    assert find_artifact(stage_url(config, "backbone")) is None
+    run_command(*command[1:])
+    alone = tiny_config(tmp_path / "alone", data_dir=data, backbone={"steps": 60})
+    Run(alone).make("backbone")
+    found, whole = (
+        load_file(paths.local_path(stage_url(one, "backbone")) / "model.safetensors") for one in (config, alone)
+    )
+    assert difference(found, whole) < 2e-3

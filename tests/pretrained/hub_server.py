@@ -24,6 +24,10 @@ class SmallHub:
 
     def __init__(self, models: dict[str, Path], uploads: Path = Path("/none")) -> None:
         self.models, self.uploads = models, uploads
+        self.private: dict[str, bool] = {}
+        """Models that were made here."""
+        self.branches: list[str] = []
+        """Branches that were made here, and those of commits: `owner/name@branch`."""
         self.cut: Counter[str] = Counter()
         """How often the download of a file ends in its middle."""
         self.damaged: Counter[str] = Counter()
@@ -79,7 +83,7 @@ class SmallHub:
         return self._send(request, content, headers, with_body, "application/octet-stream", name)
 
     def take(self, request: BaseHTTPRequestHandler) -> None:
-        """Make a model, or write the files of a commit into its folder."""
+        """Make a model or a branch, or write the files of a commit into the model's folder."""
         content = request.rfile.read(int(request.headers.get("Content-Length", 0)))
         path = request.path.split("?")[0].strip("/")
         model = "/".join(path.split("/")[2:4])
@@ -87,9 +91,13 @@ class SmallHub:
             asked = json.loads(content)
             model = "/".join(filter(None, (asked["organization"], asked["name"])))
             self.models.setdefault(model, self.uploads / model).mkdir(parents=True, exist_ok=True)
+            self.private[model] = asked.get("private", False) or asked.get("visibility") == "private"
             found: dict[str, Any] = {"url": f"{self.url}/{model}", "id": model}
         elif path == "api/validate-yaml":
             found = {"errors": [], "warnings": []}
+        elif "/branch/" in path:
+            found = {}
+            self.branches.append(f"{model}@{path.split('/branch/')[1]}")
         elif "/preupload/" in path:
             names = [file["path"] for file in json.loads(content)["files"]]
             found = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
@@ -97,6 +105,7 @@ class SmallHub:
             for line in map(json.loads, content.splitlines()):
                 if line["key"] == "file":
                     (self.models[model] / line["value"]["path"]).write_bytes(b64decode(line["value"]["content"]))
+            self.branches.append(f"{model}@{path.split('/commit/')[1]}")
             found = {"commitUrl": f"{self.url}/{model}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
         self._send(request, json.dumps(found).encode(), {}, True, "application/json")
 

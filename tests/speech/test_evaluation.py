@@ -18,8 +18,10 @@ from modularforge.evaluation.results import checked_results
 from modularforge.observe.analyze import analyze
 from modularforge.observe.compare import compare_runs
 from modularforge.observe.evaluation import markdown, model_table, verdict
+from modularforge.observe.gates import course_figure
 from modularforge.observe.metrics import decisive
 from modularforge.observe.report import write_report
+from modularforge.observe.run import read_run
 from modularforge.run import Run
 from modularforge.speech.benchmarks import HUB_SETS, identity_of_sets, known, set_at
 from modularforge.speech.folder import Part, Parts, load_speech, trained_tensors
@@ -126,7 +128,15 @@ def test_a_report_and_a_comparison_show_rates_and_gates(finished: Config, tmp_pa
     assert "WER by model and domain" in html
     for figure in ("usage", "strength", "frames"):
         assert (tmp_path / f"a/plots/gates_assembled_{figure}.png").read_bytes()[:4] == b"\x89PNG"
-    assert (tmp_path / "a/plots/scale.png").exists()
+    for figure in ("scale", "gates_expert-1_course", "gates_joint_course"):
+        assert (tmp_path / f"a/plots/{figure}.png").exists()
+    job = read_run(str(tmp_path / "a")).jobs["expert-1"]
+    layers = [job.curves[f"scale_{layer}"].values for layer in range(2)]
+    assert np.allclose(np.mean(layers, axis=0), job.curves["scale"].values), (
+        "scales of layers, of which scale is the mean"
+    )
+    shown = course_figure(job).axes[0].lines  # type: ignore[union-attr]
+    assert [np.asarray(line.get_ydata()).tolist() for line in shown] == [values.tolist() for values in layers]
     text = compare_runs([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "out"))
     assert "Test: WER (%)" in text
     assert "perplexity" not in text.split("Test: WER")[1]
@@ -233,7 +243,7 @@ def test_the_trained_part_goes_to_the_hub_and_back(what: str, finished: Config, 
     with SmallHub({}, tmp_path / "uploads") as hub:
         environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_x"}
         arguments = ("push", "me/speech", "--config", str(settings), "--model", model)
-        assert "uploaded: me/speech" in run_command("modularforge", *arguments, env=environment).stdout
+        assert "/me/speech/commit/" in run_command("modularforge", *arguments, env=environment).stdout
         assert {path.name for path in (tmp_path / "uploads/me/speech").iterdir()} >= {"config.json", "README.md"}
         heard = run_command("modularforge", "transcribe", "--model", "me/speech", recording, env=environment).stdout
     folder = Path(model)

@@ -7,16 +7,19 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.preflight import _memory_problems
-from modularforge.config import Config, ExpertsConfig, ModelConfig
+from launcher.preflight import _memory_problems, fingerprint_of
+from modularforge.config import Config, ExpertsConfig, ModelConfig, TrainingConfig
 from modularforge.config_files import load_config
 from modularforge.errors import ConfigError
 from modularforge.experts.ffn.training import build_expert
+from modularforge.experts.trainable import trainable
 from modularforge.memory import gpu_counts, job_memory, memory_table, smallest, too_large, trained_stages
 from modularforge.model.backbone import build_backbone
 from modularforge.model.hub_config import backbone_config
 from modularforge.pipeline import STAGES
 from modularforge.tasks.text import TEXT
+from modularforge.training.distributed import World
+from modularforge.training.sharding import shard
 from tests.conftest import ROOT
 
 LARGE: dict[str, Any] = {
@@ -75,8 +78,9 @@ def test_the_smallest_number_that_fits_is_named_and_what_cannot_fit_is_refused()
     problems = list(_memory_problems(config, "run", []))
     assert "backbone must fit into 90 % of cluster.gpu_memory_gb (80), but needs about" in problems[0]
     assert f"fsdp on {found[0]} would do" in problems[0]
-    fits = large(**{"cluster.gpu_memory_gb": 80, "training.parallel": "fsdp"})
-    assert too_large(fits, STAGES["backbone"], found[0]) is None
+    many = {"cluster.backbone": {"nodes": found[0], "gpus": 1}, "training.parallel": "fsdp"}
+    assert too_large(large(**{"cluster.gpu_memory_gb": 80, **many}), STAGES["backbone"]) is None
+    assert fingerprint_of(config) != fingerprint_of(config_of(**{"cluster.gpu_memory_gb": 80}))
     assert list(_memory_problems(large(), "run", [])) == []
 
 
@@ -105,9 +109,10 @@ def test_what_is_frozen_may_stay_in_bf16_and_the_expert_is_the_same_bit_for_bit(
     stored = {name: tensor for name, tensor in stored.items() if not (shape.tied_head and name == "lm_head.weight")}
     values, directions = backbone_config(shape, 64), [torch.ones(32)] * 2 if anchored else None
     settings, tokens = ExpertsConfig(anchored=anchored), torch.randint(0, 64, (4, 16))
-    found = []
+    found, before = [], {name: tensor.clone() for name, tensor in stored.items()}
     for keeps_types in (False, True):
         model = build_expert(stored, values, settings, directions, keeps_types)
+        shard(trainable(model, TEXT.loss), TrainingConfig(), World())
         learns = [weight for weight in model.parameters() if weight.requires_grad]
         frozen = {weight.dtype for weight in model.parameters() if not weight.requires_grad}
         assert {weight.dtype for weight in learns} == {torch.float32}
@@ -120,6 +125,7 @@ def test_what_is_frozen_may_stay_in_bf16_and_the_expert_is_the_same_bit_for_bit(
             optimizer.step()
             optimizer.zero_grad()
         found.append([loss.detach(), model(tokens).detach(), *(weight.detach() for weight in learns)])
+    assert all(torch.equal(stored[name], before[name]) for name in before)  # training has not reached them
     plain, kept = found
     assert all(torch.equal(one, other) for one, other in zip(plain[2:], kept[2:], strict=True))
     assert torch.equal(plain[0], kept[0])

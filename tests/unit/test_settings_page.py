@@ -24,7 +24,7 @@ def test_every_setting_has_a_sentence_a_type_and_a_default() -> None:
     found = list(all_settings())
     # Of which there may be none, or many.
     sections = ["data.clean", "data.sources", "data.sources.example", "model.rope_scaling", "evaluation.tasks"]
-    sections += ["experts.lora.phases", "speech.decoding.tests"]
+    sections += ["experts.lora.phases", "speech.decoding.tests", "data.mix"]
     assert [item.name for item in found if item.name not in sections] == setting_names()
     assert [item.name for item in found if not (item.sentence and item.type and item.default)] == []
 

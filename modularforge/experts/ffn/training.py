@@ -116,13 +116,15 @@ def build_expert(
 
     `backbone` and `values` are the tensors and config.json of the backbone; `directions`, one [D] per layer, are where
     the router rows start (anchored experts only). With `keeps_types` what is frozen stays in the type that it is stored
-    in, for autocast, which casts it to bf16 in either case: the bits are the same.
+    in, for autocast, which casts it to bf16 in either case: the bits are the same. So does what learns, until `fit`.
     """
     family = names.family_of(values["model_type"])
     start: dict[str, Tensor] = {}
     for name, tensor in backbone.items():
         if names.is_dense_ffn(name):
-            start[names.dense_to_expert(name, 1, family)] = tensor.clone()
+            # Training must not reach the backbone's tensors. Of another type, they are copied where they are widened.
+            own = tensor.clone() if tensor.dtype == torch.float32 else tensor
+            start[names.dense_to_expert(name, 1, family)] = own
     for layer, direction_D in enumerate(directions or []):
         start[names.gate(layer, family)] = direction_D[None].clone()
     model = load_expert(backbone, values, start, experts.anchored)
@@ -134,9 +136,9 @@ def build_expert(
             [block.ffn.get_submodule("experts.1"), block.ffn.get_submodule("gate")] if experts.anchored else [block.ffn]
         )
         for module in learns:
-            module.float().requires_grad_(True)
+            module.requires_grad_(True)
         if experts.init == "fresh":
-            initialise(learns[0], model.config.layers)
+            initialise(learns[0].float(), model.config.layers)
     return model
 
 

@@ -104,14 +104,16 @@ def groups_of(model: SpeechModel, settings: SteeringConfig) -> list[ParameterGro
 
 
 def observations(model: SpeechModel) -> dict[str, float]:
-    """How strong the steering is: mean scale, and mean length of a vector; of adapters the mean norm of B."""
+    """How strong the steering is: mean length of a vector, scales and their mean; of adapters the mean norm of B."""
     if isinstance(model.steering, LowRank):
         norms = [adapter.lora_B.detach().norm() for adapter in model.steering.adapters.values()]  # type: ignore[operator]
         return {"adapter_norm": float(torch.stack(norms).mean())}
     assert isinstance(model.steering, Steering)
     found = {"vector_norm": float(model.steering.vectors.detach().norm(dim=-1).mean())}
     if model.steering.shape.is_scaled:
-        found["scale"] = float(model.steering.scale.detach().mean())
+        scale_L = model.steering.scale.detach()
+        found["scale"] = float(scale_L.mean())
+        found |= {f"scale_{layer}": value for layer, value in enumerate(scale_L.flatten().tolist())}
     return found
 
 
