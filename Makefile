@@ -12,7 +12,7 @@ PYTEST_WORKERS ?= 2
 TEXTS ?= texts
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-tests quickstart quickstart-speech real-model wheel test test-slow test-faults test-cluster test-transformers4 test-page check format clean
+.PHONY: help install install-tests quickstart quickstart-speech real-model docs wheel test test-slow test-faults test-cluster test-transformers4 test-page check format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -44,6 +44,11 @@ quickstart-speech: $(VENV)/installed  ## steering experts on real models: Whispe
 	@$(PIP) --editable '.[speech,transformers,gguf]'
 	$(BIN)/python -m benchmarks.real_speech.models models
 	$(BIN)/modularforge run-all --config configs/speech.yaml
+
+docs: $(VENV)/installed  ## build the documentation as a site in site/
+	@$(PIP) --editable '.[docs]'
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
 
 wheel:  ## build a wheel of the project in dist/ (a test of test-slow installs it in an empty environment)
 	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
