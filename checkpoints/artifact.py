@@ -199,9 +199,13 @@ def examine(url: str) -> tuple[list[Artifact], dict[str, str]]:
 
 
 def newest_checkpoints(artifacts: Iterable[Artifact], url: str) -> list[Artifact]:
-    """Of every job that has training checkpoints, the newest one; raises MissingArtifactError, which names the URL."""
+    """Of every job that has training checkpoints, the newest one, behind its pieces where it has some.
+
+    Raises MissingArtifactError, which names the URL.
+    """
     newest: dict[str, Artifact] = {}
-    for artifact in artifacts:
+    found = list(artifacts)
+    for artifact in found:
         if artifact.manifest.kind == CHECKPOINT_KIND:
             job = artifact.url.rsplit("/", 1)[0]
             newest[job] = max(newest.get(job, artifact), artifact, key=lambda one: one.manifest.step or 0)
@@ -209,7 +213,8 @@ def newest_checkpoints(artifacts: Iterable[Artifact], url: str) -> list[Artifact
         raise MissingArtifactError(
             f"{url} must hold a training checkpoint, but only other artifacts are there; leave out --newest"
         )
-    return list(newest.values())
+    places = {artifact.url.replace("/step-", "/pieces-") for artifact in newest.values()}
+    return [*(one for one in found if one.url.rsplit("/", 1)[0] in places), *newest.values()]
 
 
 def _open(url: str) -> Artifact | CorruptArtifactError | None:

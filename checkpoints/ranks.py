@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from checkpoints.errors import StoreError
+from checkpoints.pieces import Part
 from checkpoints.training import Checkpoint, list_checkpoints, load_checkpoint, load_newest_checkpoint, step_of
 
 Result = TypeVar("Result")
@@ -47,27 +48,32 @@ def on_rank_zero(action: Callable[[], object], distributed: Any, device: torch.d
 
 
 def load_newest_on_all_ranks(
-    url: str, fingerprint: str, distributed: Any, device: torch.device | str = "cpu", fallback: bool = False
+    url: str,
+    fingerprint: str,
+    distributed: Any,
+    device: torch.device | str = "cpu",
+    fallback: bool = False,
+    part: Part | None = None,
 ) -> Checkpoint | None:
-    """The same checkpoint on every rank (called on every rank): rank 0 chooses the step, then each reads it."""
+    """The same checkpoint on every rank (called on every rank): rank 0 chooses the step, then each reads its part."""
     chosen: list[Checkpoint | None] = [None]
 
     def choose() -> None:
-        chosen[0] = load_newest_checkpoint(url, fingerprint, fallback)
+        chosen[0] = load_newest_checkpoint(url, fingerprint, fallback, part)
 
     on_rank_zero(choose, distributed, device)
     mine = chosen[0].step if chosen[0] else NO_CHECKPOINT
     step = _gather(mine, distributed, device)[0]
     if step == NO_CHECKPOINT:
         return None
-    return together(lambda: chosen[0] or _load_step(url, step, fingerprint), distributed, device)
+    return together(lambda: chosen[0] or _load_step(url, step, fingerprint, part), distributed, device)
 
 
-def _load_step(url: str, step: int, fingerprint: str) -> Checkpoint:
+def _load_step(url: str, step: int, fingerprint: str, part: Part | None) -> Checkpoint:
     names = {step_of(name): name for name in list_checkpoints(url)}
     if step not in names:
         raise StoreError(f"{url} must show step {step} on every rank, but shows {sorted(names)}; use shared storage")
-    return load_checkpoint(f"{url.rstrip('/')}/{names[step]}", fingerprint)
+    return load_checkpoint(f"{url.rstrip('/')}/{names[step]}", fingerprint, part)
 
 
 def _gather(value: int, distributed: Any, device: torch.device | str) -> list[int]:

@@ -15,18 +15,23 @@ from typing import Any
 
 import torch
 
+from checkpoints.pieces import Part
 from checkpoints.retry import logger
-from checkpoints.training import Checkpoint, save_checkpoint
+from checkpoints.training import Checkpoint, save_checkpoint, save_piece
 
 
 class CheckpointSaver:
     """Saves the checkpoints of one job (on rank 0 only); an error surfaces at the next `save`, `check` or `wait`.
 
+    With a `part` it saves that piece of each, which becomes a checkpoint when the caller commits all of them.
     A program that ends without `wait` still finishes the save, or has its failure in the log.
     """
 
-    def __init__(self, url: str, fingerprint: str, keep_last: int, keep_every: int = 0) -> None:
+    def __init__(
+        self, url: str, fingerprint: str, keep_last: int, keep_every: int = 0, part: Part | None = None
+    ) -> None:
         self._url = url
+        self._part = part
         self._fingerprint = fingerprint
         self._keep_last = keep_last
         self._keep_every = keep_every
@@ -69,6 +74,11 @@ class CheckpointSaver:
         self.stall_seconds = time.monotonic() - start
 
     @property
+    def is_busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
     def has_failed(self) -> bool:
         """Whether `check` would raise."""
         return self._error is not None
@@ -106,7 +116,10 @@ class CheckpointSaver:
 
     def _write(self, checkpoint: Checkpoint) -> None:
         try:
-            save_checkpoint(self._url, checkpoint, self._fingerprint, self._keep_last, self._keep_every)
+            if self._part:
+                save_piece(self._url, checkpoint, self._fingerprint, self._part)
+            else:
+                save_checkpoint(self._url, checkpoint, self._fingerprint, self._keep_last, self._keep_every)
         except Exception as error:  # raised in the caller's thread by `check`
             logger.error("the checkpoint of step %d is not saved: %s", checkpoint.step, error)
             self._error = error

@@ -7,7 +7,9 @@ are made, with no second copy in memory or on the disk.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,18 +42,52 @@ RANKS = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 SAFE_ALIGNMENT = 16  # torch.set_rng_state reads its bytes as a struct and crashes below this
 
 
-def weight_file_chunks(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+@dataclass(frozen=True)
+class LaterTensor:
+    """A dense tensor that is made only when its bytes are taken, and not kept."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+    layout: torch.layout = torch.strided
+
+    def to(self, dtype: torch.dtype) -> LaterTensor:
+        """The same in another type."""
+        return replace(self, dtype=dtype)
+
+    def contiguous(self) -> LaterTensor:
+        """Itself: bytes are taken in order."""
+        return self
+
+    def numel(self) -> int:
+        """Entries."""
+        return math.prod(self.shape)
+
+    def element_size(self) -> int:
+        """Bytes of an entry."""
+        return self.dtype.itemsize
+
+    def detach(self) -> torch.Tensor:
+        """The tensor."""
+        return self.make().detach().to(self.dtype)
+
+
+Tensors = Mapping[str, torch.Tensor | LaterTensor]
+
+
+def weight_file_chunks(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> Iterator[bytes | memoryview]:
     """The bytes of a weight file; a tensor on another device is copied to the host only while its bytes are taken."""
     names = sorted(tensors, key=lambda name: (-RANKS[_known(name, tensors[name])], name))
     yield header_bytes(
-        (name, NAMES[tensors[name].dtype], tuple(tensors[name].shape), _bytes_of(tensors[name])) for name in names
+        ((name, NAMES[tensors[name].dtype], tuple(tensors[name].shape), _bytes_of(tensors[name])) for name in names),
+        metadata,
     )
     for name in names:
         content = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         yield _memory_of(content).toreadonly()  # nobody changes it while it is saved, so nobody has to copy it
 
 
-def weight_file_size(tensors: Mapping[str, torch.Tensor]) -> int:
+def weight_file_size(tensors: Tensors) -> int:
     """Bytes of tensor data that a weight file would hold."""
     return sum(map(_bytes_of, tensors.values()))
 
@@ -100,11 +136,11 @@ def _check_types(header: Header) -> None:
         raise ValueError(f"it has tensors of type {', '.join(unknown)}, and known are {', '.join(DTYPES)}")
 
 
-def _bytes_of(tensor: torch.Tensor) -> int:
+def _bytes_of(tensor: torch.Tensor | LaterTensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _known(name: str, tensor: torch.Tensor) -> torch.dtype:
+def _known(name: str, tensor: torch.Tensor | LaterTensor) -> torch.dtype:
     if tensor.dtype not in RANKS or tensor.layout != torch.strided:
         raise StoreError(
             f"tensor {name} must be dense with one of the dtypes {', '.join(DTYPES)} to be saved, "

@@ -15,15 +15,25 @@ import torch
 
 from checkpoints import paths
 from checkpoints.artifact import Artifact, find_artifact, open_artifact
-from checkpoints.errors import ArtifactExistsError, CorruptArtifactError, StoreError
+from checkpoints.errors import ArtifactExistsError, CorruptArtifactError, MissingArtifactError, StoreError
 from checkpoints.manifest import CHECKPOINT_KIND
+from checkpoints.pieces import (
+    PIECE_KIND,
+    PIECES_NAME,
+    TENSORS_NAME,
+    Part,
+    described,
+    pieces_of,
+    pieces_url,
+    read_pieces,
+    sweep_pieces,
+)
 from checkpoints.retry import logger
 from checkpoints.streams import check_size
 from checkpoints.tensors import read_weight_file, weight_file_chunks, weight_file_size
 from checkpoints.urls import DAMAGED, MANIFEST_NAME, hidden_name
 from checkpoints.writer import ArtifactWriter, write_artifact
 
-TENSORS_NAME = "state.safetensors"
 STATE_NAME = "state.json"
 STEP_NAME = re.compile(r"step-(\d{8,})")
 
@@ -45,14 +55,45 @@ def save_checkpoint(url: str, checkpoint: Checkpoint, fingerprint: str, keep_las
     """
     target = paths.join(url, f"step-{checkpoint.step:08d}")
     with write_artifact(target, CHECKPOINT_KIND, fingerprint) as writer:
-        chunks = weight_file_chunks(checkpoint.tensors)
-        writer.write_chunks(TENSORS_NAME, chunks, weight_file_size(checkpoint.tensors))
+        _write_tensors(writer, checkpoint)
         writer.write_json(STATE_NAME, checkpoint.state)
-        try:
-            writer.commit({"step": checkpoint.step})
-        except ArtifactExistsError as error:
-            _accept_same_state(writer, fingerprint, error)
+        _commit(writer, checkpoint.step, fingerprint)
     delete_old_checkpoints(url, checkpoint.step, keep_last, keep_every)
+
+
+def save_piece(url: str, checkpoint: Checkpoint, fingerprint: str, part: Part) -> None:
+    """Commit what one rank holds of a checkpoint (called on each rank whose piece no other has)."""
+    target = paths.join(pieces_url(url, checkpoint.step), part.name)
+    with write_artifact(target, PIECE_KIND, fingerprint) as writer:
+        _write_tensors(writer, checkpoint)
+        _commit(writer, checkpoint.step, fingerprint)
+
+
+def commit_pieces(
+    url: str, checkpoint: Checkpoint, fingerprint: str, part: Part, keep_last: int, keep_every: int = 0
+) -> None:
+    """Commit a checkpoint all pieces of which are committed, then delete old ones (called on rank 0 only).
+
+    Of `part`, count and rows are read; of `checkpoint`, step and state.
+    """
+    target = paths.join(url, f"step-{checkpoint.step:08d}")
+    with write_artifact(target, CHECKPOINT_KIND, fingerprint) as writer:
+        writer.write_json(PIECES_NAME, described(url, checkpoint.step, part.count, part.rows))
+        writer.write_json(STATE_NAME, checkpoint.state)
+        _commit(writer, checkpoint.step, fingerprint)
+    delete_old_checkpoints(url, checkpoint.step, keep_last, keep_every)
+
+
+def _write_tensors(writer: ArtifactWriter, checkpoint: Checkpoint) -> None:
+    chunks = weight_file_chunks(checkpoint.tensors)
+    writer.write_chunks(TENSORS_NAME, chunks, weight_file_size(checkpoint.tensors))
+
+
+def _commit(writer: ArtifactWriter, step: int, fingerprint: str) -> None:
+    try:
+        writer.commit({"step": step})
+    except ArtifactExistsError as error:
+        _accept_same_state(writer, fingerprint, error)
 
 
 def list_checkpoints(url: str) -> list[str]:
@@ -67,8 +108,11 @@ def step_of(name: str) -> int:
     return int(name.removeprefix("step-"))
 
 
-def load_checkpoint(url: str, fingerprint: str) -> Checkpoint:
-    """One checkpoint, every byte checked; raises StoreError when it is another config's, CorruptArtifactError."""
+def load_checkpoint(url: str, fingerprint: str, part: Part | None = None) -> Checkpoint:
+    """One checkpoint, or a part of it, every byte checked; raises StoreError when it is another config's.
+
+    CorruptArtifactError when it is damaged. However many pieces it was written in, it is read in any other number.
+    """
     artifact = open_artifact(url)
     if artifact.manifest.fingerprint != fingerprint:
         raise StoreError(
@@ -78,10 +122,15 @@ def load_checkpoint(url: str, fingerprint: str) -> Checkpoint:
     state = artifact.read_json(STATE_NAME)
     if artifact.manifest.step is None or not isinstance(state, dict):
         raise CorruptArtifactError(f"{url} must be a training checkpoint, but is another artifact; move it away")
-    return Checkpoint(artifact.manifest.step, read_weight_file(artifact, TENSORS_NAME), state)
+    if PIECES_NAME in artifact.manifest.files:
+        return Checkpoint(artifact.manifest.step, read_pieces(artifact, part), state)
+    tensors = read_weight_file(artifact, TENSORS_NAME)
+    return Checkpoint(artifact.manifest.step, tensors if part is None else part.of(tensors), state)
 
 
-def load_newest_checkpoint(url: str, fingerprint: str, fallback: bool = False) -> Checkpoint | None:
+def load_newest_checkpoint(
+    url: str, fingerprint: str, fallback: bool = False, part: Part | None = None
+) -> Checkpoint | None:
     """The newest committed checkpoint, or None when none was ever committed.
 
     A damaged one is CorruptArtifactError. With `fallback` it is set aside with a loud record and the next older one is
@@ -91,7 +140,7 @@ def load_newest_checkpoint(url: str, fingerprint: str, fallback: bool = False) -
     damaged: list[str] = []
     for name in reversed(names):
         try:
-            checkpoint = load_checkpoint(paths.join(url, name), fingerprint)
+            checkpoint = load_checkpoint(paths.join(url, name), fingerprint, part)
         except CorruptArtifactError as error:
             if not fallback:
                 raise CorruptArtifactError(
@@ -126,6 +175,15 @@ def delete_old_checkpoints(url: str, newest: int, keep_last: int, keep_every: in
             paths.remove(paths.join(url, name))
         except StoreError as error:  # the new checkpoint is safe; a full disk later would be a new error
             logger.warning("an old checkpoint stays: %s", error)
+    sweep_pieces(url, {step_of(name) for name in list_checkpoints(url)}, newest)
+
+
+def forget_unfinished(url: str) -> None:
+    """Delete pieces of steps that were never committed, so that a job may come there again (on rank 0, at its start).
+
+    Steps that were set aside as damaged lose theirs as well.
+    """
+    sweep_pieces(url, {step_of(name) for name in list_checkpoints(url)})
 
 
 def set_aside(url: str) -> None:
@@ -158,9 +216,10 @@ def _is_whole(url: str) -> bool:
     if artifact is None:
         return False
     try:
-        for name, entry in artifact.manifest.files.items():
-            check_size(artifact.file_url(name), entry)
-    except CorruptArtifactError as error:
+        for part in (artifact, *pieces_of(artifact)):
+            for name, entry in part.manifest.files.items():
+                check_size(part.file_url(name), entry)
+    except (CorruptArtifactError, MissingArtifactError) as error:
         logger.error("old checkpoints are kept: %s", error)
         return False
     return True

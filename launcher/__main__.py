@@ -78,9 +78,28 @@ def _with_workers(settings: Config, max_workers: int | None) -> Config:
 
 @app.command()
 @with_settings
-def plan(settings: Config) -> None:
-    """Print every script, the graph and the hours a launch would ask for; touches neither Slurm nor storage."""
-    plan_of(settings)
+def plan(
+    settings: Config,
+    simulated: Annotated[
+        bool, typer.Option("--simulate", help="Instead, how the run would go on GPUs that fail (extra `simulate`).")
+    ] = False,
+    assume: Annotated[
+        list[str] | None,
+        typer.Option("--assume", metavar="NAME=VALUE", help="For --simulate: gpus=1024, mfu=0.45 … Repeatable."),
+    ] = None,
+) -> None:
+    """Print every script, the graph and the hours a launch would ask for; touches neither Slurm nor storage.
+
+    With --simulate: time to result, goodput and lost GPU-hours beside one job of all GPUs, with failures as published.
+    """
+    if assume and not simulated:
+        raise ConfigError("--assume says what --simulate takes for granted; give both, or neither")
+    if simulated:
+        from launcher.simulated_plan import describe_simulation
+
+        say(describe_simulation(settings, assume or ()))
+    else:
+        plan_of(settings)
 
 
 def plan_of(settings: Config) -> None:

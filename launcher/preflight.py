@@ -25,6 +25,7 @@ from launcher.snapshot import snapshot_folder
 from launcher.tasks import Group, build_groups, build_tasks, nodes_of, nodes_section
 from modularforge.config import Config
 from modularforge.errors import ConfigError
+from modularforge.memory import too_large, trained_stages
 
 NODE_WAIT_SECONDS = 30
 NODE_CHECK = (
@@ -35,7 +36,7 @@ NODE_CHECK = (
 
 def preflight(config: Config, run_id: str) -> list[str]:
     """Check Slurm, storage and a node; returns notes, raises ConfigError with all problems."""
-    checks = [_slurm_problems, _storage_problems, _node_problems]
+    checks = [_slurm_problems, _storage_problems, _node_problems, _memory_problems]
     notes: list[str] = []
     with ThreadPoolExecutor(len(checks)) as pool:
         found = list(pool.map(lambda check: list(check(config, run_id, notes)), checks))
@@ -48,7 +49,8 @@ def preflight(config: Config, run_id: str) -> list[str]:
 
 def fingerprint_of(config: Config) -> str:
     """What the checks depend on: with the same, they need not be repeated."""
-    values = [config.cluster.model_dump(mode="json"), config.output_dir, config.experts.count]
+    values: list[object] = [config.cluster.model_dump(mode="json"), config.output_dir, config.experts.count]
+    values += _memory_problems(config, "", [])  # a model that has grown is looked at again
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -141,6 +143,13 @@ def _queue_limit(config: Config, queues: dict[str, dict[str, str]]) -> float:
 def _queue_names(config: Config) -> list[str]:
     """Slurm takes several partitions, with commas between them, and starts the job in the first that can."""
     return [name.strip() for name in (config.cluster.queue or "").split(",") if name.strip()]
+
+
+def _memory_problems(config: Config, _run_id: str, _notes: list[str]) -> Iterator[str]:
+    """Jobs whose GPUs are too small, where `cluster.gpu_memory_gb` says how large they are."""
+    for stage in trained_stages(config):
+        if why := too_large(config, stage):
+            yield why
 
 
 def _storage_problems(config: Config, _run_id: str, _notes: list[str]) -> Iterator[str]:

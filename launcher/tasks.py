@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from checkpoints import MissingArtifactError, paths
+from checkpoints.parallel import in_order
 from modularforge.config import Config, NodesConfig
 from modularforge.pipeline import ROUNDS, STAGES, JobName, Stage, stage_settings, wanted_stages
 from modularforge.run import Run, is_kept
 
+READS_AT_ONCE = 16
 MERGED = ("expert", *ROUNDS)
 """Jobs of which others go on without those that failed."""
 
@@ -162,7 +165,28 @@ def is_finished(run: Run, task: Task) -> bool:
 
 def finished_tasks(run: Run, tasks: list[Task]) -> set[str]:
     """Names of the tasks whose work is done."""
+    _look_side_by_side(run, tasks)
     return {task.name for task in tasks if is_finished(run, task)}
+
+
+def _look_side_by_side(run: Run, tasks: list[Task]) -> None:
+    """Let `run` know what ten thousand experts have committed to an object store, which answers in tens of ms."""
+    if paths.is_local(run.config.output_dir):
+        return
+    waiting = {task.group for task in tasks if task.index == 0 and not _may_begin(run, task)}
+    found = [task for task in tasks if task.index is not None and task.group not in waiting]
+    urls = [run.url(stage, task.index) for task in found for stage in task.stages]
+    for _ in in_order(run.find, urls, READS_AT_ONCE):
+        pass
+
+
+def _may_begin(run: Run, task: Task) -> bool:
+    """Whether what its first stage is made from is there."""
+    try:
+        run.plan(task.stages[0], task.index)
+    except MissingArtifactError:
+        return False
+    return True
 
 
 def unneeded_tasks(tasks: list[Task], done: set[str]) -> set[str]:

@@ -58,7 +58,7 @@ def _make(
             if stage.round:
                 _make(run, stage.name, parts=parts)
     for stage in STAGES.values():
-        if stage.job == job and stage.name not in but and (not stage.needs or stage.is_wanted(run.config)):
+        if stage.job == job and stage.name not in but and not stage.is_off(run.config):
             for index in stage.indices(run.config) if indices is None else indices:
                 _make_part(run, stage.name, index, parts)
 
@@ -158,23 +158,32 @@ def evaluate(
     harness: Annotated[
         list[str] | None, typer.Option(metavar="TASK", help="A task of lm-eval to do as well. Repeatable.")
     ] = None,
+    on: Annotated[
+        str | None, typer.Option(help="Of speech: measure on this test set alone, at a path or known by name.")
+    ] = None,
 ) -> None:
-    """Measure the models of a run side by side: perplexity per domain, routing, samples; prints the table."""
+    """Measure the models of a run side by side: perplexity or error rate per domain, routing; prints the table."""
+    if on is not None and settings.task != "speech":
+        raise ConfigError(f"--on must be left out unless task is speech, but task is {settings.task}; leave it out")
     if harness:
         wanted = settings.evaluation.model_copy(update={"harness": harness})
         settings = settings.model_copy(update={"evaluation": wanted})
-    if model is None:
+    if model is None and on is None:
         _evaluate(Run(settings))
         return
+    from modularforge.observe.evaluation import print_errors, print_table
+    from modularforge.stages.evaluate import chosen_model, measure_folder
+
+    run = Run(settings)
     if settings.task == "speech":
-        from modularforge.stages.speech import measure_folder as measure_speech
+        from modularforge.stages.evaluate_speech import measure_folder as measure_speech
 
-        measure_speech(Run(settings), model).show(None)
-        return
-    from modularforge.observe.evaluation import print_table
-    from modularforge.stages.evaluate import measure_folder
-
-    print_table(measure_folder(Run(settings), model))
+        results = measure_speech(run, model or chosen_model(run).url, on)
+        print_errors(results)
+    else:
+        assert model is not None
+        results = measure_folder(run, model)
+    print_table(results)
 
 
 def _evaluate(run: Run, parts: Parts | None = None) -> None:
@@ -272,7 +281,9 @@ def study(
 def generate(
     load_settings: Callable[[], Config],
     model: Annotated[str | None, typer.Option(help="Model folder; without it the run's best model.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Text to continue; without it you are asked for one.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to continue; repeatable. Without it you are asked for one.")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Length of the continuation.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Choose among the k likeliest; 0: all.")] = 50,
@@ -280,7 +291,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same text.")] = 0,
 ) -> None:
     """Continue a text with a trained model."""
-    from modularforge.evaluation.generation import Sampling, continue_text, load_for_generation, show, talk
+    from modularforge.evaluation.generation import Sampling, continue_texts, load_for_generation, show, talk
 
     if model is None:
         from modularforge.stages.evaluate import chosen_model
@@ -288,10 +299,11 @@ def generate(
         model = chosen_model(Run(load_settings())).url
     loaded = load_for_generation(model)
     sampling = Sampling(temperature, top_k, top_p, seed)
-    if prompt is None:
+    if not prompt:
         talk(loaded, tokens, sampling)
-    else:
-        show(prompt + continue_text(loaded, prompt, tokens, sampling))
+        return
+    for text, following in zip(prompt, continue_texts(loaded, prompt, tokens, sampling), strict=True):
+        show(text + following)
 
 
 @app.command()
@@ -299,13 +311,17 @@ def generate(
 def transcribe(
     load_settings: Callable[[], Config],
     audio: Annotated[list[str], typer.Argument(metavar="AUDIO…", help="Recordings: paths, URLs or patterns.")],
-    model: Annotated[str | None, typer.Option(help="Folder of a speech model; without it the run's.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Speech model: folder, URL or owner/name on the Hub; without it the run's.")
+    ] = None,
     prompt: Annotated[str, typer.Option(help="The text prompt that it was trained with.")] = "",
     tokens: Annotated[int, typer.Option(min=1, help="Length of a transcript at the most.")] = 64,
+    encoder: Annotated[str | None, typer.Option(help="Where its encoder lies here: a folder, or on the Hub.")] = None,
+    decoder: Annotated[str | None, typer.Option(help="Where its language model lies here.")] = None,
 ) -> None:
     """Write down what recordings say, with a model of the task speech."""
-    from pathlib import Path
-
+    from modularforge.speech.folder import parts_in
+    from modularforge.speech.hub import placed, speech_folder
     from modularforge.speech.transcribe import transcribe_files
 
     if model is None:
@@ -313,8 +329,9 @@ def transcribe(
         prompt = prompt or settings.speech.model.prompt
         folder = Run(settings).require("assemble").local_folder()
     else:
-        folder = Path(model)
-    for text in transcribe_files(folder, audio, prompt, tokens):
+        folder = speech_folder(model)
+    parts = placed(parts_in(folder), encoder, decoder)
+    for text in transcribe_files(folder, audio, prompt, tokens, parts):
         say(text)
 
 
@@ -333,6 +350,24 @@ def route(
 
         model = chosen_model(Run(load_settings())).url
     show_routes(model, prompt)
+
+
+@app.command()
+def analyze(
+    target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="Run of task speech, or folder of one model.")],
+    audio: Annotated[str | None, typer.Argument(metavar="AUDIO", help="Recording to listen to.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder or URL for the figures; a run has them in plots/.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
+) -> None:
+    """Show what the gates of a speech model do: by layer, by domain, over training, and frame by frame of a recording.
+
+    Prints tables and writes figures.
+    """
+    from modularforge.log import configure_logging
+    from modularforge.observe.analyze import analyze as show
+
+    configure_logging()
+    show(target, audio, output)
 
 
 @app.command()
@@ -427,12 +462,14 @@ def settings(
 def info(
     settings: Config,
     show_settings: Annotated[bool, typer.Option("--settings", help="Print the resolved settings as YAML.")] = False,
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs, such as 1,8: what each job needs on each of them.")] = "",
 ) -> None:
     """Print the sizes of backbone and assembled model, the length of the training, and what it costs here."""
     from modularforge.config_files import to_yaml
     from modularforge.info import describe
+    from modularforge.memory import gpu_counts
 
-    say(to_yaml(settings) if show_settings else describe(settings))
+    say(to_yaml(settings) if show_settings else describe(settings, gpu_counts(gpus)))
 
 
 @app.command()

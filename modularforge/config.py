@@ -252,10 +252,21 @@ class CleanStepConfig(SafeSection):
     """`repair` (mojibake), `length`, `repetition` (Gopher's rules), `gopher`, `c4` and `fineweb` (their rules of
     quality), `language`, `personal` (e-mail and IP addresses become others), `exact` and `near` (duplicates),
     `decontaminate` (documents that share word n-grams with given sets)."""
-    sources: list[str] | None = None
+    sources: list[Text] | None = None
     """Names of the sources whose documents it looks at; null is all, as for `exact` and `near`, which know no other."""
-    options: dict[str, bool | int | float | str | list[str] | None] = {}
+    options: dict[Line, bool | int | float | Line | list[Line] | None] = {}
     """Parameters of the step, by datatrove's names for them (docs/text.md); the others are as it has them."""
+
+
+class MixConfig(Section):
+    """How often the text of a source is drawn in training."""
+
+    source: str
+    """Name of the source, or a label that `label_field` gives."""
+    weight: float = Field(1.0, ge=0)
+    """It is drawn in proportion to this times its tokens (see `data.temperature`); 0 draws none of it."""
+    epochs: float | None = Field(None, gt=0)
+    """None of its text is drawn more often than this; the others then take its share. Null is no limit."""
 
 
 class DataConfig(Section):
@@ -273,6 +284,15 @@ class DataConfig(Section):
     clean: list[CleanStepConfig] = []
     """Steps that clean the documents before anything else reads them, in this order; none by default (extra `clean`).
     `near` comes after the steps that change text."""
+    packing: Literal["stream", "documents"] = "stream"
+    """`stream` trains on windows of all documents one after another; `documents` on whole documents, several in a
+    sequence where they fit, of which none sees another (docs/text.md). Prepared data is the same."""
+    mix: list[MixConfig] = []
+    """Sources that training draws more or less often than their tokens say, for the backbone and inside partitions
+    (docs/text.md). Prepared data is the same."""
+    temperature: float | None = Field(1.0, ge=1)
+    """Sources are drawn in proportion to their tokens to the power of 1 / temperature, times their weights in
+    `data.mix`: above 1 small ones come more often; null draws by the weights alone."""
     vocab_size: int = Field(16384, ge=260, le=1_000_000)
     """Entries of the byte-level BPE vocabulary: 4 special tokens, 256 bytes, and merges. With `model.pretrained` it is
     that model's."""
@@ -406,6 +426,11 @@ class TrainingConfig(Section):
     recompute: Literal["none", "blocks", "auto"] = "none"
     """`blocks` keeps the input of each block alone for the backward pass and computes the block again there: a third
     more work, the same values, far less memory; `auto` does so on a GPU that could not hold the rest."""
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """How processes share a job: `ddp` has all of the model in each, `fsdp` shards weights, gradients and moments over
+    all, `hsdp` over a few and repeats that (docs/scale.md says when); one process is the same with each."""
+    shard_ranks: int | None = Field(None, ge=2)
+    """Processes over which `hsdp` shards; null is those of a node, between which traffic is fast."""
     log_every: int = Field(10, ge=1)
     """Steps between lines of metrics."""
     gradient_norms: int | None = Field(0, ge=0)
@@ -415,6 +440,9 @@ class TrainingConfig(Section):
     """Steps between validations."""
     validation_tokens: int = Field(65_536, ge=1)
     """Tokens of each validation at the most."""
+    patience: int | None = Field(None, ge=1)
+    """End a job after so many validations in a row without a better loss, and keep the weights of the best one in any
+    case; null trains all steps and keeps the last ones. A calibration has none."""
     checkpoint_every: int = Field(200, ge=1)
     """Steps between training checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
@@ -474,7 +502,7 @@ class LoraConfig(Section):
 class OuterConfig(Section):
     """The step that a merge between rounds takes from the last shared weights towards the mean of the experts'."""
 
-    learning_rate: float = Field(1.0, gt=0)
+    rate: float = Field(1.0, gt=0)
     """Share of the way that it goes; 1 without momentum takes the mean itself. DiLoCo (arXiv 2311.08105) has 0.7."""
     momentum: float = Field(0.0, ge=0, lt=1)
     """Nesterov momentum from merge to merge; DiLoCo has 0.9."""
@@ -514,6 +542,9 @@ class ExpertsConfig(PhaseConfig):
     rounds: int = Field(1, ge=1, le=MOST_ROUNDS)
     """Rounds that the training is cut into: after each but the last, a job merges the shared weights of all experts,
     which go on from there. Steps are those of all rounds together."""
+    settle: bool = False
+    """In the last round, leave the shared weights as they were merged, so that each expert's own block ends behind the
+    weights that the assembled model has."""
     outer: OuterConfig = OuterConfig()
     lora: LoraConfig = LoraConfig()
 
@@ -796,6 +827,9 @@ class ClusterConfig(Section):
     work_dir: Line | None = None
     """Folder that nodes share, in which each run has one for logs, scripts and code; null: in the run's own folder, and
     of a run on an object store in `./modularforge-jobs`."""
+    gpu_memory_gb: float | None = Field(None, gt=0)
+    """Memory of a GPU: the launcher then refuses jobs that cannot fit, and `info` says on how many they do; null asks
+    nothing."""
     price_per_gpu_hour: float | None = Field(None, ge=0)
     """What a GPU-hour costs, in any currency: `python -m launcher plan` then says what a launch may cost."""
 
@@ -828,6 +862,9 @@ class SpeechDataConfig(Section):
     """Leave out recordings of which 1 % of the samples is at full scale."""
     unusable: Literal["skip", "refuse"] = "skip"
     """Recordings that are missing, corrupt or silent are counted and left out, or stop the preparation."""
+    keeps: Literal["features", "audio"] = "features"
+    """What prepared data hold: `features`, computed once, or the recordings (`audio`) as their files have them, from
+    which features are computed on the fly, as batches are made. Both give the same losses."""
 
 
 class SpeechModelConfig(Section):
@@ -852,6 +889,33 @@ class SpeechModelConfig(Section):
     """Text that the language model reads between audio and answer, in training and evaluation."""
 
 
+class SpeechTestConfig(SafeSection):
+    """A test set beside a run's domains: recordings with texts at a path, on the Hub, or by a known name alone."""
+
+    name: str = Field(pattern=NAME)
+    """What tables call it; `librispeech-test-clean`, `librispeech-test-other` and `aishell-1` need nothing else."""
+    path: Text | list[Text] | None = None
+    """Where it is, in any form that `data.sources` take: a folder, files, URLs or patterns."""
+    hub: Text | None = None
+    """Hub data set, in place of a path."""
+    hub_config: Line | None = None
+    """Configuration of the Hub data set."""
+    split: Line = "test"
+    """Split of the Hub data set."""
+    audio_field: Text = "audio"
+    """Column that holds the audio."""
+    text_field: Text = "text"
+    """Column that holds what is said."""
+    prompt_field: Text | None = None
+    """Column of the text prompt; null is `speech.model.prompt`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_name(cls, values: Any) -> Any:
+        """The name of a known set alone is enough."""
+        return {"name": values} if isinstance(values, str) else values
+
+
 class SpeechDecodingConfig(Section):
     """How transcripts are written and measured, for `task: speech`."""
 
@@ -863,6 +927,8 @@ class SpeechDecodingConfig(Section):
     """Utterances per batch, the same for every model."""
     listed: int = Field(20, ge=0)
     """Worst utterances of each domain that are listed with audio, reference and hypothesis."""
+    tests: list[SpeechTestConfig] | None = None
+    """Test sets that all models are measured on beside the domains, by a known name or with settings."""
 
 
 class SpeechConfig(Section):
@@ -876,11 +942,14 @@ class SpeechConfig(Section):
 class SteeringConfig(Section):
     """Experts of kind `steering`: vectors between the frozen layers of a speech encoder (arXiv 2510.13558)."""
 
-    variant: Literal["layerwise", "aligner", "hybrid"] = "layerwise"
+    variant: Literal["layerwise", "aligner", "hybrid", "prompt", "lora"] = "layerwise"
     """`layerwise`: behind every layer, scaled; `aligner`: behind the encoder alone, without scale and without a prompt;
-    `hybrid`: the same with the prompt."""
+    `hybrid`: the same with the prompt; `prompt`: `layerwise`, with a prompt for each utterance; `lora`: no vectors, but
+    low-rank adapters beside q, k, v, out, fc1 and fc2 of every layer."""
     vectors: int = Field(8, ge=1)
     """Vectors of one expert at each place, mixed by a gate for every frame."""
+    rank: int = Field(8, ge=1, le=65_536)
+    """`lora`: rank of the adapters of one expert, whose learning rate is `experts.peak_learning_rate`."""
     start_scale: float = 0.1
     """What scales start at."""
     scale_bound: float | None = Field(None, gt=0)
@@ -891,10 +960,32 @@ class SteeringConfig(Section):
     """Learning rate of vectors and scales, as a multiple of `experts.peak_learning_rate`."""
     gate_rate: float = Field(1.0, gt=0)
     """Learning rate of gates, as such a multiple."""
+    joint_projector: bool = False
+    """Train the projector along in the baseline `joint`, as the paper does; experts leave it, so that they fit
+    together."""
+    projector_rate: float = Field(0.1, gt=0)
+    """Its learning rate there, as such a multiple."""
     clip_norm: float | None = Field(None, gt=0)
     """Gradients of vectors, and of gates, are each scaled down to this norm; null leaves `training.clip_norm` alone."""
+    balance_loss: float = Field(0.0, ge=0)
+    """Weight of a loss that is lowest where all vectors of a place are used alike, in the mean over frames."""
+    orthogonality_loss: float = Field(0.0, ge=0)
+    """Weight of the mean squared cosine between two vectors of a place."""
+    calibrates: bool = False
+    """Train the assembled model's router rows (`calibration.router`) and scales (`calibration.norms`) together in the
+    stage `calibrated`, on utterances of all experts; kept only if the validation loss gets better."""
     routing: Literal["frame", "utterance"] = "utterance"
     """Experts of an assembled model weigh anew at each frame, or alike at all frames of an utterance."""
+
+
+TASK_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "speech": {
+        "experts": {"kind": "steering"},
+        "assembly": {"router": "ridge"},
+        "evaluation": {"baselines": ["dense", "joint"]},
+    }
+}
+"""By task and section, settings whose own defaults no run of the task can have."""
 
 
 class Config(SafeSection):
@@ -935,10 +1026,32 @@ class Config(SafeSection):
     launcher: LauncherConfig = LauncherConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_task(cls, values: Any) -> Any:
+        """What is left out is as the task needs it."""
+        if not isinstance(values, dict):
+            return values
+        found = dict(values)
+        for section, defaults in TASK_DEFAULTS.get(str(values.get("task")), {}).items():
+            if isinstance(given := values.get(section, {}), dict):
+                found[section] = {**defaults, **given}
+        return found
+
     @property
     def learns_responses(self) -> bool:
         """Whether the data are examples, of which responses alone are learned."""
         return self.task in LEARN_RESPONSES
+
+    @property
+    def reads_documents(self) -> bool:
+        """Whether text is read document by document, not in windows."""
+        return self.data.packing == "documents"
+
+    @property
+    def mixes(self) -> bool:
+        """Whether sources are drawn otherwise than each text once an epoch."""
+        return bool(self.data.mix) or self.data.temperature != 1
 
     def example(self, source: SourceConfig) -> ExampleConfig | None:
         """How records of a source become examples; None where they are plain text."""
@@ -1025,6 +1138,7 @@ def _impossible_combinations(config: Config) -> Iterator[str]:
             "or name an instruct model"
         )
     yield from _impossible_speech(config)
+    yield from _impossible_shards(config)
     yield from _settings_of_other_kinds(config)
     yield from _impossible_rounds(config)
     if config.experts.kind == "lora":
@@ -1038,8 +1152,8 @@ def _impossible_combinations(config: Config) -> Iterator[str]:
     yield from _impossible_chats(config)
     yield from _impossible_replies(config)
     yield from _impossible_sources(config)
-    yield from _impossible_partitions(config)
     yield from _impossible_cleaning(config)
+    yield from _impossible_mixing(config)
 
 
 def _impossible_shapes(model: ModelConfig) -> Iterator[str]:
@@ -1153,20 +1267,34 @@ def _impossible_sources(config: Config) -> Iterator[str]:
         yield f"data.sources must have names of their own, but {name!r} occurs {names.count(name)} times; rename one"
 
 
-def _impossible_partitions(config: Config) -> Iterator[str]:
-    """The number of experts that domains do not give, where the sources alone say their labels."""
-    sources, count = config.data.sources, config.experts.count
-    is_known = not any(source.label_field for source in sources)
-    if config.partition.method == "domain" and is_known and count > len(sources):
+def _impossible_mixing(config: Config) -> Iterator[str]:
+    """One sentence per entry of the mixture that names no source, or one twice, and where there is no text to mix."""
+    sources, named = config.data.sources, [item.source for item in config.data.mix]
+    if config.mixes and config.task != "text":
         yield (
-            f"experts.count must be the number of data.sources for partition.method domain ({len(sources)}), but is "
-            f"{count}; set it to {len(sources)}, or choose another method"
+            f"data.mix and data.temperature must be left out under task {config.task}, since they mix text; remove them"
         )
+    known = [source.name for source in sources]
+    unknown = [name for name in named if name not in known]
+    if unknown and not any(source.label_field for source in sources):
+        yield (
+            f"data.mix must name data.sources ({', '.join(sorted(known))}), but names {unknown[0]!r:.60}; "
+            "name one of these"
+        )
+    for name in sorted({name for name in named if named.count(name) > 1}):
+        yield f"data.mix must name each source once, but names {name!r:.60} {named.count(name)} times; leave one"
+    if known and {item.source for item in config.data.mix if item.weight == 0} >= {*known}:
+        yield "data.mix must leave some source a weight above 0, but gives all of them 0; raise one"
 
 
 def _impossible_cleaning(config: Config) -> Iterator[str]:
-    """One sentence per step that finds nothing to clean, or comes too late."""
+    """One sentence per step that finds nothing to clean, or comes too late, and for documents where there are none."""
     names = [item.step for item in config.data.clean]
+    if config.reads_documents and config.task != "text":
+        yield (
+            f"data.packing must be left out under task {config.task}, since it packs documents of text, but is "
+            "documents; remove it"
+        )
     if names and config.task != "text":
         yield f"data.clean must be left out under task {config.task}, since it cleans documents of text; remove it"
     known = {source.name for source in config.data.sources}
@@ -1183,6 +1311,27 @@ def _impossible_cleaning(config: Config) -> Iterator[str]:
             f"data.clean must name near after all steps that change text, but {late[0]} comes after it; "
             "put near behind it"
         )
+
+
+def _impossible_shards(config: Config) -> Iterator[str]:
+    """The same of weights that lie in pieces on several processes."""
+    training = config.training
+    if training.parallel != "hsdp" and training.shard_ranks is not None:
+        yield (
+            f"training.shard_ranks must be null with training.parallel {training.parallel}, which leaves no choice; "
+            "unset it, or choose hsdp"
+        )
+    if training.parallel == "ddp":
+        return
+    wrong = {
+        "training.compile must be false": training.compile,
+        "training.patience must be null": training.patience is not None,
+        "experts.rounds must be 1": config.experts.rounds > 1,
+        "task must not be speech": config.task == "speech",
+    }
+    for what, is_wrong in wrong.items():
+        if is_wrong:
+            yield f"{what} with training.parallel {training.parallel}, which cannot do that yet; change it, or use ddp"
 
 
 def _impossible_speech(config: Config) -> Iterator[str]:
@@ -1209,6 +1358,17 @@ def _impossible_speech(config: Config) -> Iterator[str]:
         yield (
             "speech.model.prompt and speech.data.prompt_field must be left out with steering.variant aligner, which "
             "reads no prompt; remove them, or set it to hybrid"
+        )
+    if config.steering.variant == "lora":
+        for name, _ in _changed(config.steering, "scale_bound", "active", "balance_loss", "orthogonality_loss"):
+            yield (
+                f"steering.{name} must be left out with steering.variant lora, which has no vectors; remove it, or set "
+                "steering.variant to another"
+            )
+    if config.steering.variant == "prompt" and not speech.data.prompt_field:
+        yield (
+            "speech.data.prompt_field must name the column of prompts with steering.variant prompt, which reads one "
+            "for each utterance, but is null; set it, or set steering.variant to layerwise"
         )
     if speech.model.pool_layer is not None and speech.model.pool_kind == "stack" and speech.model.pool_kernel > 1:
         yield (
@@ -1303,6 +1463,16 @@ def _impossible_rounds(config: Config) -> Iterator[str]:
         yield (
             f"experts.outer.{name} must be left out where experts.rounds is 1, since nothing is merged in between, but "
             f"is {value}; remove it, or set experts.rounds"
+        )
+    if config.training.patience is not None and experts.rounds > 1:
+        yield (
+            f"training.patience must be left out where experts.rounds is more than 1, since a round goes on from where "
+            f"the one before ended, but is {config.training.patience}; remove it, or set experts.rounds to 1"
+        )
+    if experts.settle and experts.rounds == 1:
+        yield (
+            "experts.settle must be false where experts.rounds is 1, since no merge comes before the last round then; "
+            "set it to false, or set experts.rounds"
         )
     if experts.rounds > max(1, experts.steps):
         yield f"experts.rounds must be at most experts.steps ({experts.steps}), but is {experts.rounds}; lower it"

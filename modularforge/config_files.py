@@ -123,10 +123,26 @@ def load_config(
     if (router := _section(values, "assembly").get("router")) in RECORDED_ROUTERS.values():
         _say_new_name(router)
     config = complete_config(values, path) if asks_for_shape else make_config(values, path)
+    if asks_for_shape:
+        _refuse_experts_without_domain(config, path)
     # Now, and not when a backbone has been trained for days.
     entry(kind.GROUP, kind.OWN, config.experts.kind, "experts.kind")
     entry(task.GROUP, task.OWN, config.task, "task")
     return config
+
+
+def _refuse_experts_without_domain(config: Config, path: str) -> None:
+    """Before the corpus is tokenised, where the sources alone say their labels.
+
+    Recorded settings are not refused: a model that `experts add` has changed may have more experts than sources.
+    """
+    sources, count = config.data.sources, config.experts.count
+    is_known = not any(source.label_field for source in sources)
+    if config.partition.method == "domain" and is_known and count > len(sources):
+        raise ConfigError(
+            f"{path} has 1 mistake(s):\n  experts.count must be the number of data.sources for partition.method domain "
+            f"({len(sources)}), but is {count}; set it to {len(sources)}, or choose another method"
+        )
 
 
 def in_new_names(values: dict[str, Any]) -> dict[str, Any]:
@@ -277,7 +293,7 @@ def _unknown_name(location: tuple[Any, ...]) -> str:
     known = sorted(section.model_fields) if section else []
     here = "".join(f"{part}." for part in location[:-1])
     near = [here + name for name in difflib.get_close_matches(last, known, n=1, cutoff=0.5)]
-    elsewhere = [path for path in setting_names() if path.rsplit(".", 1)[-1] == last]
+    elsewhere = [path for path in setting_names(in_lists=False) if path.rsplit(".", 1)[-1] == last]
     meant = [*_of_another_tool(last, here, known), *elsewhere, *near]
     return f"is not a setting; {f'did you mean {meant[0]}?' if meant else 'known here: ' + ', '.join(known)}"
 
@@ -291,13 +307,19 @@ def _of_another_tool(word: str, here: str, known: list[str]) -> list[str]:
     return [here + leaf if leaf in known else ours]
 
 
-def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Dotted names of all settings."""
+def setting_names(section: type[BaseModel] = Config, prefix: str = "", in_lists: bool = True) -> list[str]:
+    """Dotted names of all settings, or of those that are no part of an item in a list."""
     names: list[str] = []
     for name, field in section.model_fields.items():
         inner = section_type(field.annotation)
-        names += setting_names(inner, f"{prefix}{name}.") if inner else [prefix + name]
+        if inner and not in_lists and _is_list(field.annotation):
+            inner = None
+        names += setting_names(inner, f"{prefix}{name}.", in_lists) if inner else [prefix + name]
     return names
+
+
+def _is_list(annotation: Any) -> bool:
+    return any(typing.get_origin(part) is list for part in (annotation, *typing.get_args(annotation)))
 
 
 def _section_at(location: Iterable[Any]) -> type[BaseModel] | None:

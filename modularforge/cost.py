@@ -15,8 +15,8 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from modularforge.config import Config, PhaseConfig
-from modularforge.model.sizes import Sizes, adapter_parameters, ffn_parameters, model_sizes
-from modularforge.pipeline import STAGES, JobName, Stage, wanted_stages
+from modularforge.model.sizes import Sizes, adapter_parameters, ffn_parameters, model_sizes, shared_parameters
+from modularforge.pipeline import ROUNDS, STAGES, JobName, Stage, wanted_stages
 from modularforge.routing.solvers import widening_of
 
 # Of what a matrix product of the model's shape reaches. Steps of the quickstart, `small` and `default` had, on two
@@ -31,6 +31,7 @@ PEAKS = {"H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12
 PEAK_SIDE, PEAK_SECONDS = 512, 0.02
 # What a model reads where it is measured: the text, as much behind a switch and mixed by an eighth each, read twice.
 EVALUATION_READS = 1.5
+OF_EXPERTS = ("expert", *ROUNDS)
 BYTES_FP32, BYTES_STATE = 4, 12  # a weight, and with its two moments in a checkpoint
 # Kept for the way back, in bytes by token and layer: inputs of products, norms and the FFN (arXiv 2205.05198, eq. 2).
 KEPT_WIDTHS, KEPT_FFN_WIDTHS, KEPT_LOGITS = 10, 4, 3
@@ -75,7 +76,7 @@ def training_flops_per_token(config: Config, stage: str) -> float:
     row = STAGES.get(stage)
     if config.task == "speech" or row is None or row.phase is None:
         return 0.0
-    sizes = _sizes(config, stage)
+    sizes = sizes_of(config, stage)
     if stage == "calibrate":  # gains alone learn: a way forth, and one back without gradients of matrices
         return 2.0 * sizes.flops_per_token
     if stage == "expert":
@@ -89,7 +90,7 @@ def part_flops(config: Config, stage: Stage) -> float:
         return _evaluation_flops(config)
     if stage.phase is None or config.task == "speech":
         return 0.0
-    phase, forward = stage.phase(config), _sizes(config, stage.name).flops_per_token
+    phase, forward = stage.phase(config), sizes_of(config, stage.name).flops_per_token
     training, is_counted = config.training, stage.name in ("backbone", "expert")
     read = (phase.steps // training.validate_every + 1) * training.validation_tokens
     read += config.experts.statistics_tokens if is_counted else 0
@@ -108,7 +109,7 @@ def _flops_of_learning(config: Config) -> float:
     return 2.0 * config.model.layers * ffn_parameters(config.model)
 
 
-def _sizes(config: Config, stage: str) -> Sizes:
+def sizes_of(config: Config, stage: str) -> Sizes:
     """Sizes of the model that a stage trains or makes."""
     model, vocab_size, assembly = config.model, config.data.vocab_size, config.assembly
     visited = min(assembly.experts_per_token, config.assembled_experts)
@@ -128,7 +129,7 @@ def _evaluation_flops(config: Config) -> float:
         return 0.0
     text = max(len(config.data.sources), 1) * config.evaluation.tokens_per_domain * EVALUATION_READS
     rows = [stage for stage in wanted_stages(config) if stage.is_measured]
-    models = sum(_sizes(config, stage.name).flops_per_token * len(stage.indices(config)) for stage in rows)
+    models = sum(sizes_of(config, stage.name).flops_per_token * len(stage.indices(config)) for stage in rows)
     return text * models
 
 
@@ -143,7 +144,7 @@ def disk_bytes(config: Config) -> float:
 
 def _bytes_of_one(config: Config, stage: Stage) -> float:
     state = BYTES_STATE * config.training.keep_checkpoints if stage.phase else 0
-    return (BYTES_FP32 + state) * _trained_parameters(config, stage.name)
+    return (BYTES_FP32 + state) * trained_parameters(config, stage.name)
 
 
 def memory_bytes(config: Config) -> float:
@@ -158,17 +159,26 @@ def _memory(config: Config, stage: Stage) -> float:
     tokens = phase.batch_size // phase.accumulation_steps * model.context_length
     layer = KEPT_WIDTHS * model.width + KEPT_FFN_WIDTHS * model.ffn_width
     kept = tokens * (model.layers * layer + KEPT_LOGITS * config.data.vocab_size)
-    weights = BYTES_FP32 * (_sizes(config, stage.name).parameters + kept)
-    return weights + BYTES_STATE * _trained_parameters(config, stage.name)
+    weights = BYTES_FP32 * (sizes_of(config, stage.name).parameters + kept)
+    return weights + BYTES_STATE * trained_parameters(config, stage.name)
 
 
-def _trained_parameters(config: Config, stage: str) -> int:
+def trained_parameters(config: Config, stage: str) -> int:
     """Parameters that a stage trains, or writes where it trains none."""
-    if stage != "expert":
-        return _sizes(config, stage).parameters
-    if config.experts.kind == "lora":
-        return adapter_parameters(config.model, config.experts.lora.modules, config.experts.lora.rank)
-    return config.model.layers * ffn_parameters(config.model)
+    experts, model, vocab_size = config.experts, config.model, config.data.vocab_size
+    ffn, rows = model.layers * ffn_parameters(model), model.layers * model.width
+    if stage in ("joint_lora", "joint_lora_wide") or (stage in OF_EXPERTS and experts.kind == "lora"):
+        times = experts.count if stage == "joint_lora_wide" else 1
+        return times * adapter_parameters(model, experts.lora.modules, experts.lora.rank)
+    if stage in OF_EXPERTS:
+        return ffn + (rows if experts.anchored else 0) + shared_parameters(model, vocab_size, experts.unfreeze)
+    if stage in ("joint", "joint_evidence") and config.joint.freeze_shared:
+        return config.joint_experts * (ffn + rows)
+    if stage == "btx" and config.btx.trains != "all":
+        routers = config.joint_experts * rows
+        shared = sizes_of(config, stage).parameters - config.joint_experts * ffn - routers
+        return routers + (shared if config.btx.trains == "shared" else 0)
+    return sizes_of(config, stage).parameters
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,7 @@ KINDS: dict[str, Any] = {
     "provenance": Provenance,
     "public_expert": StrictBool,
     "frozen": dict[str, str | None],
+    "rank": Count,
     "router": str,
     "steering": Steering,
     "shared_tensors": dict[str, str],

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from modularforge.advice import advice
 from modularforge.config import MLP_MODULES, Config, PhaseConfig
 from modularforge.cost import describe_cost, this_machine
+from modularforge.memory import memory_table
 from modularforge.model.sizes import (
     AdapterCounts,
     Sizes,
@@ -18,14 +19,18 @@ from modularforge.model.sizes import (
 from modularforge.routing.solvers import widening_of
 
 
-def describe(config: Config) -> str:
-    """Exact counts as lines of text. The vocabulary is the wished one; a small corpus may fill less."""
+def describe(config: Config, gpus: Sequence[int] = ()) -> str:
+    """Exact counts as lines of text. The vocabulary is the wished one; a small corpus may fill less.
+
+    Memory on so many GPUs is an estimate (`memory.py`).
+    """
     model, vocab_size = config.model, config.data.vocab_size
     shape = (
         f"model:      width {model.width}, {model.layers} layers, {model.heads} heads, FFN {model.ffn_width}, "
         f"context {model.context_length}, vocabulary {vocab_size}"
     )
-    return "\n".join([shape, *(_of_speech(config) if config.task == "speech" else _of_text(config)), *_cost(config)])
+    sizes = _of_speech(config) if config.task == "speech" else _of_text(config)
+    return "\n".join([shape, *sizes, *_cost(config), *memory_table(config, gpus)])
 
 
 def _cost(config: Config) -> Iterator[str]:
@@ -47,7 +52,11 @@ def _of_text(config: Config) -> Iterator[str]:
 
 def _of_speech(config: Config) -> Iterator[str]:
     """Of the encoder, and so of vectors in it, nothing is known before it is read."""
-    yield f"language:   {model_sizes(config.model, config.data.vocab_size).parameters:,} parameters, frozen"
+    if config.model.pretrained is None:
+        yield f"language:   {model_sizes(config.model, config.data.vocab_size).parameters:,} parameters, frozen"
+    else:  # its vocabulary is not that of the settings
+        yield f"language:   {config.model.pretrained}, frozen"
+    yield f"encoder:    {config.speech.model.encoder or 'a random one'}, frozen"
     yield (
         f"training:   projector {_utterances(config.backbone)}; each of {config.experts.count} experts "
         f"{_utterances(config.experts)}"

@@ -82,9 +82,13 @@ class Stage:
         """The job that makes it."""
         return self.within or self.name
 
+    def is_off(self, config: Config) -> bool:
+        """Whether the setting without which there is nothing to make is not given."""
+        return bool(self.needs) and not attrgetter(self.needs)(config)
+
     def is_wanted(self, config: Config) -> bool:
         """Whether a run with these settings makes it."""
-        if self.needs and not attrgetter(self.needs)(config):
+        if self.is_off(config):
             return False
         is_late = self.round >= config.experts.rounds
         return not is_late and (self.baseline is None or self.baseline in config.evaluation.baselines)
@@ -113,7 +117,7 @@ CLEANED_FROM = tuple(
 )
 ROUTED = ("assembly.experts_per_token", "assembly.public_expert")
 SOLVED = (*ROUTED, "assembly.ridge_penalty", "assembly.router_temperature")
-OUTER = ("experts.outer.learning_rate", "experts.outer.momentum")
+OUTER = ("experts.outer.rate", "experts.outer.momentum")
 COUNTED = ("experts.counted_tokens", "experts.counted_pairs")
 GATHERED = ("experts.statistics", "experts.statistics_tokens")
 
@@ -320,8 +324,8 @@ MADE_FOR: dict[str, dict[str, str]] = {
         "backbone": f"{MAKERS}.speech:projector",
         "dense": f"{MAKERS}.speech:static",
         "joint": f"{MAKERS}.speech:joint",
-        "calibrate": f"{MAKERS}.speech:uncalibrated",
-        "evaluate": f"{MAKERS}.speech:evaluation",
+        "calibrate": f"{MAKERS}.speech:calibrated",
+        "evaluate": f"{MAKERS}.evaluate_speech:run",
     }
 }
 """By task and stage, what makes it where that is not the row's own function."""
@@ -329,6 +333,7 @@ SETTINGS_FOR: dict[str, dict[str, tuple[str, ...]]] = {
     "speech": {
         "prepare-data": ("speech.data", "speech.model.prompt"),
         "backbone": ("speech.model",),
+        "calibrate": ("steering.calibrates",),
         "evaluate": ("speech.decoding",),
     }
 }
@@ -339,10 +344,14 @@ JOINT_LORA = ("joint_lora", "joint_lora_wide")
 ALL_BASELINES = (*TRAINED_ON_ALL, "branch", "btx")
 ROUNDS = tuple(name for name, stage in STAGES.items() if stage.round and stage.is_indexed)
 """The rows of experts between their rounds."""
+HOW_READ, HOW_DRAWN = "data.packing", ("data.mix", "data.temperature")
+"""Settings of prepared text that count where it is read: by what trains and measures, and by what trains."""
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     # How often something is said, measured or saved, and how: the weights are the same.
     "training.compile": (EVERY,),
     "training.recompute": (EVERY,),
+    "training.parallel": (EVERY,),
+    "training.shard_ranks": (EVERY,),
     "training.log_every": (EVERY,),
     "training.gradient_norms": (EVERY,),
     "training.validate_every": (EVERY,),
@@ -351,8 +360,11 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "training.keep_checkpoints": (EVERY,),
     "training.keep_checkpoints_every": (EVERY,),
     "training.checkpoint_fallback": (EVERY,),
+    **dict.fromkeys((HOW_READ, *HOW_DRAWN), ("prepare-data",)),
     # A pretrained model is an input, known by its bytes, wherever its files lie.
     "model.pretrained": (EVERY,),
+    # It keeps what it ends with, or nothing.
+    "training.patience": ("calibrate",),
     # One expert knows nothing of the others.
     "experts.count": ("expert", "branch", *ROUNDS),
     # What experts have and baselines have not: where an FFN starts, a public FFN beside it, a router's loss, sums.
@@ -367,9 +379,14 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "experts.unfreeze": ALL_BASELINES,
     "experts.unfreeze_rate": ALL_BASELINES,
     "experts.rounds": ALL_BASELINES,
+    "experts.settle": (*ALL_BASELINES, *ROUNDS),  # of the last round
     **dict.fromkeys(OUTER, (*ALL_BASELINES, "expert", *ROUNDS)),  # what counts for merges, and by them for experts
     # How experts weigh beside each other, which one alone does not know.
     "steering.routing": ("expert", "joint"),
+    # What is done of the joint model, or with the assembled one.
+    "steering.joint_projector": ("expert", "assemble"),
+    "steering.projector_rate": ("expert", "assemble"),
+    "steering.calibrates": ("expert", *STACKED),
 }
 """By setting, the stages in whose sections it is and whose output it does not change. What is not here counts: a new
 setting changes the identity of what reads its section, unless it is written here or in `CAME_LATER`."""
@@ -388,16 +405,27 @@ CAME_LATER: dict[str, Any] = {
     "experts.kind": "ffn",
     "task": "text",
     "data.clean": [],
+    "data.packing": "stream",
+    "data.mix": [],
+    "data.temperature": 1.0,
     "assembly.lora": "adapters",
     "assembly.lora_choice": "token",
     "training.packing": True,
+    "training.patience": None,
+    "steering.rank": 8,
+    "steering.joint_projector": False,
+    "steering.projector_rate": 0.1,
+    "steering.balance_loss": 0.0,
+    "steering.orthogonality_loss": 0.0,
+    "steering.calibrates": False,
     "experts.counted_tokens": 20_000_000,
     "experts.counted_pairs": 1_000_000,
     "experts.statistics": "moments",
     "experts.unfreeze": [],
     "experts.unfreeze_rate": 0.1,
     "experts.rounds": 1,
-    "experts.outer.learning_rate": 1.0,
+    "experts.settle": False,
+    "experts.outer.rate": 1.0,
     "experts.outer.momentum": 0.0,
     "assembly.shared": "equal",
     "calibration.shared": False,
@@ -407,6 +435,8 @@ CAME_LATER: dict[str, Any] = {
     "evaluation.tasks": None,
     "evaluation.harness": None,
     "evaluation.harness_documents": None,
+    "speech.data.keeps": "features",
+    "speech.decoding.tests": None,
 }
 """Settings that stages learned after artifacts had been made without them, by dotted name, each with the value under
 which a stage does what it did before. With that value they are no part of a stage's settings, so that the artifact that
@@ -418,6 +448,8 @@ with them keeps its fingerprint."""
 OF_EVIDENCE = ("assembly.token_pairs", "assembly.width_multiple", "assembly.head_multiple")
 """Settings that came with the evidence router's second form. A model of its first form was another model, so for that
 router they count with any value; for the other routers nothing has changed."""
+OF_PATIENCE = ("training.validate_every", "training.validation_tokens")
+"""Settings without effect but where a job keeps its best weights: they say when, and by what, weights are judged."""
 CHOSEN_FACT = "chosen_by_hand"  # in the manifest of an assembled model whose experts somebody chose
 
 
@@ -486,14 +518,16 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
         values["seed"] = config.preparation_seed
     values["assembly"]["router"] = config.assembly.recorded_router
     found: dict[str, Any] = {}
+    reads = (HOW_READ, *HOW_DRAWN) if stage.phase else (HOW_READ,) if name == "evaluate" else ()
     own, also = kind_of(config).settings, SETTINGS_FOR.get(config.task, {}).get(name, ())
     counts = name == "expert" or (name in STACKED and own != "experts")
     sections = {*stage.sections, own} if counts else stage.sections
-    for setting in (*sections, *stage.also, *also, *EVERYWHERE):
+    for setting in (*sections, *stage.also, *also, *reads, *EVERYWHERE):
         found.update(_flatten(setting, value_of(values, setting)))
     if "model" in stage.sections and config.model.rope_scaling:
         found |= dict.fromkeys(GONE)
-    found = {setting: value for setting, value in found.items() if has_effect(setting, name)}
+    decides = OF_PATIENCE if config.training.patience and has_effect("training.patience", name) else ()
+    found = {setting: value for setting, value in found.items() if setting in decides or has_effect(setting, name)}
     for section, stages in OF_ONE_KIND.items():
         if name not in stages or kind_of(config).settings != section:
             found = {setting: value for setting, value in found.items() if not setting.startswith(f"{section}.")}

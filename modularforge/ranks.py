@@ -39,6 +39,12 @@ def own_rank() -> Ranks:
     )
 
 
+def node_size() -> int:
+    """Processes of the same training on this machine, as torchrun says."""
+    value = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(value) if STARTED_BY_TORCHRUN in os.environ and value.isdecimal() else 1
+
+
 def remove_empty_scratch() -> None:
     """Remove the empty folders that torchrun makes in the temporary folder for each process, and leaves there."""
     folders = Path(os.environ.get(ERROR_FILE, "")).parents

@@ -162,7 +162,7 @@ class Run:
         """The prepared data."""
         from modularforge.stage_outputs import Corpus
 
-        return Corpus(self.require("prepare-data"))
+        return Corpus(self.require("prepare-data"), self.config.reads_documents)
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -238,7 +238,7 @@ class Run:
             if needed not in self._pretrained:  # hashes of whole models, and a look at the Hub's cache
                 self._pretrained[needed] = _pretrained_input(self.config, needed)
             return self._pretrained[needed]
-        if needed == "clean" and not STAGES[needed].is_wanted(self.config):
+        if needed in STAGES and STAGES[needed].is_off(self.config):
             return {}
         if needed in STAGES and STAGES[needed].round:
             return self._of_round(needed, index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoints import Artifact
+from modularforge.config import Config
 from modularforge.data.loader import label_tokens
 from modularforge.data.token_files import (
     ExampleTokens,
@@ -45,9 +46,10 @@ def example_seeds(seed: int, job: str, *index: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Prepared data: tokenizer, labels and token files."""
+    """Prepared data: tokenizer, labels and token files; documents are read one by one where they are `apart`."""
 
     artifact: Artifact
+    apart: bool = False
 
     def file(self, name: str) -> Path:
         """Local path of one file."""
@@ -55,7 +57,7 @@ class Corpus:
 
     def tokens(self, split: str) -> TokenFile:
         """The token file of a split."""
-        return token_file(self.artifact, split)
+        return token_file(self.artifact, split, self.apart)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -95,21 +97,29 @@ class Corpus:
         return {label: tokens for label, tokens in streams.items() if len(tokens) > 1}
 
 
-def token_file(artifact: Artifact, name: str) -> TokenFile:
-    """A token file of an artifact, memory-mapped; from an object store its three files are fetched first."""
+def token_file(artifact: Artifact, name: str, apart: bool = False) -> TokenFile:
+    """A token file of an artifact, memory-mapped; from an object store its three files are fetched first.
+
+    With `apart`, its documents are read one by one.
+    """
     endings = ["tokens.bin", "offsets.npy", "labels.npy"]
     endings += ["learned.bin"] if f"{name}.learned.bin" in artifact.manifest.files else []
     parts = [artifact.local_file(f"{name}.{part}") for part in endings]
     folder = parts[0].parent
     if any(part.parent != folder for part in parts):
         folder = artifact.local_folder()
-    return open_token_file(folder, name)
+    return replace(open_token_file(folder, name), is_apart=apart)
 
 
 def partition_rows(partitions: Artifact) -> list[PartitionRow]:
     """What partitions.json says of each partition."""
     name = "partitions.json"
     return read_partitions(partitions.read_bytes(name), partitions.file_url(name))
+
+
+def partition_labels(config: Config, partitions: Artifact) -> list[str]:
+    """Names of the domains by label id, as all partitions have them; nothing is read where nothing is mixed."""
+    return list(partition_rows(partitions)[0].tokens_by_label) if config.mixes else []
 
 
 OWN_SHARE = 0.05  # clusters take stray documents of every domain, which none of them stands for

@@ -26,6 +26,7 @@ TORCH_FREE_FOR_LAUNCHER = {
     "modularforge.errors",
     "modularforge.json_lines",
     "modularforge.log",
+    "modularforge.memory",
     "modularforge.mistakes",
     "modularforge.provenance",
 }
@@ -77,7 +78,9 @@ ABOVE = ("launcher", *rooms("stages", "study", "observe", "sanity", "cli", "note
 RULES = {
     "checkpoints": lambda module: within(module, "checkpoints"),
     "modularforge": lambda module: within(module, "modularforge", "checkpoints"),
-    "modularforge/model": lambda module: one_of(module, PLAIN) or within(module, "modularforge.model"),
+    "modularforge/model": lambda module: (
+        one_of(module, PLAIN | {"checkpoints.tensors"}) or within(module, "modularforge.model")
+    ),
     "modularforge/data": lambda module: one_of(module, PLAIN) or within(module, "modularforge.data", "checkpoints"),
     "modularforge/tasks": lambda module: not within(module, *ABOVE, *rooms("training", "experts", "calibration")),
     "modularforge/experts": lambda module: not within(module, *ABOVE, *rooms("calibration", "evaluation")),

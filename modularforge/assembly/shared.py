@@ -74,7 +74,7 @@ def outer_step(mean: Sums, base: Spans, momentum: Spans, outer: OuterConfig) -> 
     The gradient is g = base - mean, the momentum m' = μ m + g, and the weights are base - η (g + μ m'). Before the
     first merge there is no momentum.
     """
-    rate, share = outer.learning_rate, outer.momentum
+    rate, share = outer.rate, outer.momentum
     steps: dict[str, list[Term]] = {}
     momenta: dict[str, list[Term]] = {}
     for name, terms in mean.items():

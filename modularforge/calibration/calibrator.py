@@ -9,12 +9,13 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
 from checkpoints import Artifact, ArtifactWriter
@@ -128,24 +129,39 @@ def calibrate_on(
     job: Job,
     measure: Measure,
 ) -> Calibration:
-    """The same on examples.
-
-    It computes in float32, but what it returns and judges has the types that the model came with.
-    """
-    world, context = World(device=model.lm_head.weight.device), min(config.model.context_length, model.config.positions)
+    """The same on examples."""
+    device, context = model.lm_head.weight.device, min(config.model.context_length, model.config.positions)
 
     def held_out() -> float:
         limits = config.evaluation.batch_size, config.evaluation.tokens_per_domain
-        with measuring(config.training, world.device):
+        with measuring(config.training, device):
             return even_loss(model, decide, context, *limits)
 
+    return calibrate_by(examples, model, config, held_out, job, device, measure)
+
+
+def calibrate_by(
+    examples: Examples,
+    model: Any,
+    config: Config,
+    held_out: Callable[[], float],
+    job: Job,
+    device: torch.device,
+    measure: Measure = lambda _: {},
+) -> Calibration:
+    """The same, judged by the loss that `held_out` measures of the model.
+
+    It computes in float32, but what it returns and judges has the types that the model came with.
+    """
     stored = {name: weight.dtype for name, weight in model.named_parameters()}
     model.float()
     learns = choose_parameters(model, config)
     before, beside = held_out(), measure(model)
     # Decay would reach what the evidence router has put around shared matrices.
     group = ParameterGroup(learns, weight_decay=0.0 if config.calibration.shared else None)
-    fit(Trainable(model, task_of(config).loss, [group]), examples, job, held_out, world)
+    # Its best steps would be chosen by the half that then judges them.
+    job = replace(job, training=job.training.model_copy(update={"patience": None}))
+    fit(Trainable(model, task_of(config).loss, [group]), examples, job, held_out, World(device=device))
     changed = {}
     for name, weight in learns.items():
         changed[name] = weight.detach().cpu().to(stored[name])
@@ -161,7 +177,7 @@ def _what(config: Config) -> str:
     return f"Norm gains and router rows{shared} were fitted on {config.calibration.text} text"
 
 
-def choose_parameters(model: Decoder, config: Config) -> Mapping[str, nn.Parameter]:
+def choose_parameters(model: Any, config: Config) -> Mapping[str, nn.Parameter]:
     """Let only those parameters learn that the experts' kind lets a calibration touch; returns them by name."""
     model.requires_grad_(False)
     learns = kind_of(config).calibrates(model, config.calibration)

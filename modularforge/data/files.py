@@ -102,13 +102,25 @@ def _expand(location: str) -> list[str]:
     if not is_pattern(location):
         return [location]
     with explained(location):
-        found = match_local(location) if paths.is_local(location) else match_remote(location)
+        found = match_local(location) if paths.is_local(location) else _listed(location)
     if not found:
         raise DataError(
             f"{redact(location)} must match files of the corpus, but matches none (hidden ones only where the pattern "
             "names their dot); fix the pattern in the settings"
         )
     return found
+
+
+def _listed(location: str) -> list[str]:
+    """Matches of a pattern on another machine, which may let files be read and not be listed."""
+    try:
+        return match_remote(location)
+    except PermissionError as error:
+        said = one_line(redact(str(error)))
+        raise DataError(
+            f"{redact(location)} must match files that may be listed, but the storage says: {said}; let it list them "
+            "(s3:ListBucket), or name each file in the settings, which needs no list"
+        ) from error
 
 
 def _decompressed(url: str) -> Iterator[bytes]:

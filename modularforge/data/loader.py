@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from modularforge.data.mixing import MixedOrder, Mixture
 from modularforge.data.token_files import ExampleTokens, Stream, TokenFile, Tokens
 from modularforge.data.tokenizer import PAD
 from modularforge.errors import DataError, TrainingError
@@ -32,16 +33,18 @@ def batches(
     rank: int = 0,
     world: int = 1,
     name: str = "the training data",
+    mixture: Mixture | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
     """Endless inputs [B/world, T], targets [B/world, T] and the position after the batch (called on every rank).
 
-    Each epoch visits every window once, in an order of its own drawn from seed and epoch; a batch may span two epochs.
+    Each epoch visits every window once, in an order of its own drawn from seed and epoch, or as a mixture has it; a
+    batch may span two epochs.
     Raises TrainingError when the tokens do not fill one batch; `name` stands for them in the message.
     """
     inputs_WT, targets_WT = _windows(tokens, context_length)
     _require_batch(len(inputs_WT), len(tokens), context_length, batch_size, world, name)
     share = batch_size // world
-    order = Order(len(inputs_WT), seed)
+    order = order_of(len(inputs_WT), context_length, seed, mixture)
     position = start_position
     while True:
         first = position + rank * share
@@ -61,17 +64,21 @@ def mixed_batches(
     rank: int = 0,
     world: int = 1,
     first_window: int = 0,
+    mixtures: Sequence[Mixture | None] = (),
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
     """Inputs [B/world, T], targets and position like `batches`, of the very windows that jobs on the streams take.
 
-    Job k takes `windows_each` windows of `batches(streams[k], …, seeds[k])`, from the position `first_window` on; here
-    all of them come once, in one order drawn from `seed`, and then the iterator ends.
+    Job k takes `windows_each` windows of `batches(streams[k], …, seeds[k])`, from the position `first_window` on, of
+    `mixtures[k]` where they are given; here all of them come once, in one order drawn from `seed`, and then the
+    iterator ends.
     """
     pairs = [_windows(tokens, context_length) for tokens in streams]
     counts = [len(inputs_WT) for inputs_WT, _ in pairs]
+    mixtures = mixtures or [None] * len(streams)
+    orders = [order_of(counts[k], context_length, seeds[k], mixtures[k]) for k in range(len(counts))]
     for k, count in enumerate(counts):
         _require_batch(count, len(streams[k]), context_length, batch_size, world, f"partition {k}")
-    mixed_S2 = mixed_windows(counts, seeds, windows_each, batch_size, seed, first_window)
+    mixed_S2 = mixed_windows(orders, windows_each, batch_size, seed, first_window)
     share = batch_size // world
     for position in range(start_position, len(mixed_S2), batch_size):
         mine = mixed_S2[position + rank * share : position + (rank + 1) * share]
@@ -80,13 +87,12 @@ def mixed_batches(
 
 
 def mixed_windows(
-    counts: Sequence[int], seeds: Sequence[int], windows_each: int, batch_size: int, seed: int, first_window: int
+    orders: Sequence[Order | MixedOrder], windows_each: int, batch_size: int, seed: int, first_window: int
 ) -> npt.NDArray[np.int64]:
-    """Stream and window [S, 2] of all that jobs on streams of so many windows take, in one order drawn from `seed`."""
+    """Stream and window [S, 2] of all that jobs with these orders take, in one order drawn from `seed`."""
     taken_S2: list[npt.NDArray[np.int64]] = []
     end = first_window + windows_each
-    for k, count in enumerate(counts):
-        order = Order(count, seeds[k])
+    for k, order in enumerate(orders):
         chosen = [order.windows(first, min(first + batch_size, end)) for first in range(first_window, end, batch_size)]
         windows = np.concatenate(chosen)
         taken_S2.append(np.stack([np.full_like(windows, k), windows], axis=1))
@@ -115,7 +121,7 @@ def label_tokens(file: TokenFile, label: int, max_tokens: int | None = None) -> 
 
     Examples are whole: the last one is not cut.
     """
-    if file.learned is not None:
+    if file.has_examples:
         stream = file.stream(np.flatnonzero(file.labels == label))
         assert isinstance(stream, ExampleTokens)
         return stream if max_tokens is None or not len(stream) else stream.first(max_tokens)
@@ -127,6 +133,13 @@ def label_tokens(file: TokenFile, label: int, max_tokens: int | None = None) -> 
         if missing <= 0:
             break
     return np.concatenate(documents) if documents else np.empty(0, file.tokens.dtype)
+
+
+def order_of(num_windows: int, context_length: int, seed: int, mixture: Mixture | None = None) -> Order | MixedOrder:
+    """Which window of a stream stands at a position."""
+    if mixture is None:
+        return Order(num_windows, seed)
+    return MixedOrder(mixture.of_places(np.arange(num_windows) * context_length), seed, mixture)
 
 
 class Order:

@@ -3,6 +3,10 @@
 Which examples share a row follows from the seed alone, so that rows stand for windows of text: a permutation per epoch
 orders them, positions count them over all ranks, and a position restarts the stream. An example that is too long loses
 the beginning of its prompt; a response that is too long alone loses its end. Both are counted.
+
+Of documents of text nothing is lost: one that is too long is cut into pieces of a whole row and a rest, which are
+packed as documents are (best-fit packing, arXiv 2404.10830, in the order of the seed); a piece does not see the one
+before it.
 """
 
 # B batch  T tokens of the longest row  N examples  W rows
@@ -13,6 +17,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +25,7 @@ import torch
 from torch import Tensor
 
 from modularforge.data.loader import IGNORED_TARGET, Order, mixed_windows, require_shares
+from modularforge.data.mixing import MixedOrder, Mixture
 from modularforge.data.token_files import ExampleTokens, Tokens
 from modularforge.data.tokenizer import PAD
 from modularforge.errors import DataError, TrainingError
@@ -32,35 +38,58 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Rows:
-    """Examples cut to `context_length` + 1 tokens in rows, put there in the order of a seed, or in their own."""
+    """Examples cut to `context_length` + 1 tokens in rows, put there in the order of a seed, or in their own.
+
+    Of a mixture, documents of one source alone share a row.
+    """
 
     stream: ExampleTokens
     context_length: int
     seed: int | None = None
     packs: bool = True
+    mixture: Mixture | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
 
     @cached_property
+    def spans_N2(self) -> Indices:
+        """Where each example begins and ends; of text, each piece, whose first token is the last one of that before."""
+        spans_N2 = np.stack([self.stream.offsets[:-1], self.stream.offsets[1:]], axis=1)
+        return _pieces(spans_N2, self.context_length) if self.stream.is_text else spans_N2
+
+    @cached_property
     def lengths_N(self) -> Indices:
         """Predicted places of each example: one less than its tokens."""
-        return np.minimum(np.diff(self.stream.offsets), self.context_length + 1) - 1
+        return np.minimum(np.diff(self.spans_N2)[:, 0], self.context_length + 1) - 1
 
     @cached_property
     def examples(self) -> list[list[int]]:
         """The examples of each row."""
-        count = self.stream.num_examples
+        count = len(self.spans_N2)
         if not self.packs:
             return [[index] for index in range(count)]
         if self.seed is None:
             return _in_order(self.lengths_N.tolist(), self.context_length)
         order_N = np.random.default_rng([self.seed]).permutation(count)
+        if self.mixture is not None:
+            sources_N = self.mixture.of_places(self.spans_N2[order_N, 0])
+            parts = [order_N[sources_N == source].tolist() for source in range(len(self.mixture.names))]
+            return [row for part in parts for row in _fitted(part, self.lengths_N.tolist(), self.context_length)]
         return _fitted(order_N.tolist(), self.lengths_N.tolist(), self.context_length)
+
+    def order(self, seed: int) -> Order | MixedOrder:
+        """Which row stands at a position."""
+        if self.mixture is None:
+            return Order(len(self), seed)
+        starts_W = np.array([self.spans_N2[row[0], 0] for row in self.examples], np.int64)
+        return MixedOrder(self.mixture.of_places(starts_W), seed, self.mixture)
 
     @cached_property
     def targets_W(self) -> Indices:
         """Learned tokens of each row."""
+        if self.stream.is_text:
+            return np.array([self.lengths_N[row].sum() for row in self.examples])
         learned_N = np.add.reduceat(np.asarray(self.stream.learned, np.int64), self.stream.offsets[:-1])
         for index in self.long_examples:
             learned_N[index] = self.example(int(index))[1][1:].sum()
@@ -68,7 +97,7 @@ class Rows:
 
     @cached_property
     def long_examples(self) -> Indices:
-        """Those that do not fit as they are."""
+        """Those that do not fit as they are; documents of text that are cut."""
         return np.flatnonzero(np.diff(self.stream.offsets) > self.context_length + 1)
 
     @cached_property
@@ -76,9 +105,20 @@ class Rows:
         """Of how many the last response alone does not fit."""
         return sum(not self.example(int(index))[2] for index in self.long_examples)
 
+    @cached_property
+    def text_facts(self) -> dict[str, Any]:
+        """Of documents of text: how many there are, how many are cut, into how many pieces, and how full rows are."""
+        return {
+            "count": self.stream.num_examples,
+            "cut": len(self.long_examples),
+            "pieces": len(self.spans_N2) - int((np.diff(self.stream.offsets) > 1).sum()) + len(self.long_examples),
+            "rows": len(self),
+            "filled": round(float(self.lengths_N.sum()) / max(1, len(self) * self.context_length), 4),
+        }
+
     def example(self, index: int) -> tuple[Tokens, Tokens, bool]:
         """Ids of an example as far as it fits, what of them is learned, and whether its last response is whole."""
-        first, end = int(self.stream.offsets[index]), int(self.stream.offsets[index + 1])
+        first, end = self.spans_N2[index].tolist()
         ids, learned = self.stream.tokens[first:end], self.stream.learned[first:end]
         room = self.context_length + 1
         if len(ids) <= room:
@@ -123,7 +163,7 @@ def example_batches(
     loss can be their mean over all pieces and ranks. Raises TrainingError when the rows do not fill one batch.
     """
     require_rows(len(rows), batch_size, world, name)
-    order, position = Order(len(rows), seed), start_position
+    order, position = rows.order(seed), start_position
     while True:
         chosen = order.windows(position, position + batch_size)
         position += batch_size
@@ -144,7 +184,8 @@ def mixed_example_batches(
     """The same of the very rows that jobs on the parts take, each once, as `mixed_batches` does for text."""
     for number, part in enumerate(parts):
         require_rows(len(part), batch_size, world, f"partition {number}")
-    mixed_S2 = mixed_windows([len(part) for part in parts], seeds, rows_each, batch_size, seed, first_row)
+    orders = [part.order(own) for part, own in zip(parts, seeds, strict=True)]
+    mixed_S2 = mixed_windows(orders, rows_each, batch_size, seed, first_row)
     for position in range(start_position, len(mixed_S2), batch_size):
         chosen = [(parts[part], row) for part, row in mixed_S2[position : position + batch_size]]
         yield _share(chosen, rank, world), position + batch_size
@@ -185,6 +226,15 @@ def _joined(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         )
         for name, filler in fillers.items()
     }
+
+
+def _pieces(spans_N2: Indices, room: int) -> Indices:
+    """Spans of at most `room` predicted places each; what predicts nothing is left out."""
+    places_N = np.maximum(spans_N2[:, 1] - spans_N2[:, 0] - 1, 0)
+    counts_N = -(-places_N // room)
+    number_P = np.arange(counts_N.sum()) - np.repeat(np.cumsum(counts_N) - counts_N, counts_N)
+    first_P = np.repeat(spans_N2[:, 0], counts_N) + number_P * room
+    return np.stack([first_P, np.minimum(first_P + room + 1, np.repeat(spans_N2[:, 1], counts_N))], axis=1)
 
 
 def _in_order(lengths: Sequence[int], room: int) -> list[list[int]]:

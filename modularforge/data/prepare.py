@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -47,6 +48,7 @@ from modularforge.log import logger
 # Raise it when the same settings and files give other tokens.
 FORMAT = 1
 SCRATCH_PATTERN = "prepare-*"
+READ_LATER = ("packing", "mix", "temperature")  # how training reads what was prepared
 
 
 def prepare_corpus(
@@ -109,13 +111,21 @@ def describe_corpus(
 ) -> str:
     """A hash of the data settings, of the names, sizes and times of the files they name, and of a given tokenizer."""
     files = file_states(list_matches(config)) if states is None else states
-    facts: dict[str, Any] = {"format": FORMAT, "data": config.data.model_dump(), "files": files}
+    facts: dict[str, Any] = {"format": FORMAT, "data": config.data.model_dump(exclude={*READ_LATER}), "files": files}
     facts["tokenizers"] = tokenizers.__version__
     if config.learns_responses:
         facts["task"] = config.task
     if pretrained is not None:
         facts["tokenizer"] = hashlib.sha256((pretrained / "tokenizer.json").read_bytes()).hexdigest()
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def scratch_folder(url: str, fingerprint: str) -> Path:
+    """A folder beside what is made, or among temporary files, that a killed and repeated preparation finds again."""
+    if paths.is_local(url):
+        target = paths.local_path(url)
+        return target.with_name(f"{target.name}.partial")
+    return Path(tempfile.gettempdir()) / f"modularforge-prepare-{fingerprint}"
 
 
 def remove_scratch(scratch: Path) -> None:

@@ -37,6 +37,13 @@ class TokenFile:
     offsets: npt.NDArray[np.int64]
     labels: npt.NDArray[np.uint16]
     learned: Tokens | None = None
+    is_apart: bool = False
+    """Its documents of text are read one by one, as examples of which all is learned."""
+
+    @property
+    def has_examples(self) -> bool:
+        """Whether its streams keep the bounds of documents."""
+        return self.is_apart or self.learned is not None
 
     @property
     def num_documents(self) -> int:
@@ -56,24 +63,36 @@ class TokenFile:
         """These documents one after another; examples keep their bounds and what of them is learned."""
         spans = [slice(int(self.offsets[i]), int(self.offsets[i + 1])) for i in documents]
         tokens = np.concatenate([self.tokens[span] for span in spans]) if spans else np.empty(0, self.tokens.dtype)
+        offsets = _offsets(self.lengths[documents])
         if self.learned is None:
-            return tokens
+            return ExampleTokens.of_text(tokens, offsets) if self.is_apart else tokens
         learned = np.concatenate([self.learned[span] for span in spans]) if spans else np.empty(0, np.uint8)
-        return ExampleTokens(tokens, _offsets(self.lengths[documents]), learned)
+        return ExampleTokens(tokens, offsets, learned)
 
     @property
     def whole(self) -> Tokens | ExampleTokens:
         """All documents as one stream."""
-        return self.tokens if self.learned is None else ExampleTokens(self.tokens, self.offsets, self.learned)
+        if self.learned is None:
+            return ExampleTokens.of_text(self.tokens, self.offsets) if self.is_apart else self.tokens
+        return ExampleTokens(self.tokens, self.offsets, self.learned)
 
 
 @dataclass(frozen=True)
 class ExampleTokens:
-    """A stream of examples: `tokens` as in a token file, example i between offsets i and i + 1, and what is learned."""
+    """A stream of examples: `tokens` as in a token file, example i between offsets i and i + 1, and what is learned.
+
+    Documents of text are examples too: all of them is learned, and where one is too long it goes on in another row.
+    """
 
     tokens: Tokens
     offsets: npt.NDArray[np.int64]
     learned: Tokens
+    is_text: bool = False
+
+    @staticmethod
+    def of_text(tokens: Tokens, offsets: npt.NDArray[np.int64]) -> ExampleTokens:
+        """Documents of text."""
+        return ExampleTokens(tokens, offsets, np.broadcast_to(np.uint8(1), len(tokens)), is_text=True)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -84,7 +103,10 @@ class ExampleTokens:
         return len(self.offsets) - 1
 
     def first(self, tokens: int) -> ExampleTokens:
-        """The first examples that together have about so many tokens, at least one."""
+        """The first examples that together have about so many tokens, at least one; of text so many, or all."""
+        if self.is_text:
+            ends = np.minimum(self.offsets[: int(np.searchsorted(self.offsets, tokens)) + 1], tokens)
+            return ExampleTokens.of_text(self.tokens[: ends[-1]], ends)
         count = max(1, int(np.searchsorted(self.offsets, tokens, side="right")) - 1)
         end = self.offsets[min(count, self.num_examples)]
         return ExampleTokens(self.tokens[:end], self.offsets[: count + 1], self.learned[:end])
@@ -99,7 +121,7 @@ class ExampleTokens:
         """Several streams one after another."""
         lengths = np.concatenate([np.diff(part.offsets) for part in parts])
         tokens, learned = (np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "learned"))
-        return ExampleTokens(tokens, _offsets(lengths), learned)
+        return ExampleTokens(tokens, _offsets(lengths), learned, all(part.is_text for part in parts))
 
 
 Stream = Any

@@ -45,11 +45,16 @@ def generate(
     end_tokens: Collection[int] = (EOS,),
 ) -> str:
     """The continuation of `prompt` (without it), at most `new_tokens` long, ending early at one of `end_tokens`."""
+    ids = _open_prompt(tokenizer, prompt, end_tokens)
+    text: str = tokenizer.decode(continue_tokens(model, ids, new_tokens, sampling, end_tokens))
+    return text
+
+
+def _open_prompt(tokenizer: Tokenizer, prompt: str, end_tokens: Collection[int]) -> list[int]:
     ids = prompt_tokens(tokenizer, prompt)
     if ids[-1] in end_tokens:
         raise DataError("a prompt must not end with the end of a text, since nothing follows that; shorten the prompt")
-    text: str = tokenizer.decode(continue_tokens(model, ids, new_tokens, sampling, end_tokens))
-    return text
+    return ids
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -86,16 +91,17 @@ def _continue(
     limit = model.config.context_length
     said, begins = list(ids), max(0, len(ids) - max(1, limit - 1))  # what is in the context begins there
     before = _read(model, said[:begins], None)
-    cache, pending, new = KeyValueCache(before), said[begins:], list[int]()
+    room = min(limit, len(said) - begins + new_tokens)
+    cache, pending, new = KeyValueCache(before, room), said[begins:], list[int]()
     for _ in range(new_tokens):
         if cache.length + len(pending) > limit:
             # Rotary angles end at the context length: start again from the second half of what was said.
             said, gone = ids + new, begins
             begins = len(said) - (limit + 1) // 2
             before = _read(model, said[gone:begins], before)
-            pending, cache = said[begins:], KeyValueCache(before)
-        logits_V = model(torch.tensor([pending], device=device), cache)[0, -1]
-        token = choose_token(logits_V.float().cpu(), sampling, generator)
+            pending, cache = said[begins:], KeyValueCache(before, limit)
+        x_11D = model.hidden(torch.tensor([pending], device=device), cache)[:, -1:]
+        token = choose_token(model.lm_head(x_11D)[0, -1], sampling, generator)
         if token in end_tokens:
             break
         new.append(token)
@@ -118,12 +124,12 @@ def continue_batch(
     examples_BT = torch.tensor([[PADDING] * (width - len(ids)) + [0] * len(ids) for ids in asked], device=device)
     generators = [torch.Generator().manual_seed(sampling.seed + place) for place in range(len(asked))]
     new: list[list[int]] = [[] for _ in asked]
-    active, cache = list(range(len(asked))), KeyValueCache()
+    active, cache = list(range(len(asked))), KeyValueCache(room=width + new_tokens)
     model.eval()
     with torch.inference_mode():
         for _ in range(min(new_tokens, model.config.context_length - 1)):
-            logits_BV = model(tokens_BT, cache, examples_BT=examples_BT)[:, -1].float().cpu()
-            chosen = [choose_token(logits_BV[i], sampling, generators[row]) for i, row in enumerate(active)]
+            x_B1D = model.hidden(tokens_BT, cache, examples_BT=examples_BT)[:, -1:]
+            chosen = _choose_each(model.lm_head(x_B1D)[:, -1], sampling, [generators[row] for row in active])
             going = [i for i, token in enumerate(chosen) if token not in end_tokens]
             for i in going:
                 new[active[i]].append(chosen[i])
@@ -145,10 +151,20 @@ def _read(model: Decoder, ids: list[int], before: TextState | None) -> TextState
     return state
 
 
+def _choose_each(logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
+    """The next token's id of each row; of a GPU's logits, ids alone are fetched where the likeliest are wanted."""
+    if sampling.temperature < COLDEST:
+        likeliest: list[int] = logits_BV.argmax(dim=-1).tolist()
+        return likeliest
+    on_cpu_BV = logits_BV.cpu()
+    return [choose_token(logits_V, sampling, one) for logits_V, one in zip(on_cpu_BV, generators, strict=True)]
+
+
 def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """The next token's id."""
     if sampling.temperature < COLDEST:
         return int(logits_V.argmax())
+    logits_V = logits_V.float().cpu()
     probabilities_V = keep_likely(logits_V / sampling.temperature, sampling.top_k, sampling.top_p).softmax(dim=-1)
     return int(torch.multinomial(probabilities_V, 1, generator=generator))
 
@@ -189,6 +205,16 @@ def load_for_generation(url: str) -> Loaded:
 def continue_text(loaded: Loaded, prompt: str, tokens: int, sampling: Sampling) -> str:
     """The continuation of a prompt."""
     return generate(loaded.model, loaded.tokenizer, prompt, tokens, sampling, loaded.end_tokens)
+
+
+def continue_texts(loaded: Loaded, prompts: Sequence[str], tokens: int, sampling: Sampling) -> list[str]:
+    """The continuations of prompts: several in one batch where all of them have room in the context."""
+    asked = [_open_prompt(loaded.tokenizer, prompt, loaded.end_tokens) for prompt in prompts]
+    if len(asked) == 1 or max(map(len, asked)) + tokens > loaded.model.config.context_length:
+        return [continue_text(loaded, prompt, tokens, sampling) for prompt in prompts]
+    replies = continue_batch(loaded.model, asked, tokens, sampling, loaded.end_tokens)
+    texts: list[str] = loaded.tokenizer.decode_batch(replies)
+    return texts
 
 
 def talk(loaded: Loaded, tokens: int, sampling: Sampling) -> None:

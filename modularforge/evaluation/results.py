@@ -34,6 +34,12 @@ class _Probe(_Part):
     domains: dict[str, _Loss] = {}
 
 
+class _Test(_Part):
+    utterances: Count
+    wer: Number
+    cer: Number
+
+
 class _Model(_Part):
     mean_loss: Number
     perplexity: Number
@@ -45,6 +51,18 @@ class _Model(_Part):
     positions: dict[str, Number] = {}
     probes: dict[str, _Probe] = {}
     carried_loss: Number | None = None
+    tests: dict[str, _Test] | None = None
+
+
+class _Rate(_Part):
+    wer: Number
+    cer: Number
+
+
+class _Rates(_Rate):
+    string_accuracy: Number
+    token_accuracy: Number
+    domains: dict[str, _Rate]
 
 
 class _OneDifference(_Part):
@@ -112,8 +130,55 @@ class _Harness(_Part):
     errors: dict[str, dict[str, Number]] = {}
 
 
+class _Error(_Part):
+    domain: str
+    audio: str
+    reference: str
+    hypothesis: str
+    errors: Count
+    words: Count
+
+
+class _Utterance(_Part):
+    audio: str
+    text: str
+    seconds: Number
+    layers: list[Count]
+    gates: list[list[list[Share]]]
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> _Utterance:
+        if len(self.layers) != len(self.gates) or any(len({*map(len, rows)}) != 1 for rows in self.gates):
+            raise ValueError("must have one gate for each frame, at each of its layers")
+        return self
+
+
+class _Gates(_Part):
+    experts: Count
+    vectors: Count
+    norm_per_layer_and_vector: list[list[Number]] = Field(min_length=1)
+    scale_per_layer_and_expert: list[list[Number]] = []
+    share_per_layer_and_vector: list[list[Share]] = []
+    share_per_domain_and_vector: dict[str, list[Share]] = {}
+    evenness_per_layer: list[Number] = []
+    strength_per_layer: list[Number] = []
+    utterance: _Utterance | None = None
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> _Gates:
+        rows = [*self.norm_per_layer_and_vector, *self.share_per_layer_and_vector]
+        widths = {*map(len, rows), *map(len, self.share_per_domain_and_vector.values())}
+        widths |= {*map(len, self.utterance.gates)} if self.utterance else set()
+        layers = [len(self.scale_per_layer_and_expert), len(self.share_per_layer_and_vector)]
+        layers += [len(self.evenness_per_layer), len(self.strength_per_layer)]
+        if widths != {self.experts * self.vectors} or {*layers} - {0, len(self.norm_per_layer_and_vector)}:
+            raise ValueError("must have one value for each layer and vector")
+        return self
+
+
 class _Results(_Part):
     name: str
+    task: str = "text"
     domains: list[str] = Field(min_length=1)
     models: dict[str, _Model] = Field(min_length=1)
     routing: dict[str, _Routing] = {}
@@ -121,6 +186,8 @@ class _Results(_Part):
     chat: _Chat | None = None
     tasks: dict[str, _Task] = {}
     harness: dict[str, _Harness] = {}
+    errors: list[_Error] = []
+    gates: dict[str, _Gates] = {}
     differences: dict[str, dict[str, _Difference]] = {}
     chosen: str | None
     seconds: Annotated[float, Field(ge=0, le=1e9)] = 0.0
@@ -131,6 +198,8 @@ class _Results(_Part):
         if self.chosen is not None and self.chosen not in self.models:
             raise ValueError(f"chosen must be one of the models, but is {self.chosen!r:.60}")
         for name, model in self.models.items():
+            if self.task == "speech":
+                _Rates.model_validate(model.model_dump())
             if missing := [label for label in self.domains if label not in model.domains]:
                 raise ValueError(f"models must have every domain, but {name!r:.60} lacks {missing[0]!r:.60}")
         return self

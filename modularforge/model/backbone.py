@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,31 +43,50 @@ class RMSNorm(nn.Module):
 
 
 class KeyValueCache:
-    """Keys and values of the tokens already read, for generation; grows by concatenation, one entry per layer."""
+    """Keys and values of the tokens already read, for generation: one entry per layer, with room for those to come."""
 
-    def __init__(self, text: TextState | None = None) -> None:
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+    def __init__(self, text: TextState | None = None, room: int = 0) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # of which only the first tokens are read
+        self.lengths: dict[int, int] = {}
+        self.room = room  # tokens that will be read, where that is known
         self.examples_BS: Tensor | None = None  # of which example each token is, where that was told
         self.text = text  # what a text router knows of the tokens before, those that left the context included
 
     @property
     def length(self) -> int:
         """Tokens already read."""
-        return self.layers[0][0].shape[2] if self.layers else 0
+        return self.lengths.get(0, 0)
 
     def extend(self, layer: int, key_BKTH: Tensor, value_BKTH: Tensor) -> tuple[Tensor, Tensor]:
-        """Append new keys and values of a layer and return all of them."""
-        if layer in self.layers:
-            past_key, past_value = self.layers[layer]
-            key_BKTH, value_BKTH = torch.cat([past_key, key_BKTH], 2), torch.cat([past_value, value_BKTH], 2)
-        self.layers[layer] = (key_BKTH, value_BKTH)
-        return key_BKTH, value_BKTH
+        """Add new keys and values of a layer and return all of them, as views that later calls do not change."""
+        start = self.lengths.get(layer, 0)
+        end = start + key_BKTH.shape[2]
+        old = self.layers.get(layer)
+        if old is None or end > old[0].shape[2]:
+            held = [part[:, :, :start] for part in old] if old else [None, None]
+            room = max(end, self.room, 2 * start)
+            key, value = (_with_room(*pair, room) for pair in zip((key_BKTH, value_BKTH), held, strict=True))
+            self.layers[layer] = key, value
+        stored = self.layers[layer]
+        for store, new in zip(stored, (key_BKTH, value_BKTH), strict=True):
+            store[:, :, start:end] = new
+        self.lengths[layer] = end
+        return stored[0][:, :, :end], stored[1][:, :, :end]
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows of the batch but these."""
         self.layers = {layer: (key[rows], value[rows]) for layer, (key, value) in self.layers.items()}
         self.examples_BS = None if self.examples_BS is None else self.examples_BS[rows]
         self.text = None if self.text is None else self.text.only(rows)
+
+
+def _with_room(like_BKTH: Tensor, held_BKTH: Tensor | None, room: int) -> Tensor:
+    """An array for so many tokens that begins with those that are held."""
+    B, K, _, H = like_BKTH.shape
+    store = like_BKTH.new_empty(B, K, room, H)
+    if held_BKTH is not None:
+        store[:, :, : held_BKTH.shape[2]] = held_BKTH
+    return store
 
 
 def rotate(x_BNTH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
@@ -105,10 +125,11 @@ class Attention(nn.Module):
         query, key = rotate(query, cos_TH, sin_TH), rotate(key, cos_TH, sin_TH)
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
-            if mask is None:
+            # None where no mask is needed, with which a GPU has faster kernels.
+            if mask is None and 1 < T < key.shape[2]:
                 mask = _causal(T, key.shape[2], key.device)
         mixed_BNTH = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
+            query, key, value, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=self.heads != self.kv_heads
         )
         output_BTD: Tensor = self.o_proj(mixed_BNTH.transpose(1, 2).reshape(B, T, self.heads * self.head_width))
         return output_BTD
@@ -214,6 +235,8 @@ class Decoder(nn.Module):
         self.text_router: TextRouter | None = None
         self.adapters: AdapterCounts | None = None  # where there are some beside its matrices
         self.holds_choice = False  # whether a text router chooses among them once for a sequence
+        self.has_half_blocks = False  # their weights are there in bf16 alone, as pieces can be gathered
+        self.has_float_stream = False  # the residual stream is float32, whatever the embedding is stored in
         self.recomputes = False  # blocks keep only their inputs for the backward pass, and are computed again there
         self.restore_positions()
 
@@ -235,16 +258,28 @@ class Decoder(nn.Module):
         examples_BT: Tensor | None = None,
         targets_BT: Tensor | None = None,
         reduction: Reduction = "mean",
+        headless: bool = False,
     ) -> Tensor:
         """Logits [B, T, V] of the next token at every position; with a cache, T new tokens after those it holds.
 
-        With `targets_BT` the loss of these instead, as `head_loss` has it, which needs no memory for all logits.
+        With `targets_BT` the loss of these instead, as `head_loss` has it, which needs no memory for all logits; and
+        `headless` what the head reads, [B, T, D].
         """
-        x_BTD = self.hidden(tokens_BT, cache, routing_BTE, examples_BT)
-        if targets_BT is not None:
-            return head_loss(x_BTD, self.lm_head.weight, targets_BT, reduction)
-        logits_BTV: Tensor = self.lm_head(x_BTD)
-        return logits_BTV
+        with self._in_half():
+            x_BTD = self.hidden(tokens_BT, cache, routing_BTE, examples_BT)
+            if headless:
+                return x_BTD
+            if targets_BT is not None:
+                return head_loss(x_BTD, self.lm_head.weight, targets_BT, reduction)
+            logits_BTV: Tensor = self.lm_head(x_BTD)
+            return logits_BTV
+
+    def _in_half(self) -> AbstractContextManager[object]:
+        """Autocast where blocks need it and nobody has asked for it, as where a model is measured on a CPU."""
+        device = self.lm_head.weight.device.type
+        if self.has_half_blocks and not torch.is_autocast_enabled(device):
+            return torch.autocast(device, torch.bfloat16)
+        return nullcontext()
 
     def hidden(
         self,
@@ -269,6 +304,7 @@ class Decoder(nn.Module):
         mask = None if layout is None else layout.mask_B1TS
         cos_TH, sin_TH = rotary_angles(self.get_buffer("frequencies"), positions, self.angle_scale)
         x_BTD = self.model.embed_tokens(tokens_BT)
+        x_BTD = x_BTD.float() if self.has_float_stream else x_BTD
         again = self.recomputes and torch.is_grad_enabled() and cache is None
         for block in self.blocks:
             inputs = block, x_BTD, cos_TH, sin_TH, cache, mask, routing_BTE

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from checkpoints.safetensors import weight_files
+from checkpoints.tensors import weight_file_chunks
 from modularforge.errors import DataError, MismatchError
 from modularforge.model import names
 from modularforge.model.adapter_config import ADAPTERS_NAME
@@ -25,21 +26,26 @@ from modularforge.model.backbone import Decoder, build_backbone
 from modularforge.model.hub_config import TABLES_NAME, experts_of, is_moe, model_config_of, read_config
 from modularforge.model.lora_mixture import Even, load_adapters
 from modularforge.model.moe import build_moe, moe_layers
+from modularforge.model.shards import host_tensors
 from modularforge.model.text_router import load_text_router
 
+Weight = Any
+"""A tensor on the host, or a `LaterTensor`: one that is made whole from all ranks' pieces when it is written."""
 
-def backbone_tensors(decoder: Decoder) -> dict[str, Tensor]:
+
+def backbone_tensors(decoder: Decoder) -> dict[str, Weight]:
     """All weights by Hugging Face's names, a tied head only once."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in decoder.state_dict().items()}
+    tensors = host_tensors(decoder.state_dict())
     if decoder.config.tied_head:
         tensors.pop(names.HEAD)
     return tensors
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write one weight file; the metadata entry is what transformers expects."""
+def save_tensors(tensors: Mapping[str, Weight], path: Path) -> None:
+    """Write one weight file, tensor by tensor; the metadata entry is what transformers expects."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"format": "pt"})
+    with open(path, "wb") as file:
+        file.writelines(weight_file_chunks(tensors, {"format": "pt"}))
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -90,16 +96,16 @@ def with_text_router(decoder: Decoder, path: Path) -> Decoder:
 
 
 def load_pretrained(folder: Path) -> Decoder:
-    """A pretrained dense model in a folder, in float32 for training."""
+    """A pretrained dense model in a folder, mapped from its files in the types that they have."""
     values = read_config(folder)
     model, vocab_size = model_config_of(values), int(values["vocab_size"])
     with torch.device("meta"):
         decoder = build_backbone(model, vocab_size)
     tensors = read_tensors(folder)
-    return fill(decoder, {n: t for n, t in tensors.items() if not names.is_redundant(n, model.tied_head)}).float()
+    return fill(decoder, {n: t for n, t in tensors.items() if not names.is_redundant(n, model.tied_head)})
 
 
-def cast_like(tensors: dict[str, Tensor], types: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+def cast_like(tensors: Mapping[str, Weight], types: Mapping[str, torch.dtype]) -> dict[str, Weight]:
     """The tensors in the types that `types` names; what was trained in float32 is stored as it was before."""
     return {name: tensor.to(types[name]).contiguous() for name, tensor in tensors.items()}
 

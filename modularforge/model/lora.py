@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from checkpoints.tensors import LaterTensor
 from modularforge.model import names
 from modularforge.model.adapter_config import AdapterShape, check_fits, paired
 from modularforge.model.backbone import Decoder
+from modularforge.model.shards import host_tensors
 from modularforge.model.sizes import AdapterCounts
 
 PARTS = ("lora_A", "lora_B")
@@ -70,11 +72,9 @@ def adapter_parameters(decoder: Decoder) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in decoder.named_parameters() if name.split(".")[-2] in PARTS}
 
 
-def adapter_tensors(decoder: Decoder) -> dict[str, Tensor]:
+def adapter_tensors(decoder: Decoder) -> dict[str, Tensor | LaterTensor]:
     """The adapters as PEFT stores them."""
-    return {
-        names.adapter(name): weight.detach().cpu().contiguous() for name, weight in adapter_parameters(decoder).items()
-    }
+    return {names.adapter(name): weight for name, weight in host_tensors(adapter_parameters(decoder)).items()}
 
 
 def with_adapter(decoder: Decoder, shape: AdapterShape, tensors: Mapping[str, Tensor], origin: str) -> Decoder:

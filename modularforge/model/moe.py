@@ -4,7 +4,7 @@ Two routers share one layer: `Router` holds a row per expert (the assembled mode
 beside a public row fixed at zero (an expert's own training). Both give logits; the layer renormalises the top k.
 """
 
-# N tokens  D width  F FFN width  E experts  A active experts  H head width
+# N tokens  V visits, N · A  D width  F FFN width  E experts  A active experts  H head width
 
 from __future__ import annotations
 
@@ -90,19 +90,26 @@ class SparseMoE(nn.Module):
         """Weights and indices [N, A] of the visited experts; `allowed` forces the choice to a few of them."""
         active = self.experts_per_token
         if self.allowed is not None:
-            mask_E = torch.full((logits_NE.shape[-1],), float("-inf"), device=logits_NE.device)
-            mask_E[list(self.allowed)] = 0.0
-            logits_NE, active = logits_NE + mask_E, min(active, len(self.allowed))
+            closed = [slot not in self.allowed for slot in range(logits_NE.shape[-1])]
+            closed_E = torch.tensor(closed, device=logits_NE.device)
+            logits_NE, active = logits_NE.masked_fill(closed_E, float("-inf")), min(active, len(self.allowed))
         top_NA, expert_NA = logits_NE.topk(active, dim=-1)
         return top_NA.softmax(dim=-1), expert_NA
 
     def _visit(self, x_ND: Tensor, weight_NA: Tensor, expert_NA: Tensor) -> Tensor:
+        """Visits sorted by expert once: a GPU says the ends of all groups at once, not one group's size at a time."""
+        sorted_V, visit_V = expert_NA.flatten().sort(stable=True)
+        ends = torch.searchsorted(sorted_V, self._numbers(sorted_V.device), right=True).tolist()
+        token_V, weight_V1 = visit_V // expert_NA.shape[1], weight_NA.flatten().gather(0, visit_V)[:, None]
         output_ND = torch.zeros_like(x_ND)
-        for index, expert in enumerate(self.experts):
-            token, choice = torch.where(expert_NA == index)
-            if len(token):
-                output_ND = output_ND.index_add(0, token, expert(x_ND[token]) * weight_NA[token, choice, None])
+        for expert, start, end in zip(self.experts, [0, *ends], ends, strict=False):
+            if start < end:
+                token, share = token_V[start:end], weight_V1[start:end]
+                output_ND = output_ND.index_add(0, token, expert(x_ND[token]) * share)
         return output_ND
+
+    def _numbers(self, device: torch.device) -> Tensor:
+        return torch.arange(len(self.experts), device=device)
 
 
 def build_moe(config: ModelConfig, vocab_size: int, experts: int, experts_per_token: int) -> Decoder:
@@ -161,7 +168,9 @@ def load_balance_loss(decoder: Decoder) -> Tensor:
         assert layer.observed_logits is not None
         probability_E = layer.observed_logits.softmax(dim=-1).mean(dim=0)
         _, visited_NA = layer.choose(layer.observed_logits)
-        share_E = torch.bincount(visited_NA.flatten(), minlength=len(probability_E)) / visited_NA.numel()
+        visits_E = torch.zeros(len(probability_E), dtype=torch.long, device=probability_E.device)
+        visited_V = visited_NA.flatten()  # counted so that a GPU need not be asked; bincount looks for the largest
+        share_E = visits_E.scatter_add(0, visited_V, torch.ones_like(visited_V)) / visited_NA.numel()
         terms.append(len(probability_E) * (share_E * probability_E).sum())
     return torch.stack(terms).mean()
 

@@ -14,6 +14,7 @@ from modularforge.config import RopeScalingConfig
 from modularforge.errors import DataError
 
 DENSE_TYPES = ("llama", "mistral", "qwen3")
+SPEECH_TYPE = "modularforge_speech"
 MOE_TYPES = ("mixtral", "qwen3_moe")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 ROPE_KEYS = {*RopeScalingConfig.model_fields, "type", "rope_theta", "partial_rotary_factor"}
@@ -38,6 +39,11 @@ FLAGS = ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_windo
 def check_supported(values: Mapping[str, Any], origin: str) -> None:
     """Raise DataError unless these values of a config.json describe a model that we compute as transformers does."""
     kind = values.get("model_type")
+    if kind == SPEECH_TYPE:
+        raise DataError(
+            f"{origin} must be of a model that reads text, but is of a speech model; `modularforge transcribe --model` "
+            "writes down recordings with it, and `modularforge analyze` shows its gates"
+        )
     if not isinstance(kind, str) or kind not in (*DENSE_TYPES, *MOE_TYPES):
         raise DataError(
             f"{origin} must have model_type {', '.join(DENSE_TYPES)}, {' or '.join(MOE_TYPES)}, but has "

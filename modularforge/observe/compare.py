@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import chain
 from typing import Any
@@ -22,7 +22,7 @@ from modularforge.observe.curves import MOST_PANELS, draw_comparison
 from modularforge.observe.discover import short_names
 from modularforge.observe.divergence import CAVEAT, Pair
 from modularforge.observe.gradient_figures import norm_figures, norms_of_jobs
-from modularforge.observe.metrics import MEASURED
+from modularforge.observe.metrics import Metric, measured
 from modularforge.observe.run import kind_of, read_run, without_members
 from modularforge.observe.table import Column, Table, listing, name_column, number, of
 
@@ -195,11 +195,18 @@ def _settings(comparison: Comparison) -> list[str]:
 
 def _evaluation(comparison: Comparison) -> list[str]:
     lines = []
-    for metric in MEASURED if comparison.evaluation else ():
+    metrics = dict.fromkeys(metric for run in comparison.runs.values() for metric in measured(run.evaluation or {}))
+    for metric in metrics if comparison.evaluation else ():
         found = comparison.evaluation[metric.column]
-        rows = [[model, *map(number, map(values.get, comparison.runs))] for model, values in found.items()]
+        rows = [[model, *_shown(metric, values, comparison)] for model, values in found.items()]
         lines += ["", f"Test: {metric.axis}", *listing(["model", *comparison.runs], rows).text()]
     return lines
+
+
+def _shown(metric: Metric, values: Mapping[str, float], comparison: Comparison) -> Iterator[str]:
+    """A model's value in each run, in the shown unit."""
+    for run in comparison.runs:
+        yield number(values[run] * metric.factor if run in values else None)
 
 
 def _seeds(comparison: Comparison) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from modularforge.observe.anomalies import Anomaly, Convergence, Overfitting, convergence, find_anomalies, overfitting
 from modularforge.observe.divergence import Pair, Summary, pair_curves, summarise, welch_interval
-from modularforge.observe.metrics import CURVES, MEASURED, Curve, Metric
+from modularforge.observe.metrics import CURVES, Curve, Metric, measured
 from modularforge.observe.run import MEANS, Run, flatten, job_order, kind_of
 
 # Where a run lies and runs says nothing of what it computes.
@@ -171,6 +171,7 @@ def _compare_metric(metric: Metric, curves: dict[str, Curve], names: list[str], 
 def _evaluation(runs: Mapping[str, Run]) -> dict[str, dict[str, dict[str, float]]]:
     """What the evaluations measured, by metric, model and run; models in the order of the longest table."""
     models: dict[str, dict[str, Any]] = {name: (run.evaluation or {}).get("models", {}) for name, run in runs.items()}
+    metrics = dict.fromkeys(metric for run in runs.values() for metric in measured(run.evaluation or {}))
     order = dict.fromkeys(model for found in sorted(models.values(), key=len, reverse=True) for model in found)
     return {
         metric.column: {
@@ -181,7 +182,7 @@ def _evaluation(runs: Mapping[str, Run]) -> dict[str, dict[str, dict[str, float]
             }
             for model in order
         }
-        for metric in MEASURED
+        for metric in metrics
         if order
     }
 

@@ -14,31 +14,40 @@ from checkpoints.screen import say
 from modularforge.observe.findings import (
     DECIDING,
     REFERENCES,
+    SPEECH_REFERENCES,
     chat_table,
     doubts,
+    error_table,
     finding_tables,
     harness_tables,
     likely_reason,
     routing_lines,
     task_tables,
+    test_tables,
 )
-from modularforge.observe.metrics import MEASURED, standing
+from modularforge.observe.metrics import Metric, decisive, is_speech, measured, of_domains, standing
 from modularforge.observe.table import Column, Table, count, decimals, fixed, listing, name_column, named
 
 Results = dict[str, Any]
 
 
 def model_table(results: Results) -> Table:
-    """One model a record: sizes, loss in perplexity per domain, and the metrics that are means over the domains."""
+    """One model a record: sizes, each domain in perplexity or error rate, and metrics that are means over domains."""
+    main = of_domains(results)
     columns = [
         name_column("model"),
         Column("total", named("parameters"), count, on_screen=False),
         Column("active", named("active_parameters"), count),
         Column("training tokens", named("training_tokens"), count, on_screen=False),
-        *(Column(label, _of_domain(label, "perplexity"), decimals(2)) for label in results["domains"]),
-        *(Column(one.title, named(one.column), decimals(one.digits), on_screen=one.in_table) for one in MEASURED),
+        *(Column(label, _of_domain(label, main.column), main.written) for label in results["domains"]),
+        *(Column(_title(one), named(one.column), one.written, on_screen=one.in_table) for one in measured(results)),
     ]
-    return Table(columns, [*results["models"].items()], f"{results['name']}: test perplexity, lower is better")
+    title = f"{results['name']}: test {_title(main)}, lower is better"
+    return Table(columns, [*results["models"].items()], title)
+
+
+def _title(metric: Metric) -> str:
+    return f"{metric.title} %" if metric.unit == "%" else metric.title
 
 
 def byte_table(results: Results) -> Table:
@@ -57,12 +66,18 @@ def _of_domain(label: str, key: str) -> Callable[[tuple[str, Any]], Any]:
 
 def print_table(results: Results) -> None:
     """The table without the columns that 80 columns have no room for, its best model marked, and the verdict."""
-    models = [(standing(row), name) for name, row in results["models"].items()]
+    models = [(standing(row, decisive(results)), name) for name, row in results["models"].items()]
     best = min(((value, place) for place, (value, name) in enumerate(models) if name != "oracle"), default=None)
     model_table(results).show(best[1] if best else None)
-    for table in harness_tables(results):
+    for table in [*harness_tables(results), *test_tables(results)]:
         table.show()
     say(verdict(results))
+
+
+def print_errors(results: Results) -> None:
+    """The worst utterances, where there are some."""
+    if results.get("errors"):
+        error_table(results).show()
 
 
 def markdown(results: Results) -> str:
@@ -72,16 +87,14 @@ def markdown(results: Results) -> str:
         "",
         plain(verdict(results)),
         "",
-        "Perplexity per domain on the test split; lower is better. Domains weigh alike in the means.",
+        f"{_sentence(_title(of_domains(results)))} per domain on the test split; lower is better. Domains weigh alike "
+        "in the means.",
         "`oracle` takes the best expert of each domain, chosen on the test split itself: a bound, no model.",
         "",
         *model_table(results).markdown(),
         *routing_lines(results["models"]),
         *_carried_lines(results),
-        "",
-        "Bits per byte of text, which compare across tokenizers:",
-        "",
-        *byte_table(results).markdown(),
+        *([] if is_speech(results) else _byte_lines(results)),
     ]
     chat = chat_table(results)
     others = [*task_tables(results), *harness_tables(results), *([chat] if chat.records else [])]
@@ -89,11 +102,19 @@ def markdown(results: Results) -> str:
         lines += ["", f"## {plain(found.title)}", "", plain(found.words), "", *found.markdown()]
     for name, routing in results["routing"].items():
         lines += ["", f"## Where {plain(name)} routes", *_routing_lines(routing)]
-    lines += ["", "## Samples", ""]
+    lines += ["", *([] if is_speech(results) else ["## Samples", ""])]
     for one in samples_of(results):
         lines += [f"**{plain(one['model'])}**, {one['kind']}: {plain(one['prompt'])}▸{plain(one['text'])}", ""]
     facts = f"Measured in {results['seconds']:.0f} s, peak memory {results['peak_memory_bytes'] / 2**20:.0f} MiB."
     return "\n".join([*lines, facts, ""])
+
+
+def _byte_lines(results: Results) -> list[str]:
+    return ["", "Bits per byte of text, which compare across tokenizers:", "", *byte_table(results).markdown()]
+
+
+def _sentence(words: str) -> str:
+    return words[0].upper() + words[1:]
 
 
 def samples_of(results: Results) -> Iterator[dict[str, str]]:
@@ -139,6 +160,8 @@ def verdict(results: Results) -> str:
     models, chosen = results["models"], results["chosen"]
     if chosen is None:
         return "No assembled model was measured."
+    if is_speech(results):
+        return speech_verdict(results)
     loss = float(models[chosen]["mean_loss"])
     found = f"the {chosen} model has a mean test loss of {loss:.4f}"
     beside = {name: float(models[name]["mean_loss"]) for name in (*DECIDING, "backbone") if name in models}
@@ -146,7 +169,7 @@ def verdict(results: Results) -> str:
     but = [f"But {'; '.join(sentences)}."] if (sentences := doubts(results)) else []
     deciding = [other for name, other in beside.items() if name in DECIDING]
     if not deciding:
-        return " ".join(["; ".join([found[0].upper() + found[1:], *others]) + ".", *but])
+        return " ".join(["; ".join([_sentence(found), *others]) + ".", *but])
     start = "Worth it" if loss < min(deciding) else "Not worth it here"
     why = [reason] if loss >= min(deciding) and (reason := likely_reason(results, min(deciding))) else []
     return " ".join([f"{start}: " + "; ".join([found, *others]) + ".", *why, *but])
@@ -158,3 +181,27 @@ def _beside(loss: float, words: str, other: float) -> str:
         return f"{words} {other:.4f}"
     percent = 100 * (math.exp(min(700.0, loss - other)) - 1)
     return f"{words} {other:.4f}, so our perplexity is {abs(percent):.1f} % {'lower' if percent < 0 else 'higher'}"
+
+
+def speech_verdict(results: Results) -> str:
+    """The same in error rates: it was worth it where no baseline has a lower one, and some have a higher one."""
+    models, chosen, metric = results["models"], results["chosen"], decisive(results)
+    rate = float(models[chosen][metric.column])
+    found = f"the {chosen} model has a mean test {metric.title} of {metric.written(rate)} %"
+    beside = {name: float(models[name][metric.column]) for name in SPEECH_REFERENCES if name in models}
+    others = [
+        f"{SPEECH_REFERENCES[name]} {metric.written(other)} % ({_points(metric.factor * (rate - other))})"
+        for name, other in beside.items()
+    ]
+    deciding = [other for name, other in beside.items() if name != "backbone"]
+    if not deciding:
+        return "; ".join([_sentence(found), *others]) + "."
+    start = "Worth it" if rate <= min(deciding) and rate < max(deciding) else "Not worth it here"
+    return f"{start}: {'; '.join([found, *others])}."
+
+
+def _points(difference: float) -> str:
+    """How our rate stands to another one."""
+    if not math.isfinite(difference) or abs(difference) < 0.05:
+        return "the same" if abs(difference) < 0.05 else "beyond comparison"
+    return f"ours is {abs(difference):.1f} points {'lower' if difference < 0 else 'higher'}"

@@ -22,7 +22,7 @@ from modularforge.observe.canvas import (
     new_figure,
     png_bytes,
 )
-from modularforge.observe.metrics import Floats
+from modularforge.observe.metrics import Floats, is_speech, of_domains
 from modularforge.observe.run import Run, kind_of
 from modularforge.observe.table import rough
 
@@ -103,16 +103,13 @@ def _draw_shares(axes: Any, shares: Floats, top: float, names: list[str], expert
 
 
 def evaluation_figure(run: Run) -> Figure | None:
-    """Perplexity of every model on every domain, coloured by its distance from the backbone's."""
+    """Perplexity or error rate of every model on every domain, coloured by its distance from the backbone's."""
     results = run.evaluation
     if not results or "backbone" not in results["models"]:
         return None
     names = _shown_models(results)
     domains = list(results["domains"])
-    losses = np.array([[*(_loss(results, name, label) for label in domains), _mean(results, name)] for name in names])
-    with np.errstate(over="ignore", invalid="ignore"):  # a diverged model's loss may be infinite
-        change = 100 * np.expm1(losses - losses[names.index("backbone")])
-        perplexities = np.exp(losses)
+    shown, change = _rates(results, names) if is_speech(results) else _perplexities(results, names)
     figure = new_figure(WIDTH_INCHES, 1.4 + 0.42 * len(names))
     axes: Any = figure.subplots()
     reach = _reach(change, names)
@@ -120,7 +117,7 @@ def evaluation_figure(run: Run) -> Figure | None:
     for (row, column), percent in np.ndenumerate(change):
         colour = PAPER if _is_dark(image.to_rgba(percent)) else INK
         weight = "bold" if column == len(domains) else "normal"
-        value = _written(float(perplexities[row, column]))
+        value = _written(float(shown[row, column]))
         axes.text(column, row, value, ha="center", va="center", color=colour, fontweight=weight)
     _name_columns(axes, domains)
     axes.set_yticks(range(len(names)), names)
@@ -128,13 +125,27 @@ def evaluation_figure(run: Run) -> Figure | None:
         tick.set_color(colour_of(name, run.num_experts) if kind_of(name) == "expert" else INK)
         tick.set_fontweight("bold" if kind_of(name) == "expert" or name == results.get("chosen") else "normal")
     _no_frame(axes)
-    _caption(
-        axes,
-        14,
-        "Test perplexity, lower is better. Purple: better than the backbone, orange: worse; "
-        f"darkest from {reach:.0f} % on.",
-    )
+    what = f"Test {of_domains(results).axis}, lower is better."
+    unit = "points" if is_speech(results) else "%"
+    _caption(axes, 14, f"{what} Purple: better than the backbone, orange: worse; darkest from {reach:.0f} {unit} on.")
     return figure
+
+
+def _perplexities(results: dict[str, Any], names: list[str]) -> tuple[Floats, Floats]:
+    """Perplexities of models on domains and in the mean, and their distance from the backbone's in %."""
+    losses = np.array([[*(_loss(results, name, label) for label in results["domains"]), _mean(results, name)]
+                       for name in names])  # fmt: skip
+    with np.errstate(over="ignore", invalid="ignore"):  # a diverged model's loss may be infinite
+        return np.exp(losses), 100 * np.expm1(losses - losses[names.index("backbone")])
+
+
+def _rates(results: dict[str, Any], names: list[str]) -> tuple[Floats, Floats]:
+    """Error rates in % of models on domains and in the mean, and their distance from the backbone's in points."""
+    column, models = of_domains(results).column, results["models"]
+    rows = [[models[name]["domains"][label] for label in results["domains"]] + [models[name]] for name in names]
+    rates = 100 * np.array([[float(cell[column]) for cell in row] for row in rows])
+    with np.errstate(invalid="ignore"):  # nothing was said, and something written
+        return rates, rates - rates[names.index("backbone")]
 
 
 def _reach(change: Floats, names: list[str]) -> float:

@@ -51,6 +51,12 @@ REFERENCES = {
     "joint_lora_wide": "one adapter of all experts' rank",
 }
 """What sentences hold the chosen model against, and how they call it."""
+SPEECH_REFERENCES = {
+    "joint": "vectors trained jointly on the same utterances have",
+    "dense": "the projector alone, trained on the same utterances, has",
+    "backbone": "the backbone has",
+}
+"""The same of speech, with their verbs."""
 DECIDING = tuple(name for name in REFERENCES if name != "backbone")
 """Of these the models that an assembled one has to be better than: without experts, trained on the same tokens."""
 TASK_METRICS = {
@@ -231,8 +237,37 @@ def finding_tables(results: Results) -> list[Table]:
             "switch",
             anchors,
         ),
+        *test_tables(results),
+        error_table(results),
     ]
     return [table for table in found if table.records]
+
+
+def test_tables(results: Results) -> Iterator[Table]:
+    """Error rates of each model on each test set beside the domains; nothing where there are none."""
+    rows = {name: row["tests"] for name, row in results["models"].items() if row.get("tests")}
+    sets = dict.fromkeys(name for tests in rows.values() for name in tests)
+    if sets:
+        columns = [
+            Column(f"{name} {rate.upper()} %", _of_test(name, rate), decimals(1))
+            for name in sets
+            for rate in ("wer", "cer")
+        ]
+        counts = {name: test["utterances"] for tests in rows.values() for name, test in tests.items()}
+        words = f"In %, of {', '.join(f'{counts[name]} utterances of {name}' for name in sets)}; lower is better."
+        yield Table([name_column("model"), *columns], [*rows.items()], "Test sets beside the domains", words)
+
+
+def _of_test(name: str, rate: str) -> Callable[[tuple[str, Any]], Any]:
+    return lambda record: 100 * float(record[1][name][rate]) if name in record[1] else None
+
+
+def error_table(results: Results) -> Table:
+    """The worst utterances of the model to use, or of the backbone where there is none: audio, said, written."""
+    header = ["domain", "audio", "reference", "hypothesis", "errors", "words"]
+    rows = [[str(one[name]) for name in header] for one in results.get("errors") or ()]
+    words = "Utterances with the most word errors of each domain; those of every model are in utterances.json."
+    return listing(header, rows, 4, "Worst utterances", words)
 
 
 def _difference_table(results: Results, title: str) -> Table:

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from modularforge.json_lines import MOST, moment, number_of, objects_in
-from modularforge.tasks.task import TEXT_METRICS
+from modularforge.tasks.task import SPEECH_METRICS, TEXT_METRICS
+from modularforge.tasks.task import Metric as TaskMetric
 
 MOST_STEPS = 2.0**53  # beyond, a float holds not every whole number
 Floats = npt.NDArray[np.float64]
@@ -45,11 +46,16 @@ class Metric:
     decides: bool = False
     in_table: bool = True
     logged: str | None = None
+    by_domain: bool = False
 
     @property
     def axis(self) -> str:
         """Title and unit, as an axis names them."""
         return f"{self.title} ({self.unit})" if self.unit else self.title
+
+    def written(self, value: Any) -> str:
+        """A stored value as tables have it, in the shown unit."""
+        return f"{float(value) * self.factor:.{self.digits}f}"
 
 
 CURVES = (
@@ -63,22 +69,52 @@ CURVES = (
         "data_wait_share", "waiting for data", "% of the time", 100, "from_zero", "lower", logged="share of the time"
     ),
     Metric("peak_memory_bytes", "peak memory", "GiB", 2.0**-30, "from_zero", "lower", logged="bytes"),
+    Metric("scale", "scale of steering", "mean over places", in_table=False),
+    Metric("vector_norm", "length of steering vectors", "mean", in_table=False),
 )
 COLUMN_OF = {"loss": "mean_loss"}  # of results.json, where it is not the metric's own name
-MEASURED = tuple(
-    Metric(
-        COLUMN_OF.get(one.name, one.name), one.title, "" if one.unit == "bits" else one.unit, better=one.better,
-        learns=True, digits=one.digits, decides=one.decides, in_table=one.in_table,
-    )
-    for one in TEXT_METRICS
-)  # fmt: skip
+
+
+def _of_results(one: TaskMetric) -> Metric:
+    unit = "" if one.unit == "bits" else one.unit
+    return Metric(
+        COLUMN_OF.get(one.name, one.name), one.title, unit, one.factor, better=one.better, learns=True,
+        digits=one.digits, decides=one.decides, in_table=one.in_table, by_domain=one.by_domain,
+    )  # fmt: skip
+
+
+MEASURED = tuple(map(_of_results, TEXT_METRICS))
+MEASURED_OF_SPEECH = tuple(map(_of_results, SPEECH_METRICS))
+ERROR_RATES = tuple(one for one in MEASURED_OF_SPEECH if one.column not in {own.column for own in MEASURED})
+"""What only rows of speech have."""
 DECISIVE = next(metric for metric in MEASURED if metric.decides)
 
 
-def standing(row: Mapping[str, Any]) -> float:
+def is_speech(results: Mapping[str, Any]) -> bool:
+    """Whether an evaluation is of transcripts; what says nothing of its task is of text."""
+    return results.get("task") == "speech"
+
+
+def measured(results: Mapping[str, Any]) -> tuple[Metric, ...]:
+    """What an evaluation found out, as its task lists it."""
+    return MEASURED_OF_SPEECH if is_speech(results) else MEASURED
+
+
+def decisive(results: Mapping[str, Any]) -> Metric:
+    """The one by which its models are ranked."""
+    return next(metric for metric in MEASURED_OF_SPEECH if metric.decides) if is_speech(results) else DECISIVE
+
+
+def of_domains(results: Mapping[str, Any]) -> Metric:
+    """The one that tables and figures have by domain."""
+    return next(metric for metric in measured(results) if metric.by_domain)
+
+
+def standing(row: Mapping[str, Any], metric: Metric | None = None) -> float:
     """What a row is ranked by, the best one lowest: its value of the metric that decides."""
-    value = float(row[DECISIVE.column])
-    return -value if DECISIVE.better == "higher" else value
+    metric = metric or DECISIVE
+    value = float(row[metric.column])
+    return -value if metric.better == "higher" else value
 
 
 CURVE_OF_COLUMN = {metric.column: metric for metric in CURVES}

@@ -23,7 +23,7 @@ from modularforge.observe.cleaning import cleaning_samples, cleaning_tables
 from modularforge.observe.completion import Part, headline, is_finished, parts_of
 from modularforge.observe.evaluation import model_table, samples_of, verdict
 from modularforge.observe.findings import DECIDING, chat_table, finding_tables, harness_tables, task_tables
-from modularforge.observe.metrics import CURVES, JobMetrics, Metric
+from modularforge.observe.metrics import CURVES, JobMetrics, Metric, of_domains
 from modularforge.observe.rounds import rounds_table
 from modularforge.observe.run import Run, flatten, made_with
 from modularforge.observe.table import Column, Table, duration, fixed, listing, rough
@@ -77,6 +77,7 @@ def make_page(run: Run, plots: Iterable[Plot]) -> str:
         headline=headline(run),
         verdict=verdict(run.evaluation) if run.evaluation else None,
         tiles=list(_key_figures(run)),
+        tile_unit=f"test {of_domains(run.evaluation or {}).axis}",
         problems=run.problems,
         url=run.url,
         read_at=f"{datetime.datetime.fromtimestamp(run.read_at, datetime.timezone.utc):%Y-%m-%d %H:%M}",
@@ -130,12 +131,13 @@ def _title(run: Run) -> str:
 
 
 def _key_figures(run: Run) -> Iterator[tuple[str, str]]:
-    """Test perplexity of the chosen model beside what it must beat."""
+    """Test perplexity, or error rate, of the chosen model beside what it must beat."""
     results = run.evaluation
     if results and results.get("chosen"):
         for name in dict.fromkeys((results["chosen"], "backbone", *DECIDING)):
             if name in results["models"]:
-                yield name, f"{results['models'][name]['perplexity']:,.2f}"
+                metric = of_domains(results)
+                yield name, f"{float(results['models'][name][metric.column]) * metric.factor:,.{metric.digits}f}"
 
 
 def _share(run: Run) -> float | None:

@@ -15,8 +15,10 @@ from modularforge.observe.completion import headline
 from modularforge.observe.curves import curve_figures
 from modularforge.observe.discover import short_names
 from modularforge.observe.evaluation_figures import evaluation_figure, routing_figures
+from modularforge.observe.gates import TITLES as TITLES_OF_GATES
+from modularforge.observe.gates import figures_of_run
 from modularforge.observe.gradient_figures import TITLES, norm_figures, norms_of_jobs
-from modularforge.observe.metrics import CURVE_OF_COLUMN
+from modularforge.observe.metrics import CURVE_OF_COLUMN, of_domains
 from modularforge.observe.page import Plot, make_page
 from modularforge.observe.run import Run, read_run
 from modularforge.observe.table import rough
@@ -76,16 +78,29 @@ def draw_run(run: Run) -> Iterator[Plot]:
         for name, figure in norm_figures(norms_of_jobs(run.norms)):
             text = f"{TITLES[name]}; the numbers are in metrics/gradients of the run."
             yield from _plot(name, "gradients", TITLES[name], text, figure, cut=False)
-        text = "Perplexity of every model on every domain; the table below holds the same numbers."
-        yield from _plot("evaluation", "evaluation", "Perplexity by model and domain", text, evaluation_figure(run))
+        what = _sentence(of_domains(run.evaluation or {}).title)
+        text = f"{what} of every model on every domain; the table below holds the same numbers."
+        yield from _plot("evaluation", "evaluation", f"{what} by model and domain", text, evaluation_figure(run))
         for name, figure in routing_figures(run).items():
             title = f"Routing of the {name.removeprefix('routing_')} model"
             yield from _plot(name, "routing", title, "Share of visits by layer and expert, domain and expert.", figure)
+        yield from _gates(run)
+
+
+def _gates(run: Run) -> Iterator[Plot]:
+    for model, name, figure in figures_of_run(run):
+        text = f"{TITLES_OF_GATES[name]} of {model}; `modularforge analyze` prints the numbers."
+        title = f"{TITLES_OF_GATES[name]}: {model}"
+        yield from _plot(f"gates_{model}_{name}", "routing", title, text, figure, cut=False)
 
 
 def _plot(name: str, section: str, title: str, text: str, figure: Figure | None, cut: bool = True) -> Iterator[Plot]:
     if figure is not None:
         yield Plot(safe_part(name), section, title, text, png_bytes(figure, cut))
+
+
+def _sentence(words: str) -> str:
+    return words[0].upper() + words[1:]
 
 
 def _last_values(run: Run, column: str) -> str:

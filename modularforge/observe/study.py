@@ -18,8 +18,19 @@ from modularforge.observe.findings import (
     reply_table,
     routing_lines,
 )
-from modularforge.observe.metrics import DECISIVE, MEASURED
-from modularforge.observe.table import Column, Table, count, decimals, fixed, name_column, named, percent, signed
+from modularforge.observe.metrics import DECISIVE, ERROR_RATES, MEASURED
+from modularforge.observe.table import (
+    Column,
+    Table,
+    count,
+    decimals,
+    duration,
+    fixed,
+    name_column,
+    named,
+    percent,
+    signed,
+)
 
 StudyTable = Mapping[str, Any]
 
@@ -50,20 +61,27 @@ def variant_table(table: StudyTable) -> Table:
             for one in MEASURED
             if one is not DECISIVE and any(one.column in row for row in table["rows"].values())
         ),
+        *(
+            Column(f"{one.title} %", _in_percent(one.column), decimals(one.digits), on_screen=one.in_table)
+            for one in ERROR_RATES
+            if any(one.column in row for row in table["rows"].values())
+        ),
         Column("total", named("parameters"), count),
         Column("active", named("active_parameters"), count),
         Column("FLOPs/token", named("flops_per_token"), count),
         Column("tokens", named("training_tokens"), count),
         Column("bytes", named("trained_bytes"), count, on_screen=False),
         Column("CPU s", named("processor_seconds"), decimals(0), on_screen=False),
+        *([Column("training", named("training_seconds"), duration)] if _is_speech(table) else []),
     ]
     return Table(columns, [*table["rows"].items()])
 
 
 def markdown(table: StudyTable) -> str:
     """The table as a page."""
+    half = "" if _is_speech(table) else "the selection half of "
     where = (
-        "the selection half of the validation documents, which no variant was fitted to"
+        f"{half}the validation documents, which no variant was fitted to"
         if table["split"] == "validation"
         else "the test split"
     )
@@ -95,12 +113,16 @@ def _tables(table: StudyTable) -> Iterator[Table]:
     rows, records = table["rows"], [*table["rows"].items()]
     by_domain = (Column(label, _inside("domains", label), decimals(3)) for label in table["domains"])
     yield Table([name_column("variant"), *by_domain], records, words="Loss by domain, mean over seeds:")
+    for name, title in (("wer", "Word"), ("cer", "Character")) if _is_speech(table) else ():
+        rates = (Column(label, _rate(label, name), decimals(1)) for label in table["domains"])
+        words = f"{title} error rate by domain in per cent, mean over seeds:"
+        yield Table([name_column("variant"), *rates], records, words=words)
     for task in dict.fromkeys(name for row in rows.values() for name in row.get("tasks", {})):
         yield _task_table(rows, task)
     places = next((list(row["kept_by_position"]) for row in rows.values()), [])
     by_place = (Column(place, _inside("kept_by_position", place), percent) for place in places)
     words = "Share of the oracle's gain that is kept, by position in the window:"
-    yield Table([name_column("variant"), *by_place], records, words=words)
+    yield Table([name_column("variant"), *by_place], records if places else [], words=words)
     words = (
         "Loss on other text than the domains' own: the second half of windows whose first half is another domain's "
         "text; documents of passages of different domains; text of no domain:"
@@ -112,6 +134,18 @@ def _tables(table: StudyTable) -> Iterator[Table]:
     words = "What removing one expert changes in the domains of the others (relative loss):"
     changes = (Column("largest", named("others"), _change), Column("mean", named("others_mean"), _change))
     yield Table([name_column("variant"), *changes], [*table["removal"].items()], words=words)
+
+
+def _is_speech(table: StudyTable) -> bool:
+    return any("rates" in row for row in table["rows"].values())
+
+
+def _in_percent(name: str) -> Callable[[tuple[str, Any]], Any]:
+    return lambda record: None if name not in record[1] else 100 * record[1][name]
+
+
+def _rate(label: str, name: str) -> Callable[[tuple[str, Any]], Any]:
+    return lambda record: 100 * record[1]["rates"][label][name] if "rates" in record[1] else None
 
 
 def _task_table(rows: Mapping[str, Any], task: str) -> Table:

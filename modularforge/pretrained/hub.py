@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from modularforge.errors import DataError, StoreError, one_line
@@ -143,6 +144,26 @@ def upload(name: HubName, files: Mapping[str, Upload], is_private: bool = False)
             f"{name.repository} must be a name on the Hub that you may write to, but the upload broke off ({error}); "
             "set HF_TOKEN, and repeat the command"
         ) from error
+
+
+def snapshot(name: HubName, patterns: list[str]) -> Path:
+    """The files of a model that match, in Hugging Face's cache; without a network those that are there already.
+
+    Raises DataError, StoreError.
+    """
+    try:
+        listing = list_files(name)
+    except ConnectionError as error:
+        if (folder := cached_folder(name)) is not None:
+            return folder
+        raise StoreError(
+            f"{name.repository} must be cached or reachable on the Hub, but is neither ({error}); name a folder"
+        ) from error
+    wanted = [file for file in listing.files if any(fnmatch(file, pattern) for pattern in patterns)]
+    if not wanted:
+        raise DataError(f"{name.repository} must hold a model, but has none of its files; choose another")
+    found = [download(name, listing, file) for file in wanted]
+    return found[0].parent
 
 
 @contextmanager

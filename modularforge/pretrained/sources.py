@@ -32,6 +32,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 GGUF = ".gguf"
 NEEDED = (CONFIG_NAME, "tokenizer.json")
+CONVERTED = ("models/smollm2", "models/whisper-tiny-en")  # of configs/speech.yaml: made here, on no Hub
 SAVE_AGAIN = "load it with transformers and save it with save_pretrained, which writes safetensors"
 
 
@@ -56,6 +57,8 @@ def is_gguf(model: str) -> bool:
 def hub_name(model: str) -> HubName:
     """The name on the Hub; raises DataError for a file, or a name that is no folder and cannot be one of the Hub."""
     require_no_file(model)
+    if model in CONVERTED:
+        raise DataError(f"{model} must be a folder, but there is none; run `make quickstart-speech`, which makes it")
     if not HUB_NAME.fullmatch(model):
         raise DataError(
             f"{model:.200} must be a model folder, a URL or a name on the Hub such as Qwen/Qwen3-0.6B, but there is no "
@@ -73,7 +76,7 @@ def published_name(model: str) -> str | None:
         artifact = find_artifact(model)
         origin = artifact.manifest.settings.get("model") if artifact else None
         return published_name(origin) if isinstance(origin, str) and not is_folder(origin) else None
-    return hub_name(model).repository if HUB_NAME.fullmatch(model) else None
+    return hub_name(model).repository if HUB_NAME.fullmatch(model) and model not in CONVERTED else None
 
 
 def model_files(names: Iterable[str], model: str, read: Callable[[str], bytes] | None = None) -> list[str]:

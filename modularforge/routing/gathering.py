@@ -22,19 +22,20 @@ def gather_statistics(
 
     Beside ids may come the number of each token's example [B, T]; those of negative number are padding, not counted.
     """
+    model.to(device).eval()
     layers = [_LayerSums(block, moments) for block in model.blocks]
     counts_V = torch.zeros(model.vocab_size, dtype=torch.float64)
-    model.to(device).eval()
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode, whose tensors a sharded model could not take back into training
         for batch in batches:
             tokens_BT, examples_BT = batch if isinstance(batch, tuple) else (batch, None)
             counted_N = None if examples_BT is None else (examples_BT >= 0).flatten()
             for layer in layers:
                 layer.counted_N = None if counted_N is None else counted_N.to(device)
-            model.hidden(tokens_BT.to(device), examples_BT=None if examples_BT is None else examples_BT.to(device))
+            examples_BT = None if examples_BT is None else examples_BT.to(device)
+            model(tokens_BT.to(device), examples_BT=examples_BT, headless=True)
             tokens_N = tokens_BT.flatten() if counted_N is None else tokens_BT.flatten()[counted_N]
             counts_V += torch.bincount(tokens_N.cpu(), minlength=model.vocab_size)
-    inverse_rms_L: Any = np.asarray([layer.inverse_rms / max(layer.count, 1) for layer in layers])
+    inverse_rms_L: Any = np.asarray([float(layer.inverse_rms) / max(layer.count, 1) for layer in layers])
     tokens_V: Any = np.asarray(counts_V)
     return RouterStatistics([layer.finish() for layer in layers], tokens_V, inverse_rms_L)
 
@@ -45,10 +46,12 @@ class _LayerSums:
     def __init__(self, block: Block, moments: bool) -> None:
         self.norm = block.post_attention_layernorm
         width = len(self.norm.weight)
-        self.count, self.inverse_rms = 0, 0.0
+        self.count = 0
         self.counted_N: Tensor | None = None  # tokens of the batch that count, or all
-        self.sum_D = torch.zeros(width, dtype=torch.float64)
-        self.outer_DD = torch.zeros(width, width, dtype=torch.float64) if moments else torch.zeros(0, 0)
+        # Where the model is, so that a GPU is asked for them once, at the end.
+        double: dict[str, Any] = {"dtype": torch.float64, "device": self.norm.weight.device}
+        self.sum_D, self.inverse_rms = torch.zeros(width, **double), torch.zeros((), **double)
+        self.outer_DD = torch.zeros(width, width, **double) if moments else torch.zeros(0, 0)
         self.hook = self.norm.register_forward_hook(self._add)
 
     def _add(self, _module: nn.Module, arguments: tuple[Tensor, ...], output_BTD: Tensor) -> None:
@@ -56,15 +59,15 @@ class _LayerSums:
         if self.counted_N is not None:
             stream_ND, x_ND = stream_ND[self.counted_N], x_ND[self.counted_N]
         self.count += len(x_ND)
-        self.sum_D += x_ND.sum(dim=0).double().cpu()
+        self.sum_D += x_ND.sum(dim=0).double()
         if len(self.outer_DD):
             with torch.autocast(x_ND.device.type, enabled=False):  # bf16 would round the sums
-                self.outer_DD += (x_ND.T @ x_ND).double().cpu()
-        self.inverse_rms += float((stream_ND.square().mean(dim=1) + self.norm.epsilon).rsqrt().double().sum())
+                self.outer_DD += (x_ND.T @ x_ND).double()
+        self.inverse_rms += (stream_ND.square().mean(dim=1) + self.norm.epsilon).rsqrt().double().sum()
 
     def finish(self) -> LayerStatistics:
         """The sums; stops counting."""
         self.hook.remove()
-        sum_D: Any = np.asarray(self.sum_D)
-        outer_DD: Any = np.asarray(self.outer_DD)
+        sum_D: Any = np.asarray(self.sum_D.cpu())
+        outer_DD: Any = np.asarray(self.outer_DD.cpu())
         return LayerStatistics(float(self.count), sum_D, outer_DD)

@@ -90,7 +90,8 @@ def check_training(config: Config, quick: bool) -> Iterator[str]:
 def _some(config: Config, name: str, split: Split, quick: bool) -> list[Computed]:
     source = next(source for source in config.data.sources if source.name == name)
     most = QUICK_UTTERANCES if quick else UTTERANCES
-    return [compute(item, config.speech.data) for item in islice(utterances(config, source, split), most)]
+    settings = config.speech.data.model_copy(update={"keeps": "features"})
+    return [compute(item, settings) for item in islice(utterances(config, source, split), most)]
 
 
 def _tiny(config: Config) -> SpeechModel:

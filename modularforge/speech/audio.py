@@ -38,6 +38,13 @@ def decode(content: bytes) -> Samples:
     return resampled(samples_NC.mean(axis=1), int(rate))
 
 
+def encode(values: Any, rate: int) -> bytes:
+    """Samples as the bytes of a WAV file, from which `decode` gives the same ones."""
+    file = io.BytesIO()
+    require_package("soundfile").write(file, np.asarray(values, np.float32), rate, format="WAV", subtype="FLOAT")
+    return file.getvalue()
+
+
 def resampled(values: Any, rate: int) -> Samples:
     """Samples at 16 kHz; raises UnusableAudio for none, for a rate that no recording has, and for what is no number."""
     samples: Samples = np.asarray(values, np.float32)

@@ -10,7 +10,7 @@ from checkpoints.safetensors import weight_files
 from modularforge.errors import DataError, StoreError, one_line
 from modularforge.model.hub_config import CONFIG_NAME
 from modularforge.pretrained.fetch import files_identity
-from modularforge.pretrained.sources import is_folder
+from modularforge.pretrained.sources import hub_name, is_folder
 
 WANTED = (CONFIG_NAME, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 
@@ -31,9 +31,9 @@ def encoder_folder(source: str) -> Path:
 def _from_hub(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    name, _, revision = source.partition("@")
+    name = hub_name(source)
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(WANTED)))
+        return Path(snapshot_download(name.repository, revision=name.revision, allow_patterns=list(WANTED)))
     except Exception as error:  # the Hub's client has a class for each refusal
         raise StoreError(
             f"speech.model.encoder {redact(source)} must be a folder, cached, or reachable on the Hub, but is none of "

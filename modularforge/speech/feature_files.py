@@ -3,6 +3,9 @@
 Of a split NAME, ``NAME.features.bin`` are frames one after another (float16, [frames, bins]) and ``NAME.frames.npy``
 where each utterance starts, and the end (int64). Its texts are a token file NAME, one document an utterance, their
 prompts a token file ``NAME.prompts``, and ``NAME.utterances.jsonl`` says of each where its audio lay.
+
+Where recordings are kept in place of features, ``NAME.audio.bin`` are files of audio one after another, and
+``NAME.audio.npy`` where each starts, and the end, in bytes; features are computed when they are asked for.
 """
 
 # M bins
@@ -15,35 +18,43 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from modularforge.config import SpeechDataConfig
 from modularforge.data.token_files import TokenFile, TokenFileWriter, open_token_file
 from modularforge.errors import DataError, one_line
-from modularforge.speech.features import Features
+from modularforge.speech.audio import Samples, decode
+from modularforge.speech.features import Features, features, normalised
 
 FRAME_TYPE = np.dtype("<f2")
-PARTS = ("features.bin", "frames.npy", "utterances.jsonl")
+PARTS = ("frames.npy", "utterances.jsonl")
+KEPT = {"features": ("features.bin",), "audio": ("audio.bin", "audio.npy")}
+Keeps = Literal["features", "audio"]
 TOKEN_PARTS = ("tokens.bin", "offsets.npy", "labels.npy")
 
 
 class SpeechFileWriter:
     """Writes the files of a split as its utterances come; their bounds are written when the block ends well."""
 
-    def __init__(self, folder: Path, name: str, vocab_size: int) -> None:
-        self.folder, self.name = folder, name
+    def __init__(self, folder: Path, name: str, vocab_size: int, keeps: Keeps = "features") -> None:
+        self.folder, self.name, self.keeps = folder, name, keeps
         self.tokens = TokenFileWriter(folder, name, vocab_size)
         self.prompts = TokenFileWriter(folder, f"{name}.prompts", vocab_size)
-        self.frames = array("q", [0])
-        self.features = open(folder / f"{name}.features.bin", "wb")  # noqa: SIM115 closed by __exit__
+        self.frames, self.sizes = array("q", [0]), array("q", [0])
+        self.content = open(folder / f"{name}.{KEPT[keeps][0]}", "wb")  # noqa: SIM115 closed by __exit__
         self.records = open(folder / f"{name}.utterances.jsonl", "w", encoding="utf-8")  # noqa: SIM115
 
-    def add(self, features_FM: Features, ids: list[int], prompt: list[int], label: int, record: dict[str, Any]) -> None:
-        """Append an utterance; `ids` are those of its text and its end."""
-        self.features.write(np.ascontiguousarray(features_FM, FRAME_TYPE).data)
-        self.frames.append(self.frames[-1] + len(features_FM))
+    def add(
+        self, kept: Features | bytes, frames: int, ids: list[int], prompt: list[int], label: int, record: dict[str, Any]
+    ) -> None:
+        """Append an utterance, its features [F, M] or recording; `ids` are those of its text and its end."""
+        content = kept if isinstance(kept, bytes) else np.ascontiguousarray(kept, FRAME_TYPE).data
+        self.content.write(content)
+        self.frames.append(self.frames[-1] + frames)
+        self.sizes.append(self.sizes[-1] + memoryview(content).nbytes)
         for writer, own in ((self.tokens, ids), (self.prompts, prompt)):
             writer.add(np.asarray(own, writer.dtype), np.asarray([len(own)]), np.asarray([label]))
         self.records.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -54,17 +65,42 @@ class SpeechFileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.features.close()
+        self.content.close()
         self.records.close()
         for writer in (self.tokens, self.prompts):
             writer.__exit__(kind, error, trace)
         if error is None:
             np.save(self.folder / f"{self.name}.frames.npy", np.array(self.frames, dtype="<i8"))
+        if error is None and self.keeps == "audio":
+            np.save(self.folder / f"{self.name}.audio.npy", np.array(self.sizes, dtype="<i8"))
+
+
+@dataclass(frozen=True)
+class Recordings:
+    """Files of audio one after another, of which features are computed as they are asked for."""
+
+    content: npt.NDArray[np.uint8]
+    bounds: npt.NDArray[np.int64]
+    settings: SpeechDataConfig
+
+    def features(self, index: int) -> Features:
+        """Frames [F, M], rounded as those on disk are, so that both give the same losses."""
+        samples = decode(self.content[self.bounds[index] : self.bounds[index + 1]].tobytes())
+        return computed_features(samples, self.settings).astype(FRAME_TYPE).astype(np.float32)
+
+
+def computed_features(samples: Samples, settings: SpeechDataConfig) -> Features:
+    """The features of one recording as a run's settings want them [F, M], before those of a corpus are normalised."""
+    found_FM = features(samples, settings.features, settings.bins)
+    return normalised(found_FM) if settings.normalise == "utterance" else found_FM
 
 
 @dataclass(frozen=True)
 class SpeechFile:
-    """Utterances of a split; `frames` are all features, those of utterance i between bounds i and i + 1."""
+    """Utterances of a split; `frames` are all features, those of utterance i between bounds i and i + 1.
+
+    Where recordings are kept there are no frames, and their bounds say how many there would be.
+    """
 
     tokens: TokenFile
     prompts: TokenFile
@@ -72,10 +108,14 @@ class SpeechFile:
     bounds: npt.NDArray[np.int64]
     folder: Path
     name: str
+    recordings: Recordings | None = None
 
     def features(self, index: int) -> Features:
         """Frames [F, M] of an utterance."""
-        found: Features = np.asarray(self.frames[self.bounds[index] : self.bounds[index + 1]], np.float32)
+        if self.recordings is not None:
+            found = self.recordings.features(index)
+        else:
+            found = np.asarray(self.frames[self.bounds[index] : self.bounds[index + 1]], np.float32)
         return found if self.statistics is None else (found - self.statistics[0]) / self.statistics[1]
 
     @property
@@ -99,31 +139,34 @@ class SpeechFile:
 STATISTICS_NAME = "feature_statistics.npy"
 
 
-def file_names(name: str) -> list[str]:
+def file_names(name: str, keeps: Keeps = "features") -> list[str]:
     """The files of a split."""
     token_files = [f"{own}.{part}" for own in (name, f"{name}.prompts") for part in TOKEN_PARTS]
-    return [*token_files, *(f"{name}.{part}" for part in PARTS)]
+    return [*token_files, *(f"{name}.{part}" for part in (*KEPT[keeps], *PARTS))]
 
 
-def open_speech_file(folder: Path, name: str, bins: int) -> SpeechFile:
+def open_speech_file(folder: Path, name: str, settings: SpeechDataConfig) -> SpeechFile:
     """Memory-map the files of a split; raises DataError when they are missing, truncated or inconsistent."""
+    keeps, bins = settings.keeps, settings.bins
     tokens, prompts = open_token_file(folder, name), open_token_file(folder, f"{name}.prompts")
     try:
         bounds = np.load(folder / f"{name}.frames.npy")
-        size = (folder / f"{name}.features.bin").stat().st_size
+        sizes = np.load(folder / f"{name}.audio.npy") if keeps == "audio" else bounds * bins * FRAME_TYPE.itemsize
+        path = folder / f"{name}.{KEPT[keeps][0]}"
+        size = path.stat().st_size
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{folder / name} must have features, but they cannot be read ({one_line(str(error))}); run prepare-data "
+            f"{folder / name} must have {keeps}, but they cannot be read ({one_line(str(error))}); run prepare-data "
             "again"
         ) from error
-    expected = int(bounds[-1]) * bins * FRAME_TYPE.itemsize
-    if size != expected or not len(bounds) - 1 == tokens.num_documents == prompts.num_documents:
+    expected = int(sizes[-1])
+    if size != expected or not len(bounds) - 1 == len(sizes) - 1 == tokens.num_documents == prompts.num_documents:
         raise DataError(
-            f"{folder / name}.features.bin must hold {expected} bytes for {tokens.num_documents} utterances of {bins} "
+            f"{path} must hold {expected} bytes for {tokens.num_documents} utterances of {bins} "
             f"bins, but has {size} for {len(bounds) - 1}; it is truncated, or speech.data.bins changed: run "
             "prepare-data again"
         )
-    shape = (int(bounds[-1]), bins)
-    path = folder / f"{name}.features.bin"
-    frames: Any = np.memmap(path, FRAME_TYPE, "r", shape=shape) if size else np.empty(shape, FRAME_TYPE)
-    return SpeechFile(tokens, prompts, frames, bounds, folder, name)
+    dtype, shape = (np.dtype(np.uint8), (size,)) if keeps == "audio" else (FRAME_TYPE, (int(bounds[-1]), bins))
+    content: Any = np.memmap(path, dtype, "r", shape=shape) if size else np.empty(shape, dtype)
+    recordings = Recordings(content, sizes, settings) if keeps == "audio" else None
+    return SpeechFile(tokens, prompts, content, bounds, folder, name, recordings)

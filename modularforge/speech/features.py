@@ -23,6 +23,11 @@ def features(samples: Samples, kind: Kind, bins: int) -> Features:
     return log_mel(samples, bins) if kind == "whisper" else fbank(samples, bins)
 
 
+def frame_count(samples: Samples, kind: Kind) -> int:
+    """How many frames that would be."""
+    return -(-len(samples) // HOP) if kind == "whisper" else max(0, 1 + (len(samples) - WINDOW) // HOP)
+
+
 def log_mel(samples: Samples, bins: int) -> Features:
     """Whisper's features of one utterance, without the silence that it pads to 30 s (arXiv 2212.04356).
 

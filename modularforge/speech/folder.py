@@ -21,6 +21,7 @@ from modularforge.errors import DataError, MismatchError
 from modularforge.model.backbone import Decoder, build_backbone
 from modularforge.model.folder import load_pretrained, read_tensors, save_tensors
 from modularforge.model.hub_config import CONFIG_NAME, read_values, write_json
+from modularforge.model.supported import SPEECH_TYPE
 from modularforge.pretrained.fetch import local_model, model_identity
 from modularforge.speech.conformer import MODEL_TYPE as CONFORMER
 from modularforge.speech.conformer import ConformerEncoder, conformer_tensors
@@ -30,7 +31,7 @@ from modularforge.speech.model import SpeechModel, SpeechShape
 from modularforge.speech.projector import Pooling
 from modularforge.speech.steering import SteeringShape
 
-MODEL_TYPE = "modularforge_speech"
+MODEL_TYPE = SPEECH_TYPE
 FROZEN = ("encoder.", "decoder.")
 
 
@@ -105,7 +106,7 @@ def trained_tensors(model: SpeechModel) -> dict[str, Tensor]:
 
 
 def _is_frozen(name: str) -> bool:
-    return name.startswith(FROZEN) and "lora_" not in name
+    return name.startswith(FROZEN)
 
 
 def encoder_sizes(parts: Parts) -> tuple[int, int]:
@@ -143,7 +144,7 @@ def _encoder(part: Part, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 def _decoder(part: Part, tensors: Mapping[str, Tensor]) -> Decoder:
     if part.source is not None:
-        return load_pretrained(_checked_folder(part, "language model"))
+        return load_pretrained(_checked_folder(part, "language model")).float()
     shape = ModelConfig.model_validate(part.sizes["model"])
     decoder = build_backbone(shape, int(part.sizes["vocab_size"]))
     _filled(decoder, tensors, "decoder.")
@@ -197,14 +198,18 @@ def _frozen_tensors(model: SpeechModel, prefix: str) -> dict[str, Tensor]:
 
 def folder_config(shape: SpeechShape, parts: Parts, features: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a speech model."""
-    named = {name: {**asdict(part), "source": part.source and redact(part.source)} for name, part in _named(parts)}
     return {
         "architectures": ["ModularForgeSpeech"],
         "model_type": MODEL_TYPE,
         "shape": asdict(shape),
         "features": dict(features),
-        **named,
+        **named_parts(parts),
     }
+
+
+def named_parts(parts: Parts) -> dict[str, Any]:
+    """What config.json says of the frozen parts."""
+    return {name: {**asdict(part), "source": part.source and redact(part.source)} for name, part in _named(parts)}
 
 
 def _named(parts: Parts) -> list[tuple[str, Part]]:
@@ -217,15 +222,16 @@ def load_speech(
     more: Mapping[str, Tensor] | None = None,
     is_fresh: bool = False,
     start_scale: float = 0.1,
+    parts: Parts | None = None,
 ) -> SpeechModel:
     """The model in a folder, ready for evaluation.
 
     `shape` outranks its own, and `more` are tensors that this shape has beside the folder's; with `is_fresh` what it
-    has beside them begins anew.
+    has beside them begins anew. `parts` are those that the folder names, where they lie here.
     """
     found = shape or shape_of(read_speech_config(folder))
     tensors = {**read_tensors(folder), **(more or {})}
-    return build_speech(found, parts_in(folder), tensors, is_fresh, start_scale).eval()
+    return build_speech(found, parts or parts_in(folder), tensors, is_fresh, start_scale).eval()
 
 
 def parts_in(folder: Path) -> Parts:

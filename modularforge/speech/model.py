@@ -21,15 +21,21 @@ from torch.nn.utils.rnn import pad_sequence
 from modularforge.errors import ConfigError
 from modularforge.model.backbone import Decoder, KeyValueCache, rotary_angles
 from modularforge.speech.encoder import Encoder, frame_mask
-from modularforge.speech.low_rank import add_low_rank
+from modularforge.speech.low_rank import LowRank
 from modularforge.speech.projector import Pooling, Projector, pool, pooled_lengths
-from modularforge.speech.steering import Steering, SteeringShape
+from modularforge.speech.steering import ExpertWeights, Steering, SteeringShape
 
 NO_TOKEN = -1
 Variant = Literal["layerwise", "aligner", "hybrid", "static", "prompt", "lora"]
 Tensors = Mapping[str, Tensor]
-STEERED_AT: Mapping[Variant, str] = {"layerwise": "layers", "prompt": "layers", "aligner": "output", "hybrid": "output"}
-"""Where vectors are added: behind every layer of the encoder, or its final norm; the other variants have none."""
+STEERED_AT: Mapping[Variant, str] = {
+    "layerwise": "layers",
+    "prompt": "layers",
+    "aligner": "output",
+    "hybrid": "output",
+    "lora": "inputs",
+}
+"""Where experts act: behind every layer of the encoder, its final norm, or within layers, by what these read."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +56,14 @@ class SpeechModel(nn.Module):
         super().__init__()
         self.shape = shape
         self.encoder, self.decoder = encoder.requires_grad_(False), decoder.requires_grad_(False)
-        if shape.variant == "lora":
-            add_low_rank(self.encoder, shape.rank)
         rms = float(decoder.model.embed_tokens.weight.detach().float().square().mean().sqrt())
         width = self.frozen.width * shape.pooling.widening
         self.projector = Projector(width, shape.projector_width, decoder.config.width, rms)
-        self.steering = Steering(shape.steering, start_scale) if shape.steering else None
+        self.steering: ExpertWeights | None = None
+        if shape.steering and shape.variant == "lora":
+            self.steering = LowRank(shape.steering, shape.rank, self.encoder)
+        elif shape.steering:
+            self.steering = Steering(shape.steering, start_scale)
         self.seen_by: Callable[[int, Tensor, Tensor], None] | None = None
         self.check_pooling()
         self.train(False)
@@ -97,6 +105,7 @@ class SpeechModel(nn.Module):
         x_BTD, length_B = encoder.embed(features_BFM, frames_B)
         for index in range(encoder.num_layers + 1):
             if index:
+                x_BTD = self._steered(index - 1, x_BTD, length_B, "inputs")
                 x_BTD = encoder.layer(index - 1, x_BTD, frame_mask(length_B, x_BTD.shape[1]))
                 x_BTD = self._steered(index - 1, x_BTD, length_B, "layers")
             if pooling.layer == index:

@@ -15,16 +15,18 @@ from modularforge.errors import DataError
 from modularforge.model.hub_config import TOKENIZER_NAME
 from modularforge.speech.audio import UnusableAudio, decode
 from modularforge.speech.features import Features, features, normalised
-from modularforge.speech.folder import load_speech, read_speech_config
+from modularforge.speech.folder import Parts, load_speech, read_speech_config
 from modularforge.speech.model import NO_TOKEN
 
 
-def transcribe_files(folder: Path, names: Sequence[str], prompt: str = "", max_tokens: int = 64) -> Iterator[str]:
+def transcribe_files(
+    folder: Path, names: Sequence[str], prompt: str = "", max_tokens: int = 64, parts: Parts | None = None
+) -> Iterator[str]:
     """What each recording says, in order; raises DataError for one that cannot be used.
 
-    `prompt` must be the one that the model was trained with.
+    `prompt` must be the one that the model was trained with; `parts` say where encoder and language model lie here.
     """
-    model, tokenizer = load_speech(folder), load_tokenizer(folder / TOKENIZER_NAME)
+    model, tokenizer = load_speech(folder, parts=parts), load_tokenizer(folder / TOKENIZER_NAME)
     settings = read_speech_config(folder)["features"]
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [NO_TOKEN]
     for url in find_files(list(names)):

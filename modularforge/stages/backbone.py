@@ -9,6 +9,7 @@ from checkpoints import Artifact
 from modularforge.config import FEW_TOKENS, Config
 from modularforge.log import logger
 from modularforge.model.hub_config import TOKENIZER_NAME, read_config, special_ids
+from modularforge.model.shards import in_company
 from modularforge.pretrained.fetch import local_model
 from modularforge.pretrained.shape import check_shape
 from modularforge.pretrained.sources import published_name
@@ -40,18 +41,19 @@ def run(run: Run) -> Artifact:
             check_shape(config.model.model_dump(mode="json"), read_config(pretrained), str(config.model.pretrained))
         sizes = config, corpus.vocab_size
         model, losses = train_backbone(*sizes, task.loss, job, examples, held_out, world, pretrained)
-        if world.is_main:
-            with making(plan) as writer:
-                with measuring(config.training, world.device):
-                    statistics = task.statistics(model, examples, world.device)
-                facts = save_backbone(config, model, writer.folder, corpus.tokenizer, statistics, pretrained)
-                special = special_ids(read_config(writer.folder), (writer.folder / TOKENIZER_NAME).read_bytes())
-                task.save_counts(config, examples, model.vocab_size, special, writer.folder / COUNTS_NAME)
-                data = {name: corpus.artifact.manifest.facts.get(name) for name in ("labels", "splits")}
-                if config.model.pretrained:
-                    hub = published_name(config.model.pretrained)
-                    facts["pretrained"] = {"hub": hub, "identity": plan.inputs["pretrained"]}
-                commit(writer, plan, run, {**losses, **facts, **examples_facts(examples), "data": data})
+        with in_company(model, world.total):
+            if world.is_main:
+                with making(plan) as writer:
+                    with measuring(config.training, world.device):
+                        statistics = task.statistics(model, examples, world.device)
+                    facts = save_backbone(config, model, writer.folder, corpus.tokenizer, statistics, pretrained)
+                    special = special_ids(read_config(writer.folder), (writer.folder / TOKENIZER_NAME).read_bytes())
+                    task.save_counts(config, examples, model.vocab_size, special, writer.folder / COUNTS_NAME)
+                    data = {name: corpus.artifact.manifest.facts.get(name) for name in ("labels", "splits")}
+                    if config.model.pretrained:
+                        hub = published_name(config.model.pretrained)
+                        facts["pretrained"] = {"hub": hub, "identity": plan.inputs["pretrained"]}
+                    commit(writer, plan, run, {**losses, **facts, **examples_facts(examples), "data": data})
         world.barrier()
     return run.made("backbone")
 

@@ -36,6 +36,7 @@ from modularforge.model.adapter_config import shape_of
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import with_text_router
 from modularforge.model.hub_config import TABLES_NAME
+from modularforge.model.shards import in_company
 from modularforge.model.upcycling import build_joint, build_wide, without_rows
 from modularforge.pipeline import STAGES, JobName
 from modularforge.provenance import commit, making, save_settings
@@ -68,7 +69,7 @@ def dense(run: Run) -> Artifact:
     """Train and commit unless it is done (called on every rank; rank 0 writes), as all that follow."""
 
     def start() -> Start:
-        model = run.backbone.model().float()
+        model = run.backbone.model()
         return Start(trainable(model, task_of(run.config).loss), partial(save_trained_on, model, run.backbone))
 
     return _train(run, JobName("dense"), start)
@@ -171,7 +172,7 @@ def branch(run: Run, index: int) -> Artifact:
     task = task_of(run.config)
 
     def start() -> Start:
-        model, examples = run.backbone.model().float(), task.part(run.config, run.require("partition"), index)
+        model, examples = run.backbone.model(), task.part(run.config, run.require("partition"), index)
 
         def save(folder: Path) -> None:
             save_trained_on(model, run.backbone, folder)
@@ -224,13 +225,15 @@ def _train(run: Run, name: JobName, start: Callable[[], Start], skipped_windows:
         if world.is_main:
             save_settings(config)
         losses = fit(begun.trainable, examples, job, partial(mean_loss, begun.trainable.model, held_out, world), world)
-        if world.is_main:
-            with making(plan) as writer:
-                begun.save(writer.folder)
-                if begun.weights:
-                    take_weights(begun.weights, writer)
-                facts = {"training_tokens": phase.steps * phase.batch_size * config.model.context_length}
-                commit(writer, plan, run, {**losses, **facts})
+        with in_company(begun.trainable.model, world.total):
+            if world.is_main:
+                with making(plan) as writer:
+                    begun.save(writer.folder)
+                    if begun.weights:
+                        take_weights(begun.weights, writer)
+                    steps = int(losses.get("steps") or phase.steps)
+                    facts = {"training_tokens": steps * phase.batch_size * config.model.context_length}
+                    commit(writer, plan, run, {**losses, **facts})
         world.barrier()
     return run.made(name.stage, name.index)
 

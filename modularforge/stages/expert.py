@@ -6,24 +6,30 @@ weights that all share.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from checkpoints import Artifact, ArtifactWriter
+from checkpoints.pieces import TENSORS_NAME
 from checkpoints.tensors import read_weight_file, weight_file_chunks, weight_file_size
-from checkpoints.training import STATE_NAME, TENSORS_NAME, Checkpoint
+from checkpoints.training import STATE_NAME, Checkpoint
 from modularforge.assembly.shared import SHARED_NAME
+from modularforge.config import Config
 from modularforge.experts.job import partition_facts, save_expert, train_expert_from
 from modularforge.experts.kind import ExpertJob
 from modularforge.log import logger
 from modularforge.model import names
+from modularforge.model.shards import in_company
 from modularforge.pipeline import JobName, made_in_round
 from modularforge.provenance import commit, making, save_settings
 from modularforge.run import Run
 from modularforge.stage_outputs import own_domains
-from modularforge.tasks.task import task_of
+from modularforge.tasks.task import examples_taken, task_of
 from modularforge.training.distributed import joined_world
 from modularforge.training.job import Job
 
@@ -50,9 +56,7 @@ def save_round(expert: ExpertJob, _: nn.Module, state: Checkpoint, writer: Artif
     """Write what is shared into one file, for the merge, and into another what only the next round of this expert
     reads: its own weights and AdamW's moments of all, in float32.
     """
-    parts = expert.config.experts.unfreeze
-    shared = {name for name in state.tensors if names.shared_part(name.removeprefix(WEIGHTS)) in parts}
-    shared = {name for name in shared if name.startswith(WEIGHTS)}
+    shared = {name for name in state.tensors if name.startswith(WEIGHTS) and _is_shared(name, expert.config)}
     exchanged = {name.removeprefix(WEIGHTS): state.tensors[name] for name in shared}
     own = {name: tensor for name, tensor in state.tensors.items() if name not in shared}
     for file, tensors in ((SHARED_NAME, exchanged), (TENSORS_NAME, own)):
@@ -72,6 +76,27 @@ def state_after(run: Run, index: int, number: int) -> Checkpoint:
     return Checkpoint(run.config.round_ends(number), tensors, own.read_json(STATE_NAME))
 
 
+def settled(expert: ExpertJob, start: Checkpoint) -> tuple[ExpertJob, Checkpoint]:
+    """The job of a last round in which nothing shared learns: behind what was merged, in the types that are stored."""
+    frozen = {name: tensor for name, tensor in start.tensors.items() if _is_shared(name, expert.config)}
+    types = expert.backbone.tensors
+    merged = {
+        name: tensor.to(types[name].dtype)
+        for name, tensor in ((name.removeprefix(WEIGHTS), tensor) for name, tensor in frozen.items())
+        if name in types
+    }
+    backbone = copy(expert.backbone)
+    backbone.__dict__["tensors"] = {**types, **merged}
+    experts = expert.config.experts.model_copy(update={"unfreeze": []})
+    alone = replace(expert, backbone=backbone, config=expert.config.model_copy(update={"experts": experts}))
+    return alone, replace(start, tensors={name: start.tensors[name] for name in start.tensors.keys() - frozen.keys()})
+
+
+def _is_shared(name: str, config: Config) -> bool:
+    """Whether a tensor of a checkpoint, weight or moment, is of what all experts share."""
+    return names.shared_part(name.partition(".")[2]) in config.experts.unfreeze
+
+
 def _train(run: Run, stage: str, index: int, number: int, save: Save) -> Artifact:
     """Train an expert through one of its rounds, and commit what `save` writes, unless it is done."""
     config, name = run.config, JobName(stage, index)
@@ -89,10 +114,17 @@ def _train(run: Run, stage: str, index: int, number: int, save: Save) -> Artifac
         if world.is_main:
             save_settings(config)
         expert = ExpertJob(config, index, run.backbone, task, examples, world.device)
-        model, losses, state = train_expert_from(start, expert, held_out, job, world)
-        if world.is_main:
-            with making(plan) as writer:
-                facts = save(expert, model, state, writer)
-                commit(writer, plan, run, {**losses, **facts, "domains": domains})
+        trained, clock = expert, time.perf_counter()
+        if start and config.experts.settle and number == config.experts.rounds:
+            trained, start = settled(expert, start)
+        model, losses, state = train_expert_from(start, trained, held_out, job, world)
+        seconds = round(time.perf_counter() - clock, 3)
+        with in_company(model, world.total):
+            if world.is_main:
+                with making(plan) as writer:
+                    facts = save(expert, model, state, writer)
+                    taken = examples_taken(examples, int(losses.get("steps") or config.experts.steps))
+                    facts |= {**taken, "training_seconds": seconds, "domains": domains}
+                    commit(writer, plan, run, {**losses, **facts})
         world.barrier()
     return run.made(stage, index)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from pathlib import Path
 
-from checkpoints import Artifact, paths
+from checkpoints import Artifact
 from modularforge.config import Config
 from modularforge.data.cleaning import clean_corpus
 from modularforge.data.inputs import SHOWN, changes_since, file_states, list_matches, record, warn_of_repeats
 from modularforge.data.partition_files import make_partitions
-from modularforge.data.prepare import describe_corpus, own_scratch, prepare_corpus, remove_scratch
+from modularforge.data.prepare import describe_corpus, own_scratch, prepare_corpus, remove_scratch, scratch_folder
 from modularforge.errors import DataError, StoreError
 from modularforge.log import logger
 from modularforge.pipeline import contents
@@ -25,7 +23,7 @@ SOURCES_FACT = "sources"  # in the manifest of prepared data: the files that wer
 def cleaned(run: Run) -> Artifact:
     """Clean the documents, unless that is done."""
     plan, config = run.plan("clean"), run.config
-    scratch = _scratch_folder(plan.url, plan.fingerprint)
+    scratch = scratch_folder(plan.url, plan.fingerprint)
     if artifact := run.finished(plan):
         logger.info("cleaned documents are finished: %s", plan.url)
         remove_scratch(scratch)
@@ -49,7 +47,7 @@ def corpus(run: Run) -> Artifact:
     """Learn the tokenizer and write the token files, unless that is done."""
     plan, config = run.plan("prepare-data"), run.config
     source = run.require("clean") if config.data.clean else None
-    scratch = _scratch_folder(plan.url, plan.fingerprint)
+    scratch = scratch_folder(plan.url, plan.fingerprint)
     if artifact := run.finished(plan):
         logger.info("data is finished: %s", plan.url)
         remove_scratch(scratch)  # of a preparation that was killed right after its commit
@@ -100,11 +98,3 @@ def partitions(run: Run) -> Artifact:
         summary = make_partitions(run.config, run.require("prepare-data").local_folder(), writer.folder)
         facts = {"method": summary["method"], "partitions": len(summary["partitions"])}
         return commit(writer, plan, run, {"seconds": round(time.perf_counter() - start, 3), **facts})
-
-
-def _scratch_folder(url: str, fingerprint: str) -> Path:
-    """A folder that a killed and repeated preparation finds again."""
-    if paths.is_local(url):
-        target = paths.local_path(url)
-        return target.with_name(f"{target.name}.partial")
-    return Path(tempfile.gettempdir()) / f"modularforge-prepare-{fingerprint}"

@@ -21,7 +21,7 @@ from checkpoints.screen import say
 from modularforge.assembly.card import CARD_NAME
 from modularforge.config import Config
 from modularforge.cost import size
-from modularforge.errors import DataError
+from modularforge.errors import ConfigError, DataError
 from modularforge.evaluation.results import parse_results
 from modularforge.log import logger
 from modularforge.model.hub_config import CONFIG_NAME, GENERATION_NAME, TABLES_NAME, TOKENIZER_FILES, read_config
@@ -30,6 +30,7 @@ from modularforge.pretrained.hub import Upload, upload
 from modularforge.pretrained.sources import HubName, hub_name
 from modularforge.run import Run
 from modularforge.stages.evaluate import RESULTS_NAME, chosen_model
+from modularforge.stages.push_speech import push as push_trained_part
 
 SCHEME = "hf://"
 PUBLISHED = (
@@ -58,9 +59,14 @@ def push(
 ) -> None:
     """Upload a model folder, or the run's best model, to `hf://owner/name` or `owner/name@revision`.
 
-    A dry run says what would be uploaded and shows the card, and asks the Hub nothing. Raises DataError, StoreError.
+    Of speech the trained part alone goes there, or an expert's (`push_speech.py`). A dry run says what would be uploaded and shows the card, and asks the Hub nothing. Raises DataError, StoreError.
     """
     name = _target(target)
+    if _is_speech(load_settings, model):
+        if licence or is_dry:
+            raise ConfigError("--licence and --dry-run must be left out for a model of speech; leave them out")
+        push_trained_part(load_settings, target.removeprefix(SCHEME), model, is_private)
+        return
     found = _folder(model) if model else _of_run(chosen_model(Run(load_settings())))
     files: dict[str, Upload] = {path.name: path for path in sorted(_published(found.folder))}
     words = card(found, licence)
@@ -80,6 +86,21 @@ def _target(target: str) -> HubName:
     if "/" not in name.repository:
         raise DataError(f"a place on the Hub must be hf://owner/name, but is {target!r:.80}; name the owner too")
     return name
+
+
+def _is_speech(load_settings: Callable[[], Config], model: str | None) -> bool:
+    """Whether a model, or the run's where none is named, is of speech, of which others push the trained part."""
+    if model is None:
+        return load_settings().task == "speech"
+    artifact = find_artifact(model)
+    if artifact is None:
+        config = paths.local_path(model) / CONFIG_NAME if paths.is_local(model) else None
+        values = read_config(config.parent) if config is not None and config.is_file() else {}
+    elif artifact.manifest.kind == "expert":
+        return artifact.manifest.facts.get("expert_kind") == "steering"
+    else:
+        values = artifact.read_json(CONFIG_NAME) if CONFIG_NAME in artifact.manifest.files else {}
+    return str(values.get("model_type")).startswith("modularforge_")
 
 
 def _folder(model: str) -> Model:
@@ -107,9 +128,7 @@ def _of_run(artifact: Artifact) -> Model:
 
 def _published(folder: Path) -> Iterator[Path]:
     """The files of a model that others need; raises DataError where it is none that transformers reads."""
-    kind = read_config(folder).get("model_type")
-    if str(kind).startswith("modularforge_"):
-        raise DataError(f"{folder} must be a model of text to be pushed, but its config.json says {kind}")
+    read_config(folder)
     for path in folder.iterdir():
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in PUBLISHED):
             yield path

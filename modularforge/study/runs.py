@@ -78,9 +78,21 @@ class Runs:
         return StudyRun(config, others)
 
     def _data_url(self, config: Config) -> str:
-        """The data folder of this way of dividing the documents."""
+        """The data folder of this way of preparing and dividing the documents."""
         digest = fingerprint("partitions", stage_settings(config, "partition"), {})[:8]
-        return paths.join(self.root, "data", f"{config.partition.method}-{digest}")
+        name = f"{config.partition.method}-{digest}"
+        corpus = stage_settings(config, "prepare-data")
+        if corpus != self._first_corpus:
+            name += f"-{fingerprint('corpus', corpus, {})[:8]}"
+        return paths.join(self.root, "data", name)
+
+    @cached_property
+    def _first_corpus(self) -> dict[str, Any]:
+        """What the data of the first recipe depend on; those of others have a name of their own where it differs."""
+        recipe = {**self.study.set, **next(iter(self.study.recipes.values()))}
+        seed = {"seed": self.study.seeds[0], "data_seed": self.study.seeds[0]}
+        settings: list[str | tuple[str, Any]] = [*recipe.items(), *seed.items(), *self.changes]
+        return stage_settings(load_config(self.study.base, settings, smoke_test=self.smoke_test), "prepare-data")
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,7 @@ class StudyRun:
 
     def _obtain(self, stage: str, index: int | None) -> Artifact:
         for needed in STAGES[stage].inputs_of(self.config):
-            if needed in STAGES:
+            if needed in STAGES and not STAGES[needed].is_off(self.config):
                 self.obtain_each(needed)
         plan = self.run.plan(stage, index)
         artifact = self.run.finished(plan) or self._copied(plan, stage, index)
@@ -131,7 +143,7 @@ class StudyRun:
     @cached_property
     def corpus(self) -> Corpus:
         """The prepared data."""
-        return Corpus(self.obtain("prepare-data"))
+        return Corpus(self.obtain("prepare-data"), self.config.reads_documents)
 
     @cached_property
     def backbone(self) -> Backbone:

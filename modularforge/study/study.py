@@ -23,9 +23,11 @@ from modularforge.pipeline import Plan, contents, stage_settings
 from modularforge.provenance import making, provenance
 from modularforge.study.measure import RunBench, Split, needed_artifacts
 from modularforge.study.runs import Runs
+from modularforge.study.speech import SpeechBench
 from modularforge.study.study_file import ROUTED, Variant, reference_of, variants_of
 from modularforge.study.table import make_table
 
+AnyBench = RunBench | SpeechBench
 RESULT_NAME = "result.json"
 # Raised when results say more or other things than before, so that variants are measured again.
 RESULT_FORMAT = 3
@@ -36,11 +38,12 @@ def run_study(runs: Runs, split: Split, only: Sequence[str] = (), seeds: Sequenc
     variants = choose_variants(runs, split, only)
     texts = read_texts(runs.study.texts.get(split, []))
     for seed in choose_seeds(runs, seeds):
-        benches: dict[str, RunBench] = {}
+        benches: dict[str, AnyBench] = {}
         for variant in (variant for variant in variants if seed in variant.seeds):
             if variant.recipe not in benches:
                 run = runs.run(seed, variant.recipe)
-                benches[variant.recipe] = RunBench(run, split, _limit(runs, run.config, split), texts)
+                kind = SpeechBench if run.config.task == "speech" else RunBench
+                benches[variant.recipe] = kind(run, split, _limit(runs, run.config, split), texts)
             result, is_new = measure_once(runs, benches[variant.recipe], variant, seed)
             best = min(result["rows"].values(), key=standing)[DECISIVE.column]
             logger.info("seed %d, %s: %s on %s %.4f", seed, variant.name, DECISIVE.title, split, best)
@@ -79,7 +82,7 @@ def choose_seeds(runs: Runs, seeds: Sequence[int]) -> list[int]:
     return list(seeds) or runs.study.seeds
 
 
-def measure_once(runs: Runs, bench: RunBench, variant: Variant, seed: int) -> tuple[dict[str, Any], bool]:
+def measure_once(runs: Runs, bench: AnyBench, variant: Variant, seed: int) -> tuple[dict[str, Any], bool]:
     """The result of a variant, and whether it was measured and committed just now."""
     config = runs.config(seed, variant.recipe, variant.settings)
     parts = needed_artifacts(bench.run, variant)
@@ -105,7 +108,7 @@ def measure_once(runs: Runs, bench: RunBench, variant: Variant, seed: int) -> tu
 
 
 def result_plan(
-    runs: Runs, bench: RunBench, variant: Variant, config: Config, parts: dict[str, Artifact], seed: int
+    runs: Runs, bench: AnyBench, variant: Variant, config: Config, parts: dict[str, Artifact], seed: int
 ) -> Plan:
     """Where a result lies and all that it depends on."""
     settings: dict[str, Any] = {
@@ -118,8 +121,11 @@ def result_plan(
         "removal": variant.options.removal,
         "without": variant.options.without,
         **({"carry": True} if variant.options.carry else {}),
+        **({"packing": config.data.packing} if config.reads_documents else {}),
         "seed": seed,
     }
+    if config.task == "speech":
+        settings |= {f"speech.decoding.{name}": value for name, value in config.speech.decoding}
     if variant.kind in ROUTED:
         settings |= stage_settings(config, "assemble")
     if variant.options.calibrate:

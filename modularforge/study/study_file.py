@@ -55,7 +55,7 @@ ONLY_FOR = {
     "carry": (("assembled", "joint_evidence"), "which reads no text to route"),
     "removal": ((*ROUTED, "joint"), "which has no router"),
 }
-OPEN_SECTIONS = ("assembly.", "calibration.")
+OPEN_SECTIONS = ("assembly.", "calibration.", "steering.routing")
 MOST_IN_GRID = 1000  # more is a slip in a list, and would be measured for days
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
 OTHER = re.compile(r"[^A-Za-z0-9_.-]+")

@@ -17,7 +17,7 @@ from typing import Any
 
 from modularforge.evaluation.paired import CLEAR_ERRORS, Difference, mean_sums, paired_difference
 from modularforge.evaluation.probes import PROBES
-from modularforge.observe.metrics import DECISIVE, MEASURED
+from modularforge.observe.metrics import DECISIVE, ERROR_RATES, MEASURED
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 Row = dict[str, Any]
@@ -99,6 +99,7 @@ def _summary(found: Mapping[int, Row], results: Results, reference: str) -> Row:
         "losses": losses,
         **_other_metrics([*found.values()]),
         "domains": domains,
+        **_rates(list(found.values())),
         "kept": _mean(kept),
         "kept_spread": _spread([value for value in kept if value is not None]),
         "kept_by_position": {
@@ -116,8 +117,21 @@ def _summary(found: Mapping[int, Row], results: Results, reference: str) -> Row:
 
 def _other_metrics(rows: Sequence[Row]) -> dict[str, float]:
     """The mean over seeds of the metrics that do not decide, as far as these rows have them."""
-    columns = [one.column for one in MEASURED if one is not DECISIVE]
+    columns = [one.column for one in (*MEASURED, *ERROR_RATES) if one is not DECISIVE]
     return {name: statistics.fmean(row[name] for row in rows) for name in columns if all(name in row for row in rows)}
+
+
+def _rates(rows: Sequence[Row]) -> dict[str, Any]:
+    """Error rates of each domain, and the seconds that the jobs took, in the mean over seeds; nothing of text."""
+    labels = [label for label, item in rows[0]["domains"].items() if "wer" in item]
+    if not labels:
+        return {}
+    rates = {
+        label: {name: statistics.fmean(row["domains"][label][name] for row in rows) for name in ("wer", "cer")}
+        for label in labels
+    }
+    seconds = [row["training_seconds"] for row in rows]
+    return {"rates": rates, "training_seconds": None if None in seconds else statistics.fmean(seconds)}
 
 
 def _replies(rows: Sequence[Row]) -> dict[str, Any]:

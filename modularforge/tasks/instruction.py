@@ -1,4 +1,7 @@
-"""Responses to prompts: examples of which the response alone is learned, packed into rows without seeing each other."""
+"""Responses to prompts: examples of which the response alone is learned, packed into rows without seeing each other.
+
+Documents of text that are read one by one are such examples too, of which all is learned (`data.packing`).
+"""
 
 # B batch  T tokens
 
@@ -6,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 
 from checkpoints import Artifact
 from modularforge.config import Config, PhaseConfig
+from modularforge.data.mixing import Mixture, mixture_of, order_facts
 from modularforge.data.packing import PADDING, Rows, example_batches, mixed_example_batches, ordered_batches
 from modularforge.data.token_files import ExampleTokens, Stream
 from modularforge.errors import MismatchError
@@ -25,7 +29,14 @@ from modularforge.model.backbone import Decoder
 from modularforge.routing.gathering import gather_statistics
 from modularforge.routing.statistics import RouterStatistics
 from modularforge.routing.text_counts import counts_of, save_counts
-from modularforge.stage_outputs import Corpus, derived_seed, even_streams, example_seeds, token_file
+from modularforge.stage_outputs import (
+    Corpus,
+    derived_seed,
+    even_streams,
+    example_seeds,
+    partition_labels,
+    token_file,
+)
 from modularforge.tasks.task import TEXT_METRICS, Batch, Examples, Metric
 from modularforge.tasks.text import TEXT, HeldOutText
 
@@ -43,11 +54,13 @@ class InstructionExamples:
     sample_seed: int = 0
     sample_rows: int = 0
     moments: bool = True
+    mixture: Mixture | None = None
+    steps: int = 0
 
     @cached_property
     def rows(self) -> Rows:
         """The examples in rows."""
-        return Rows(self.stream, self.context_length, self.seed, self.packs)
+        return Rows(self.stream, self.context_length, self.seed, self.packs, self.mixture)
 
     def batches(self, position: Any = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """Endless batches; positions count rows over all ranks. Raises TrainingError where one is not filled."""
@@ -57,6 +70,9 @@ class InstructionExamples:
 
     def facts(self) -> dict[str, Any]:
         """How many examples there are, and how many did not fit in the context as they are."""
+        if self.stream.is_text:
+            drawn = order_facts(self.rows.order(self.seed), self.steps * self.batch_size)
+            return {"documents": self.rows.text_facts, **drawn}
         prompts, responses = len(self.rows.long_examples), self.rows.cut_responses
         return {"examples": {"count": self.stream.num_examples, "cut_prompts": prompts, "cut_responses": responses}}
 
@@ -110,14 +126,17 @@ class InstructionTask:
     def everything(self, config: Config, corpus: Corpus) -> InstructionExamples:
         """All training examples."""
         seed, sample_seed = example_seeds(config.seed, "backbone")
-        stream, batch_size = corpus.tokens("train").whole, config.backbone.batch_size
-        return _examples(config, stream, batch_size, seed, "the training data", sample_seed)
+        name, file = "the training data", corpus.tokens("train")
+        found = _examples(config, file.whole, config.backbone.batch_size, seed, name, sample_seed)
+        return replace(found, mixture=mixture_of(config, file, corpus.labels, name), steps=config.backbone.steps)
 
     def part(self, config: Config, partitions: Artifact, index: int) -> InstructionExamples:
         """The examples of one partition; their order follows from the seed and the index alone."""
         seed, sample_seed = example_seeds(config.seed, "expert", index)
-        stream = token_file(partitions, f"partition-{index}").whole
-        return _examples(config, stream, config.experts.batch_size, seed, f"partition {index}", sample_seed)
+        name, file = f"partition {index}", token_file(partitions, f"partition-{index}", config.reads_documents)
+        found = _examples(config, file.whole, config.experts.batch_size, seed, name, sample_seed)
+        mixture = mixture_of(config, file, partition_labels(config, partitions), name)
+        return replace(found, mixture=mixture, steps=config.experts.steps)
 
     def mixture(
         self, config: Config, partitions: Artifact, name: str, phase: PhaseConfig, skipped_windows: int = 0
@@ -192,7 +211,13 @@ def _checked(stream: Stream) -> ExampleTokens:
 
 
 def _tell_of_cuts(rows: Rows, name: str) -> None:
-    if count := len(rows.long_examples):
+    if rows.stream.is_text:
+        logger.info(
+            "%(count)d documents of %(name)s are in %(rows)d sequences, %(filled).1f %% of them filled; %(cut)d are "
+            "longer than a sequence and cut, into %(pieces)d pieces",
+            {**rows.text_facts, "name": name, "filled": 100 * rows.text_facts["filled"]},
+        )
+    elif count := len(rows.long_examples):
         logger.warning(
             "%d of %d examples of %s are longer than %d tokens: their prompts lose the beginning%s",
             count,

@@ -20,15 +20,17 @@ from modularforge.errors import TrainingError
 from modularforge.model.backbone import perplexity
 from modularforge.pipeline import stage_url
 from modularforge.routing.statistics import RouterStatistics
+from modularforge.speech.costs import heard
 from modularforge.speech.feature_files import STATISTICS_NAME, SpeechFile, file_names, open_speech_file
+from modularforge.speech.gates import GateReader, frame_facts, reading, usage_facts, weight_facts
 from modularforge.speech.metrics import Pair, pooled, worst
 from modularforge.speech.model import NO_TOKEN, SpeechModel, speech_loss
-from modularforge.speech.steering import GateUsage
 from modularforge.speech.sums import gather_sums
 from modularforge.stage_outputs import Corpus, derived_seed, example_seeds
 from modularforge.tasks.task import SPEECH_METRICS, Batch, Examples, Metric
 
 Indices = NDArray[np.int64]
+NOBODY: Indices = np.zeros(0, np.int64)
 UTTERANCES_A_VALIDATION = 256  # of all domains together; they are short
 
 
@@ -66,6 +68,10 @@ class SpeechExamples:
         chosen: Indices = self.utterances[orders[start : start + end - first]]
         return chosen
 
+    def taken(self, steps: int) -> dict[str, Any]:
+        """What so many steps of a training heard."""
+        return heard(self.file, self._order(0, steps * self.batch_size)) if steps else heard(self.file, NOBODY)
+
     def sample(self) -> Iterator[Batch]:
         """What routers are solved from, each utterance once."""
         order = np.random.default_rng([self.sample_seed]).permutation(len(self.utterances))
@@ -88,13 +94,20 @@ class MixedSpeech:
 
     def batches(self, position: Any = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """Batches until all were taken; positions count utterances over all ranks."""
-        end = self.skipped + self.utterances_each
-        taken = np.concatenate([part._order(self.skipped, end) for part in self.parts])
-        mixed = np.random.default_rng([self.seed]).permutation(taken)
-        share = self.batch_size // ranks
+        mixed, share = self._order(), self.batch_size // ranks
         for first in range(int(position), len(mixed) - self.batch_size + 1, self.batch_size):
             mine = mixed[first + rank * share : first + (rank + 1) * share]
             yield batch_of(self.parts[0].file, mine, first + self.batch_size)
+
+    def taken(self, steps: int) -> dict[str, Any]:
+        """What so many steps of a training heard."""
+        return heard(self.parts[0].file, self._order()[: steps * self.batch_size])
+
+    def _order(self) -> Indices:
+        end = self.skipped + self.utterances_each
+        taken = np.concatenate([part._order(self.skipped, end) for part in self.parts])
+        mixed: Indices = np.random.default_rng([self.seed]).permutation(taken)
+        return mixed
 
 
 @dataclass(frozen=True)
@@ -193,11 +206,17 @@ SPEECH = SpeechTask()
 
 
 def measure(
-    model: SpeechModel, held_out: HeldOutSpeech, device: torch.device
+    model: SpeechModel, held_out: HeldOutSpeech, device: torch.device, usage: dict[str, GateReader] | None = None
 ) -> dict[str, tuple[dict[str, float], list[Pair]]]:
-    """Metrics of each domain, and what was written of each utterance."""
+    """Metrics of each domain, and what was written of each utterance; `usage` gets what gates did on each domain."""
     model.to(device).eval()
-    return {label: _measured(model, held_out, indices) for label, indices in held_out.domains.items()}
+    found = {}
+    for label, indices in held_out.domains.items():
+        with reading(model) as reader:
+            found[label] = _measured(model, held_out, indices)
+        if usage is not None and reader is not None:
+            usage[label] = reader
+    return found
 
 
 def _measured(model: SpeechModel, held_out: HeldOutSpeech, indices: Indices) -> tuple[dict[str, float], list[Pair]]:
@@ -222,19 +241,13 @@ def _measured(model: SpeechModel, held_out: HeldOutSpeech, indices: Indices) -> 
     return {**row, **pooled(pairs), "token_accuracy": right / max(1, count), "tokens": count, "bytes": size}, pairs
 
 
-def gate_usage(model: SpeechModel, held_out: HeldOutSpeech, device: torch.device) -> dict[str, GateUsage]:
-    """What a steered model's gates do on each domain."""
+def gates_of(model: SpeechModel, held_out: HeldOutSpeech, usage: Mapping[str, GateReader]) -> dict[str, Any]:
+    """All that is known of a steered model's gates: in the mean, by domain, and over the first test utterance."""
     assert model.steering is not None
-    model.to(device).eval()
-    found: dict[str, GateUsage] = {}
-    for label, indices in held_out.domains.items():
-        found[label] = model.steering.observed = GateUsage(model.steering.shape)
-        with torch.inference_mode():
-            for start in range(0, len(indices), held_out.batch_size):
-                batch = batch_of(held_out.file, indices[start : start + held_out.batch_size], 0)
-                model.encode(*arguments(batch.tensors, model.device)[:2])
-    model.steering.observed = None
-    return found
+    first = int(next(iter(held_out.domains.values()))[0])
+    features_FM, record = torch.from_numpy(held_out.file.features(first)), held_out.file.records[first]
+    utterance = frame_facts(model, features_FM, record)["utterance"]
+    return {**weight_facts(model.steering), **usage_facts(usage), "utterance": utterance}
 
 
 def listing(measured: Mapping[str, tuple[Mapping[str, float], list[Pair]]], most: int) -> dict[str, Any]:
@@ -242,11 +255,17 @@ def listing(measured: Mapping[str, tuple[Mapping[str, float], list[Pair]]], most
     return {label: worst(pairs, most) for label, (_, pairs) in measured.items()}
 
 
-def held_out_speech(config: Config, corpus: Corpus) -> HeldOutSpeech:
-    """The test utterances of a run."""
-    file, settings = speech_file(config, corpus.artifact, "test"), config.speech.decoding
+def held_out_speech(config: Config, corpus: Corpus, split: str = "test") -> HeldOutSpeech:
+    """The test utterances of a run, or those of another split."""
+    file, settings = speech_file(config, corpus.artifact, split), config.speech.decoding
     domains = {label: indices[: settings.max_utterances] for label, indices in by_domain(file, corpus).items()}
     return HeldOutSpeech(file, domains, corpus, settings.batch_size, settings.max_tokens, settings.listed)
+
+
+def held_out_test(config: Config, corpus: Corpus, name: str, file: SpeechFile) -> HeldOutSpeech:
+    """A test set beside the domains, as one domain of its own."""
+    settings, everything = config.speech.decoding, {name: np.arange(file.count)}
+    return HeldOutSpeech(file, everything, corpus, settings.batch_size, settings.max_tokens, settings.listed)
 
 
 def by_domain(file: SpeechFile, corpus: Corpus) -> dict[str, Indices]:
@@ -257,10 +276,13 @@ def by_domain(file: SpeechFile, corpus: Corpus) -> dict[str, Indices]:
 
 def speech_file(config: Config, corpus: Artifact, split: str) -> SpeechFile:
     """The files of a split; from an object store they are fetched first."""
-    names = [*file_names(split), *(name for name in (STATISTICS_NAME,) if name in corpus.manifest.files)]
+    names = [
+        *file_names(split, config.speech.data.keeps),
+        *(name for name in (STATISTICS_NAME,) if name in corpus.manifest.files),
+    ]
     folders = {corpus.local_file(name).parent for name in names}
     folder = folders.pop() if len(folders) == 1 else corpus.local_folder()
-    return open_speech_file(folder, split, config.speech.data.bins)
+    return open_speech_file(folder, split, config.speech.data)
 
 
 def batch_of(file: SpeechFile, indices: Indices, position: Any) -> Batch:

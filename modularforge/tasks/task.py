@@ -66,6 +66,14 @@ def examples_facts(examples: Examples) -> dict[str, Any]:
     return dict(facts()) if facts else {}
 
 
+def examples_taken(examples: Examples, steps: int) -> dict[str, Any]:
+    """What a job's manifest says of the examples that so many steps took; a source that has nothing to say needs no
+    method `taken`.
+    """
+    taken = getattr(examples, "taken", None)
+    return dict(taken(steps)) if taken else {}
+
+
 class Validation(Protocol):
     """Held-out examples that a training is validated on."""
 
@@ -77,7 +85,8 @@ class Validation(Protocol):
 class Metric:
     """A column of results: its unit, which direction is better, and whether it decides between models (one does).
 
-    `in_table`: a terminal has room for few; files and the page show all. Tables have so many `digits`.
+    `in_table`: a terminal has room for few; files and the page show all. Tables have so many `digits`, and show each
+    domain by the one that is `by_domain`. `factor` makes what is stored what is shown, in its unit.
     """
 
     name: str
@@ -87,22 +96,24 @@ class Metric:
     title: str = ""
     digits: int = 4
     in_table: bool = True
+    factor: float = 1.0
+    by_domain: bool = False
 
 
 TEXT_METRICS = (
     Metric("loss", "nats per token", "lower", decides=True, title="mean loss"),
-    Metric("perplexity", "", "lower", title="perplexity", digits=2),
+    Metric("perplexity", "", "lower", title="perplexity", digits=2, by_domain=True),
     Metric("bits_per_byte", "bits", "lower", title="bits/byte", in_table=False),
 )
 """What `text` measures; here, where whoever shows results needs no torch."""
 
 
 SPEECH_METRICS = (
-    Metric("loss", "nats per token", "lower", decides=True, title="mean loss"),
-    Metric("wer", "", "lower", title="WER"),
-    Metric("cer", "", "lower", title="CER"),
-    Metric("token_accuracy", "", "higher", title="token accuracy", in_table=False),
-    Metric("string_accuracy", "", "higher", title="string accuracy", in_table=False),
+    Metric("wer", "%", "lower", decides=True, title="WER", digits=1, factor=100, by_domain=True),
+    Metric("cer", "%", "lower", title="CER", digits=1, factor=100),
+    Metric("string_accuracy", "%", "higher", title="string accuracy", digits=1, factor=100, in_table=False),
+    Metric("token_accuracy", "%", "higher", title="token accuracy", digits=1, factor=100, in_table=False),
+    Metric("loss", "nats per token", "lower", title="mean loss"),
 )
 """What `speech` measures: error rates are pooled over a domain's utterances."""
 
@@ -159,5 +170,5 @@ def find_task(name: str) -> Task:
 
 
 def task_of(config: Config) -> Task:
-    """The task of a run, `task`."""
-    return find_task(config.task)
+    """The task of a run, `task`; documents of text that are read one by one are examples of which all is learned."""
+    return find_task("instruction" if config.reads_documents else config.task)

@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,22 @@ from torch import Tensor, nn
 
 from checkpoints import Artifact
 from modularforge.config import Config, PhaseConfig
-from modularforge.data.loader import batches, evaluation_batches, mixed_batches
-from modularforge.data.token_files import ExampleTokens, Stream, Tokens
+from modularforge.data.loader import batches, evaluation_batches, mixed_batches, order_of
+from modularforge.data.mixing import Mixture, mixture_of, order_facts
+from modularforge.data.token_files import ExampleTokens, Stream, TokenFile, Tokens
 from modularforge.evaluation.scoring import measure, summed_loss
 from modularforge.model.backbone import Decoder
 from modularforge.routing.gathering import gather_statistics
 from modularforge.routing.statistics import RouterStatistics
 from modularforge.routing.text_counts import counts_of, save_counts
-from modularforge.stage_outputs import Corpus, derived_seed, even_streams, example_seeds, token_file
+from modularforge.stage_outputs import (
+    Corpus,
+    derived_seed,
+    even_streams,
+    example_seeds,
+    partition_labels,
+    token_file,
+)
 from modularforge.tasks.task import TEXT_METRICS, Batch, Examples, Metric
 
 
@@ -39,12 +47,19 @@ class TextExamples:
     sample_windows: int = 0
     sample_batch: int = 1
     moments: bool = True
+    mixture: Mixture | None = None
+    steps: int = 0
 
     def batches(self, position: Any = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """Endless batches; positions count windows over all ranks. Raises TrainingError where one is not filled."""
-        return text_batches(
-            batches(self.tokens, self.context_length, self.batch_size, self.seed, int(position), rank, ranks, self.name)
-        )
+        place = int(position), rank, ranks, self.name, self.mixture
+        return text_batches(batches(self.tokens, self.context_length, self.batch_size, self.seed, *place))
+
+    def facts(self) -> dict[str, Any]:
+        """What is drawn of each source of a mixture."""
+        windows = max(len(self.tokens) - 1, 0) // self.context_length
+        order = order_of(windows, self.context_length, self.seed, self.mixture)
+        return order_facts(order, self.steps * self.batch_size)
 
     def sample(self) -> Iterator[Tensor]:
         """Inputs [B, T] of about `sample_windows` windows."""
@@ -64,12 +79,13 @@ class MixedText:
     batch_size: int
     seed: int
     first_window: int = 0
+    mixtures: Sequence[Mixture | None] = ()
 
     def batches(self, position: Any = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """Batches until all windows were taken; positions count windows over all ranks."""
         sizes = self.windows_each, self.context_length, self.batch_size, self.seed
         place = int(position), rank, ranks, self.first_window
-        return text_batches(mixed_batches(self.streams, self.seeds, *sizes, *place))
+        return text_batches(mixed_batches(self.streams, self.seeds, *sizes, *place, mixtures=self.mixtures))
 
 
 @dataclass(frozen=True)
@@ -106,12 +122,15 @@ class TextTask:
     def everything(self, config: Config, corpus: Corpus) -> TextExamples:
         """All training text."""
         seed, sample_seed = example_seeds(config.seed, "backbone")
-        tokens, batch_size = corpus.tokens("train").tokens, config.backbone.batch_size
-        return _examples(config, tokens, batch_size, seed, "the training data", sample_seed)
+        name, file = "the training data", corpus.tokens("train")
+        found = _examples(config, file.tokens, config.backbone.batch_size, seed, name, sample_seed)
+        return _mixed(config, found, file, corpus.labels, config.backbone.steps)
 
     def part(self, config: Config, partitions: Artifact, index: int) -> TextExamples:
         """The text of one partition."""
-        return self.part_of(config, token_file(partitions, f"partition-{index}").tokens, index)
+        file = token_file(partitions, f"partition-{index}")
+        found = self.part_of(config, file.tokens, index)
+        return _mixed(config, found, file, partition_labels(config, partitions), config.experts.steps)
 
     def part_of(self, config: Config, tokens: Tokens, index: int) -> TextExamples:
         """The same of a stream that lies in no partition; its order follows from the seed and the index alone."""
@@ -135,6 +154,7 @@ class TextTask:
             phase.batch_size,
             derived_seed(config.seed, f"{name} order"),
             skipped_windows,
+            [part.mixture for part in parts],
         )
 
     def of_stream(
@@ -188,3 +208,7 @@ def _examples(config: Config, tokens: Tokens, batch_size: int, seed: int, name: 
     context = config.model.context_length
     sample = sample_seed, config.experts.gathered_tokens // context, config.evaluation.batch_size
     return TextExamples(tokens, context, batch_size, seed, name, *sample, config.experts.gathers_moments)
+
+
+def _mixed(config: Config, found: TextExamples, file: TokenFile, labels: list[str], steps: int) -> TextExamples:
+    return replace(found, mixture=mixture_of(config, file, labels, found.name), steps=steps)

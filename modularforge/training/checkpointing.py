@@ -10,13 +10,15 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType, TracebackType
 
 import torch.distributed as dist
 
-from checkpoints.ranks import load_newest_on_all_ranks, on_rank_zero
+from checkpoints.pieces import Part
+from checkpoints.ranks import load_newest_on_all_ranks, together
 from checkpoints.saver import CheckpointSaver
-from checkpoints.training import Checkpoint, load_newest_checkpoint
+from checkpoints.training import Checkpoint, commit_pieces, forget_unfinished, load_newest_checkpoint
 from modularforge.log import logger
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
@@ -28,15 +30,18 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 class Checkpointing:
     """The checkpoints of one job; a job without `checkpoint_url` keeps none. Used on every rank, rank 0 writes.
 
-    Training waits only while its tensors are copied; a failed save stops all ranks at the next step.
+    Of a model in pieces every rank writes its `part`, unless a lower one has the same; when all are written, rank 0
+    commits the checkpoint. Training waits only while its tensors are copied; a failed save stops all ranks at the next
+    step.
     """
 
-    def __init__(self, job: Job, world: World) -> None:
-        self.job, self.world = job, world
+    def __init__(self, job: Job, world: World, part: Part | None = None) -> None:
+        self.job, self.world, self.part = job, world, part
         self.saver: CheckpointSaver | None = None
-        if world.is_main and job.checkpoint_url is not None:
-            kept = (job.training.keep_checkpoints, job.training.keep_checkpoints_every)
-            self.saver = CheckpointSaver(job.checkpoint_url, job.fingerprint, *kept)
+        self._kept = (job.training.keep_checkpoints, job.training.keep_checkpoints_every)
+        self._uncommitted: Checkpoint | None = None  # whose pieces are being written
+        if world.rank < (part.count if part else 1) and job.checkpoint_url is not None:
+            self.saver = CheckpointSaver(job.checkpoint_url, job.fingerprint, *self._kept, part)
 
     def resume(self, trainer: Trainer, start: Checkpoint | None = None) -> None:
         """Continue from the newest checkpoint of this job, where there is one, else from `start`."""
@@ -48,13 +53,19 @@ class Checkpointing:
         trainer.step, trainer.position = checkpoint.step, checkpoint.state["position"]
         trainer.train_loss = checkpoint.state["train_loss"]
         trainer.validation_loss = checkpoint.state["validation_loss"]
+        if trainer.best:
+            trainer.best.restore(checkpoint.state["best"], checkpoint.tensors)
         logger.info("%s continues at step %d of %d", self.job.name, trainer.step, self.job.end)
 
     def agree_to_stop(self, wants_to_stop: bool) -> bool:
         """Whether any rank wants to stop; raises on all when a background save has failed (one exchange a step)."""
-        stops, failures = self.world.total([float(wants_to_stop), float(bool(self.saver and self.saver.has_failed))])
+        saver = self.saver
+        own = [wants_to_stop, bool(saver and saver.has_failed), bool(saver and saver.is_busy)]
+        stops, failures, busy = self.world.total([float(value) for value in own])
         if failures:
-            self._on_rank_zero(self._check)
+            self._together(self._check)
+        if not busy:
+            self._commit()
         return stops > 0
 
     def save(self, trainer: Trainer) -> None:
@@ -64,11 +75,28 @@ class Checkpointing:
             if self.saver:
                 self.saver.save(checkpoint_of(trainer))
 
-        self._on_rank_zero(start)
+        if self._uncommitted:
+            self.wait()
+        self._together(start)
+        if self.part and self.job.checkpoint_url is not None:
+            self._uncommitted = replace(checkpoint_of(trainer), tensors={})
 
     def wait(self) -> None:
         """Return when the last save is committed; raises on all ranks when it failed."""
-        self._on_rank_zero(self._wait)
+        self._together(self._wait)
+        self._commit()
+
+    def _commit(self) -> None:
+        """Commit the checkpoint whose pieces are all written, if there is one."""
+        uncommitted, self._uncommitted = self._uncommitted, None
+        if uncommitted is None:
+            return
+
+        def commit() -> None:
+            if self.world.is_main and self.part and self.job.checkpoint_url is not None:
+                commit_pieces(self.job.checkpoint_url, uncommitted, self.job.fingerprint, self.part, *self._kept)
+
+        self._together(commit)
 
     def __enter__(self) -> Checkpointing:
         return self
@@ -108,15 +136,16 @@ class Checkpointing:
         )
         if url is None:
             return None
+        self._together(lambda: forget_unfinished(url) if self.world.is_main else None)
         if self.world.size == 1:
             return load_newest_checkpoint(url, fingerprint, fallback)
-        return load_newest_on_all_ranks(url, fingerprint, dist, self.world.device, fallback)
+        return load_newest_on_all_ranks(url, fingerprint, dist, self.world.device, fallback, self.part)
 
-    def _on_rank_zero(self, action: Callable[[], object]) -> None:
+    def _together(self, action: Callable[[], object]) -> None:
         if self.world.size == 1:
             action()
         else:
-            on_rank_zero(action, dist, self.world.device)
+            together(action, dist, self.world.device)
 
 
 def checkpoint_of(trainer: Trainer) -> Checkpoint:
@@ -125,6 +154,7 @@ def checkpoint_of(trainer: Trainer) -> Checkpoint:
         "position": trainer.position,
         "train_loss": trainer.train_loss,
         "validation_loss": trainer.validation_loss,
+        **({"best": trainer.best.state} if trainer.best else {}),
     }
     return Checkpoint(trainer.step, trainer.tensors(), state)
 

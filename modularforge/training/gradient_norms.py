@@ -1,7 +1,8 @@
 """Norms of gradients by group and layer, measured while a job trains: after backward, before clipping.
 
 What is measured stays on the device until the next report, as losses do. Gradients are by then summed over the pieces
-of an accumulated batch and, by DDP, averaged over ranks, so that rank 0 alone measures.
+of an accumulated batch and, by DDP, averaged over ranks, so that rank 0 alone measures; where they lie in pieces, each
+rank measures its own, and they add up when lines are written.
 """
 
 # P parameters  G groups  L layers, behind one column for what is in none
@@ -20,9 +21,11 @@ from checkpoints import paths
 from modularforge.experts.trainable import Trainable
 from modularforge.log import MetricsLog
 from modularforge.model.names import MODULE_GROUPS, module_group
+from modularforge.model.shards import Total, own_piece
 from modularforge.norm_files import Floats, norms_line, norms_url, parse_norms, write_tables
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
+from modularforge.training.sharding import shard_ranks
 
 
 def count_layers(names: Iterable[str]) -> int:
@@ -48,7 +51,8 @@ class NormMeasure:
 
         Half precision is squared in float32: a sum of many small numbers would stop growing.
         """
-        learns = [(cell, w.grad) for cell, w in zip(self._cells, self._parameters, strict=True) if w.grad is not None]
+        cells = zip(self._cells, self._parameters, strict=True)
+        learns = [(cell, own_piece(w.grad)) for cell, w in cells if w.grad is not None]
         if not learns:
             return torch.zeros(len(self._is_missing), dtype=torch.float64)
         device = learns[0][1].device
@@ -72,12 +76,25 @@ class NormLog:
     """The norms of one job as JSON lines at `url`, and tables beside them; use on rank 0 only.
 
     Lines behind `step`, up to which the job is done, are dropped. It measures every so many steps, and at the last.
+    Where gradients lie in pieces it is used on every rank, one of which `writes`, and `total` adds up their squares.
     """
 
-    def __init__(self, url: str, job: str, measure: NormMeasure, every: int, last_step: int, step: int = 0) -> None:
+    def __init__(
+        self,
+        url: str,
+        job: str,
+        measure: NormMeasure,
+        every: int,
+        last_step: int,
+        step: int = 0,
+        writes: bool = True,
+        total: Total | None = None,
+    ) -> None:
         self.url, self.job, self.every, self.last_step = url, job, every, last_step
-        self._measure, self._log, self._measured = measure, MetricsLog(url), list[tuple[int, Tensor]]()
-        self._log.restart_after(step)
+        self._measure, self._measured, self._total = measure, list[tuple[int, Tensor]](), total
+        self._log = MetricsLog(url) if writes else None
+        if self._log:
+            self._log.restart_after(step)
 
     def measure(self, step: int) -> None:
         """Measure the gradients of a step (1-based) if it is its turn."""
@@ -87,12 +104,16 @@ class NormLog:
     def write(self) -> None:
         """Write a line for each measurement since the last time."""
         for step, squares in self._measured:
-            norms = norms_line(self._measure.table(squares))
-            self._log.write(job=self.job, time=round(time.time(), 3), step=step, **norms)
+            whole = torch.tensor(self._total(squares.tolist()), dtype=torch.float64) if self._total else squares
+            if self._log:
+                norms = norms_line(self._measure.table(whole))
+                self._log.write(job=self.job, time=round(time.time(), 3), step=step, **norms)
         self._measured.clear()
 
     def flush(self) -> None:
         """Make lines visible on an object store, and the tables anew."""
+        if self._log is None:
+            return
         self._log.flush()
         try:
             content = paths.read_bytes(self.url)
@@ -102,13 +123,23 @@ class NormLog:
 
     def close(self) -> None:
         """Let another process write this job's norms."""
-        self._log.close()
+        if self._log:
+            self._log.close()
 
 
 def norm_log(job: Job, trainable: Trainable, world: World, step: int) -> NormLog | None:
-    """The log of a job that measures norms; None where it does not, on other ranks, and without metrics."""
-    every = job.training.gradient_norms
-    if not every or not job.metrics_url or not world.is_main:
+    """The log of a job that measures norms; None where it does not, without metrics, and on other ranks than rank 0.
+
+    Where the model lies in pieces, other ranks have one too, which writes nothing.
+    """
+    every, shards = job.training.gradient_norms, shard_ranks(job.training, world)
+    if not every or not job.metrics_url or not (world.is_main or shards > 1):
         return None
+
+    def total(squares: list[float]) -> list[float]:
+        """Of all pieces, each of which is on as many ranks as there are groups of them."""
+        return [value * shards / world.size for value in world.total(squares)]
+
     measure = NormMeasure(trainable.parameters, count_layers(name for name, _ in trainable.model.named_parameters()))
-    return NormLog(norms_url(job.metrics_url), job.name, measure, every, job.end, step)
+    place = norms_url(job.metrics_url), job.name, measure, every, job.end, step
+    return NormLog(*place, world.is_main, total if shards > 1 else None)

@@ -18,6 +18,7 @@ from checkpoints.training import Checkpoint
 from modularforge.errors import Interrupted, TrainingError
 from modularforge.experts.trainable import Trainable
 from modularforge.model.backbone import perplexity
+from modularforge.model.shards import is_sharded
 from modularforge.tasks.task import Batch, Examples
 from modularforge.training.ahead import built_ahead
 from modularforge.training.checkpointing import Checkpointing, StopFlag, checkpoint_of, stop_on_signals
@@ -28,6 +29,7 @@ from modularforge.training.meter import Meter, Reporter
 from modularforge.training.optimizer import Trainer, build_optimizer, learning_rate, set_rate
 from modularforge.training.precision import autocast, measuring
 from modularforge.training.recompute import choose_recompute
+from modularforge.training.sharding import exchange_gradients, forget_unvisited, part_of, shard, whole_norm
 
 
 def fit(
@@ -39,9 +41,11 @@ def fit(
 ) -> dict[str, float | None]:
     """Train up to `job.end` steps and return the final losses (called on every rank; rank 0 writes).
 
-    With them come the processor seconds of this process, since it began or went on. `validate` gives the validation
-    loss, which is that of the job's own model. Raises TrainingError on a non-finite loss and Interrupted after a stop
-    signal, both before anything is saved as finished.
+    With them come the processor seconds of this process, since it began or went on. With `training.patience` the model
+    ends with the weights of its best validation, perhaps after fewer steps; then `steps` and `best_step` come too.
+
+    `validate` gives the validation loss, which is that of the job's own model. Raises TrainingError on a non-finite
+    loss and Interrupted after a stop signal, both before anything is saved as finished.
     """
     return fit_from(trainable, examples, job, validate, world)[0]
 
@@ -56,10 +60,13 @@ def fit_from(
 ) -> tuple[dict[str, float | None], Checkpoint]:
     """The same from the state that another job left after fewer steps; returns the state of this one too."""
     begun = time.process_time()
+    trainable = shard(trainable, job.training, world)
     trainable.model.to(world.device)
     choose_recompute(trainable, job, world)
     trainer = Trainer(trainable, build_optimizer(trainable.groups, job.phase, job.training))
-    checkpoints = Checkpointing(job, world)
+    checkpoints, patience = Checkpointing(job, world, part_of(trainer, job.training, world)), job.training.patience
+    if patience:
+        trainer.keep_best()
     checkpoints.resume(trainer, start)
     norms = norm_log(job, trainable, world, trainer.step)
     with closing(_Wrapped(trainable, job, world)) as wrapped, closing(Meter(job, world, trainer.step, norms)) as meter:
@@ -67,7 +74,7 @@ def fit_from(
         showing = progress(job.name, job.end, start=trainer.step, is_wanted=world.is_main, has_lines=False)
         with checkpoints, built as batches, stop_on_signals() as stop, showing as bar:
             reporter = Reporter(job, bar, trainer.step, job.speaks and world.is_main, world.size)
-            while trainer.step < job.end:
+            while not trainer.is_over(job.end, patience):
                 rate = learning_rate(job.phase, trainer.step)
                 with meter.waiting_for_data():
                     batch = next(batches)
@@ -77,12 +84,15 @@ def fit_from(
                 meter.count(loss, norm, batch.units)
                 stopping = checkpoints.agree_to_stop(bool(stop))
                 saving = stopping or trainer.step % job.training.checkpoint_every == 0
-                # Whatever is saved was reported just before, and so found finite.
-                reporting = saving or _due(trainer.step, job.training.log_every, job)
+                # Whatever is saved, or may be the best, was reported just before, and so found finite.
+                validating = _due(trainer.step, job.training.validate_every, job)
+                reporting = saving or (patience and validating) or _due(trainer.step, job.training.log_every, job)
                 if reporting:
                     trainer.train_loss = meter.report(trainer.step, rate, trainable.observations())
-                if _due(trainer.step, job.training.validate_every, job):
+                if validating:
                     trainer.validation_loss = _validated(trainer, validate, meter, job, world)
+                    if trainer.best:
+                        trainer.best.see(trainer.validation_loss, trainer.step, trainable.parameters)
                 if reporting:
                     reporter.report(trainer, rate, meter.units_per_second)
                 if saving:
@@ -94,14 +104,26 @@ def fit_from(
                 bar.advance(1)
         if trainer.validation_loss is None:
             trainer.validation_loss = _validated(trainer, validate, meter, job, world)
+        ended = _with_best(trainer)
         meter.flush()
         reporter.finish(trainer, meter.mean_speed)
     losses = {
         "train_loss": trainer.train_loss,
         "validation_loss": trainer.validation_loss,
+        **ended,
         "processor_seconds": round(time.process_time() - begun, 1),
     }
     return losses, checkpoint_of(trainer)
+
+
+def _with_best(trainer: Trainer) -> dict[str, float]:
+    """Give the model the best weights that were kept; returns when training ended and when they were had."""
+    best = trainer.best
+    if best is None or not best.step:
+        return {}
+    best.put_back(trainer.trainable.parameters)
+    trainer.validation_loss = best.loss
+    return {"steps": trainer.step, "best_step": best.step}
 
 
 class _Wrapped:
@@ -113,6 +135,7 @@ class _Wrapped:
     def __init__(self, trainable: Trainable, job: Job, world: World) -> None:
         self.trainable, self.compiles, self.world = trainable, job.training.compile, world
         self._parameters = list(trainable.parameters.values())
+        self._is_sharded = any(map(is_sharded, self._parameters))
         self._learning: list[bool] = []
         self._model: nn.Module | None = None
 
@@ -121,7 +144,9 @@ class _Wrapped:
         learning = [weight.requires_grad for weight in self._parameters]
         if self._model is None or learning != self._learning:
             self._learning, self._model = learning, None  # the old one lets go of its hooks first
-            wrapped = parallelise(self.trainable.model, self.world, self.trainable.may_skip_parameters)
+            wrapped = self.trainable.model
+            if not self._is_sharded:
+                wrapped = parallelise(wrapped, self.world, self.trainable.may_skip_parameters)
             self._model = torch.compile(wrapped) if self.compiles else wrapped  # type: ignore[assignment]
         assert self._model is not None
         return self._model
@@ -145,10 +170,12 @@ def _step(
     total = torch.zeros((), device=world.device)
     for index, piece in enumerate(_pieces(batch.tensors, count)):
         tensors = {name: tensor.to(world.device, non_blocking=True) for name, tensor in piece.items()}
+        exchange_gradients(model, job.training, index == count - 1)
         with _without_sync(model, index < count - 1), autocast(job.training, world.device):
             loss = trainer.trainable.loss(model, tensors) / count
             loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
+    forget_unvisited(trainer.trainable)
     meter.measure_gradients(trainer.step + 1)
     norm = _clipped(trainer.trainable, job.training.clip_norm)
     trainer.optimizer.step()
@@ -161,7 +188,7 @@ def _clipped(trainable: Trainable, most: float) -> Tensor:
     for group in trainable.groups:
         if group.clip_norm is not None:
             nn.utils.clip_grad_norm_(group.parameters.values(), group.clip_norm)
-    return nn.utils.clip_grad_norm_(trainable.parameters.values(), most)
+    return whole_norm(nn.utils.clip_grad_norm_(trainable.parameters.values(), most))
 
 
 def _pieces(tensors: Mapping[str, Tensor], count: int) -> Iterator[dict[str, Tensor]]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from modularforge.experts.trainable import Loss, Tensors, Trainable, trainable
 from modularforge.model.backbone import Decoder
 from modularforge.model.moe import load_balance_loss, observe_routing, router_z_loss
+from modularforge.model.shards import in_company
 from modularforge.tasks.task import Validation
 from modularforge.training.distributed import World
 
@@ -34,5 +35,7 @@ def routed(model: Decoder, loss: Loss, z_loss: float, balance_loss: float | None
 
 def mean_loss(model: nn.Module, held_out: Validation, world: World) -> float:
     """Mean loss per target of held-out examples, which are shared out among the ranks (called on every rank)."""
-    loss, targets = world.total([*held_out.summed_loss(model, world.rank, world.size)])
+    with in_company(model, world.total):
+        found = held_out.summed_loss(model, world.rank, world.size)
+    loss, targets = world.total([*found])
     return loss / targets

@@ -13,8 +13,11 @@ from torch import Tensor
 from modularforge.config import PhaseConfig, TrainingConfig
 from modularforge.errors import MismatchError
 from modularforge.experts.trainable import ParameterGroup, Trainable
+from modularforge.model.shards import is_sharded, like_piece, own_piece
 
+LARGEST = 1e300  # a loss that any validation is better than, as a number of JSON
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+RANDOM_STATE = "random_state"
 
 
 def build_optimizer(
@@ -58,6 +61,44 @@ def learning_rate(phase: PhaseConfig, step: int) -> float:
 
 
 @dataclass
+class Best:
+    """The weights of the best validation so far by name, its loss and step, and how many came since that were worse."""
+
+    weights: dict[str, Tensor]
+    loss: float = math.inf
+    step: int = 0
+    worse: int = 0
+
+    def see(self, loss: float, step: int, parameters: Mapping[str, Tensor]) -> None:
+        """Take the weights of a step if its validation loss is the best one."""
+        if loss < self.loss:
+            self.loss, self.step, self.worse = loss, step, 0
+            self._copy(self.weights, parameters)
+        else:
+            self.worse += 1
+
+    def put_back(self, parameters: Mapping[str, Tensor]) -> None:
+        """Let a job's parameters be those of its best validation."""
+        self._copy(parameters, self.weights)
+
+    @property
+    def state(self) -> dict[str, float]:
+        """All but the weights, for a checkpoint."""
+        return {"loss": self.loss if math.isfinite(self.loss) else LARGEST, "step": self.step, "worse": self.worse}
+
+    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Put back what a checkpoint kept."""
+        self.loss, self.step, self.worse = float(state["loss"]), int(state["step"]), int(state["worse"])
+        self._copy(self.weights, {name: tensors[f"best.{name}"] for name in self.weights})
+
+    @staticmethod
+    def _copy(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, target in targets.items():
+                target.copy_(sources[name])
+
+
+@dataclass
 class Trainer:
     """What the loop carries from step to step: what learns, steps done, position in the data, and the newest losses."""
 
@@ -67,19 +108,36 @@ class Trainer:
     position: Any = 0
     train_loss: float | None = None
     validation_loss: float | None = None
+    best: Best | None = None
+
+    def keep_best(self) -> None:
+        """Keep the weights of the best validation from now on."""
+        self.best = Best({name: weight.detach().clone() for name, weight in self.trainable.parameters.items()})
+
+    def is_over(self, steps: int, patience: int | None) -> bool:
+        """Whether all steps are done, or so many validations in a row were no better."""
+        return self.step >= steps or bool(patience and self.best and self.best.worse >= patience)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of the job's weights, AdamW's moments and torch's random state, each under a name of its own.
 
-        A weight that has never learned has no moments.
+        A weight that has never learned has no moments. Of what lies in pieces, only this rank's rows are here.
         """
         parameters = self.trainable.parameters
-        tensors = {f"weights.{name}": weight.detach() for name, weight in parameters.items()}
+        tensors = {f"weights.{name}": own_piece(weight.detach()) for name, weight in parameters.items()}
         for name, weight in parameters.items():
             for moment, value in self.optimizer.state.get(weight, {}).items():
-                tensors[f"{moment}.{name}"] = value
-        tensors["random_state"] = torch.get_rng_state()
+                tensors[f"{moment}.{name}"] = own_piece(value)
+        if self.best:
+            tensors |= {f"best.{name}": weight for name, weight in self.best.weights.items()}
+        tensors[RANDOM_STATE] = torch.get_rng_state()
         return tensors
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows of each tensor that lies in pieces on several ranks, over all of them."""
+        found = {name: weight.shape[0] for name, weight in self.trainable.parameters.items() if is_sharded(weight)}
+        return {f"{part}.{name}": rows for name, rows in found.items() for part in ("weights", *MOMENTS[:2])}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `tensors` returned; raises MismatchError unless names are those of this job's parameters."""
@@ -92,9 +150,15 @@ class Trainer:
             )
         with torch.no_grad():
             for name, weight in parameters.items():
-                weight.copy_(tensors[f"weights.{name}"])
+                own_piece(weight).copy_(tensors[f"weights.{name}"])
                 moments = {moment: tensors[f"{moment}.{name}"] for moment in MOMENTS if f"{moment}.{name}" in tensors}
                 if moments:
-                    self.optimizer.state[weight] = {k: v.to(weight.device, copy=True) for k, v in moments.items()}
+                    self.optimizer.state[weight] = {k: _moment(v, weight) for k, v in moments.items()}
         # A copy: tensors read from a file may lie at addresses that torch's vector code cannot take.
-        torch.set_rng_state(tensors["random_state"].clone())
+        torch.set_rng_state(tensors[RANDOM_STATE].clone())
+
+
+def _moment(value: Tensor, weight: Tensor) -> Tensor:
+    """What AdamW keeps of a weight, from a tensor on the host; in pieces as the weight is."""
+    own = value.to(weight.device, copy=True)
+    return like_piece(own, weight) if own.dim() and is_sharded(weight) else own

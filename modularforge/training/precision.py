@@ -12,10 +12,14 @@ from modularforge.config import TrainingConfig
 
 def autocast(training: TrainingConfig, device: torch.device) -> AbstractContextManager[object]:
     """bf16 autocast where the settings and the device ask for it."""
-    wanted = training.precision
-    if wanted == "auto":
-        wanted = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return torch.autocast(device.type, torch.bfloat16) if wanted == "bf16" else nullcontext()
+    return torch.autocast(device.type, torch.bfloat16) if is_half(training, device) else nullcontext()
+
+
+def is_half(training: TrainingConfig, device: torch.device) -> bool:
+    """Whether matrices are multiplied in bf16."""
+    if training.precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return training.precision == "bf16"
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import torch
 
 from modularforge.experts.trainable import Trainable
 from modularforge.model.backbone import Decoder
+from modularforge.model.shards import own_piece
 from modularforge.model.sizes import activation_bytes, logits_bytes
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
@@ -31,7 +32,8 @@ def _is_wanted(decoder: Decoder, trainable: Trainable, job: Job, world: World) -
 
 def step_bytes(decoder: Decoder, trainable: Trainable, tokens: int) -> int:
     """What a step on so many tokens of this process takes, an estimate: all weights, AdamW, activations, logits."""
-    weights = sum(weight.numel() * weight.element_size() for weight in trainable.model.parameters())
-    learns = 12 * sum(weight.numel() for weight in trainable.parameters.values())  # a gradient and two moments
+    weights = sum(own_piece(weight).numel() * weight.element_size() for weight in trainable.model.parameters())
+    learns = sum(own_piece(weight).numel() for weight in trainable.parameters.values())
     logits = logits_bytes(decoder.vocab_size, tokens, "cuda")
-    return weights + learns + activation_bytes(decoder.config, tokens, 2) + logits
+    # Of what learns, a gradient and two moments.
+    return weights + 12 * learns + activation_bytes(decoder.config, tokens, 2) + logits

@@ -215,24 +215,24 @@ def test_wanting_the_missing_expert_after_all_trains_it_and_assembles_again(trai
 def test_partitions_added_later_submit_only_the_new_experts(stub_run: Make, tmp_path: Path) -> None:
     from modularforge.provenance import commit, making
 
-    run = stub_run("finish")
+    run = stub_run("finish", count=2)
     run.submit()
-    wait_for_experts(run, range(3))
+    wait_for_experts(run, range(2))
     run.launcher("cancel")
     old = run.folder / "data"
     shutil.copytree(old, tmp_path / "more", ignore=shutil.ignore_patterns("partitions"))
     run.values |= {"data_dir": str(tmp_path / "more")}
-    run.values["experts"]["count"] = 4
+    run.values["experts"]["count"] = 3
     plan = Run(run.config).plan("partition")
     with making(plan) as writer:
         for path in (old / "partitions").iterdir():
             if path.name != "manifest.json":
                 shutil.copyfile(path, writer.folder / path.name)
-                shutil.copyfile(path, writer.folder / path.name.replace("partition-0.", "partition-3."))
+                shutil.copyfile(path, writer.folder / path.name.replace("partition-0.", "partition-2."))
         commit(writer, plan, Run(run.config), {})
     run.submit()
-    assert [item["indices"] for item in run.submissions() if item["group"] == "expert"] == [[0, 1, 2], [3]]
-    wait_for_experts(run, range(4))
+    assert [item["indices"] for item in run.submissions() if item["group"] == "expert"] == [[0, 1], [2]]
+    wait_for_experts(run, range(3))
 
 
 def near_its_limit(stub_run: Make, **more: int) -> Launched:

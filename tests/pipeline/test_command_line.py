@@ -202,7 +202,7 @@ def test_other_text_under_the_same_settings_is_another_corpus(tmp_path: Path) ->
     [
         (["--set", "backbone.peak_learning_rate=.inf"], "backbone.peak_learning_rate must be a finite number"),
         (["--set", "data.sources=[]"], "data.sources must be a list of at least 1 entries"),
-        (["--set", "model=null"], "model must be a section"),
+        (["--set", "model=5"], "model must be a section"),
         (["--set", "data.sources=[{name: a b, train: x}]"], "letters, digits, dots, dashes"),
         (["--set", "data.sources=[{name: x}]"], "data.sources.0.train must be set"),
         (["--output-dir", ""], "output_dir must be a text of at least 1 characters"),

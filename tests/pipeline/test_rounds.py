@@ -24,8 +24,10 @@ from modularforge.assembly import shared
 from modularforge.assembly.shared import SHARED_NAME
 from modularforge.config import Config
 from modularforge.errors import ConfigError
+from modularforge.experts.ffn import EXPERT_NAME
 from modularforge.info import describe
 from modularforge.model import names
+from modularforge.model.folder import read_tensors
 from modularforge.observe.completion import parts_of
 from modularforge.observe.rounds import rounds_table
 from modularforge.observe.run import read_run
@@ -65,6 +67,33 @@ def make(config: Config) -> None:
     for index in range(3):
         run.make("expert", index)
     run.make("assemble")
+
+
+def test_a_last_round_that_settles_leaves_what_was_merged_and_trains_blocks_behind_it(
+    whole: Config, tmp_path: Path
+) -> None:
+    before = Run(whole)
+    settled = whole.model_copy(update={"experts": whole.experts.model_copy(update={"settle": True})})
+    left_out = shutil.ignore_patterns("experts", "assembled", "checkpoints")
+    shutil.copytree(whole.output_dir, tmp_path / "run", ignore=left_out)
+    run = Run(settled.model_copy(update={"output_dir": str(tmp_path / "run")}))
+    made = [run.make("expert", index) for index in range(3)]
+    assert run.plan("round_1", 0).fingerprint == before.plan("round_1", 0).fingerprint, (
+        "rounds before know nothing of it"
+    )
+    merged = shared_of(run.require("merge_1"))
+    for index, artifact in enumerate(made):
+        assert artifact.manifest.fingerprint != before.require("expert", index).manifest.fingerprint
+        own = shared_of(artifact)
+        assert own.keys() == merged.keys()
+        assert all(torch.equal(own[name], tensor.to(own[name].dtype)) for name, tensor in merged.items())
+    ffn, earlier = (load_file(found.require("expert", 0).local_file(EXPERT_NAME)) for found in (run, before))
+    assert not any(torch.equal(tensor, earlier[name]) for name, tensor in ffn.items()), "the blocks went on"
+    run.make("assemble")
+    model = read_tensors(run.require("assemble").local_folder())
+    assert all(
+        torch.equal(model[name], tensor.to(model[name].dtype)) for name, tensor in merged.items() if name in model
+    )
 
 
 def mean(artifacts: list[Artifact]) -> dict[str, Tensor]:

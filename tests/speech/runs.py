@@ -40,7 +40,7 @@ def speech_config(folder: Path, sounds: Path, **changes: Any) -> Config:
         },
     }
     for section, change in changes.items():
-        values[section] = {**values[section], **change} if isinstance(change, dict) else change
+        values[section] = {**values.get(section, {}), **change} if isinstance(change, dict) else change
     return Config.model_validate(values)
 
 

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from modularforge.config import Config
+from modularforge.config import Config, SpeechDataConfig
 from modularforge.errors import ConfigError, DataError
 from modularforge.speech.audio import UnusableAudio, check_audible, decode, require_package, resampled
 from modularforge.speech.feature_files import SpeechFile, open_speech_file
@@ -28,7 +28,7 @@ from tests.speech.sounds import RATE, WORDS, config_of, tone, wav, words, write_
 def prepare(config: Config, output: Path) -> tuple[SpeechFile, dict[str, Any]]:
     output.mkdir(exist_ok=True)
     metadata = prepare_speech(config, output)
-    return open_speech_file(output, "train", config.speech.data.bins), metadata
+    return open_speech_file(output, "train", config.speech.data), metadata
 
 
 def texts(file: SpeechFile) -> list[str]:
@@ -347,7 +347,7 @@ def test_a_truncated_file_of_features_gets_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "out/train.features.bin"
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(DataError, match=r"must hold \d+ bytes for 16 utterances of 80 bins, but has \d+ .* truncated"):
-        open_speech_file(tmp_path / "out", "train", 80)
+        open_speech_file(tmp_path / "out", "train", SpeechDataConfig())
 
 
 def packed(path: Path, contents: dict[str, bytes], mode: str = "w") -> Path:

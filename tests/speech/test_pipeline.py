@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from checkpoints import paths
 from modularforge.config import Config
-from modularforge.errors import ConfigError, DataError, Interrupted, MismatchError
+from modularforge.errors import DataError, Interrupted, MismatchError
 from modularforge.experts.kind import find_kind
 from modularforge.info import describe
 from modularforge.pipeline import stage_settings
@@ -22,28 +22,15 @@ from modularforge.speech.audio import UnusableAudio, decode
 from modularforge.speech.features import log_mel
 from modularforge.speech.folder import load_speech, read_speech_config
 from modularforge.speech.model import SpeechModel
-from modularforge.speech.steering import GateUsage
+from modularforge.speech.steering import GateUsage, Steering
 from modularforge.speech.transcribe import features_of, transcribe_files
 from modularforge.stage_outputs import Backbone
-from modularforge.stages.speech import measure_folder
+from modularforge.stages.evaluate_speech import measure_folder
 from modularforge.tasks.speech import SPEECH, arguments, held_out_speech, speech_file
 from modularforge.training.checkpointing import Checkpointing
 from tests.conftest import run_command
 from tests.speech.runs import run_all, speech_config
 from tests.speech.sounds import wav, words
-
-
-@pytest.fixture(scope="module")
-def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("sounds")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, sounds: Path) -> Config:
-    """A finished run; tests must not change it."""
-    config = speech_config(tmp_path_factory.mktemp("speech") / "run", sounds)
-    run_all(config)
-    return config
 
 
 def batch_of(config: Config) -> tuple[torch.Tensor, ...]:
@@ -63,7 +50,10 @@ def test_a_run_ends_with_error_rates_of_every_model(finished: Config) -> None:
             assert domain["loss"] > 0
     folder = paths.local_path(finished.output_dir) / "evaluation"
     report = (folder / "report.md").read_text()
-    assert "## Error rates" in report
+    header = next(line for line in report.splitlines() if line.startswith("| model |"))
+    assert header.split(" | ")[4:8] == ["low", "high", "WER %", "CER %"]
+    assert "mean test WER of" in report.splitlines()[2]
+    assert "perplexity" not in report.split("##")[0]
     assert "## Where assembled routes" in report
     routing = results["routing"]["assembled"]
     assert routing["experts"] == ["expert-0", "expert-1"]
@@ -105,7 +95,7 @@ def test_the_trained_part_alone_is_saved(finished: Config) -> None:
 def test_the_assembled_model_with_one_expert_forced_is_that_expert(finished: Config) -> None:
     run = Run(finished)
     assembled = load_speech(run.require("assemble").local_folder())
-    assert assembled.steering is not None
+    assert isinstance(assembled.steering, Steering)
     assert assembled.shape.steering is not None
     assert (assembled.shape.steering.experts, assembled.shape.steering.total) == (2, 6)
     inputs = batch_of(finished)
@@ -121,7 +111,7 @@ def test_the_assembled_model_with_one_expert_forced_is_that_expert(finished: Con
 def test_the_router_sends_utterances_to_the_expert_of_their_domain(finished: Config) -> None:
     run = Run(finished)
     model = load_speech(run.require("assemble").local_folder())
-    assert model.steering is not None
+    assert isinstance(model.steering, Steering)
     partitions = run.require("partition")
     for index in range(2):
         batch = next(SPEECH.part(finished, partitions, index).batches())
@@ -211,9 +201,7 @@ def test_settings_that_cannot_work_together_get_one_sentence(
         speech_config(tmp_path, sounds, **changes)
 
 
-def test_nothing_of_a_speech_model_is_calibrated(finished: Config) -> None:
-    with pytest.raises(ConfigError, match=r"calibration must be left out with experts.kind steering"):
-        find_kind("steering").calibrates(None, finished.calibration)  # type: ignore[arg-type]
+def test_nothing_of_a_speech_model_is_calibrated_unless_asked(finished: Config) -> None:
     calibrated = Run(finished).require("calibrate")
     assert calibrated.manifest.facts["kept"] is False
 
@@ -273,8 +261,8 @@ def test_a_folder_of_no_speech_model_gets_one_sentence(tmp_path: Path) -> None:
 
 
 def test_one_folder_is_measured_as_the_evaluation_measures_it(finished: Config) -> None:
-    table = measure_folder(Run(finished), str(Run(finished).require("assemble").local_folder()))
-    ((name, row),) = table.records
+    found = measure_folder(Run(finished), str(Run(finished).require("assemble").local_folder()))
+    ((name, row),) = found["models"].items()
     assert name == "assembled"
     expected = run_all(finished)["models"]["assembled"]
     assert row["mean_loss"] == pytest.approx(expected["mean_loss"], abs=1e-6)
@@ -288,7 +276,7 @@ def test_experts_of_an_assembled_model_are_listed_and_taken_out(finished: Config
     assert "expert" in run_command("modularforge", "experts", "list", assembled).stdout
     run_command("modularforge", "experts", "remove", assembled, "0")
     model = load_speech(Path(assembled))
-    assert model.steering is not None
+    assert isinstance(model.steering, Steering)
     assert model.steering.shape.experts == 1
     kept = load_file(Run(finished).require("expert", 1).local_file("steering.safetensors"))
     assert torch.equal(model.steering.vectors, kept["steering.vectors"])

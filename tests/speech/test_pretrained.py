@@ -14,6 +14,9 @@ from modularforge.config import Config
 from modularforge.config_files import complete_config
 from modularforge.errors import DataError, MismatchError
 from modularforge.model.folder import read_tensors, save_tensors
+from modularforge.pretrained.fetch import fetch
+from modularforge.pretrained.shape import read_pretrained_config
+from modularforge.pretrained.sources import published_name
 from modularforge.run import Run
 from modularforge.speech.encoder_files import encoder_folder
 from modularforge.speech.folder import load_speech
@@ -100,3 +103,14 @@ def test_a_folder_without_an_encoder_gets_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty/config.json").write_text("{}")
     with pytest.raises(DataError):
         encoder_folder(str(tmp_path / "empty"))
+
+
+def test_the_models_of_the_quickstart_are_made_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="run `make quickstart-speech`"):
+        read_pretrained_config("models/smollm2")
+    with pytest.raises(DataError, match="run `make quickstart-speech`"):
+        fetch("models/smollm2")
+    with pytest.raises(DataError, match="run `make quickstart-speech`"):
+        encoder_folder("models/whisper-tiny-en")
+    assert published_name("models/smollm2") is None

@@ -38,8 +38,8 @@ def tiny_model(
     torch.manual_seed(seed)
     encoder, decoder = tiny_encoder(), tiny_decoder()
     place = STEERED_AT.get(variant)
-    sites = {"layers": ENCODER.layers, "output": 1}.get(place or "", 0)
-    chosen = {"vectors": 5, "is_scaled": place == "layers", **steering}
+    sites = 1 if place == "output" else ENCODER.layers
+    chosen = {"vectors": 1 if variant == "lora" else 5, "is_scaled": place == "layers", **steering}
     shape = SpeechShape(
         variant, 18, pooling or Pooling(2, "mean"), SteeringShape(sites, ENCODER.width, **chosen) if place else None, 2
     )

@@ -14,7 +14,7 @@ from tests.pipeline.test_rounds import in_rounds
 def test_a_merge_and_the_round_after_it_have_the_same_bytes_as_here(
     s3: str, finished_run: Config, tmp_path: Path
 ) -> None:
-    here = in_rounds(finished_run, tmp_path, experts={"outer": {"learning_rate": 0.7, "momentum": 0.9}})
+    here = in_rounds(finished_run, tmp_path, experts={"outer": {"rate": 0.7, "momentum": 0.9}})
     for index in range(3):
         Run(here).make("round_1", index)
     there = here.model_copy(update={"output_dir": s3})

@@ -6,8 +6,10 @@ import gzip
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from checkpoints import paths
@@ -23,7 +25,7 @@ from modularforge.info import describe
 from modularforge.model.sizes import model_sizes
 from modularforge.observe.evaluation import verdict
 from modularforge.yaml_text import parse_yaml
-from tests.conftest import ROOT, run_command, tiny_config
+from tests.conftest import ROOT, run_command, tiny_values
 
 FAST = Machine("fast", 1e18)
 WORDS = (
@@ -214,7 +216,13 @@ def test_not_worth_it_says_why_and_which_setting_to_change() -> None:
 
 def test_more_experts_than_domains_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"the number of data\.sources for partition\.method domain \(3\), but is 50"):
-        tiny_config(tmp_path, experts={"count": 50}, partition={"method": "domain"})
+        written(tmp_path, tiny_values(tmp_path, experts={"count": 50}, partition={"method": "domain"}))
     sources = [{"name": "x", "train": "a.jsonl", "label_field": "kind"}]
     values = {"data": {"sources": sources}, "experts": {"count": 50}, "partition": {"method": "domain"}}
-    assert make_config(values, "labels are in the records").experts.count == 50
+    assert written(tmp_path, values).experts.count == 50, "labels are in the records"
+
+
+def written(folder: Path, values: dict[str, Any]) -> Config:
+    """Settings as a user's file has them."""
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    return load_config(str(folder / "config.yaml"))

@@ -356,8 +356,7 @@ def test_evaluations_are_compared_by_every_metric_of_the_tasks_table(
         write_run(str(tmp_path / name), seed=len(runs))
         runs[name] = read_run(str(tmp_path / name))
     new = Metric("accuracy", "right answers", "%", better="higher")
-    for file in ("comparison", "compare"):
-        monkeypatch.setattr(f"modularforge.observe.{file}.MEASURED", (*MEASURED, new))
+    monkeypatch.setattr("modularforge.observe.metrics.MEASURED", (*MEASURED, new))
     assert runs["b"].evaluation
     runs["b"].evaluation["models"]["backbone"]["accuracy"] = 97.5
     found = compare(runs)

@@ -364,6 +364,19 @@ def test_files_and_folders_that_must_not_be_read_are_told(locked, unprivileged, 
         texts(locked / name)
 
 
+def test_a_bucket_that_may_be_read_and_not_listed_wants_names(monkeypatch):
+    fsspec.filesystem("memory").pipe_file("/closed/a b%20.txt", b"x" * 200)
+
+    def deny(self, *arguments, **options):
+        raise PermissionError("Access Denied")
+
+    for name in ("ls", "find", "glob", "walk"):
+        monkeypatch.setattr(f"fsspec.implementations.memory.MemoryFileSystem.{name}", deny)
+    assert texts("memory://closed/a b%20.txt") == ["x" * 200]
+    with pytest.raises(DataError, match=r"may be listed, but the storage says: Access Denied; .*name each file"):
+        texts("memory://closed/*.txt")
+
+
 def test_a_file_that_vanishes_between_two_readings_is_told(tmp_path):
     last = [put(tmp_path / name, b"some text") for name in ("a.txt", "b.txt")][-1]
     source = SourceConfig(name="web", train=str(tmp_path / "*.txt"), validation="x", test="x")

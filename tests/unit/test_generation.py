@@ -12,7 +12,15 @@ from modularforge.assembly.assemble import assemble
 from modularforge.config import Config, ModelConfig
 from modularforge.data.tokenizer import EOS
 from modularforge.errors import DataError
-from modularforge.evaluation.generation import Sampling, choose_token, generate, keep_likely
+from modularforge.evaluation.generation import (
+    Sampling,
+    choose_token,
+    continue_text,
+    continue_texts,
+    generate,
+    keep_likely,
+    load_for_generation,
+)
 from modularforge.evaluation.generation import _continue as continue_ids
 from modularforge.model.backbone import build_backbone
 from modularforge.model.folder import load_model
@@ -64,6 +72,18 @@ def test_a_text_longer_than_the_context_goes_on(finished_run: Config) -> None:
     tokenizer = Corpus(Run(finished_run).require("prepare-data")).tokenizer
     length = 3 * finished_run.model.context_length
     assert generate(model, tokenizer, "word " * 200, length, Sampling(temperature=0))
+
+
+def test_several_prompts_are_continued_as_each_alone(finished_run: Config) -> None:
+    url, greedy = Run(finished_run).require("assemble").url, Sampling(temperature=0)
+    loaded, prompts = load_for_generation(url), ["The law of the land", "It", "To be or not to be"]
+    expected = [continue_text(loaded, prompt, 8, greedy) for prompt in prompts]
+    assert continue_texts(loaded, prompts, 8, greedy) == expected
+    # Where one has no room in the context for what follows, each is continued alone and goes on.
+    long = 2 * loaded.model.config.context_length
+    assert continue_texts(loaded, prompts, long, greedy) == [
+        continue_text(loaded, one, long, greedy) for one in prompts
+    ]
 
 
 def test_an_empty_prompt_starts_a_text_and_one_that_ends_with_eos_is_refused(finished_run: Config) -> None:

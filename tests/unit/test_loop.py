@@ -10,7 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,14 @@ from modularforge.config import PhaseConfig, TrainingConfig
 from modularforge.errors import Interrupted, StoreError, TrainingError
 from modularforge.experts.trainable import ParameterGroup, Tensors, Trainable, trainable
 from modularforge.log import MetricsLog, json_safe
+from modularforge.pipeline import stage_settings
 from modularforge.tasks.task import Batch
+from modularforge.training.checkpointing import Checkpointing
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import _pieces, fit
 from modularforge.training.optimizer import build_optimizer, learning_rate
+from tests.conftest import tiny_config
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,57 @@ def test_a_job_goes_on_from_an_older_checkpoint_only_when_asked(
     again = train_a_line(tmp_path, training.model_copy(update={"checkpoint_fallback": True}))
     assert "FALLBACK: training goes on from step 30" in caplog.text
     assert [row.get("loss") for row in again] == [row.get("loss") for row in rows], "step 31 to 40 were made again"
+
+
+def train_with_patience(
+    folder: Path, losses: list[float], stop_after: int = 0, patience: int = 2
+) -> tuple[float, dict[str, float | None], dict[int, float]]:
+    """Validate every second step, with these losses in turn; returns the weight, what `fit` says, weights by step."""
+    torch.manual_seed(0)
+    model, seen = nn.Linear(1, 1), dict[int, float]()
+    training = TrainingConfig(validate_every=2, checkpoint_every=3, log_every=1, patience=patience)
+    job = Job("line", PhaseConfig(steps=12, batch_size=8, warmup_steps=1), training, "x", str(folder / "checkpoints"))
+    found = trainable(model, squared_error)
+    steps: list[int] = []
+    found = replace(found, before_step=steps.append)
+
+    def validate() -> float:
+        seen[steps[-1] + 1] = float(model.weight)
+        return losses[(steps[-1] + 1) // 2 - 1]
+
+    stops = iter(range(1, 100))
+    with pytest.MonkeyPatch.context() as patched:
+        if stop_after:
+            patched.setattr(Checkpointing, "agree_to_stop", lambda *_: next(stops) == stop_after)
+            with pytest.raises(Interrupted):
+                fit(found, Lines(), job, validate, World())
+            return train_with_patience(folder, losses)
+        ended = fit(found, Lines(), job, validate, World())
+    return float(model.weight), ended, seen
+
+
+def test_a_job_without_better_validations_ends_with_the_weights_of_the_best(tmp_path: Path) -> None:
+    losses = [3.0, 1.0, 1.5, 2.0, 0.1, 0.1]
+    weight, ended, seen = train_with_patience(tmp_path / "a", losses)
+    assert (ended["steps"], ended["best_step"], ended["validation_loss"]) == (8, 4, 1.0)
+    assert weight == seen[4] != seen[8]
+    for stop_after in (3, 5, 7, 8):
+        again, after, _ = train_with_patience(tmp_path / f"stopped-{stop_after}", losses, stop_after)
+        assert (again, after) == (weight, ended), stop_after
+    weight, ended, seen = train_with_patience(tmp_path / "b", [3.0, 1.0, 1.5, 0.5, 0.6, 0.7], patience=9)
+    assert (ended["steps"], ended["best_step"]) == (12, 8)
+    assert weight == seen[8] != seen[12]
+
+
+def test_patience_counts_with_what_it_judges_by_where_it_is_set(tmp_path: Path) -> None:
+    def settings(stage: str, **training: Any) -> dict[str, Any]:
+        return stage_settings(tiny_config(tmp_path, training=training), stage)
+
+    for stage in ("backbone", "expert", "dense", "joint"):
+        assert settings(stage, validate_every=7) == settings(stage, patience=None)
+        assert settings(stage, patience=2)["training.validate_every"] != 7
+        assert settings(stage, patience=2) != settings(stage, patience=2, validate_every=7) != settings(stage)
+    assert settings("calibrate", patience=2, validate_every=7) == settings("calibrate")
 
 
 def test_a_loss_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:

@@ -97,6 +97,19 @@ def test_a_cache_gives_the_same_logits_as_reading_again() -> None:
         assert (torch.cat(pieces, dim=1) - decoder(tokens)).abs().max() < 1e-5
 
 
+def test_what_a_cache_gave_is_not_changed_by_what_comes_later() -> None:
+    cache, rows = KeyValueCache(room=4), torch.arange(24.0).view(2, 1, 6, 2)
+    given = [cache.extend(0, piece, piece + 100)[0] for piece in rows.split([1, 2, 3], dim=2)]  # the last has no room
+    assert [part.shape[2] for part in given] == [1, 3, 6]
+    assert all(torch.equal(part, rows[:, :, : part.shape[2]]) for part in given)
+    assert cache.length == 6
+    cache.keep(torch.tensor([1]))
+    new = torch.zeros(1, 1, 1, 2)
+    keys, values = cache.extend(0, new, new)
+    assert torch.equal(keys, torch.cat([rows[1:], new], dim=2))
+    assert torch.equal(values, torch.cat([rows[1:] + 100, new], dim=2))
+
+
 def test_later_tokens_do_not_change_earlier_logits() -> None:
     config = SHAPES[0]
     decoder, tokens = build_moe(config, VOCABULARY, 3, 2).eval(), ids(config)
@@ -131,12 +144,12 @@ def test_names_of_both_kinds_translate_and_back() -> None:
 
 
 def test_weights_of_another_shape_are_refused_by_name() -> None:
-    tensors = backbone_tensors(build_backbone(SHAPES[0], VOCABULARY))
-    tensors["model.norm.weight"] = torch.ones(5)
+    tensors = dict(build_backbone(SHAPES[0], VOCABULARY).named_parameters())
+    tensors["model.norm.weight"] = torch.nn.Parameter(torch.ones(5))
     with torch.device("meta"):
         empty = build_backbone(SHAPES[0], VOCABULARY)
     with pytest.raises(MismatchError, match=r"model\.norm\.weight must have shape \(24,\)"):
-        fill(empty, tensors)
+        fill(empty, {**tensors})
 
 
 @pytest.mark.parametrize(

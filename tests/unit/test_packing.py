@@ -171,6 +171,76 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_response_its_end() -> None
     assert found.targets_W.sum() == sum(int((batch["targets"] >= 0).sum()) for batch in ordered_batches(found, 2))
 
 
+def text(lengths=(30, 4, 7, 2, 1, 12, 13, 5, 26), seed: int = 0) -> ExampleTokens:
+    """Documents of text, some longer than a row; one of a single token predicts nothing."""
+    random = np.random.default_rng(seed)
+    tokens = [[2, *random.integers(4, V, max(0, length - 2)), END][:length] for length in lengths]
+    return ExampleTokens.of_text(np.concatenate(tokens).astype(np.uint16), np.cumsum([0, *lengths]))
+
+
+def test_of_documents_every_token_but_the_first_is_predicted_once_whatever_their_length() -> None:
+    stream = text()
+    for seed in (None, 1):
+        rows = Rows(stream, T, seed)
+        tensors = rows.tensors(range(len(rows)))
+        predicted = tensors["targets"][tensors["targets"] != IGNORED_TARGET].tolist()
+        wanted = [stream.tokens[a + 1 : b].tolist() for a, b in itertools.pairwise(stream.offsets)]
+        assert sorted(predicted) == sorted(itertools.chain(*wanted))
+        assert rows.lengths_N.max() == T
+        assert all(rows.lengths_N[row].sum() == count for row, count in zip(rows.examples, rows.targets_W, strict=True))
+    pieces = [piece.tolist() for piece in (stream.tokens[a:b] for a, b in rows.spans_N2[:3])]
+    document = stream.tokens[:30].tolist()
+    assert pieces == [document[:13], document[12:25], document[24:]], "a piece goes on where the one before it ends"
+    facts = rows.text_facts
+    assert (facts["count"], facts["cut"], facts["pieces"]) == (9, 2, 6)
+    assert facts["filled"] == pytest.approx(sum(map(len, wanted)) / (len(rows) * T), abs=1e-4)
+
+
+@pytest.mark.parametrize("model", models(), ids=MODELS)
+def test_the_loss_of_a_document_does_not_depend_on_its_neighbours(model: Decoder) -> None:
+    """Neither attention, nor positions, nor what a router knows of the text come from the document before it."""
+    stream = text()
+    rows = Rows(stream, T, seed=1)
+    row = next(row for row in rows.examples if len(row) > 1)
+    place = rows.examples.index(row)
+    ids, _, _ = rows.example(row[-1])
+    alone = Rows(ExampleTokens.of_text(ids, np.array([0, len(ids)])), T).tensors([0])
+    tensors = rows.tensors([place])
+    other = tensors["inputs"].clone()
+    is_last = tensors["examples"] == len(row) - 1
+    other[~is_last & (tensors["examples"] >= 0)] = 7
+    with torch.no_grad():
+        found = [
+            model(inputs, examples_BT=batch["examples"], targets_BT=batch["targets"], reduction="none")
+            for inputs, batch in ((tensors["inputs"], tensors), (other, tensors), (alone["inputs"], alone))
+        ]
+        stream_loss = model(tensors["inputs"], targets_BT=tensors["targets"], reduction="none")[is_last]
+    own, changed, single = found[0][is_last], found[1][is_last], found[2][alone["examples"] == 0]
+    assert torch.equal(own, changed)
+    torch.testing.assert_close(own, single, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(stream_loss, own, atol=1e-5), "without the mask it does depend on them"
+
+
+def test_documents_restart_at_a_position_on_any_number_of_ranks() -> None:
+    rows = Rows(text((30, 4, 7, 2, 12, 13, 5, 26) * 4), T, seed=2)
+    batches = list(itertools.islice(example_batches(rows, 4, seed=9), 9))
+    for start in (3, 6):
+        parts = [next(example_batches(rows, 4, 9, batches[start - 1][1], rank, 2)) for rank in range(2)]
+        assert {position for _, position in parts} == {batches[start][1]}
+        width = batches[start][0]["inputs"].shape[1]
+        again = [torch.nn.functional.pad(item["inputs"], (0, width - item["inputs"].shape[1])) for item, _ in parts]
+        assert torch.equal(torch.cat(again), batches[start][0]["inputs"])
+
+
+def test_the_first_tokens_of_documents_may_end_within_one() -> None:
+    stream = text((5, 4, 30))
+    assert [len(stream.first(count)) for count in (3, 5, 12, 39, 100)] == [3, 5, 12, 39, 39]
+    assert [stream.first(count).num_examples for count in (3, 5, 6, 12, 100)] == [1, 1, 2, 3, 3]
+    joined = ExampleTokens.joined([stream.first(7), stream.first(3)])
+    assert joined.is_text
+    assert joined.offsets.tolist() == [0, 5, 7, 10]
+
+
 def test_too_few_rows_are_refused() -> None:
     with pytest.raises(TrainingError, match="partition 1 must fill one batch of 64 sequences, but its examples fill"):
         next(example_batches(Rows(examples(), T, 0), 64, seed=0, name="partition 1"))

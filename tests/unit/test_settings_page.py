@@ -17,14 +17,14 @@ from modularforge.settings_page import all_settings, page, schema
 from modularforge.yaml_text import parse_yaml
 from tests.conftest import ROOT, tiny_values
 
-IN_LISTS = ("data.", "model.rope_scaling.", "evaluation.tasks.", "experts.lora.phases.")
+IN_LISTS = ("data.", "model.rope_scaling.", "evaluation.tasks.", "experts.lora.phases.", "speech.decoding.tests.")
 
 
 def test_every_setting_has_a_sentence_a_type_and_a_default() -> None:
     found = list(all_settings())
     # Of which there may be none, or many.
     sections = ["data.clean", "data.sources", "data.sources.example", "model.rope_scaling", "evaluation.tasks"]
-    sections += ["experts.lora.phases"]
+    sections += ["experts.lora.phases", "speech.decoding.tests", "data.mix"]
     assert [item.name for item in found if item.name not in sections] == setting_names()
     assert [item.name for item in found if not (item.sentence and item.type and item.default)] == []
 

@@ -87,7 +87,7 @@ def test_the_order_of_experts_changes_no_bit(dtype: str, tmp_path: Path, monkeyp
 
 
 def test_outer_steps_are_those_of_sgd_with_nesterov_momentum(base: Artifact, tmp_path: Path) -> None:
-    outer, start = OuterConfig(learning_rate=0.7, momentum=0.9), load_file(base.local_file(SHARED_NAME))
+    outer, start = OuterConfig(rate=0.7, momentum=0.9), load_file(base.local_file(SHARED_NAME))
     weight = torch.nn.Parameter(torch.from_numpy(start["a"].copy()).double())
     optimizer = torch.optim.SGD([weight], lr=0.7, momentum=0.9, nesterov=True)
     at, momentum = spans_of(base, SHARED_NAME), dict[str, TensorSpan]()

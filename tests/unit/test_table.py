@@ -82,7 +82,7 @@ def test_one_more_metric_is_one_more_column_and_the_best_model_stays_the_best(
         row["accuracy"] = 1 - number / 10  # the other way round than the losses
     before = shown.model_table(results)
     new = Metric("accuracy", "accuracy", "", better="higher", digits=1)
-    monkeypatch.setattr(shown, "MEASURED", (*MEASURED[:place], new, *MEASURED[place:]))
+    monkeypatch.setattr("modularforge.observe.metrics.MEASURED", (*MEASURED[:place], new, *MEASURED[place:]))
     after = shown.model_table(results)
     assert [title for title in after.header if title != "accuracy"] == before.header
     assert [row[after.header.index("accuracy")] for row in after.rows][:2] == ["1.0", "0.9"]

@@ -25,9 +25,10 @@ from modularforge.experts.trainable import ParameterGroup, Trainable, trainable
 from modularforge.facts import fact
 from modularforge.model import names
 from modularforge.model.backbone import Decoder, build_backbone, initialise
-from modularforge.model.folder import fill, save_tensors
+from modularforge.model.folder import Weight, cast_like, fill, save_tensors
 from modularforge.model.hub_config import model_config_of
 from modularforge.model.moe import build_anchored_pair
+from modularforge.model.shards import host_tensors
 from modularforge.routing.statistics import (
     ROUTER_NAME,
     STATISTICS_NAME,
@@ -36,19 +37,21 @@ from modularforge.routing.statistics import (
 )
 from modularforge.stage_outputs import Backbone
 from modularforge.training.losses import RoutedLoss
-from modularforge.training.precision import measuring
+from modularforge.training.precision import is_half, measuring
 
 
 def prepare(expert: ExpertJob) -> Trainable:
     """The expert in its own model, all else frozen but for what `experts.unfreeze` names, at a rate of its own."""
     settings, backbone, task = expert.config.experts, expert.backbone, expert.task
     directions = _directions(expert) if settings.anchored else None
-    model = build_expert(backbone.tensors, backbone.values, settings, directions)
+    # On a CPU all is float32 as ever: models are measured there without autocast, and last bits are recorded.
+    keeps_types = expert.device.type == "cuda" and is_half(expert.config.training, expert.device)
+    model = build_expert(backbone.tensors, backbone.values, settings, directions, keeps_types)
     loss = RoutedLoss(model, task.loss, settings.z_loss) if settings.anchored else task.loss
     found = trainable(model, loss)
     shared = unfrozen(model, settings.unfreeze)
     for weight in shared.values():
-        weight.data = weight.data.clone()  # training must not reach the backbone's tensors
+        weight.data = weight.data.float().clone()  # training must not reach the backbone's tensors
         weight.requires_grad_(True)
     return replace(found, groups=[*found.groups, ParameterGroup(shared, settings.unfreeze_rate)]) if shared else found
 
@@ -70,7 +73,7 @@ def save(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:
         save_tensors(rows, folder / ROUTER_NAME)
     if shared := unfrozen(model, expert.config.experts.unfreeze):
         types = {name: tensor.dtype for name, tensor in backbone.tensors.items()}
-        save_tensors({name: _stored(weight, types[name]) for name, weight in shared.items()}, folder / SHARED_NAME)
+        save_tensors(cast_like(host_tensors(shared), types), folder / SHARED_NAME)
     save_sums(expert, model, folder)
     return {"slot": slot, "anchored": anchored}
 
@@ -103,21 +106,30 @@ def soup(backbone: Backbone, experts: Sequence[Artifact]) -> Decoder:
 
 
 def build_expert(
-    backbone: dict[str, Tensor], values: dict[str, Any], experts: ExpertsConfig, directions: list[Tensor] | None
+    backbone: dict[str, Tensor],
+    values: dict[str, Any],
+    experts: ExpertsConfig,
+    directions: list[Tensor] | None,
+    keeps_types: bool = False,
 ) -> Decoder:
     """A float32 model in which only the new FFN (and its router rows when anchored) require gradients.
 
     `backbone` and `values` are the tensors and config.json of the backbone; `directions`, one [D] per layer, are where
-    the router rows start (anchored experts only).
+    the router rows start (anchored experts only). With `keeps_types` what is frozen stays in the type that it is stored
+    in, for autocast, which casts it to bf16 in either case: the bits are the same. So does what learns, until `fit`.
     """
     family = names.family_of(values["model_type"])
     start: dict[str, Tensor] = {}
     for name, tensor in backbone.items():
         if names.is_dense_ffn(name):
-            start[names.dense_to_expert(name, 1, family)] = tensor.clone()
+            # Training must not reach the backbone's tensors. Of another type, they are copied where they are widened.
+            own = tensor.clone() if tensor.dtype == torch.float32 else tensor
+            start[names.dense_to_expert(name, 1, family)] = own
     for layer, direction_D in enumerate(directions or []):
         start[names.gate(layer, family)] = direction_D[None].clone()
-    model = load_expert(backbone, values, start, experts.anchored).float()
+    model = load_expert(backbone, values, start, experts.anchored)
+    model = model if keeps_types else model.float()
+    model.has_half_blocks = model.has_float_stream = keeps_types
     model.requires_grad_(False)
     for block in model.blocks:
         learns = (
@@ -126,7 +138,7 @@ def build_expert(
         for module in learns:
             module.requires_grad_(True)
         if experts.init == "fresh":
-            initialise(learns[0], model.config.layers)
+            initialise(learns[0].float(), model.config.layers)
     return model
 
 
@@ -177,24 +189,21 @@ def router_directions(own: Sequence[LayerStatistics], general: Sequence[LayerSta
 
 def expert_tensors(
     model: Decoder, slot: int, anchored: bool, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[dict[str, Weight], dict[str, Weight]]:
     """What an expert is: its FFN under the names of `slot`, in the type of the backbone's, and its router rows [1, D].
 
     Rows stay float32; there are none when the expert is not anchored.
     """
-    ffn: dict[str, Tensor] = {}
-    rows: dict[str, Tensor] = {}
-    family = model.config.family
-    for name, tensor in model.state_dict().items():
+    ffn: dict[str, Weight] = {}
+    rows: dict[str, Weight] = {}
+    family, state = model.config.family, model.state_dict()
+    own = {name for name in state if names.expert_position(name) or names.is_gate(name) or names.is_dense_ffn(name)}
+    for name, tensor in host_tensors({name: tensor for name, tensor in state.items() if name in own}).items():
         position = names.expert_position(name)
         if names.is_gate(name):
-            rows[name] = tensor.detach().cpu().contiguous()
+            rows[name] = tensor
         elif position and position[1] == 1:
-            ffn[names.expert_ffn(position[0], slot, position[2], family)] = _stored(tensor, dtype)
+            ffn[names.expert_ffn(position[0], slot, position[2], family)] = tensor.to(dtype).contiguous()
         elif names.is_dense_ffn(name) and not anchored:
-            ffn[names.dense_to_expert(name, slot, family)] = _stored(tensor, dtype)
+            ffn[names.dense_to_expert(name, slot, family)] = tensor.to(dtype).contiguous()
     return ffn, rows
-
-
-def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().cpu().to(dtype).contiguous()

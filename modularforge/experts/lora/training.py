@@ -35,7 +35,7 @@ from modularforge.model.adapter_config import (
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import save_tensors
 from modularforge.model.hub_config import CONFIG_NAME, write_json
-from modularforge.model.lora import adapter_tensors, add_adapters, with_adapter
+from modularforge.model.lora import adapter_parameters, adapter_tensors, add_adapters, with_adapter
 from modularforge.ranks import own_rank
 from modularforge.stage_outputs import Backbone, derived_seed
 
@@ -59,7 +59,7 @@ def adapters(model: Decoder, shape: AdapterShape, loss: Loss, phases: Sequence[P
 
     def before_step(step: int) -> None:
         at["phase"], phase = phase_at(phases, step)
-        for name, weight in learns.items():
+        for name, weight in adapter_parameters(model).items():  # other objects once the model lies in pieces
             weight.requires_grad_(phase.trains(name))
         if shape.dropout:  # it follows from the step, on every device, so that a resumed job drops the same
             torch.manual_seed(derived_seed(seed, step, rank))

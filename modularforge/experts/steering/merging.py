@@ -29,8 +29,8 @@ from modularforge.routing.solvers import means, ridge
 from modularforge.routing.statistics import STATISTICS_NAME, RouterStatistics, load_statistics
 
 Arrays = dict[str, NDArray[np.float32]]
-STACKED = ("vectors", "gate_weight", "gate_bias", "scale")
-"""Of each expert at each site; the experts' rows follow each other along the second axis."""
+ROWS = ".lora_A"
+"""Of each expert's adapters, whose rows follow each other; all else of experts does along the second axis."""
 ROUTERS = ("ridge", "means", "uniform")
 
 
@@ -56,9 +56,10 @@ def merge(config: Config, backbone: Artifact, experts: Sequence[Artifact], scrat
     if len(experts) > 1:
         stacked |= router(config, experts)
     path = scratch / STEERING_NAME
-    save_file({f"steering.{name}": np.ascontiguousarray(value) for name, value in stacked.items()}, path)
+    save_file({name: np.ascontiguousarray(value) for name, value in stacked.items()}, path)
     spans = {**spans_of(backbone, WEIGHTS_NAME), **read_spans(str(path), describe_file(path).tensors)}
-    values = _config(backbone, {**shape, "experts": len(experts), "routing": config.steering.routing}, experts)
+    steering = {**shape["steering"], "experts": len(experts), "routing": config.steering.routing}
+    values = _config(backbone, {**shape, "steering": steering})
     facts = {
         "architecture": values["architectures"][0],
         "library": "modularforge",
@@ -69,17 +70,21 @@ def merge(config: Config, backbone: Artifact, experts: Sequence[Artifact], scrat
         "parameters": sum(value.size for value in stacked.values()),
         FROZEN_FACT: fact(backbone, FROZEN_FACT),
     }
+    each = f"{steering['vectors']} steering vectors at each of {steering['sites']} places"
+    each = f"adapters of rank {shape['rank']} in {steering['sites']} layers" if "rank" in shape else each
     summary = (
-        f"A speech model: {len(experts)} experts of {shape['vectors']} steering vectors at each of {shape['sites']} "
-        "places in a frozen speech encoder, a projector, and a frozen language model."
+        f"A speech model: {len(experts)} experts of {each} in a frozen speech encoder, a projector, and a frozen "
+        "language model."
     )
     return Merged(output_tensors(spans), part_of, {}, values, facts, summary, lambda _folder: {})
 
 
 def stack(experts: Sequence[Mapping[str, NDArray[np.float32]]]) -> Arrays:
-    """All experts' vectors [L, E, D], gates, and scales [L, K], by name."""
-    names = [name for name in STACKED if f"steering.{name}" in experts[0]]
-    return {name: np.concatenate([expert[f"steering.{name}"] for expert in experts], axis=1) for name in names}
+    """All experts' vectors [L, E, D], gates, and scales [L, K], or adapters A [K R, I] and B [O, K R], by name."""
+    return {
+        name: np.concatenate([expert[name] for expert in experts], axis=0 if name.endswith(ROWS) else 1)
+        for name in experts[0]
+    }
 
 
 def router(config: Config, experts: Sequence[Artifact]) -> Arrays:
@@ -87,7 +92,8 @@ def router(config: Config, experts: Sequence[Artifact]) -> Arrays:
     name = UTTERANCES_NAME if config.steering.routing == "utterance" else STATISTICS_NAME
     statistics = [load_statistics(expert.local_file(name)) for expert in experts]
     rows_LKD = np.stack([_rows(config, statistics, site) for site in range(len(statistics[0].layers))])
-    return {"router_weight": rows_LKD.astype(np.float32), "router_bias": np.zeros(rows_LKD.shape[:2], np.float32)}
+    offsets_LK = np.zeros(rows_LKD.shape[:2], np.float32)
+    return {"steering.router_weight": rows_LKD.astype(np.float32), "steering.router_bias": offsets_LK}
 
 
 def _rows(config: Config, statistics: Sequence[RouterStatistics], site: int) -> Any:
@@ -100,9 +106,11 @@ def _rows(config: Config, statistics: Sequence[RouterStatistics], site: int) -> 
 
 
 def _common_shape(backbone: Artifact, experts: Sequence[Artifact]) -> dict[str, Any]:
-    """The shape of all experts' steering; raises MismatchError where one has another, or other frozen parts."""
-    expected = {name: fact(experts[0], name) for name in ("variant", "steering")}
-    expected[FROZEN_FACT] = fact(backbone, FROZEN_FACT)
+    """What of all experts' shape differs from the backbone's; raises MismatchError where one has another, or other
+    frozen parts."""
+    shape = {name: fact(experts[0], name) for name in ("variant", "steering")}
+    shape |= {"rank": fact(experts[0], "rank")} if shape["variant"] == "lora" else {}
+    expected = {**shape, FROZEN_FACT: fact(backbone, FROZEN_FACT)}
     for expert in experts:
         for name, value in expected.items():
             if (found := fact(expert, name)) != value:
@@ -110,9 +118,9 @@ def _common_shape(backbone: Artifact, experts: Sequence[Artifact]) -> dict[str, 
                     f"{expert.url} must have the {name} of the others, {value}, but has {found}; train it with the "
                     "same settings on this backbone"
                 )
-    return dict(expected["steering"])
+    return shape
 
 
-def _config(backbone: Artifact, steering: Mapping[str, Any], experts: Sequence[Artifact]) -> dict[str, Any]:
+def _config(backbone: Artifact, shape: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = backbone.read_json(CONFIG_NAME)
-    return {**values, "shape": {**values["shape"], "variant": fact(experts[0], "variant"), "steering": dict(steering)}}
+    return {**values, "shape": {**values["shape"], **shape}}

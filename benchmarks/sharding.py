@@ -1,0 +1,133 @@
+"""Peak memory of a training step on each rank, by `training.parallel` and number of ranks, beside its arithmetic.
+
+    python benchmarks/sharding.py [--layouts ddp:1 ddp:2 fsdp:2 fsdp:4 hsdp:4] [--width 512] [--layers 8]
+
+What lies in pieces should fall as 1 / ranks; all of it should be what `modularforge info --gpus` says (`memory.py`).
+Measured is what a rank takes at its peak in steps after the first, less what it took before the model was there: on
+a GPU what torch allocated, on a CPU the resident set, to which threads and gloo's buffers add. In bf16, as on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from modularforge.config import Config
+from modularforge.config_files import load_config
+from modularforge.experts.trainable import trainable
+from modularforge.memory import Memory, job_memory
+from modularforge.model.backbone import build_backbone
+from modularforge.model.shards import own_piece
+from modularforge.pipeline import STAGES
+from modularforge.tasks.text import TEXT
+from modularforge.training.distributed import World, joined_world, parallelise
+from modularforge.training.optimizer import build_optimizer
+from modularforge.training.precision import autocast
+from modularforge.training.sharding import shard
+
+VOCABULARY, CONTEXT, SEQUENCES, STEPS = 4096, 64, 8, 3
+LAYOUTS = ("ddp:1", "ddp:2", "fsdp:2", "fsdp:4", "hsdp:4")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layouts", nargs="+", default=LAYOUTS)
+    for name, value in (("width", 512), ("layers", 8)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only:
+        with joined_world() as world:
+            print(json.dumps(measured(config_of(options, options.only), world)), flush=True)
+        return
+    print("layout   in pieces, MB  of one 1/shards  peak, MB arithmetic  ratio")
+    one = 0.0
+    for layout in options.layouts:
+        parallel, _, ranks = layout.partition(":")
+        config = config_of(options, parallel)
+        held, peak = (max(values) for values in zip(*in_ranks(parallel, int(ranks)), strict=True))
+        arithmetic, one = expected(config, int(ranks)), one or held
+        shards = 1 if parallel == "ddp" else 2 if parallel == "hsdp" else int(ranks)
+        print(
+            f"{layout:<8} {held / 1e6:>13.1f} {held / one:>7.3f} {1 / shards:>8.3f} {peak / 1e6:>9.0f} "
+            f"{arithmetic.total / 1e6:>10.0f} {peak / arithmetic.total:>6.2f}"
+        )
+
+
+def config_of(options: argparse.Namespace, parallel: str) -> Config:
+    """Settings of the model that is trained."""
+    width = options.width
+    values = {"width": width, "layers": options.layers, "heads": 8, "kv_heads": 8, "ffn_width": 4 * width}
+    settings = {f"model.{name}": value for name, value in values.items()} | {"model.context_length": CONTEXT}
+    settings |= {"data.vocab_size": VOCABULARY, "backbone.batch_size": SEQUENCES, "backbone.accumulation_steps": 1}
+    settings |= {"training.parallel": parallel, "training.precision": "bf16"}
+    settings |= {"training.shard_ranks": 2} if parallel == "hsdp" else {}
+    return load_config(str(Path(__file__).parents[1] / "configs/default.yaml"), list(settings.items()))
+
+
+def expected(config: Config, ranks: int) -> Memory:
+    """By arithmetic, on one rank."""
+    return job_memory(config, STAGES["backbone"], ranks, config.training.parallel, config.training.shard_ranks)
+
+
+def in_ranks(parallel: str, ranks: int) -> list[tuple[float, float]]:
+    """What each rank has measured, in processes of their own."""
+    run = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    options = [argument for argument in sys.argv[1:] if argument.startswith("--w") or argument.isdecimal()]
+    command = [sys.executable, "-m", *run, "benchmarks.sharding", "--only", parallel, *options]
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is given back
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=quiet)
+    return [(row[0], row[1]) for row in map(json.loads, done.stdout.splitlines())]
+
+
+def measured(config: Config, world: World) -> tuple[float, float]:
+    """Bytes of weights, gradients and moments that this rank holds, and its peak in a step."""
+    torch.manual_seed(0)
+    before = resident("VmRSS")
+    learns = shard(trainable(build_backbone(config.model, VOCABULARY), TEXT.loss), config.training, world)
+    learns.model.to(world.device)
+    model = learns.model if config.training.parallel != "ddp" else parallelise(learns.model, world)
+    optimizer = build_optimizer(learns.groups, config.backbone, config.training)
+    tokens = torch.randint(0, VOCABULARY, (SEQUENCES // world.size, CONTEXT), device=world.device)
+    peak, held = 0.0, 0
+    for step in range(STEPS):
+        if step:
+            forget_peak(world.device)
+        with autocast(config.training, world.device):
+            learns.loss(model, {"inputs": tokens, "targets": tokens}).backward()
+        tensors = [*learns.parameters.values(), *(w.grad for w in learns.parameters.values() if w.grad is not None)]
+        optimizer.step()
+        tensors += [value for state in optimizer.state.values() for value in state.values()]
+        held = sum(own_piece(tensor).nbytes for tensor in tensors)
+        peak = max(peak, peak_of(world.device, before)) if step else 0.0
+        optimizer.zero_grad(set_to_none=True)
+    return float(held), peak
+
+
+def resident(name: str) -> int:
+    """Bytes of this process: `VmRSS` now, `VmHWM` at its peak."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return 1024 * int(line.split()[1])
+
+
+def forget_peak(device: torch.device) -> None:
+    """Begin a new peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_of(device: torch.device, before: int) -> float:
+    """Of the peak since then, what came after the start."""
+    return float(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM") - before)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Ranks that train together in the ways that `training.parallel` names, one after another; weights are saved behind.
+
+`python -m tests.shard_ranks FOLDER backbone:2-fsdp backbone:2-fsdp:1-ddp`: a job in a layout, or the half of it in
+one and the rest in another. `python -m tests.shard_ranks config.yaml 2 backbone expert-0`: stages of a run.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from modularforge.config import ExpertsConfig, LoraConfig, ModelConfig, PhaseConfig, TrainingConfig
+from modularforge.config_files import load_config
+from modularforge.experts.ffn.training import build_expert
+from modularforge.experts.lora.phases import phases_of
+from modularforge.experts.lora.training import adapters
+from modularforge.experts.trainable import Trainable, trainable
+from modularforge.model.adapter_config import shape_of
+from modularforge.model.backbone import Decoder, build_backbone
+from modularforge.model.folder import save_tensors
+from modularforge.model.hub_config import backbone_config
+from modularforge.model.moe import build_moe, moe_layers, restrict_routing
+from modularforge.model.shards import host_tensors, in_company
+from modularforge.norm_files import Floats, norms_url, parse_norms
+from modularforge.pipeline import JobName
+from modularforge.routing.gathering import gather_statistics
+from modularforge.run import Run
+from modularforge.tasks.text import TEXT, TextExamples, TextValidation
+from modularforge.training.distributed import World, joined_world
+from modularforge.training.job import Job
+from modularforge.training.loop import fit
+from modularforge.training.losses import mean_loss, routed
+
+T, V, EXPERTS, NEVER_VISITED, STEPS = 8, 31, 6, 5, 6
+SHAPE = ModelConfig(width=16, layers=2, heads=2, kv_heads=2, ffn_width=24, context_length=T)
+TIED = SHAPE.model_copy(update={"tied_head": True, "family": "qwen3"})
+NAMES = ("backbone", "tied", "frozen", "lora", "mixture", "half", "half_expert", "again")
+METRICS = "metrics/job.jsonl"
+TOKENS = np.random.default_rng(0).integers(0, V, 2000).astype(np.uint16)
+
+
+def job_of(name: str) -> Trainable:
+    """A backbone, one of which a part learns, adapters in phases, or a mixture with an expert that nothing visits."""
+    torch.manual_seed(0)
+    if name == "mixture":
+        model = build_moe(SHAPE, V, EXPERTS, 2)
+        for layer in moe_layers(model):
+            torch.nn.init.normal_(layer.gate.weight)  # type: ignore[arg-type]
+        restrict_routing(model, range(NEVER_VISITED))
+        return routed(model, TEXT.loss, 1e-3)
+    model = build_backbone(TIED if name == "tied" else SHAPE, V)
+    if name == "lora":
+        lora = LoraConfig(rank=4, targets=["q_proj", "down_proj"], phases="early->late")
+        model.bfloat16()  # as a pretrained backbone is stored
+        return adapters(model, shape_of(lora), TEXT.loss, phases_of(lora, STEPS, SHAPE.layers), seed=0)
+    if name == "half_expert":  # as on a GPU, beside a backbone that is stored in bf16
+        stored = {key: weight.detach().bfloat16() for key, weight in model.named_parameters()}
+        return trainable(build_expert(stored, backbone_config(SHAPE, V), ExpertsConfig(), None, True), TEXT.loss)
+    if name == "frozen":
+        for key, weight in model.named_parameters():
+            weight.requires_grad_(".mlp." in key)
+    return trainable(model, TEXT.loss)
+
+
+def train(name: str, parallel: str, folder: Path, world: World, until: int = STEPS, **training: Any) -> None:
+    """Train or go on up to a step, then write weights, losses and sums to `folder`, from rank 0."""
+    phase = PhaseConfig(steps=STEPS, batch_size=8, accumulation_steps=2, warmup_steps=1, peak_learning_rate=1e-2)
+    given: dict[str, Any] = {"precision": "bf16" if name.startswith("half") else "fp32"}
+    given |= {"recompute": "blocks" if name == "again" else "none"}
+    given |= {"parallel": parallel, "log_every": 1, "checkpoint_every": 2, "gradient_norms": 2}
+    settings = TrainingConfig(**{**given, **training})
+    places = str(folder / "checkpoints"), str(folder / METRICS)
+    job = Job(name, phase, settings, "f", *places, tokens=64, until=until)
+    learns, examples = job_of(name), TextExamples(TOKENS, T, 8, 3, sample_windows=8, sample_batch=2)
+    held_out = TextValidation(TOKENS[:200], T, 4)  # seven batches, which ranks share unevenly
+    losses = fit(learns, examples, job, partial(mean_loss, learns.model, held_out, world), world)
+    save(learns, losses, examples, folder, world)
+
+
+def save(learns: Trainable, losses: dict[str, Any], examples: TextExamples, folder: Path, world: World) -> None:
+    """What the test compares."""
+    model = learns.model
+    assert isinstance(model, Decoder)
+    with in_company(model, world.total):
+        if world.is_main:
+            sums = gather_statistics(model, examples.sample(), world.device)
+            save_tensors(host_tensors(model.state_dict()), folder / "weights.safetensors")
+            means = torch.stack([torch.from_numpy(layer.sum_D) for layer in sums.layers])
+            found = {name: losses[name] for name in ("train_loss", "validation_loss")}
+            torch.save({**found, "sums": means}, folder / "found.pt")
+
+
+def found(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What was saved."""
+    return load_file(folder / "weights.safetensors"), torch.load(folder / "found.pt", weights_only=True)
+
+
+def norms(folder: Path) -> Floats:
+    """The gradients' norms that were measured, by step and group."""
+    return parse_norms(Path(norms_url(str(folder / METRICS))).read_bytes()).groups_SG
+
+
+def together(size: int, work: Callable[[], object]) -> None:
+    """Run `work` in forked processes that are each other's ranks, without torchrun, which takes seconds to start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    sizes = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=_rank, args=(rank, sizes, work)) for rank in range(size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert not any(process.exitcode for process in ranks), [process.exitcode for process in ranks]
+
+
+def _rank(rank: int, sizes: dict[str, int], work: Callable[[], object]) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, **sizes, "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "tests"}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    work()
+
+
+def run_layout(folder: Path, name: str, layout: str, until: int = STEPS) -> None:
+    """Train in a layout, such as `2-fsdp`."""
+    size, parallel = layout.split("-")
+    given = {"shard_ranks": 2} if parallel == "hsdp" else {}
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def work() -> None:
+        with joined_world(torch.device("cpu")) as world:
+            train(name, parallel, folder, world, until, **given)
+
+    together(int(size), work)
+
+
+def make(path: str, size: int, jobs: list[str]) -> None:
+    """Make stages of a run, one after another, each on `size` ranks."""
+    config = load_config(path)
+    for job in map(JobName.parse, jobs):
+        together(size, partial(Run(config).make, job.stage, job.index))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1].endswith(".yaml"):
+        make(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
+        sys.exit()
+    for wanted in sys.argv[2:]:
+        kind, *layouts = wanted.split(":")
+        for number, layout in enumerate(layouts):
+            is_last = number == len(layouts) - 1
+            run_layout(Path(sys.argv[1]) / wanted, kind, layout, STEPS if is_last else STEPS // 2)

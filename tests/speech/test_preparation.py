@@ -1,0 +1,119 @@
+"""A preparation goes on where it was killed; features may be computed on the fly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from modularforge.config import Config
+from modularforge.errors import DataError
+from modularforge.run import Run
+from modularforge.speech import prepare
+from modularforge.speech.features import Kind, features, frame_count
+from modularforge.tasks.speech import SPEECH
+from tests.speech.runs import speech_config
+from tests.speech.sounds import config_of, tone
+
+
+class Killed(BaseException):
+    """As a signal ends a process: nothing catches it."""
+
+
+def computes(monkeypatch: pytest.MonkeyPatch, most: int | None = None) -> list[str]:
+    """Names of the recordings whose features are computed from now on; after so many the process is killed."""
+    seen: list[str] = []
+    original = prepare.compute
+
+    def counted(utterance: Any, settings: Any) -> Any:
+        if most is not None and len(seen) >= most:
+            raise Killed
+        seen.append(utterance.origin)
+        return original(utterance, settings)
+
+    monkeypatch.setattr(prepare, "compute", counted)
+    return seen
+
+
+def corpus_of(config: Config) -> dict[str, bytes]:
+    artifact = Run(config).require("prepare-data")
+    return {name: artifact.read_bytes(name) for name in artifact.manifest.files}
+
+
+@pytest.mark.parametrize("normalise", ["none", "corpus"])
+@pytest.mark.parametrize("keeps", ["features", "audio"])
+def test_a_killed_preparation_goes_on_with_the_same_bytes(
+    keeps: str, normalise: str, sounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speech = {"data": {"split_field": "split", "keeps": keeps, "normalise": normalise}}
+    whole, killed = (speech_config(tmp_path / name, sounds, speech=speech) for name in ("whole", "killed"))
+    Run(whole).make("prepare-data")
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    with monkeypatch.context() as stopped:
+        first = computes(stopped, 50)
+        with pytest.raises(Killed):
+            Run(killed).make("prepare-data")
+    kept = list((tmp_path / "killed").glob("data.partial/prepare-*/*.npz"))
+    assert len(kept) >= 2
+    second = computes(monkeypatch)
+    Run(killed).make("prepare-data")
+    assert len(first) + len(second) < 96 + 2 * prepare.GROUP, "only what was being computed is computed again"
+    assert len({*second} & {*first}) <= len(first) - prepare.GROUP * len(kept)
+    assert corpus_of(killed) == corpus_of(whole)
+    assert not (tmp_path / "killed/data.partial").exists()
+
+
+def test_what_other_settings_left_is_not_taken(sounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = speech_config(tmp_path / "run", sounds)
+    with monkeypatch.context() as stopped:
+        computes(stopped, 50)
+        with pytest.raises(Killed):
+            Run(config).make("prepare-data")
+    shorter = speech_config(tmp_path / "run", sounds, speech={"data": {"split_field": "split", "max_seconds": 0.35}})
+    seen = computes(monkeypatch)
+    Run(shorter).make("prepare-data")
+    assert len(seen) == 96
+    assert Run(shorter).corpus.metadata["dropped_utterances"]["low"]["long"] > 0
+
+
+@pytest.mark.parametrize("kind", ["whisper", "fbank"])
+def test_frames_are_counted_without_being_computed(kind: Kind) -> None:
+    for size in (201, 399, 400, 560, 7_777):
+        samples = tone(300.0)[:1].repeat(size) + np.float32(0.1)
+        assert frame_count(samples, kind) == len(features(samples, kind, 80))
+
+
+@pytest.mark.parametrize("normalise", ["none", "utterance", "corpus"])
+def test_features_on_the_fly_give_the_losses_of_those_on_disk(normalise: str, sounds: Path, tmp_path: Path) -> None:
+    losses, sizes = {}, {}
+    for keeps in ("features", "audio"):
+        data = {"split_field": "split", "keeps": keeps, "normalise": normalise}
+        config = speech_config(tmp_path / keeps, sounds, speech={"data": data})
+        run = Run(config)
+        for stage in ("prepare-data", "partition", "backbone"):
+            run.make(stage)
+        losses[keeps] = run.require("backbone").manifest.facts["validation_loss"]
+        files = run.require("prepare-data").manifest.files
+        sizes[keeps] = [name for name in files if name.startswith("train.")]
+        batch = next(SPEECH.everything(config, run.corpus).batches())
+        losses[f"{keeps} frames"] = float(batch.tensors["features"].double().sum())
+    assert losses["features"] == losses["audio"]
+    assert losses["features frames"] == losses["audio frames"]
+    assert "train.audio.bin" in sizes["audio"]
+    assert "train.features.bin" not in sizes["audio"]
+    old, new = (speech_config(tmp_path, sounds, speech={"data": {"keeps": keeps}}) for keeps in ("features", "audio"))
+    assert Run(old).plan("prepare-data").fingerprint != Run(new).plan("prepare-data").fingerprint
+
+
+def test_prepared_columns_have_no_recording_to_keep(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    row = {"input_features": [np.zeros((80, 12)).tolist()], "labels": [[70, 80]]}
+    pyarrow.parquet.write_table(pyarrow.table(row), tmp_path / "prepared.parquet")
+    config = config_of(tmp_path / "prepared.parquet", keeps="audio", heldout_fraction=1e-9)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(DataError, match=r"must have audio where speech.data.keeps is audio, but has input_features"):
+        prepare.prepare_speech(config, tmp_path / "out")
