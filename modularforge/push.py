@@ -59,7 +59,8 @@ def push(
 ) -> None:
     """Upload a model folder, or the run's best model, to `hf://owner/name` or `owner/name@revision`.
 
-    Of speech the trained part alone goes there, or an expert's (`push_speech.py`). A dry run says what would be uploaded and shows the card, and asks the Hub nothing. Raises DataError, StoreError.
+    Of speech the trained part alone goes there, or an expert's (`push_speech.py`). A dry run says what would go there
+    and shows the card, and asks the Hub nothing. Raises DataError, StoreError.
     """
     name = _target(target)
     if _is_speech(load_settings, model):
