@@ -78,7 +78,7 @@ def test_the_table_of_sizes_is_what_info_says(name: str) -> None:
 
 def rounded(number: float) -> str:
     """A count in two digits."""
-    return count(float(f"{number:.2g}")) if number >= 1e6 else count(number)
+    return count(int(float(f"{number:.2g}")) if number >= 1e6 else int(number))
 
 
 @pytest.mark.skipif(not (find_spec("material") and find_spec("mkdocstrings")), reason="extra `docs` is not installed")
