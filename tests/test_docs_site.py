@@ -29,7 +29,7 @@ SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 
 
 def pages_in(navigation: list[dict[str, Any]]) -> list[str]:
-    found = []
+    found: list[str] = []
     for entry in navigation:
         for place in entry.values():
             found += pages_in(place) if isinstance(place, list) else [place]
