@@ -289,9 +289,15 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, help="Choose among the k likeliest; 0: all.")] = 50,
     top_p: Annotated[float, typer.Option(min=0.001, max=1, help="Choose among those that hold this share.")] = 0.95,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same text.")] = 0,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Ask as the chat template writes it; without --prompt if there is one."),
+    ] = None,
 ) -> None:
-    """Continue a text with a trained model."""
-    from modularforge.evaluation.generation import Sampling, continue_texts, load_for_generation, show, talk
+    """Continue a text with a trained model, or talk with it; words appear as they come."""
+    from modularforge.evaluation.conversation import conversation, talk
+    from modularforge.evaluation.generation import Sampling, continue_texts, load_for_generation, show
+    from modularforge.stored_models import stored_model
 
     if model is None:
         from modularforge.stages.evaluate import chosen_model
@@ -300,7 +306,11 @@ def generate(
     loaded = load_for_generation(model)
     sampling = Sampling(temperature, top_k, top_p, seed)
     if not prompt:
-        talk(loaded, tokens, sampling)
+        talk(conversation(loaded, stored_model(model), chat), tokens, sampling)
+        return
+    if chat or len(prompt) == 1:
+        for text in prompt:
+            conversation(loaded, stored_model(model), bool(chat)).ask(text, tokens, sampling)
         return
     for text, following in zip(prompt, continue_texts(loaded, prompt, tokens, sampling), strict=True):
         show(text + following)

@@ -60,6 +60,13 @@ class StoredModel:
         """Local path of one file, of an artifact compared with its hash; it may not be there in other folders."""
         return self.artifact.local_file(name) if self.artifact else paths.local_path(self.url) / name
 
+    def bytes_of(self, name: str) -> bytes | None:
+        """Content of one file, or None where there is none."""
+        if self.artifact is not None:
+            return self.artifact.read_bytes(name) if name in self.artifact.manifest.files else None
+        file = paths.local_path(self.url) / name
+        return file.read_bytes() if file.is_file() else None
+
     @cached_property
     def values(self) -> dict[str, Any]:
         """config.json."""

@@ -5,14 +5,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from checkpoints.screen import literal, say
+from checkpoints.screen import literal
 from modularforge.data.packing import PADDING
 from modularforge.data.tokenizer import EOS, PAD, load_tokenizer
 from modularforge.errors import DataError
@@ -45,12 +45,13 @@ def generate(
     end_tokens: Collection[int] = (EOS,),
 ) -> str:
     """The continuation of `prompt` (without it), at most `new_tokens` long, ending early at one of `end_tokens`."""
-    ids = _open_prompt(tokenizer, prompt, end_tokens)
+    ids = open_prompt(tokenizer, prompt, end_tokens)
     text: str = tokenizer.decode(continue_tokens(model, ids, new_tokens, sampling, end_tokens))
     return text
 
 
-def _open_prompt(tokenizer: Tokenizer, prompt: str, end_tokens: Collection[int]) -> list[int]:
+def open_prompt(tokenizer: Tokenizer, prompt: str, end_tokens: Collection[int]) -> list[int]:
+    """The ids of a prompt that something can follow; raises DataError."""
     ids = prompt_tokens(tokenizer, prompt)
     if ids[-1] in end_tokens:
         raise DataError("a prompt must not end with the end of a text, since nothing follows that; shorten the prompt")
@@ -72,22 +73,17 @@ def continue_tokens(
     model: Decoder, ids: list[int], new_tokens: int, sampling: Sampling, end_tokens: Collection[int] = (EOS,)
 ) -> list[int]:
     """The tokens that follow `ids`, at most `new_tokens`, ending early before one of `end_tokens`."""
+    return list(following_tokens(model, ids, new_tokens, sampling, end_tokens))
+
+
+@torch.inference_mode()
+def following_tokens(
+    model: Decoder, ids: list[int], new_tokens: int, sampling: Sampling, end_tokens: Collection[int] = (EOS,)
+) -> Iterator[int]:
+    """The same, each as soon as it is chosen."""
     device = model.lm_head.weight.device
     generator = torch.Generator().manual_seed(sampling.seed)
     model.eval()
-    with torch.inference_mode():
-        return _continue(model, ids, new_tokens, sampling, end_tokens, generator, device)
-
-
-def _continue(
-    model: Decoder,
-    ids: list[int],
-    new_tokens: int,
-    sampling: Sampling,
-    end_tokens: Collection[int],
-    generator: torch.Generator,
-    device: torch.device,
-) -> list[int]:
     limit = model.config.context_length
     said, begins = list(ids), max(0, len(ids) - max(1, limit - 1))  # what is in the context begins there
     before = _read(model, said[:begins], None)
@@ -103,10 +99,10 @@ def _continue(
         x_11D = model.hidden(torch.tensor([pending], device=device), cache)[:, -1:]
         token = choose_token(model.lm_head(x_11D)[0, -1], sampling, generator)
         if token in end_tokens:
-            break
+            return
         new.append(token)
         pending = [token]
-    return new
+        yield token
 
 
 def continue_batch(
@@ -209,7 +205,7 @@ def continue_text(loaded: Loaded, prompt: str, tokens: int, sampling: Sampling) 
 
 def continue_texts(loaded: Loaded, prompts: Sequence[str], tokens: int, sampling: Sampling) -> list[str]:
     """The continuations of prompts: several in one batch where all of them have room in the context."""
-    asked = [_open_prompt(loaded.tokenizer, prompt, loaded.end_tokens) for prompt in prompts]
+    asked = [open_prompt(loaded.tokenizer, prompt, loaded.end_tokens) for prompt in prompts]
     if len(asked) == 1 or max(map(len, asked)) + tokens > loaded.model.config.context_length:
         return [continue_text(loaded, prompt, tokens, sampling) for prompt in prompts]
     replies = continue_batch(loaded.model, asked, tokens, sampling, loaded.end_tokens)
@@ -217,23 +213,33 @@ def continue_texts(loaded: Loaded, prompts: Sequence[str], tokens: int, sampling
     return texts
 
 
-def talk(loaded: Loaded, tokens: int, sampling: Sampling) -> None:
-    """Ask for prompts and continue them until an empty line, Ctrl-C or the end of the input."""
-    print("Type a text and press Enter; an empty line ends.")
-    while True:
-        try:
-            prompt = input("> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if not prompt:
-            return
-        try:
-            show(prompt + continue_text(loaded, prompt, tokens, sampling))
-        except DataError as error:
-            say(f"error: {error}")
+def spoken(loaded: Loaded, ids: list[int], tokens: int, sampling: Sampling) -> Iterator[str]:
+    """The continuation of ids in pieces of text, each as soon as its characters are whole."""
+    new: list[int] = []
+    said = ""
+    for token in following_tokens(loaded.model, ids, tokens, sampling, loaded.end_tokens):
+        new.append(token)
+        text: str = loaded.tokenizer.decode(new)
+        # A character of several bytes may need several tokens; until it is whole it is decoded as this one.
+        if not text.endswith("\ufffd") and text.startswith(said):
+            yield text[len(said) :]
+            said = text
+    yield loaded.tokenizer.decode(new)[len(said) :]
 
 
-def show(text: str) -> None:
+def show(text: str, end: str = "\n") -> None:
     """Print what a model wrote: as it is into a file, without terminal escapes on a terminal."""
-    print(literal(text) if sys.stdout.isatty() else text, flush=True)
+    print(literal(text) if sys.stdout.isatty() else text, end=end, flush=True)
+
+
+def show_pieces(pieces: Iterable[str]) -> str:
+    """Print what a model writes while it writes it; returns all of it. Ctrl-C ends it there."""
+    said = ""
+    try:
+        for piece in pieces:
+            said += piece
+            show(piece, end="")
+    except KeyboardInterrupt:
+        pass
+    print(flush=True)
+    return said

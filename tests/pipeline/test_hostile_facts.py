@@ -32,7 +32,7 @@ def test_facts_of_an_ordinary_run_are_as_their_stages_record_them(finished_run: 
         for known in KINDS.keys() & artifact.manifest.facts.keys():
             assert fact(artifact, known) == artifact.manifest.facts[known]
             seen.add(known)
-    elsewhere = {"gguf_sha256", "frozen", "partition_tokens", "steering", "variant"}  # of files, rounds, and speech
+    elsewhere = {"gguf_sha256", "frozen", "partition_tokens", "rank", "steering", "variant"}  # of files, rounds, speech
     assert seen >= KINDS.keys() - {"pretrained", "training_tokens", *elsewhere}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,22 +11,27 @@ import torch
 from checkpoints import plain_folder
 from modularforge.assembly.assemble import assemble
 from modularforge.config import Config, ModelConfig
+from modularforge.data.chat_template import ChatTemplate
 from modularforge.data.tokenizer import EOS
 from modularforge.errors import DataError
+from modularforge.evaluation import generation
+from modularforge.evaluation.conversation import Conversation, conversation
 from modularforge.evaluation.generation import (
     Sampling,
     choose_token,
     continue_text,
     continue_texts,
+    continue_tokens,
     generate,
     keep_likely,
     load_for_generation,
+    spoken,
 )
-from modularforge.evaluation.generation import _continue as continue_ids
 from modularforge.model.backbone import build_backbone
 from modularforge.model.folder import load_model
 from modularforge.run import Run
 from modularforge.stage_outputs import Corpus
+from modularforge.stored_models import stored_model
 
 LOGITS = torch.tensor([0.5, 3.0, -1.0, 2.0, 1.0]).log_softmax(dim=-1)
 
@@ -124,6 +130,56 @@ def test_a_cached_continuation_equals_one_that_reads_everything_again() -> None:
     assert fast == " ".join(map(str, slow))
 
 
+def test_pieces_come_as_characters_are_whole_and_join_to_the_text(finished_run: Config) -> None:
+    loaded = load_for_generation(f"{finished_run.output_dir}/assembled")
+    ids = loaded.tokenizer.encode("The law").ids
+    pieces = list(spoken(loaded, ids, 30, Sampling(1.5, seed=4)))
+    assert len(pieces) > 5
+    assert "".join(pieces) == continue_text(loaded, "The law", 30, Sampling(1.5, seed=4))
+    whole = "\u00e9\u4e2d".encode()
+
+    class Bytes:
+        def decode(self, new: list[int]) -> str:
+            return bytes(new).decode(errors="replace")
+
+    model = SimpleNamespace(model=None, tokenizer=Bytes(), end_tokens=())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "following_tokens", lambda *_: iter(whole))
+        assert [piece for piece in spoken(model, [1], 9, Sampling()) if piece] == ["\u00e9", "\u4e2d"]  # type: ignore[arg-type]
+
+
+def test_what_was_said_stays_in_a_conversation(finished_run: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    url = f"{finished_run.output_dir}/assembled"
+    loaded = load_for_generation(url)
+    talk = conversation(loaded, stored_model(url), None)
+    assert talk.template is None, "its tokenizer has no chat template"
+    first = talk.ask("The law", 5, Sampling(0.0))
+    second = talk.ask("A house", 5, Sampling(0.0))
+    assert second == continue_text(loaded, f"The law{first}\nA house", 5, Sampling(0.0))
+    assert capsys.readouterr().out == f"The law{first}\nA house{second}\n"
+    talk.forget()
+    assert talk.ask("The law", 5, Sampling(0.0)) == first
+    with pytest.raises(DataError, match="--chat needs a model with a chat template"):
+        conversation(loaded, stored_model(url), True)
+
+
+def test_a_chat_is_written_by_the_template_and_remembered(finished_run: Config) -> None:
+    url = f"{finished_run.output_dir}/assembled"
+    loaded = load_for_generation(url)
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}",
+        {},
+    )
+    talk = Conversation(loaded, template, loaded.tokenizer)
+    first = talk.ask("Hello", 4, Sampling(0.0))
+    second = talk.ask("And now", 4, Sampling(0.0))
+    chat = f"user: Hello\nassistant: {first}\nuser: And now\nassistant:"
+    ids = loaded.tokenizer.encode(chat, add_special_tokens=False).ids
+    assert second == loaded.tokenizer.decode(continue_tokens(loaded.model, ids, 4, Sampling(0.0), loaded.end_tokens))
+    assert [message["role"] for message in talk.messages] == ["user", "assistant", "user", "assistant"]
+
+
 def test_what_left_the_context_still_counts_for_the_text_router(finished_run: Config, tmp_path: Path) -> None:
     settings = finished_run.assembly.model_copy(update={"router": "evidence"})
     run = finished_run.model_copy(update={"assembly": settings})
@@ -138,7 +194,7 @@ def test_what_left_the_context_still_counts_for_the_text_router(finished_run: Co
     model.blocks[0].ffn.register_forward_pre_hook(lambda layer, _arguments: routed.append(layer.given_NE[-1]))
     new = 2 * model.config.context_length
     with torch.inference_mode():
-        said = continue_ids(model, ids, new, Sampling(0.0), (), torch.Generator(), torch.device("cpu"))
+        said = continue_tokens(model, ids, new, Sampling(0.0), ())
     every = [*ids, *said]
     whole_TR = model.text_router(torch.tensor([every]))[0][0]
     found_TR = torch.stack(routed)
