@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.parts import Part, Values
@@ -156,7 +157,8 @@ def wide(shape: Shape) -> Trainable:
 
 def expert(shape: Shape, anchored: bool) -> Trainable:
     """An expert in its own model, frozen but for its FFN."""
-    tensors = backbone_tensors(build_backbone(shape.model, shape.vocabulary))
+    found = backbone_tensors(build_backbone(shape.model, shape.vocabulary)).items()
+    tensors = {name: tensor for name, tensor in found if isinstance(tensor, Tensor)}
     directions = [torch.zeros(shape.width)] * shape.layers if anchored else None
     values = backbone_config(shape.model, shape.vocabulary)
     decoder = build_expert(tensors, values, ExpertsConfig(anchored=anchored), directions)
@@ -169,7 +171,7 @@ def mixture(shape: Shape) -> Trainable:
 
 
 def profiled(shape: Shape, _seconds: float) -> Values:
-    """Where a step's time goes, of the backbone and of the mixture, and how often the host waits for the device."""
+    """Where a step's time goes, of the backbone and of the mixture, and how often the host waits for a GPU."""
     short = replace(shape, every=2, times=2)
     found = {name: _profile(make, short) for name, make in ((OURS, backbone), (MIXTURE, mixture))}
     text = "\n".join(f"{name}: {waits:.1f} waits of the host a step\n{table}" for name, (waits, table) in found.items())
@@ -183,7 +185,7 @@ def _profile(make: Callable[[Shape], Trainable], shape: Shape) -> tuple[float, s
     with profile(activities=kinds) as record:
         _ours(make, shape, False)
     averages = record.key_averages()
-    waits = sum(item.count for item in averages if item.key in ("cudaStreamSynchronize", "aten::_local_scalar_dense"))
+    waits = sum(item.count for item in averages if item.key == "cudaStreamSynchronize")
     by = "self_cuda_time_total" if has_gpu else "self_cpu_time_total"
     steps = shape.every * (shape.times + 1)
     return waits / steps, averages.table(sort_by=by, row_limit=ROWS, max_name_column_width=60)
