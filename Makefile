@@ -14,7 +14,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 TEXTS ?= texts
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-tests quickstart quickstart-speech real-model gpu-proof wheel test test-slow test-faults test-cluster test-transformers4 test-page check format clean
+.PHONY: help install install-tests quickstart quickstart-speech real-model gpu-proof docs wheel test test-slow test-faults test-cluster test-transformers4 test-page check format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -50,6 +50,11 @@ quickstart-speech: $(VENV)/installed  ## steering experts on real models: Whispe
 	@$(PIP) --editable '.[speech,transformers,gguf]'
 	$(BIN)/python -m benchmarks.real_speech.models models
 	$(BIN)/modularforge run-all --config configs/speech.yaml
+
+docs: $(VENV)/installed  ## build the documentation as a site in site/
+	@$(PIP) --editable '.[docs]'
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
 
 wheel:  ## build a wheel of the project in dist/ (a test of test-slow installs it in an empty environment)
 	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -403,7 +403,7 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show files and card; ask the Hub nothing.")] = False,
 ) -> None:
     """Upload a model to the Hugging Face Hub (set HF_TOKEN), with a card of its origin and measured figures."""
-    from modularforge.stages.push import push as push_model
+    from modularforge.push import push as push_model
 
     push_model(load_settings, target, model, licence, private, dry_run)
 

@@ -11,9 +11,9 @@ from huggingface_hub import ModelCard
 from checkpoints import open_artifact
 from modularforge.config import Config
 from modularforge.errors import DataError
+from modularforge.push import push
 from modularforge.run import Run
 from modularforge.stages.evaluate import chosen_model
-from modularforge.stages.push import push
 from tests.conftest import run_command
 from tests.pretrained.hub_server import SmallHub
 

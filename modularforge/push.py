@@ -23,6 +23,7 @@ from modularforge.config import Config
 from modularforge.cost import size
 from modularforge.errors import DataError
 from modularforge.evaluation.results import parse_results
+from modularforge.experts.kind import KIND_FACT
 from modularforge.log import logger
 from modularforge.model.hub_config import (
     CONFIG_NAME,
@@ -38,6 +39,7 @@ from modularforge.pretrained.hub import Upload, upload
 from modularforge.pretrained.sources import HubName, hub_name
 from modularforge.run import Run
 from modularforge.stages.evaluate import RESULTS_NAME, chosen_model
+from modularforge.stages.push_speech import published
 
 SCHEME = "hf://"
 PUBLISHED = (
@@ -66,12 +68,11 @@ def push(
 ) -> None:
     """Upload a model folder, or the run's best model, to `hf://owner/name` or `owner/name@revision`.
 
-    A dry run says what would be uploaded and shows the card, and asks the Hub nothing. Raises DataError, StoreError.
+    Of speech the trained part alone goes there, or an expert's (`push_speech.py`). A dry run says what would go there
+    and shows the card, and asks the Hub nothing. Raises DataError, StoreError.
     """
     name = _target(target)
     if _is_of_speech(load_settings, model):
-        from modularforge.stages.push_speech import published
-
         with published(load_settings, name, model, licence) as trained:
             _send(name, trained, licence, is_private, is_dry)
         return
@@ -94,20 +95,26 @@ def _send(name: HubName, files: Mapping[str, Upload], licence: str | None, is_pr
     say(f"uploaded: {upload(name, files, is_private)}")
 
 
-def _is_of_speech(load_settings: Callable[[], Config], model: str | None) -> bool:
-    """Whether the run's model, or the one at this place, is of speech: its encoder and decoder do not travel."""
-    artifact = find_artifact(model) if model else None
-    if model is None or (artifact is not None and artifact.manifest.kind == "expert"):
-        return load_settings().task == "speech"
-    folder = artifact.local_folder() if artifact else Path(paths.local_path(model)) if paths.is_local(model) else None
-    return folder is not None and folder.is_dir() and read_values(folder).get("model_type") == SPEECH_TYPE
-
-
 def _target(target: str) -> HubName:
     name = hub_name(target.removeprefix(SCHEME))
     if "/" not in name.repository:
         raise DataError(f"a place on the Hub must be hf://owner/name, but is {target!r:.80}; name the owner too")
     return name
+
+
+def _is_of_speech(load_settings: Callable[[], Config], model: str | None) -> bool:
+    """Whether a model, or the run's where none is named, is of speech, of which the trained part alone goes there."""
+    if model is None:
+        return load_settings().task == "speech"
+    artifact = find_artifact(model)
+    if artifact is not None and artifact.manifest.kind == "expert":
+        return artifact.manifest.facts.get(KIND_FACT) == "steering"
+    if artifact is not None:
+        values = artifact.read_json(CONFIG_NAME) if CONFIG_NAME in artifact.manifest.files else {}
+        return values.get("model_type") == SPEECH_TYPE
+    if not paths.is_local(model) or not (file := Path(paths.local_path(model)) / CONFIG_NAME).is_file():
+        return False
+    return read_values(file.parent).get("model_type") == SPEECH_TYPE
 
 
 def _folder(model: str) -> Model:
@@ -135,9 +142,7 @@ def _of_run(artifact: Artifact) -> Model:
 
 def _published(folder: Path) -> Iterator[Path]:
     """The files of a model that others need; raises DataError where it is none that transformers reads."""
-    kind = read_config(folder).get("model_type")
-    if str(kind).startswith("modularforge_"):
-        raise DataError(f"{folder} must be a model of text to be pushed, but its config.json says {kind}")
+    read_config(folder)
     for path in folder.iterdir():
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in PUBLISHED):
             yield path
