@@ -10,7 +10,7 @@ from modularforge.run import Run
 from modularforge.stages.evaluate_speech import measure_folder
 from tests.speech.runs import speech_config
 
-MADE = [("corpus", None), ("partitions", None), ("backbone", None), ("expert", 1)]
+MADE = [("prepare-data", None), ("partition", None), ("backbone", None), ("expert", 1)]
 
 
 def test_recordings_and_features_on_s3_train_and_measure_as_those_in_a_folder(s3: str, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_a_word_of_another_tool_is_told_as_ours(section: str, word: str, setting
 
 def test_every_hint_names_a_setting_and_no_word_is_one_of_ours() -> None:
     assert {*OURS.values()} <= {*setting_names(), "data.sources"}
-    assert not {*OURS} & {name.rsplit(".", 1)[-1] for name in setting_names()}
+    assert not {*OURS} & {name.rsplit(".", 1)[-1] for name in setting_names(in_lists=False)}
     top = {name.split(".")[0] for name in setting_names()}
     assert not {name for signs in SIGNS.values() for name in signs} & top
 
