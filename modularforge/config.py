@@ -261,7 +261,7 @@ class CleanStepConfig(SafeSection):
 class MixConfig(Section):
     """How often the text of a source is drawn in training."""
 
-    source: str
+    source: Text
     """Name of the source, or a label that `label_field` gives."""
     weight: float = Field(1.0, ge=0)
     """It is drawn in proportion to this times its tokens (see `data.temperature`); 0 draws none of it."""
