@@ -111,7 +111,7 @@ def fit_from(
         "train_loss": trainer.train_loss,
         "validation_loss": trainer.validation_loss,
         **ended,
-        "processor_seconds": round(time.process_time() - begun, 1),
+        "processor_seconds": round(time.process_time() - begun, 3),
     }
     return losses, checkpoint_of(trainer)
 
