@@ -21,6 +21,7 @@ from modularforge.pipeline import stage_url
 from modularforge.run import Run
 from modularforge.stage_outputs import Corpus
 from modularforge.stages import calibrate, evaluate
+from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from tests.naive import naive_losses
 
@@ -161,7 +162,7 @@ def test_text_of_the_partitions_comes_after_that_of_the_experts(
     monkeypatch.setattr(calibrator, "calibrate_on", lambda examples, *_: asked.append(examples))
     run = Run(widened)
     model = load_model(run.require("assemble").local_folder())
-    calibrator.calibrate_as_set(model, widened, run.corpus, run.require("partition"), Job("c", *(None,) * 2))  # type: ignore[arg-type]
+    calibrator.calibrate_as_set(model, widened, run.corpus, run.require("partition"), Job("c", *(None,) * 2), World())  # type: ignore[arg-type]
     assert asked[0].first_window == widened.experts.steps * widened.experts.batch_size
     wanted = widened.calibration.steps * widened.calibration.batch_size
     assert len(list(asked[0].batches())) >= widened.calibration.steps
