@@ -58,4 +58,3 @@ def own_entries(name: str, weight: Tensor, is_seen_D: Tensor) -> Tensor:
     if not names.attention_part(name):  # an entry of the vocabulary may be zero
         return is_seen_D.expand_as(weight)
     return (weight[:, is_seen_D] != 0).any(dim=1)[:, None] & is_seen_D
-
