@@ -431,6 +431,8 @@ class TrainingConfig(Section):
     all, `hsdp` over a few and repeats that (docs/scale.md says when); one process is the same with each."""
     shard_ranks: int | None = Field(None, ge=2)
     """Processes over which `hsdp` shards; null is those of a node, between which traffic is fast."""
+    gradient_exchange: Literal["fp32", "bf16"] = "fp32"
+    """The type in which processes add up their gradients: `bf16` sends half as much, and rounds what is sent."""
     log_every: int = Field(10, ge=1)
     """Steps between lines of metrics."""
     gradient_norms: int | None = Field(0, ge=0)

@@ -141,6 +141,7 @@ class _Wrapped:
 
     def __init__(self, trainable: Trainable, job: Job, world: World) -> None:
         self.trainable, self.compiles, self.world = trainable, job.training.compile, world
+        self._sends_half = job.training.gradient_exchange == "bf16"
         self._parameters = list(trainable.parameters.values())
         self._is_sharded = any(map(is_sharded, self._parameters))
         self._learning: list[bool] = []
@@ -153,7 +154,7 @@ class _Wrapped:
             self._learning, self._model = learning, None  # the old one lets go of its hooks first
             wrapped = self.trainable.model
             if not self._is_sharded:
-                wrapped = parallelise(wrapped, self.world, self.trainable.may_skip_parameters)
+                wrapped = parallelise(wrapped, self.world, self.trainable.may_skip_parameters, self._sends_half)
             self._model = torch.compile(wrapped) if self.compiles else wrapped  # type: ignore[assignment]
         assert self._model is not None
         return self._model
