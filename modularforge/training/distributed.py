@@ -96,5 +96,5 @@ def parallelise(
     if sends_half:
         # By its own name torch refuses it without NCCL; gloo adds bf16 as well.
         hook = lambda group, bucket: bf16_compress_hook(group, bucket)  # noqa: E731
-        wrapped.register_comm_hook(None, hook)  # type: ignore[no-untyped-call]
+        wrapped.register_comm_hook(None, hook)
     return wrapped
