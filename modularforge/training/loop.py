@@ -65,15 +65,18 @@ def fit_from(
     world: World,
     start: Checkpoint | None = None,
 ) -> tuple[dict[str, float | None], Checkpoint]:
-    """The same from the state that another job left after fewer steps; returns the state of this one too."""
+    """The same from the state that another job left after fewer steps, whole; returns the state of this one too.
+
+    Of a model in pieces its tensors lie in pieces as well.
+    """
     begun = time.process_time()
     trainable = shard(trainable, job.training, world)
     trainable.model.to(world.device)
     choose_recompute(trainable, job, world)
     trainer = Trainer(trainable, build_optimizer(trainable.groups, job.phase, job.training))
-    checkpoints, patience = Checkpointing(job, world, part_of(trainer, job.training, world)), job.training.patience
-    if patience:
+    if patience := job.training.patience:
         trainer.keep_best()
+    checkpoints = Checkpointing(job, world, part_of(trainer, job.training, world))
     checkpoints.resume(trainer, start)
     norms = norm_log(job, trainable, world, trainer.step)
     with closing(_Wrapped(trainable, job, world)) as wrapped, closing(Meter(job, world, trainer.step, norms)) as meter:
@@ -120,7 +123,7 @@ def fit_from(
         **ended,
         "processor_seconds": round(time.process_time() - begun, 3),
     }
-    return losses, checkpoint_of(trainer)
+    return losses, checkpoint_of(trainer, take=lambda tensor: tensor)
 
 
 def _with_best(trainer: Trainer) -> dict[str, float]:
