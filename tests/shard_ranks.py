@@ -99,7 +99,9 @@ def save(learns: Trainable, losses: dict[str, Any], examples: TextExamples, fold
             sums = gather_statistics(model, examples.sample(), world.device)
             save_tensors(host_tensors(model.state_dict()), folder / "weights.safetensors")
             means = torch.stack([torch.from_numpy(layer.sum_D) for layer in sums.layers])
-            found = {name: losses[name] for name in ("train_loss", "validation_loss", "best_step") if name in losses}
+            found: dict[str, Any] = {
+                name: losses[name] for name in ("train_loss", "validation_loss", "best_step") if name in losses
+            }
             torch.save({**found, "sums": means}, folder / "found.pt")
 
 

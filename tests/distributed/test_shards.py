@@ -28,7 +28,8 @@ from tests.conftest import ROOT, prepare_data, run_command, tiny_config
 
 # Sums of gradients and norms over ranks are taken in another order; a weight moves by up to 0.01 in a step.
 WEIGHT_TOLERANCE, LOSS_TOLERANCE = 5e-6, 2e-6
-# In bf16 the order decides the sign of small gradients, and by that whole steps; so it does with ddp (8e-5, 0.01), and where sums of gradients are.
+# In bf16 the order decides the sign of small gradients, and by that whole steps; so it does with ddp (8e-5, 0.01), and
+# where sums of gradients are in bf16.
 HALF_TOLERANCES = 0.05, 1e-3
 FAST = ["backbone:2-fsdp", "backbone:4-hsdp", "tied:2-fsdp", "lora:2-fsdp", "mixture:4-hsdp", "half_expert:2-fsdp"]
 FAST += ["sent_half:2-ddp", "patient:2-fsdp:1-ddp"]
