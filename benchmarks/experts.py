@@ -111,7 +111,6 @@ def measure(folder: Path, config: Config, options: list[str], has_cluster: bool)
         f"{experts:,} experts: data, partitions and backbone",
         *pretend(config, ["prepare-data", "partition", "backbone"]),
     )
-    command(folder, "status of a run whose experts have not begun", ["launcher", "status", *options])
     if has_cluster:
         from benchmarks.cluster import cluster
 
