@@ -850,8 +850,9 @@ class SpeechDataConfig(Section):
     """Whisper's log-mel spectrogram, or Kaldi's log filter banks (25 ms every 10 ms)."""
     bins: int = Field(80, ge=8, le=256)
     """Bins of the features, as many as the encoder reads."""
-    normalise: Literal["none", "utterance", "corpus"] = "none"
-    """Features less their mean over their standard deviation (CMVN): of each utterance, or of all of training."""
+    normalise: Text = "none"
+    """Features less their mean over their standard deviation (CMVN): `none`, of each `utterance`, of all of training
+    (`corpus`), or of a statistics file: WeNet's `global_cmvn`, Kaldi's `cmvn.ark` or ESPnet's `feats_stats.npz`."""
     min_seconds: float = Field(0.1, gt=0)
     """Shorter recordings are left out."""
     max_seconds: float = Field(30.0, gt=0)
@@ -865,6 +866,11 @@ class SpeechDataConfig(Section):
     keeps: Literal["features", "audio"] = "features"
     """What prepared data hold: `features`, computed once, or the recordings (`audio`) as their files have them, from
     which features are computed on the fly, as batches are made. Both give the same losses."""
+
+    @property
+    def statistics_file(self) -> str | None:
+        """The file whose statistics normalise features, if one does."""
+        return None if self.normalise in ("none", "utterance", "corpus") else self.normalise
 
 
 class SpeechModelConfig(Section):

@@ -40,6 +40,7 @@ from modularforge.data.tokenizer import (
 from modularforge.errors import DataError
 from modularforge.log import logger
 from modularforge.speech.audio import SAMPLE_RATE, Samples, UnusableAudio, check_audible, decode, encode, resampled
+from modularforge.speech.cmvn import mean_and_deviation, statistics_in
 from modularforge.speech.feature_files import FRAME_TYPE, STATISTICS_NAME, SpeechFileWriter, computed_features
 from modularforge.speech.features import FRAMES_A_SECOND, Features, frame_count
 from modularforge.speech.records import Utterance, utterances
@@ -77,6 +78,8 @@ def prepare_speech(
     else:
         tokenizer, end_token = train_tokenizer(_texts(config), config.data.vocab_size), EOS
         save_tokenizer(tokenizer, output)
+    if (statistics_2M := statistics_in(config.speech.data)) is not None:
+        np.save(output / STATISTICS_NAME, statistics_2M)
     writer = Writer(config, tokenizer, end_token, output, work)
     splits = {split: writer.write(split) for split in SPLITS}
     writer.check()
@@ -199,7 +202,7 @@ class Writer:
                         sums += [frames.sum(axis=0) for frames in _powers(computed.features)]
                     bar.advance(1)
         if is_summed:
-            np.save(self.output / STATISTICS_NAME, _statistics(sums))
+            np.save(self.output / STATISTICS_NAME, mean_and_deviation(sums))
         counts = sum(total["documents"] for total in totals.values())
         logger.info("%s: %d utterances, %.1f minutes", split, counts, sum(t["seconds"] for t in totals.values()) / 60)
         for total in totals.values():
@@ -270,17 +273,20 @@ def _groups(found: Iterator[Utterance]) -> Iterator[list[Utterance]]:
 
 def computed_group(group: list[Utterance], settings: SpeechDataConfig, work: Path | None) -> list[Computed]:
     """Features of some utterances: those in the folder `work` where an earlier preparation left them, which is named
-    by what the records say.
+    by what the records say, and by the states of their recordings.
     """
-    said = [(one.origin, one.text, one.label, one.prompt) for one in group]
-    name = hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
-    path = work / f"{name}.npz" if work is not None else None
+    path = work / f"{_name(group)}.npz" if work is not None else None
     if path is not None and path.exists():
         return list(_loaded(group, path))
     found = [compute(utterance, settings) for utterance in group]
     if path is not None:
         write_atomically(path, [_packed(found, settings)], replace=True)
     return found
+
+
+def _name(group: list[Utterance]) -> str:
+    said = [(one.origin, one.text, one.label, one.prompt, one.state()) for one in group]
+    return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
 
 
 def _packed(found: list[Computed], settings: SpeechDataConfig) -> bytes:
@@ -315,13 +321,6 @@ def _loaded(group: list[Utterance], path: Path) -> Iterator[Computed]:
 def _powers(frames_FM: Features) -> list[Any]:
     wide_FM = frames_FM.astype(np.float64)
     return [np.ones_like(wide_FM), wide_FM, wide_FM**2]
-
-
-def _statistics(sums_3M: Any) -> Any:
-    """Mean and standard deviation [2, M] from counts, sums and sums of squares."""
-    mean_M = sums_3M[1] / np.maximum(sums_3M[0], 1)
-    std_M = np.sqrt(np.maximum(sums_3M[2] / np.maximum(sums_3M[0], 1) - mean_M**2, 1e-10))
-    return np.stack([mean_M, std_M]).astype(np.float32)
 
 
 def _texts(config: Config) -> Iterator[str]:
