@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -31,7 +32,7 @@ from modularforge.stages.evaluate_speech import run as evaluation
 from modularforge.study.runs import Runs
 from modularforge.study.study import run_study
 from modularforge.study.study_file import VariantEntry, load_study
-from modularforge.tasks.speech import SPEECH, arguments, held_out_speech
+from modularforge.tasks.speech import SPEECH, MixedSpeech, arguments, held_out_speech
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
@@ -171,6 +172,35 @@ def test_every_part_learns_at_a_rate_and_within_a_limit_of_its_own(base: Config)
     assert all(0 < norm < 1.01e-6 for norm in norms)
     rates(1e9)
     assert max(norms[6:]) > 5e-5  # without the limit
+
+
+def test_ids_of_all_ranks_and_pieces_weigh_alike_however_long_their_answers_are(base: Config) -> None:
+    run = Run(base)
+    model = load_speech(run.require("backbone").local_folder())
+    model.projector.requires_grad_(True)
+    parts = [SPEECH.part(base, run.require("partition"), index) for index in range(2)]
+    ends = np.cumsum(1 + np.arange(parts[0].file.count) % 3)  # answers of one to three ids, which are of two
+    tokens = replace(parts[0].file.tokens, offsets=np.concatenate([[0], ends]))
+    parts = [replace(part, file=replace(part.file, tokens=tokens)) for part in parts]
+    mixed = MixedSpeech(parts, 8, 4, seed=3)
+
+    def learned(batches: Sequence[Mapping[str, torch.Tensor]]) -> tuple[float, torch.Tensor]:
+        """Mean loss of these pieces of a batch, and the gradient of one weight."""
+        losses = [SPEECH.loss(model, tensors) / len(batches) for tensors in batches]
+        (gradient,) = torch.autograd.grad(sum(losses, torch.zeros(())), [model.projector.fc2.weight])
+        return float(sum(losses)), gradient
+
+    for examples in (parts[0], mixed):
+        whole = next(examples.batches()).tensors
+        lengths_B = (whole["answer"] >= 0).sum(dim=1)
+        assert len({*lengths_B.tolist()}) > 1, "else the test cannot fail"
+        ranks = [next(examples.batches(0, rank, 2)).tensors for rank in range(2)]
+        pieces = [{name: tensor.chunk(4)[index] for name, tensor in whole.items()} for index in range(4)]
+        loss, gradient = learned([whole])
+        assert loss == learned([{name: tensor for name, tensor in whole.items() if name != "whole"}])[0]
+        for found in (learned(ranks), learned(pieces)):
+            assert found[0] == pytest.approx(loss, abs=1e-5)
+            assert torch.allclose(found[1], gradient, atol=1e-6)
 
 
 def test_the_joint_baseline_trains_the_projector_only_where_asked(with_settings: Made) -> None:
