@@ -952,8 +952,8 @@ class SteeringConfig(Section):
     """`layerwise`: behind every layer, scaled; `aligner`: behind the encoder alone, without scale and without a prompt;
     `hybrid`: the same with the prompt; `prompt`: `layerwise`, with a prompt for each utterance; `lora`: no vectors, but
     low-rank adapters beside q, k, v, out, fc1 and fc2 of every layer."""
-    vectors: int = Field(8, ge=1)
-    """Vectors of one expert at each place, mixed by a gate for every frame."""
+    vectors: int | None = Field(8, ge=1)
+    """Vectors of one expert at each place, mixed by a gate for every frame; `lora` has none, whatever it says."""
     rank: int = Field(8, ge=1, le=65_536)
     """`lora`: rank of the adapters of one expert, whose learning rate is `experts.peak_learning_rate`."""
     start_scale: float = 0.1
@@ -1364,6 +1364,11 @@ def _impossible_speech(config: Config) -> Iterator[str]:
         yield (
             "speech.model.prompt and speech.data.prompt_field must be left out with steering.variant aligner, which "
             "reads no prompt; remove them, or set it to hybrid"
+        )
+    if config.steering.vectors is None and config.steering.variant != "lora":
+        yield (
+            f"steering.vectors must be a number with steering.variant {config.steering.variant}, but is null; set it, "
+            "or set steering.variant to lora"
         )
     if config.steering.variant == "lora":
         for name, _ in _changed(config.steering, "scale_bound", "active", "balance_loss", "orthogonality_loss"):

@@ -253,7 +253,11 @@ def test_gates_are_computed_in_float32_under_bf16_and_experts_learn_so(with_sett
 
 def test_manifests_and_tables_say_what_was_heard(with_settings: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     patience = {"patience": 1, "validate_every": 1}
+    projectors = iter([3.0, 2.0, 1.0, 2.0, 4.0])
+    monkeypatch.setattr("modularforge.stages.speech.mean_loss", lambda *_: next(projectors))
     run = with_settings(has_own_backbone=True, training=patience)
+    facts = run.require("backbone").manifest.facts
+    assert (facts["best_step"], facts["steps"], facts["validation_loss"]) == (3, 4, 1.0)
     losses = iter([3.0, 1.0, 2.0, 4.0])
     monkeypatch.setattr("modularforge.experts.job.mean_loss", lambda *_: next(losses))
     run.make("expert", 1)
@@ -372,14 +376,17 @@ def test_a_run_of_speech_needs_no_setting_but_its_task() -> None:
     [
         ({"variant": "prompt"}, "speech.data.prompt_field must name the column of prompts"),
         ({"variant": "lora", "active": 2}, "steering.active must be left out with steering.variant lora"),
+        ({"vectors": None}, "steering.vectors must be a number with steering.variant layerwise, but is null"),
     ],
-    ids=["prompt", "lora"],
+    ids=["prompt", "lora", "vectors"],
 )
 def test_settings_of_variants_that_cannot_be_get_one_sentence(
     steering: dict[str, Any], message: str, base: Config, tmp_path: Path
 ) -> None:
+    sounds = Path(base.output_dir).parent / "sounds"
     with pytest.raises(ValueError, match=message):
-        speech_config(tmp_path, Path(base.output_dir).parent / "sounds", steering=steering)
+        speech_config(tmp_path, sounds, steering=steering)
+    assert speech_config(tmp_path, sounds, steering={"variant": "lora", "vectors": None}).steering.vectors is None
 
 
 def test_a_study_measures_every_variant_once_with_error_rates(base: Config, tmp_path: Path) -> None:
