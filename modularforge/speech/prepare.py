@@ -110,6 +110,8 @@ def compute(utterance: Utterance, settings: SpeechDataConfig) -> Computed:
     try:
         if utterance.prepared:
             prepared_FM = prepared_features(utterance, settings)
+            if not prepared_ids(utterance):
+                raise UnusableAudio("no text", "its labels are empty")
             return Computed(utterance, prepared_FM, len(prepared_FM) / FRAMES_A_SECOND, frames=len(prepared_FM))
         check_text(utterance.text, settings.max_text)
         samples, audio = _recording(utterance)
@@ -164,15 +166,31 @@ def prepared_features(utterance: Utterance, settings: SpeechDataConfig) -> Featu
             f"{utterance.origin} must have audio where speech.data.keeps is audio, but has input_features; set it to "
             "features"
         )
-    found = np.asarray(utterance.prepared["input_features"], np.float32)
-    if found.ndim == 2 and found.shape[0] == bins:
-        return np.ascontiguousarray(found.T)
-    if found.ndim == 2 and found.shape[1] == bins:
-        return found
-    raise DataError(
-        f"{utterance.origin} must have input_features of {bins} bins, but has an array of {found.shape}; set "
-        "speech.data.bins, or leave the column out"
-    )
+    try:
+        found = np.asarray(utterance.prepared["input_features"], np.float32)
+    except (ValueError, TypeError):
+        found = np.zeros(0, np.float32)  # rows of several lengths, or no numbers
+    if found.ndim != 2 or bins not in found.shape:
+        raise DataError(
+            f"{utterance.origin} must have input_features of {bins} bins, but has an array of {found.shape}; set "
+            "speech.data.bins, or leave the column out"
+        )
+    if not found.size:
+        raise UnusableAudio("empty", "it has no frames")
+    if not np.isfinite(found).all():
+        raise UnusableAudio("corrupt", "some of its features are no numbers")
+    return np.ascontiguousarray(found.T) if found.shape[0] == bins else found
+
+
+def prepared_ids(utterance: Utterance) -> list[int]:
+    """Ids that a data set has already, without the negative ones that stand for no id."""
+    found = utterance.prepared["labels"]
+    if not isinstance(found, list | np.ndarray) or not all(isinstance(index, int | np.integer) for index in found):
+        raise DataError(
+            f"{utterance.origin} must have a list of token ids in column labels, but has {found!r:.60}; fix the "
+            "record, or leave the column out"
+        )
+    return [int(index) for index in found if index >= 0]
 
 
 class Writer:
@@ -260,7 +278,12 @@ class Writer:
     def _ids(self, utterance: Utterance) -> list[int]:
         """Ids of the text and its end; those of a data set that has them already are taken as they are."""
         if utterance.prepared:
-            ids = [int(index) for index in utterance.prepared["labels"] if index >= 0]
+            ids = prepared_ids(utterance)
+            if max(ids) >= (size := vocabulary_size(self.tokenizer)):
+                raise DataError(
+                    f"{utterance.origin} must have ids below {size} in column labels, the tokenizer's size, but has "
+                    f"{max(ids)}; make them with this language model's tokenizer"
+                )
         else:
             ids = self.tokenizer.encode(utterance.text, add_special_tokens=False).ids
         return ids if ids[-1:] == [self.end_token] else [*ids, self.end_token]
