@@ -210,7 +210,7 @@ STAGES: dict[str, Stage] = _Rows(
             "prepare-data",
             "{data}",
             ("data",),
-            ("clean", "tokenizer"),
+            ("clean", "tokenizer", "cmvn"),
             f"{MAKERS}.prepare:corpus",
             artifact="corpus",
             is_measured=False,
@@ -539,6 +539,8 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
         del found["experts.statistics_tokens"]
     if name == "assemble" and config.assembly.router != "evidence":
         found = {setting: value for setting, value in found.items() if setting not in OF_EVIDENCE}
+    if "speech.data.normalise" in found and config.speech.data.statistics_file:  # an input, known by what it says
+        found["speech.data.normalise"] = "file"
     return {name: value for name, value in found.items() if name not in CAME_LATER or CAME_LATER[name] != value}
 
 

@@ -243,7 +243,7 @@ class Run:
         if needed == "branch":
             branches = enumerate(self._required(needed, k) for k in STAGES[needed].indices(self.config))
             return {str(JobName(needed, k)): artifact.manifest.fingerprint for k, artifact in branches}
-        if needed in ("tokenizer", "pretrained", "encoder"):
+        if needed in ("tokenizer", "pretrained", "encoder", "cmvn"):
             if needed not in self._pretrained:  # hashes of whole models, and a look at the Hub's cache
                 self._pretrained[needed] = _pretrained_input(self.config, needed)
             return self._pretrained[needed]
@@ -281,9 +281,10 @@ def _partition_input(partitions: Artifact, name: str) -> str:
 
 
 def _pretrained_input(config: Config, needed: str) -> dict[str, str]:
-    """Identity of a pretrained model, its tokenizer or a speech encoder; nothing of one that has random weights."""
-    if needed == "encoder":
-        return _encoder_input(config)
+    """Identity of a pretrained model, its tokenizer, a speech encoder (nothing of one that has random weights), or of
+    statistics of features."""
+    if needed in ("encoder", "cmvn"):
+        return _speech_input(config, needed)
     if config.model.pretrained is None:
         return {}
     from modularforge.pretrained.fetch import model_identity, template_identity, tokenizer_identity
@@ -297,7 +298,11 @@ def _pretrained_input(config: Config, needed: str) -> dict[str, str]:
     return found
 
 
-def _encoder_input(config: Config) -> dict[str, str]:
+def _speech_input(config: Config, needed: str) -> dict[str, str]:
+    if config.task == "speech" and needed == "cmvn":
+        from modularforge.speech.cmvn import statistics_identity
+
+        return statistics_identity(config.speech.data)
     if config.task != "speech" or config.speech.model.encoder is None:
         return {}
     from modularforge.speech.encoder_files import encoder_identity
