@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
-import shutil
+import signal
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from checkpoints import Artifact
 from checkpoints.errors import MissingArtifactError
 from launcher.tasks import build_groups, build_tasks, finished_tasks
 from modularforge.config import Config
@@ -170,20 +172,50 @@ def test_one_command_alone_shares_nothing(values: Values, tmp_path: Path) -> Non
     assert {name: entry.sha256 for name, entry in found.items()}.items() <= alone.items()
 
 
-def test_a_task_repeats_its_share_alone(values: Values, tmp_path: Path) -> None:
+# In another process: tokenise share argv[2] of the settings argv[1], and be killed before shard number argv[3].
+KILLED = """
+    import os, signal, sys
+    from modularforge.config import Config
+    from modularforge.data import shards
+    from modularforge.run import Run
+
+    config, index, deadly = sys.argv[1:]
+    shards.SHARD_BYTES = 2000
+    write, written = shards._write_shard, []
+
+    def write_or_die(*arguments):
+        if len(written) == int(deadly):
+            os.kill(os.getpid(), signal.SIGKILL)
+        written.append(write(*arguments))
+
+    shards._write_shard = write_or_die
+    Run(Config.model_validate_json(config)).make("tokenise", int(index))
+"""
+
+
+def test_a_killed_task_repeats_only_what_is_missing_of_its_share(
+    values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = prepare(configured(values, None, tmp_path / "alone"))
     config = configured(values, 3, tmp_path / "three")
-    finish(config, "vocabulary", "tokenise-0", "tokenise-1", "tokenise-2")
-    before = [Run(config).require("tokenise", index) for index in range(3)]
-    shutil.rmtree(tmp_path / "three/data-parts/tokenise-1")
+    finish(config, "vocabulary", "tokenise-1", "tokenise-2")
+    before = {index: Run(config).require("tokenise", index).manifest.attempt for index in (1, 2)}
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), config.model_dump_json(), "0", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = {path.name for path in (tmp_path / "three/data-parts/tokenise-0.partial").rglob("*.npz")}
+    assert len(left) == 2
+    written: list[str] = []
+    write = shards._write_shard
+    monkeypatch.setattr(
+        shards, "_write_shard", lambda group, parts: (written.append(group.path.name), write(group, parts))
+    )
     finish(config, "tokenise-0", "tokenise-1", "tokenise-2")
-    after = [Run(config).require("tokenise", index) for index in range(3)]
-    attempts = [[one.manifest.attempt for one in found] for found in (before, after)]
-    assert [old == new for old, new in zip(*attempts, strict=True)] == [True, False, True]
-    assert hashes(before[1]) == hashes(after[1])
-
-
-def hashes(artifact: Artifact) -> dict[str, str]:
-    return {name: entry.sha256 for name, entry in artifact.manifest.files.items()}
+    assert written
+    assert not left & {*written}
+    assert before == {index: Run(config).require("tokenise", index).manifest.attempt for index in (1, 2)}
+    assert prepare(config) == alone
+    assert not (tmp_path / "three/data-parts").exists()
 
 
 @pytest.mark.parametrize(
