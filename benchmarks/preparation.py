@@ -97,7 +97,7 @@ def row(megabytes: int, what: str, clock: float, processor: float, peak: float) 
 
 
 def command(folder: Path, settings: Path, tasks: int | None, *words: str) -> tuple[float, float, float]:
-    """Run a command of modularforge on the corpus; its seconds by the clock and of processor, its peak memory in MiB."""
+    """Run a command of modularforge on the corpus; seconds by the clock and of processor, peak memory in MiB."""
     source = {"name": "text", "train": str(folder / "train-*.jsonl")}
     source |= dict.fromkeys(("validation", "test"), str(folder / "held-out.jsonl"))
     values = {
