@@ -207,9 +207,12 @@ def test_a_killed_task_repeats_only_what_is_missing_of_its_share(
     assert len(left) == 2
     written: list[str] = []
     write = shards._write_shard
-    monkeypatch.setattr(
-        shards, "_write_shard", lambda group, parts: (written.append(group.path.name), write(group, parts))
-    )
+
+    def noted(group: Any, parts: Any) -> None:
+        written.append(group.path.name)
+        write(group, parts)
+
+    monkeypatch.setattr(shards, "_write_shard", noted)
     finish(config, "tokenise-0", "tokenise-1", "tokenise-2")
     assert written
     assert not left & {*written}
