@@ -110,7 +110,7 @@ class Trial:
         _, decide = split_documents(corpus.tokens("validation"), corpus.labels)
         model, job = self.model(), Job("calibrate", config.calibration, config.training)
         seed = derived_seed(config.seed, "calibration order")
-        calibrate(model, config, even_mixture(streams), decide, job, seed, World())
+        calibrate(model, config, even_mixture(streams), decide, job, seed, World(device=model.lm_head.weight.device))
         return model
 
     def show(self, name: str, measured: Decoder | dict[str, Tensor]) -> None:
