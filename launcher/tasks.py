@@ -10,12 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from checkpoints import MissingArtifactError, paths
-from checkpoints.parallel import in_order
 from modularforge.config import Config, NodesConfig
 from modularforge.pipeline import ROUNDS, STAGES, JobName, Stage, stage_settings, wanted_stages
 from modularforge.run import Run, is_kept
 
-READS_AT_ONCE = 16
 MERGED = ("expert", *ROUNDS)
 """Jobs of which others go on without those that failed."""
 
@@ -170,14 +168,12 @@ def finished_tasks(run: Run, tasks: list[Task]) -> set[str]:
 
 
 def _look_side_by_side(run: Run, tasks: list[Task]) -> None:
-    """Let `run` know what ten thousand experts have committed to an object store, which answers in tens of ms."""
+    """Let `run` know what ten thousand experts have committed, but of those that cannot have begun."""
     if paths.is_local(run.config.output_dir):
         return
     waiting = {task.group for task in tasks if task.index == 0 and not _may_begin(run, task)}
     found = [task for task in tasks if task.index is not None and task.group not in waiting]
-    urls = [run.url(stage, task.index) for task in found for stage in task.stages]
-    for _ in in_order(run.find, urls, READS_AT_ONCE):
-        pass
+    run.look_ahead(run.url(stage, task.index) for task in found for stage in task.stages)
 
 
 def _may_begin(run: Run, task: Task) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Container, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -416,6 +417,24 @@ def push(
     from modularforge.push import push as push_model
 
     push_model(load_settings, target, model, licence, private, dry_run)
+
+
+@app.command("export-tokens")
+@with_settings
+def export_tokens(
+    settings: Config, folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of this machine.")]
+) -> None:
+    """Write the token files of prepared data and of its partitions as Megatron's .bin and .idx."""
+    import shutil
+
+    from modularforge.data.token_arrays import export_megatron
+
+    run = Run(settings)
+    corpus = run.require("prepare-data").local_folder()
+    for place in (corpus, run.require("partition").local_folder()):
+        for name, documents, tokens in export_megatron(place, folder):
+            say(f"{name}: {documents:,} documents, {tokens:,} tokens")
+    shutil.copyfile(corpus / "tokenizer.json", folder / "tokenizer.json")
 
 
 @app.command()

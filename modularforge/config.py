@@ -193,6 +193,9 @@ class ExampleConfig(Section):
         return bool(self.as_chat or self.system or self.messages_field)
 
 
+CAME_TO_SOURCES = ("example", "tokenizer")
+
+
 class SourceConfig(SafeSection):
     """One labelled part of the corpus: a Hub data set, or files at any URL that fsspec knows."""
 
@@ -210,9 +213,15 @@ class SourceConfig(SafeSection):
     """Files of the validation split; without it `data.heldout_fraction` of the training documents is taken."""
     test: Line | list[Line] | None = None
     """Files of the test split; without it `data.heldout_fraction` of the training documents is taken."""
-    format: Literal["auto", "text", "wikitext", "jsonl", "parquet"] = "auto"
-    """`auto` goes by the ending: .jsonl, .parquet, .tokens and .raw (WikiText), else text; all also .gz .zst .bz2 .xz.
-    `wikitext` is one document an article (` = Title = ` lines); `text` one a file, cut where over 64 Ki characters."""
+    format: Literal[
+        "auto", "text", "wikitext", "jsonl", "parquet", "warc", "megatron", "npy", "uint16", "uint32"
+    ] = "auto"  # fmt: skip
+    """`auto` goes by the ending: .jsonl, .parquet, .tokens and .raw (WikiText), .warc and .wet, .idx (Megatron) and
+    .npy (ids), else text; all of text also .gz .zst .bz2 .xz. `wikitext` is one document an article (` = Title = `
+    lines); `text` one a file, cut where over 64 Ki characters; `uint16` and `uint32` are files of bare ids."""
+    tokenizer: Text | None = None
+    """The tokenizer.json (path or URL, such as `hf://OWNER/NAME/tokenizer.json`) that made the ids of Megatron, .npy
+    and bare files, which become text again."""
     text_field: Text = "text"
     """Column that holds the text, in JSONL, Parquet and Hub data sets."""
     label_field: Text | None = None
@@ -225,8 +234,8 @@ class SourceConfig(SafeSection):
     @model_serializer(mode="wrap")
     def _without_secrets(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = redact_values(serialize(self), redact_urls)
-        # Sources of text are recorded, and hashed, as they were before there were examples.
-        return {name: value for name, value in values.items() if name != "example" or value is not None}
+        # Sources of text are recorded, and hashed, as they were before there were examples and ids.
+        return {name: value for name, value in values.items() if value is not None or name not in CAME_TO_SOURCES}
 
 
 CleanStepName = Literal[

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from checkpoints import Artifact, find_artifact, paths
+from checkpoints.artifact import find_each
 from checkpoints.errors import MissingArtifactError
 from modularforge.config import Config
 from modularforge.errors import ConfigError, MismatchError
@@ -48,6 +50,11 @@ class Run:
         if url not in self._found:
             self._found[url] = find_artifact(url)
         return self._found[url]
+
+    def look_ahead(self, urls: Iterable[str]) -> None:
+        """Find many artifacts side by side: ten thousand on an object store, which answers in tens of milliseconds."""
+        if not paths.is_local(self.config.output_dir):
+            self._found |= find_each(url for url in urls if url not in self._found)
 
     def forget(self, url: str) -> None:
         """Look again at a place that has changed.
@@ -155,6 +162,7 @@ class Run:
 
     def require_each(self, stage: str) -> list[Artifact]:
         """The artifacts of all partitions."""
+        self.look_ahead(self.url(stage, index) for index in STAGES[stage].indices(self.config))
         return [self.require(stage, index) for index in STAGES[stage].indices(self.config)]
 
     @cached_property
@@ -186,6 +194,7 @@ class Run:
     def _chosen(self, stage: str, whole: str) -> dict[int, Artifact]:
         config, job = self.config, "assembly" if whole == "assemble" else whole
         indices = range(config.experts.count)
+        self.look_ahead(self.url(stage, index) for index in indices)
         ready = {index: artifact for index in indices if (artifact := self._ready(stage, index))}
         if len(ready) < config.needed_experts:
             missing = ", ".join(str(index) for index in indices if index not in ready)

@@ -30,6 +30,7 @@ from modularforge.data.chat_template import chat_tokenizer
 from modularforge.data.cleaning import read_cleaned
 from modularforge.data.corpus import SPLITS, Document, Split, read_documents
 from modularforge.data.examples import ExampleEncoder, ExampleWriter, example_writers
+from modularforge.data.held_out import leave_out_copies
 from modularforge.data.inputs import file_states, list_matches
 from modularforge.data.shards import Shard, tokenise
 from modularforge.data.token_files import LABEL_LIMIT, TokenFileWriter
@@ -39,6 +40,7 @@ from modularforge.data.tokenizer import (
     load_tokenizer,
     save_tokenizer,
     take_bytes,
+    token_byte_lengths,
     train_tokenizer,
     vocabulary_size,
 )
@@ -59,7 +61,9 @@ def prepare_corpus(
     states: Mapping[str, list[Any]] | None = None,
     cleaned: Path | None = None,
 ) -> dict[str, Any]:
-    """Write tokenizer, token files `train`, `validation`, `test` and `metadata.json` into `output`; return the last.
+    """Write tokenizer, token files `train`, `validation`, `test` and `metadata.json` into `output`.
+
+    Returns what the last says, and how many near duplicates of held-out documents there were.
 
     The tokenizer is learned, or taken from the model folder `pretrained`. `states` are those of the files, if known.
     Documents are those of the folder `cleaned`, or as the sources have them. `scratch` must be the same folder when a
@@ -81,6 +85,7 @@ def prepare_corpus(
     )
     encoder = _Encoder(tokenizer, end_token, work, writers, examples, cleaned)
     splits = {split: _write_split(config, split, encoder, output, labels, dropped) for split in SPLITS}
+    copies = {} if writers else leave_out_copies(config, output, labels, splits, token_byte_lengths(tokenizer))
     metadata = {
         "vocab_size": vocabulary_size(tokenizer),
         "end_token": end_token,
@@ -91,7 +96,7 @@ def prepare_corpus(
         "sources": redact_values([source.model_dump() for source in config.data.sources]),
     }
     (output / "metadata.json").write_text(json.dumps(metadata, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return metadata
+    return {**metadata, "near_copies": copies}
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def corpus(run: Run) -> Artifact:
         pretrained = local_model(config.model.pretrained) if config.model.pretrained else None
         metadata = prepare_corpus(config, scratch, writer.folder, pretrained, states, documents)
         seconds = round(time.perf_counter() - start, 3)
-        facts = {"seconds": seconds, "labels": metadata["labels"], "splits": metadata["splits"]}
+        facts = {"seconds": seconds, **{name: metadata[name] for name in ("labels", "splits", "near_copies")}}
         read = {} if source else {SOURCES_FACT: record(matches, states)}
         made = commit(writer, plan, run, {**facts, **read})
     remove_scratch(scratch)

@@ -140,11 +140,12 @@ def calibrated(run: Run) -> Artifact:
 
 def calibrate_speech(model: SpeechModel, config: Config, corpus: Corpus, job: Job) -> tuple[Calibration, Row]:
     """Train router rows and scales on training utterances, judged by the validation ones; and what was heard for it."""
-    device, phase, held_out = default_device(), config.calibration, SPEECH.validation(config, corpus)
+    phase, held_out = config.calibration, SPEECH.validation(config, corpus)
+    world = World(device=default_device())
     seed = derived_seed(config.seed, "calibration order")
     examples = replace(SPEECH.everything(config, corpus), batch_size=phase.batch_size, seed=seed)
-    loss = partial(mean_loss, model.to(device), held_out, World(device=device))
-    return calibrate_by(examples, model, config, loss, job, device), examples.taken(phase.steps)
+    loss = partial(mean_loss, model.to(world.device), held_out, world)
+    return calibrate_by(examples, model, config, loss, job, world), examples.taken(phase.steps)
 
 
 def _mixture(run: Run, name: str, phase: PhaseConfig) -> Examples:
