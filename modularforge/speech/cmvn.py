@@ -53,7 +53,8 @@ def statistics_in(settings: SpeechDataConfig) -> NDArray[np.float32] | None:
         why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(
             "speech.data.normalise must be none, utterance, corpus, or a file of statistics (WeNet's JSON, Kaldi's "
-            f"matrix, ESPnet's npz), but is {redact(url)}: {one_line(why)}; name another file"
+            f"matrix, ESPnet's npz), but is {redact(url)}: {one_line(why).partition('; ')[0]}; name "
+            "another file"
         ) from error
     return mean_and_deviation(sums_SM)
 
