@@ -185,7 +185,8 @@ def _train(run: Run, name: str, phase: PhaseConfig, start: Callable[[], Training
 def _write(run: Run, training: Training, folder: Path) -> None:
     """A model folder, with the tokenizer of the language model."""
     settings = run.config.speech.data
-    features: Row = {"kind": settings.features, "bins": settings.bins, "normalise": settings.normalise}
+    normalise = "file" if settings.statistics_file else settings.normalise
+    features: Row = {"kind": settings.features, "bins": settings.bins, "normalise": normalise}
     statistics_2M = speech_file(run.config, run.corpus.artifact, "train").statistics
     if statistics_2M is not None:
         features["statistics"] = statistics_2M.tolist()
