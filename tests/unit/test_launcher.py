@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 from checkpoints import paths
 from launcher import slurm
 from launcher.__main__ import app as launcher
+from launcher.allocation import Allocation
 from launcher.arrays import cut, ranges
-from launcher.command import child_environment, job_environment, processes_of
+from launcher.command import child_environment, job_environment, processes_of, training_command
 from launcher.layout import log_file
 from launcher.lock import BusyError, submission_lock
 from launcher.node import spread_start
@@ -177,6 +178,20 @@ def test_threads_are_a_share_of_a_jobs_cores_whatever_the_shell_says(
     found = child_environment(config, processes_of(config, task, allocation), allocation)
     assert "OMP_NUM_THREADS" not in started
     assert found["OMP_NUM_THREADS"] == str(threads)
+
+
+@pytest.mark.parametrize(("parallel", "processes"), [("ddp", 1), ("fsdp", 4)])
+def test_a_calibration_has_the_gpus_of_its_job_where_models_are_in_pieces(
+    parallel: str, processes: int, tmp_path: Path
+) -> None:
+    cluster = {"other": {"gpus": 4, "nodes": 1}}
+    config = tiny_config(tmp_path, cluster=cluster, training={"parallel": parallel})
+    tasks = {task.name: task for task in build_tasks(config)}
+    allocation = Allocation("1", "1", None, 0, 1, "node1", 8, 4, None)
+    assert processes_of(config, tasks["assemble"], allocation) == processes
+    assert processes_of(config, tasks["evaluate"], allocation) == 1
+    command = " ".join(training_command(config, tasks["assemble"], allocation, []))
+    assert ("--nproc-per-node=4" in command) == (processes == 4)
 
 
 def test_a_new_run_lies_beside_the_old_one_and_shares_unchanged_data(tmp_path: Path) -> None:

@@ -90,6 +90,20 @@ def test_the_smallest_number_that_fits_is_named_and_what_cannot_fit_is_refused()
     assert list(_memory_problems(large(), "run", [])) == []
 
 
+def test_a_calibration_that_cannot_fit_is_refused_and_counts_bf16_for_what_is_frozen() -> None:
+    sizes = {"cluster.gpu_memory_gb": 80, "cluster.other": {"nodes": 1, "gpus": 8}, "calibration.batch_size": 16}
+    why = too_large(large(**sizes), STAGES["calibrate"])
+    assert why is not None
+    assert why.startswith("calibrate must fit into 90 % of cluster.gpu_memory_gb (80), but needs about ")
+    assert "on each of 1 GPU(s) with training.parallel ddp; fsdp on " in why  # ddp calibrates in one process
+    assert too_large(large(**sizes, **{"training.parallel": "fsdp"}), STAGES["calibrate"]) is None
+    whole = job_memory(large(), STAGES["calibrate"], 1, "ddp")
+    pretrained = large().model.model_copy(update={"pretrained": "given"})
+    half = job_memory(large().model_copy(update={"model": pretrained}), STAGES["calibrate"], 1, "ddp")
+    assert whole.moments == half.moments < whole.weights / 100
+    assert half.weights < 0.51 * whole.weights
+
+
 def test_info_says_it_for_the_numbers_that_are_asked_for() -> None:
     lines = memory_table(large(**{"cluster.gpu_memory_gb": 80}), [1, 8])
     assert [line for line in lines if line.startswith("memory:     backbone on 8 GPUs, fsdp: ")]
