@@ -126,7 +126,7 @@ def rerun(config: Config, what: str, say: Say) -> None:
     """Make one finished expert, branch or baseline again, and what was made of it, as the run was last started."""
     config, record = recorded(config)
     task = _task_named(config, what)
-    if not task.is_worker:
+    if not (task.is_training and task.is_worker) and not task.is_merge:
         raise ConfigError(
             f"rerun must name an expert or a baseline, but {task.name} is none: everything is made of it; start "
             "another run with --new-run"

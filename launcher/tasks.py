@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from checkpoints import MissingArtifactError, paths
 from modularforge.config import Config, NodesConfig
-from modularforge.pipeline import ROUNDS, STAGES, JobName, Stage, stage_settings, wanted_stages
+from modularforge.pipeline import PREPARING, ROUNDS, STAGES, JobName, Stage, stage_settings, wanted_stages
 from modularforge.run import Run, is_kept
 
 MERGED = ("expert", *ROUNDS)
@@ -64,8 +64,8 @@ class Task:
 
     @property
     def is_worker(self) -> bool:
-        """Whether it runs beside others: experts and baselines, and merges, which may not wait for the last expert."""
-        return (self.is_training and self.group != "backbone") or self.is_merge
+        """Whether it runs beside others: one of many, a baseline, or a merge, which may not wait for the last."""
+        return self.index is not None or (self.is_training and self.group != "backbone") or self.is_merge
 
     @property
     def is_merge(self) -> bool:
@@ -96,7 +96,7 @@ def build_tasks(config: Config) -> list[Task]:
     """All tasks of a run, each after those it waits for; workers may run side by side."""
     stages_of: dict[str, list[Stage]] = {}
     for stage in wanted_stages(config):
-        stages_of.setdefault(stage.job, []).append(stage)
+        stages_of.setdefault(stage.job_in(config), []).append(stage)
     job_of = {stage.name: job for job, stages in stages_of.items() for stage in stages}
     waits = {job: _waits_for(stages, job_of, config) - {job} for job, stages in stages_of.items()}
     tasks: dict[str, list[Task]] = {}
@@ -158,6 +158,8 @@ def is_finished(run: Run, task: Task) -> bool:
     """Whether all that the task makes is committed; raises MismatchError when another config's lies there."""
     if task.stages == ("evaluate",):
         return _is_evaluated(run)
+    if task.stages[-1] in PREPARING[:-1] and run.artifact("prepare-data"):
+        return True
     return all(run.artifact(stage, task.index) for stage in task.stages)
 
 

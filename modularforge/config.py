@@ -811,6 +811,9 @@ class ClusterConfig(Section):
     """The node that prepares data, assembles, and evaluates."""
     array_throttle: int | None = Field(None, ge=1)
     """Experts that run at the same time at the most; null leaves it to Slurm."""
+    prepare_tasks: int | None = Field(None, ge=1, le=100_000)
+    """Jobs that read and tokenise a share of the text each, side by side, before `prepare-data` puts together what they
+    made; the data is the same, however many there are. Null: `prepare-data` does it all."""
     min_experts: int | None = Field(None, ge=1)
     """Assembly, and each merge of a round, goes on without the others when this many experts are finished; null wants
     all."""
@@ -1359,6 +1362,8 @@ def _impossible_speech(config: Config) -> Iterator[str]:
         )
     if config.task != "speech":
         return
+    if config.cluster.prepare_tasks is not None:
+        yield "cluster.prepare_tasks must be null with task speech, whose data one job prepares; unset it"
     if config.assembly.router not in ("ridge", "means", "uniform"):
         yield (
             "assembly.router must be ridge, means or uniform with task speech, whose experts are chosen "

@@ -15,7 +15,9 @@ from modularforge.config import Config
 from modularforge.errors import ConfigError, MismatchError
 from modularforge.pipeline import (
     CHOSEN_FACT,
+    PREPARING,
     ROUNDS,
+    SHARE,
     STAGES,
     JobName,
     Plan,
@@ -75,11 +77,11 @@ class Run:
         `inputs` are given only for the evaluation, which reads whatever models there are. Raises ConfigError for an
         index that no partition has.
         """
-        count = self.config.experts.count
+        count = len(STAGES[stage].indices(self.config))
         if index is not None and not 0 <= index < count:
             raise ConfigError(
-                f"--index must be between 0 and {count - 1} (experts.count is {count}), but is {index}; choose one of "
-                "these"
+                f"--index must be between 0 and {count - 1} ({STAGES[stage].count} is {count}), but is {index}; choose "
+                "one of these"
             )
         if STAGES[stage].round >= self.config.experts.rounds:
             raise ConfigError(
@@ -235,6 +237,10 @@ class Run:
         return found
 
     def _input(self, needed: str, index: int | None) -> dict[str, str]:
+        if needed == SHARE:
+            return {SHARE: f"{index} of {self.config.cluster.prepare_tasks}"}
+        if needed == "tokenise":  # the corpus is the same, in however many shares it was made
+            return {}
         if needed == "partition" and index is not None:
             return {needed: _partition_input(self._required("partition"), f"partition-{index}")}
         if needed == "expert" or (needed in ROUNDS and index is None):
@@ -252,7 +258,7 @@ class Run:
         if needed in STAGES and STAGES[needed].round:
             return self._of_round(needed, index)
         artifact = self._required(needed)
-        identity = contents(artifact) if needed in ("clean", "prepare-data") else artifact.manifest.fingerprint
+        identity = contents(artifact) if needed in ("clean", *PREPARING) else artifact.manifest.fingerprint
         return {STAGES[needed].kind: identity}
 
     def _of_round(self, needed: str, index: int | None) -> dict[str, str]:
