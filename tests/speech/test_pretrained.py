@@ -13,7 +13,8 @@ import transformers
 from modularforge.config import Config
 from modularforge.config_files import complete_config
 from modularforge.errors import DataError, MismatchError
-from modularforge.model.folder import read_tensors, save_tensors
+from modularforge.model.backbone import KeyValueCache
+from modularforge.model.folder import load_pretrained, read_tensors, save_tensors
 from modularforge.pretrained.fetch import fetch
 from modularforge.pretrained.shape import read_pretrained_config
 from modularforge.pretrained.sources import published_name
@@ -21,7 +22,8 @@ from modularforge.run import Run
 from modularforge.speech.encoder_files import encoder_folder
 from modularforge.speech.folder import load_speech
 from modularforge.speech.hub import load_published
-from tests.pretrained import gguf_files
+from modularforge.speech.model import read
+from tests.pretrained import gguf_files, models
 from tests.pretrained.models import llama
 from tests.speech.runs import run_all, speech_config
 
@@ -81,6 +83,17 @@ def test_a_run_on_pretrained_parts_saves_what_it_trained_and_names_the_rest(save
     save_tensors(changed, tmp_path / "encoder/model.safetensors")
     with pytest.raises(MismatchError, match=r"the encoder at .* must be the one that was trained with"):
         load_speech(folder)
+
+
+@pytest.mark.parametrize("save", [models.llama, models.qwen3, models.mistral])
+def test_every_family_reads_embeddings_as_it_reads_ids(save: Any, tmp_path: Path) -> None:
+    decoder, ids_BT = load_pretrained(save(tmp_path / "model")), torch.arange(40).view(2, 20) * 7 % models.VOCABULARY
+    with torch.inference_mode():
+        x_BSW, expected = decoder.model.embed_tokens(ids_BT), decoder(ids_BT)
+        assert torch.equal(decoder.lm_head(read(decoder, x_BSW)), expected)
+        cache = KeyValueCache()
+        parts = [read(decoder, part_BSW, cache) for part_BSW in x_BSW.split([12, 1, 7], dim=1)]
+        assert torch.allclose(decoder.lm_head(torch.cat(parts, dim=1)), expected, atol=1e-5)
 
 
 def test_a_language_model_may_be_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
