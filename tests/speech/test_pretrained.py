@@ -20,7 +20,7 @@ from modularforge.pretrained.shape import read_pretrained_config
 from modularforge.pretrained.sources import published_name
 from modularforge.run import Run
 from modularforge.speech.encoder_files import encoder_folder
-from modularforge.speech.folder import load_speech
+from modularforge.speech.folder import load_speech, parts_of
 from modularforge.speech.hub import load_published
 from modularforge.speech.model import read
 from tests.pretrained import gguf_files, models
@@ -137,6 +137,26 @@ def test_another_encoder_makes_another_backbone(tmp_path: Path) -> None:
     values = (tmp_path / "encoder/config.json").read_text()
     (tmp_path / "encoder/config.json").write_text(values + "\n")
     assert Run(config).plan("backbone").fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("save", "changes", "message"),
+    [
+        (save_whisper, {"bins": 64}, "must be whisper and speech.data.bins 80 .* but they are whisper and 64"),
+        (save_whisper, {"features": "fbank"}, "must be whisper and speech.data.bins 80 .* but they are fbank and 80"),
+        (save_conformer, {"features": "whisper"}, "must be fbank and speech.data.bins 80 .* but they are whisper"),
+    ],
+)
+def test_features_that_the_encoder_does_not_read_are_refused_before_they_are_computed(
+    save: Any, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    config = config_of(tmp_path, save(tmp_path / "encoder"), str(llama(tmp_path / "llama")))
+    data = config.speech.data.model_copy(update=changes)
+    config = config.model_copy(update={"speech": config.speech.model_copy(update={"data": data})})
+    with pytest.raises(DataError, match=message):
+        Run(config).make("prepare-data")
+    with pytest.raises(DataError, match=message):
+        parts_of(config, 30)
 
 
 def test_a_folder_without_an_encoder_gets_one_sentence(tmp_path: Path) -> None:
