@@ -1374,6 +1374,8 @@ def _impossible_speech(config: Config) -> Iterator[str]:
             f"evaluation.baselines must be dense and joint at the most with task speech, but has {', '.join(others)}; "
             "leave the others out"
         )
+    for name, _ in _changed(config.evaluation, "tasks", "harness", "general", "chat"):
+        yield f"evaluation.{name} must be left out with task speech, since it measures texts alone; remove it"
     if config.steering.variant == "aligner" and (speech.model.prompt or speech.data.prompt_field):
         yield (
             "speech.model.prompt and speech.data.prompt_field must be left out with steering.variant aligner, which "
