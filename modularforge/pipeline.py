@@ -448,6 +448,7 @@ CAME_LATER: dict[str, Any] = {
     "assembly.lora_choice": "token",
     "training.packing": True,
     "training.patience": None,
+    "training.gradient_exchange": "fp32",
     "steering.rank": 8,
     "steering.joint_projector": False,
     "steering.projector_rate": 0.1,
