@@ -62,7 +62,7 @@ def read_text(url: str) -> Iterator[str]:
     """The text of a file in pieces of some kilobytes; raises DataError with line and byte where it is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     consumed_bytes, line = 0, 1
-    for chunk in _with_end(_decompressed(url)):
+    for chunk in _with_end(_checked(decompressed(url), url)):
         pending = len(decoder.getstate()[0])
         try:
             text = decoder.decode(chunk, final=not chunk)
@@ -123,23 +123,21 @@ def _listed(location: str) -> list[str]:
         ) from error
 
 
-def _decompressed(url: str) -> Iterator[bytes]:
-    """The bytes of the text in a file, which was found to begin as text."""
+def decompressed(url: str) -> Iterator[bytes]:
+    """The bytes in a file, decompressed by its ending, in pieces."""
     ending = compression_of(url)
     with open_bytes(url, is_stream=True) as file:
-        if ending is None:
-            yield from _checked(iter(lambda: file.read(CHUNK_BYTES), b""), url)
-            return
-        yield from _checked(decompress(file, ending, url), url, ending)
+        yield from iter(lambda: file.read(CHUNK_BYTES), b"") if ending is None else decompress(file, ending, url)
 
 
-def _checked(chunks: Iterator[bytes], url: str, ending: str = "") -> Iterator[bytes]:
+def _checked(chunks: Iterator[bytes], url: str) -> Iterator[bytes]:
+    """The same of a file that is found to begin as text."""
     head = b""
     for chunk in chunks:
         head += chunk
         if len(head) >= HEAD_BYTES:
             break
-    require_text(redact(url), head[:HEAD_BYTES], ending)
+    require_text(redact(url), head[:HEAD_BYTES], compression_of(url) or "")
     yield head
     yield from chunks
 

@@ -1,4 +1,4 @@
-"""Text, WikiText, JSONL and Parquet files, and rows of Hub data sets, as streams of documents.
+"""Text, WikiText, JSONL, Parquet, web archives and ids, and rows of Hub data sets, as streams of documents.
 
 Every reader is a generator of (text, label or None) that holds one document, or one chunk of a file, at a time.
 Every record becomes a text and its label, checked; what cannot be read is named with its line or row. Labels name
@@ -22,6 +22,8 @@ from modularforge.data.compression import compression_of, describe
 from modularforge.data.cutting import split_articles, split_pieces
 from modularforge.data.files import open_bytes, read_lines, read_text
 from modularforge.data.patterns import file_part
+from modularforge.data.token_arrays import FORMATS, read_tokens
+from modularforge.data.web_archive import read_archive
 from modularforge.errors import DataError, UserError, one_line
 from modularforge.log import logger
 
@@ -33,6 +35,10 @@ FORMAT_BY_ENDING = {
     # The names of the WikiText releases: wiki.train.tokens, wiki.train.raw.
     ".tokens": "wikitext",
     ".raw": "wikitext",
+    ".warc": "warc",
+    ".wet": "warc",
+    ".idx": "megatron",
+    ".npy": "npy",
 }
 CSV_ENDING = ".csv"
 Labelled = tuple[str, str | None]
@@ -155,6 +161,8 @@ _READERS: dict[str, Callable[[str, SourceConfig], Iterator[Labelled]]] = {
     "wikitext": _read_wikitext,
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,
+    "warc": read_archive,
+    **{kind: functools.partial(read_tokens, kind=kind) for kind in FORMATS},
 }
 
 

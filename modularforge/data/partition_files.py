@@ -10,12 +10,9 @@ import numpy as np
 
 from modularforge.config import Config
 from modularforge.data.partition import CHUNK_TOKENS, Indices, add_overlap, divide, require_documents
-from modularforge.data.token_files import ExampleTokens, TokenFile, TokenFileWriter, check_metadata, open_token_file
+from modularforge.data.token_files import TokenFile, check_metadata, open_token_file, write_documents
 from modularforge.errors import DataError
 from modularforge.log import logger
-
-# Documents copied in one piece.
-COPY_DOCUMENTS = 1024
 
 
 def make_partitions(config: Config, corpus_folder: Path, output: Path) -> dict[str, Any]:
@@ -58,13 +55,7 @@ def _require_known(documents: TokenFile, names: list[str], vocab_size: int) -> N
 
 def _write_partition(documents: TokenFile, indices: Indices, output: Path, name: str, vocab_size: int) -> None:
     np.save(output / f"{name}.documents.npy", indices.astype("<i8"))
-    lengths, labels = documents.lengths, documents.labels
-    with TokenFileWriter(output, name, vocab_size, documents.learned is not None) as writer:
-        for start in range(0, len(indices), COPY_DOCUMENTS):
-            chosen = indices[start : start + COPY_DOCUMENTS]
-            stream = documents.stream(chosen)
-            tokens, learned = (stream.tokens, stream.learned) if isinstance(stream, ExampleTokens) else (stream, None)
-            writer.add(tokens, lengths[chosen], labels[chosen], learned)
+    write_documents(documents, indices, output, name, vocab_size)
 
 
 def _describe(documents: TokenFile, indices: Indices, names: list[str]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from modularforge.errors import DataError, one_line
 
 Tokens = npt.NDArray[Any]
 LABEL_LIMIT = 1 << 16
+COPY_DOCUMENTS = 1024  # in one piece
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -171,6 +172,19 @@ class TokenFileWriter:
         if error is None:
             np.save(self.folder / f"{self.name}.offsets.npy", np.array(self.offsets, dtype="<i8"))
             np.save(self.folder / f"{self.name}.labels.npy", np.array(self.labels, dtype="<u2"))
+
+
+def write_documents(
+    file: TokenFile, documents: npt.NDArray[np.int64], folder: Path, name: str, vocab_size: int
+) -> None:
+    """Write these documents of a token file as another one, of this name."""
+    lengths, labels = file.lengths, file.labels
+    with TokenFileWriter(folder, name, vocab_size, file.learned is not None) as writer:
+        for start in range(0, len(documents), COPY_DOCUMENTS):
+            chosen = documents[start : start + COPY_DOCUMENTS]
+            stream = file.stream(chosen)
+            tokens, learned = (stream.tokens, stream.learned) if isinstance(stream, ExampleTokens) else (stream, None)
+            writer.add(tokens, lengths[chosen], labels[chosen], learned)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

@@ -21,6 +21,7 @@ from checkpoints.screen import literal
 from modularforge import __version__
 from modularforge.observe.cleaning import cleaning_samples, cleaning_tables
 from modularforge.observe.completion import Part, headline, is_finished, parts_of
+from modularforge.observe.drawn import drawn_table
 from modularforge.observe.evaluation import model_table, samples_of, verdict
 from modularforge.observe.findings import DECIDING, chat_table, finding_tables, harness_tables, task_tables
 from modularforge.observe.metrics import CURVES, JobMetrics, Metric, of_domains
@@ -89,7 +90,7 @@ def make_page(run: Run, plots: Iterable[Plot]) -> str:
         jobs=job_table(run),
         cleaning=list(cleaning_tables(run.cleaning)),
         cleaned=list(cleaning_samples(run.cleaning)),
-        rounds=rounds_table(run),
+        tables=[table for table in (drawn_table(run), rounds_table(run)) if table],
         evaluation=model_table(run.evaluation) if run.evaluation else None,
         findings=_findings(run, chat),
         samples=samples,

@@ -28,6 +28,7 @@ NO_NETWORK = "--host-resolver-rules=MAP * ~NOTFOUND"
 PLOTS_OF_A_RUN, STACKED_OF_A_RUN = 12, 2
 TABLES_OF_A_RUN = {
     "Stages and jobs",
+    "What was drawn",
     "Perplexity on the test split",
     "The calibrated model less the others",
     "The calibrated model less the backbone, by domain",

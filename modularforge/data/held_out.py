@@ -1,0 +1,217 @@
+"""Keep near duplicates of held-out documents out of training: found in the token files, counted, left out.
+
+Two documents are near duplicates where 70 % of their runs of about 25 bytes are the same, whatever their order: the
+likeness at which datatrove's default bands of MinHash find every second pair. Training documents most of whose runs
+stand in a held-out one are looked up, and compared with it exactly. Where a corpus is so large that its held-out runs
+would not fit into memory, a fixed share of all runs is looked up. Of a document of more than 4 Mi tokens the beginning
+stands for the whole.
+"""
+
+# T tokens  R runs of tokens
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from modularforge.config import Config
+from modularforge.data.corpus import HELD_OUT, Split
+from modularforge.data.token_files import TokenFile, open_token_file, write_documents
+from modularforge.errors import DataError
+from modularforge.log import logger
+
+ALIKE = 0.7
+RUN_BYTES = 25  # five English words
+MOST_RUNS = 1 << 22  # of held-out documents that are looked up; they take 20 bytes each
+MOST_TOKENS = 1 << 22  # looked at together
+KNOWN_SHARE = 0.5  # of a training document's runs, before it is compared
+RUN_PLACES, COMPARED = 16, 8  # held-out documents that a run leads to, and that a document is compared with
+FACTOR, MIXER = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
+Hashes = npt.NDArray[np.uint64]
+Indices = npt.NDArray[np.int64]
+Splits = Mapping[Split, dict[str, dict[str, int]]]
+
+
+def leave_out_copies(
+    config: Config, folder: Path, labels: Sequence[str], splits: Splits, byte_lengths_V: npt.NDArray[Any]
+) -> dict[str, int]:
+    """Take near duplicates of documents that were held out here from the token file `train` and its counts in `splits`.
+
+    Those of validation and test files that a source names stay, with a warning. Returns how many there were of both.
+    Raises DataError where nothing would be left to train on.
+    """
+    train, held_out = open_token_file(folder, "train"), [open_token_file(folder, split) for split in HELD_OUT]
+    run_tokens = _run_tokens(splits)
+    copies: list[int] = []
+    chosen: list[int] = []
+    is_made = [_is_made(config, file, labels) for file in held_out]
+    for copy, number, original in near_copies(train, held_out, run_tokens):
+        (copies if is_made[number][original] else chosen).append(copy)
+    dropped, left = np.unique(np.array(copies, np.int64)), len({*chosen} - {*copies})
+    if len(dropped):
+        _rewrite(train, dropped, folder, len(byte_lengths_V))
+        _discount(train, dropped, labels, splits["train"], byte_lengths_V)
+        logger.warning(
+            "%d of %d training documents are near duplicates of one that is held out for validation or test; they are "
+            "left out", len(dropped), train.num_documents,
+        )  # fmt: skip
+    if left:
+        logger.warning(
+            "%d of %d training documents are near duplicates of one in the validation or test files of the settings: "
+            "what is measured there was trained on; name the step near in data.clean, or other files",
+            left, train.num_documents,
+        )  # fmt: skip
+    return {"dropped": len(dropped), "left": left}
+
+
+def near_copies(train: TokenFile, held_out: Sequence[TokenFile], run_tokens: int) -> Iterator[tuple[int, int, int]]:
+    """Every two near duplicates: the index of the training document, and file and index of the held-out one."""
+    known = _Known.of(held_out, run_tokens)
+    if not len(known.hashes_R):
+        return
+    for first, hashes_R, documents_R in _blocks(train, run_tokens):
+        is_sampled = hashes_R <= known.limit
+        hashes_R, documents_R = hashes_R[is_sampled], documents_R[is_sampled]
+        is_known = known.table[known.places(hashes_R)]
+        shares = np.bincount(documents_R, is_known) / np.maximum(np.bincount(documents_R), 1)
+        for document in np.flatnonzero(shares >= KNOWN_SHARE):
+            start, end = np.searchsorted(documents_R, [document, document + 1])
+            own = _distinct(train, int(first + document), run_tokens)
+            for file, other in known.candidates(hashes_R[start:end]):
+                if _likeness(own, _distinct(held_out[file], other, run_tokens)) >= ALIKE:
+                    yield int(first + document), file, other
+
+
+def _likeness(one: Hashes, other: Hashes) -> float:
+    """The share of all runs of two documents that both have (Jaccard)."""
+    shared = len(np.intersect1d(one, other, assume_unique=True))
+    return shared / max(1, len(one) + len(other) - shared)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The runs of held-out documents, sorted, with file and document of each; `table` says what there is not."""
+
+    hashes_R: Hashes
+    places_R2: Indices
+    table: npt.NDArray[np.bool_]
+    limit: np.uint64
+    """Runs whose hash is above it are not looked up."""
+
+    @staticmethod
+    def of(files: Sequence[TokenFile], run_tokens: int) -> _Known:
+        runs = sum(len(file.tokens) for file in files)
+        limit = np.uint64(min(2**64 - 1, (MOST_RUNS << 64) // max(1, runs)))
+        found = [
+            (hashes_R[is_sampled], number, first + documents_R[is_sampled])
+            for number, file in enumerate(files)
+            for first, hashes_R, documents_R in _blocks(file, run_tokens)
+            for is_sampled in [hashes_R <= limit]
+        ]
+        hashes_R = np.concatenate([np.empty(0, np.uint64), *(hashes for hashes, _, _ in found)])
+        files_R = np.concatenate([np.empty(0, np.int64), *(np.full(len(own), n) for _, n, own in found)])
+        documents_R = np.concatenate([np.empty(0, np.int64), *(documents for _, _, documents in found)])
+        order = np.argsort(hashes_R, kind="stable")
+        places_R2 = np.stack([files_R, documents_R], axis=1)[order]
+        table = np.zeros(1 << max(8, math.ceil(math.log2(len(order) + 1)) + 4), bool)
+        known = _Known(hashes_R[order], places_R2, table, limit)
+        table[known.places(hashes_R)] = True
+        return known
+
+    def places(self, hashes_R: Hashes) -> Hashes:
+        """Where the table has these runs."""
+        found: Hashes = (hashes_R * MIXER) >> np.uint64(65 - len(self.table).bit_length())
+        return found
+
+    def candidates(self, hashes_R: Hashes) -> list[tuple[int, int]]:
+        """The held-out documents (file, index) that have most of these runs, of each run the first few that have it."""
+        distinct = np.unique(hashes_R)
+        starts = np.searchsorted(self.hashes_R, distinct)
+        counts = np.minimum(np.searchsorted(self.hashes_R, distinct, "right") - starts, RUN_PLACES)
+        rows = np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(int(counts.sum()))
+        found = Counter(map(tuple, self.places_R2[rows].tolist()))
+        return [(file, document) for (file, document), _ in found.most_common(COMPARED)]
+
+
+def _blocks(file: TokenFile, run_tokens: int) -> Iterator[tuple[int, Hashes, Indices]]:
+    """Neighbouring documents: the index of the first, the runs of all and whose each is, counted from the first."""
+    first = 0
+    while first < file.num_documents:
+        start = int(file.offsets[first])
+        last = max(first + 1, int(np.searchsorted(file.offsets, start + MOST_TOKENS, "right")) - 1)
+        ends = np.minimum(file.offsets[first + 1 : last + 1] - start, MOST_TOKENS)
+        yield first, *_runs(file.tokens[start : start + int(ends[-1])], ends, run_tokens)
+        first = last
+
+
+def _distinct(file: TokenFile, index: int, run_tokens: int) -> Hashes:
+    tokens_T = file.document(index)[:MOST_TOKENS]
+    return np.unique(_runs(tokens_T, np.array([len(tokens_T)]), run_tokens)[0])
+
+
+def _runs(tokens_T: npt.NDArray[Any], ends: Indices, run_tokens: int) -> tuple[Hashes, Indices]:
+    """The hash of every run of tokens within a document, [R], and its document, [R]; `ends` are those of documents."""
+    lengths = np.diff(ends, prepend=0)
+    starts = np.concatenate([np.arange(0), ends - lengths])
+    counts = np.maximum(lengths - run_tokens + 1, 0)
+    hashes_T = np.zeros(len(tokens_T), np.uint64)
+    for place in range(run_tokens):
+        hashes_T *= FACTOR
+        hashes_T[: len(tokens_T) - place] += tokens_T[place:]
+    hashes_T ^= hashes_T >> np.uint64(29)
+    hashes_T *= MIXER
+    hashes_T ^= hashes_T >> np.uint64(32)
+    documents_R = np.repeat(np.arange(len(ends)), counts)
+    places_R = np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(int(counts.sum()))
+    return hashes_T[places_R], documents_R
+
+
+def _run_tokens(splits: Splits) -> int:
+    """How many tokens of training text are about `RUN_BYTES`."""
+    rows = [row for split in splits.values() for row in split.values()]
+    tokens, text_bytes = (sum(row[name] for row in rows) for name in ("tokens", "bytes"))
+    return max(3, round(RUN_BYTES * tokens / max(1, text_bytes)))
+
+
+def _is_made(config: Config, file: TokenFile, labels: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Whether each held-out document was taken from training documents; if it is one of a source that names such files,
+    its label says so."""
+    chosen = {source.name for source in config.data.sources if getattr(source, file.name)}
+    if len(chosen) == len(config.data.sources):
+        return np.zeros(file.num_documents, bool)
+    return np.array([label not in chosen for label in labels], bool)[file.labels]
+
+
+def _rewrite(train: TokenFile, dropped: Indices, folder: Path, vocab_size: int) -> None:
+    kept = np.setdiff1d(np.arange(train.num_documents), dropped, assume_unique=True)
+    if not len(kept):
+        raise DataError(
+            "the training documents must differ from those held out for validation and test, but all are near "
+            "duplicates of one; name validation and test files for the sources, or add text"
+        )
+    write_documents(train, kept, folder, "kept", vocab_size)
+    for path in folder.glob("kept.*"):
+        path.replace(folder / f"train.{path.name.partition('.')[2]}")
+
+
+def _discount(
+    train: TokenFile,
+    dropped: Indices,
+    labels: Sequence[str],
+    rows: dict[str, dict[str, int]],
+    byte_lengths_V: npt.NDArray[Any],
+) -> None:
+    for document in dropped:
+        row, tokens_T = rows[labels[train.labels[document]]], train.document(document)
+        row["documents"] -= 1
+        row["tokens"] -= len(tokens_T)
+        row["bytes"] -= int(byte_lengths_V[tokens_T].sum())
+    for label in [label for label, row in rows.items() if not row["documents"]]:
+        del rows[label]

@@ -1,0 +1,140 @@
+"""Near duplicates of held-out documents are no training documents where the split is made here, and are counted."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from modularforge.config import Config
+from modularforge.data import held_out, prepare
+from modularforge.data.prepare import prepare_corpus
+from modularforge.data.token_files import open_token_file
+from modularforge.data.tokenizer import load_tokenizer, token_byte_lengths
+from modularforge.errors import DataError
+
+WORDS = [
+    f"{a}{b}{c}" for a in ("sea", "law", "wind", "stone") for b in ("ka", "lo", "mi") for c in ("ren", "tus", "de")
+]
+
+
+def document(seed, words=60):
+    return np.random.default_rng(seed).choice(WORDS, words).tolist()
+
+
+def changed(words, count, seed):
+    """The words with this many of them others."""
+    generator, words = np.random.default_rng(seed), list(words)
+    for place in generator.choice(len(words), count, replace=False):
+        words[place] = "other" + str(generator.integers(10))
+    return words
+
+
+def texts_with_copies():
+    """240 documents; of each of the first 80 a copy with one word changed, and one with 20."""
+    originals = [document(seed) for seed in range(240)]
+    copies = [changed(words, count, 7) for words in originals[:80] for count in (1, 20)]
+    return [" ".join(words) for words in [*originals, *copies]]
+
+
+def write(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def prepared(tmp_path, name="output", fraction=0.1, **source):
+    data = {"sources": [{"name": "web", **source}], "vocab_size": 400, "heldout_fraction": fraction}
+    config = Config.model_validate({"data": data, "experts": {"count": 2}, "model": {"context_length": 16}})
+    (tmp_path / name).mkdir()
+    return prepare_corpus(config, tmp_path / "scratch", tmp_path / name), tmp_path / name
+
+
+def documents_of(folder, split):
+    file = open_token_file(folder, split)
+    return [tuple(file.document(index).tolist()) for index in range(file.num_documents)]
+
+
+def likeness(one, other, length):
+    """Naive Jaccard of runs of tokens."""
+    first, second = ({tokens[k : k + length] for k in range(len(tokens) - length + 1)} for tokens in (one, other))
+    return len(first & second) / len(first | second)
+
+
+def alike(folder, length):
+    held = [document for split in ("validation", "test") for document in documents_of(folder, split)]
+    return [
+        tokens
+        for tokens in documents_of(folder, "train")
+        if any(likeness(tokens, other, length) >= held_out.ALIKE for other in held)
+    ]
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def unchecked(monkeypatch, tmp_path):
+    """The corpus as it is without the check."""
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "leave_out_copies", lambda *_: {})
+        return prepared(tmp_path, "unchecked", train=write(tmp_path / "web.jsonl", texts_with_copies()))
+
+
+@pytest.mark.parametrize("limits", [{}, {"MOST_RUNS": 1000, "MOST_TOKENS": 500}], ids=["at once", "sampled, in blocks"])
+def test_a_split_that_is_made_here_shares_no_near_duplicate(tmp_path, unchecked, monkeypatch, caplog, limits):
+    for name, value in limits.items():
+        monkeypatch.setattr(held_out, name, value)
+    _, before = unchecked
+    metadata, folder = prepared(tmp_path, train=str(tmp_path / "web.jsonl"))
+    length = held_out._run_tokens(json.loads((before / "metadata.json").read_text())["splits"])
+    copies = alike(before, length)
+    assert 5 < len(copies) < 40
+    assert documents_of(folder, "train") == [found for found in documents_of(before, "train") if found not in copies]
+    assert metadata["near_copies"] == {"dropped": len(copies), "left": 0}
+    assert f"{len(copies)} of {len(documents_of(before, 'train'))} training documents are near" in caplog.text
+    names = {name for name in files_of(folder) if not name.startswith(("train", "metadata"))}
+    assert {name: files_of(before)[name] for name in names} == {name: files_of(folder)[name] for name in names}
+    assert set(files_of(folder)) == set(files_of(before))
+
+
+def test_counts_are_of_what_is_left(tmp_path):
+    metadata, folder = prepared(tmp_path, train=write(tmp_path / "web.jsonl", texts_with_copies()))
+    assert metadata["near_copies"]["dropped"] > 0
+    file, lengths_V = open_token_file(folder, "train"), token_byte_lengths(load_tokenizer(folder))
+    expected = {
+        "documents": file.num_documents,
+        "tokens": len(file.tokens),
+        "bytes": int(lengths_V[file.tokens].sum()),
+    }
+    assert json.loads((folder / "metadata.json").read_text())["splits"]["train"] == {"web": expected}
+
+
+def test_files_that_settings_name_are_warned_of_and_stay(tmp_path, monkeypatch, caplog):
+    """Whoever names files to measure on has the corpus that was asked for, with the same bytes as ever."""
+    texts = texts_with_copies()
+    files = {
+        "train": write(tmp_path / "train.jsonl", texts[:240]),
+        "validation": write(tmp_path / "valid.jsonl", texts[240:244]),
+        "test": write(tmp_path / "test.jsonl", texts[250:252]),
+    }
+    with caplog.at_level(logging.WARNING):
+        metadata, folder = prepared(tmp_path, **files)
+    assert metadata["near_copies"] == {"dropped": 0, "left": 3}
+    assert "3 of 240 training documents are near duplicates of one in the validation or test files" in caplog.text
+    monkeypatch.setattr(prepare, "leave_out_copies", lambda *_: {})
+    assert files_of(folder) == files_of(prepared(tmp_path, "unchecked", **files)[1])
+
+
+def test_other_words_are_no_copies(tmp_path, monkeypatch):
+    path = write(tmp_path / "web.jsonl", [" ".join(document(seed)) for seed in range(200)])
+    metadata, folder = prepared(tmp_path, train=path)
+    assert metadata["near_copies"] == {"dropped": 0, "left": 0}
+    monkeypatch.setattr(prepare, "leave_out_copies", lambda *_: {})
+    assert files_of(folder) == files_of(prepared(tmp_path, "unchecked", train=path)[1])
+
+
+def test_a_corpus_of_copies_alone_is_refused(tmp_path):
+    texts = [" ".join(changed(document(1, 400), 1, seed)) for seed in range(60)]
+    with pytest.raises(DataError, match=r"must differ from those held out .* name validation and test files"):
+        prepared(tmp_path, train=write(tmp_path / "web.jsonl", texts))
