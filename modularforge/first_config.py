@@ -294,7 +294,7 @@ output_dir: {output_dir}
 
 data:
   vocab_size: {vocab_size}    # small text fills only a small vocabulary
-{share}  sources:    # without files of their own, {heldout} of the documents is held out for validation, as much for test
+{share}  sources:    # without files of their own, {heldout} of the documents is held out for validation, and for test
 {sources}
 
 partition: {{method: {method}}}    # {parts}
