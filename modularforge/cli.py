@@ -440,6 +440,22 @@ def export_tokens(
 
 
 @app.command()
+@with_lazy_settings
+def export(
+    load_settings: Callable[[], Config],
+    path: Annotated[str, typer.Argument(metavar="FILE.gguf", help="A new file of this machine.")],
+    model: Annotated[str | None, typer.Option(help="Model folder or artifact; without it the run's model.")] = None,
+    kind: Annotated[
+        str | None, typer.Option("--type", help="F32, F16, BF16 or Q8_0 for matrices; without it as they are stored.")
+    ] = None,
+) -> None:
+    """Write a model as one GGUF file for llama.cpp and what is built on it."""
+    from modularforge.push import export as export_model
+
+    export_model(load_settings, path, model, kind)
+
+
+@app.command()
 def wikisql(
     archive: Annotated[str, typer.Argument(metavar="ARCHIVE", help="WikiSQL's data.tar.bz2: a path or URL.")],
     output: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder or URL for the files of the three splits.")],
