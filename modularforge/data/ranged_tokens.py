@@ -45,7 +45,8 @@ class RangedTokens:
 
     def __getitem__(self, wanted: slice) -> npt.NDArray[Any]:
         start, end, step = wanted.indices(self.size)
-        return self.rows(np.array([start]), max(0, end - start))[0][::step]
+        found: npt.NDArray[Any] = self.rows(np.array([start]), max(0, end - start))[0][::step]
+        return found
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         """All of it, in memory."""
