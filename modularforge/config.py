@@ -1087,6 +1087,11 @@ class Config(SafeSection):
         return number * self.experts.steps // self.experts.rounds
 
     @property
+    def clustering_tasks(self) -> int | None:
+        """How many jobs assign documents to clusters; None where there are no clusters, or one does it all."""
+        return self.cluster.prepare_tasks if self.partition.method == "clustered" else None
+
+    @property
     def preparation_seed(self) -> int:
         """Seed of corpus and partitions."""
         return self.seed if self.data_seed is None else self.data_seed
