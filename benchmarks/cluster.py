@@ -39,7 +39,7 @@ def main() -> None:
 
 
 @contextmanager
-def cluster(local: bool) -> Iterator[dict[str, str]]:
+def cluster(local: bool, most_jobs: int = 5000) -> Iterator[dict[str, str]]:
     """The environment in which Slurm's programs find the cluster."""
     if not local:
         yield dict(os.environ)
@@ -48,7 +48,7 @@ def cluster(local: bool) -> Iterator[dict[str, str]]:
     from tests.cluster.slurm import Cluster, remove
 
     folder = Path(tempfile.mkdtemp(prefix="mf-bench-"))
-    found = Cluster(folder / "c", cpus=8, max_array_size=1001)
+    found = Cluster(folder / "c", cpus=8, max_array_size=1001, most_jobs=most_jobs)
     try:
         found.start()
         yield found.environ

@@ -31,6 +31,7 @@ from modularforge.stage_outputs import derived_seed, token_file
 from modularforge.study.measure import RunBench, build_model
 from modularforge.study.runs import Runs
 from modularforge.study.study_file import load_study, variants_of
+from modularforge.training.distributed import World
 from modularforge.training.job import Job
 
 Change = Callable[[Tensor, Tensor, int], Tensor]  # logits [R, T, E], router inputs [R, T, D], layer -> logits
@@ -109,7 +110,7 @@ class Trial:
         _, decide = split_documents(corpus.tokens("validation"), corpus.labels)
         model, job = self.model(), Job("calibrate", config.calibration, config.training)
         seed = derived_seed(config.seed, "calibration order")
-        calibrate(model, config, even_mixture(streams), decide, job, seed)
+        calibrate(model, config, even_mixture(streams), decide, job, seed, World(device=model.lm_head.weight.device))
         return model
 
     def show(self, name: str, measured: Decoder | dict[str, Tensor]) -> None:

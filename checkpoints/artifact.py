@@ -19,10 +19,12 @@ from checkpoints.manifest import CHECKPOINT_KIND, Manifest
 from checkpoints.options import cache_folder
 from checkpoints.parallel import in_order
 from checkpoints.parsing import parse_json
-from checkpoints.streams import check_local_file, check_size, stream_file
+from checkpoints.streams import check_local_file, check_size, compare_size, stream_file
 from checkpoints.urls import ATTEMPT, HIDDEN, MANIFEST_NAME, OWNER_NAME, UnsafeNameError, checked_path
 
 READS_AT_ONCE = 8
+LOOKS_AT_ONCE = 16  # small requests, of which each waits tens of milliseconds for the store
+FEWEST_TO_LIST = 8  # an expert has about as many files, which a listing of all of them names too
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,48 @@ def find_artifact(url: str) -> Artifact | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     return Artifact(url, Manifest.from_json(content, manifest_url))
+
+
+def find_each(urls: Iterable[str]) -> dict[str, Artifact | None]:
+    """The committed artifacts at many URLs of object stores, side by side; damaged ones are left out.
+
+    Where many lie in one folder, a listing says which are there, so that only those are asked for.
+    """
+    found: dict[str, Artifact | None] = {}
+    for folder, members in _by_folder(urls).items():
+        if len(members) >= FEWEST_TO_LIST:
+            listed = {info.url for info in paths.walk(folder)}
+            found |= {url: None for url in members if paths.join(url, MANIFEST_NAME) not in listed}
+        there = [url for url in members if url not in found]
+        opened = zip(there, in_order(_open, there, LOOKS_AT_ONCE), strict=True)
+        found |= {url: one for url, one in opened if not isinstance(one, CorruptArtifactError)}
+    return found
+
+
+def check_sizes(artifacts: Iterable[Artifact]) -> None:
+    """Raise CorruptArtifactError when a file is missing, shorter or longer than its manifest says.
+
+    On an object store by listings, one for each folder of many artifacts, and not by a request for each file.
+    """
+    known = {artifact.url: artifact for artifact in artifacts}
+    for url, artifact in known.items():
+        for name in artifact.manifest.files if paths.is_local(url) else ():
+            check_size(artifact.file_url(name), artifact.manifest.files[name])
+    for folder, members in _by_folder(url for url in known if not paths.is_local(url)).items():
+        roots = [folder] if len(members) >= FEWEST_TO_LIST else members
+        walked = in_order(lambda root: [*paths.walk(root)], roots, READS_AT_ONCE)
+        sizes = {info.url: info.size for found in walked for info in found}
+        for artifact in map(known.__getitem__, members):
+            for name, entry in artifact.manifest.files.items():
+                compare_size(artifact.file_url(name), entry, sizes.get(artifact.file_url(name)))
+
+
+def _by_folder(urls: Iterable[str]) -> dict[str, list[str]]:
+    """URLs by the folder that they lie in, each once."""
+    found: dict[str, list[str]] = {}
+    for url in dict.fromkeys(urls):
+        found.setdefault(url.rstrip("/").rpartition("/")[0], []).append(url)
+    return found
 
 
 def open_artifact(url: str) -> Artifact:

@@ -65,7 +65,7 @@ class FolderStore:
         """Write a file from its parts."""
         call("write", url, lambda: write_atomically(local_path(url), parts, replace=True))
 
-    def copy_inside(self, source: str, target: str) -> bool:
+    def copy_inside(self, source: str, target: str, _size: int | None = None) -> bool:
         """Hard-link a file, in place of an older one; False where the file system cannot."""
         path = local_path(target)
         try:

@@ -3,18 +3,26 @@
 A resumable writer uses one place for all that makes the same bytes. On a folder it locks the scratch folder; where
 another process holds the lock, or the file system knows none, a writer takes a place of its own. On an object store two
 such writers write the same bytes under the same keys, so they need no lock.
+
+It is only ever appended to, so that ten thousand files cost as many lines and not their square: to a file in a folder,
+and to an object store as an object for each entry, as objects cannot grow.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import asdict
 
 from checkpoints import paths
-from checkpoints.errors import StoreError
 from checkpoints.hashing import FileEntry
 from checkpoints.manifest import file_entries
+from checkpoints.parallel import in_order
 from checkpoints.parsing import parse_object
+
+READS_AT_ONCE = 16
 
 
 class Journal:
@@ -22,41 +30,48 @@ class Journal:
 
     def __init__(self, url: str = "") -> None:
         self._url = url
-        self._entries: dict[str, FileEntry] = {}
 
     def read(self, folder: str) -> dict[str, FileEntry]:
         """Entries of the files that an earlier writer finished and that still lie in `folder` with their size."""
         if not self._url:
             return {}
-        try:
-            entries = file_entries(parse_object(paths.read_bytes(self._url)))
-        except (FileNotFoundError, ValueError):  # none yet, or torn by a crash
-            return {}
-        self._entries = {
-            name: entry for name, entry in entries.items() if _size(paths.join(folder, name)) == entry.size
-        }
-        return dict(self._entries)
+        sizes = {paths.relative(info.url, folder): info.size for info in paths.walk(folder)}
+        entries: dict[str, FileEntry] = {}
+        for line in self._lines():
+            try:
+                entries |= file_entries(parse_object(line))
+            except ValueError:  # torn by a crash
+                continue
+        return {name: entry for name, entry in entries.items() if sizes.get(name) == entry.size}
 
     def add(self, name: str, entry: FileEntry) -> None:
         """Note that a file is whole and on the disk."""
-        if self._url:
-            self._entries[name] = entry
-            content = json.dumps({key: asdict(value) for key, value in self._entries.items()}).encode()
-            paths.replace_bytes(self._url, content)
+        if not self._url:
+            return
+        line = json.dumps({name: asdict(entry)}).encode()
+        if paths.is_local(self._url):
+            with paths.open_to_append(paths.local_path(self._url)) as file:
+                file.write(b"\n" + line)  # not behind it: the last line may be torn
+                file.flush()
+                os.fsync(file.fileno())
+        else:  # named by the file, so that two writers of the same bytes agree
+            paths.replace_bytes(paths.join(self._url, hashlib.sha256(name.encode()).hexdigest()[:32]), line)
 
     def remove(self) -> None:
         """Forget all, before the artifact is committed."""
         if self._url:
             paths.remove(self._url)
 
+    def _lines(self) -> Iterator[bytes]:
+        if not paths.is_local(self._url):
+            yield from in_order(lambda info: paths.read_bytes(info.url), paths.walk(self._url), READS_AT_ONCE)
+            return
+        try:
+            yield from paths.read_bytes(self._url).splitlines()
+        except FileNotFoundError:  # none yet
+            return
+
 
 def attempt_of(identity: str) -> str:
     """The attempt that all resumable writers of the same bytes share, from a hash of what the bytes depend on."""
     return f"attempt-{identity[:12]}"
-
-
-def _size(url: str) -> int:
-    try:
-        return paths.file_size(url)
-    except (FileNotFoundError, StoreError):
-        return -1

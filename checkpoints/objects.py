@@ -51,7 +51,7 @@ class ObjectStore:
             for part in parts:
                 call("write", url, lambda part=part: file.write(part))  # type: ignore[misc]
 
-    def copy_inside(self, source: str, target: str) -> bool:
+    def copy_inside(self, source: str, target: str, _size: int | None = None) -> bool:
         """Let the store copy a file; what that costs depends on the file system."""
         call("copy", target, lambda: self._files.cp_file(source, target))
         return True

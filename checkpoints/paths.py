@@ -153,16 +153,17 @@ def upload(url: str, parts: Iterable[bytes]) -> None:
     store_of(url).upload(url, parts)
 
 
-def copy_inside(source: str, target: str) -> bool:
+def copy_inside(source: str, target: str, size: int | None = None) -> bool:
     """Give a file a second name without moving its bytes: a hard link, or a copy made by the object store.
 
-    False, with nothing done, where that cannot be: another disk or store, or one that has no such copies.
+    `size` in bytes, where it is known, saves a request. False, with nothing done, where that cannot be: another disk or
+    store, or one that has no such copies.
     """
     if is_local(source) != is_local(target):
         return False
     if not is_local(source) and source.split("://", 1)[0] != target.split("://", 1)[0]:
         return False
-    return store_of(target).copy_inside(source, target)
+    return store_of(target).copy_inside(source, target, size)
 
 
 def remove(url: str) -> None:

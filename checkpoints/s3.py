@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any
 
 from checkpoints import retry
+from checkpoints.errors import StoreError
 from checkpoints.options import max_attempts
 from checkpoints.parallel import in_order
 from checkpoints.retry import call
@@ -24,6 +25,8 @@ COPY_PART = 1 << 30
 PIECE_BYTES = 1 << 20  # malloc uses blocks of this size again; fresh larger ones cost page faults
 OBJECT_MARKERS = {"ContinuationToken": "NextContinuationToken"}
 UPLOAD_MARKERS = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
+KEYS_OF_A_DELETE = 1_000  # of one DeleteObjects request
+NOT_OFFERED = {"NotImplemented", "MethodNotAllowed"}  # DeleteObjects, by some stores that speak S3
 ABSENT = {"NoSuchKey", "NoSuchBucket", "NoSuchUpload", "404", "NotFound"}
 # One attempt per request in botocore: retry.py repeats, so that every failure is counted and logged.
 CONFIG = {
@@ -99,10 +102,10 @@ class S3Store:
         else:
             self._upload_parts(url, chain([first, second], rest))
 
-    def copy_inside(self, source: str, target: str) -> bool:
+    def copy_inside(self, source: str, target: str, size: int | None = None) -> bool:
         """Let the server copy an object, in parts of 1 GiB where it is larger than one request may copy."""
         origin = dict(zip(("Bucket", "Key"), _split(source), strict=True))
-        size = self.size(source)
+        size = self.size(source) if size is None else size
         if size <= LARGEST_COPY:
             self._request("copy", target, "copy_object", CopySource=origin)
             return True
@@ -144,9 +147,40 @@ class S3Store:
         ]
 
     def delete(self, urls: Iterable[str]) -> None:
-        """Delete objects; those that are gone already are skipped."""
-        for _ in in_order(lambda url: self._request("delete", url, "delete_object"), urls, REQUESTS_IN_FLIGHT):
+        """Delete objects, a thousand with one request; those that are gone already are skipped."""
+        batches = (
+            bucket[start : start + KEYS_OF_A_DELETE]
+            for bucket in _by_bucket(urls)
+            for start in range(0, len(bucket), KEYS_OF_A_DELETE)
+        )
+        for _ in in_order(self._delete_batch, batches, REQUESTS_IN_FLIGHT):
             pass
+
+    def _delete_batch(self, urls: list[str]) -> None:
+        """Objects of one bucket; single requests where there is one, or where a store knows no others."""
+        left = [] if len(urls) == 1 else list(urls)
+        if left:
+            try:
+                call("delete", left[0], lambda: self._delete_many(left))
+            except StoreError as error:
+                if retry.answer_code(error) not in NOT_OFFERED and retry.answer_status(error) not in (405, 501):
+                    raise
+            else:
+                return
+        for url in urls:
+            self._request("delete", url, "delete_object")
+
+    def _delete_many(self, left: list[str]) -> None:
+        """One request; `left` keeps those that a retry has to name again. Raises the first refusal as botocore does."""
+        keys = {_split(url)[1]: url for url in left}
+        objects = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+        refused = self._call("delete_objects", _split(left[0])[0], Delete=objects).get("Errors", [])
+        refused = [entry for entry in refused if entry.get("Code") not in ABSENT]
+        if refused:
+            from botocore.exceptions import ClientError
+
+            left[:] = [keys[entry["Key"]] for entry in refused if entry.get("Key") in keys] or left
+            raise ClientError({"Error": refused[0]}, "DeleteObjects")
 
     def unfinished_uploads(self, url: str) -> list[tuple[FileInfo, str]]:
         """Multipart uploads below a prefix that were neither completed nor aborted, with their upload ids."""
@@ -247,6 +281,14 @@ class S3Store:
                 raise FileNotFoundError(f"{bucket}/{options.get('Key', '')}") from error
             raise
         return answer
+
+
+def _by_bucket(urls: Iterable[str]) -> Iterable[list[str]]:
+    """URLs by their bucket, each once."""
+    found: dict[str, list[str]] = {}
+    for url in dict.fromkeys(urls):
+        found.setdefault(_split(url)[0], []).append(url)
+    return found.values()
 
 
 def _split(url: str) -> tuple[str, str]:

@@ -24,6 +24,7 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format
 MAX_SIZE = 2**64 - 1  # the library computes sizes in bits with 64 bits
 ALIGNMENT = 8
+USUAL_HEADER_BYTES = 32 << 10  # of an expert of 32 layers: 96 tensors of some 120 bytes each
 METADATA = "__metadata__"
 # In the order of the format: tensors are sorted by descending type, then by name, so that all are aligned.
 BITS = {
@@ -88,10 +89,13 @@ def read_header(read: Callable[[int, int], bytes], size: int) -> Header:
     return header
 
 
-def read_spans(url: str, hashes: Mapping[str, str] | None = None) -> dict[str, TensorSpan]:
-    """Spans of all tensors of a weight file, from its header; `hashes` are the tensors' sha256 by name."""
+def read_spans(url: str, hashes: Mapping[str, str] | None = None, size: int | None = None) -> dict[str, TensorSpan]:
+    """Spans of all tensors of a weight file, from its header; `hashes` are the tensors' sha256 by name.
+
+    Where the `size` of the file in bytes is known, most headers take one request.
+    """
     try:
-        header = read_header(lambda start, end: paths.read_bytes(url, start, end), paths.file_size(url))
+        header = read_header(_reader(url, size), paths.file_size(url) if size is None else size)
     except FileNotFoundError as error:
         raise DataError(f"{url} must be there, but is missing; delete its artifact and run that stage again") from error
     except ValueError as error:
@@ -107,6 +111,12 @@ def read_spans(url: str, hashes: Mapping[str, str] | None = None) -> dict[str, T
         )
         for name, entry in header.tensors.items()
     }  # fmt: skip
+
+
+def _reader(url: str, size: int | None) -> Callable[[int, int], bytes]:
+    """What reads bytes [start, end) of a file; of one whose size is known, its beginning comes at once."""
+    head = b"" if size is None else paths.read_bytes(url, 0, min(size, USUAL_HEADER_BYTES))
+    return lambda start, end: head[start:end] if end <= len(head) else paths.read_bytes(url, start, end)
 
 
 def weight_files(folder: Path) -> list[Path]:

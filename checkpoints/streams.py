@@ -60,9 +60,15 @@ def _remote_parts(url: str, start: int, end: int) -> Iterator[bytes]:
 def check_size(url: str, entry: FileEntry) -> None:
     """Raise CorruptArtifactError when the file is missing, shorter or longer than its entry says."""
     try:
-        size = paths.file_size(url)
+        compare_size(url, entry, paths.file_size(url))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _missing(url) from error
+
+
+def compare_size(url: str, entry: FileEntry, size: int | None) -> None:
+    """Raise CorruptArtifactError unless a file has the size that its entry says; None for one that is missing."""
+    if size is None:
+        raise _missing(url)
     if size != entry.size:
         state = "truncated" if size < entry.size else "too long"
         raise CorruptArtifactError(f"{url} must have {entry.size} bytes, but has {size} ({state}); {REMEDY}")

@@ -6,8 +6,9 @@ change while jobs run, so they are copied whole and without hashes, each in one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, pairwise
 
 from checkpoints import paths
 from checkpoints.artifact import Artifact, examine, newest_checkpoints
@@ -20,11 +21,15 @@ from checkpoints.errors import (
     StoreFullError,
     UnreachableError,
 )
+from checkpoints.manifest import CHECKPOINT_KIND
+from checkpoints.parallel import in_order
 from checkpoints.urls import ATTEMPT, FileInfo, UnsafeNameError, checked_path
 
 Report = Callable[[int], object]
 # These would be said of everything that follows as well.
 FATAL = (AccessError, MissingBucketError, StoreFullError, UnreachableError)
+SMALL_BYTES = 8 << 20  # as many at once hold no more than one large file's parts on their way
+SMALL_AT_ONCE = 8
 KINDS = (".yaml", ".jsonl", ".log")
 TENSORBOARD = "events.out.tfevents."
 
@@ -54,6 +59,11 @@ class Outcome:
     passed_over: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
+    def add(self, other: Outcome) -> None:
+        """Take in what became of another part."""
+        for name, found in vars(other).items():
+            getattr(self, name).extend(found)
+
 
 def select(source: str, newest: bool) -> Selection:
     """All artifacts below a URL and the loose files of a run, or only the newest checkpoint of every job."""
@@ -69,8 +79,11 @@ def select(source: str, newest: bool) -> Selection:
 def transfer(chosen: Selection, target: str, report: Report) -> Outcome:
     """Copy what was chosen; only trouble that concerns all of it is raised. `report` is told the bytes done."""
     outcome = Outcome(problems=[*chosen.problems])
-    for artifact in chosen.artifacts:
-        _copy_artifact(artifact, chosen.source, target, outcome, report)
+    alone = _not_side_by_side(chosen.artifacts)
+    for is_small, found in groupby(chosen.artifacts, lambda artifact: artifact.url not in alone):
+        at_once = SMALL_AT_ONCE if is_small else 1
+        for one in in_order(lambda artifact: _copy_artifact(artifact, chosen.source, target, report), found, at_once):
+            outcome.add(one)
     _copy_loose(chosen.source, chosen.loose, target, outcome)
     if paths.is_local(chosen.source):
         links = paths.linked_folders(paths.local_path(chosen.source))
@@ -78,7 +91,25 @@ def transfer(chosen: Selection, target: str, report: Report) -> Outcome:
     return outcome
 
 
-def _copy_artifact(artifact: Artifact, source: str, target: str, outcome: Outcome, report: Report) -> None:
+def _not_side_by_side(artifacts: Sequence[Artifact]) -> set[str]:
+    """URLs of those that are copied one after another.
+
+    Where bytes take the time, not requests; checkpoints, as one in pieces is committed behind its pieces; and what
+    others lie in, as on a folder it is renamed into its place before they are there.
+    """
+    urls = sorted(artifact.url.rstrip("/").split("/") for artifact in artifacts)  # by parts: `-` is before `/`
+    outer = {"/".join(first) for first, second in pairwise(urls) if second[: len(first)] == first}
+    return {
+        artifact.url
+        for artifact in artifacts
+        if artifact.manifest.size > SMALL_BYTES
+        or artifact.manifest.kind == CHECKPOINT_KIND
+        or artifact.url.rstrip("/") in outer
+    }
+
+
+def _copy_artifact(artifact: Artifact, source: str, target: str, report: Report) -> Outcome:
+    outcome = Outcome()
     place = paths.join(target, paths.relative(artifact.url, source))
     try:
         outcome.copied += [place] if copy_artifact(artifact, place, report) else []
@@ -95,6 +126,7 @@ def _copy_artifact(artifact: Artifact, source: str, target: str, outcome: Outcom
         outcome.problems.append(
             f"{place} must be free for {artifact.url}, but a file stands where its folder would be; move it away"
         )
+    return outcome
 
 
 def _copy_loose(source: str, urls: Iterable[str], target: str, outcome: Outcome) -> None:

@@ -111,7 +111,7 @@ class ArtifactWriter:
         False, with nothing done, where that cannot be: another disk, another store, or a store without such copies.
         """
         target = self._path(name) if paths.is_local(self.url) else self._upload_url(name)
-        if not paths.copy_inside(source_url, str(target)):
+        if not paths.copy_inside(source_url, str(target), entry.size):
             return False
         self.adopt(name, entry)
         return True

@@ -16,6 +16,7 @@ from launcher.allocation import Allocation, meeting_point
 from launcher.snapshot import ENTRY_NAME, ROOT
 from launcher.tasks import Task, nodes_of
 from modularforge.config import Config
+from modularforge.pipeline import STAGES
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"
 # How long the other nodes may take to notice that one has ended.
@@ -30,14 +31,19 @@ FOREIGN = (*TORCHRUN, "SLURM_*", "SBATCH_*", "SRUN_*", "SQUEUE_*", "PMI*", "PMIX
 def processes_of(config: Config, task: Task, allocation: Allocation) -> int:
     """Training processes on each node; one for a task that is no training."""
     wanted = allocation.processes or nodes_of(config, task.group).processes_per_node
-    return wanted if task.is_training else 1
+    return wanted if _is_shared(config, task) else 1
+
+
+def _is_shared(config: Config, task: Task) -> bool:
+    """Whether processes share it: a calibration, which is made with the assembled model, where that is in pieces."""
+    return task.is_training or (config.training.parallel != "ddp" and any(STAGES[name].phase for name in task.stages))
 
 
 def training_command(config: Config, task: Task, allocation: Allocation, options: list[str]) -> list[str]:
     """The whole command, from srun to the stage's own options."""
     processes = processes_of(config, task, allocation)
     stage = [*_module("modularforge"), *task.arguments, *options]
-    is_alone = not task.is_training or allocation.nodes * processes == 1
+    is_alone = not _is_shared(config, task) or allocation.nodes * processes == 1
     if allocation.is_local:
         return [sys.executable, "-u", *([] if is_alone else _local_torchrun(processes)), *stage]
     return [*_srun(allocation), *(_python(config) if is_alone else _torchrun(config, allocation, processes)), *stage]

@@ -11,7 +11,7 @@ import datetime
 import json
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -19,8 +19,10 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import Required, TypedDict
 
-from checkpoints import find_artifact, paths
+from checkpoints import Artifact, find_artifact, paths
+from checkpoints.parallel import in_order
 from checkpoints.redact import redact_values
+from checkpoints.urls import MANIFEST_NAME
 from launcher.layout import all_events_url, events_url
 from modularforge.config import Config
 from modularforge.json_lines import objects_in
@@ -105,10 +107,48 @@ def merge_events(config: Config, submitted: Iterable[Event]) -> None:
 
 def progress_of(config: Config, job: str) -> Progress:
     """What the store says of one job."""
-    line = _last_line(metrics_url(config, job))
-    step, committed = newest_checkpoint(config, job)
+    return _progress(_last_line(metrics_url(config, job)), *newest_checkpoint(config, job))
+
+
+def _progress(line: dict[str, Any], step: int, committed: float | None) -> Progress:
     loss, seconds = (number_in(line, name) for name in ("loss", "time"))
     return Progress(step, committed, int(number_in(line, "step") or 0), loss, seconds)
+
+
+def progress_of_each(config: Config, jobs: Iterable[str], finished: Mapping[str, Artifact]) -> dict[str, Progress]:
+    """What the store says of many jobs; those that are `finished` by their artifact say it in their manifest.
+
+    On an object store two listings tell what there is, and only the metrics of jobs under way are read.
+    """
+    if paths.is_local(config.output_dir):
+        return {job: progress_of(config, job) for job in jobs}
+    there = {info.url: info.size for info in paths.walk(metrics_url(config, "x").rpartition("/")[0])}
+    urls = {job: metrics_url(config, job) for job in jobs}
+    read = [job for job, url in urls.items() if url in there and job not in finished]
+    tails = in_order(lambda job: _last_line(urls[job], there[urls[job]]), read, READS_AT_ONCE)
+    lines = dict(zip(read, tails, strict=True))
+    lines |= {job: _as_line(finished[job]) for job in urls if job in finished}
+    newest = _newest_checkpoints(config)
+    return {job: _progress(lines.get(job, {}), *newest.get(job, (0, None))) for job in urls}
+
+
+def _newest_checkpoints(config: Config) -> dict[str, tuple[int, float | None]]:
+    """Step and time of the newest checkpoint of every job, by a listing of the manifests that there are."""
+    found: dict[str, tuple[int, float | None]] = {}
+    root = checkpoint_url(config, "x").rpartition("/")[0]
+    for info in paths.walk(root):
+        job, _, name = paths.relative(info.url, root).partition("/")
+        step, _, file = name.partition("/")
+        if file == MANIFEST_NAME and STEP_NAME.fullmatch(step):
+            number = int(step.removeprefix("step-"))
+            found[job] = max(found.get(job, (0, None)), (number, info.modified), key=lambda one: one[0])
+    return found
+
+
+def _as_line(artifact: Artifact) -> dict[str, Any]:
+    """What a finished job's last line of metrics says too."""
+    facts = artifact.manifest.facts
+    return {"step": facts.get("steps"), "loss": facts.get("train_loss")}
 
 
 def newest_checkpoint(config: Config, job: str) -> tuple[int, float | None]:
@@ -121,10 +161,10 @@ def newest_checkpoint(config: Config, job: str) -> tuple[int, float | None]:
     return 0, None
 
 
-def _last_line(url: str) -> dict[str, Any]:
-    """The last metrics line that has a loss; an empty one when there is none."""
+def _last_line(url: str, size: int | None = None) -> dict[str, Any]:
+    """The last metrics line that has a loss; an empty one when there is none. A known size saves a request."""
     try:
-        size = paths.file_size(url)
+        size = paths.file_size(url) if size is None else size
         content = paths.read_bytes(url, max(0, size - TAIL_BYTES), size)
     except (FileNotFoundError, NotADirectoryError):
         return {}

@@ -12,11 +12,14 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from types import FrameType
 
+from checkpoints import paths
 from checkpoints.screen import shown_command
 from launcher.allocation import Allocation
 from launcher.command import child_environment, processes_of, training_command
@@ -34,6 +37,9 @@ from modularforge.exits import run_app
 from modularforge.run import Run
 
 PR_SET_PDEATHSIG = 1
+# S3 answers 5,500 reads a second below one prefix, and a job begins with about forty (docs/thousands.md).
+STARTS_A_SECOND = 140
+SHORTEST_SPREAD = 5.0  # seconds; fewer jobs than that would take do not start within one second anyway
 
 
 def main() -> None:
@@ -46,7 +52,16 @@ def main() -> None:
     given = options.allocation
     allocation = Allocation.from_word(given) if given else Allocation.of_this_job(options.processes)
     task = find_task(config, options.group, allocation.array_index, options.offset)
+    if not given:
+        spread_start(config, task)
     sys.exit(run_task(config, task, allocation, _settings_options(options), options.key, options.again))
+
+
+def spread_start(config: Config, task: Task) -> None:
+    """Wait for a moment of chance where thousands start at once, as all of them read the same few objects first."""
+    longest = config.experts.count / STARTS_A_SECOND if task.index is not None else 0.0
+    if longest >= SHORTEST_SPREAD and not paths.is_local(config.output_dir):
+        time.sleep(random.uniform(0.0, longest))
 
 
 def find_task(config: Config, group: str, array_index: int | None, offset: int) -> Task:

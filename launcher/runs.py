@@ -126,7 +126,7 @@ def rerun(config: Config, what: str, say: Say) -> None:
     """Make one finished expert, branch or baseline again, and what was made of it, as the run was last started."""
     config, record = recorded(config)
     task = _task_named(config, what)
-    if not task.is_worker:
+    if not (task.is_training and task.is_worker) and not task.is_merge:
         raise ConfigError(
             f"rerun must name an expert or a baseline, but {task.name} is none: everything is made of it; start "
             "another run with --new-run"
@@ -217,7 +217,7 @@ def follow_status(config: Config) -> Iterator[list[Row]]:
     rows: list[Row] = []
     wait, has_answered = FIRST_POLL_SECONDS, False
     while True:
-        before = rows
+        before, start = rows, time.monotonic()
         try:
             rows = read_status(config, record)
             has_answered = True
@@ -232,7 +232,8 @@ def follow_status(config: Config) -> Iterator[list[Row]]:
             return
         same = [(row.task, row.state) for row in before] == [(row.task, row.state) for row in rows]
         wait = min(LONGEST_POLL_SECONDS, wait * POLL_GROWTH) if same else FIRST_POLL_SECONDS
-        time.sleep(wait)
+        # Of ten thousand experts on an object store a look takes minutes: half of the time at most is spent asking.
+        time.sleep(max(wait, time.monotonic() - start))
         _, record = recorded(config)
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.events import Event, Progress, progress_of, read_all_events
+from launcher.events import Event, Progress, progress_of_each, read_all_events
 from launcher.layout import log_file, old_folder_name, run_path
 from launcher.processes import jobs_here
 from launcher.record import Record, Submission
@@ -62,7 +62,8 @@ def known_status(config: Config, record: Record) -> list[Row]:
 def read_status(config: Config, record: Record, asks_slurm: bool = True) -> list[Row]:
     """One row per task, in the order of the graph; without Slurm, as the jobs themselves said last."""
     tasks = build_tasks(config)
-    done = finished_tasks(Run(config), tasks)
+    run = Run(config)
+    done = finished_tasks(run, tasks)
     spared = unneeded_tasks(tasks, done)
     # The queue before the events: a job that ends in between is then seen as ended, and not as lost.
     is_over = len(done | spared) == len(tasks)
@@ -76,10 +77,15 @@ def read_status(config: Config, record: Record, asks_slurm: bool = True) -> list
     told = {} if asks_slurm else _told(record, events)
     # Taken back ones too: what an earlier launch finished keeps its job and its log.
     carriers = {name: item for item in record.submissions if item.job for name in item.task_names}
+    trained = [task for task in tasks if task.is_training]
+    made = {task.name: run.find(run.url(task.stages[0], task.index)) for task in trained if task.name in done}
+    finished = {name: artifact for name, artifact in made.items() if artifact is not None}
+    progress = progress_of_each(config, [task.name for task in trained], finished)
     return [
-        _row(config, task, events.get(task.name, []), carriers.get(task.name), live, queued, done, spared, told, record)
+        _row(config, task, events.get(task.name, []), carriers.get(task.name), live, queued, done, spared, told, record,
+             progress)
         for task in tasks
-    ]
+    ]  # fmt: skip
 
 
 def _told(record: Record, events: dict[str, list[Event]]) -> dict[str, tuple[str, str]]:
@@ -159,6 +165,7 @@ def _row(
     spared: set[str],
     told: dict[str, tuple[str, str]],
     record: Record,
+    progress: dict[str, Progress],
 ) -> Row:
     index = task.index - carrier.offset if carrier and task.index is not None else None
     job = queued.get((str(carrier.job), index)) if carrier else None
@@ -176,7 +183,7 @@ def _row(
         state, reason = told[task.name]
     else:
         state, reason = _ended_state(events, carrier, job)
-    found = progress_of(config, task.name) if task.is_training and state != "pending" else Progress()
+    found = progress.get(task.name, Progress()) if state != "pending" else Progress()
     shown = job or by_hand
     name = carrier.job_name(task.name) if carrier else str(events[-1].get("slurm_job") or "") if events else ""
     log = _log(config, task, carrier, events, record)

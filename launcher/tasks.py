@@ -10,12 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from checkpoints import MissingArtifactError, paths
-from checkpoints.parallel import in_order
 from modularforge.config import Config, NodesConfig
-from modularforge.pipeline import ROUNDS, STAGES, JobName, Stage, stage_settings, wanted_stages
+from modularforge.pipeline import PREPARING, ROUNDS, STAGES, JobName, Stage, stage_settings, wanted_stages
 from modularforge.run import Run, is_kept
 
-READS_AT_ONCE = 16
 MERGED = ("expert", *ROUNDS)
 """Jobs of which others go on without those that failed."""
 
@@ -66,8 +64,8 @@ class Task:
 
     @property
     def is_worker(self) -> bool:
-        """Whether it runs beside others: experts and baselines, and merges, which may not wait for the last expert."""
-        return (self.is_training and self.group != "backbone") or self.is_merge
+        """Whether it runs beside others: one of many, a baseline, or a merge, which may not wait for the last."""
+        return self.index is not None or (self.is_training and self.group != "backbone") or self.is_merge
 
     @property
     def is_merge(self) -> bool:
@@ -98,7 +96,7 @@ def build_tasks(config: Config) -> list[Task]:
     """All tasks of a run, each after those it waits for; workers may run side by side."""
     stages_of: dict[str, list[Stage]] = {}
     for stage in wanted_stages(config):
-        stages_of.setdefault(stage.job, []).append(stage)
+        stages_of.setdefault(stage.job_in(config), []).append(stage)
     job_of = {stage.name: job for job, stages in stages_of.items() for stage in stages}
     waits = {job: _waits_for(stages, job_of, config) - {job} for job, stages in stages_of.items()}
     tasks: dict[str, list[Task]] = {}
@@ -160,6 +158,8 @@ def is_finished(run: Run, task: Task) -> bool:
     """Whether all that the task makes is committed; raises MismatchError when another config's lies there."""
     if task.stages == ("evaluate",):
         return _is_evaluated(run)
+    if task.stages[-1] in PREPARING[:-1] and run.artifact("prepare-data"):
+        return True
     return all(run.artifact(stage, task.index) for stage in task.stages)
 
 
@@ -170,14 +170,12 @@ def finished_tasks(run: Run, tasks: list[Task]) -> set[str]:
 
 
 def _look_side_by_side(run: Run, tasks: list[Task]) -> None:
-    """Let `run` know what ten thousand experts have committed to an object store, which answers in tens of ms."""
+    """Let `run` know what ten thousand experts have committed, but of those that cannot have begun."""
     if paths.is_local(run.config.output_dir):
         return
     waiting = {task.group for task in tasks if task.index == 0 and not _may_begin(run, task)}
     found = [task for task in tasks if task.index is not None and task.group not in waiting]
-    urls = [run.url(stage, task.index) for task in found for stage in task.stages]
-    for _ in in_order(run.find, urls, READS_AT_ONCE):
-        pass
+    run.look_ahead(run.url(stage, task.index) for task in found for stage in task.stages)
 
 
 def _may_begin(run: Run, task: Task) -> bool:

@@ -16,7 +16,7 @@ from modularforge.errors import ConfigError, UserError
 from modularforge.experts_cli import app as experts_app
 from modularforge.log import logger
 from modularforge.options import with_lazy_settings, with_settings
-from modularforge.pipeline import STAGES, Stage, wanted_stages
+from modularforge.pipeline import PREPARING, STAGES, Stage, wanted_stages
 from modularforge.run import Run
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def _make(
             if stage.round:
                 _make(run, stage.name, parts=parts)
     for stage in STAGES.values():
-        if stage.job == job and stage.name not in but and not stage.is_off(run.config):
+        if job in (stage.job, stage.job_in(run.config)) and stage.name not in but and not stage.is_off(run.config):
             for index in stage.indices(run.config) if indices is None else indices:
                 _make_part(run, stage.name, index, parts)
 
@@ -104,6 +104,8 @@ def _add_job(jobs: typer.Typer, stage: Stage) -> None:
 MERGES = "Merge what experts share after round {} (experts.rounds; later rounds have such commands too)."
 HELP_OF_JOBS = {
     "prepare-data": "Learn the tokenizer, write token files, and divide the documents among the experts.",
+    "vocabulary": "Learn the tokenizer of text that several jobs prepare (cluster.prepare_tasks).",
+    "tokenise": "Read and tokenise one share of the text (cluster.prepare_tasks).",
     "backbone": "Train the backbone; with DDP: torchrun --nproc-per-node 2 -m modularforge backbone.",
     "expert": "Train one expert, alone, on its own partition; where it is trained in rounds, through the last.",
     "branch": "Train one branch of the BTX baseline.",
@@ -213,7 +215,7 @@ def run_all(
     """Prepare data, train backbone and experts, assemble, calibrate and evaluate; finished stages are skipped."""
     run = Run(settings)
     skipped = dict(zip(PRODUCT, (skip_data, skip_backbone, skip_experts, skip_assembly), strict=True))
-    left_out = [stage.name for stage in STAGES.values() if skipped.get(stage.job)]
+    left_out = [*PREPARING[:-1], *(stage.name for stage in STAGES.values() if skipped.get(stage.job))]
     left_out += ["calibrate"] if skip_calibration else []
     left_out += [stage.name for stage in STAGES.values() if skip_evaluation and stage.job not in PRODUCT]
     parts = _announced(run, left_out)

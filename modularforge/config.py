@@ -811,6 +811,9 @@ class ClusterConfig(Section):
     """The node that prepares data, assembles, and evaluates."""
     array_throttle: int | None = Field(None, ge=1)
     """Experts that run at the same time at the most; null leaves it to Slurm."""
+    prepare_tasks: int | None = Field(None, ge=1, le=100_000)
+    """Jobs that read and tokenise a share of the text each, side by side, before `prepare-data` puts together what they
+    made; the data is the same, however many there are. Null: `prepare-data` does it all."""
     min_experts: int | None = Field(None, ge=1)
     """Assembly, and each merge of a round, goes on without the others when this many experts are finished; null wants
     all."""
@@ -859,8 +862,9 @@ class SpeechDataConfig(Section):
     """Whisper's log-mel spectrogram, or Kaldi's log filter banks (25 ms every 10 ms)."""
     bins: int = Field(80, ge=8, le=256)
     """Bins of the features, as many as the encoder reads."""
-    normalise: Literal["none", "utterance", "corpus"] = "none"
-    """Features less their mean over their standard deviation (CMVN): of each utterance, or of all of training."""
+    normalise: Text = "none"
+    """Features less their mean over their standard deviation (CMVN): `none`, of each `utterance`, of all of training
+    (`corpus`), or of a statistics file: WeNet's `global_cmvn`, Kaldi's `cmvn.ark` or ESPnet's `feats_stats.npz`."""
     min_seconds: float = Field(0.1, gt=0)
     """Shorter recordings are left out."""
     max_seconds: float = Field(30.0, gt=0)
@@ -874,6 +878,11 @@ class SpeechDataConfig(Section):
     keeps: Literal["features", "audio"] = "features"
     """What prepared data hold: `features`, computed once, or the recordings (`audio`) as their files have them, from
     which features are computed on the fly, as batches are made. Both give the same losses."""
+
+    @property
+    def statistics_file(self) -> str | None:
+        """The file whose statistics normalise features, if one does."""
+        return None if self.normalise in ("none", "utterance", "corpus") else self.normalise
 
 
 class SpeechModelConfig(Section):
@@ -955,8 +964,8 @@ class SteeringConfig(Section):
     """`layerwise`: behind every layer, scaled; `aligner`: behind the encoder alone, without scale and without a prompt;
     `hybrid`: the same with the prompt; `prompt`: `layerwise`, with a prompt for each utterance; `lora`: no vectors, but
     low-rank adapters beside q, k, v, out, fc1 and fc2 of every layer."""
-    vectors: int = Field(8, ge=1)
-    """Vectors of one expert at each place, mixed by a gate for every frame."""
+    vectors: int | None = Field(8, ge=1)
+    """Vectors of one expert at each place, mixed by a gate for every frame; `lora` has none, whatever it says."""
     rank: int = Field(8, ge=1, le=65_536)
     """`lora`: rank of the adapters of one expert, whose learning rate is `experts.peak_learning_rate`."""
     start_scale: float = 0.1
@@ -1353,6 +1362,8 @@ def _impossible_speech(config: Config) -> Iterator[str]:
         )
     if config.task != "speech":
         return
+    if config.cluster.prepare_tasks is not None:
+        yield "cluster.prepare_tasks must be null with task speech, whose data one job prepares; unset it"
     if config.assembly.router not in ("ridge", "means", "uniform"):
         yield (
             "assembly.router must be ridge, means or uniform with task speech, whose experts are chosen "
@@ -1367,6 +1378,11 @@ def _impossible_speech(config: Config) -> Iterator[str]:
         yield (
             "speech.model.prompt and speech.data.prompt_field must be left out with steering.variant aligner, which "
             "reads no prompt; remove them, or set it to hybrid"
+        )
+    if config.steering.vectors is None and config.steering.variant != "lora":
+        yield (
+            f"steering.vectors must be a number with steering.variant {config.steering.variant}, but is null; set it, "
+            "or set steering.variant to lora"
         )
     if config.steering.variant == "lora":
         for name, _ in _changed(config.steering, "scale_bound", "active", "balance_loss", "orthogonality_loss"):

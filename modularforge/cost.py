@@ -172,6 +172,9 @@ def trained_parameters(config: Config, stage: str) -> int:
         return times * adapter_parameters(model, experts.lora.modules, experts.lora.rank)
     if stage in OF_EXPERTS:
         return ffn + (rows if experts.anchored else 0) + shared_parameters(model, vocab_size, experts.unfreeze)
+    if stage == "calibrate" and experts.kind == "ffn":
+        parts = ["norms"] * config.calibration.norms + ["embeddings", "attention", "head"] * config.calibration.shared
+        return config.assembled_experts * rows + shared_parameters(model, vocab_size, parts)
     if stage in ("joint", "joint_evidence") and config.joint.freeze_shared:
         return config.joint_experts * (ffn + rows)
     if stage == "btx" and config.btx.trains != "all":

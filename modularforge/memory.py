@@ -73,7 +73,9 @@ def job_memory(config: Config, stage: Stage, gpus: int, parallel: str, shards: i
 
 def keeps_stored(config: Config, stage: Stage) -> bool:
     """Whether frozen weights stay in bf16, in which pretrained models are mostly stored."""
-    return config.model.pretrained is not None and (stage.name in OF_EXPERTS or stage.name.startswith("joint_lora"))
+    return config.model.pretrained is not None and (
+        stage.name in (*OF_EXPERTS, "calibrate") or stage.name.startswith("joint_lora")
+    )
 
 
 def _around(config: Config) -> int:
@@ -87,7 +89,7 @@ def _block(config: Config, all_weights: int) -> int:
 
 def trained_stages(config: Config) -> list[Stage]:
     """The rows whose jobs train, one of each."""
-    rows = [stage for stage in in_order(config) if stage.phase is not None and not stage.within]
+    rows = [stage for stage in in_order(config) if stage.phase is not None]
     return [] if config.task == "speech" else rows
 
 
@@ -112,7 +114,7 @@ def too_large(config: Config, stage: Stage) -> str | None:
     None where it can, and where `cluster.gpu_memory_gb` does not say how large they are.
     """
     memory, training, nodes = config.cluster.gpu_memory_gb, config.training, getattr(config.cluster, stage.nodes)
-    gpus = nodes.nodes * nodes.gpus
+    gpus = nodes.nodes * nodes.gpus if training.parallel != "ddp" or not stage.within else min(1, nodes.gpus)
     if memory is None or not gpus:
         return None
     needed = job_memory(config, stage, gpus, training.parallel, training.shard_ranks or nodes.gpus).total

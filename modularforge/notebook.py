@@ -201,10 +201,10 @@ class LayerNormCalibrator:
         artifact = open_artifact(model_path)
         end = _end_token(artifact.read_json(CONFIG_NAME))
         decide, fitted = (encode(self.tokenizer, validation_texts[start::2], end) for start in (0, 1))
-        model = load_model(artifact.local_folder()).to(default_device())
+        model, world = load_model(artifact.local_folder()), World(device=default_device())
         job = Job("calibrate", self.config.calibration, self.config.training)
         seed = derived_seed(self.config.seed, "calibration order")
-        result = calibrate(model, self.config, even_mixture({"": fitted}), {"": decide}, job, seed)
+        result = calibrate(model, self.config, even_mixture({"": fitted}), {"": decide}, job, seed, world)
         if output_dir is not None and result.kept:
             inputs = {"assembled": artifact.manifest.fingerprint, "texts": _identity(np.concatenate([decide, fitted]))}
             with _writing(_plan(self.config, "calibrate", output_dir, inputs)) as writer:

@@ -48,6 +48,8 @@ class Stage:
     """What manifests call what it makes, and tables its model, where that is not the stage's name."""
     within: str = ""
     """The stage whose process makes it too, before or after, where it has no job of its own."""
+    first: str = ""
+    """The stage whose process makes it where that one is wanted, because it reads it before `within` does."""
     phase: Callable[[Config], PhaseConfig] | None = None
     """How it trains; None trains nothing."""
     nodes: str = "other"
@@ -64,13 +66,20 @@ class Stage:
     """Where its curves are drawn; empty draws none."""
     colour: str = ""
     """Of its curves and bars; experts and branches have one each."""
+    count: str = "experts.count"
+    """The setting that says how many there are of a row that is indexed."""
     round: int = 0
     """The round of the experts' training, but the last, that it is of; it is wanted where there are more rounds."""
 
     @property
     def is_indexed(self) -> bool:
-        """Whether there is one artifact for each partition."""
+        """Whether there is one artifact for each partition, or for each share of the work."""
         return "{index}" in self.folder
+
+    @property
+    def is_of_partitions(self) -> bool:
+        """Whether there is one artifact for each partition."""
+        return self.is_indexed and self.count == "experts.count"
 
     @property
     def kind(self) -> str:
@@ -81,6 +90,10 @@ class Stage:
     def job(self) -> str:
         """The job that makes it."""
         return self.within or self.name
+
+    def job_in(self, config: Config) -> str:
+        """The job that makes it in a run with these settings."""
+        return self.first if self.first and STAGES[self.first].is_wanted(config) else self.job
 
     def is_off(self, config: Config) -> bool:
         """Whether the setting without which there is nothing to make is not given."""
@@ -106,10 +119,11 @@ class Stage:
 
     def indices(self, config: Config) -> list[int | None]:
         """One index for each of its artifacts."""
-        return list(range(config.experts.count)) if self.is_indexed else [None]
+        return list(range(attrgetter(self.count)(config) or 0)) if self.is_indexed else [None]
 
 
 MAKERS = "modularforge.stages"
+PREPARE_TASKS, SHARE = "cluster.prepare_tasks", "share"
 SHARED_BY_ALL = ("prepare-data", "partition", "backbone")
 CLEANED_FROM = tuple(
     f"data.{name}"
@@ -203,14 +217,34 @@ STAGES: dict[str, Stage] = _Rows(
             CLEANED_FROM,
             artifact="cleaned",
             within="prepare-data",
+            first="vocabulary",
             needs="data.clean",
+            is_measured=False,
+        ),
+        Stage(
+            "vocabulary",
+            "{data}-parts/vocabulary",
+            ("data",),
+            ("clean", "tokenizer"),
+            f"{MAKERS}.prepare:vocabulary",
+            needs=PREPARE_TASKS,
+            is_measured=False,
+        ),
+        Stage(
+            "tokenise",
+            "{data}-parts/tokenise-{index}",
+            ("data",),
+            ("clean", "vocabulary", SHARE),
+            f"{MAKERS}.prepare:tokenised",
+            needs=PREPARE_TASKS,
+            count=PREPARE_TASKS,
             is_measured=False,
         ),
         Stage(
             "prepare-data",
             "{data}",
             ("data",),
-            ("clean", "tokenizer"),
+            ("clean", "tokenizer", "tokenise", "cmvn"),
             f"{MAKERS}.prepare:corpus",
             artifact="corpus",
             is_measured=False,
@@ -344,6 +378,8 @@ JOINT_LORA = ("joint_lora", "joint_lora_wide")
 ALL_BASELINES = (*TRAINED_ON_ALL, "branch", "btx")
 ROUNDS = tuple(name for name, stage in STAGES.items() if stage.round and stage.is_indexed)
 """The rows of experts between their rounds."""
+PREPARING = ("vocabulary", "tokenise", "prepare-data")
+"""The rows of prepared text: the first two share its work, and are needed no more when it is there."""
 HOW_READ, HOW_DRAWN = "data.packing", ("data.mix", "data.temperature")
 """Settings of prepared text that count where it is read: by what trains and measures, and by what trains."""
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
@@ -360,7 +396,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "training.keep_checkpoints": (EVERY,),
     "training.keep_checkpoints_every": (EVERY,),
     "training.checkpoint_fallback": (EVERY,),
-    **dict.fromkeys((HOW_READ, *HOW_DRAWN), ("prepare-data",)),
+    **dict.fromkeys((HOW_READ, *HOW_DRAWN), PREPARING),
     # A pretrained model is an input, known by its bytes, wherever its files lie.
     "model.pretrained": (EVERY,),
     # It keeps what it ends with, or nothing.
@@ -539,6 +575,8 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
         del found["experts.statistics_tokens"]
     if name == "assemble" and config.assembly.router != "evidence":
         found = {setting: value for setting, value in found.items() if setting not in OF_EVIDENCE}
+    if "speech.data.normalise" in found and config.speech.data.statistics_file:  # an input, known by what it says
+        found["speech.data.normalise"] = "file"
     return {name: value for name, value in found.items() if name not in CAME_LATER or CAME_LATER[name] != value}
 
 

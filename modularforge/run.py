@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from checkpoints import Artifact, find_artifact, paths
+from checkpoints.artifact import find_each
 from checkpoints.errors import MissingArtifactError
 from modularforge.config import Config
 from modularforge.errors import ConfigError, MismatchError
 from modularforge.pipeline import (
     CHOSEN_FACT,
+    PREPARING,
     ROUNDS,
+    SHARE,
     STAGES,
     JobName,
     Plan,
@@ -49,6 +53,11 @@ class Run:
             self._found[url] = find_artifact(url)
         return self._found[url]
 
+    def look_ahead(self, urls: Iterable[str]) -> None:
+        """Find many artifacts side by side: ten thousand on an object store, which answers in tens of milliseconds."""
+        if not paths.is_local(self.config.output_dir):
+            self._found |= find_each(url for url in urls if url not in self._found)
+
     def forget(self, url: str) -> None:
         """Look again at a place that has changed.
 
@@ -68,11 +77,11 @@ class Run:
         `inputs` are given only for the evaluation, which reads whatever models there are. Raises ConfigError for an
         index that no partition has.
         """
-        count = self.config.experts.count
+        count = len(STAGES[stage].indices(self.config))
         if index is not None and not 0 <= index < count:
             raise ConfigError(
-                f"--index must be between 0 and {count - 1} (experts.count is {count}), but is {index}; choose one of "
-                "these"
+                f"--index must be between 0 and {count - 1} ({STAGES[stage].count} is {count}), but is {index}; choose "
+                "one of these"
             )
         if STAGES[stage].round >= self.config.experts.rounds:
             raise ConfigError(
@@ -155,6 +164,7 @@ class Run:
 
     def require_each(self, stage: str) -> list[Artifact]:
         """The artifacts of all partitions."""
+        self.look_ahead(self.url(stage, index) for index in STAGES[stage].indices(self.config))
         return [self.require(stage, index) for index in STAGES[stage].indices(self.config)]
 
     @cached_property
@@ -186,6 +196,7 @@ class Run:
     def _chosen(self, stage: str, whole: str) -> dict[int, Artifact]:
         config, job = self.config, "assembly" if whole == "assemble" else whole
         indices = range(config.experts.count)
+        self.look_ahead(self.url(stage, index) for index in indices)
         ready = {index: artifact for index in indices if (artifact := self._ready(stage, index))}
         if len(ready) < config.needed_experts:
             missing = ", ".join(str(index) for index in indices if index not in ready)
@@ -226,6 +237,10 @@ class Run:
         return found
 
     def _input(self, needed: str, index: int | None) -> dict[str, str]:
+        if needed == SHARE:
+            return {SHARE: f"{index} of {self.config.cluster.prepare_tasks}"}
+        if needed == "tokenise":  # the corpus is the same, in however many shares it was made
+            return {}
         if needed == "partition" and index is not None:
             return {needed: _partition_input(self._required("partition"), f"partition-{index}")}
         if needed == "expert" or (needed in ROUNDS and index is None):
@@ -234,7 +249,7 @@ class Run:
         if needed == "branch":
             branches = enumerate(self._required(needed, k) for k in STAGES[needed].indices(self.config))
             return {str(JobName(needed, k)): artifact.manifest.fingerprint for k, artifact in branches}
-        if needed in ("tokenizer", "pretrained", "encoder"):
+        if needed in ("tokenizer", "pretrained", "encoder", "cmvn"):
             if needed not in self._pretrained:  # hashes of whole models, and a look at the Hub's cache
                 self._pretrained[needed] = _pretrained_input(self.config, needed)
             return self._pretrained[needed]
@@ -243,7 +258,7 @@ class Run:
         if needed in STAGES and STAGES[needed].round:
             return self._of_round(needed, index)
         artifact = self._required(needed)
-        identity = contents(artifact) if needed in ("clean", "prepare-data") else artifact.manifest.fingerprint
+        identity = contents(artifact) if needed in ("clean", *PREPARING) else artifact.manifest.fingerprint
         return {STAGES[needed].kind: identity}
 
     def _of_round(self, needed: str, index: int | None) -> dict[str, str]:
@@ -272,9 +287,10 @@ def _partition_input(partitions: Artifact, name: str) -> str:
 
 
 def _pretrained_input(config: Config, needed: str) -> dict[str, str]:
-    """Identity of a pretrained model, its tokenizer or a speech encoder; nothing of one that has random weights."""
-    if needed == "encoder":
-        return _encoder_input(config)
+    """Identity of a pretrained model, its tokenizer, a speech encoder (nothing of one that has random weights), or of
+    statistics of features."""
+    if needed in ("encoder", "cmvn"):
+        return _speech_input(config, needed)
     if config.model.pretrained is None:
         return {}
     from modularforge.pretrained.fetch import model_identity, template_identity, tokenizer_identity
@@ -288,7 +304,11 @@ def _pretrained_input(config: Config, needed: str) -> dict[str, str]:
     return found
 
 
-def _encoder_input(config: Config) -> dict[str, str]:
+def _speech_input(config: Config, needed: str) -> dict[str, str]:
+    if config.task == "speech" and needed == "cmvn":
+        from modularforge.speech.cmvn import statistics_identity
+
+        return statistics_identity(config.speech.data)
     if config.task != "speech" or config.speech.model.encoder is None:
         return {}
     from modularforge.speech.encoder_files import encoder_identity

@@ -30,23 +30,35 @@ def write_parts(
     root: Path | str, model: ModelConfig, vocab_size: int, experts: int, dtype: str = "BF16"
 ) -> tuple[Artifact, list[Artifact]]:
     """A committed backbone and its plain experts, all in `dtype`."""
-    shapes = dense_shapes(model, vocab_size)
     with write_artifact(f"{root}/backbone", "backbone", "synthetic") as writer:
-        _write(writer, "model.safetensors", shapes, dtype, 0)
-        carried = {"dtype": {"BF16": "bfloat16", "F32": "float32"}[dtype]}
-        writer.write_json(CONFIG_NAME, backbone_config(model, vocab_size, carried))
-        writer.write_json(GENERATION_NAME, generation_config())
-        backbone = writer.commit({"data": {}})
-    hashes = backbone.manifest.files["model.safetensors"].tensors
-    shared = {name: digest for name, digest in hashes.items() if names.is_shared(name)}
+        backbone = writer.commit(fill_backbone(writer, model, vocab_size, dtype))
     members = []
     for index in range(experts):
-        own = {names.dense_to_expert(n, index): s for n, s in shapes.items() if names.is_dense_ffn(n)}
         with write_artifact(f"{root}/experts/expert-{index}", "expert", f"synthetic-{index}") as writer:
-            _write(writer, EXPERT_NAME, own, dtype, index + 1)
-            save_statistics(writer.folder / STATISTICS_NAME, _statistics(model, vocab_size, index))
-            members.append(writer.commit({"index": index, "anchored": False, "shared_tensors": shared}))
+            members.append(writer.commit(fill_expert(writer, backbone, model, vocab_size, index, dtype)))
     return backbone, members
+
+
+def fill_backbone(writer: ArtifactWriter, model: ModelConfig, vocab_size: int, dtype: str = "BF16") -> dict[str, Any]:
+    """Write what the assembler reads of a backbone; returns the facts for its manifest."""
+    _write(writer, "model.safetensors", dense_shapes(model, vocab_size), dtype, 0)
+    carried = {"dtype": {"BF16": "bfloat16", "F32": "float32"}[dtype]}
+    writer.write_json(CONFIG_NAME, backbone_config(model, vocab_size, carried))
+    writer.write_json(GENERATION_NAME, generation_config())
+    return {"data": {}}
+
+
+def fill_expert(
+    writer: ArtifactWriter, backbone: Artifact, model: ModelConfig, vocab_size: int, index: int, dtype: str = "BF16"
+) -> dict[str, Any]:
+    """Write what the assembler reads of a plain expert; returns the facts for its manifest."""
+    shapes = dense_shapes(model, vocab_size)
+    own = {names.dense_to_expert(n, index): s for n, s in shapes.items() if names.is_dense_ffn(n)}
+    _write(writer, EXPERT_NAME, own, dtype, index + 1)
+    save_statistics(writer.folder / STATISTICS_NAME, _statistics(model, vocab_size, index))
+    hashes = backbone.manifest.files["model.safetensors"].tensors
+    shared = {name: digest for name, digest in hashes.items() if names.is_shared(name)}
+    return {"index": index, "anchored": False, "shared_tensors": shared}
 
 
 def write_sparse_experts(root: Path, backbone: Artifact, model: ModelConfig, experts: int) -> list[Artifact]:

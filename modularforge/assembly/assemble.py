@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import Artifact, ArtifactWriter
+from checkpoints.artifact import check_sizes
 from checkpoints.safetensors import WEIGHTS_NAME
-from checkpoints.streams import check_size
 from modularforge.assembly import parts
 from modularforge.assembly.card import CARD_NAME, copy_text_files, model_card
 from modularforge.config import Config
@@ -47,9 +47,7 @@ def assemble(
 
 def check_parts(kind: Kind, backbone: Artifact, experts: list[Artifact]) -> None:
     """Raise MismatchError with names, or CorruptArtifactError for a truncated file."""
-    for artifact in (backbone, *experts):
-        for name, entry in artifact.manifest.files.items():
-            check_size(artifact.file_url(name), entry)
+    check_sizes([backbone, *experts])
     check_same_backbone(kind, backbone, experts)
     _check_no_duplicates(kind, experts)
 

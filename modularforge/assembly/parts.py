@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from checkpoints import Artifact, ArtifactWriter, FileEntry
+from checkpoints import Artifact, ArtifactWriter, FileEntry, paths
+from checkpoints.parallel import in_order
 from checkpoints.safetensors import INDEX_NAME, WEIGHTS_NAME, TensorSpan
 from checkpoints.screen import progress
 from modularforge.assembly.plan import (
@@ -31,6 +32,7 @@ from modularforge.errors import MismatchError
 from modularforge.facts import fact
 from modularforge.model.hub_config import write_json
 
+COPIES_AT_ONCE = 16
 KEYS_FACT = "part_keys"
 Mode = Literal["auto", "merge", "link"]
 
@@ -134,8 +136,10 @@ def write_parts(
     """
     files: list[OutputFile] = []
     waiting: list[OutputFile] = []
-    for part in plan.files:
-        if _take_over(part, writer, sources, must_link):
+    at_once = 1 if paths.is_local(writer.url) else COPIES_AT_ONCE  # a server copies some hundred MB a second
+    taken = in_order(lambda part: _take_over(part, writer, sources, must_link), plan.files, at_once)
+    for part, is_taken in zip(plan.files, taken, strict=True):
+        if is_taken:
             files.append(part)
             continue
         shards = split(part, max_shard_bytes)

@@ -6,15 +6,17 @@ is the same whatever the chunk size, and equals what a naive in-memory merge wou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Any
 
-from checkpoints import Artifact, safetensors
+from checkpoints import Artifact, paths, safetensors
+from checkpoints.parallel import in_order
 from checkpoints.safetensors import FLOATS, ITEM_BYTES, TensorSpan, read_spans
 
+HEADERS_AT_ONCE = 16
 METADATA = {"format": "pt"}  # what transformers expects
 
 
@@ -105,6 +107,18 @@ class MergePlan:
 def spans_of(artifact: Artifact, name: str) -> dict[str, TensorSpan]:
     """Spans of all tensors of a committed weight file, with their hashes."""
     return read_spans(artifact.file_url(name), artifact.entry(name).tensors)
+
+
+def spans_of_each(artifacts: Sequence[Artifact], name: str) -> list[dict[str, TensorSpan]]:
+    """The spans of the same file in many artifacts, whose sizes are checked; those of an object store side by side."""
+    if not artifacts or paths.is_local(artifacts[0].url):
+        return [spans_of(artifact, name) for artifact in artifacts]
+
+    def read(artifact: Artifact) -> dict[str, TensorSpan]:
+        entry = artifact.entry(name)
+        return read_spans(artifact.file_url(name), entry.tensors, entry.size)
+
+    return [*in_order(read, artifacts, HEADERS_AT_ONCE)]
 
 
 def output_tensors(spans: Mapping[str, TensorSpan], dtype: str | None = None) -> dict[str, OutputTensor]:

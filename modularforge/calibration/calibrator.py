@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from checkpoints import Artifact, ArtifactWriter
 from checkpoints.hashing import describe_file
@@ -30,17 +29,20 @@ from modularforge.errors import DataError
 from modularforge.evaluation.bench import PROBE_SHARE, Bench
 from modularforge.evaluation.extras import Extras, read_texts
 from modularforge.evaluation.probes import GENERAL, SWITCH
-from modularforge.evaluation.scoring import even_loss, summarise
+from modularforge.evaluation.scoring import even_loss, summarise, summed_losses
+from modularforge.experts.calibrated import masks_of
 from modularforge.experts.kind import kind_of, kind_of_artifact
 from modularforge.experts.trainable import ParameterGroup, Trainable
 from modularforge.model.backbone import Decoder
-from modularforge.model.folder import save_tensors
+from modularforge.model.folder import Weight, cast_like, save_tensors
+from modularforge.model.shards import host_tensors, in_company, own_piece
 from modularforge.stage_outputs import Corpus, derived_seed, joined_beginnings
 from modularforge.tasks.task import Examples, task_of
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
-from modularforge.training.precision import measuring
+from modularforge.training.precision import keeps_types, measuring
+from modularforge.training.sharding import shard
 
 MODE_OF: dict[bool, parts.Mode] = {True: "auto", False: "merge"}
 """A calibrated model has a file per part where the assembled one has."""
@@ -52,7 +54,7 @@ class Calibration:
 
     before: float
     after: float
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Weight]
     beside: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Losses before and after on what must not become worse, by the probe's name."""
 
@@ -110,6 +112,7 @@ def calibrate(
     decide: Mapping[str, Stream],
     job: Job,
     seed: int,
+    world: World,
     measure: Measure = lambda _: {},
 ) -> Calibration:
     """Train the chosen parameters on `fit_stream`; `decide` holds the streams per domain that judge the result.
@@ -118,7 +121,7 @@ def calibrate(
     """
     size = min(config.model.context_length, model.config.positions), config.calibration.batch_size
     examples = task_of(config).of_stream(config, fit_stream, *size, seed, "the calibration half of validation")
-    return calibrate_on(examples, model, config, decide, job, measure)
+    return calibrate_on(examples, model, config, decide, job, world, measure)
 
 
 def calibrate_on(
@@ -127,17 +130,19 @@ def calibrate_on(
     config: Config,
     decide: Mapping[str, Stream],
     job: Job,
+    world: World,
     measure: Measure,
 ) -> Calibration:
     """The same on examples."""
-    device, context = model.lm_head.weight.device, min(config.model.context_length, model.config.positions)
+    context = min(config.model.context_length, model.config.positions)
+    limits = config.evaluation.batch_size, config.evaluation.tokens_per_domain
 
     def held_out() -> float:
-        limits = config.evaluation.batch_size, config.evaluation.tokens_per_domain
-        with measuring(config.training, device):
-            return even_loss(model, decide, context, *limits)
+        with measuring(config.training, world.device), in_company(model, world.total):
+            sums = summed_losses(model, decide, context, *limits, world.rank, world.size)
+        return even_loss(world.total(sums))
 
-    return calibrate_by(examples, model, config, held_out, job, device, measure)
+    return calibrate_by(examples, model, config, held_out, job, world, measure)
 
 
 def calibrate_by(
@@ -146,30 +151,44 @@ def calibrate_by(
     config: Config,
     held_out: Callable[[], float],
     job: Job,
-    device: torch.device,
+    world: World,
     measure: Measure = lambda _: {},
 ) -> Calibration:
-    """The same, judged by the loss that `held_out` measures of the model.
+    """The same, judged by the loss that `held_out` measures of the model (called on every rank).
 
-    It computes in float32, but what it returns and judges has the types that the model came with.
+    What learns is float32, but what is returned and judged has the types that the model came with. Of a model in pieces
+    the tensors are made whole when they are written, in company.
     """
     stored = {name: weight.dtype for name, weight in model.named_parameters()}
-    model.float()
+    _widen_frozen(model, job, world)
     learns = choose_parameters(model, config)
-    before, beside = held_out(), measure(model)
     # Decay would reach what the evidence router has put around shared matrices.
     group = ParameterGroup(learns, weight_decay=0.0 if config.calibration.shared else None)
+    masks = masks_of(model, learns) if isinstance(model, Decoder) else {}
     # Its best steps would be chosen by the half that then judges them.
     job = replace(job, training=job.training.model_copy(update={"patience": None}))
-    fit(Trainable(model, task_of(config).loss, [group]), examples, job, held_out, World(device=device))
-    changed = {}
-    for name, weight in learns.items():
-        changed[name] = weight.detach().cpu().to(stored[name])
-        weight.data.copy_(changed[name])  # judged as it will be stored
-    after = measure(model)
-    return Calibration(
-        before, held_out(), changed, {name: (beside[name], after[name]) for name in beside}, _what(config)
-    )
+    trained = shard(Trainable(model, task_of(config).loss, [group], masks=masks), job.training, world)
+    model.to(world.device)
+
+    def beside() -> Mapping[str, float]:
+        with in_company(model, world.total):  # all ranks measure the same
+            return measure(model)
+
+    before, beside_before = held_out(), beside()
+    fit(trained, examples, job, held_out, world)
+    for name, weight in trained.parameters.items():  # judged as it will be stored
+        piece = own_piece(weight.detach())
+        piece.copy_(piece.to(stored[name]))
+    beside_after = beside()
+    losses = {name: (beside_before[name], beside_after[name]) for name in beside_before}
+    return Calibration(before, held_out(), cast_like(host_tensors(trained.parameters), stored), losses, _what(config))
+
+
+def _widen_frozen(model: Any, job: Job, world: World) -> None:
+    if isinstance(model, Decoder) and keeps_types(job.training, world.device):
+        model.has_half_blocks = model.has_float_stream = True
+    else:
+        model.float()
 
 
 def _what(config: Config) -> str:
@@ -191,10 +210,12 @@ def even_mixture(streams: Mapping[str, Stream]) -> Stream:
     return joined_beginnings(streams, min(len(tokens) for tokens in streams.values()))
 
 
-def calibrate_as_set(model: Decoder, config: Config, corpus: Corpus, partitions: Artifact, job: Job) -> Calibration:
+def calibrate_as_set(
+    model: Decoder, config: Config, corpus: Corpus, partitions: Artifact, job: Job, world: World
+) -> Calibration:
     """Calibrate on one half of the validation documents, or on training text; the other half of validation decides.
 
-    Raises DataError for too few documents.
+    Raises DataError for too few documents. Called on every rank.
     """
     fit_half, decide_half = split_documents(corpus.tokens("validation"), corpus.labels)
     if not fit_half:
@@ -206,9 +227,9 @@ def calibrate_as_set(model: Decoder, config: Config, corpus: Corpus, partitions:
     if settings.text == "training":
         skipped = config.experts.steps * config.experts.batch_size
         examples = task_of(config).mixture(config, partitions, "calibrate", settings, skipped)
-        return calibrate_on(examples, model, config, decide_half, job, measure)
+        return calibrate_on(examples, model, config, decide_half, job, world, measure)
     seed = derived_seed(config.seed, "calibration order")
-    return calibrate(model, config, even_mixture(fit_half), decide_half, job, seed, measure)
+    return calibrate(model, config, even_mixture(fit_half), decide_half, job, seed, world, measure)
 
 
 def _beside(config: Config, corpus: Corpus, decide: Mapping[str, Stream]) -> Measure:

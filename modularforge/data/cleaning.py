@@ -63,9 +63,17 @@ def clean_corpus(config: Config, scratch: Path, output: Path) -> dict[str, Any]:
 
 def read_cleaned(folder: Path, source: int, split: Split) -> Iterator[Document]:
     """The documents of a split of the source with this number in the settings."""
-    for path in sorted((folder / FOLDER).glob(f"{split}-{source:04d}-*{ENDING}")):
-        for record in records(path):
-            yield Document(record["text"], record["label"])
+    return read_cleaned_files(sorted((folder / FOLDER).glob(f"{split}-{source:04d}-*{ENDING}")))
+
+
+def read_cleaned_files(paths: Iterable[Path]) -> Iterator[Document]:
+    """The documents of files of cleaned ones."""
+    return (Document(record["text"], record["label"]) for path in paths for record in records(path))
+
+
+def cleaned_names(names: Iterable[str], source: int, split: Split) -> list[str]:
+    """Those of the files of cleaned documents that are of a split of the source with this number, in order."""
+    return sorted(name for name in names if name.startswith(f"{FOLDER}/{split}-{source:04d}-"))
 
 
 @dataclass

@@ -48,14 +48,17 @@ def read_documents(
     data: DataConfig,
     dropped: Counter[str] | None = None,
     writer: ExampleWriter | None = None,
+    files: list[str] | None = None,
+    found: Counter[str] | None = None,
 ) -> Iterator[Document]:
     """The documents of one split of one source; raises DataError when there are none.
 
     `dropped`, when given, counts the texts under `data.min_article_length` by label. A `writer` makes examples of
-    records.
+    records. `files` are some of the split's, where others read the rest; `found` then counts documents that were given,
+    and those that are of another split (`elsewhere`), and nothing is raised.
     """
-    count, elsewhere, limit = 0, 0, _document_limit(source, split, data)
-    for document in _texts(source, split) if writer is None else _examples(source, split, writer):
+    count, elsewhere, limit = 0, 0, document_limit(source, split, data)
+    for document in _texts(source, split, files) if writer is None else _examples(source, split, writer, files):
         if writer is None and len(document.text) < data.min_article_length:
             if dropped is not None:
                 dropped[document.label] += 1
@@ -63,39 +66,45 @@ def read_documents(
             yield document
             count += 1
             if count == limit:
-                return
+                break
         else:
             elsewhere += 1
-    if not count:
-        raise _no_documents(source, split, data, elsewhere)
+    if found is not None:
+        found.update(documents=count, elsewhere=elsewhere)
+    elif not count:
+        raise no_documents(source, split, data, elsewhere)
 
 
-def _texts(source: SourceConfig, split: Split) -> Iterator[Document]:
-    return (Document(text, label or source.name) for text, label in _read_split(source, split))
+def _texts(source: SourceConfig, split: Split, files: list[str] | None) -> Iterator[Document]:
+    return (Document(text, label or source.name) for text, label in _read_split(source, split, files))
 
 
-def _examples(source: SourceConfig, split: Split, writer: ExampleWriter) -> Iterator[Document]:
-    for record, origin in _read_records(source, split, writer.columns):
+def _examples(source: SourceConfig, split: Split, writer: ExampleWriter, files: list[str] | None) -> Iterator[Document]:
+    for record, origin in _read_records(source, split, writer.columns, files):
         label = label_of(record, source, origin) or source.name
         for segments in writer.write(record, origin):
             text = "".join(segment.text for segment in segments)
             yield Document(text, label, segments, writer.chat is not None)
 
 
-def _read_records(source: SourceConfig, split: Split, columns: list[str]) -> Iterator[tuple[Any, str]]:
+def _read_records(
+    source: SourceConfig, split: Split, columns: list[str], files: list[str] | None
+) -> Iterator[tuple[Any, str]]:
     locations = getattr(source, split) or source.train
     if source.hub is not None:
         names = [locations] if isinstance(locations, str) else locations
         return (found for name in names for found in hub_records(name, source))
-    return (found for url in find_files(locations) for found in read_records(url, source, columns))
+    files = find_files(locations) if files is None else files
+    return (found for url in files for found in read_records(url, source, columns))
 
 
-def _read_split(source: SourceConfig, split: Split) -> Iterator[Labelled]:
+def _read_split(source: SourceConfig, split: Split, files: list[str] | None) -> Iterator[Labelled]:
     locations = getattr(source, split) or source.train
     if source.hub is not None:
         names = [locations] if isinstance(locations, str) else locations
         return (labelled for name in names for labelled in read_hub(name, source))
-    return (labelled for url in find_files(locations) for labelled in read_file(url, source))
+    files = find_files(locations) if files is None else files
+    return (labelled for url in files for labelled in read_file(url, source))
 
 
 def _home_split(text: str, source: SourceConfig, split: Split, data: DataConfig) -> Split:
@@ -110,7 +119,8 @@ def _home_split(text: str, source: SourceConfig, split: Split, data: DataConfig)
     return "train"
 
 
-def _document_limit(source: SourceConfig, split: Split, data: DataConfig) -> int | None:
+def document_limit(source: SourceConfig, split: Split, data: DataConfig) -> int | None:
+    """The most documents that a split of a source has; None for any number."""
     limit = data.max_documents_per_source
     if limit is None or split == "train":
         return limit
@@ -119,7 +129,8 @@ def _document_limit(source: SourceConfig, split: Split, data: DataConfig) -> int
     return max(1, limit // HELD_OUT_CAP_DIVISOR)
 
 
-def _no_documents(source: SourceConfig, split: Split, data: DataConfig, elsewhere: int) -> DataError:
+def no_documents(source: SourceConfig, split: Split, data: DataConfig, elsewhere: int) -> DataError:
+    """What is wrong with a split of a source that has no documents, `elsewhere` of which are of another split."""
     wanted = f"source {source.name} must have {split} documents of at least {data.min_article_length} characters"
     if split == "train" and elsewhere:
         return DataError(

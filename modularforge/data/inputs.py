@@ -74,7 +74,7 @@ def warn_of_repeats(matches: list[Match]) -> None:
 def file_states(matches: list[Match]) -> dict[str, list[Any]]:
     """Size and time (or ETag) by URL; raises DataError for a file that is not there."""
     urls = list(dict.fromkeys(match.url for match in matches))
-    return dict(zip(urls, in_order(_state, urls, LOOKS_AT_ONCE), strict=True))
+    return dict(zip(urls, in_order(file_state, urls, LOOKS_AT_ONCE), strict=True))
 
 
 def record(matches: list[Match], states: Mapping[str, list[Any]]) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def changes_since(recorded: Any, config: Config) -> list[str]:
 
 def _difference(name: str, old: Sequence[Any], url: str) -> Iterator[str]:
     try:
-        new = _state(url)
+        new = file_state(url)
     except DataError as error:
         yield f"{name} is gone" if isinstance(error.__cause__, FileNotFoundError) else str(error)
         return
@@ -113,7 +113,8 @@ def _difference(name: str, old: Sequence[Any], url: str) -> Iterator[str]:
         yield f"{name} was written again"
 
 
-def _state(url: str) -> list[Any]:
+def file_state(url: str) -> list[Any]:
+    """Size and time (or ETag) of a file; raises DataError."""
     with explained(url):
         filesystem, path = paths.filesystem(url)
         info = filesystem.info(path)

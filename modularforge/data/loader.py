@@ -22,6 +22,9 @@ from modularforge.errors import DataError, TrainingError
 
 # torch's cross_entropy skips these targets.
 IGNORED_TARGET = -100
+MOST_LISTED = 1 << 26
+"""Windows of which an epoch's order is listed: half a gigabyte, two of them in each process."""
+ROUNDS = 6
 
 
 def batches(
@@ -143,7 +146,11 @@ def order_of(num_windows: int, context_length: int, seed: int, mixture: Mixture 
 
 
 class Order:
-    """Which window stands at a position: a permutation per epoch, of which the newest two are kept."""
+    """Which window stands at a position: a permutation per epoch, of which the newest two are kept.
+
+    Of more than `MOST_LISTED` windows it is computed for each position, so that nothing is kept. Blocks of neighbours
+    would be read faster; but files lie source by source, and steps would be of one source alone.
+    """
 
     def __init__(self, num_windows: int, seed: int) -> None:
         self.num_windows = num_windows
@@ -152,16 +159,52 @@ class Order:
 
     def windows(self, first: int, end: int) -> npt.NDArray[np.int64]:
         """Windows at the positions [first, end), which may span two epochs."""
+        if self.num_windows > MOST_LISTED:
+            return self._computed(np.arange(first, end))
         epoch, start = divmod(first, self.num_windows)
         head_B = self._permutation(epoch)[start : start + end - first]
         missing = end - first - len(head_B)
         return np.concatenate([head_B, self._permutation(epoch + 1)[:missing]]) if missing else head_B
+
+    def _computed(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        epochs, places = np.divmod(positions, self.num_windows)
+        found = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            keys = np.random.default_rng([self.seed, epoch]).integers(0, 1 << 64, ROUNDS, np.uint64, endpoint=False)
+            found[epochs == epoch] = permuted(places[epochs == epoch], self.num_windows, keys)
+        return found
 
     def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
         if epoch not in self.permutations:
             self.permutations = {old: order for old, order in self.permutations.items() if old == epoch - 1}
             self.permutations[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.num_windows)
         return self.permutations[epoch]
+
+
+def permuted(places: npt.NDArray[np.int64], count: int, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """Where a pseudo-random permutation of `count` numbers takes these, by a Feistel network (Luby and Rackoff, 1988).
+
+    It permutes a power of four; what leaves the range is taken on until it is back (Black and Rogaway, 2002).
+    """
+    half = np.uint64(max(1, (int(count - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    found = places.astype(np.uint64)
+    outside = np.ones(len(found), bool)
+    while outside.any():
+        left, right = found[outside] >> half, found[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mixed(right ^ key) & mask)
+        found[outside] = (left << half) | right
+        outside = found >= count
+    return found.astype(np.int64)
+
+
+def _mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """A hash of 64 bits (splitmix64's, Steele et al., 2014); products wrap around."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        values = (values ^ (values >> np.uint64(shift))) * np.uint64(factor)
+    mixed: npt.NDArray[np.uint64] = values ^ (values >> np.uint64(31))
+    return mixed
 
 
 def _windows(tokens: Tokens, context_length: int) -> tuple[Tokens, Tokens]:

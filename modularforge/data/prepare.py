@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,25 +70,52 @@ def prepare_corpus(
     killed run is repeated; the caller deletes it once `output` is committed.
     """
     work = own_scratch(scratch, describe_corpus(config, pretrained, states))
-    if pretrained is not None:
-        tokenizer, end_token = adopt_tokenizer(pretrained, output)
-    else:
-        tokenizer, end_token = _learn_tokenizer(config, work / "tokenizer.json", cleaned), EOS
-        save_tokenizer(tokenizer, output)
-    labels = [source.name for source in config.data.sources if source.label_field is None]
+    encoder = open_encoder(config, output, *make_tokenizer(config, work, output, pretrained, cleaned))
     dropped: Counter[str] = Counter()
-    writers = example_writers(config, output if pretrained is not None else None)
-    examples = (
-        ExampleEncoder(tokenizer, chat_tokenizer((output / "tokenizer.json").read_bytes()), end_token)
-        if writers
-        else None
-    )
-    encoder = _Encoder(tokenizer, end_token, work, writers, examples, cleaned)
-    splits = {split: _write_split(config, split, encoder, output, labels, dropped) for split in SPLITS}
-    copies = {} if writers else leave_out_copies(config, output, labels, splits, token_byte_lengths(tokenizer))
+
+    def shards(split: Split) -> Iterator[Shard]:
+        documents = _documents(config, split, encoder.writers, cleaned, dropped if split == "train" else None)
+        return encoder.tokenise(documents, work, split)
+
+    return write_corpus(config, output, encoder, shards, dropped)
+
+
+def make_tokenizer(
+    config: Config, work: Path, output: Path, pretrained: Path | None, cleaned: Path | None
+) -> tuple[Tokenizer, int]:
+    """Write the tokenizer into `output`, learned or that of `pretrained`; returns it and the id of its end of text."""
+    if pretrained is not None:
+        return adopt_tokenizer(pretrained, output)
+    tokenizer = _learn_tokenizer(config, work / "tokenizer.json", cleaned)
+    save_tokenizer(tokenizer, output)
+    return tokenizer, EOS
+
+
+def open_encoder(config: Config, folder: Path, tokenizer: Tokenizer, end_token: int) -> Encoder:
+    """How documents become tokens with the tokenizer of a folder."""
+    writers = example_writers(config, folder if config.model.pretrained else None)
+    chat = chat_tokenizer((folder / "tokenizer.json").read_bytes()) if writers else None
+    return Encoder(tokenizer, end_token, writers, ExampleEncoder(tokenizer, chat, end_token) if chat else None)
+
+
+def write_corpus(
+    config: Config,
+    output: Path,
+    encoder: Encoder,
+    shards: Callable[[Split], Iterator[Shard]],
+    dropped: Mapping[str, int],
+) -> dict[str, Any]:
+    """Write token files of all splits and `metadata.json` beside the tokenizer; return the last.
+
+    `dropped` is complete when the last shard was given.
+    """
+    labels = [source.name for source in config.data.sources if source.label_field is None]
+    splits = {split: write_split(split, shards(split), encoder, output, labels) for split in SPLITS}
+    lengths_V = token_byte_lengths(encoder.tokenizer)
+    copies = {} if encoder.writers else leave_out_copies(config, output, labels, splits, lengths_V)
     metadata = {
-        "vocab_size": vocabulary_size(tokenizer),
-        "end_token": end_token,
+        "vocab_size": vocabulary_size(encoder.tokenizer),
+        "end_token": encoder.end_token,
         "seed": config.preparation_seed,
         "labels": labels,
         "splits": splits,
@@ -100,15 +127,17 @@ def prepare_corpus(
 
 
 @dataclass(frozen=True)
-class _Encoder:
-    """How documents become tokens, and where the shards of an unfinished run lie."""
+class Encoder:
+    """How records become documents, and documents tokens."""
 
     tokenizer: Tokenizer
     end_token: int
-    work: Path
     writers: Mapping[str, ExampleWriter]
     examples: ExampleEncoder | None
-    cleaned: Path | None
+
+    def tokenise(self, documents: Iterable[Document], work: Path, split: Split) -> Iterator[Shard]:
+        """Shards of documents; `work` is where those of an unfinished run lie."""
+        return tokenise(documents, self.tokenizer, work, split, self.end_token, self.examples)
 
 
 def describe_corpus(
@@ -168,23 +197,17 @@ def _sample_texts(config: Config, cleaned: Path | None) -> Iterator[str]:
         yield from take_bytes((document.text for document in documents), share)
 
 
-def _write_split(
-    config: Config,
-    split: Split,
-    encoder: _Encoder,
-    output: Path,
-    labels: list[str],
-    dropped: Counter[str],
+def write_split(
+    split: Split, shards: Iterable[Shard], encoder: Encoder, output: Path, labels: list[str]
 ) -> dict[str, dict[str, int]]:
     """Write one token file and return documents, tokens and bytes by label; labels not seen before join `labels`."""
     totals: dict[str, Counter[str]] = {}
-    documents = _documents(config, split, encoder, dropped if split == "train" else None)
     started, done = time.monotonic(), Counter[str]()
     with (
         TokenFileWriter(output, split, vocabulary_size(encoder.tokenizer), encoder.examples is not None) as writer,
         progress(f"tokenise {split}", None, "documents") as bar,
     ):
-        for shard in tokenise(documents, encoder.tokenizer, encoder.work, split, encoder.end_token, encoder.examples):
+        for shard in shards:
             writer.add(shard.tokens, shard.lengths, _global_labels(shard, labels), shard.learned)
             _count(shard, totals)
             done.update(documents=len(shard.lengths), bytes=int(shard.text_bytes.sum()))
@@ -197,9 +220,15 @@ def _write_split(
     return {label: dict(totals[label]) for label in labels if label in totals}
 
 
-def _documents(config: Config, split: Split, encoder: _Encoder, dropped: Counter[str] | None) -> Iterator[Document]:
+def _documents(
+    config: Config,
+    split: Split,
+    writers: Mapping[str, ExampleWriter],
+    cleaned: Path | None,
+    dropped: Counter[str] | None,
+) -> Iterator[Document]:
     for number in range(len(config.data.sources)):
-        yield from _of_source(config, number, split, encoder.writers, encoder.cleaned, dropped)
+        yield from _of_source(config, number, split, writers, cleaned, dropped)
 
 
 def _of_source(

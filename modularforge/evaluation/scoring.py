@@ -10,9 +10,9 @@ output ensembles of experts, and what the removal of an expert changes. Routing 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -118,15 +118,26 @@ def summed_loss(model: Decoder, batches: Batches, device: torch.device) -> tuple
     return loss, float(count)
 
 
-def even_loss(
-    model: Decoder, streams: Mapping[str, Stream], context_length: int, batch_size: int, max_tokens: int
-) -> float:
-    """Mean over domains, which weigh alike, of the mean loss of each domain's stream, summed as in training."""
-    found = [
-        summed_loss(model, _batches(stream, context_length, batch_size, max_tokens), model.lm_head.weight.device)
-        for stream in streams.values()
-    ]
-    return sum(loss / count for loss, count in found) / len(found)
+def summed_losses(
+    model: Decoder,
+    streams: Mapping[str, Stream],
+    context_length: int,
+    batch_size: int,
+    max_tokens: int,
+    rank: int = 0,
+    ranks: int = 1,
+) -> list[float]:
+    """Of each domain's stream the summed loss of this rank's batches, as in training, and their targets, in turn."""
+    device = model.lm_head.weight.device
+    found = [_batches(stream, context_length, batch_size, max_tokens) for stream in streams.values()]
+    shares = [islice(batches, rank, None, ranks) for batches in found]
+    return [value for share in shares for value in summed_loss(model, share, device)]
+
+
+def even_loss(sums: Sequence[float]) -> float:
+    """Mean over domains, which weigh alike, of the mean loss of each, from `summed_losses` of all ranks."""
+    losses = [loss / count for loss, count in zip(sums[::2], sums[1::2], strict=True)]
+    return sum(losses) / len(losses)
 
 
 def _batches(stream: Stream, context_length: int, batch_size: int, max_tokens: int) -> Batches:

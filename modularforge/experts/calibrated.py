@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from modularforge.config import CalibrationConfig
@@ -28,15 +30,21 @@ def calibrates(model: Decoder, settings: CalibrationConfig) -> dict[str, nn.Para
             "model routes by tables or by nothing; set calibration.norms to true, assembly.token_pairs to 0 (by which "
             "a mixture routes by its rows), or leave calibration out"
         )
-    # Zero gains hide the evidence router's channels from the head, and must stay so: others would add what the routers
-    # read to the logits.
-    is_seen_D = model.model.norm.weight.detach() != 0
-    if names.FINAL_NORM in found:
-        _learn_only(found[names.FINAL_NORM], is_seen_D)
-    for name, weight in found.items():
-        if names.shared_part(name) in MATRICES:
-            _learn_only(weight, own_entries(name, weight.detach(), is_seen_D))
     return found
+
+
+def masks_of(model: Decoder, learns: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Which entries of these may learn, where not all may, as what the evidence router has put into the model.
+
+    Zero gains hide its channels from the head, and must stay so: others would add what the routers read to the logits.
+    """
+    is_seen_D = model.model.norm.weight.detach() != 0
+    masks = {
+        name: is_seen_D if name == names.FINAL_NORM else own_entries(name, weight.detach(), is_seen_D)
+        for name, weight in learns.items()
+        if name == names.FINAL_NORM or names.shared_part(name) in MATRICES
+    }
+    return {name: mask for name, mask in masks.items() if not mask.all()}
 
 
 def own_entries(name: str, weight: Tensor, is_seen_D: Tensor) -> Tensor:
@@ -50,8 +58,3 @@ def own_entries(name: str, weight: Tensor, is_seen_D: Tensor) -> Tensor:
     if not names.attention_part(name):  # an entry of the vocabulary may be zero
         return is_seen_D.expand_as(weight)
     return (weight[:, is_seen_D] != 0).any(dim=1)[:, None] & is_seen_D
-
-
-def _learn_only(weight: nn.Parameter, mask: Tensor) -> None:
-    """Let gradients through only where the mask is true."""
-    weight.requires_grad_(True).register_hook(lambda gradient: gradient * mask)  # type: ignore[no-untyped-call]

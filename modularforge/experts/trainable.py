@@ -7,7 +7,7 @@ a job whose parts are switched by step resumes in any of its phases.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -44,6 +44,7 @@ class Trainable:
     `before_step` gets the number of steps done; what it does must follow from that number alone, or a resumed job would
     go another way. It may switch `requires_grad` of the groups' parameters. `observations` are further numbers for the
     metrics, the same names on every rank. `may_skip_parameters` says that a batch may leave some without a gradient.
+    `masks` say by name which entries of a parameter learn, where not all do.
     """
 
     model: nn.Module
@@ -52,6 +53,7 @@ class Trainable:
     before_step: Callable[[int], None] = _nothing
     observations: Callable[[], Mapping[str, float]] = dict
     may_skip_parameters: bool = False
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -30,7 +30,7 @@ RECORDS_NAME = "jobs.jsonl"
 RESULTS_NAME = "results.json"
 EVENTS_FOLDER = "cluster/events"
 # Jobs of which there is one for each partition, and where their artifacts lie.
-WORKER_FOLDERS = {name: stage.folder.rpartition("/")[0] for name, stage in STAGES.items() if stage.is_indexed}
+WORKER_FOLDERS = {name: stage.folder.rpartition("/")[0] for name, stage in STAGES.items() if stage.is_of_partitions}
 WORKER_NAME = re.compile(rf"({'|'.join(WORKER_FOLDERS)})-(\d{{1,5}})", re.ASCII)
 MOST_EXPERTS, MOST_COUNT = 10_000, 2**53  # what is read may be wrong, and is counted with
 STAGE_ORDER = {name: order for order, name in enumerate(STAGES)}

@@ -192,9 +192,17 @@ def read(decoder: Decoder, x_BSW: Tensor, cache: KeyValueCache | None = None) ->
 
 
 def speech_loss(model: nn.Module, tensors: Tensors) -> Tensor:
-    """Mean cross-entropy of the answers' ids, in nats; `model` may be wrapped for several ranks."""
+    """Mean cross-entropy of the answers' ids, in nats; `model` may be wrapped for several ranks.
+
+    Of a piece of a larger batch, which `whole` tells, it is such that the mean over all pieces is that over all ids.
+    """
     logits_NV, target_N = model(*(tensors[name] for name in ("features", "frames", "prompt", "answer")))
-    return F.cross_entropy(logits_NV.float(), target_N)
+    loss = F.cross_entropy(logits_NV.float(), target_N)
+    if "whole" not in tensors:
+        return loss
+    ids, utterances = tensors["whole"][0].tolist()
+    share = len(target_N) * utterances / (len(tensors["answer"]) * ids)  # exactly 1 where it is the whole
+    return cast("Tensor", loss * share)
 
 
 def learning_parameters(model: SpeechModel) -> dict[str, nn.Parameter]:

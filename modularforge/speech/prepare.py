@@ -40,6 +40,7 @@ from modularforge.data.tokenizer import (
 from modularforge.errors import DataError
 from modularforge.log import logger
 from modularforge.speech.audio import SAMPLE_RATE, Samples, UnusableAudio, check_audible, decode, encode, resampled
+from modularforge.speech.cmvn import mean_and_deviation, statistics_in
 from modularforge.speech.feature_files import FRAME_TYPE, STATISTICS_NAME, SpeechFileWriter, computed_features
 from modularforge.speech.features import FRAMES_A_SECOND, Features, frame_count
 from modularforge.speech.records import Utterance, utterances
@@ -77,6 +78,8 @@ def prepare_speech(
     else:
         tokenizer, end_token = train_tokenizer(_texts(config), config.data.vocab_size), EOS
         save_tokenizer(tokenizer, output)
+    if (statistics_2M := statistics_in(config.speech.data)) is not None:
+        np.save(output / STATISTICS_NAME, statistics_2M)
     writer = Writer(config, tokenizer, end_token, output, work)
     splits = {split: writer.write(split) for split in SPLITS}
     writer.check()
@@ -107,6 +110,8 @@ def compute(utterance: Utterance, settings: SpeechDataConfig) -> Computed:
     try:
         if utterance.prepared:
             prepared_FM = prepared_features(utterance, settings)
+            if not prepared_ids(utterance):
+                raise UnusableAudio("no text", "its labels are empty")
             return Computed(utterance, prepared_FM, len(prepared_FM) / FRAMES_A_SECOND, frames=len(prepared_FM))
         check_text(utterance.text, settings.max_text)
         samples, audio = _recording(utterance)
@@ -161,15 +166,31 @@ def prepared_features(utterance: Utterance, settings: SpeechDataConfig) -> Featu
             f"{utterance.origin} must have audio where speech.data.keeps is audio, but has input_features; set it to "
             "features"
         )
-    found = np.asarray(utterance.prepared["input_features"], np.float32)
-    if found.ndim == 2 and found.shape[0] == bins:
-        return np.ascontiguousarray(found.T)
-    if found.ndim == 2 and found.shape[1] == bins:
-        return found
-    raise DataError(
-        f"{utterance.origin} must have input_features of {bins} bins, but has an array of {found.shape}; set "
-        "speech.data.bins, or leave the column out"
-    )
+    try:
+        found = np.asarray(utterance.prepared["input_features"], np.float32)
+    except (ValueError, TypeError):
+        found = np.zeros(0, np.float32)  # rows of several lengths, or no numbers
+    if found.ndim != 2 or bins not in found.shape:
+        raise DataError(
+            f"{utterance.origin} must have input_features of {bins} bins, but has an array of {found.shape}; set "
+            "speech.data.bins, or leave the column out"
+        )
+    if not found.size:
+        raise UnusableAudio("empty", "it has no frames")
+    if not np.isfinite(found).all():
+        raise UnusableAudio("corrupt", "some of its features are no numbers")
+    return np.ascontiguousarray(found.T) if found.shape[0] == bins else found
+
+
+def prepared_ids(utterance: Utterance) -> list[int]:
+    """Ids that a data set has already, without the negative ones that stand for no id."""
+    found = utterance.prepared["labels"]
+    if not isinstance(found, list | np.ndarray) or not all(isinstance(index, int | np.integer) for index in found):
+        raise DataError(
+            f"{utterance.origin} must have a list of token ids in column labels, but has {found!r:.60}; fix the "
+            "record, or leave the column out"
+        )
+    return [int(index) for index in found if index >= 0]
 
 
 class Writer:
@@ -199,7 +220,7 @@ class Writer:
                         sums += [frames.sum(axis=0) for frames in _powers(computed.features)]
                     bar.advance(1)
         if is_summed:
-            np.save(self.output / STATISTICS_NAME, _statistics(sums))
+            np.save(self.output / STATISTICS_NAME, mean_and_deviation(sums))
         counts = sum(total["documents"] for total in totals.values())
         logger.info("%s: %d utterances, %.1f minutes", split, counts, sum(t["seconds"] for t in totals.values()) / 60)
         for total in totals.values():
@@ -257,7 +278,12 @@ class Writer:
     def _ids(self, utterance: Utterance) -> list[int]:
         """Ids of the text and its end; those of a data set that has them already are taken as they are."""
         if utterance.prepared:
-            ids = [int(index) for index in utterance.prepared["labels"] if index >= 0]
+            ids = prepared_ids(utterance)
+            if max(ids) >= (size := vocabulary_size(self.tokenizer)):
+                raise DataError(
+                    f"{utterance.origin} must have ids below {size} in column labels, the tokenizer's size, but has "
+                    f"{max(ids)}; make them with this language model's tokenizer"
+                )
         else:
             ids = self.tokenizer.encode(utterance.text, add_special_tokens=False).ids
         return ids if ids[-1:] == [self.end_token] else [*ids, self.end_token]
@@ -270,17 +296,20 @@ def _groups(found: Iterator[Utterance]) -> Iterator[list[Utterance]]:
 
 def computed_group(group: list[Utterance], settings: SpeechDataConfig, work: Path | None) -> list[Computed]:
     """Features of some utterances: those in the folder `work` where an earlier preparation left them, which is named
-    by what the records say.
+    by what the records say, and by the states of their recordings.
     """
-    said = [(one.origin, one.text, one.label, one.prompt) for one in group]
-    name = hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
-    path = work / f"{name}.npz" if work is not None else None
+    path = work / f"{_name(group)}.npz" if work is not None else None
     if path is not None and path.exists():
         return list(_loaded(group, path))
     found = [compute(utterance, settings) for utterance in group]
     if path is not None:
         write_atomically(path, [_packed(found, settings)], replace=True)
     return found
+
+
+def _name(group: list[Utterance]) -> str:
+    said = [(one.origin, one.text, one.label, one.prompt, one.state()) for one in group]
+    return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
 
 
 def _packed(found: list[Computed], settings: SpeechDataConfig) -> bytes:
@@ -315,13 +344,6 @@ def _loaded(group: list[Utterance], path: Path) -> Iterator[Computed]:
 def _powers(frames_FM: Features) -> list[Any]:
     wide_FM = frames_FM.astype(np.float64)
     return [np.ones_like(wide_FM), wide_FM, wide_FM**2]
-
-
-def _statistics(sums_3M: Any) -> Any:
-    """Mean and standard deviation [2, M] from counts, sums and sums of squares."""
-    mean_M = sums_3M[1] / np.maximum(sums_3M[0], 1)
-    std_M = np.sqrt(np.maximum(sums_3M[2] / np.maximum(sums_3M[0], 1) - mean_M**2, 1e-10))
-    return np.stack([mean_M, std_M]).astype(np.float32)
 
 
 def _texts(config: Config) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import lzma
+import pickle
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,6 +34,7 @@ from modularforge.data.formats import (
     require_object,
     undecoded,
 )
+from modularforge.data.inputs import file_state
 from modularforge.data.patterns import file_part, is_web
 from modularforge.errors import DataError, one_line
 from modularforge.speech.audio import UnusableAudio
@@ -49,6 +51,8 @@ SPLIT_NAMES: Mapping[str, Split] = {
 }  # fmt: skip
 PREPARED = ("input_features", "labels")
 Read = Callable[[], bytes]
+Open = Callable[[str], Read]
+"""From the name of a file in a record to what reads it."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,42 @@ class Utterance:
     prepared: Mapping[str, Any] = field(default_factory=dict)
     prompt: str | None = None
 
+    def state(self) -> Any:
+        """What tells its audio from another one's by the same name: size and time of a file, a hash of all else.
+
+        None where nothing does: of what is missing, and on the web.
+        """
+        if isinstance(self.read, Stored):
+            return self.read.state()
+        try:
+            content = self.read() if self.read else pickle.dumps([self.samples, dict(self.prepared)])
+        except UnusableAudio:
+            return None
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Reads a file of its own; raises UnusableAudio where that cannot be done."""
+
+    url: str
+
+    def __call__(self) -> bytes:
+        """Its bytes."""
+        try:
+            with open_bytes(self.url) as file:
+                content: bytes = file.read()
+                return content
+        except DataError as error:
+            raise UnusableAudio("missing", str(error)) from error
+
+    def state(self) -> list[Any] | None:
+        """Its size and time; None where nothing says them."""
+        try:
+            return None if is_web(self.url) else file_state(self.url)
+        except DataError:
+            return None
+
 
 def utterances(config: Config, source: SourceConfig, split: Split) -> Iterator[Utterance]:
     """Those of one split of a source, in the order of its files; raises DataError for what is no such record."""
@@ -73,7 +113,7 @@ def utterances(config: Config, source: SourceConfig, split: Split) -> Iterator[U
     if source.hub is not None:
         names = [locations] if isinstance(locations, str) else locations
         found = (item for name in names for item in hub_records(name, source))
-        rows: Iterator[Row] = (Row(record, origin, _bytes_of) for record, origin in found)
+        rows: Iterator[Row] = (Row(record, origin, Stored) for record, origin in found)
     else:
         rows = _rows(source, locations, config.speech.data)
     for row in rows:
@@ -87,7 +127,7 @@ class Row:
 
     values: Mapping[str, Any]
     origin: str
-    open: Callable[[str], bytes]
+    open: Open
 
 
 def _split_of(config: Config, source: SourceConfig, split: Split, row: Row) -> Split:
@@ -145,7 +185,7 @@ def _with_audio(row: Row, audio: Any, found: Utterance) -> Utterance:
     if content is not None:
         read = partial(bytes, content)
     elif samples is None and isinstance(audio, str) and audio:
-        read = partial(row.open, audio)
+        read = row.open(audio)
     return Utterance(found.text, found.label, redact(name), read, samples, prompt=found.prompt)
 
 
@@ -178,26 +218,24 @@ def _file_rows(url: str, source: SourceConfig, settings: SpeechDataConfig) -> It
     if name.endswith(".parquet"):
         return _parquet_rows(url, source, settings)
     if name.endswith(AUDIO_ENDINGS):
-        return iter([_audio_row(url, source, settings, _bytes_of)])
+        return iter([_audio_row(url, source, settings, Stored)])
     if unpacked.endswith(METADATA_NAMES[1]):
-        return _csv_rows(read_lines(url), redact(url), settings, partial(_open_beside, url))
+        return _csv_rows(read_lines(url), redact(url), settings, partial(_beside, url))
     if unpacked.endswith(TABLE_ENDINGS):
-        return _json_rows(read_lines(url), redact(url), partial(_open_beside, url))
+        return _json_rows(read_lines(url), redact(url), partial(_beside, url))
     raise DataError(
         f"{redact(url)} must be audio ({', '.join(AUDIO_ENDINGS)}), JSONL, Parquet or a tar archive, but its name ends "
         "otherwise; name such files for this source"
     )
 
 
-def _json_rows(lines: Iterable[str], name: str, open_path: Callable[[str], bytes]) -> Iterator[Row]:
+def _json_rows(lines: Iterable[str], name: str, open_path: Open) -> Iterator[Row]:
     for record, origin in json_records(lines, name):
         require_object(record, origin)
         yield Row(record, origin, open_path)
 
 
-def _csv_rows(
-    lines: Iterable[str], name: str, settings: SpeechDataConfig, open_path: Callable[[str], bytes]
-) -> Iterator[Row]:
+def _csv_rows(lines: Iterable[str], name: str, settings: SpeechDataConfig, open_path: Open) -> Iterator[Row]:
     """Rows of a `metadata.csv`, whose `file_name` is the audio, as in `datasets`' audio folders."""
     for record, origin in csv_records(lines, name):
         if "file_name" in record:
@@ -220,7 +258,7 @@ def _parquet_rows(url: str, source: SourceConfig, settings: SpeechDataConfig) ->
     else:
         columns = wanted
     for number, record in enumerate(parquet_rows(url, list(dict.fromkeys(columns))), start=1):
-        yield Row(record, f"{redact(url)}:{number}", partial(_open_beside, url))
+        yield Row(record, f"{redact(url)}:{number}", partial(_beside, url))
 
 
 def _tar_rows(url: str, source: SourceConfig, settings: SpeechDataConfig) -> Iterator[Row]:
@@ -270,7 +308,7 @@ def _member_rows(
     tables = [name for name in contents if name.rpartition("/")[2] in METADATA_NAMES]
     for name in tables:
         lines = _lines(contents[name], f"{url}/{name}")
-        open_path = partial(_open_member, contents, name.rpartition("/")[0])
+        open_path = partial(_member, contents, name.rpartition("/")[0])
         if name.endswith(".csv"):
             yield from _csv_rows(lines, f"{url}/{name}", settings, open_path)
         else:
@@ -278,7 +316,7 @@ def _member_rows(
     if not tables:
         for name in sorted(contents):
             if name.lower().endswith(AUDIO_ENDINGS):
-                yield _audio_row(name, source, settings, partial(_open_member, contents, ""), url)
+                yield _audio_row(name, source, settings, partial(_member, contents, ""), url)
 
 
 def _lines(content: bytes, origin: str) -> list[str]:
@@ -292,21 +330,23 @@ def _lines(content: bytes, origin: str) -> list[str]:
         ) from error
 
 
-def _open_member(contents: Mapping[str, bytes], folder: str, name: str) -> bytes:
+def _member(contents: Mapping[str, bytes], folder: str, name: str) -> Read:
     path = f"{folder}/{name}" if folder else name
-    if path not in contents:
-        raise UnusableAudio("missing", f"the archive has no {path}")
-    return contents[path]
+
+    def read() -> bytes:
+        if path not in contents:
+            raise UnusableAudio("missing", f"the archive has no {path}")
+        return contents[path]
+
+    return read
 
 
-def _audio_row(
-    name: str, source: SourceConfig, settings: SpeechDataConfig, open_path: Callable[[str], bytes], within: str = ""
-) -> Row:
+def _audio_row(name: str, source: SourceConfig, settings: SpeechDataConfig, open_path: Open, within: str = "") -> Row:
     """A recording whose text lies beside it, in a file of the same name that ends in `.txt`."""
     origin = f"{redact(within)}/{name}" if within else redact(name)
     text_name = f"{name.rpartition('.')[0]}.txt"
     try:
-        text = open_path(text_name).decode("utf-8-sig").strip()
+        text = open_path(text_name)().decode("utf-8-sig").strip()
     except (UnusableAudio, DataError, UnicodeDecodeError) as error:
         raise DataError(
             f"{origin} must have its text in a file beside it that ends in .txt, but has none that can be read; add "
@@ -340,14 +380,12 @@ def _saved_rows(folder: Path) -> Iterator[Row]:
     from datasets import load_from_disk
 
     for number, record in enumerate(undecoded(load_from_disk(str(folder))), start=1):
-        yield Row(record, f"{folder}:{number}", partial(_open_beside, str(folder / "state.json")))
+        yield Row(record, f"{folder}:{number}", partial(_beside, str(folder / "state.json")))
 
 
-def _open_beside(table: str, name: str) -> bytes:
-    """The bytes of a path that a table names: its neighbour, unless it is a URL or begins at the root."""
-    if "://" in name or name.startswith("/"):
-        return _bytes_of(name)
-    return _bytes_of(neighbour(table, name))
+def _beside(table: str, name: str) -> Stored:
+    """The file that a table names: its neighbour, unless it is a URL or begins at the root."""
+    return Stored(name if "://" in name or name.startswith("/") else neighbour(table, name))
 
 
 def neighbour(table: str, name: str) -> str:
@@ -355,12 +393,3 @@ def neighbour(table: str, name: str) -> str:
     path = file_part(table)
     folder = path.removesuffix(path.rpartition("/")[2])
     return f"{folder or './'}{quote(name) if is_web(table) else name}{table.removeprefix(path)}"
-
-
-def _bytes_of(url: str) -> bytes:
-    try:
-        with open_bytes(url) as file:
-            content: bytes = file.read()
-            return content
-    except DataError as error:
-        raise UnusableAudio("missing", str(error)) from error

@@ -6,14 +6,18 @@ import time
 
 from checkpoints import Artifact, paths
 from modularforge.assembly.assemble import assemble
+from modularforge.config import Config
 from modularforge.log import logger
 from modularforge.pipeline import JobName
 from modularforge.provenance import commit, making
-from modularforge.run import Run
+from modularforge.ranks import own_rank
+from modularforge.run import SECONDS_BETWEEN_LOOKS, Run
 
 
 def run(run: Run) -> Artifact:
-    """Assemble and commit unless it is done."""
+    """Assemble and commit unless it is done (called on every rank; rank 0 assembles)."""
+    if own_rank().rank:
+        return _awaited(run.config)
     plan, config = run.plan("assemble"), run.config
     if found := run.finished(plan):
         logger.info("assembled model is finished: %s", plan.url)
@@ -31,3 +35,10 @@ def run(run: Run) -> Artifact:
             paths.remove(run.url("calibrate"))
             run.forget(run.url("calibrate"))
         return commit(writer, plan, run, {"seconds": round(time.perf_counter() - start, 3), **facts}, old)
+
+
+def _awaited(config: Config) -> Artifact:
+    """What rank 0 makes, however long that takes; when it fails, torchrun ends this process too."""
+    while (found := Run(config).artifact("assemble")) is None:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    return found

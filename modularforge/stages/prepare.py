@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
-from checkpoints import Artifact
+from checkpoints import Artifact, paths
 from modularforge.config import Config
 from modularforge.data.cleaning import clean_corpus
 from modularforge.data.inputs import SHOWN, changes_since, file_states, list_matches, record, warn_of_repeats
 from modularforge.data.partition_files import make_partitions
-from modularforge.data.prepare import describe_corpus, own_scratch, prepare_corpus, remove_scratch, scratch_folder
+from modularforge.data.parts import FILES_NAME, Listing, list_pieces, put_together, share_of, write_part
+from modularforge.data.prepare import (
+    Encoder,
+    describe_corpus,
+    make_tokenizer,
+    open_encoder,
+    own_scratch,
+    prepare_corpus,
+    remove_scratch,
+    scratch_folder,
+)
+from modularforge.data.tokenizer import load_tokenizer
 from modularforge.errors import DataError, StoreError
 from modularforge.log import logger
-from modularforge.pipeline import contents
+from modularforge.pipeline import PREPARING, STAGES, JobName, contents
 from modularforge.pretrained.fetch import local_model
 from modularforge.provenance import commit, making
 from modularforge.run import Run
 
+END_TOKEN_FACT = "end_token"  # in that of the vocabulary
 SOURCES_FACT = "sources"  # in the manifest of prepared data: the files that were read
 
 
@@ -51,22 +67,119 @@ def corpus(run: Run) -> Artifact:
     if artifact := run.finished(plan):
         logger.info("data is finished: %s", plan.url)
         remove_scratch(scratch)  # of a preparation that was killed right after its commit
+        _remove_parts(run)
         _warn_of_changes(config, artifact)
         return artifact
     matches = [] if source else list_matches(config)
     warn_of_repeats(matches)
-    states = {source.url: [contents(source)]} if source else file_states(matches)
-    documents = source.local_folder() if source else None
+    parts = _parts(run)
+    if source:
+        states = {source.url: [contents(source)]}
+    elif parts:  # as they were when the vocabulary was learned
+        states = Listing.read(run.require("vocabulary"), matches).states
+    else:
+        states = file_states(matches)
+    documents = source.local_folder() if source and not parts else None
     with making(plan) as writer:
         start = time.perf_counter()
-        pretrained = local_model(config.model.pretrained) if config.model.pretrained else None
-        metadata = prepare_corpus(config, scratch, writer.folder, pretrained, states, documents)
+        if parts:
+            metadata = _put_together(run, parts, writer.folder)
+        else:
+            metadata = prepare_corpus(config, scratch, writer.folder, _pretrained(config), states, documents)
         seconds = round(time.perf_counter() - start, 3)
         facts = {"seconds": seconds, **{name: metadata[name] for name in ("labels", "splits", "near_copies")}}
         read = {} if source else {SOURCES_FACT: record(matches, states)}
         made = commit(writer, plan, run, {**facts, **read})
     remove_scratch(scratch)
+    _remove_parts(run)
     return made
+
+
+def vocabulary(run: Run) -> Artifact:
+    """Learn the tokenizer of a corpus that tasks will share, and note which files it has, unless that is done."""
+    plan, config = run.plan("vocabulary"), run.config
+    if artifact := run.artifact("prepare-data") or run.finished(plan):
+        logger.info("the vocabulary is learned: %s", artifact.url)
+        return artifact
+    source = run.require("clean") if config.data.clean else None
+    matches = [] if source else list_matches(config)
+    states = file_states(matches)
+    scratch = scratch_folder(plan.url, plan.fingerprint)
+    with making(plan) as writer:
+        pretrained, documents = _pretrained(config), source.local_folder() if source else None
+        work = own_scratch(scratch, describe_corpus(config, pretrained, states))
+        _, end_token = make_tokenizer(config, work, writer.folder, pretrained, documents)
+        Listing.write(states, writer.folder)
+        made = commit(writer, plan, run, {END_TOKEN_FACT: end_token})
+    remove_scratch(scratch)
+    return made
+
+
+def tokenised(run: Run, index: int) -> Artifact:
+    """Read and tokenise one task's share of the corpus, unless that is done."""
+    if artifact := run.artifact("prepare-data"):
+        logger.info("data is finished: %s", artifact.url)
+        return artifact
+    plan, config = run.plan("tokenise", index), run.config
+    scratch = scratch_folder(plan.url, plan.fingerprint)
+    if artifact := run.finished(plan):
+        logger.info("share %d is finished: %s", index, artifact.url)
+        remove_scratch(scratch)
+        return artifact
+    noted, cleaned = run.require("vocabulary"), run.require("clean") if config.data.clean else None
+    listing = Listing.read(noted, [] if cleaned else list_matches(config))
+    count = len(STAGES["tokenise"].indices(config))
+    own = share_of(list_pieces(config, listing, cleaned), index, count)
+    files = [] if cleaned else [piece.file for piece in own if piece.file]
+    listing.require_unchanged(files, noted)
+    with making(plan) as writer:
+        start, folder = time.perf_counter(), noted.local_folder()
+        work = own_scratch(scratch, plan.fingerprint)
+        counts = write_part(config, _encoder(config, noted, folder), own, work, writer.folder, cleaned)
+        seconds = round(time.perf_counter() - start, 3)
+        made = commit(writer, plan, run, {"seconds": seconds, "documents": counts, "files": len(own)})
+    remove_scratch(scratch)
+    return made
+
+
+def _encoder(config: Config, noted: Artifact, folder: Path) -> Encoder:
+    return open_encoder(config, folder, load_tokenizer(folder), int(noted.manifest.facts[END_TOKEN_FACT]))
+
+
+def _parts(run: Run) -> list[Artifact]:
+    """What tasks have made of their shares; none where nobody shares the work, or nobody has begun."""
+    count = run.config.cluster.prepare_tasks
+    if not count or run.artifact("vocabulary") is None:
+        return []
+    return run.require_each("tokenise")
+
+
+def _put_together(run: Run, parts: list[Artifact], output: Path) -> dict[str, Any]:
+    """The corpus of what all tasks have made."""
+    noted = run.require("vocabulary")
+    folder = noted.local_folder()
+    for name in noted.manifest.files:
+        if name != FILES_NAME:
+            shutil.copyfile(folder / name, output / name)
+    return put_together(run.config, _encoder(run.config, noted, folder), parts, output)
+
+
+def _remove_parts(run: Run) -> None:
+    """What tasks have made is in the corpus now; a share is removed before the vocabulary it was made from."""
+    if not run.config.cluster.prepare_tasks:
+        return
+    folder = run.url("vocabulary").rpartition("/")[0]
+    for name in sorted(paths.list_folder(folder)):
+        if JobName.parse(name).stage in PREPARING[:-1]:
+            paths.remove(paths.join(folder, name))
+            run.forget(paths.join(folder, name))
+    if paths.is_local(folder):
+        with suppress(OSError):  # it holds something else
+            paths.local_path(folder).rmdir()
+
+
+def _pretrained(config: Config) -> Path | None:
+    return local_model(config.model.pretrained) if config.model.pretrained else None
 
 
 def _warn_of_changes(config: Config, artifact: Artifact) -> None:

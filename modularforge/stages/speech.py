@@ -140,11 +140,12 @@ def calibrated(run: Run) -> Artifact:
 
 def calibrate_speech(model: SpeechModel, config: Config, corpus: Corpus, job: Job) -> tuple[Calibration, Row]:
     """Train router rows and scales on training utterances, judged by the validation ones; and what was heard for it."""
-    device, phase, held_out = default_device(), config.calibration, SPEECH.validation(config, corpus)
+    phase, held_out = config.calibration, SPEECH.validation(config, corpus)
+    world = World(device=default_device())
     seed = derived_seed(config.seed, "calibration order")
     examples = replace(SPEECH.everything(config, corpus), batch_size=phase.batch_size, seed=seed)
-    loss = partial(mean_loss, model.to(device), held_out, World(device=device))
-    return calibrate_by(examples, model, config, loss, job, device), examples.taken(phase.steps)
+    loss = partial(mean_loss, model.to(world.device), held_out, world)
+    return calibrate_by(examples, model, config, loss, job, world), examples.taken(phase.steps)
 
 
 def _mixture(run: Run, name: str, phase: PhaseConfig) -> Examples:
@@ -184,7 +185,8 @@ def _train(run: Run, name: str, phase: PhaseConfig, start: Callable[[], Training
 def _write(run: Run, training: Training, folder: Path) -> None:
     """A model folder, with the tokenizer of the language model."""
     settings = run.config.speech.data
-    features: Row = {"kind": settings.features, "bins": settings.bins, "normalise": settings.normalise}
+    normalise = "file" if settings.statistics_file else settings.normalise
+    features: Row = {"kind": settings.features, "bins": settings.bins, "normalise": normalise}
     statistics_2M = speech_file(run.config, run.corpus.artifact, "train").statistics
     if statistics_2M is not None:
         features["statistics"] = statistics_2M.tolist()

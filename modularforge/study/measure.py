@@ -42,7 +42,7 @@ from modularforge.pipeline import JobName
 from modularforge.stage_outputs import own_domains
 from modularforge.study.runs import StudyRun
 from modularforge.study.study_file import NEEDS, Variant
-from modularforge.training.distributed import default_device
+from modularforge.training.distributed import World, default_device
 from modularforge.training.job import Job
 from modularforge.training.precision import measuring
 
@@ -91,7 +91,8 @@ def _assembled(config: Config, backbone: Artifact, experts: list[Artifact]) -> D
 def calibrate_model(run: StudyRun, config: Config, model: Decoder, fresh: Decoder) -> tuple[Decoder, dict[str, float]]:
     """Calibrate `model` and return it, or `fresh`, which is the same untouched, when it did not get better."""
     job = Job("calibrate", config.calibration, config.training)
-    result = calibrate_as_set(model.to(default_device()), config, run.corpus, run.obtain("partition"), job)
+    world = World(device=default_device())
+    result = calibrate_as_set(model, config, run.corpus, run.obtain("partition"), job, world)
     return (model if result.kept else fresh), result.facts
 
 

@@ -53,11 +53,11 @@ class SpeechExamples:
                 f"{self.name} must fill one batch of {self.batch_size} utterances, in equal shares for {ranks} "
                 f"processes, but has {len(self.utterances)}; lower batch_size, add audio, or make fewer partitions"
             )
-        first, share = int(position), self.batch_size // ranks
+        first = int(position)
         while True:
-            mine = self._order(first + rank * share, first + (rank + 1) * share)
+            chosen = self._order(first, first + self.batch_size)
             first += self.batch_size
-            yield batch_of(self.file, mine, first)
+            yield batch_of(self.file, chosen, first, rank, ranks)
 
     def _order(self, first: int, end: int) -> Indices:
         """Utterances at the positions [first, end): a permutation for each epoch."""
@@ -94,10 +94,10 @@ class MixedSpeech:
 
     def batches(self, position: Any = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """Batches until all were taken; positions count utterances over all ranks."""
-        mixed, share = self._order(), self.batch_size // ranks
+        mixed = self._order()
         for first in range(int(position), len(mixed) - self.batch_size + 1, self.batch_size):
-            mine = mixed[first + rank * share : first + (rank + 1) * share]
-            yield batch_of(self.parts[0].file, mine, first + self.batch_size)
+            end = first + self.batch_size
+            yield batch_of(self.parts[0].file, mixed[first:end], end, rank, ranks)
 
     def taken(self, steps: int) -> dict[str, Any]:
         """What so many steps of a training heard."""
@@ -184,7 +184,7 @@ class SpeechTask:
         return SpeechValidation(file, chosen, config.speech.decoding.batch_size)
 
     def loss(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Mean cross-entropy of the answers' ids, in nats."""
+        """Mean cross-entropy of the answers' ids, in nats; all ids of all pieces and ranks weigh alike."""
         return speech_loss(model, tensors)
 
     def metrics(self, model: SpeechModel, held_out: HeldOutSpeech, device: torch.device) -> dict[str, dict[str, float]]:
@@ -285,8 +285,13 @@ def speech_file(config: Config, corpus: Artifact, split: str) -> SpeechFile:
     return open_speech_file(folder, split, config.speech.data)
 
 
-def batch_of(file: SpeechFile, indices: Indices, position: Any) -> Batch:
-    """Utterances as padded tensors: features [B, F, M] with zeros, prompts [B, P] and answers [B, A] with -1 behind."""
+def batch_of(file: SpeechFile, indices: Indices, position: Any, rank: int = 0, ranks: int = 1) -> Batch:
+    """This rank's share of utterances as padded tensors: features [B, F, M] with zeros, prompts [B, P] and answers
+    [B, A] with -1 behind; and in each row of `whole` how many ids and utterances all ranks have together.
+    """
+    ids = int((file.tokens.offsets[indices + 1] - file.tokens.offsets[indices]).sum())
+    share, whole = len(indices) // ranks, (ids, len(indices))
+    indices = indices[rank * share : (rank + 1) * share]
     features = [torch.from_numpy(np.array(file.features(int(index)))) for index in indices]
     frames_B = torch.tensor([len(frames_FM) for frames_FM in features])
     padded_BFM = nn.utils.rnn.pad_sequence(features, batch_first=True)
@@ -294,6 +299,7 @@ def batch_of(file: SpeechFile, indices: Indices, position: Any) -> Batch:
         _ids([own.document(int(index)) for index in indices]) for own in (file.prompts, file.tokens)
     )
     tensors = {"features": padded_BFM, "frames": frames_B, "prompt": prompt_BP, "answer": answer_BA}
+    tensors["whole"] = torch.tensor([whole] * share)
     return Batch(tensors, position, float(frames_B.sum()) / 100)
 
 

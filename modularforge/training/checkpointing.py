@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +25,7 @@ from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.optimizer import Trainer
 
+SECONDS_BETWEEN_EXCHANGES, STEPS_BETWEEN_EXCHANGES = 1.0, 8
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
@@ -40,6 +42,7 @@ class Checkpointing:
         self.saver: CheckpointSaver | None = None
         self._kept = (job.training.keep_checkpoints, job.training.keep_checkpoints_every)
         self._uncommitted: Checkpoint | None = None  # whose pieces are being written
+        self._steps, self._steps_between, self._exchanged = 0, 1, time.perf_counter()  # since ranks spoke of a stop
         if world.rank < (part.count if part else 1) and job.checkpoint_url is not None:
             self.saver = CheckpointSaver(job.checkpoint_url, job.fingerprint, *self._kept, part)
 
@@ -58,10 +61,21 @@ class Checkpointing:
         logger.info("%s continues at step %d of %d", self.job.name, trainer.step, self.job.end)
 
     def agree_to_stop(self, wants_to_stop: bool) -> bool:
-        """Whether any rank wants to stop; raises on all when a background save has failed (one exchange a step)."""
-        saver = self.saver
-        own = [wants_to_stop, bool(saver and saver.has_failed), bool(saver and saver.is_busy)]
-        stops, failures, busy = self.world.total([float(value) for value in own])
+        """Whether any rank wants to stop; raises on all when a background save has failed.
+
+        Called by every rank after each step. Several ranks exchange it in every step that takes a second, and in every
+        eighth of short ones: a stop is seen at most so much later than by one process.
+        """
+        self._steps += 1
+        if self._steps < self._steps_between:
+            return False
+        saver, seconds = self.saver, (time.perf_counter() - self._exchanged) / self._steps
+        own = [wants_to_stop, bool(saver and saver.has_failed), bool(saver and saver.is_busy), seconds]
+        stops, failures, busy, seconds = self.world.total([float(value) for value in own])
+        if self.world.size > 1:  # by a number that all have
+            share = min(STEPS_BETWEEN_EXCHANGES, SECONDS_BETWEEN_EXCHANGES * self.world.size / max(seconds, 1e-9))
+            self._steps_between = max(1, int(share))
+        self._steps, self._exchanged = 0, time.perf_counter()
         if failures:
             self._together(self._check)
         if not busy:

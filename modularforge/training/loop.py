@@ -29,7 +29,14 @@ from modularforge.training.meter import Meter, Reporter
 from modularforge.training.optimizer import Trainer, build_optimizer, learning_rate, set_rate
 from modularforge.training.precision import autocast, measuring
 from modularforge.training.recompute import choose_recompute
-from modularforge.training.sharding import exchange_gradients, forget_unvisited, part_of, shard, whole_norm
+from modularforge.training.sharding import (
+    exchange_gradients,
+    forget_unvisited,
+    mask_gradients,
+    part_of,
+    shard,
+    whole_norm,
+)
 
 
 def fit(
@@ -176,6 +183,7 @@ def _step(
             loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     forget_unvisited(trainer.trainable)
+    mask_gradients(trainer.trainable)
     meter.measure_gradients(trainer.step + 1)
     norm = _clipped(trainer.trainable, job.training.clip_norm)
     trainer.optimizer.step()

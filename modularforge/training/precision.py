@@ -22,6 +22,14 @@ def is_half(training: TrainingConfig, device: torch.device) -> bool:
     return training.precision == "bf16"
 
 
+def keeps_types(training: TrainingConfig, device: torch.device) -> bool:
+    """Whether what is frozen stays in the type that it is stored in: autocast casts it to bf16 anyway.
+
+    On a CPU all is float32 as ever: models are measured there without autocast, and last bits are recorded.
+    """
+    return device.type == "cuda" and is_half(training, device)
+
+
 @contextmanager
 def measuring(training: TrainingConfig, device: torch.device) -> Iterator[None]:
     """Validation, evaluation and statistics: on a GPU in the type that training has there, and TF32 for what is left.

@@ -31,11 +31,13 @@ from modularforge.training.precision import is_half
 def shard(trainable: Trainable, training: TrainingConfig, world: World) -> Trainable:
     """The same job with its model in pieces, where `training.parallel` asks for that and there are several ranks.
 
-    In either case what learns is float32 behind it, in whatever type it was read.
+    In either case what learns is float32 behind it, in whatever type it was read. What is in pieces stays as it is.
     """
+    if any(map(is_sharded, trainable.model.parameters())):
+        return trainable
     if training.parallel == "ddp" or world.size == 1:
         _widen(trainable.parameters.values())
-        return trainable
+        return replace(trainable, masks={name: mask.to(world.device) for name, mask in trainable.masks.items()})
     mesh, names = _mesh(training, world), _names(trainable)
     _fully_shard(trainable, mesh, is_half(training, world.device))
     for module in _sharded_modules(trainable.model):
@@ -43,7 +45,17 @@ def shard(trainable: Trainable, training: TrainingConfig, world: World) -> Train
         module.set_force_sum_reduction_for_comms(world.device.type == "cpu")
         module.set_reduce_scatter_unused_params(trainable.may_skip_parameters, recurse=False)
     groups = [replace(group, parameters=_renewed(group, names, trainable.model)) for group in trainable.groups]
-    return replace(trainable, groups=groups)
+    found = replace(trainable, groups=groups)
+    masks = {name: _as_piece(mask, found.parameters[name]) for name, mask in trainable.masks.items()}
+    return replace(found, masks=masks)
+
+
+def _as_piece(whole: Tensor, weight: Any) -> Tensor:
+    """This rank's piece of a tensor that all have as a whole, as a weight's lies."""
+    from torch.distributed.tensor import distribute_tensor
+
+    piece = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None)
+    return own_piece(piece).to(own_piece(weight).device)
 
 
 def shard_ranks(training: TrainingConfig, world: World) -> int:
@@ -152,6 +164,14 @@ def forget_unvisited(trainable: Trainable) -> None:
     for weight, count in zip(learns, reached.tolist(), strict=True):
         if not count:
             weight.grad = None
+
+
+def mask_gradients(trainable: Trainable) -> None:
+    """Let only those entries learn that a job's masks let through."""
+    for name, mask in trainable.masks.items():
+        gradient = trainable.parameters[name].grad
+        if gradient is not None:
+            own_piece(gradient).mul_(mask)
 
 
 def whole_norm(norm: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 MaxArraySize={max_array_size}
-MaxJobCount=5000
+MaxJobCount={max_job_count}
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 SchedulerParameters=batch_sched_delay=0,sched_interval=5,bf_interval=1
@@ -68,7 +68,15 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 60.0) 
 class Cluster:
     """Starts and stops the daemons; `crash` ends a node as a power cut does."""
 
-    def __init__(self, folder: Path, nodes: int = 4, cpus: int = 2, max_array_size: int = 6, more: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        nodes: int = 4,
+        cpus: int = 2,
+        max_array_size: int = 6,
+        more: str = "",
+        most_jobs: int = 5000,
+    ) -> None:
         self.folder, self.nodes, self.conf = folder, nodes, folder / "slurm.conf"
         self.environ = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
         self.environ |= {"SLURM_CONF": str(self.conf), "PATH": SEARCHED}
@@ -81,7 +89,7 @@ class Cluster:
         self.conf.write_text(
             CONF.format(
                 host=socket.gethostname().partition(".")[0], dir=folder, port=port, first=port + 1, last=port + nodes,
-                nodes=nodes, cpus=cpus, max_array_size=max_array_size, more=more,
+                nodes=nodes, cpus=cpus, max_array_size=max_array_size, max_job_count=most_jobs, more=more,
             )
         )  # fmt: skip
 

@@ -13,6 +13,7 @@ from checkpoints import paths
 from modularforge.calibration import calibrator
 from modularforge.calibration.calibrator import Calibration, choose_parameters, split_documents
 from modularforge.config import Config
+from modularforge.config_files import to_yaml
 from modularforge.data.token_files import TokenFile
 from modularforge.experts.calibrated import own_entries
 from modularforge.model import names
@@ -21,7 +22,9 @@ from modularforge.pipeline import stage_url
 from modularforge.run import Run
 from modularforge.stage_outputs import Corpus
 from modularforge.stages import calibrate, evaluate
+from modularforge.training.distributed import World
 from modularforge.training.job import Job
+from tests.conftest import run_command
 from tests.naive import naive_losses
 
 
@@ -161,8 +164,33 @@ def test_text_of_the_partitions_comes_after_that_of_the_experts(
     monkeypatch.setattr(calibrator, "calibrate_on", lambda examples, *_: asked.append(examples))
     run = Run(widened)
     model = load_model(run.require("assemble").local_folder())
-    calibrator.calibrate_as_set(model, widened, run.corpus, run.require("partition"), Job("c", *(None,) * 2))  # type: ignore[arg-type]
+    calibrator.calibrate_as_set(model, widened, run.corpus, run.require("partition"), Job("c", *(None,) * 2), World())  # type: ignore[arg-type]
     assert asked[0].first_window == widened.experts.steps * widened.experts.batch_size
     wanted = widened.calibration.steps * widened.calibration.batch_size
     assert len(list(asked[0].batches())) >= widened.calibration.steps
     assert asked[0].windows_each * 3 >= wanted
+
+
+@pytest.mark.parametrize(
+    "layout", ["2-fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("4-hsdp", "2-ddp"))]
+)
+def test_a_calibration_on_several_ranks_is_that_of_one_process(layout: str, widened: Config, tmp_path: Path) -> None:
+    """With the masks of shared matrices, whose rows lie on several ranks, and losses beside the held-out one."""
+    alone, (ranks, parallel) = Run(widened).make("calibrate"), layout.split("-")
+    for name in ("backbone", "experts"):
+        (tmp_path / name).symlink_to((Path(widened.output_dir) / name).resolve())
+    training = widened.training.model_copy(update={"parallel": parallel, "shard_ranks": 2 if ranks == "4" else None})
+    config = widened.model_copy(update={"training": training, "output_dir": str(tmp_path)})
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    run_command("tests.shard_ranks", str(tmp_path / "config.yaml"), ranks, "assemble", "calibrate")
+    shared = Run(config).require("calibrate")
+    assert shared.manifest.fingerprint == alone.manifest.fingerprint
+    facts, expected = shared.manifest.facts, alone.manifest.facts
+    for name in ("loss_before", "loss_after"):
+        assert facts[name] == pytest.approx(expected[name], abs=2e-5)
+    assert facts["beside"]["switch"] == pytest.approx(expected["beside"]["switch"], abs=2e-5)
+    one, other = (read_tensors(artifact.local_folder()) for artifact in (alone, shared))
+    assert one.keys() == other.keys()
+    before = read_tensors(Run(widened).require("assemble").local_folder())
+    assert all(torch.equal(one[name] == before[name], other[name] == before[name]) for name in one)
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-3  # a step moves a weight by 3e-3

@@ -7,6 +7,9 @@ import io
 import json
 import re
 import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import pyarrow.parquet
 import pytest
 
 from modularforge.config import Config, SpeechDataConfig
+from modularforge.data.tokenizer import load_tokenizer
 from modularforge.errors import ConfigError, DataError
 from modularforge.speech.audio import UnusableAudio, check_audible, decode, require_package, resampled
 from modularforge.speech.feature_files import SpeechFile, open_speech_file
@@ -84,6 +88,14 @@ def test_every_rate_and_stereo_become_mono_at_16_khz(rate: int, kind: str) -> No
     assert abs(len(found) - len(expected)) <= 1
     size = min(len(found), len(expected))
     assert np.abs(found[:size] - expected[:size]).max() < 5e-3
+
+
+@pytest.mark.parametrize("kind", ["MP3", "OGG"])
+def test_lossy_recordings_of_another_rate_keep_their_length_and_pitch(kind: str) -> None:
+    found = decode(wav(tone(440.0, 0.5, 44_100), 44_100, kind))
+    assert abs(len(found) / RATE - 0.5) < 0.1  # MP3 comes in frames
+    peak = np.abs(np.fft.rfft(found)).argmax() * RATE / len(found)
+    assert abs(peak - 440.0) < 5.0
 
 
 @pytest.mark.parametrize(
@@ -181,11 +193,47 @@ def test_the_same_audio_in_all_forms_gives_the_same_features(tmp_path: Path) -> 
         assert np.allclose(own_features, expected[1], atol=2e-3), form
 
 
-def test_a_folder_that_datasets_saved_is_read(tmp_path: Path) -> None:
-    from datasets import Dataset
+def test_recordings_on_the_web_are_read_beside_their_table_and_by_their_address(tmp_path: Path) -> None:
+    words(tmp_path / "w", 4, split=False)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{server.server_port}/w"
+        places = ("0.wav", f"{address}/1.wav", str(tmp_path / "w/2.wav"), f"{address}/gone.wav")
+        write_table(tmp_path / "w", [{"audio": place, "text": "x"} for place in places])
+        file, metadata = prepare(config_of(f"{address}/metadata.jsonl", heldout_fraction=1e-9), tmp_path / "out")
+    finally:
+        server.shutdown()
+        server.server_close()
+    expected = [decode((tmp_path / f"w/{index}.wav").read_bytes()) for index in range(3)]
+    assert [len(file.features(index)) for index in range(3)] == [-(-len(samples) // 160) for samples in expected]
+    assert metadata["dropped_utterances"] == {"tones": {"missing": 1}}
+
+
+def test_questions_and_answers_are_columns_of_their_own(tmp_path: Path) -> None:
+    audio = [{"bytes": wav(tone(200.0 * (i + 1))), "path": None} for i in range(3)]
+    column = {"audio": audio, "text_prompt": ["who?", "what?", None], "answer": ["me", "this", "here"]}
+    pyarrow.parquet.write_table(pyarrow.table(column), tmp_path / "qa.parquet")
+    settings = {"prompt_field": "text_prompt", "heldout_fraction": 1e-9, "source": {"text_field": "answer"}}
+    file, _ = prepare(config_of(tmp_path / "qa.parquet", **settings), tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path / "out/tokenizer.json")
+    assert texts(file) == ["me", "this", "here"]
+    assert [tokenizer.decode(file.prompts.document(i).tolist()) for i in range(3)] == ["who?", "what?", ""]
+    assert [tokenizer.decode(file.tokens.document(i)[:-1].tolist()) for i in range(3)] == ["me", "this", "here"]
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize("has_audio_column", [False, True])
+def test_a_folder_that_datasets_saved_is_read(has_audio_column: bool, tmp_path: Path) -> None:
+    from datasets import Audio, Dataset
 
     rows = {"audio": [{"bytes": wav(tone(200.0 * (i + 1))), "path": f"{i}.wav"} for i in range(4)], "text": list(WORDS)}
-    Dataset.from_dict(rows).save_to_disk(str(tmp_path / "saved"))
+    found = Dataset.from_dict(rows)
+    (found.cast_column("audio", Audio()) if has_audio_column else found).save_to_disk(str(tmp_path / "saved"))
     table = str(words(tmp_path / "w", 4, split=False))
     file, _ = prepare(config_of(tmp_path / "saved", source={"validation": table, "test": table}), tmp_path / "out")
     assert texts(file) == list(WORDS)
@@ -220,6 +268,34 @@ def test_columns_that_are_prepared_already_are_taken_as_they_are(tmp_path: Path)
     file, metadata = prepare(config, tmp_path / "out")
     assert np.allclose(file.features(0), features_MF.T, atol=2e-3)
     assert file.tokens.document(0).tolist() == [70, 80, metadata["end_token"]]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("input_features", [[1.0], [1.0, 2.0]], "must have input_features of 80 bins, but has an array of (0,)"),
+        ("input_features", None, "must have input_features of 80 bins, but has an array of ()"),
+        ("labels", None, "must have a list of token ids in column labels, but has None"),
+        ("labels", "hello", "must have a list of token ids in column labels, but has 'hello'"),
+        ("labels", [3, 70_000], "must have ids below 260 in column labels, the tokenizer's size, but has 70000"),
+        ("input_features", [[1e39] * 80], {"corrupt": 1}),
+        ("input_features", [[]] * 80, {"empty": 1}),
+        ("labels", [-100, -100], {"no text": 1}),
+    ],
+)
+def test_prepared_columns_that_cannot_be_are_refused_or_counted(
+    column: str, value: Any, message: Any, tmp_path: Path
+) -> None:
+    good = {"input_features": np.zeros((80, 9)).tolist(), "labels": [70]}
+    table = write_table(tmp_path / "w", [good, {**good, column: value}])
+    config = config_of(table, heldout_fraction=1e-9)
+    if isinstance(message, str):
+        with pytest.raises(DataError, match=re.escape(message)):
+            prepare(config, tmp_path / "out")
+        return
+    file, metadata = prepare(config, tmp_path / "out")
+    assert file.count == 1
+    assert metadata["dropped_utterances"] == {"tones": message}
 
 
 def test_what_is_left_out_is_counted_by_its_reason(tmp_path: Path) -> None:
@@ -324,8 +400,6 @@ def test_prompts_are_those_of_the_records_or_of_the_settings(tmp_path: Path) -> 
     model = config.speech.model.model_copy(update={"prompt": "Write: "})
     speech = config.speech.model_copy(update={"model": model})
     fixed, _ = prepare(config.model_copy(update={"speech": speech}), tmp_path / "b")
-    from modularforge.data.tokenizer import load_tokenizer
-
     for found, output, expected in ((file, "a", "question 2?"), (fixed, "b", "Write: ")):
         assert (
             load_tokenizer(tmp_path / output / "tokenizer.json").decode(found.prompts.document(2).tolist()) == expected

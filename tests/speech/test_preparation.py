@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from modularforge.speech import prepare
 from modularforge.speech.features import Kind, features, frame_count
 from modularforge.tasks.speech import SPEECH
 from tests.speech.runs import speech_config
-from tests.speech.sounds import config_of, tone
+from tests.speech.sounds import config_of, tone, wav, write_table
 
 
 class Killed(BaseException):
@@ -76,6 +77,46 @@ def test_what_other_settings_left_is_not_taken(sounds: Path, tmp_path: Path, mon
     Run(shorter).make("prepare-data")
     assert len(seen) == 96
     assert Run(shorter).corpus.metadata["dropped_utterances"]["low"]["long"] > 0
+
+
+def saved(folder: Path, seconds: float) -> str:
+    """Recordings whose table, names and texts stay what they are, as files and within a saved data set."""
+    import datasets
+
+    recording = wav(tone(300.0, seconds))
+    rows = {"audio": [{"bytes": recording, "path": "0.wav"}] * 20, "text": ["one"] * 20}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(folder))
+    return str(folder)
+
+
+def files(folder: Path, seconds: float) -> str:
+    if not (folder / "metadata.jsonl").exists():
+        write_table(folder, [{"audio": f"{index}.wav", "text": "one"} for index in range(20)])
+    (folder / "3.wav").write_bytes(wav(tone(300.0, seconds)))
+    for index in (*range(3), *range(4, 20)):
+        if not (folder / f"{index}.wav").exists():
+            (folder / f"{index}.wav").write_bytes(wav(tone(300.0)))
+    return str(folder / "metadata.jsonl")
+
+
+@pytest.mark.parametrize(("make", "again"), [(files, 20), (saved, 20)])
+def test_recordings_that_were_written_again_meanwhile_are_computed_again(
+    make: Any, again: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config_of(make(tmp_path / "corpus", 0.4), heldout_fraction=1e-9)
+    config = settings.model_copy(update={"output_dir": str(tmp_path / "run")})
+    monkeypatch.setattr(prepare, "in_order", lambda function, items, _workers: map(function, items))
+    with monkeypatch.context() as stopped:
+        computes(stopped, 19)
+        with pytest.raises(Killed):
+            Run(config).make("prepare-data")
+    assert len(list((tmp_path / "run").glob("data.partial/prepare-*/*.npz"))) == 1
+    make(tmp_path / "corpus", 0.8)
+    seen = computes(monkeypatch)
+    Run(config).make("prepare-data")
+    assert len(seen) == again
+    records = [json.loads(line) for line in corpus_of(config)["train.utterances.jsonl"].splitlines()]
+    assert records[3]["seconds"] == 0.8
 
 
 @pytest.mark.parametrize("kind", ["whisper", "fbank"])

@@ -20,6 +20,8 @@ from modularforge.pretrained.sources import published_name
 from modularforge.run import Run
 from modularforge.speech.encoder_files import encoder_folder
 from modularforge.speech.folder import load_speech
+from modularforge.speech.hub import load_published
+from tests.pretrained import gguf_files
 from tests.pretrained.models import llama
 from tests.speech.runs import run_all, speech_config
 
@@ -41,14 +43,14 @@ def save_conformer(folder: Path) -> dict[str, Any]:
     return {"features": "fbank", "normalise": "utterance"}
 
 
-def config_of(folder: Path, data: dict[str, Any]) -> Config:
+def config_of(folder: Path, data: dict[str, Any], decoder: str = "llama") -> Config:
     speech = {
         "data": {"split_field": "split", **data},
         "model": {"encoder": str(folder / "encoder"), "projector_width": 24, "pool_kernel": 3},
         "decoding": {"max_tokens": 4, "batch_size": 4},
     }
     config = speech_config(folder / "run", folder / "sounds", speech=speech, evaluation={"baselines": []})
-    values = config.model_dump(mode="json") | {"model": {"pretrained": str(folder / "llama"), "context_length": 64}}
+    values = config.model_dump(mode="json") | {"model": {"pretrained": str(folder / decoder), "context_length": 64}}
     return complete_config(values, "settings")
 
 
@@ -78,6 +80,32 @@ def test_a_run_on_pretrained_parts_saves_what_it_trained_and_names_the_rest(save
     changed = {name: tensor + 1 for name, tensor in read_tensors(tmp_path / "encoder").items()}
     save_tensors(changed, tmp_path / "encoder/model.safetensors")
     with pytest.raises(MismatchError, match=r"the encoder at .* must be the one that was trained with"):
+        load_speech(folder)
+
+
+def test_a_language_model_may_be_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its values are those that the file's blocks stand for; the run knows it by the file's bytes, wherever it lies."""
+    monkeypatch.setenv("MODULARFORGE_CACHE", str(tmp_path / "cache"))
+    source = gguf_files.source(tmp_path / "llama")
+    path = gguf_files.write(tmp_path / "small.gguf", source, gguf_files.MIXED)
+    config = config_of(tmp_path, save_whisper(tmp_path / "encoder"), path.name)
+    results = run_all(config)
+    assert list(results["models"]) == ["backbone", "expert-0", "expert-1", "oracle", "assembled"]
+    rows = results["models"]
+    assert rows["assembled"]["mean_loss"] < rows["backbone"]["mean_loss"]
+    folder = Run(config).require("assemble").local_folder()
+    assert {name.split(".")[0] for name in read_tensors(folder)} == {"projector", "steering"}
+    model = load_speech(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    ids = torch.arange(12)[None]
+    assert torch.allclose(model.decoder(ids), theirs.eval()(ids).logits, atol=1e-5)
+    elsewhere = path.rename(tmp_path / "elsewhere.gguf")
+    with pytest.raises(DataError, match=r"small.gguf must be a GGUF file, but there is none; fix the path"):
+        load_speech(folder)
+    again = load_published(str(folder), decoder=str(elsewhere))
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    gguf_files.write(path, source)
+    with pytest.raises(MismatchError, match=r"the language model at .*small.gguf must be the one that was trained"):
         load_speech(folder)
 
 

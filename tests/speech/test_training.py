@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -31,7 +32,7 @@ from modularforge.stages.evaluate_speech import run as evaluation
 from modularforge.study.runs import Runs
 from modularforge.study.study import run_study
 from modularforge.study.study_file import VariantEntry, load_study
-from modularforge.tasks.speech import SPEECH, arguments, held_out_speech
+from modularforge.tasks.speech import SPEECH, MixedSpeech, arguments, held_out_speech
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
@@ -173,6 +174,35 @@ def test_every_part_learns_at_a_rate_and_within_a_limit_of_its_own(base: Config)
     assert max(norms[6:]) > 5e-5  # without the limit
 
 
+def test_ids_of_all_ranks_and_pieces_weigh_alike_however_long_their_answers_are(base: Config) -> None:
+    run = Run(base)
+    model = load_speech(run.require("backbone").local_folder())
+    model.projector.requires_grad_(True)
+    parts = [SPEECH.part(base, run.require("partition"), index) for index in range(2)]
+    ends = np.cumsum(1 + np.arange(parts[0].file.count) % 3)  # answers of one to three ids, which are of two
+    tokens = replace(parts[0].file.tokens, offsets=np.concatenate([[0], ends]))
+    parts = [replace(part, file=replace(part.file, tokens=tokens)) for part in parts]
+    mixed = MixedSpeech(parts, 8, 4, seed=3)
+
+    def learned(batches: Sequence[Mapping[str, torch.Tensor]]) -> tuple[float, torch.Tensor]:
+        """Mean loss of these pieces of a batch, and the gradient of one weight."""
+        losses = [SPEECH.loss(model, tensors) / len(batches) for tensors in batches]
+        (gradient,) = torch.autograd.grad(sum(losses, torch.zeros(())), [model.projector.fc2.weight])
+        return float(sum(losses)), gradient
+
+    for examples in (parts[0], mixed):
+        whole = next(examples.batches()).tensors
+        lengths_B = (whole["answer"] >= 0).sum(dim=1)
+        assert len({*lengths_B.tolist()}) > 1, "else the test cannot fail"
+        ranks = [next(examples.batches(0, rank, 2)).tensors for rank in range(2)]
+        pieces = [{name: tensor.chunk(4)[index] for name, tensor in whole.items()} for index in range(4)]
+        loss, gradient = learned([whole])
+        assert loss == learned([{name: tensor for name, tensor in whole.items() if name != "whole"}])[0]
+        for found in (learned(ranks), learned(pieces)):
+            assert found[0] == pytest.approx(loss, abs=1e-5)
+            assert torch.allclose(found[1], gradient, atol=1e-6)
+
+
 def test_the_joint_baseline_trains_the_projector_only_where_asked(with_settings: Made) -> None:
     fixed, along = with_settings(), with_settings(steering={"joint_projector": True})
     for run in (fixed, along):
@@ -223,7 +253,11 @@ def test_gates_are_computed_in_float32_under_bf16_and_experts_learn_so(with_sett
 
 def test_manifests_and_tables_say_what_was_heard(with_settings: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     patience = {"patience": 1, "validate_every": 1}
+    projectors = iter([3.0, 2.0, 1.0, 2.0, 4.0])
+    monkeypatch.setattr("modularforge.stages.speech.mean_loss", lambda *_: next(projectors))
     run = with_settings(has_own_backbone=True, training=patience)
+    facts = run.require("backbone").manifest.facts
+    assert (facts["best_step"], facts["steps"], facts["validation_loss"]) == (3, 4, 1.0)
     losses = iter([3.0, 1.0, 2.0, 4.0])
     monkeypatch.setattr("modularforge.experts.job.mean_loss", lambda *_: next(losses))
     run.make("expert", 1)
@@ -342,14 +376,17 @@ def test_a_run_of_speech_needs_no_setting_but_its_task() -> None:
     [
         ({"variant": "prompt"}, "speech.data.prompt_field must name the column of prompts"),
         ({"variant": "lora", "active": 2}, "steering.active must be left out with steering.variant lora"),
+        ({"vectors": None}, "steering.vectors must be a number with steering.variant layerwise, but is null"),
     ],
-    ids=["prompt", "lora"],
+    ids=["prompt", "lora", "vectors"],
 )
 def test_settings_of_variants_that_cannot_be_get_one_sentence(
     steering: dict[str, Any], message: str, base: Config, tmp_path: Path
 ) -> None:
+    sounds = Path(base.output_dir).parent / "sounds"
     with pytest.raises(ValueError, match=message):
-        speech_config(tmp_path, Path(base.output_dir).parent / "sounds", steering=steering)
+        speech_config(tmp_path, sounds, steering=steering)
+    assert speech_config(tmp_path, sounds, steering={"variant": "lora", "vectors": None}).steering.vectors is None
 
 
 def test_a_study_measures_every_variant_once_with_error_rates(base: Config, tmp_path: Path) -> None:

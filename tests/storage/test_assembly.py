@@ -8,17 +8,20 @@ from pathlib import Path
 import pytest
 
 from benchmarks.assembly import assemble_once
-from checkpoints import Artifact, open_artifact, paths, plain_folder, write_artifact
+from checkpoints import Artifact, CorruptArtifactError, open_artifact, paths, plain_folder, write_artifact
+from checkpoints.artifact import check_sizes, find_each
 from checkpoints.copying import copy_artifact
 from checkpoints.s3 import S3Store
 from modularforge import edit_experts
 from modularforge.assembly import stream
 from modularforge.assembly.assemble import assemble
 from modularforge.config import Config, ModelConfig
+from modularforge.config_files import make_config
 from modularforge.errors import MismatchError
 from modularforge.experts.ffn import EXPERT_NAME
 from modularforge.run import Run
 from modularforge.stages import assemble as assemble_stage
+from tests.storage.proxy import FaultProxy
 from tests.synthetic_models import describe, write_parts
 
 
@@ -100,6 +103,7 @@ def test_on_s3_experts_are_copied_by_the_server(s3: str, finished_run: Config, m
         return original(store, url, start, end)
 
     monkeypatch.setattr(S3Store, "read", reading)
+    monkeypatch.setattr("checkpoints.safetensors.USUAL_HEADER_BYTES", 1000)  # of experts as small as these
     with write_artifact(f"{s3}/assembled", "assembled", "fedcba9876543210", resume="fedcba9876543210") as writer:
         assemble(run, backbone, experts, writer)
         artifact = writer.commit()
@@ -147,3 +151,49 @@ def test_a_model_pulled_elsewhere_can_still_be_changed(s3: str, finished_run: Co
     shutil.rmtree(tmp_path / "moved/backbone")
     with pytest.raises(MismatchError, match=r"that is neither there nor at .*moved/backbone; bring it back"):
         edit_experts.remove(str(tmp_path / "moved/assembled"), 1, str(tmp_path / "again"))
+
+
+def test_each_more_expert_costs_few_requests(proxy: FaultProxy, proxied: str, monkeypatch, tmp_path: Path) -> None:
+    """Sizes come from a listing; a header and a copy are a request each, the sums two."""
+    model = ModelConfig(width=16, layers=2, heads=2, kv_heads=1, ffn_width=32, context_length=16, tied_head=False)
+    values = {"data": {"sources": [{"name": "x", "train": "x"}]}, "experts": {"anchored": False, "count": 2}}
+    run = make_config({**values, "assembly": {"mode": "link", "router": "means"}}, "a test")
+    backbone, experts = write_parts(proxied, model, 64, 16)
+    counts = []
+    for number in (8, 16):
+        monkeypatch.setenv("MODULARFORGE_CACHE", str(tmp_path / f"cache-{number}"))
+        proxy.reset()
+        with write_artifact(f"{proxied}/assembled-{number}", "assembled", "f") as writer:
+            assemble(run, backbone, experts[:number], writer)
+            writer.commit()
+        counts.append(len(proxy.requests))
+    assert counts[1] - counts[0] == 8 * 4
+
+
+@pytest.mark.parametrize("damage", ["shorter", "gone"])
+@pytest.mark.parametrize("count", [2, 9], ids=["few", "many"])
+def test_sizes_of_many_experts_are_compared_by_listings(s3: str, damage: str, count: int) -> None:
+    model = ModelConfig(width=8, layers=1, heads=1, kv_heads=1, ffn_width=8, context_length=16, tied_head=False)
+    backbone, experts = write_parts(s3, model, 16, count)
+    check_sizes([backbone, *experts])
+    url = experts[1].file_url(EXPERT_NAME)
+    if damage == "gone":
+        paths.remove(url)
+    else:
+        paths.replace_bytes(url, b"short")
+    with pytest.raises(CorruptArtifactError, match=r"expert-1/.*(missing|truncated)"):
+        check_sizes([backbone, *experts])
+
+
+def test_many_artifacts_are_found_by_a_listing(proxy: FaultProxy, proxied: str) -> None:
+    made = [f"{proxied}/experts/expert-{k}" for k in range(12)]
+    for number, url in enumerate(made[:5]):
+        with write_artifact(url, "expert", "f") as writer:
+            writer.write_chunks("a.bin", [b"a" * number])
+            writer.commit()
+    paths.replace_bytes(f"{made[4]}/manifest.json", b"damaged")
+    proxy.reset()
+    found = find_each([*made, f"{proxied}/backbone"])
+    assert {url: one.manifest.size for url, one in found.items() if one} == {url: k for k, url in enumerate(made[:4])}
+    assert {*found} == {*made, f"{proxied}/backbone"} - {made[4]}, "what is wrong with it is said when it is asked for"
+    assert len(proxy.requests) == 1 + 5 + 1

@@ -14,7 +14,15 @@ from typing import Any
 import pytest
 from rich.filesize import decimal
 
-from checkpoints import ArtifactExistsError, CorruptArtifactError, StoreError, open_artifact, paths
+from checkpoints import (
+    ArtifactExistsError,
+    CorruptArtifactError,
+    StoreError,
+    open_artifact,
+    paths,
+    transfer,
+    write_artifact,
+)
 from checkpoints.artifact import find_artifacts
 from checkpoints.copying import copy_artifact
 from checkpoints.garbage import delete_garbage, find_garbage
@@ -393,3 +401,30 @@ def test_the_command_starts_without_torch_and_network_code() -> None:
     code = "import sys, checkpoints.__main__; print({'torch', 's3fs', 'botocore', 'aiohttp'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_small_artifacts_are_copied_side_by_side_but_not_into_one_that_is_not_there_yet(
+    place: str, tmp_path: Path, monkeypatch
+) -> None:
+    for name in ("data", "data/partitions", "data-2", *(f"experts/expert-{k}" for k in range(5))):
+        with write_artifact(f"{place}/{name}", "x", "f") as writer:
+            writer.write_chunks("a.bin", [name.encode()])
+            writer.commit()
+    running: list[int] = []
+    most: list[int] = []
+    original = copy_artifact
+
+    def copy(*arguments: Any) -> bool:
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.05)
+        done = original(*arguments)
+        running.pop()
+        return done
+
+    monkeypatch.setattr(transfer, "copy_artifact", copy)
+    found = transfer.transfer(transfer.select(place, newest=False), str(tmp_path / "copy"), lambda _: None)
+    assert found.copied == [f"{tmp_path}/copy/{name}" for name in names_below(place)]
+    assert not found.problems
+    assert max(most) > 1
+    assert (tmp_path / "copy/data/partitions/a.bin").read_text() == "data/partitions"

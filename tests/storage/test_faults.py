@@ -27,6 +27,7 @@ from checkpoints import (
     retry,
     write_artifact,
 )
+from checkpoints.s3 import S3Store
 from tests.storage.proxy import Fault, FaultProxy, Request, Rule, forward
 from tests.storage.server import KEY, SECRET, Server, free_port
 from tests.storage.signatures import wrong_signature
@@ -330,3 +331,57 @@ def test_clients_follow_changed_settings_and_work_after_a_fork(s3: str, server: 
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, check=True, text=True, capture_output=True, env={**os.environ, "PYTHONPATH": "."})
+
+
+def is_bulk_delete(request: Request) -> bool:
+    return request.method == "POST" and request.path.partition("?")[2].startswith("delete")
+
+
+def some_objects(root: str, count: int) -> list[str]:
+    urls = [f"{root}/part {k}%.bin" for k in range(count)]
+    for url in urls:
+        paths.replace_bytes(url, b"x")
+    return urls
+
+
+def test_many_objects_are_deleted_with_few_requests(proxy: FaultProxy, proxied: str, monkeypatch) -> None:
+    monkeypatch.setattr("checkpoints.s3.KEYS_OF_A_DELETE", 10)
+    urls = some_objects(proxied, 23)
+    proxy.reset(once(is_bulk_delete, Fault("answer", 503, "SlowDown"), Fault("lose_answer")))
+    paths.store_of(proxied).delete([*urls[:21], f"{proxied}/never was"])
+    assert [info.url for info in paths.walk(proxied)] == sorted(urls[21:])
+    assert sum(map(is_bulk_delete, proxy.requests)) == 3 + 2, "three batches, and two of them again"
+    assert not [request for request in proxy.requests if request.method == "DELETE"]
+
+
+@pytest.mark.parametrize("code", ["NotImplemented", "MethodNotAllowed"])
+def test_a_store_without_bulk_deletion_is_asked_for_each(proxy: FaultProxy, proxied: str, code: str) -> None:
+    urls = some_objects(proxied, 3)
+    proxy.reset(lambda request: Fault("answer", 501, code) if is_bulk_delete(request) else None)
+    paths.store_of(proxied).delete(urls)
+    assert not paths.walk(proxied)
+    assert [request.method for request in proxy.requests].count("DELETE") == 3
+
+
+class Refusing:
+    """A client of a store that refuses to delete two objects, and of another could not say yet whether it did."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+        self.later = {"b"}
+
+    def delete_objects(self, Bucket: str, Delete: dict[str, list[dict[str, str]]]) -> dict[str, object]:
+        keys = [entry["Key"] for entry in Delete["Objects"]]
+        self.asked.append(keys)
+        errors = [{"Key": key, "Code": "InternalError", "Message": ""} for key in keys if key in self.later]
+        self.later = set()
+        errors += [{"Key": key, "Code": "NoSuchKey"} for key in keys if key == "gone"]
+        return {"Errors": errors or [{"Key": key, "Code": "AccessDenied"} for key in keys if key == "held"]}
+
+
+def test_what_was_not_deleted_is_asked_for_again_or_named() -> None:
+    client = Refusing()
+    S3Store(client).delete(["s3://bucket/a", "s3://bucket/b", "s3://bucket/gone"])
+    assert client.asked == [["a", "b", "gone"], ["b"]]
+    with pytest.raises(AccessError, match="cannot delete s3://bucket"):
+        S3Store(client).delete(["s3://bucket/a", "s3://bucket/held"])

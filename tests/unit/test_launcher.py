@@ -24,6 +24,7 @@ from launcher.arrays import cut, ranges
 from launcher.command import child_environment, job_environment, processes_of
 from launcher.layout import log_file
 from launcher.lock import BusyError, submission_lock
+from launcher.node import spread_start
 from launcher.plan import describe_plan
 from launcher.preflight import _node_problems, _queue_limit, _storage_problems
 from launcher.processes import LocalLauncher
@@ -418,3 +419,19 @@ def test_a_lock_counts_where_the_machine_hides_the_commands_of_others(
         monkeypatch.setattr("launcher.lock.command_of", lambda _pid: None)
         with pytest.raises(BusyError), submission_lock(config):
             pass
+
+
+@pytest.mark.parametrize(
+    ("count", "place", "longest"), [(10_000, "s3://b/run", 71), (500, "s3://b/run", 0), (10_000, "run", 0)]
+)
+def test_thousands_of_jobs_on_an_object_store_begin_at_moments_of_chance(count, place, longest, monkeypatch) -> None:
+    config = tiny_config(place)
+    config = config.model_copy(update={"experts": config.experts.model_copy(update={"count": count})})
+    slept: list[float] = []
+    monkeypatch.setattr("launcher.node.time.sleep", slept.append)
+    monkeypatch.setattr("launcher.node.random.uniform", lambda least, most: most)
+    backbone, *_ = (task for task in build_tasks(config) if task.group == "backbone")
+    expert = next(task for task in build_tasks(config) if task.index == 7)
+    spread_start(config, backbone)
+    spread_start(config, expert)
+    assert [int(seconds) for seconds in slept] == ([longest] if longest else [])

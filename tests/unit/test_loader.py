@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modularforge.data import loader
 from modularforge.data.loader import IGNORED_TARGET, batches, evaluation_batches, label_tokens, mixed_batches
 from modularforge.data.token_files import TokenFileWriter, open_token_file
 from modularforge.errors import DataError, TrainingError
@@ -147,3 +148,30 @@ def test_mixed_batches_of_another_size_are_the_same_windows_in_the_same_order():
 def test_mixing_names_the_partition_that_fills_no_batch():
     with pytest.raises(TrainingError, match="partition 1 must fill one batch"):
         mixed(batch_size=8)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 17, 1000, 4097, 65536])
+def test_a_computed_order_is_a_permutation(count):
+    keys = np.random.default_rng(count).integers(0, 1 << 64, loader.ROUNDS, np.uint64)
+    found = loader.permuted(np.arange(count), count, keys)
+    assert sorted(found) == list(range(count))
+    others = loader.permuted(np.arange(count), count, keys + np.uint64(1))
+    assert count < 17 or (found != others).any()
+    if count >= 1000:  # as far apart as random numbers are, of which neighbours are a third of the range
+        assert abs(np.abs(np.diff(found)).mean() / count - 1 / 3) < 0.03
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_an_order_that_is_too_long_to_be_listed_is_computed_and_restarts(world, monkeypatch):
+    listed = gather(5, 1, 0)
+    monkeypatch.setattr(loader, "MOST_LISTED", 12)
+    computed = gather(6, world, 0)
+    first = torch.cat([inputs_BT[:, 0] for inputs_BT, _, _ in computed])
+    assert first[:13].sort().values.tolist() == first[13:26].sort().values.tolist() == list(range(0, 13 * T, T))
+    assert first[:13].tolist() != first[13:26].tolist()
+    assert any(not torch.equal(one[0], other[0]) for one, other in zip(listed, computed, strict=False))
+    again = gather(3, 1, computed[2][2])
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(computed[3:], again, strict=True))
+    order = loader.Order(10**9, seed=3)
+    assert len(set(order.windows(10**9 - 50, 10**9 + 50))) == 100  # of two epochs, of which nothing is kept
+    assert not order.permutations

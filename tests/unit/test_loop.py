@@ -10,7 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,7 @@ def train_with_patience(
                 fit(found, Lines(), job, validate, World())
             return train_with_patience(folder, losses)
         ended = fit(found, Lines(), job, validate, World())
+    del ended["processor_seconds"]  # a measured time
     return float(model.weight), ended, seen
 
 
@@ -167,6 +168,35 @@ def test_a_job_without_better_validations_ends_with_the_weights_of_the_best(tmp_
     weight, ended, seen = train_with_patience(tmp_path / "b", [3.0, 1.0, 1.5, 0.5, 0.6, 0.7], patience=9)
     assert (ended["steps"], ended["best_step"]) == (12, 8)
     assert weight == seen[8] != seen[12]
+
+
+@dataclass(frozen=True)
+class TwoRanks(World):
+    """Two ranks of which the other one never wants anything; `seconds` is what a step of both takes."""
+
+    size: int = 2
+    seconds: float = 0.0
+    exchanges: list[list[float]] = field(default_factory=list)
+
+    def total(self, values: list[float]) -> list[float]:
+        self.exchanges.append(values)
+        return [*values[:3], 2 * self.seconds]
+
+
+@pytest.mark.parametrize(("seconds", "calls", "late"), [(0.0, 3, 7), (0.3, 6, 2), (1.0, 17, 0), (60.0, 17, 0)])
+def test_ranks_speak_of_a_stop_once_a_second_and_never_later_than_in_eight_steps(
+    seconds: float, calls: int, late: int
+) -> None:
+    world = TwoRanks(seconds=seconds)
+    checkpoints = Checkpointing(Job("job", PHASE, TrainingConfig()), world)
+    assert not any(checkpoints.agree_to_stop(False) for _ in range(17))
+    assert len(world.exchanges) == calls
+    waited = 0
+    while not checkpoints.agree_to_stop(True):
+        waited += 1
+    assert waited <= late
+    alone = Checkpointing(Job("job", PHASE, TrainingConfig()), World())
+    assert [alone.agree_to_stop(wants) for wants in (False, True)] == [False, True]
 
 
 def test_patience_counts_with_what_it_judges_by_where_it_is_set(tmp_path: Path) -> None:

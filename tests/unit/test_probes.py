@@ -21,7 +21,7 @@ from modularforge.evaluation.probes import (
     switch_probe,
     text_probe,
 )
-from modularforge.evaluation.scoring import even_loss, full_row, measure, oracle, score, summarise
+from modularforge.evaluation.scoring import even_loss, full_row, measure, oracle, score, summarise, summed_losses
 from modularforge.model.backbone import build_backbone
 from modularforge.observe.findings import doubts
 from modularforge.tasks.text import TextValidation
@@ -144,7 +144,7 @@ def test_what_training_sums_by_batch_is_what_the_scorer_gives_by_target() -> Non
     lengths, limit = torch.full((400,), 3), 30
     asked = (model, STREAMS, lengths, 2, limit)
     found, naive = measure(*asked), naive_losses(*asked)
-    assert even_loss(model, STREAMS, T, 2, limit) == pytest.approx(found.mean_loss, abs=1e-6)
+    assert even_loss(summed_losses(model, STREAMS, T, 2, limit)) == pytest.approx(found.mean_loss, abs=1e-6)
     assert found.mean_loss == pytest.approx(naive.mean_loss, abs=1e-6)
     assert found.mean_bits_per_byte == pytest.approx(naive.mean_bits_per_byte, abs=1e-6)
     for label, domain in found.domains.items():

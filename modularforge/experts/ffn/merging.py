@@ -7,7 +7,7 @@ from pathlib import Path
 
 from checkpoints import Artifact
 from modularforge.assembly.parts import Merged, Source, whole_file
-from modularforge.assembly.plan import spans_of
+from modularforge.assembly.plan import spans_of_each
 from modularforge.config import Config
 from modularforge.experts.ffn import EXPERT_NAME
 from modularforge.experts.mixture import Mixture
@@ -17,7 +17,7 @@ from modularforge.model import names
 
 def merge(config: Config, backbone: Artifact, experts: Sequence[Artifact], scratch: Path) -> Merged:
     """The mixture of these experts; new values are written to files in `scratch`."""
-    spans = [spans_of(expert, EXPERT_NAME) for expert in experts]
+    spans = spans_of_each(experts, EXPERT_NAME)
     sources: dict[str, Source] = {}
     for expert, own in zip(experts, spans, strict=True):
         sources |= whole_file(expert, EXPERT_NAME, own)

@@ -37,16 +37,15 @@ from modularforge.routing.statistics import (
 )
 from modularforge.stage_outputs import Backbone
 from modularforge.training.losses import RoutedLoss
-from modularforge.training.precision import is_half, measuring
+from modularforge.training.precision import keeps_types, measuring
 
 
 def prepare(expert: ExpertJob) -> Trainable:
     """The expert in its own model, all else frozen but for what `experts.unfreeze` names, at a rate of its own."""
     settings, backbone, task = expert.config.experts, expert.backbone, expert.task
     directions = _directions(expert) if settings.anchored else None
-    # On a CPU all is float32 as ever: models are measured there without autocast, and last bits are recorded.
-    keeps_types = expert.device.type == "cuda" and is_half(expert.config.training, expert.device)
-    model = build_expert(backbone.tensors, backbone.values, settings, directions, keeps_types)
+    keeps = keeps_types(expert.config.training, expert.device)
+    model = build_expert(backbone.tensors, backbone.values, settings, directions, keeps)
     loss = RoutedLoss(model, task.loss, settings.z_loss) if settings.anchored else task.loss
     found = trainable(model, loss)
     shared = unfrozen(model, settings.unfreeze)

@@ -85,6 +85,7 @@ class SteeredLoss:
 def _shape(settings: SteeringConfig, times: int, width: int, layers: int) -> SteeringShape:
     if settings.variant == "lora":
         return SteeringShape(layers, width, 1, is_scaled=False, routing=settings.routing)
+    assert settings.vectors is not None
     is_within = STEERED_AT[settings.variant] == "layers"
     own = {"active": settings.active, "scale_bound": settings.scale_bound, "is_scaled": is_within}
     sites, vectors = layers if is_within else 1, times * settings.vectors
