@@ -12,6 +12,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable
 
+import datasets
 import fsspec
 import pyarrow
 import pyarrow.parquet
@@ -131,6 +132,18 @@ def test_a_hub_data_set_is_streamed_and_its_wikitext_rows_become_articles(tmp_pa
     pyarrow.parquet.write_table(pyarrow.table({"text": rows}), folder / "train.parquet")
     assert texts("train", hub=str(folder)) == [" = One = \n\n body \n\n", " = Two = \n\n = = Sub = = \n\n more \n"]
     assert texts("train", hub=str(folder), format="jsonl") == rows
+
+
+def test_a_hub_data_set_is_never_asked_for_as_a_whole(tmp_path, monkeypatch):
+    asked = []
+
+    def load(*names, **options):
+        asked.append(options)
+        return iter([{"text": "one"}, {"text": "two"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert texts("train", hub="owner/name") == ["one", "two"]
+    assert all(options["streaming"] is True for options in asked)
 
 
 def test_a_split_that_the_hub_data_set_lacks_is_refused(tmp_path):
