@@ -184,7 +184,7 @@ def _runs(tokens_T: npt.NDArray[Any], ends: Indices, run_tokens: int) -> tuple[H
     starts = ends - lengths
     counts = np.maximum(lengths - run_tokens + 1, 0)
     hashes_T = np.zeros(len(tokens_T), np.uint64)
-    for place in range(run_tokens):
+    for place in range(min(run_tokens, len(tokens_T))):
         hashes_T *= FACTOR
         hashes_T[: len(tokens_T) - place] += tokens_T[place:]
     hashes_T ^= hashes_T >> np.uint64(29)
