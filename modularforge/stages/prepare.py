@@ -12,7 +12,15 @@ from checkpoints import Artifact, paths
 from modularforge.config import Config
 from modularforge.data.cleaning import clean_corpus
 from modularforge.data.cluster_shares import assign_share, fit_on_sample, known_clusters
-from modularforge.data.inputs import SHOWN, changes_since, file_states, list_matches, record, warn_of_repeats
+from modularforge.data.inputs import (
+    SHOWN,
+    changes_since,
+    file_states,
+    list_matches,
+    record,
+    require_unchanged,
+    warn_of_repeats,
+)
 from modularforge.data.partition_files import make_partitions
 from modularforge.data.parts import (
     FILES_NAME,
@@ -61,6 +69,7 @@ def cleaned(run: Run) -> Artifact:
         start = time.perf_counter()
         work = own_scratch(scratch, describe_corpus(config, None, states))
         report = clean_corpus(config, work, writer.folder)
+        require_unchanged(states)
         facts = {name: report[name] for name in ("read", "kept", "copies")}
         facts["seconds"] = round(time.perf_counter() - start, 3)
         made = commit(writer, plan, run, {**facts, SOURCES_FACT: record(matches, states)})
@@ -95,6 +104,7 @@ def corpus(run: Run) -> Artifact:
             metadata = _put_together(run, parts, writer.folder)
         else:
             metadata = prepare_corpus(config, scratch, writer.folder, _pretrained(config), states, documents)
+            require_unchanged({} if source else states)
         seconds = round(time.perf_counter() - start, 3)
         facts = {"seconds": seconds, **{name: metadata[name] for name in ("labels", "splits", "near_copies")}}
         read = {} if source else {SOURCES_FACT: record(matches, states)}
