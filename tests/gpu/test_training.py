@@ -161,7 +161,7 @@ def test_a_stopped_job_goes_on_bit_for_bit(device: torch.device, compiles: bool,
     """Compiled, only if the same kernels are chosen again, without which it cannot be the default."""
     if compiles and device.type == "cpu" and not shutil.which("g++"):
         pytest.skip("torch.compile needs a compiler on a CPU")
-    settings = {"checkpoint_every": STEPS // 2, "compile": compiles}
+    settings: dict[str, Any] = {"checkpoint_every": STEPS // 2, "compile": compiles}
     straight, _ = trained(device, **settings)
     trained(device, steps=STEPS // 2, folder=tmp_path, **settings)
     torch.compiler.reset()  # as a new process has nothing compiled
