@@ -440,6 +440,8 @@ class TrainingConfig(Section):
     all, `hsdp` over a few and repeats that (docs/scale.md says when); one process is the same with each."""
     shard_ranks: int | None = Field(None, ge=2)
     """Processes over which `hsdp` shards; null is those of a node, between which traffic is fast."""
+    gradient_exchange: Literal["fp32", "bf16"] = "fp32"
+    """The type in which processes add up their gradients: `bf16` sends half as much, and rounds what is sent."""
     log_every: int = Field(10, ge=1)
     """Steps between lines of metrics."""
     gradient_norms: int | None = Field(0, ge=0)
@@ -1085,6 +1087,11 @@ class Config(SafeSection):
         return number * self.experts.steps // self.experts.rounds
 
     @property
+    def clustering_tasks(self) -> int | None:
+        """How many jobs assign documents to clusters; None where there are no clusters, or one does it all."""
+        return self.cluster.prepare_tasks if self.partition.method == "clustered" else None
+
+    @property
     def preparation_seed(self) -> int:
         """Seed of corpus and partitions."""
         return self.seed if self.data_seed is None else self.data_seed
@@ -1343,8 +1350,6 @@ def _impossible_shards(config: Config) -> Iterator[str]:
         return
     wrong = {
         "training.compile must be false": training.compile,
-        "training.patience must be null": training.patience is not None,
-        "experts.rounds must be 1": config.experts.rounds > 1,
         "task must not be speech": config.task == "speech",
     }
     for what, is_wrong in wrong.items():
@@ -1374,6 +1379,8 @@ def _impossible_speech(config: Config) -> Iterator[str]:
             f"evaluation.baselines must be dense and joint at the most with task speech, but has {', '.join(others)}; "
             "leave the others out"
         )
+    for name, _ in _changed(config.evaluation, "tasks", "harness", "general", "chat"):
+        yield f"evaluation.{name} must be left out with task speech, since it measures texts alone; remove it"
     if config.steering.variant == "aligner" and (speech.model.prompt or speech.data.prompt_field):
         yield (
             "speech.model.prompt and speech.data.prompt_field must be left out with steering.variant aligner, which "

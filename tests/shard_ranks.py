@@ -45,7 +45,7 @@ from modularforge.training.losses import mean_loss, routed
 T, V, EXPERTS, NEVER_VISITED, STEPS = 8, 31, 6, 5, 6
 SHAPE = ModelConfig(width=16, layers=2, heads=2, kv_heads=2, ffn_width=24, context_length=T)
 TIED = SHAPE.model_copy(update={"tied_head": True, "family": "qwen3"})
-NAMES = ("backbone", "tied", "frozen", "lora", "mixture", "half", "half_expert", "again")
+NAMES = ("backbone", "tied", "frozen", "lora", "mixture", "half", "half_expert", "again", "sent_half", "patient")
 METRICS = "metrics/job.jsonl"
 TOKENS = np.random.default_rng(0).integers(0, V, 2000).astype(np.uint16)
 
@@ -78,6 +78,8 @@ def train(name: str, parallel: str, folder: Path, world: World, until: int = STE
     phase = PhaseConfig(steps=STEPS, batch_size=8, accumulation_steps=2, warmup_steps=1, peak_learning_rate=1e-2)
     given: dict[str, Any] = {"precision": "bf16" if name.startswith("half") else "fp32"}
     given |= {"recompute": "blocks" if name == "again" else "none"}
+    given |= {"gradient_exchange": "bf16" if name == "sent_half" else "fp32"}
+    given |= {"patience": 9, "validate_every": 1} if name == "patient" else {}
     given |= {"parallel": parallel, "log_every": 1, "checkpoint_every": 2, "gradient_norms": 2}
     settings = TrainingConfig(**{**given, **training})
     places = str(folder / "checkpoints"), str(folder / METRICS)
@@ -97,7 +99,9 @@ def save(learns: Trainable, losses: dict[str, Any], examples: TextExamples, fold
             sums = gather_statistics(model, examples.sample(), world.device)
             save_tensors(host_tensors(model.state_dict()), folder / "weights.safetensors")
             means = torch.stack([torch.from_numpy(layer.sum_D) for layer in sums.layers])
-            found = {name: losses[name] for name in ("train_loss", "validation_loss")}
+            found: dict[str, Any] = {
+                name: losses[name] for name in ("train_loss", "validation_loss", "best_step") if name in losses
+            }
             torch.save({**found, "sums": means}, folder / "found.pt")
 
 

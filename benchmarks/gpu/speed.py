@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.gpu.grouped import use_grouped
 from benchmarks.gpu.parts import Part, Values
 from benchmarks.gpu.peers import Seconds, peers
 from benchmarks.gpu.timing import Shape, forget, our_steps
@@ -37,8 +38,8 @@ ACTIVE = 2
 """Experts that a token of the mixture visits."""
 PROFILED, ROWS = 1, 25
 """Which of the shapes is profiled, and lines of its table."""
-OURS, PLAIN_EXPERT, ANCHORED, MIXTURE, WIDE = (
-    "backbone", "expert", "anchored expert", "joint mixture", "dense of its active FLOPs",
+OURS, PLAIN_EXPERT, ANCHORED, MIXTURE, GROUPED, WIDE = (
+    "backbone", "expert", "anchored expert", "joint mixture", "joint mixture, grouped", "dense of its active FLOPs",
 )  # fmt: skip
 
 
@@ -128,11 +129,13 @@ def _trained(shape: Shape) -> dict[str, tuple[Callable[[Shape], Trainable], floa
     """What the project trains, with FLOPs by token: two passes for all, the third for what learns."""
     model, own = shape.model, 2 * shape.model.layers * ffn_parameters(shape.model)
     pair = model_sizes(model, shape.vocabulary, 2, 2)
+    of_mixture = model_sizes(model, shape.vocabulary, shape.experts, ACTIVE).training_flops_per_token
     return {
         OURS: (backbone, _flops(shape)),
         PLAIN_EXPERT: (partial(expert, anchored=False), 2 * _flops(shape) / 3 + own),
         ANCHORED: (partial(expert, anchored=True), 2 * pair.flops_per_token + own),
-        MIXTURE: (mixture, model_sizes(model, shape.vocabulary, shape.experts, ACTIVE).training_flops_per_token),
+        MIXTURE: (mixture, of_mixture),
+        GROUPED: (grouped_mixture, of_mixture),
         WIDE: (wide, model_sizes(_widened(shape), shape.vocabulary).training_flops_per_token),
     }
 
@@ -168,6 +171,12 @@ def expert(shape: Shape, anchored: bool) -> Trainable:
 def mixture(shape: Shape) -> Trainable:
     """The joint baseline's model."""
     return routed(build_moe(shape.model, shape.vocabulary, shape.experts, ACTIVE), TEXT.loss, 1e-3, 1e-2)
+
+
+def grouped_mixture(shape: Shape) -> Trainable:
+    """The same model by grouped products."""
+    model = use_grouped(build_moe(shape.model, shape.vocabulary, shape.experts, ACTIVE))
+    return routed(model, TEXT.loss, 1e-3, 1e-2)
 
 
 def profiled(shape: Shape, _seconds: float) -> Values:

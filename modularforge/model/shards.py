@@ -55,9 +55,10 @@ def host_tensors(named: Mapping[str, Tensor]) -> dict[str, Tensor | LaterTensor]
 class _Company:
     """The ranks of one model, and what they are told: (ranks that run forward, number of a tensor that one wants)."""
 
-    def __init__(self, model: nn.Module, total: Total) -> None:
+    def __init__(self, model: nn.Module, total: Total, further: Mapping[str, Tensor]) -> None:
         self.model, self.total, self.runs_along = model, total, False
-        self.weights = dict(model.named_parameters(remove_duplicate=False))
+        pieces = {name: tensor for name, tensor in further.items() if is_sharded(tensor)}
+        self.weights = {**dict(model.named_parameters(remove_duplicate=False)), **pieces}
         self.numbers = {name: number for number, name in enumerate(self.weights, start=1)}
 
     def before_forward(self, *_: object) -> None:
@@ -96,13 +97,16 @@ _COMPANY: list[_Company] = []
 
 
 @contextmanager
-def in_company(model: nn.Module, total: Total) -> Iterator[None]:
-    """What ranks do here with a sharded model need not be alike (called on every rank); nothing for any other model."""
+def in_company(model: nn.Module, total: Total, further: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    """What ranks do here with a sharded model need not be alike (called on every rank); nothing for any other model.
+
+    `further` tensors may be made whole here too, beside the model's own.
+    """
     _close(model)
     if not any(map(is_sharded, model.parameters())):
         yield
         return
-    company = _Company(model, total)
+    company = _Company(model, total, further or {})
     hook = model.register_forward_pre_hook(company.before_forward, prepend=True)
     _COMPANY.append(company)
     try:

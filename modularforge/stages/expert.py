@@ -24,7 +24,7 @@ from modularforge.experts.job import partition_facts, save_expert, train_expert_
 from modularforge.experts.kind import ExpertJob
 from modularforge.log import logger
 from modularforge.model import names
-from modularforge.model.shards import in_company
+from modularforge.model.shards import host_tensors, in_company
 from modularforge.pipeline import JobName, made_in_round
 from modularforge.provenance import commit, making, save_settings
 from modularforge.run import Run
@@ -56,9 +56,10 @@ def save_round(expert: ExpertJob, _: nn.Module, state: Checkpoint, writer: Artif
     """Write what is shared into one file, for the merge, and into another what only the next round of this expert
     reads: its own weights and AdamW's moments of all, in float32.
     """
-    shared = {name for name in state.tensors if name.startswith(WEIGHTS) and _is_shared(name, expert.config)}
-    exchanged = {name.removeprefix(WEIGHTS): state.tensors[name] for name in shared}
-    own = {name: tensor for name, tensor in state.tensors.items() if name not in shared}
+    every = host_tensors(state.tensors)
+    shared = {name for name in every if name.startswith(WEIGHTS) and _is_shared(name, expert.config)}
+    exchanged = {name.removeprefix(WEIGHTS): every[name] for name in shared}
+    own = {name: tensor for name, tensor in every.items() if name not in shared}
     for file, tensors in ((SHARED_NAME, exchanged), (TENSORS_NAME, own)):
         writer.write_chunks(file, weight_file_chunks(tensors), weight_file_size(tensors))
     writer.write_json(STATE_NAME, state.state)
@@ -119,7 +120,7 @@ def _train(run: Run, stage: str, index: int, number: int, save: Save) -> Artifac
             trained, start = settled(expert, start)
         model, losses, state = train_expert_from(start, trained, held_out, job, world)
         seconds = round(time.perf_counter() - clock, 3)
-        with in_company(model, world.total):
+        with in_company(model, world.total, state.tensors):
             if world.is_main:
                 with making(plan) as writer:
                     facts = save(expert, model, state, writer)

@@ -15,12 +15,14 @@ from dataclasses import replace
 from types import FrameType, TracebackType
 
 import torch.distributed as dist
+from torch import Tensor
 
 from checkpoints.pieces import Part
 from checkpoints.ranks import load_newest_on_all_ranks, together
 from checkpoints.saver import CheckpointSaver
 from checkpoints.training import Checkpoint, commit_pieces, forget_unfinished, load_newest_checkpoint
 from modularforge.log import logger
+from modularforge.model.shards import own_piece
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.optimizer import Trainer
@@ -49,7 +51,9 @@ class Checkpointing:
     def resume(self, trainer: Trainer, start: Checkpoint | None = None) -> None:
         """Continue from the newest checkpoint of this job, where there is one, else from `start`."""
         self._prepare_after_first_step(trainer)
-        checkpoint = self._newest() or start
+        checkpoint = self._newest()
+        if checkpoint is None and start is not None:
+            checkpoint = replace(start, tensors=self.part.of(start.tensors)) if self.part else start
         if checkpoint is None:
             return
         trainer.restore(checkpoint.tensors)
@@ -162,15 +166,15 @@ class Checkpointing:
             together(action, dist, self.world.device)
 
 
-def checkpoint_of(trainer: Trainer) -> Checkpoint:
-    """All that a job needs to go on from here."""
+def checkpoint_of(trainer: Trainer, take: Callable[[Tensor], Tensor] = own_piece) -> Checkpoint:
+    """All that a job needs to go on from here; `take` says what is here of that which lies in pieces."""
     state = {
         "position": trainer.position,
         "train_loss": trainer.train_loss,
         "validation_loss": trainer.validation_loss,
         **({"best": trainer.best.state} if trainer.best else {}),
     }
-    return Checkpoint(trainer.step, trainer.tensors(), state)
+    return Checkpoint(trainer.step, trainer.tensors(take), state)
 
 
 class StopFlag:

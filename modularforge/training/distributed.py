@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from modularforge.ranks import own_rank, remove_empty_scratch
 
@@ -75,17 +76,25 @@ def default_device(local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def parallelise(model: nn.Module, world: World, may_skip_parameters: bool = False) -> nn.Module:
-    """Wrap a model in DDP when there is more than one rank; gradients are then averaged over ranks.
+def parallelise(
+    model: nn.Module, world: World, may_skip_parameters: bool = False, sends_half: bool = False
+) -> nn.Module:
+    """Wrap a model in DDP when there is more than one rank; gradients are then averaged over ranks, or what bf16 keeps
+    of them.
 
     With `may_skip_parameters`, a rank's batch may leave some without a gradient; looking for them costs a little.
     """
     if world.size == 1:
         return model
-    return nn.parallel.DistributedDataParallel(
+    wrapped = nn.parallel.DistributedDataParallel(
         model,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         find_unused_parameters=may_skip_parameters,
         broadcast_buffers=False,  # tables and rotary frequencies, which are the same everywhere
     )
+    if sends_half:
+        # By its own name torch refuses it without NCCL; gloo adds bf16 as well.
+        hook = lambda group, bucket: bf16_compress_hook(group, bucket)  # noqa: E731
+        wrapped.register_comm_hook(None, hook)
+    return wrapped

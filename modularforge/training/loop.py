@@ -65,15 +65,18 @@ def fit_from(
     world: World,
     start: Checkpoint | None = None,
 ) -> tuple[dict[str, float | None], Checkpoint]:
-    """The same from the state that another job left after fewer steps; returns the state of this one too."""
+    """The same from the state that another job left after fewer steps, whole; returns the state of this one too.
+
+    Of a model in pieces its tensors lie in pieces as well.
+    """
     begun = time.process_time()
     trainable = shard(trainable, job.training, world)
     trainable.model.to(world.device)
     choose_recompute(trainable, job, world)
     trainer = Trainer(trainable, build_optimizer(trainable.groups, job.phase, job.training))
-    checkpoints, patience = Checkpointing(job, world, part_of(trainer, job.training, world)), job.training.patience
-    if patience:
+    if patience := job.training.patience:
         trainer.keep_best()
+    checkpoints = Checkpointing(job, world, part_of(trainer, job.training, world))
     checkpoints.resume(trainer, start)
     norms = norm_log(job, trainable, world, trainer.step)
     with closing(_Wrapped(trainable, job, world)) as wrapped, closing(Meter(job, world, trainer.step, norms)) as meter:
@@ -120,7 +123,7 @@ def fit_from(
         **ended,
         "processor_seconds": round(time.process_time() - begun, 3),
     }
-    return losses, checkpoint_of(trainer)
+    return losses, checkpoint_of(trainer, take=lambda tensor: tensor)
 
 
 def _with_best(trainer: Trainer) -> dict[str, float]:
@@ -141,6 +144,7 @@ class _Wrapped:
 
     def __init__(self, trainable: Trainable, job: Job, world: World) -> None:
         self.trainable, self.compiles, self.world = trainable, job.training.compile, world
+        self._sends_half = job.training.gradient_exchange == "bf16"
         self._parameters = list(trainable.parameters.values())
         self._is_sharded = any(map(is_sharded, self._parameters))
         self._learning: list[bool] = []
@@ -153,7 +157,7 @@ class _Wrapped:
             self._learning, self._model = learning, None  # the old one lets go of its hooks first
             wrapped = self.trainable.model
             if not self._is_sharded:
-                wrapped = parallelise(wrapped, self.world, self.trainable.may_skip_parameters)
+                wrapped = parallelise(wrapped, self.world, self.trainable.may_skip_parameters, self._sends_half)
             self._model = torch.compile(wrapped) if self.compiles else wrapped  # type: ignore[assignment]
         assert self._model is not None
         return self._model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,7 @@ class Best:
     def _copy(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, target in targets.items():
-                target.copy_(sources[name])
+                own_piece(target).copy_(own_piece(sources[name]))
 
 
 @dataclass
@@ -112,22 +112,23 @@ class Trainer:
 
     def keep_best(self) -> None:
         """Keep the weights of the best validation from now on."""
-        self.best = Best({name: weight.detach().clone() for name, weight in self.trainable.parameters.items()})
+        parameters = self.trainable.parameters
+        self.best = Best({name: own_piece(weight.detach()).clone() for name, weight in parameters.items()})
 
     def is_over(self, steps: int, patience: int | None) -> bool:
         """Whether all steps are done, or so many validations in a row were no better."""
         return self.step >= steps or bool(patience and self.best and self.best.worse >= patience)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self, take: Callable[[Tensor], Tensor] = own_piece) -> dict[str, Tensor]:
         """All of the job's weights, AdamW's moments and torch's random state, each under a name of its own.
 
-        A weight that has never learned has no moments. Of what lies in pieces, only this rank's rows are here.
+        A weight that has never learned has no moments. `take` says what is here of that which lies in pieces.
         """
         parameters = self.trainable.parameters
-        tensors = {f"weights.{name}": own_piece(weight.detach()) for name, weight in parameters.items()}
+        tensors = {f"weights.{name}": take(weight.detach()) for name, weight in parameters.items()}
         for name, weight in parameters.items():
             for moment, value in self.optimizer.state.get(weight, {}).items():
-                tensors[f"{moment}.{name}"] = own_piece(value)
+                tensors[f"{moment}.{name}"] = take(value)
         if self.best:
             tensors |= {f"best.{name}": weight for name, weight in self.best.weights.items()}
         tensors[RANDOM_STATE] = torch.get_rng_state()
@@ -137,7 +138,8 @@ class Trainer:
     def rows(self) -> dict[str, int]:
         """Rows of each tensor that lies in pieces on several ranks, over all of them."""
         found = {name: weight.shape[0] for name, weight in self.trainable.parameters.items() if is_sharded(weight)}
-        return {f"{part}.{name}": rows for name, rows in found.items() for part in ("weights", *MOMENTS[:2])}
+        parts = "weights", *MOMENTS[:2], *(["best"] if self.best else [])
+        return {f"{part}.{name}": rows for name, rows in found.items() for part in parts}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `tensors` returned; raises MismatchError unless names are those of this job's parameters."""

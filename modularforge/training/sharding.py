@@ -39,7 +39,8 @@ def shard(trainable: Trainable, training: TrainingConfig, world: World) -> Train
         _widen(trainable.parameters.values())
         return replace(trainable, masks={name: mask.to(world.device) for name, mask in trainable.masks.items()})
     mesh, names = _mesh(training, world), _names(trainable)
-    _fully_shard(trainable, mesh, is_half(training, world.device))
+    reduces_in = torch.bfloat16 if training.gradient_exchange == "bf16" else torch.float32
+    _fully_shard(trainable, mesh, is_half(training, world.device), reduces_in)
     for module in _sharded_modules(trainable.model):
         # gloo's mean is a sum (pytorch issue 162338), so that the division is done here.
         module.set_force_sum_reduction_for_comms(world.device.type == "cpu")
@@ -91,7 +92,7 @@ def _widen(weights: Iterable[nn.Parameter]) -> None:
         weight.data = weight.data.float()
 
 
-def _fully_shard(trainable: Trainable, mesh: Any, is_half: bool) -> None:
+def _fully_shard(trainable: Trainable, mesh: Any, is_half: bool, reduces_in: torch.dtype) -> None:
     """Cut weights into pieces; blocks are gathered in the type that they compute in.
 
     Under autocast alone, copies in bf16 of all blocks would stay for the backward pass. So gains of norms in blocks are
@@ -105,15 +106,15 @@ def _fully_shard(trainable: Trainable, mesh: Any, is_half: bool) -> None:
             f"training.parallel must be ddp with torch {torch.__version__}, whose fully_shard lacks what a mixture "
             "needs; install torch 2.13 or later"
         )
-    half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if is_half else {}
-    policy = MixedPrecisionPolicy(**half, cast_forward_inputs=False)
+    of_blocks = MixedPrecisionPolicy(torch.bfloat16 if is_half else None, reduces_in, cast_forward_inputs=False)
+    around = MixedPrecisionPolicy(reduce_dtype=reduces_in)
     learned = {id(weight) for weight in trainable.parameters.values()}
     for module in _inside_out(trainable.model):
         if isinstance(module, Decoder):
             module.has_half_blocks |= is_half
         whole = [weight for weight in module.parameters() if not is_sharded(weight)]
         _widen(weight for weight in whole if id(weight) in learned)
-        fully_shard(module, mesh=mesh, mp_policy=policy if isinstance(module, Block) else MixedPrecisionPolicy())
+        fully_shard(module, mesh=mesh, mp_policy=of_blocks if isinstance(module, Block) else around)
         for weight in whole:  # which the groups still name: no rank holds more than one block as a whole
             weight.data = weight.data.new_empty(0)
 

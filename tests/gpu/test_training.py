@@ -156,10 +156,16 @@ def test_ddp_over_nccl_with_one_rank_has_the_gradients_of_the_bare_model(device:
     assert apart(together, alone) < 1e-5
 
 
-def test_a_stopped_job_goes_on_bit_for_bit(device: torch.device, tmp_path: Path) -> None:
-    straight, _ = trained(device, checkpoint_every=STEPS // 2)
-    trained(device, steps=STEPS // 2, folder=tmp_path, checkpoint_every=STEPS // 2)
-    resumed, _ = trained(device, folder=tmp_path, checkpoint_every=STEPS // 2)
+@pytest.mark.parametrize("compiles", [False, True], ids=["plain", "compiled"])
+def test_a_stopped_job_goes_on_bit_for_bit(device: torch.device, compiles: bool, tmp_path: Path) -> None:
+    """Compiled, only if the same kernels are chosen again, without which it cannot be the default."""
+    if compiles and device.type == "cpu" and not shutil.which("g++"):
+        pytest.skip("torch.compile needs a compiler on a CPU")
+    settings: dict[str, Any] = {"checkpoint_every": STEPS // 2, "compile": compiles}
+    straight, _ = trained(device, **settings)
+    trained(device, steps=STEPS // 2, folder=tmp_path, **settings)
+    torch.compiler.reset()  # as a new process has nothing compiled
+    resumed, _ = trained(device, folder=tmp_path, **settings)
     assert apart(weights(straight), weights(resumed)) == 0
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from checkpoints import Artifact, find_artifact
 from checkpoints.errors import MissingArtifactError
+from checkpoints.pieces import TENSORS_NAME
 from launcher.plan import describe_plan
 from launcher.processes import LocalLauncher
 from launcher.sbatch import Request, dependency
@@ -23,6 +24,7 @@ from modularforge import ModuleTrainer, edit_experts
 from modularforge.assembly import shared
 from modularforge.assembly.shared import SHARED_NAME
 from modularforge.config import Config
+from modularforge.config_files import to_yaml
 from modularforge.errors import ConfigError
 from modularforge.experts.ffn import EXPERT_NAME
 from modularforge.info import describe
@@ -33,7 +35,7 @@ from modularforge.observe.rounds import rounds_table
 from modularforge.observe.run import read_run
 from modularforge.run import Run
 from modularforge.stages import merge
-from tests.conftest import tiny_config
+from tests.conftest import run_command, tiny_config
 from tests.pipeline.test_experts import beside
 
 ALL = ["embeddings", "head", "attention", "norms"]
@@ -67,6 +69,23 @@ def make(config: Config) -> None:
     for index in range(3):
         run.make("expert", index)
     run.make("assemble")
+
+
+def test_rounds_in_pieces_are_those_of_one_process(whole: Config, tmp_path: Path) -> None:
+    training = whole.training.model_copy(update={"parallel": "fsdp"})
+    config = whole.model_copy(update={"training": training, "output_dir": str(tmp_path)})
+    others = ["backbone", "rounds/round_1-1", "rounds/round_1-2", "rounds/merge_1"]
+    (tmp_path / "rounds").mkdir()
+    for name in others:
+        (tmp_path / name).symlink_to((Path(whole.output_dir) / name).resolve())
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    run_command("tests.shard_ranks", str(tmp_path / "config.yaml"), "2", "round_1-0", "expert-0")
+    for name, file in (("rounds/round_1-0", TENSORS_NAME), ("experts/expert-0", EXPERT_NAME)):
+        for path in (f"{name}/{file}", f"{name}/{SHARED_NAME}"):
+            one, two = (load_file(Path(folder) / path) for folder in (whole.output_dir, tmp_path))
+            assert one.keys() == two.keys()
+            for key, tensor in one.items():
+                assert torch.allclose(tensor.float(), two[key].float(), atol=1e-3), (path, key)
 
 
 def test_a_last_round_that_settles_leaves_what_was_merged_and_trains_blocks_behind_it(

@@ -11,8 +11,10 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from benchmarks.gpu.grouped import use_grouped
 from modularforge.config import ModelConfig, TrainingConfig
 from modularforge.model.backbone import build_backbone
+from modularforge.model.moe import build_moe
 from modularforge.routing.gathering import gather_statistics
 from modularforge.tasks.task import Batch
 from modularforge.training import ahead
@@ -85,3 +87,21 @@ def test_batches_ahead_are_the_same_in_the_same_order_and_the_last_taken_says_wh
     assert pinned[:5] == [4, 5, 6, 7, 8] * (device is GPU)
     with ahead.built_ahead(numbered(taken[-1].position), device) as batches:
         assert int(next(batches).tensors["x"]) == 9
+
+
+def test_grouped_products_are_the_sorted_visits_in_value_and_gradient() -> None:
+    """What the GPU's proof times beside them."""
+    shape = ModelConfig(width=24, layers=2, heads=4, kv_heads=2, ffn_width=40, context_length=8)
+    tokens, found = torch.randint(0, 31, (4, 9), generator=torch.Generator().manual_seed(1)), []
+    for use in (lambda model: model, use_grouped):
+        torch.manual_seed(0)
+        model = use(build_moe(shape, 31, 5, 2))
+        loss = model(tokens[:, :-1], targets_BT=tokens[:, 1:])
+        loss.backward()
+        gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+        found.append((loss.detach(), gradients))
+    (loss, gradients), (other, others) = found
+    assert torch.allclose(loss, other, atol=1e-6)
+    assert gradients.keys() <= others.keys()
+    assert all(torch.allclose(gradient, others[name], atol=1e-6) for name, gradient in gradients.items())
+    assert not any(bool(others[name].any()) for name in others.keys() - gradients.keys())  # of what nothing visits
