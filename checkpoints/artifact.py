@@ -86,9 +86,10 @@ class Artifact:
         check_size(url, entry)
         return path
 
-    def local_folder(self, verify: bool = True) -> Path:
-        """All files in one local folder, for tools that read folders."""
-        files = {name: self.local_file(name, verify) for name in self.manifest.files}
+    def local_folder(self, verify: bool = True, names: Iterable[str] | None = None) -> Path:
+        """All files, or at least these, in one local folder, for tools that read folders."""
+        wanted = self.manifest.files if names is None else names
+        files = {name: self.local_file(name, verify) for name in wanted}
         if paths.is_local(self.url):
             return paths.local_path(self.url)
         # Of the manifest's own hash: nobody else's manifest can put files into this folder.

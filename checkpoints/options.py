@@ -31,6 +31,23 @@ def cache_folder() -> Path:
     return (Path(above) if above else home_folder("MODULARFORGE_CACHE") / ".cache") / "modularforge"
 
 
+def cache_limit() -> int | None:
+    """Bytes of one file from which on it is read by ranges, of which so many are kept: $MODULARFORGE_CACHE_GB, or None.
+
+    Raises StoreError for what is no number above 0.
+    """
+    text = os.environ.get("MODULARFORGE_CACHE_GB")
+    try:
+        found = None if not text else int(float(text) * 1e9)
+    except (ValueError, OverflowError):
+        found = 0
+    if found is not None and found <= 0:
+        raise StoreError(
+            f"MODULARFORGE_CACHE_GB must be a number of GB above 0, but is {text!r:.80}; correct or unset it"
+        )
+    return found
+
+
 def home_folder(instead: str) -> Path:
     """The user's home; asked for only when no variable answers, because containers' users may have none."""
     try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from checkpoints import MissingArtifactError, paths
 from modularforge.config import Config, NodesConfig
-from modularforge.pipeline import PREPARING, ROUNDS, STAGES, JobName, Stage, stage_settings, wanted_stages
+from modularforge.pipeline import ROUNDS, SHARED_WORK, STAGES, JobName, Stage, stage_settings, wanted_stages
 from modularforge.run import Run, is_kept
 
 MERGED = ("expert", *ROUNDS)
@@ -158,7 +158,7 @@ def is_finished(run: Run, task: Task) -> bool:
     """Whether all that the task makes is committed; raises MismatchError when another config's lies there."""
     if task.stages == ("evaluate",):
         return _is_evaluated(run)
-    if task.stages[-1] in PREPARING[:-1] and run.artifact("prepare-data"):
+    if (whole := SHARED_WORK.get(task.stages[-1])) and run.artifact(whole):
         return True
     return all(run.artifact(stage, task.index) for stage in task.stages)
 

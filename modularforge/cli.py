@@ -16,7 +16,7 @@ from modularforge.errors import ConfigError, UserError
 from modularforge.experts_cli import app as experts_app
 from modularforge.log import logger
 from modularforge.options import with_lazy_settings, with_settings
-from modularforge.pipeline import PREPARING, STAGES, Stage, wanted_stages
+from modularforge.pipeline import SHARED_WORK, STAGES, Stage, wanted_stages
 from modularforge.run import Run
 
 if TYPE_CHECKING:
@@ -52,14 +52,15 @@ def _make(
 ) -> None:
     """Make what a job makes, stage by stage; before all experts' last round, the rounds before.
 
-    `parts` say where the whole run is.
+    `parts` say where the whole run is, which this process makes alone.
     """
     if job == "expert" and indices is None:
         for stage in wanted_stages(run.config):
             if stage.round:
                 _make(run, stage.name, parts=parts)
     for stage in STAGES.values():
-        if job in (stage.job, stage.job_in(run.config)) and stage.name not in but and not stage.is_off(run.config):
+        own = stage.job_in(run.config) if parts is None else stage.job
+        if own == job and stage.name not in but and not stage.is_off(run.config):
             for index in stage.indices(run.config) if indices is None else indices:
                 _make_part(run, stage.name, index, parts)
 
@@ -77,7 +78,7 @@ def _make_part(run: Run, stage: str, index: int | None, parts: Parts | None) -> 
 def add_jobs(jobs: typer.Typer, stages: Iterable[Stage]) -> None:
     """A command for each job of the table of stages, under torchrun too; but for those with options of their own."""
     for stage in stages:
-        if not stage.within and stage.name not in ("assemble", "evaluate"):
+        if (not stage.within or stage.apart) and stage.name not in ("assemble", "evaluate"):
             _add_job(jobs, stage)
 
 
@@ -106,6 +107,8 @@ HELP_OF_JOBS = {
     "prepare-data": "Learn the tokenizer, write token files, and divide the documents among the experts.",
     "vocabulary": "Learn the tokenizer of text that several jobs prepare (cluster.prepare_tasks).",
     "tokenise": "Read and tokenise one share of the text (cluster.prepare_tasks).",
+    "centres": "Fit clusters on a sample of the text (cluster.prepare_tasks, partition.method clustered).",
+    "assign": "Assign the documents of one share of the text to clusters (cluster.prepare_tasks).",
     "backbone": "Train the backbone; with DDP: torchrun --nproc-per-node 2 -m modularforge backbone.",
     "expert": "Train one expert, alone, on its own partition; where it is trained in rounds, through the last.",
     "branch": "Train one branch of the BTX baseline.",
@@ -215,7 +218,7 @@ def run_all(
     """Prepare data, train backbone and experts, assemble, calibrate and evaluate; finished stages are skipped."""
     run = Run(settings)
     skipped = dict(zip(PRODUCT, (skip_data, skip_backbone, skip_experts, skip_assembly), strict=True))
-    left_out = [*PREPARING[:-1], *(stage.name for stage in STAGES.values() if skipped.get(stage.job))]
+    left_out = [*SHARED_WORK, *(stage.name for stage in STAGES.values() if skipped.get(stage.job))]
     left_out += ["calibrate"] if skip_calibration else []
     left_out += [stage.name for stage in STAGES.values() if skip_evaluation and stage.job not in PRODUCT]
     parts = _announced(run, left_out)
@@ -437,6 +440,22 @@ def export_tokens(
         for name, documents, tokens in export_megatron(place, folder):
             say(f"{name}: {documents:,} documents, {tokens:,} tokens")
     shutil.copyfile(corpus / "tokenizer.json", folder / "tokenizer.json")
+
+
+@app.command()
+@with_lazy_settings
+def export(
+    load_settings: Callable[[], Config],
+    path: Annotated[str, typer.Argument(metavar="FILE.gguf", help="A new file of this machine.")],
+    model: Annotated[str | None, typer.Option(help="Model folder or artifact; without it the run's model.")] = None,
+    kind: Annotated[
+        str | None, typer.Option("--type", help="F32, F16, BF16 or Q8_0 for matrices; without it as they are stored.")
+    ] = None,
+) -> None:
+    """Write a model as one GGUF file for llama.cpp and what is built on it."""
+    from modularforge.push import export as export_model
+
+    export_model(load_settings, path, model, kind)
 
 
 @app.command()

@@ -1087,6 +1087,11 @@ class Config(SafeSection):
         return number * self.experts.steps // self.experts.rounds
 
     @property
+    def clustering_tasks(self) -> int | None:
+        """How many jobs assign documents to clusters; None where there are no clusters, or one does it all."""
+        return self.cluster.prepare_tasks if self.partition.method == "clustered" else None
+
+    @property
     def preparation_seed(self) -> int:
         """Seed of corpus and partitions."""
         return self.seed if self.data_seed is None else self.data_seed
@@ -1374,6 +1379,8 @@ def _impossible_speech(config: Config) -> Iterator[str]:
             f"evaluation.baselines must be dense and joint at the most with task speech, but has {', '.join(others)}; "
             "leave the others out"
         )
+    for name, _ in _changed(config.evaluation, "tasks", "harness", "general", "chat"):
+        yield f"evaluation.{name} must be left out with task speech, since it measures texts alone; remove it"
     if config.steering.variant == "aligner" and (speech.model.prompt or speech.data.prompt_field):
         yield (
             "speech.model.prompt and speech.data.prompt_field must be left out with steering.variant aligner, which "

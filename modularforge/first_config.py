@@ -31,6 +31,7 @@ BYTES_PER_TOKEN = 3.0  # of small vocabularies; large ones have four
 COMPRESSED, PARQUET = 3.5, 2.0  # bytes of text for each byte of such files, or about that
 MOST_EPOCHS = 4  # repeated text is worth as much as new one up to here (arXiv 2305.16264)
 LONGEST_SECONDS = 3600.0
+USUAL_SHARE, MOST_SHARE, HELD_OUT_DOCUMENTS = 0.01, 0.25, 5  # of documents by chance, so that none is rare
 SHARE_OF_EXPERTS, MOST_EXPERT_EPOCHS = 0.25, 3
 DOCUMENTS_PER_EXPERT, TOKENS_PER_EXPERT, MOST_CLUSTERS, MOST_FOLDERS = 20, 300_000, 8, 32
 LEAST_TOKENS = 20_000
@@ -89,6 +90,13 @@ class Look:
     def tokens(self) -> float:
         """About how many there are."""
         return sum(source.text_bytes for source in self.sources) / BYTES_PER_TOKEN
+
+    @property
+    def heldout(self) -> float:
+        """The share of documents for each split without files, of which every source should have some."""
+        fewest = min((source.documents for source in self.sources if "test" not in source.splits), default=math.inf)
+        wanted = min(HELD_OUT_DOCUMENTS / fewest, MOST_SHARE)
+        return max(USUAL_SHARE, math.ceil(100 * wanted) / 100)
 
     @property
     def experts(self) -> int:
@@ -246,6 +254,10 @@ def _text(look: Look, name: str, step: Any, seconds: float) -> str:
         "name": json.dumps(name),
         "output_dir": json.dumps(f"runs/{name}"),
         "vocab_size": shape[-1],
+        "heldout": f"{100 * look.heldout:.0f} %",
+        "share": f"  heldout_fraction: {look.heldout}    # more than the usual 0.01: documents are few\n"
+        if look.heldout > USUAL_SHARE
+        else "",
         "sources": "\n".join(f"    - {{{_source_text(source)}}}" for source in look.sources),
         "method": "domain" if is_domain else "clustered",
         "parts": "a part for each folder" if is_domain else "documents that resemble each other",
@@ -282,7 +294,7 @@ output_dir: {output_dir}
 
 data:
   vocab_size: {vocab_size}    # small text fills only a small vocabulary
-  sources:    # without files of their own, 1 % of the documents is held out for validation, and 1 % for test
+{share}  sources:    # without files of their own, {heldout} of the documents is held out for validation, and for test
 {sources}
 
 partition: {{method: {method}}}    # {parts}

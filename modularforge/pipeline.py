@@ -50,6 +50,8 @@ class Stage:
     """The stage whose process makes it too, before or after, where it has no job of its own."""
     first: str = ""
     """The stage whose process makes it where that one is wanted, because it reads it before `within` does."""
+    apart: str = ""
+    """A setting with which it has a job of its own in spite of `within`."""
     phase: Callable[[Config], PhaseConfig] | None = None
     """How it trains; None trains nothing."""
     nodes: str = "other"
@@ -93,6 +95,8 @@ class Stage:
 
     def job_in(self, config: Config) -> str:
         """The job that makes it in a run with these settings."""
+        if self.apart and attrgetter(self.apart)(config):
+            return self.name
         return self.first if self.first and STAGES[self.first].is_wanted(config) else self.job
 
     def is_off(self, config: Config) -> bool:
@@ -123,7 +127,7 @@ class Stage:
 
 
 MAKERS = "modularforge.stages"
-PREPARE_TASKS, SHARE = "cluster.prepare_tasks", "share"
+PREPARE_TASKS, CLUSTERING_TASKS, SHARE = "cluster.prepare_tasks", "clustering_tasks", "share"
 SHARED_BY_ALL = ("prepare-data", "partition", "backbone")
 CLEANED_FROM = tuple(
     f"data.{name}"
@@ -250,14 +254,36 @@ STAGES: dict[str, Stage] = _Rows(
             is_measured=False,
         ),
         Stage(
+            "centres",
+            "{data}-parts/centres",
+            ("partition",),
+            ("prepare-data",),
+            f"{MAKERS}.prepare:centres",
+            ("seed", "experts.count"),
+            needs=CLUSTERING_TASKS,
+            is_measured=False,
+        ),
+        Stage(
+            "assign",
+            "{data}-parts/assign-{index}",
+            ("partition",),
+            ("prepare-data", "centres", SHARE),
+            f"{MAKERS}.prepare:assigned",
+            ("seed", "experts.count"),
+            needs=CLUSTERING_TASKS,
+            count=CLUSTERING_TASKS,
+            is_measured=False,
+        ),
+        Stage(
             "partition",
             "{data}/partitions",
             ("partition",),
-            ("prepare-data",),
+            ("prepare-data", "assign"),
             f"{MAKERS}.prepare:partitions",
             ("seed", "experts.count"),
             artifact="partitions",
             within="prepare-data",
+            apart=CLUSTERING_TASKS,
             is_measured=False,
         ),
         Stage(
@@ -378,8 +404,9 @@ JOINT_LORA = ("joint_lora", "joint_lora_wide")
 ALL_BASELINES = (*TRAINED_ON_ALL, "branch", "btx")
 ROUNDS = tuple(name for name, stage in STAGES.items() if stage.round and stage.is_indexed)
 """The rows of experts between their rounds."""
-PREPARING = ("vocabulary", "tokenise", "prepare-data")
-"""The rows of prepared text: the first two share its work, and are needed no more when it is there."""
+SHARED_WORK = {"vocabulary": "prepare-data", "tokenise": "prepare-data", "centres": "partition", "assign": "partition"}
+"""By row that shares the work of another: that other, which is made without it where it is not there, and when it is
+made, needs it no more."""
 HOW_READ, HOW_DRAWN = "data.packing", ("data.mix", "data.temperature")
 """Settings of prepared text that count where it is read: by what trains and measures, and by what trains."""
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
@@ -396,7 +423,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "training.keep_checkpoints": (EVERY,),
     "training.keep_checkpoints_every": (EVERY,),
     "training.checkpoint_fallback": (EVERY,),
-    **dict.fromkeys((HOW_READ, *HOW_DRAWN), PREPARING),
+    **dict.fromkeys((HOW_READ, *HOW_DRAWN), ("vocabulary", "tokenise", "prepare-data")),
     # A pretrained model is an input, known by its bytes, wherever its files lie.
     "model.pretrained": (EVERY,),
     # It keeps what it ends with, or nothing.

@@ -1,4 +1,4 @@
-"""Upload a model to the Hub: weights, settings and tokenizer, and its card with licence, measured figures and origin.
+"""Hand a model on: as a GGUF file, or to the Hub with a card of its licence, measured figures and origin.
 
 What the store needs (manifests, results of a calibration) stays here. Figures are those of the run's evaluation, and
 only where it measured the very model that is uploaded.
@@ -35,8 +35,9 @@ from modularforge.model.hub_config import (
 )
 from modularforge.model.supported import SPEECH_TYPE
 from modularforge.observe.evaluation import Results, model_table, verdict
+from modularforge.pretrained.gguf_out import KINDS, write_gguf
 from modularforge.pretrained.hub import Upload, upload
-from modularforge.pretrained.sources import HubName, hub_name
+from modularforge.pretrained.sources import HubName, hub_name, is_gguf
 from modularforge.run import Run
 from modularforge.stages.evaluate import RESULTS_NAME, chosen_model
 from modularforge.stages.push_speech import published
@@ -82,6 +83,19 @@ def push(
     if found.results is None:
         logger.warning("the card has no figures: no evaluation of a run beside it measured this very model")
     _send(name, files, licence, is_private, is_dry)
+
+
+def export(load_settings: Callable[[], Config], path: str, model: str | None, kind: str | None) -> None:
+    """Write a model folder, or the run's best model, as a GGUF file of this machine; raises ConfigError, DataError."""
+    wanted = kind.upper() if kind else None
+    if not is_gguf(path) or not paths.is_local(path) or wanted not in (None, *KINDS):
+        raise DataError(
+            f"export must write a file of this machine that ends in .gguf, as {', '.join(KINDS)}, but was asked for "
+            f"{path} as {kind or 'it is stored'}; name another file or --type"
+        )
+    found = _folder(model) if model else _of_run(chosen_model(Run(load_settings())))
+    write_gguf(found.folder, paths.local_path(path), wanted)
+    say(f"written: {path}, {size(paths.file_size(path))}")
 
 
 def _send(name: HubName, files: Mapping[str, Upload], licence: str | None, is_private: bool, is_dry: bool) -> None:

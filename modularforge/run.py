@@ -15,9 +15,9 @@ from modularforge.config import Config
 from modularforge.errors import ConfigError, MismatchError
 from modularforge.pipeline import (
     CHOSEN_FACT,
-    PREPARING,
     ROUNDS,
     SHARE,
+    SHARED_WORK,
     STAGES,
     JobName,
     Plan,
@@ -137,7 +137,7 @@ class Run:
         artifact = self.finished(self.plan(stage, index))
         if artifact is None:
             row = STAGES[stage]
-            where = row.job + ("" if index is None else f" --index {index}")
+            where = row.job_in(self.config) + ("" if index is None else f" --index {index}")
             raise MissingArtifactError(
                 f"{JobName(row.kind, index)} must be finished first, but there is none at {self.url(stage, index)}; "
                 f"run `modularforge {where}`, or `run-all` for everything, with the same --config, --output-dir and "
@@ -239,7 +239,7 @@ class Run:
     def _input(self, needed: str, index: int | None) -> dict[str, str]:
         if needed == SHARE:
             return {SHARE: f"{index} of {self.config.cluster.prepare_tasks}"}
-        if needed == "tokenise":  # the corpus is the same, in however many shares it was made
+        if needed in ("tokenise", "assign"):  # what follows is the same, in however many shares it was made
             return {}
         if needed == "partition" and index is not None:
             return {needed: _partition_input(self._required("partition"), f"partition-{index}")}
@@ -258,7 +258,9 @@ class Run:
         if needed in STAGES and STAGES[needed].round:
             return self._of_round(needed, index)
         artifact = self._required(needed)
-        identity = contents(artifact) if needed in ("clean", *PREPARING) else artifact.manifest.fingerprint
+        identity = (
+            contents(artifact) if needed in ("clean", "prepare-data", *SHARED_WORK) else artifact.manifest.fingerprint
+        )
         return {STAGES[needed].kind: identity}
 
     def _of_round(self, needed: str, index: int | None) -> dict[str, str]:

@@ -14,7 +14,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from checkpoints import Artifact
+from checkpoints import Artifact, paths
+from checkpoints.options import cache_limit
 from modularforge.config import Config
 from modularforge.data.loader import label_tokens
 from modularforge.data.token_files import (
@@ -100,15 +101,17 @@ class Corpus:
 def token_file(artifact: Artifact, name: str, apart: bool = False) -> TokenFile:
     """A token file of an artifact, memory-mapped; from an object store its three files are fetched first.
 
-    With `apart`, its documents are read one by one.
+    One of text that is larger there than what shall be kept here (`cache_limit`) is read by ranges. With `apart`, its
+    documents are read one by one.
     """
-    endings = ["tokens.bin", "offsets.npy", "labels.npy"]
-    endings += ["learned.bin"] if f"{name}.learned.bin" in artifact.manifest.files else []
-    parts = [artifact.local_file(f"{name}.{part}") for part in endings]
-    folder = parts[0].parent
-    if any(part.parent != folder for part in parts):
-        folder = artifact.local_folder()
-    return replace(open_token_file(folder, name), is_apart=apart)
+    tokens, limit = f"{name}.tokens.bin", None if paths.is_local(artifact.url) else cache_limit()
+    others = [f"{name}.{ending}" for ending in ("offsets.npy", "labels.npy")]
+    learned = [f"{name}.learned.bin"] if f"{name}.learned.bin" in artifact.manifest.files else []
+    if limit is None or learned or apart or artifact.entry(tokens).size <= limit:
+        folder = artifact.local_folder(names=[tokens, *others, *learned])
+        return replace(open_token_file(folder, name), is_apart=apart)
+    folder, place = artifact.local_folder(names=others), artifact.file_url(tokens)
+    return open_token_file(folder, name, place, artifact.entry(tokens).size, limit)
 
 
 def partition_rows(partitions: Artifact) -> list[PartitionRow]:

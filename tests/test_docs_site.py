@@ -54,6 +54,7 @@ def test_links_and_anchors_lead_somewhere(page: Path) -> None:
             continue
         there = page.parent / target if target else page
         assert there.exists(), f"{page.name} links to {target}"
+        assert DOCS in there.resolve().parents, f"{page.name} links to {target}, which the site does not have"
         assert not anchor or anchor in headings(there), f"{page.name} links to {target}#{anchor}"
 
 

@@ -117,7 +117,7 @@ def _what_it_is(url: str, chunk: bytes, started: bool, error: Exception) -> tupl
     """What the file is instead, and what to do."""
     if started:
         return f"is damaged ({one_line(error)})", COPY_AGAIN
-    if found := describe(chunk):
+    if (found := describe(chunk)) and found[1] != f"give it a name that ends in {compression_of(url)}":
         return f"is {found[0]}", found[1] or "leave it out of the settings"
     cure = f"{COPY_AGAIN}, or take {compression_of(url)} from its name if it is plain"
     return f"is damaged or not compressed ({one_line(error)})", cure

@@ -78,16 +78,17 @@ def read_text(url: str) -> Iterator[str]:
 def read_lines(url: str) -> Iterator[str]:
     """The lines of a text file without their line ends."""
     pieces: list[str] = []
-    characters = 0
+    characters, number = 0, 1
     for text in read_text(url):
         head, *rest = text.split("\n")
         pieces.append(head)
         characters += len(head)
         if characters > LINE_CHARACTERS:
             raise DataError(
-                f"{redact(url)} must have lines of at most {LINE_CHARACTERS:,} characters, but has a longer one; "
+                f"{redact(url)}:{number} must be a line of at most {LINE_CHARACTERS:,} characters, but is longer; "
                 "write one record a line, or set format: text for this source"
             )
+        number += len(rest)
         if rest:
             yield "".join(pieces)
             yield from rest[:-1]

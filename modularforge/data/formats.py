@@ -283,6 +283,8 @@ def parquet_rows(url: str, columns: list[str], needs_all: bool = True) -> Iterat
             if needs_all:
                 require_columns(columns, table.schema_arrow.names, name)
             columns = [column for column in columns if column in table.schema_arrow.names]
+            if twice := [column for column in columns if table.schema_arrow.names.count(column) > 1]:
+                raise DataError(f"{name} must have one column {twice[0]}, but has several; write it again with one")
             for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns):
                 yield from _records(batch, first, name)
                 first += batch.num_rows

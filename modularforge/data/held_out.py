@@ -3,7 +3,7 @@
 Two documents are near duplicates where 70 % of their runs of about 25 bytes are the same, whatever their order: the
 likeness at which datatrove's default bands of MinHash find every second pair. Training documents most of whose runs
 stand in a held-out one are looked up, and compared with it exactly. Where a corpus is so large that its held-out runs
-would not fit into memory, a fixed share of all runs is looked up. Of a document of more than 4 Mi tokens the beginning
+would not fit into memory, a fixed share of all runs is looked up. Of a document of more than 1 Mi tokens the beginning
 stands for the whole.
 """
 
@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from checkpoints.parallel import in_order
 from modularforge.config import Config
+from modularforge.data.clean_steps import cores
 from modularforge.data.corpus import HELD_OUT, Split
 from modularforge.data.token_files import TokenFile, open_token_file, write_documents
 from modularforge.errors import DataError
@@ -30,7 +32,8 @@ from modularforge.log import logger
 ALIKE = 0.7
 RUN_BYTES = 25  # five English words
 MOST_RUNS = 1 << 22  # of held-out documents that are looked up; they take 20 bytes each
-MOST_TOKENS = 1 << 22  # looked at together
+MOST_TOKENS = 1 << 20  # looked at together, by each of so many threads, which is 50 MB each
+MOST_THREADS = 16
 KNOWN_SHARE = 0.5  # of a training document's runs, before it is compared
 RUN_PLACES, COMPARED = 16, 8  # held-out documents that a run leads to, and that a document is compared with
 FACTOR, MIXER = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
@@ -76,17 +79,22 @@ def near_copies(train: TokenFile, held_out: Sequence[TokenFile], run_tokens: int
     known = _Known.of(held_out, run_tokens)
     if not len(known.hashes_R):
         return
-    for first, hashes_R, documents_R in _blocks(train, run_tokens):
-        is_sampled = hashes_R <= known.limit
-        hashes_R, documents_R = hashes_R[is_sampled], documents_R[is_sampled]
-        is_known = known.table[known.places(hashes_R)]
-        shares = np.bincount(documents_R, is_known) / np.maximum(np.bincount(documents_R), 1)
-        for document in np.flatnonzero(shares >= KNOWN_SHARE):
-            start, end = np.searchsorted(documents_R, [document, document + 1])
-            own = _distinct(train, int(first + document), run_tokens)
-            for file, other in known.candidates(hashes_R[start:end]):
-                if _likeness(own, _distinct(held_out[file], other, run_tokens)) >= ALIKE:
-                    yield int(first + document), file, other
+
+    def found(block: tuple[int, int]) -> list[tuple[int, int, int]]:
+        hashes_R, documents_R = _sampled(train, block, run_tokens, known.limit)
+        shares = known.shares(hashes_R, documents_R)
+        suspects = np.flatnonzero(shares >= KNOWN_SHARE)
+        bounds = zip(*(np.searchsorted(documents_R, suspects + further) for further in (0, 1)), strict=True)
+        return [
+            (int(block[0] + suspect), *other)
+            for suspect, (start, end) in zip(suspects, bounds, strict=True)
+            for own in [_distinct(train, int(block[0] + suspect), run_tokens)]
+            for other in known.candidates(hashes_R[start:end])
+            if _likeness(own, _distinct(held_out[other[0]], other[1], run_tokens)) >= ALIKE
+        ]
+
+    for pairs in in_order(found, _blocks(train), min(cores(), MOST_THREADS)):
+        yield from pairs
 
 
 def _likeness(one: Hashes, other: Hashes) -> float:
@@ -110,10 +118,10 @@ class _Known:
         runs = sum(len(file.tokens) for file in files)
         limit = np.uint64(min(2**64 - 1, (MOST_RUNS << 64) // max(1, runs)))
         found = [
-            (hashes_R[is_sampled], number, first + documents_R[is_sampled])
+            (hashes_R, number, block[0] + documents_R)
             for number, file in enumerate(files)
-            for first, hashes_R, documents_R in _blocks(file, run_tokens)
-            for is_sampled in [hashes_R <= limit]
+            for block in _blocks(file)
+            for hashes_R, documents_R in [_sampled(file, block, run_tokens, limit)]
         ]
         hashes_R = np.concatenate([np.empty(0, np.uint64), *(hashes for hashes, _, _ in found)])
         files_R = np.concatenate([np.empty(0, np.int64), *(np.full(len(own), n) for _, n, own in found)])
@@ -130,6 +138,12 @@ class _Known:
         found: Hashes = (hashes_R * MIXER) >> np.uint64(65 - len(self.table).bit_length())
         return found
 
+    def shares(self, hashes_R: Hashes, documents_R: Indices) -> npt.NDArray[np.float64]:
+        """The share of each document's runs that may stand in a held-out one."""
+        is_known = self.table[self.places(hashes_R)]
+        found: npt.NDArray[np.float64] = np.bincount(documents_R, is_known) / np.maximum(np.bincount(documents_R), 1)
+        return found
+
     def candidates(self, hashes_R: Hashes) -> list[tuple[int, int]]:
         """The held-out documents (file, index) that have most of these runs, of each run the first few that have it."""
         distinct = np.unique(hashes_R)
@@ -140,15 +154,23 @@ class _Known:
         return [(file, document) for (file, document), _ in found.most_common(COMPARED)]
 
 
-def _blocks(file: TokenFile, run_tokens: int) -> Iterator[tuple[int, Hashes, Indices]]:
-    """Neighbouring documents: the index of the first, the runs of all and whose each is, counted from the first."""
+def _blocks(file: TokenFile) -> Iterator[tuple[int, int]]:
+    """Neighbouring documents, from the first to before the last, of so many tokens together, or one."""
     first = 0
     while first < file.num_documents:
-        start = int(file.offsets[first])
-        last = max(first + 1, int(np.searchsorted(file.offsets, start + MOST_TOKENS, "right")) - 1)
-        ends = np.minimum(file.offsets[first + 1 : last + 1] - start, MOST_TOKENS)
-        yield first, *_runs(file.tokens[start : start + int(ends[-1])], ends, run_tokens)
+        last = int(np.searchsorted(file.offsets, file.offsets[first] + MOST_TOKENS, "right")) - 1
+        yield first, (last := max(first + 1, last))
         first = last
+
+
+def _sampled(file: TokenFile, block: tuple[int, int], run_tokens: int, limit: np.uint64) -> tuple[Hashes, Indices]:
+    """The runs of a block that are looked up, and whose each is, counted from the first document."""
+    first, last = block
+    start = int(file.offsets[first])
+    ends = np.minimum(file.offsets[first + 1 : last + 1] - start, MOST_TOKENS)
+    hashes_R, documents_R = _runs(file.tokens[start : start + int(ends[-1])], ends, run_tokens)
+    is_sampled = hashes_R <= limit
+    return hashes_R[is_sampled], documents_R[is_sampled]
 
 
 def _distinct(file: TokenFile, index: int, run_tokens: int) -> Hashes:
@@ -159,10 +181,10 @@ def _distinct(file: TokenFile, index: int, run_tokens: int) -> Hashes:
 def _runs(tokens_T: npt.NDArray[Any], ends: Indices, run_tokens: int) -> tuple[Hashes, Indices]:
     """The hash of every run of tokens within a document, [R], and its document, [R]; `ends` are those of documents."""
     lengths = np.diff(ends, prepend=0)
-    starts = np.concatenate([np.arange(0), ends - lengths])
+    starts = ends - lengths
     counts = np.maximum(lengths - run_tokens + 1, 0)
     hashes_T = np.zeros(len(tokens_T), np.uint64)
-    for place in range(run_tokens):
+    for place in range(min(run_tokens, len(tokens_T))):
         hashes_T *= FACTOR
         hashes_T[: len(tokens_T) - place] += tokens_T[place:]
     hashes_T ^= hashes_T >> np.uint64(29)

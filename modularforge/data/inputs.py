@@ -19,6 +19,7 @@ from checkpoints.redact import redact
 from modularforge.config import Config
 from modularforge.data.corpus import SPLITS
 from modularforge.data.files import SAMPLE_PREFIX, all_matches, explained, file_identity
+from modularforge.data.patterns import is_web
 from modularforge.errors import DataError
 from modularforge.log import logger
 
@@ -75,6 +76,21 @@ def file_states(matches: list[Match]) -> dict[str, list[Any]]:
     """Size and time (or ETag) by URL; raises DataError for a file that is not there."""
     urls = list(dict.fromkeys(match.url for match in matches))
     return dict(zip(urls, in_order(file_state, urls, LOOKS_AT_ONCE), strict=True))
+
+
+def require_unchanged(states: Mapping[str, list[Any]]) -> None:
+    """Raise DataError where a file is gone or was written again since `states` were looked at.
+
+    A corpus is read once for each split: half of it would be of the one file and half of the other. Web addresses are
+    not looked at, since servers may give each answer another ETag.
+    """
+    files = [(redact(url), state, url) for url, state in states.items() if not is_web(url)]
+    changes = chain.from_iterable(in_order(lambda item: list(_difference(*item)), files, LOOKS_AT_ONCE))
+    if change := next(changes, None):
+        raise DataError(
+            f"the files of data.sources must stay as they are while they are read, but {change}; run prepare-data "
+            "again when nobody writes to them"
+        )
 
 
 def record(matches: list[Match], states: Mapping[str, list[Any]]) -> dict[str, Any]:

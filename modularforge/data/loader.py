@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from modularforge.data.mixing import MixedOrder, Mixture
+from modularforge.data.ranged_tokens import RangedTokens, RangedWindows
 from modularforge.data.token_files import ExampleTokens, Stream, TokenFile, Tokens
 from modularforge.data.tokenizer import PAD
 from modularforge.errors import DataError, TrainingError
@@ -207,8 +208,11 @@ def _mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return mixed
 
 
-def _windows(tokens: Tokens, context_length: int) -> tuple[Tokens, Tokens]:
+def _windows(tokens: Tokens, context_length: int) -> tuple[Any, Any]:
     """Views [W, T] of the ids and of the ids one later; the tail that fills no window is left out."""
+    ranged: Any = tokens  # which stands in for an array
+    if isinstance(ranged, RangedTokens):
+        return RangedWindows(ranged, context_length, 0), RangedWindows(ranged, context_length, 1)
     flat = np.asarray(tokens)  # a plain view: indexing np.memmap itself costs microseconds a row
     length = max(len(flat) - 1, 0) // context_length * context_length
     return flat[:length].reshape(-1, context_length), flat[1 : length + 1].reshape(-1, context_length)

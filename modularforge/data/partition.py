@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +52,17 @@ TOP_WORD = r"(?u)\b[^\W\d_]{3,}\b"
 
 
 def divide(
-    config: Config, documents: TokenFile, corpus_folder: Path, names: list[str], vocab_size: int
+    config: Config,
+    documents: TokenFile,
+    corpus_folder: Path,
+    names: list[str],
+    vocab_size: int,
+    known: Known | None = None,
 ) -> tuple[list[Indices], list[list[str]]]:
-    """The documents of each partition by `partition.method`, before overlap, and the top words of clusters."""
+    """The documents of each partition by `partition.method`, before overlap, and the top words of clusters.
+
+    `known` is what tasks have found out of clusters.
+    """
     count, method = config.experts.count, config.partition.method
     if method == "random":
         return random_partitions(documents.lengths, count, config.preparation_seed), []
@@ -63,7 +71,7 @@ def divide(
     if method == "domain":
         return domain_partitions(documents.labels, names, count), []
     clusters = cluster_documents(
-        documents, load_tokenizer(corpus_folder), count, config.partition, config.preparation_seed
+        documents, load_tokenizer(corpus_folder), count, config.partition, config.preparation_seed, known
     )
     return clusters.partitions, clusters.top_words
 
@@ -157,38 +165,86 @@ class Clusters:
     top_words: list[list[str]]
 
 
+@dataclass(frozen=True)
+class Fit:
+    """Centres [K, D], the cluster of each document of the sample, what sets clusters apart, how texts are placed."""
+
+    centres: Features
+    sample_clusters: Indices
+    top_words: list[list[str]]
+    encode: Encoder
+    arrays: dict[str, npt.NDArray[Any]]
+    """What `restored_encoder` makes `encode` of."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What tasks have found out: the fit, and the cluster of each document, or -1."""
+
+    fit: Fit
+    clusters: Indices
+
+
 def cluster_documents(
-    documents: TokenFile, tokenizer: Tokenizer, count: int, settings: PartitionConfig, seed: int
+    documents: TokenFile,
+    tokenizer: Tokenizer,
+    count: int,
+    settings: PartitionConfig,
+    seed: int,
+    known: Known | None = None,
 ) -> Clusters:
     """Assign every document to one of `count` clusters; deterministic by seed, never an empty cluster."""
     require_documents(documents.num_documents, count)
-    sample_size = min(documents.num_documents, max(settings.cluster_sample_documents, count))
-    sample = np.sort(np.random.default_rng(seed).choice(documents.num_documents, sample_size, replace=False))
-    # Sums over several threads differ in the last bit, which can move a document between runs.
-    with _one_thread():
-        texts = _texts(documents, tokenizer, sample)
-        encode = _fit_encoder(texts, settings.cluster_encoder, seed)
-        features = _encode_in_batches(encode, texts)
-        centres, sample_clusters = _fit_centres(features, documents.lengths[sample], count, seed)
-        clusters = np.empty(documents.num_documents, np.int64)
-        clusters[sample] = sample_clusters
-        others = np.setdiff1d(np.arange(documents.num_documents), sample, assume_unique=True)
-        with progress("assign clusters", len(others), "documents") as bar:
-            for start in range(0, len(others), BATCH_DOCUMENTS):
-                batch = others[start : start + BATCH_DOCUMENTS]
-                clusters[batch] = _nearest(encode(_texts(documents, tokenizer, batch)), centres)
+    sample = draw_sample(documents.num_documents, count, settings, seed)
+    with one_thread():
+        fit = (
+            fit_clusters(texts_of(documents, tokenizer, sample), documents.lengths[sample], count, settings, seed)
+            if known is None
+            else known.fit
+        )
+        clusters = np.full(documents.num_documents, -1, np.int64) if known is None else known.clusters.copy()
+        clusters[sample] = fit.sample_clusters
+        with progress("assign clusters", len(clusters) - len(sample), "documents") as bar:
+            for batch in batches_of_others(len(clusters), sample):
+                if (clusters[batch] < 0).any():
+                    clusters[batch] = nearest(fit, texts_of(documents, tokenizer, batch))
                 bar.advance(len(batch))
-    partitions = [np.flatnonzero(clusters == cluster) for cluster in range(count)]
-    return Clusters(partitions, _top_words(texts, sample_clusters, count))
+    return Clusters([np.flatnonzero(clusters == cluster) for cluster in range(count)], fit.top_words)
 
 
-def _one_thread() -> AbstractContextManager[Any]:
+def draw_sample(num_documents: int, count: int, settings: PartitionConfig, seed: int) -> Indices:
+    """The documents that k-means is fitted on, sorted."""
+    size = min(num_documents, max(settings.cluster_sample_documents, count))
+    return np.sort(np.random.default_rng(seed).choice(num_documents, size, replace=False))
+
+
+def batches_of_others(num_documents: int, sample: Indices) -> Iterator[Indices]:
+    """All other documents, in the batches in which they are assigned: in others, sums may differ in the last bit."""
+    others = np.setdiff1d(np.arange(num_documents), sample, assume_unique=True)
+    return (others[start : start + BATCH_DOCUMENTS] for start in range(0, len(others), BATCH_DOCUMENTS))
+
+
+def fit_clusters(texts: list[str], lengths: Indices, count: int, settings: PartitionConfig, seed: int) -> Fit:
+    """Fit an encoder and k-means on the texts of a sample; `lengths` are their tokens."""
+    encode, arrays = _fit_encoder(texts, settings.cluster_encoder, seed)
+    centres, clusters = _fit_centres(_encode_in_batches(encode, texts), lengths, count, seed)
+    return Fit(centres, clusters, _top_words(texts, clusters, count), encode, arrays)
+
+
+def nearest(fit: Fit, texts: list[str]) -> Indices:
+    """The cluster of each text of a batch."""
+    return _nearest(fit.encode(texts), fit.centres)
+
+
+def one_thread() -> AbstractContextManager[Any]:
+    """Sums over several threads differ in the last bit, which can move a document between runs."""
     threadpoolctl: Any = importlib.import_module("threadpoolctl")  # comes with scikit-learn, without type hints
     limits: AbstractContextManager[Any] = threadpoolctl.threadpool_limits(1)
     return limits
 
 
-def _texts(documents: TokenFile, tokenizer: Tokenizer, indices: Indices) -> list[str]:
+def texts_of(documents: TokenFile, tokenizer: Tokenizer, indices: Indices) -> list[str]:
+    """The beginnings of these documents."""
     texts: list[str] = []
     for start in range(0, len(indices), BATCH_DOCUMENTS):
         ids = [documents.document(int(index))[:DOCUMENT_TOKENS].tolist() for index in indices[start:][:BATCH_DOCUMENTS]]
@@ -196,17 +252,30 @@ def _texts(documents: TokenFile, tokenizer: Tokenizer, indices: Indices) -> list
     return texts
 
 
-def _fit_encoder(texts: list[str], name: str, seed: int) -> Encoder:
-    return _fit_tfidf(texts, seed) if name == "tfidf" else _load_sentence_encoder(name)
+def _fit_encoder(texts: list[str], name: str, seed: int) -> tuple[Encoder, dict[str, npt.NDArray[Any]]]:
+    return _fit_tfidf(texts, seed) if name == "tfidf" else (_load_sentence_encoder(name), {})
+
+
+def restored_encoder(name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> Encoder:
+    """An encoder that was fitted in another process."""
+    if name != "tfidf":
+        return _load_sentence_encoder(name)
+    pipeline = _tfidf(bool(arrays["by_words"]), len(arrays["components"]), 0)
+    pipeline[1].idf_, pipeline[2].components_ = arrays["idf"], arrays["components"]
+    return _encoding(pipeline)
 
 
 def _is_wordless(text: str) -> bool:
     return len(text) > LONG_WORDS * len(text.split())
 
 
-def _analyzer(texts: list[str], pattern: str) -> dict[str, Any]:
+def _has_words(texts: list[str]) -> bool:
+    return sum(map(_is_wordless, texts)) < WORDLESS_SHARE * len(texts)
+
+
+def _analyzer(by_words: bool, pattern: str) -> dict[str, Any]:
     """How vectorizers take documents apart: by words, or also by characters where the sample has too few words."""
-    if sum(map(_is_wordless, texts)) < WORDLESS_SHARE * len(texts):
+    if by_words:
         return {"token_pattern": pattern}
     find_words = re.compile(pattern).findall
 
@@ -221,23 +290,32 @@ def _analyzer(texts: list[str], pattern: str) -> dict[str, Any]:
     return {"analyzer": analyze}
 
 
-def _fit_tfidf(texts: list[str], seed: int) -> Encoder:
+def _fit_tfidf(texts: list[str], seed: int) -> tuple[Encoder, dict[str, npt.NDArray[Any]]]:
+    by_words = _has_words(texts)
+    pipeline = _tfidf(by_words, min(DIMENSIONS, len(texts)), seed)
+    pipeline.fit(texts)
+    arrays = {"by_words": np.array(by_words), "idf": pipeline[1].idf_, "components": pipeline[2].components_}
+    return _encoding(pipeline), arrays
+
+
+def _tfidf(by_words: bool, dimensions: int, seed: int) -> Any:
     """Hashed words, weighted by rarity, reduced to at most 100 dimensions (latent semantic analysis), unit length."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import Normalizer
 
-    pipeline = make_pipeline(
+    return make_pipeline(
         HashingVectorizer(
-            **_analyzer(texts, WORD), n_features=HASHED_WORDS, alternate_sign=False, norm=None, dtype=np.float32
+            **_analyzer(by_words, WORD), n_features=HASHED_WORDS, alternate_sign=False, norm=None, dtype=np.float32
         ),
         TfidfTransformer(sublinear_tf=True),
-        TruncatedSVD(min(DIMENSIONS, len(texts)), random_state=seed),
+        TruncatedSVD(dimensions, random_state=seed),
         Normalizer(),
     )
-    pipeline.fit(texts)
 
+
+def _encoding(pipeline: Any) -> Encoder:
     def encode(batch: list[str]) -> Features:
         features: Features = pipeline.transform(batch).astype(np.float32)
         return features
@@ -299,7 +377,7 @@ def _top_words(texts: list[str], clusters: Indices, count: int) -> list[list[str
     """Words that more documents of a cluster have than of the whole sample, by the weighted log ratio of the shares."""
     from sklearn.feature_extraction.text import CountVectorizer
 
-    vectorizer = CountVectorizer(**_analyzer(texts, TOP_WORD), max_features=20_000, binary=True)
+    vectorizer = CountVectorizer(**_analyzer(_has_words(texts), TOP_WORD), max_features=20_000, binary=True)
     try:
         present = vectorizer.fit_transform(texts)
     except ValueError:  # not a single word

@@ -9,24 +9,25 @@ from typing import Any
 import numpy as np
 
 from modularforge.config import Config
-from modularforge.data.partition import CHUNK_TOKENS, Indices, add_overlap, divide, require_documents
+from modularforge.data.partition import CHUNK_TOKENS, Indices, Known, add_overlap, divide, require_documents
 from modularforge.data.token_files import TokenFile, check_metadata, open_token_file, write_documents
 from modularforge.errors import DataError
 from modularforge.log import logger
 
 
-def make_partitions(config: Config, corpus_folder: Path, output: Path) -> dict[str, Any]:
+def make_partitions(config: Config, corpus_folder: Path, output: Path, known: Known | None = None) -> dict[str, Any]:
     """Divide the training documents of a prepared corpus among `config.experts.count` partitions.
 
     Writes token files `partition-K`, document indices `partition-K.documents.npy` and `partitions.json` into `output`
-    and returns what the last one says. Raises ConfigError or DataError when a partition would be empty.
+    and returns what the last one says. `known` is what tasks have found out of clusters. Raises ConfigError or
+    DataError when a partition would be empty.
     """
     documents = open_token_file(corpus_folder, "train")
     metadata = check_metadata((corpus_folder / "metadata.json").read_bytes(), str(corpus_folder / "metadata.json"))
     names, vocab_size = metadata["labels"], metadata["vocab_size"]
     _require_known(documents, names, vocab_size)
     require_documents(documents.num_documents, config.experts.count)
-    partitions, top_words = divide(config, documents, corpus_folder, names, vocab_size)
+    partitions, top_words = divide(config, documents, corpus_folder, names, vocab_size, known)
     partitions = add_overlap(partitions, config.partition.overlap_ratio, config.preparation_seed)
     rows = []
     for number, indices in enumerate(partitions):

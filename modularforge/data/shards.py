@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from modularforge.data.background import in_background
 from modularforge.data.corpus import Document
 from modularforge.data.examples import Encoded, ExampleEncoder
 from modularforge.data.token_files import token_dtype
-from modularforge.data.tokenizer import EOS, encode_texts, vocabulary_size
+from modularforge.data.tokenizer import EOS, encode_documents, vocabulary_size
 
 SHARD_BYTES = 8 << 20
 # An Encoding takes over 100 bytes a token, so a shard goes through the tokenizer in smaller batches.
@@ -94,17 +94,23 @@ class _Parts:
     lengths: list[int] = field(default_factory=list)
     learned: list[npt.NDArray[np.uint8]] = field(default_factory=list)
 
-    def add(self, encodings: list[Encoding] | list[Encoded], dtype: np.dtype[Any]) -> None:
+    def add(self, encodings: Sequence[Encoding | npt.NDArray[np.uint32] | Encoded], dtype: np.dtype[Any]) -> None:
         for encoding in encodings:
-            if isinstance(encoding, tuple):
-                ids, learned = encoding
-                self.learned.append(np.array(learned, np.uint8))
+            if isinstance(encoding, np.ndarray):
+                tokens = encoding.astype(dtype)
+                if tokens[-1] != self.end_token:
+                    tokens = np.append(tokens, dtype.type(self.end_token))
             else:
-                ids = encoding.ids
-            if ids[-1:] != [self.end_token]:  # some pretrained tokenizers put it there themselves
-                ids.append(self.end_token)
-            self.tokens.append(np.array(ids, dtype))
-            self.lengths.append(len(ids))
+                if isinstance(encoding, tuple):
+                    ids, learned = encoding
+                    self.learned.append(np.array(learned, np.uint8))
+                else:
+                    ids = encoding.ids
+                if ids[-1:] != [self.end_token]:  # some pretrained tokenizers put it there themselves
+                    ids.append(self.end_token)
+                tokens = np.array(ids, dtype)
+            self.tokens.append(tokens)
+            self.lengths.append(len(tokens))
 
 
 def grouped(documents: Iterable[Document], folder: Path, name: str) -> Iterator[_Group]:
@@ -131,7 +137,7 @@ def grouped(documents: Iterable[Document], folder: Path, name: str) -> Iterator[
 
 def _encode(
     groups: Iterator[_Group], tokenizer: Tokenizer, examples: ExampleEncoder | None
-) -> Iterator[tuple[_Group, list[Encoding] | list[Encoded], bool]]:
+) -> Iterator[tuple[_Group, Sequence[Encoding | npt.NDArray[np.uint32] | Encoded], bool]]:
     """Encodings of each group in batches, and whether a batch is the group's last; none of a finished shard."""
     for group in groups:
         if group.path.exists():
@@ -143,7 +149,7 @@ def _encode(
             if filled >= BATCH_BYTES or index == last:
                 batch = group.documents[start : index + 1]
                 if examples is None:
-                    yield group, encode_texts(tokenizer, [document.text for document in batch]), index == last
+                    yield group, encode_documents(tokenizer, [document.text for document in batch]), index == last
                 else:
                     yield group, [examples.encode(item.segments, item.is_chat) for item in batch], index == last
                 start, filled = index + 1, 0

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from checkpoints.parsing import parse_object
+from modularforge.data.ranged_tokens import RangedTokens
 from modularforge.data.tokenizer import EOS, MAX_VOCABULARY
 from modularforge.errors import DataError, one_line
 
@@ -192,8 +193,11 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def open_token_file(folder: Path, name: str) -> TokenFile:
-    """Memory-map the token file `name` of a folder; raises DataError when it is missing, truncated or inconsistent."""
+def open_token_file(folder: Path, name: str, url: str = "", size: int = -1, most_bytes: int = 0) -> TokenFile:
+    """Memory-map the token file `name` of a folder; raises DataError when it is missing, truncated or inconsistent.
+
+    With a `url` its tokens, of `size` bytes, lie there and are read by ranges, of which `most_bytes` are kept.
+    """
     offsets = _load_array(folder / f"{name}.offsets.npy", "<i8")
     labels = _load_array(folder / f"{name}.labels.npy", "<u2")
     if len(offsets) and (offsets[0] != 0 or (np.diff(offsets) < 0).any()):
@@ -201,14 +205,15 @@ def open_token_file(folder: Path, name: str) -> TokenFile:
             f"{folder / name}.offsets.npy must begin at 0 and never go back, but does not; run prepare-data again"
         )
     path = folder / f"{name}.tokens.bin"
-    size = path.stat().st_size if path.exists() else -1
+    size = size if url else path.stat().st_size if path.exists() else -1
     count = int(offsets[-1]) if len(offsets) else -1
     if len(labels) != len(offsets) - 1 or size not in (2 * count, 4 * count):
         raise DataError(
             f"{path} must hold the {count} tokens and {len(labels)} documents that its offsets and labels say, "
             f"but has {size} bytes and {len(offsets) - 1} documents; it is truncated: run prepare-data again"
         )
-    tokens = _mapped(path, np.dtype("<u2" if size == 2 * count else "<u4"), count)
+    dtype = np.dtype("<u2" if size == 2 * count else "<u4")
+    tokens: Any = RangedTokens(url, dtype, count, most_bytes) if url else _mapped(path, dtype, count)
     return TokenFile(name, tokens, offsets, labels, _learned(folder / f"{name}.learned.bin", count))
 
 

@@ -13,6 +13,7 @@ WordPiece, word lists). Then the spelling is cut in two before the model sees it
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ from modularforge.log import logger
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>")
 PAD, UNK, BOS, EOS = range(4)
+LONGEST_TEXT = 1 << 22  # characters that are encoded at once
+WORD_END = re.compile(r"(?<=\S)(?= \S)|(?<=[^\W\d_])(?=\n[^\W\d_])")
 LONGEST_WORD = 1024  # characters; only while a vocabulary is learned
 WORD_LETTERS = (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]", r"\s")  # what words are of, for the byte-level pre-tokenizer
 MAX_VOCABULARY = 1_000_000  # as data.vocab_size
@@ -126,6 +129,39 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[Encoding]:
         raise DataError(
             f"the tokenizer must encode any text, but fails ({one_line(error)}); take another, or another model"
         ) from error
+
+
+def encode_documents(tokenizer: Tokenizer, texts: list[str]) -> list[Encoding | npt.NDArray[np.uint32]]:
+    """The same of documents of any length: of a long one the ids alone, since an Encoding takes 100 bytes a token.
+
+    A long text goes through the tokenizer in pieces, which end before a single blank where there is one: words end
+    there in byte-level vocabularies, so that the ids are those of the whole.
+    """
+    short = iter(encode_texts(tokenizer, [text for text in texts if len(text) <= LONGEST_TEXT]))
+    return [next(short) if len(text) <= LONGEST_TEXT else _long_ids(tokenizer, text) for text in texts]
+
+
+def _long_ids(tokenizer: Tokenizer, text: str) -> npt.NDArray[np.uint32]:
+    around = encode_texts(tokenizer, [text[:1]])[0]
+    own = [place for place, is_special in enumerate(around.special_tokens_mask) if not is_special]
+    before, after = around.ids[: own[0]], around.ids[own[-1] + 1 :]
+    pieces = [before, *(_plain_ids(tokenizer, piece) for piece in _cut(text)), after]
+    return np.concatenate([np.array(piece, np.uint32) for piece in pieces])
+
+
+def _plain_ids(tokenizer: Tokenizer, piece: str) -> npt.NDArray[np.uint32]:
+    return np.array(tokenizer.encode(piece, add_special_tokens=False).ids, np.uint32)
+
+
+def _cut(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > LONGEST_TEXT:
+        limit = start + LONGEST_TEXT
+        breaks = [found.start() for found in WORD_END.finditer(text, max(start + 1, limit - LONGEST_WORD), limit)]
+        end = breaks[-1] if breaks else limit
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:

@@ -1,4 +1,4 @@
-"""The tokenizer that the metadata of a GGUF file describes, as Hugging Face's `tokenizer.json`.
+"""The tokenizer that the metadata of a GGUF file describes, as Hugging Face's `tokenizer.json`; and back.
 
 Two models: byte-level BPE with its merges (`gpt2`), cut into words as `tokenizer.ggml.pre` says, and SentencePiece's
 BPE (`llama`), whose merges follow from the pieces' scores.
@@ -6,8 +6,10 @@ BPE (`llama`), whose merges follow from the pieces' scores.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -15,7 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from modularforge.errors import DataError, one_line
 
 KEY = "tokenizer.ggml."
-UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # of `token_type`
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # of `token_type`
 SPACE = "\u2581"  # SentencePiece's blank
 IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
 SMOLLM, LLAMA3, QWEN2 = "smollm", "llama3", "qwen2"
@@ -155,3 +157,81 @@ def tokenizer_settings(metadata: Mapping[str, Any], positions: int, model: str) 
         **named,
         **({"chat_template": template} if template else {}),
     }
+
+
+PROBES = (
+    "The capital of France isn't  Paris;", " x1 = 34567890;\n\n\treturn  'na\u00efve' \u4f60\u597d \U0001f600",
+    "e\u0301 \u00b2\u00bd a.b,c\r\n!!\n ", "'S I'LL \u0661\u0662\u0663", "", " ",
+)  # fmt: skip
+"""Texts that ways of cutting text into words, and of preparing it, tell apart."""
+
+
+def tokenizer_keys(path: Path, values: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """The `tokenizer.*` keys from which a tokenizer is built that reads texts as that of `path` does.
+
+    `values` are those of config.json. Raises DataError where the format has no such tokenizer.
+    """
+    tokenizer, stored = Tokenizer.from_file(str(path)), json.loads(path.read_bytes())
+    added = [token["content"] for token in stored["added_tokens"] if token["id"] < values["vocab_size"]]
+    texts = [*PROBES, *(f"a {token}b" for token in added)]
+    expected = [_read(tokenizer, text) for text in texts]
+    for keys in _possible_keys(tokenizer, stored, values):
+        built = build_tokenizer(keys, model)
+        if [_read(built, text) for text in texts] == expected:
+            return keys
+    raise DataError(
+        f"{model} must have a tokenizer that GGUF can say, byte-level BPE cut into words as GPT-2, SmolLM, Llama 3 or "
+        "Qwen 2 do, or SentencePiece's BPE, but has another; convert it with llama.cpp's own convert_hf_to_gguf.py"
+    )
+
+
+def _read(tokenizer: Tokenizer, text: str) -> tuple[list[str], list[int]]:
+    """The words that a text is cut into, which its ids need not show, and these."""
+    clean = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+    words = tokenizer.pre_tokenizer.pre_tokenize_str(clean) if tokenizer.pre_tokenizer else [(clean, None)]
+    return [word for word, _ in words], tokenizer.encode(text).ids
+
+
+def _possible_keys(
+    tokenizer: Tokenizer, stored: Mapping[str, Any], values: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    if stored["model"].get("type") != "BPE":
+        return
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in stored["model"]["merges"]]
+    common = _token_keys(stored, int(values["vocab_size"])) | _special_keys(tokenizer, values)
+    if stored["model"].get("byte_fallback"):
+        unknown = tokenizer.token_to_id(stored["model"].get("unk_token") or "<unk>")
+        common |= {f"{KEY}model": "llama", f"{KEY}pre": "default", f"{KEY}unknown_token_id": unknown or 0}
+        common[f"{KEY}scores"] = _scores(common[f"{KEY}tokens"], merges)
+        yield from ({**common, f"{KEY}add_space_prefix": has_prefix} for has_prefix in (True, False))
+        return
+    common |= {f"{KEY}model": "gpt2", f"{KEY}merges": merges}
+    yield from ({**common, f"{KEY}pre": pre} for pre in ("gpt-2", "smollm", "llama-bpe", "qwen2"))
+
+
+def _token_keys(stored: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """Spellings and kinds of all rows of the embedding; those that the tokenizer does not know are unused."""
+    tokens, kinds = [f"[PAD{index}]" for index in range(rows)], [UNUSED] * rows
+    for token, index in stored["model"]["vocab"].items():
+        is_byte = stored["model"].get("byte_fallback") and len(token) == 6 and token.startswith("<0x")
+        tokens[index], kinds[index] = token, BYTE if is_byte else NORMAL
+    for added in stored["added_tokens"]:
+        if added["id"] < rows:  # a tokenizer may know tokens that the model has not
+            tokens[added["id"]], kinds[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
+    return {f"{KEY}tokens": tokens, f"{KEY}token_type": kinds}
+
+
+def _special_keys(tokenizer: Tokenizer, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Ids of begin, end and padding, the first where there are several, and whether texts begin with one."""
+    found = {name: values.get(name) for name in IDS}
+    ids = {name: index[0] if isinstance(index, list) else index for name, index in found.items()}
+    begin = tokenizer.encode("").ids
+    ids |= {"bos_token_id": begin[0]} if begin else {}
+    known = {f"{KEY}{IDS[name]}": index for name, index in ids.items() if isinstance(index, int) and index >= 0}
+    return known | {f"{KEY}add_bos_token": bool(begin)}
+
+
+def _scores(tokens: list[str], merges: list[str]) -> list[float]:
+    """SentencePiece merges what has the best score first: earlier merges have better ones."""
+    ranks = {merge.replace(" ", ""): rank for rank, merge in reversed([*enumerate(merges)])}
+    return [-float(ranks.get(token, len(merges))) for token in tokens]

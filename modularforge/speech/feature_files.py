@@ -13,7 +13,9 @@ Where recordings are kept in place of features, ``NAME.audio.bin`` are files of 
 from __future__ import annotations
 
 import json
+import tempfile
 from array import array
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +25,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from checkpoints.options import cache_folder
+from checkpoints.parallel import in_order
 from modularforge.config import SpeechDataConfig
 from modularforge.data.token_files import TokenFile, TokenFileWriter, open_token_file
 from modularforge.errors import DataError, one_line
@@ -76,10 +80,47 @@ class SpeechFileWriter:
 
 
 @dataclass(frozen=True)
+class Remote:
+    """A file in an object store: what reads its bytes [start, end), and its size."""
+
+    read: Callable[[int, int], bytes]
+    size: int
+
+
+class Fetched:
+    """Rows of a file in an object store. Each slice is fetched when it is asked for, and then kept in a sparse file.
+
+    Nobody else sees that file, which is gone with the process. Slices must be those of utterances, and threads may
+    share them. Raises DataError where the store has fewer bytes.
+    """
+
+    def __init__(self, remote: Remote, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            self.rows = np.memmap(file, dtype, "w+", shape=shape)
+        self.remote, self.here = remote, set[int]()
+
+    def __getitem__(self, span: slice) -> npt.NDArray[Any]:
+        """These rows."""
+        start, end, width = int(span.start), int(span.stop), self.rows[:1].nbytes
+        if start not in self.here:
+            content = self.remote.read(start * width, end * width)
+            if len(content) != (end - start) * width:
+                raise DataError(
+                    f"prepared data must have {self.remote.size} bytes of {self.rows.dtype}, but their store gives "
+                    f"{len(content)} of {(end - start) * width} from byte {start * width}; run prepare-data again"
+                )
+            self.rows[span] = np.frombuffer(content, self.rows.dtype).reshape(-1, *self.rows.shape[1:])
+            self.here.add(start)
+        return self.rows[span]
+
+
+@dataclass(frozen=True)
 class Recordings:
     """Files of audio one after another, of which features are computed as they are asked for."""
 
-    content: npt.NDArray[np.uint8]
+    content: npt.NDArray[np.uint8] | Fetched
     bounds: npt.NDArray[np.int64]
     settings: SpeechDataConfig
 
@@ -104,11 +145,17 @@ class SpeechFile:
 
     tokens: TokenFile
     prompts: TokenFile
-    frames: npt.NDArray[Any]
+    frames: npt.NDArray[Any] | Fetched
     bounds: npt.NDArray[np.int64]
     folder: Path
     name: str
     recordings: Recordings | None = None
+
+    def features_of(self, indices: Iterable[int]) -> list[Features]:
+        """Frames [F, M] of some utterances; what lies in a store is fetched for several at a time."""
+        if isinstance(self.frames, Fetched):
+            return list(in_order(self.features, indices, FETCHED_AT_ONCE))
+        return [self.features(index) for index in indices]
 
     def features(self, index: int) -> Features:
         """Frames [F, M] of an utterance."""
@@ -137,23 +184,32 @@ class SpeechFile:
 
 
 STATISTICS_NAME = "feature_statistics.npy"
+FETCHED_AT_ONCE = 16  # an object store answers each in tens of milliseconds
+
+
+def content_name(name: str, keeps: Keeps = "features") -> str:
+    """The file of a split that holds its features, or its recordings."""
+    return f"{name}.{KEPT[keeps][0]}"
 
 
 def file_names(name: str, keeps: Keeps = "features") -> list[str]:
-    """The files of a split."""
+    """The other files of a split, which are small."""
     token_files = [f"{own}.{part}" for own in (name, f"{name}.prompts") for part in TOKEN_PARTS]
-    return [*token_files, *(f"{name}.{part}" for part in (*KEPT[keeps], *PARTS))]
+    return [*token_files, *(f"{name}.{part}" for part in (*KEPT[keeps][1:], *PARTS))]
 
 
-def open_speech_file(folder: Path, name: str, settings: SpeechDataConfig) -> SpeechFile:
-    """Memory-map the files of a split; raises DataError when they are missing, truncated or inconsistent."""
+def open_speech_file(folder: Path, name: str, settings: SpeechDataConfig, remote: Remote | None = None) -> SpeechFile:
+    """Memory-map the files of a split; raises DataError when they are missing, truncated or inconsistent.
+
+    `remote` says where features or recordings lie, if not with the other files.
+    """
     keeps, bins = settings.keeps, settings.bins
     tokens, prompts = open_token_file(folder, name), open_token_file(folder, f"{name}.prompts")
     try:
         bounds = np.load(folder / f"{name}.frames.npy")
         sizes = np.load(folder / f"{name}.audio.npy") if keeps == "audio" else bounds * bins * FRAME_TYPE.itemsize
-        path = folder / f"{name}.{KEPT[keeps][0]}"
-        size = path.stat().st_size
+        path = folder / content_name(name, keeps)
+        size = remote.size if remote else path.stat().st_size
     except (OSError, ValueError) as error:
         raise DataError(
             f"{folder / name} must have {keeps}, but they cannot be read ({one_line(str(error))}); run prepare-data "
@@ -167,6 +223,8 @@ def open_speech_file(folder: Path, name: str, settings: SpeechDataConfig) -> Spe
             "prepare-data again"
         )
     dtype, shape = (np.dtype(np.uint8), (size,)) if keeps == "audio" else (FRAME_TYPE, (int(bounds[-1]), bins))
-    content: Any = np.memmap(path, dtype, "r", shape=shape) if size else np.empty(shape, dtype)
+    content: Any = np.empty(shape, dtype)
+    if size:
+        content = Fetched(remote, dtype, shape) if remote else np.memmap(path, dtype, "r", shape=shape)
     recordings = Recordings(content, sizes, settings) if keeps == "audio" else None
     return SpeechFile(tokens, prompts, content, bounds, folder, name, recordings)

@@ -26,7 +26,7 @@ from modularforge.pretrained.fetch import local_model, model_identity
 from modularforge.speech.conformer import MODEL_TYPE as CONFORMER
 from modularforge.speech.conformer import ConformerEncoder, conformer_tensors
 from modularforge.speech.encoder import WhisperEncoder, WhisperShape, whisper_shape, whisper_tensors
-from modularforge.speech.encoder_files import encoder_folder, encoder_identity
+from modularforge.speech.encoder_files import check_features, encoder_folder, encoder_identity
 from modularforge.speech.model import SpeechModel, SpeechShape
 from modularforge.speech.projector import Pooling
 from modularforge.speech.steering import SteeringShape
@@ -53,8 +53,10 @@ class Parts:
 
 
 def parts_of(config: Config, vocab_size: int) -> Parts:
-    """The frozen parts that the settings name; reads their identities."""
+    """The frozen parts that the settings name; reads their identities. Raises DataError for features that the encoder
+    cannot read."""
     settings, pretrained = config.speech.model, config.model.pretrained
+    check_features(config.speech)
     width = settings.encoder_width
     encoder = WhisperShape(config.speech.data.bins, width, settings.encoder_layers, max(1, width // 32), 4 * width)
     decoder = {**config.model.model_dump(mode="json"), "pretrained": None}

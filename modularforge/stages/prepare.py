@@ -11,9 +11,25 @@ from typing import Any
 from checkpoints import Artifact, paths
 from modularforge.config import Config
 from modularforge.data.cleaning import clean_corpus
-from modularforge.data.inputs import SHOWN, changes_since, file_states, list_matches, record, warn_of_repeats
+from modularforge.data.cluster_shares import assign_share, fit_on_sample, known_clusters
+from modularforge.data.inputs import (
+    SHOWN,
+    changes_since,
+    file_states,
+    list_matches,
+    record,
+    require_unchanged,
+    warn_of_repeats,
+)
 from modularforge.data.partition_files import make_partitions
-from modularforge.data.parts import FILES_NAME, Listing, list_pieces, put_together, share_of, write_part
+from modularforge.data.parts import (
+    FILES_NAME,
+    Listing,
+    list_pieces,
+    put_together,
+    share_of,
+    write_part,
+)
 from modularforge.data.prepare import (
     Encoder,
     describe_corpus,
@@ -24,10 +40,11 @@ from modularforge.data.prepare import (
     remove_scratch,
     scratch_folder,
 )
+from modularforge.data.token_files import open_token_file
 from modularforge.data.tokenizer import load_tokenizer
 from modularforge.errors import DataError, StoreError
 from modularforge.log import logger
-from modularforge.pipeline import PREPARING, STAGES, JobName, contents
+from modularforge.pipeline import STAGES, JobName, contents
 from modularforge.pretrained.fetch import local_model
 from modularforge.provenance import commit, making
 from modularforge.run import Run
@@ -52,6 +69,7 @@ def cleaned(run: Run) -> Artifact:
         start = time.perf_counter()
         work = own_scratch(scratch, describe_corpus(config, None, states))
         report = clean_corpus(config, work, writer.folder)
+        require_unchanged(states)
         facts = {name: report[name] for name in ("read", "kept", "copies")}
         facts["seconds"] = round(time.perf_counter() - start, 3)
         made = commit(writer, plan, run, {**facts, SOURCES_FACT: record(matches, states)})
@@ -67,7 +85,7 @@ def corpus(run: Run) -> Artifact:
     if artifact := run.finished(plan):
         logger.info("data is finished: %s", plan.url)
         remove_scratch(scratch)  # of a preparation that was killed right after its commit
-        _remove_parts(run)
+        _remove_parts(run, "vocabulary", "tokenise")
         _warn_of_changes(config, artifact)
         return artifact
     matches = [] if source else list_matches(config)
@@ -86,12 +104,13 @@ def corpus(run: Run) -> Artifact:
             metadata = _put_together(run, parts, writer.folder)
         else:
             metadata = prepare_corpus(config, scratch, writer.folder, _pretrained(config), states, documents)
+            require_unchanged({} if source else states)
         seconds = round(time.perf_counter() - start, 3)
         facts = {"seconds": seconds, **{name: metadata[name] for name in ("labels", "splits", "near_copies")}}
         read = {} if source else {SOURCES_FACT: record(matches, states)}
         made = commit(writer, plan, run, {**facts, **read})
     remove_scratch(scratch)
-    _remove_parts(run)
+    _remove_parts(run, "vocabulary", "tokenise")
     return made
 
 
@@ -142,6 +161,34 @@ def tokenised(run: Run, index: int) -> Artifact:
     return made
 
 
+def centres(run: Run) -> Artifact:
+    """Fit clusters on a sample of the training documents, unless that is done."""
+    plan = run.plan("centres")
+    if artifact := run.artifact("partition") or run.finished(plan):
+        logger.info("the clusters are fitted: %s", artifact.url)
+        return artifact
+    folder = run.require("prepare-data").local_folder()
+    with making(plan) as writer:
+        fit_on_sample(run.config, open_token_file(folder, "train"), load_tokenizer(folder), writer.folder)
+        return commit(writer, plan, run, {})
+
+
+def assigned(run: Run, index: int) -> Artifact:
+    """Assign one task's share of the training documents to clusters, unless that is done."""
+    if artifact := run.artifact("partition"):
+        logger.info("partitions are finished: %s", artifact.url)
+        return artifact
+    plan, fitted = run.plan("assign", index), run.require("centres")
+    if artifact := run.finished(plan):
+        logger.info("share %d is assigned: %s", index, artifact.url)
+        return artifact
+    folder = run.require("prepare-data").local_folder()
+    documents, tokenizer = open_token_file(folder, "train"), load_tokenizer(folder)
+    with making(plan) as writer:
+        assign_share(run.config, documents, tokenizer, fitted, index, writer.folder)
+        return commit(writer, plan, run, {})
+
+
 def _encoder(config: Config, noted: Artifact, folder: Path) -> Encoder:
     return open_encoder(config, folder, load_tokenizer(folder), int(noted.manifest.facts[END_TOKEN_FACT]))
 
@@ -164,13 +211,13 @@ def _put_together(run: Run, parts: list[Artifact], output: Path) -> dict[str, An
     return put_together(run.config, _encoder(run.config, noted, folder), parts, output)
 
 
-def _remove_parts(run: Run) -> None:
-    """What tasks have made is in the corpus now; a share is removed before the vocabulary it was made from."""
+def _remove_parts(run: Run, *stages: str) -> None:
+    """Remove what tasks have made, which is in the whole now: a share before what it was made from."""
     if not run.config.cluster.prepare_tasks:
         return
     folder = run.url("vocabulary").rpartition("/")[0]
-    for name in sorted(paths.list_folder(folder)):
-        if JobName.parse(name).stage in PREPARING[:-1]:
+    for name in sorted(paths.list_folder(folder), key=lambda name: JobName.parse(name).index is None):
+        if JobName.parse(name).stage in stages:
             paths.remove(paths.join(folder, name))
             run.forget(paths.join(folder, name))
     if paths.is_local(folder):
@@ -205,9 +252,16 @@ def partitions(run: Run) -> Artifact:
     plan = run.plan("partition")
     if found := run.finished(plan):
         logger.info("partitions are finished: %s", plan.url)
+        _remove_parts(run, "centres", "assign")
         return found
+    fitted = run.artifact("centres") if run.config.clustering_tasks else None
+    shares = run.require_each("assign") if fitted else []
     with making(plan) as writer:
-        start = time.perf_counter()
-        summary = make_partitions(run.config, run.require("prepare-data").local_folder(), writer.folder)
+        start, folder = time.perf_counter(), run.require("prepare-data").local_folder()
+        documents = open_token_file(folder, "train")
+        known = known_clusters(run.config, documents, fitted, shares) if fitted else None
+        summary = make_partitions(run.config, folder, writer.folder, known)
         facts = {"method": summary["method"], "partitions": len(summary["partitions"])}
-        return commit(writer, plan, run, {"seconds": round(time.perf_counter() - start, 3), **facts})
+        made = commit(writer, plan, run, {"seconds": round(time.perf_counter() - start, 3), **facts})
+    _remove_parts(run, "centres", "assign")
+    return made

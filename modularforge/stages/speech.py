@@ -27,6 +27,7 @@ from modularforge.model.hub_config import TOKENIZER_FILES
 from modularforge.pretrained.fetch import local_model
 from modularforge.provenance import commit, making, save_settings
 from modularforge.run import Run
+from modularforge.speech.encoder_files import check_features
 from modularforge.speech.folder import Parts, build_speech, load_speech, parts_in, parts_of, save_speech, shape_from
 from modularforge.speech.model import SpeechModel
 from modularforge.speech.prepare import describe_speech, prepare_speech
@@ -51,6 +52,7 @@ def corpus(run: Run) -> Artifact:
         logger.info("data is finished: %s", plan.url)
         remove_scratch(scratch)  # of a preparation that was killed right after its commit
         return found
+    check_features(config.speech)  # before hours of work
     matches = [match for match in list_matches(config) if not is_folder(match.url)]
     warn_of_repeats(matches)
     states = file_states(matches)

@@ -25,7 +25,7 @@ from modularforge.config import Config
 from modularforge.config_files import load_config, to_yaml
 from modularforge.errors import ConfigError, TrainingError
 from modularforge.log import logger
-from modularforge.pipeline import NEVER, PREPARING, STAGES, JobName, Plan, fingerprint, stage_settings, stage_url
+from modularforge.pipeline import NEVER, SHARED_WORK, STAGES, JobName, Plan, fingerprint, stage_settings, stage_url
 from modularforge.provenance import save_settings
 from modularforge.run import Run
 from modularforge.stage_outputs import Backbone, Corpus
@@ -116,7 +116,7 @@ class StudyRun:
 
     def _obtain(self, stage: str, index: int | None) -> Artifact:
         for needed in STAGES[stage].inputs_of(self.config):
-            if needed in STAGES and needed not in PREPARING[:-1] and not STAGES[needed].is_off(self.config):
+            if needed in STAGES and needed not in SHARED_WORK and not STAGES[needed].is_off(self.config):
                 self.obtain_each(needed)
         plan = self.run.plan(stage, index)
         artifact = self.run.finished(plan) or self._copied(plan, stage, index)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from checkpoints import Artifact, open_artifact
+from checkpoints import Artifact, open_artifact, paths
 from modularforge.config import Config, PhaseConfig
 from modularforge.errors import TrainingError
 from modularforge.model.backbone import perplexity
 from modularforge.pipeline import stage_url
 from modularforge.routing.statistics import RouterStatistics
 from modularforge.speech.costs import heard
-from modularforge.speech.feature_files import STATISTICS_NAME, SpeechFile, file_names, open_speech_file
+from modularforge.speech.feature_files import (
+    STATISTICS_NAME,
+    Remote,
+    SpeechFile,
+    content_name,
+    file_names,
+    open_speech_file,
+)
 from modularforge.speech.gates import GateReader, frame_facts, reading, usage_facts, weight_facts
 from modularforge.speech.metrics import Pair, pooled, worst
 from modularforge.speech.model import NO_TOKEN, SpeechModel, speech_loss
@@ -275,14 +283,16 @@ def by_domain(file: SpeechFile, corpus: Corpus) -> dict[str, Indices]:
 
 
 def speech_file(config: Config, corpus: Artifact, split: str) -> SpeechFile:
-    """The files of a split; from an object store they are fetched first."""
-    names = [
-        *file_names(split, config.speech.data.keeps),
-        *(name for name in (STATISTICS_NAME,) if name in corpus.manifest.files),
-    ]
-    folders = {corpus.local_file(name).parent for name in names}
-    folder = folders.pop() if len(folders) == 1 else corpus.local_folder()
-    return open_speech_file(folder, split, config.speech.data)
+    """The files of a split; from an object store the small ones are fetched first, and features as they are needed."""
+    settings = config.speech.data
+    names, content = file_names(split, settings.keeps), content_name(split, settings.keeps)
+    names += [STATISTICS_NAME] if STATISTICS_NAME in corpus.manifest.files else []
+    if paths.is_local(corpus.url):
+        (folder,) = {corpus.local_file(name).parent for name in (*names, content)}
+        return open_speech_file(folder, split, settings)
+    read = partial(paths.read_bytes, corpus.file_url(content))
+    remote = Remote(read, corpus.entry(content).size)
+    return open_speech_file(corpus.local_folder(names=names), split, settings, remote)
 
 
 def batch_of(file: SpeechFile, indices: Indices, position: Any, rank: int = 0, ranks: int = 1) -> Batch:
@@ -292,7 +302,7 @@ def batch_of(file: SpeechFile, indices: Indices, position: Any, rank: int = 0, r
     ids = int((file.tokens.offsets[indices + 1] - file.tokens.offsets[indices]).sum())
     share, whole = len(indices) // ranks, (ids, len(indices))
     indices = indices[rank * share : (rank + 1) * share]
-    features = [torch.from_numpy(np.array(file.features(int(index)))) for index in indices]
+    features = [torch.from_numpy(np.array(found_FM)) for found_FM in file.features_of(indices.tolist())]
     frames_B = torch.tensor([len(frames_FM) for frames_FM in features])
     padded_BFM = nn.utils.rnn.pad_sequence(features, batch_first=True)
     prompt_BP, answer_BA = (

@@ -57,10 +57,12 @@ def test_manifests_say_how_many_documents_were_cut(config: Config) -> None:
     assert run.require("backbone").manifest.facts["documents"]["count"] == run.corpus.tokens("train").num_documents
 
 
-def test_the_loss_of_a_domain_is_that_of_its_documents_each_alone(config: Config) -> None:
+@pytest.mark.parametrize(("stage", "name"), [("backbone", "backbone"), ("assemble", "assembled")])
+def test_the_loss_of_a_domain_is_that_of_its_documents_each_alone(config: Config, stage: str, name: str) -> None:
+    """Of an assembled model too, whose router's evidence is of one document alone."""
     run = Run(config)
     results = evaluate.run(run)
-    model = load_model(run.require("backbone").local_folder())
+    model = load_model(run.require(stage).local_folder())
     label, stream = next(iter(run.corpus.domains("test", config.evaluation.tokens_per_domain).items()))
     assert isinstance(stream, ExampleTokens)
     total, count, room = 0.0, 0, config.model.context_length
@@ -70,7 +72,7 @@ def test_the_loss_of_a_domain_is_that_of_its_documents_each_alone(config: Config
             with torch.no_grad():
                 total += float(model(ids[:, :-1], targets_BT=ids[:, 1:], reduction="sum"))
             count += ids.shape[1] - 1
-    row = results["models"]["backbone"]["domains"][label]
+    row = results["models"][name]["domains"][label]
     assert row["tokens"] == count
     assert row["loss"] == pytest.approx(total / count, abs=1e-5)
     limit = config.evaluation.tokens_per_domain

@@ -19,15 +19,17 @@ from checkpoints.errors import MissingArtifactError
 from launcher.tasks import build_groups, build_tasks, finished_tasks
 from modularforge.config import Config
 from modularforge.config_files import make_config
-from modularforge.data import cleaning, shards
+from modularforge.data import cleaning, partition, shards
 from modularforge.data.parts import Piece, share_of
 from modularforge.errors import ConfigError, DataError
+from modularforge.pipeline import SHARED_WORK
 from modularforge.run import Run
 from tests.conftest import tiny_values
 from tests.unit.test_cleaning import PLAIN, config_of, prose
 
 WORDS = ["ship", "wave", "harbour", "sailor", "court", "statute", "clause", "section", "île", "§", "proof", "lemma"]
 Values = dict[str, Any]
+PREPARING = (*SHARED_WORK, "prepare-data", "partition")
 
 
 def write_files(folder: Path) -> list[Values]:
@@ -69,7 +71,7 @@ def configured(values: Values, tasks: int | None, folder: Path) -> Config:
 def prepare(config: Config) -> dict[str, str]:
     """Do what the jobs of a launcher do; hashes of all files of the data and the partitions."""
     for task in build_tasks(config):
-        if task.group in ("vocabulary", "tokenise", "prepare-data"):
+        if task.group in PREPARING:
             for stage in task.stages:
                 Run(config).make(stage, task.index)
     run = Run(config)
@@ -99,6 +101,30 @@ def test_the_bytes_are_those_of_one_process_for_any_number_of_tasks(values: Valu
 def fingerprint(folder: Path) -> str:
     found: str = json.loads((folder / "data/manifest.json").read_text())["fingerprint"]
     return found
+
+
+def test_clusters_are_those_of_one_process(values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition, "BATCH_DOCUMENTS", 8)
+    values["partition"] = {"method": "clustered", "cluster_sample_documents": 40}
+    alone = prepare(configured(values, None, tmp_path / "alone"))
+    for tasks in (1, 4):
+        config = configured(values, tasks, tmp_path / str(tasks))
+        finish(config, *(task.name for task in build_tasks(config) if task.group in PREPARING[:-1]))
+        with monkeypatch.context() as patch:
+            patch.setattr(partition, "nearest", None)  # the tasks have placed all documents
+            assert prepare(config) == alone
+        assert not (tmp_path / str(tasks) / "data-parts").exists()
+        assert {task.name for task in build_tasks(config) if task.group in PREPARING} <= finished(config)
+    after = {group.name: group.after for group in build_groups(build_tasks(config))}
+    assert after["centres"] == ("prepare-data",)
+    assert after["assign"] == ("centres",)
+    assert after["partition"] == ("assign",)
+    assert after["backbone"] == ("prepare-data",), "which reads all documents, however they are divided"
+    assert set(after["expert"]) == {"backbone", "partition"}
+
+
+def finished(config: Config) -> set[str]:
+    return finished_tasks(Run(config), build_tasks(config))
 
 
 def test_a_limit_of_documents_is_that_of_one_process(values: Values, tmp_path: Path) -> None:
@@ -160,7 +186,7 @@ def test_tasks_run_side_by_side_behind_the_vocabulary_and_before_the_data(values
 def test_data_that_one_process_made_needs_no_tasks(values: Values, tmp_path: Path) -> None:
     prepare(configured(values, None, tmp_path / "alone"))
     config = configured(values, 4, tmp_path / "alone")
-    names = {task.name for task in build_tasks(config) if task.group in ("vocabulary", "tokenise", "prepare-data")}
+    names = {task.name for task in build_tasks(config) if task.group in PREPARING}
     assert finished_tasks(Run(config), build_tasks(config)) == names
 
 

@@ -189,6 +189,7 @@ def test_settings_of_steering_and_speech_count_where_they_take_effect(tmp_path: 
         ({"task": "text"}, r"experts.kind must be steering with task speech, and with no other"),
         ({"assembly": {"router": "evidence"}}, "assembly.router must be ridge, means or uniform"),
         ({"evaluation": {"baselines": ["soup"]}}, "evaluation.baselines must be dense and joint at the most"),
+        ({"evaluation": {"harness": ["piqa"]}}, "evaluation.harness must be left out with task speech"),
         ({"steering": {"variant": "aligner"}}, "must be left out with steering.variant aligner"),
         ({"speech": {"model": {"pool_layer": 1}}}, "speech.model.pool_kind must be mean or max"),
         ({"speech": {"data": {"features": "fbank"}}}, "data.features must be whisper"),

@@ -13,6 +13,7 @@ from modularforge.config import Config
 from modularforge.errors import DataError
 from modularforge.run import Run
 from modularforge.speech import prepare
+from modularforge.speech.feature_files import Remote, SpeechFile, content_name, open_speech_file
 from modularforge.speech.features import Kind, features, frame_count
 from modularforge.tasks.speech import SPEECH
 from tests.speech.runs import speech_config
@@ -146,6 +147,42 @@ def test_features_on_the_fly_give_the_losses_of_those_on_disk(normalise: str, so
     assert "train.features.bin" not in sizes["audio"]
     old, new = (speech_config(tmp_path, sounds, speech={"data": {"keeps": keeps}}) for keeps in ("features", "audio"))
     assert Run(old).plan("prepare-data").fingerprint != Run(new).plan("prepare-data").fingerprint
+
+
+@pytest.mark.parametrize("keeps", ["features", "audio"])
+def test_what_lies_in_a_store_is_fetched_by_utterance_and_once(
+    keeps: Any, sounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODULARFORGE_CACHE", str(tmp_path / "cache"))
+    config = speech_config(tmp_path / "run", sounds, speech={"data": {"split_field": "split", "keeps": keeps}})
+    folder = Path(Run(config).make("prepare-data").url)
+    content = (folder / content_name("train", keeps)).read_bytes()
+    spans: list[tuple[int, int]] = []
+
+    def read(start: int, end: int) -> bytes:
+        spans.append((start, end))
+        return content[start:end]
+
+    settings = config.speech.data
+    here = open_speech_file(folder, "train", settings)
+    there = open_speech_file(folder, "train", settings, Remote(read, len(content)))
+    chosen = [5, 0, 40, 5]
+    for _ in range(2):
+        for ours, expected in zip(there.features_of(chosen), here.features_of(chosen), strict=True):
+            assert np.array_equal(ours, expected)
+    assert {end - start for start, end in spans} <= set(np.diff(sizes_of(here)).tolist())
+    assert len({*spans}) == 3
+    assert not [*(tmp_path / "cache").iterdir()], "nothing is left"
+    content = content[:50]
+    with pytest.raises(DataError, match=r"must have \d+ bytes .* but their store gives 0 of \d+ from byte"):
+        there.features(17)
+
+
+def sizes_of(file: SpeechFile) -> Any:
+    """Where each utterance's bytes start, and the end."""
+    if file.recordings is not None:
+        return file.recordings.bounds
+    return file.bounds * file.frames[0:1].nbytes
 
 
 def test_prepared_columns_have_no_recording_to_keep(tmp_path: Path) -> None:

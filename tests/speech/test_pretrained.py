@@ -13,15 +13,17 @@ import transformers
 from modularforge.config import Config
 from modularforge.config_files import complete_config
 from modularforge.errors import DataError, MismatchError
-from modularforge.model.folder import read_tensors, save_tensors
+from modularforge.model.backbone import KeyValueCache
+from modularforge.model.folder import load_pretrained, read_tensors, save_tensors
 from modularforge.pretrained.fetch import fetch
 from modularforge.pretrained.shape import read_pretrained_config
 from modularforge.pretrained.sources import published_name
 from modularforge.run import Run
 from modularforge.speech.encoder_files import encoder_folder
-from modularforge.speech.folder import load_speech
+from modularforge.speech.folder import load_speech, parts_of
 from modularforge.speech.hub import load_published
-from tests.pretrained import gguf_files
+from modularforge.speech.model import read
+from tests.pretrained import gguf_files, models
 from tests.pretrained.models import llama
 from tests.speech.runs import run_all, speech_config
 
@@ -83,6 +85,17 @@ def test_a_run_on_pretrained_parts_saves_what_it_trained_and_names_the_rest(save
         load_speech(folder)
 
 
+@pytest.mark.parametrize("save", [models.llama, models.qwen3, models.mistral])
+def test_every_family_reads_embeddings_as_it_reads_ids(save: Any, tmp_path: Path) -> None:
+    decoder, ids_BT = load_pretrained(save(tmp_path / "model")), torch.arange(40).view(2, 20) * 7 % models.VOCABULARY
+    with torch.inference_mode():
+        x_BSW, expected = decoder.model.embed_tokens(ids_BT), decoder(ids_BT)
+        assert torch.equal(decoder.lm_head(read(decoder, x_BSW)), expected)
+        cache = KeyValueCache()
+        parts = [read(decoder, part_BSW, cache) for part_BSW in x_BSW.split([12, 1, 7], dim=1)]
+        assert torch.allclose(decoder.lm_head(torch.cat(parts, dim=1)), expected, atol=1e-5)
+
+
 def test_a_language_model_may_be_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its values are those that the file's blocks stand for; the run knows it by the file's bytes, wherever it lies."""
     monkeypatch.setenv("MODULARFORGE_CACHE", str(tmp_path / "cache"))
@@ -124,6 +137,26 @@ def test_another_encoder_makes_another_backbone(tmp_path: Path) -> None:
     values = (tmp_path / "encoder/config.json").read_text()
     (tmp_path / "encoder/config.json").write_text(values + "\n")
     assert Run(config).plan("backbone").fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("save", "changes", "message"),
+    [
+        (save_whisper, {"bins": 64}, "must be whisper and speech.data.bins 80 .* but they are whisper and 64"),
+        (save_whisper, {"features": "fbank"}, "must be whisper and speech.data.bins 80 .* but they are fbank and 80"),
+        (save_conformer, {"features": "whisper"}, "must be fbank and speech.data.bins 80 .* but they are whisper"),
+    ],
+)
+def test_features_that_the_encoder_does_not_read_are_refused_before_they_are_computed(
+    save: Any, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    config = config_of(tmp_path, save(tmp_path / "encoder"), str(llama(tmp_path / "llama")))
+    data = config.speech.data.model_copy(update=changes)
+    config = config.model_copy(update={"speech": config.speech.model_copy(update={"data": data})})
+    with pytest.raises(DataError, match=message):
+        Run(config).make("prepare-data")
+    with pytest.raises(DataError, match=message):
+        parts_of(config, 30)
 
 
 def test_a_folder_without_an_encoder_gets_one_sentence(tmp_path: Path) -> None:

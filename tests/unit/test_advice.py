@@ -19,6 +19,7 @@ from modularforge.cli import app
 from modularforge.config import Config
 from modularforge.config_files import load_config, make_config
 from modularforge.cost import Machine
+from modularforge.data.corpus import read_documents
 from modularforge.errors import ConfigError, DataError
 from modularforge.first_config import look_at, write_config
 from modularforge.info import describe
@@ -129,6 +130,21 @@ def test_text_in_one_folder_is_clustered_by_its_size(tmp_path: Path) -> None:
     config = config_of(write_config(look, look.name))
     assert config.partition.method == "clustered"
     assert config.experts.count == 4, "of 1.3 M tokens"
+
+
+def test_of_few_documents_more_are_held_out_so_that_every_source_has_some(tmp_path: Path) -> None:
+    """Two folders of six files are about 24 documents each: a hundredth of them is none."""
+    for folder in ("law", "code"):
+        for number in range(6):
+            path = tmp_path / "mine" / folder / f"{number}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n\n".join(f"{folder} {number}: paragraph {part}. " * 200 for part in range(40)))
+    text = write_config(look_at(str(tmp_path / "mine")), "x")
+    config = config_of(text)
+    assert config.data.heldout_fraction == 0.25
+    assert "25 % of the documents is held out" in text
+    for source in config.data.sources:
+        assert all(list(read_documents(source, split, config.data)) for split in ("train", "validation", "test"))
 
 
 def test_a_slow_machine_gets_a_smaller_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

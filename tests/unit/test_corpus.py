@@ -12,6 +12,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable
 
+import datasets
 import fsspec
 import pyarrow
 import pyarrow.parquet
@@ -19,6 +20,7 @@ import pytest
 import zstandard
 
 from modularforge.config import DataConfig, SourceConfig
+from modularforge.data import files
 from modularforge.data.corpus import SPLITS, read_documents
 from modularforge.data.cutting import split_articles, split_pieces
 from modularforge.data.files import find_files, read_text
@@ -101,6 +103,28 @@ def test_parquet_is_read_by_column(tmp_path):
     assert texts(path) == [f"t{i}" for i in range(700)]
 
 
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    table = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet must have one column text, but has several"):
+        texts(tmp_path / "a.parquet")
+
+
+def test_a_small_compressed_file_with_a_wrong_byte_is_damaged(tmp_path):
+    content = bytearray(gzip.compress(b'{"text": "hello"}\n' * 5000))
+    content[len(content) // 2] ^= 255
+    (tmp_path / "a.jsonl.gz").write_bytes(content)
+    with pytest.raises(DataError, match=r"must be a whole \.gz file, but is damaged .*; copy or download it again"):
+        texts(tmp_path / "a.jsonl.gz")
+
+
+def test_a_line_that_is_too_long_is_named_with_its_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LINE_CHARACTERS", 100_000)
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}, {"text": "y"}, {"text": "z" * 400_000}])
+    with pytest.raises(DataError, match=r"a\.jsonl:3 must be a line of at most 100,000 characters, but is longer"):
+        texts(tmp_path / "a.jsonl")
+
+
 def test_a_hub_data_set_is_streamed_and_its_wikitext_rows_become_articles(tmp_path):
     rows = ["", " = One = \n", "", " body \n", "", " = Two = \n", "", " = = Sub = = \n", "", " more \n"]
     folder = tmp_path / "wikitext"
@@ -108,6 +132,18 @@ def test_a_hub_data_set_is_streamed_and_its_wikitext_rows_become_articles(tmp_pa
     pyarrow.parquet.write_table(pyarrow.table({"text": rows}), folder / "train.parquet")
     assert texts("train", hub=str(folder)) == [" = One = \n\n body \n\n", " = Two = \n\n = = Sub = = \n\n more \n"]
     assert texts("train", hub=str(folder), format="jsonl") == rows
+
+
+def test_a_hub_data_set_is_never_asked_for_as_a_whole(tmp_path, monkeypatch):
+    asked = []
+
+    def load(*names, **options):
+        asked.append(options)
+        return iter([{"text": "one"}, {"text": "two"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert texts("train", hub="owner/name") == ["one", "two"]
+    assert all(options["streaming"] is True for options in asked)
 
 
 def test_a_split_that_the_hub_data_set_lacks_is_refused(tmp_path):

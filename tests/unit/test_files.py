@@ -170,7 +170,7 @@ def test_line_ends_marks_and_missing_ends_of_other_systems(tmp_path):
 
 def test_a_line_without_end_is_refused_before_it_fills_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "LINE_CHARACTERS", 1000)
-    with pytest.raises(DataError, match=r"lines of at most 1,000 characters, but has a longer one; write one record a"):
+    with pytest.raises(DataError, match=r"a.jsonl:1 must be a line of at most 1,000 characters, but is longer; write"):
         texts(put(tmp_path / "a.jsonl", b'{"text": "' + b"x" * 300_000 + b'"}'))
 
 

@@ -44,6 +44,7 @@ def write(path, texts):
 
 def prepared(tmp_path, name="output", fraction=0.1, **source):
     data = {"sources": [{"name": "web", **source}], "vocab_size": 400, "heldout_fraction": fraction}
+    data["min_article_length"] = 1
     config = Config.model_validate({"data": data, "experts": {"count": 2}, "model": {"context_length": 16}})
     (tmp_path / name).mkdir()
     return prepare_corpus(config, tmp_path / "scratch", tmp_path / name), tmp_path / name
@@ -132,6 +133,11 @@ def test_other_words_are_no_copies(tmp_path, monkeypatch):
     assert metadata["near_copies"] == {"dropped": 0, "left": 0}
     monkeypatch.setattr(prepare, "leave_out_copies", lambda *_: {})
     assert files_of(folder) == files_of(prepared(tmp_path, "unchecked", train=path)[1])
+
+
+def test_documents_without_a_run_are_no_copies(tmp_path):
+    path = write(tmp_path / "web.jsonl", list("abcdefghijklmnopqrstuvwxyz") * 8)
+    assert prepared(tmp_path, train=path)[0]["near_copies"] == {"dropped": 0, "left": 0}
 
 
 def test_a_corpus_of_copies_alone_is_refused(tmp_path):

@@ -6,10 +6,14 @@ import os
 import pytest
 
 from checkpoints import open_artifact
+from modularforge.config import CleanStepConfig
 from modularforge.config_files import make_config
+from modularforge.data import cleaning, shards
 from modularforge.data.files import find_files
 from modularforge.data.inputs import file_states, list_matches, record, warn_of_repeats
+from modularforge.errors import DataError
 from modularforge.pipeline import contents
+from modularforge.run import Run
 from modularforge.stages import prepare
 from tests.conftest import prepare_data
 
@@ -134,3 +138,27 @@ def test_a_folder_of_somebody_else_beside_the_data_is_not_touched(config, tmp_pa
         prepare_data(config)
         assert own.read_text() == "ten years of work"
         assert list(own.parent.iterdir()) == [own]
+
+
+@pytest.mark.parametrize("clean", [[], [{"step": "length"}]], ids=["as it is", "cleaned"])
+@pytest.mark.parametrize("change", ["gone", "written"])
+def test_a_file_that_changes_while_it_is_read_leaves_nothing(config, tmp_path, monkeypatch, change, clean):
+    """A pattern matches again for each split, so what is gone meanwhile would not be missed."""
+    steps = [CleanStepConfig.model_validate(step) for step in clean]
+    config = config.model_copy(update={"data": config.data.model_copy(update={"clean": steps})})
+    path, grouped = tmp_path / "train" / "b.jsonl", shards.grouped
+
+    def changing(documents, folder, name):
+        if "validation" in name and change == "gone":
+            path.unlink(missing_ok=True)
+        elif "validation" in name:
+            write(path, 30, "beaver")
+        return grouped(documents, folder, name)
+
+    for module in (shards, cleaning):
+        monkeypatch.setattr(module, "grouped", changing)
+    monkeypatch.setattr(cleaning, "cores", lambda: 1)
+    said = r"must stay as they are while they are read, but .*b\.jsonl (is gone|had \d+ bytes and now has \d+); run"
+    with pytest.raises(DataError, match=said):
+        Run(config).make("clean" if clean else "prepare-data")
+    assert not list((tmp_path / "run").rglob("manifest.json"))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from modularforge.config import Config
-from modularforge.data import shards
+from modularforge.data import shards, tokenizer
 from modularforge.data.background import in_background
 from modularforge.data.partition_files import make_partitions
 from modularforge.data.prepare import prepare_corpus
@@ -29,7 +29,7 @@ PREPARE = """
     import os, signal, sys
     from pathlib import Path
     from modularforge.config import Config
-    from modularforge.data import shards
+    from modularforge.data import shards, tokenizer
     from modularforge.data.prepare import prepare_corpus
 
     config, scratch, output, deadly = sys.argv[1:]
@@ -87,13 +87,13 @@ def texts_of(config, split):
 
 def test_every_document_is_bos_text_eos(config, tmp_path):
     metadata, folder = prepare(config, tmp_path)
-    tokenizer = load_tokenizer(folder)
+    learned = load_tokenizer(folder)
     for split in SPLITS:
         file = open_token_file(folder, split)
         documents = [file.document(index).tolist() for index in range(file.num_documents)]
         assert all(document[0] == BOS and document[-1] == EOS for document in documents)
-        assert tokenizer.decode_batch(documents) == texts_of(config, split)
-    assert metadata["vocab_size"] == tokenizer.get_vocab_size() <= 300
+        assert learned.decode_batch(documents) == texts_of(config, split)
+    assert metadata["vocab_size"] == learned.get_vocab_size() <= 300
 
 
 def test_metadata_counts_documents_tokens_and_bytes_by_label(config, tmp_path):
@@ -141,6 +141,15 @@ def test_shards_of_any_size_give_the_same_files(config, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "SHARD_BYTES", 700)
     monkeypatch.setattr(shards, "BATCH_BYTES", 200)
     _, found = prepare(config, tmp_path, "small")
+    assert files_of(found) == files_of(expected)
+
+
+def test_long_documents_go_through_the_tokenizer_in_pieces(config, tmp_path, monkeypatch):
+    _, expected = prepare(config, tmp_path, "whole")
+    monkeypatch.setattr(tokenizer, "LONGEST_TEXT", 60)
+    for shard in (tmp_path / "scratch").rglob("*.npz"):
+        shard.unlink()
+    _, found = prepare(config, tmp_path, "in pieces")
     assert files_of(found) == files_of(expected)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from checkpoints import StoreError
 from modularforge.data import background, tokenizer
@@ -160,3 +161,20 @@ def test_a_long_silent_call_is_told_while_it_runs(caplog, monkeypatch):
     with background.still_at_it("learning"):
         assert said.wait(10)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("template", ["<bos> $A", "<bos> $A <eos>", "$A"])
+def test_a_long_text_has_the_same_ids_in_pieces(monkeypatch, template):
+    """Of text with blanks; where there are none it still decodes to itself."""
+    whole = train_tokenizer(TEXTS, 300)
+    special = [(token, whole.token_to_id(token)) for token in ("<bos>", "<eos>")]
+    whole.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    texts = [
+        ("the cat sat, déjà vu (1984) à la carte!\n\n  on\nthe mat <eos> " * 40)[:-start] for start in range(1, 30)
+    ]
+    expected = [encoding.ids for encoding in whole.encode_batch(texts)]
+    monkeypatch.setattr(tokenizer, "LONGEST_TEXT", 70)
+    found = tokenizer.encode_documents(whole, ["the cat", *texts, "日本語" * 99])
+    ids = [list(item if isinstance(item, np.ndarray) else item.ids) for item in found]
+    assert ids[:-1] == [whole.encode("the cat").ids, *expected]
+    assert whole.decode(ids[-1]) == "日本語" * 99
