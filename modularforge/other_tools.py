@@ -38,6 +38,7 @@ OURS = {
     **dict.fromkeys(("sample_packing",), "training.packing"),
     **dict.fromkeys(("out_dir", "save_dir", "output_path"), "output_dir"),
     **dict.fromkeys(("random_seed",), "seed"),
+    **dict.fromkeys(("report_to", "use_wandb", "use_mlflow", "logger_name"), "metrics.writers"),
     **dict.fromkeys(("torch_compile",), "training.compile"),
 }
 """By the word of Hugging Face, axolotl, litgpt, torchtune, nanoGPT or Lightning, the setting here."""

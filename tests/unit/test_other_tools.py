@@ -36,6 +36,7 @@ def mistake(values: dict[str, Any]) -> str:
         ("", "epochs", "backbone.steps"),
         ("", "datasets", "data.sources"),
         ("", "hidden_size", "model.width"),
+        ("", "use_wandb", "metrics.writers"),
         ("experts", "learning_rate", "experts.peak_learning_rate"),
         ("experts", "epochs", "experts.steps"),
         ("training", "batch_size", "backbone.batch_size"),
