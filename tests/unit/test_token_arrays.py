@@ -4,7 +4,9 @@ import itertools
 import json
 import os
 import struct
+from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -227,3 +229,15 @@ def test_ids_want_the_name_of_their_tokenizer(tmp_path, tokenizer):
 def test_sources_of_text_are_recorded_as_they_were():
     assert "tokenizer" not in SourceConfig(name="web", train="a.txt").model_dump()
     assert SourceConfig(name="web", train="a.npy", tokenizer="t.json").model_dump()["tokenizer"] == "t.json"
+
+
+def test_files_of_an_object_store_are_read(tmp_path, tokenizer):
+    write_megatron(tmp_path / "a", ids_of(tokenizer))
+    np.save(tmp_path / "a.npy", np.array(flat_ids(tokenizer), np.uint16))
+    store = fsspec.filesystem("memory")
+    for name in ("a.idx", "a.bin", "a.npy"):
+        store.pipe_file(f"/token-arrays/{name}", (tmp_path / name).read_bytes())
+    store.pipe_file("/token-arrays/tokenizer.json", Path(tokenizer[1]).read_bytes())
+    elsewhere = (None, "memory://token-arrays/tokenizer.json")
+    assert read("memory://token-arrays/*.idx", elsewhere) == TEXTS
+    assert [text for text in read("memory://token-arrays/a.npy", elsewhere) if text] == TEXTS
