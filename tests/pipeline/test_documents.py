@@ -89,7 +89,7 @@ def test_a_mixture_trains_backbone_and_experts_on_other_shares(packing: str, con
     values["partition"] = {"method": "domain", "overlap_ratio": 0.5}
     mixed, plain = make_config(values, "tests"), config_of(tmp_path, packing)
     changed = {name for name in STAGES if stage_settings(plain, name) != stage_settings(mixed, name)}
-    assert changed == {name for name, stage in STAGES.items() if stage.phase} | {"partition"}
+    assert changed == {name for name, stage in STAGES.items() if stage.phase} | {"partition", "centres", "assign"}
     run = Run(mixed.model_copy(update={"data_dir": str(tmp_path / packing / "data")}))
     for stage, index in (("prepare-data", None), ("partition", None), ("backbone", None), ("expert", 1)):
         run.make(stage, index)

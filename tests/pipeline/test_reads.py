@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -90,21 +88,3 @@ def test_a_run_without_a_backbone_is_not_asked_for_it_by_every_expert(
     config = finished_run.model_copy(update={"output_dir": str(tmp_path / "run"), "data_dir": finished_run.data_url})
     assert finished_tasks(Run(config), build_tasks(config)) == {"prepare-data"}
     assert max(looks.values()) == 1, looks
-
-
-def test_an_object_store_is_asked_for_many_experts_at_a_time(
-    finished_run: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looks: list[tuple[str, bool]] = []
-
-    def seen(url: str) -> Artifact | None:
-        looks.append((url, threading.current_thread() is not threading.main_thread()))
-        return find_artifact(url)
-
-    expected = finished_tasks(Run(finished_run), build_tasks(finished_run))
-    monkeypatch.setattr("modularforge.run.find_artifact", seen)
-    monkeypatch.setattr("launcher.tasks.paths", SimpleNamespace(is_local=lambda url: False))
-    assert finished_tasks(Run(finished_run), build_tasks(finished_run)) == expected
-    experts = [is_beside for url, is_beside in looks if "/experts/expert-" in url]
-    assert experts == [True] * finished_run.experts.count
-    assert len(looks) == len(set(looks))
