@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -443,8 +444,8 @@ def test_thousands_of_jobs_on_an_object_store_begin_at_moments_of_chance(count, 
     config = tiny_config(place)
     config = config.model_copy(update={"experts": config.experts.model_copy(update={"count": count})})
     slept: list[float] = []
-    monkeypatch.setattr("launcher.node.time.sleep", slept.append)
-    monkeypatch.setattr("launcher.node.random.uniform", lambda least, most: most)
+    monkeypatch.setattr("launcher.node.time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr("launcher.node.random", SimpleNamespace(uniform=lambda least, most: most))
     backbone, *_ = (task for task in build_tasks(config) if task.group == "backbone")
     expert = next(task for task in build_tasks(config) if task.index == 7)
     spread_start(config, backbone)
