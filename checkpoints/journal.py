@@ -63,13 +63,18 @@ class Journal:
             paths.remove(self._url)
 
     def _lines(self) -> Iterator[bytes]:
-        if not paths.is_local(self._url):
-            yield from in_order(lambda info: paths.read_bytes(info.url), paths.walk(self._url), READS_AT_ONCE)
-            return
-        try:
-            yield from paths.read_bytes(self._url).splitlines()
-        except FileNotFoundError:  # none yet
-            return
+        is_local = paths.is_local(self._url)
+        places = [self._url] if is_local else [info.url for info in paths.walk(self._url)]
+        for content in in_order(_read, places, READS_AT_ONCE):
+            yield from content.splitlines()
+
+
+def _read(url: str) -> bytes:
+    """What stands there: nothing yet, or no more, where another writer of the same bytes has just committed them."""
+    try:
+        return paths.read_bytes(url)
+    except FileNotFoundError:
+        return b""
 
 
 def attempt_of(identity: str) -> str:

@@ -138,10 +138,14 @@ class S3Store:
         return sorted(names - {""})
 
     def walk(self, url: str) -> list[FileInfo]:
-        """All objects below a prefix."""
-        bucket = f"s3://{_split(url)[0]}"
+        """All objects below a prefix, by URLs that begin as the one asked for does (`s3a://`, a slash too many)."""
+        root, prefix = url.rstrip("/"), _prefix(url)
         return [
-            FileInfo(join(bucket, entry["Key"]), int(entry["Size"]), entry["LastModified"].timestamp())
+            FileInfo(
+                f"{root}/{entry['Key'].removeprefix(prefix)}".rstrip("/"),
+                int(entry["Size"]),
+                entry["LastModified"].timestamp(),
+            )
             for page in self._pages(url, "list_objects_v2", OBJECT_MARKERS)
             for entry in page.get("Contents", ())
         ]

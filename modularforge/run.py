@@ -55,8 +55,7 @@ class Run:
 
     def look_ahead(self, urls: Iterable[str]) -> None:
         """Find many artifacts side by side: ten thousand on an object store, which answers in tens of milliseconds."""
-        if not paths.is_local(self.config.output_dir):
-            self._found |= find_each(url for url in urls if url not in self._found)
+        self._found |= find_each(url for url in urls if url not in self._found and not paths.is_local(url))
 
     def forget(self, url: str) -> None:
         """Look again at a place that has changed.
