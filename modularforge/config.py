@@ -1464,16 +1464,15 @@ def _settings_of_lora(config: Config) -> Iterator[str]:
 def _impossible_rounds(config: Config) -> Iterator[str]:
     """One sentence per setting of rounds, or of what is shared, that changes nothing or cannot be."""
     experts = config.experts
-    if config.calibration.shared and experts.kind != "ffn":
+    if config.calibration.shared and experts.kind == "steering":
         yield (
-            f"calibration.shared must be false unless experts.kind is ffn, since experts of kind {experts.kind} stand "
-            "beside the backbone's weights as they are; set it to false"
+            "calibration.shared must be false with experts.kind steering, since its vectors leave the models' weights "
+            "as they are; set it to false"
         )
-    if experts.unfreeze and experts.kind != "ffn":
+    if experts.unfreeze and experts.kind == "steering":
         yield (
-            f"experts.unfreeze must be left out unless experts.kind is ffn, since experts of kind {experts.kind} leave "
-            "the backbone's weights as they are; remove it (an adapter can stand beside all matrices of a layer: "
-            "experts.lora.targets both)"
+            "experts.unfreeze must be left out with experts.kind steering, since its vectors leave the models' weights "
+            "as they are; remove it"
         )
     if "head" in experts.unfreeze and "embeddings" not in experts.unfreeze and config.model.tied_head:
         yield (

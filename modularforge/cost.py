@@ -169,7 +169,8 @@ def trained_parameters(config: Config, stage: str) -> int:
     ffn, rows = model.layers * ffn_parameters(model), model.layers * model.width
     if stage in ("joint_lora", "joint_lora_wide") or (stage in OF_EXPERTS and experts.kind == "lora"):
         times = experts.count if stage == "joint_lora_wide" else 1
-        return times * adapter_parameters(model, experts.lora.modules, experts.lora.rank)
+        shared = shared_parameters(model, vocab_size, experts.unfreeze) if stage in OF_EXPERTS else 0
+        return times * adapter_parameters(model, experts.lora.modules, experts.lora.rank) + shared
     if stage in OF_EXPERTS:
         return ffn + (rows if experts.anchored else 0) + shared_parameters(model, vocab_size, experts.unfreeze)
     if stage == "calibrate" and experts.kind == "ffn":

@@ -312,7 +312,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"unfreeze": ["norms"], "outer": {"momentum": 0.9}}, r"experts\.outer\.momentum must be left out where"),
     ({"unfreeze": ["head"]}, r"experts\.unfreeze must have embeddings beside head where model\.tied_head is true"),
     ({"unfreeze": ["norms"], "rounds": 8, "steps": 5}, r"experts\.rounds must be at most experts\.steps \(5\)"),
-    ({"unfreeze": ["norms"], "kind": "lora"}, r"experts\.unfreeze must be left out unless experts\.kind is ffn"),
+    ({"unfreeze": ["norms"], "kind": "steering"}, r"experts\.unfreeze must be left out with experts\.kind steering"),
 ]
 
 

@@ -15,17 +15,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from checkpoints import Artifact
-from modularforge.assembly.shared import SHARED_NAME, shared_tensors
 from modularforge.config import ExpertsConfig
 from modularforge.experts.calibrated import calibrates as calibrates
 from modularforge.experts.ffn import EXPERT_NAME
 from modularforge.experts.kind import ExpertJob
 from modularforge.experts.sums import save_sums
-from modularforge.experts.trainable import ParameterGroup, Trainable, trainable
+from modularforge.experts.trainable import Trainable, trainable
+from modularforge.experts.unfrozen import load_unfrozen, mean_unfrozen, save_unfrozen, unfreeze
 from modularforge.facts import fact
 from modularforge.model import names
 from modularforge.model.backbone import Decoder, build_backbone, initialise
-from modularforge.model.folder import Weight, cast_like, fill, save_tensors
+from modularforge.model.folder import Weight, fill, save_tensors
 from modularforge.model.hub_config import model_config_of
 from modularforge.model.moe import build_anchored_pair
 from modularforge.model.shards import host_tensors
@@ -48,16 +48,7 @@ def prepare(expert: ExpertJob) -> Trainable:
     model = build_expert(backbone.tensors, backbone.values, settings, directions, keeps)
     loss = RoutedLoss(model, task.loss, settings.z_loss) if settings.anchored else task.loss
     found = trainable(model, loss)
-    shared = unfrozen(model, settings.unfreeze)
-    for weight in shared.values():
-        weight.data = weight.data.float().clone()  # training must not reach the backbone's tensors
-        weight.requires_grad_(True)
-    return replace(found, groups=[*found.groups, ParameterGroup(shared, settings.unfreeze_rate)]) if shared else found
-
-
-def unfrozen(model: Decoder, parts: Sequence[str]) -> dict[str, nn.Parameter]:
-    """The shared weights that belong to these parts, by name, a tied head once."""
-    return {name: weight for name, weight in model.named_parameters() if names.shared_part(name) in parts}
+    return replace(found, groups=[*found.groups, *unfreeze(model, settings)])
 
 
 def save(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:
@@ -70,9 +61,8 @@ def save(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:
     save_tensors(ffn, folder / EXPERT_NAME)
     if rows:
         save_tensors(rows, folder / ROUTER_NAME)
-    if shared := unfrozen(model, expert.config.experts.unfreeze):
-        types = {name: tensor.dtype for name, tensor in backbone.tensors.items()}
-        save_tensors(cast_like(host_tensors(shared), types), folder / SHARED_NAME)
+    types = {name: tensor.dtype for name, tensor in backbone.tensors.items()}
+    save_unfrozen(model, expert.config.experts, types, folder)
     save_sums(expert, model, folder)
     return {"slot": slot, "anchored": anchored}
 
@@ -83,25 +73,18 @@ def load(backbone: Backbone, artifact: Artifact) -> Decoder:
     anchored = fact(artifact, "anchored")
     if anchored:
         tensors.update(load_file(artifact.local_file(ROUTER_NAME)))
-    return load_expert({**backbone.tensors, **_shared(artifact)}, backbone.values, tensors, anchored)
-
-
-def _shared(artifact: Artifact) -> dict[str, Tensor]:
-    """What an expert has made of the weights that all share, where it trained any."""
-    return load_file(artifact.local_file(SHARED_NAME)) if shared_tensors(artifact) else {}
+    return load_expert({**backbone.tensors, **load_unfrozen(artifact)}, backbone.values, tensors, anchored)
 
 
 def soup(backbone: Backbone, experts: Sequence[Artifact]) -> Decoder:
     """The backbone with the mean of what the experts trained; two are in memory at a time."""
     total: dict[str, Tensor] = {}
-    shared = sorted({name for expert in experts for name in shared_tensors(expert)})
     for expert in experts:
-        own = {**{name: backbone.tensors[name] for name in shared}, **_shared(expert)}
-        for name, tensor in (load_file(expert.local_file(EXPERT_NAME)) | own).items():
+        for name, tensor in load_file(expert.local_file(EXPERT_NAME)).items():
             dense = names.expert_to_dense(name)
             total[dense] = total[dense] + tensor if dense in total else tensor.float()
     mean = {name: (tensor / len(experts)).to(backbone.tensors[name].dtype) for name, tensor in total.items()}
-    return fill(backbone.model(), {**backbone.tensors, **mean})
+    return fill(backbone.model(), {**backbone.tensors, **mean, **mean_unfrozen(backbone.tensors, experts)})
 
 
 def build_expert(

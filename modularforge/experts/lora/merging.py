@@ -18,6 +18,7 @@ from checkpoints import Artifact
 from checkpoints.safetensors import WEIGHTS_NAME, TensorSpan
 from modularforge.assembly.parts import Merged, whole_file
 from modularforge.assembly.plan import LowRank, output_tensors, spans_of
+from modularforge.assembly.shared import SHARED_NAME, shared_tensors, write_means
 from modularforge.config import Config
 from modularforge.errors import ConfigError
 from modularforge.experts import mixture
@@ -43,11 +44,12 @@ def merge(config: Config, backbone: Artifact, experts: Sequence[Artifact], scrat
     adapters = [adapter_of(expert, spans) for expert in experts]
     if config.assembly.lora == "fold":
         return _folded(config, backbone, experts, adapters, spans, scratch)
-    return _Beside(config, backbone, list(experts), adapters).merged(spans)
+    shared = write_means(scratch / SHARED_NAME, spans, experts, config.assembly.shared)
+    return _Beside(config, backbone, list(experts), adapters).merged(spans, shared)
 
 
 def freezes(name: str) -> bool:
-    """All of the backbone."""
+    """All that no adapter stands in the place of; what `experts.unfreeze` names began as the backbone's, too."""
     return True
 
 
@@ -88,24 +90,24 @@ def _place(name: str, adapter: Adapter) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class _Beside:
-    """A backbone as it is, with adapters in folders beside it."""
+    """A backbone, as it is or with the mean of what experts made of it, and adapters in folders beside it."""
 
     config: Config
     backbone: Artifact
     experts: list[Artifact]
     adapters: list[Adapter]
 
-    def merged(self, spans: Mapping[str, TensorSpan]) -> Merged:
-        """All that the assembler needs."""
+    def merged(self, spans: Mapping[str, TensorSpan], shared: Mapping[str, TensorSpan]) -> Merged:
+        """All that the assembler needs; in the tensors of `shared` the model differs from the backbone's spans."""
         if not self.is_average:
             mixture.check_active(self.config, len(self.experts))
-        tensors = output_tensors(spans, mixture.SAFETENSORS_NAME[self.config.assembly.dtype])
+        tensors = output_tensors({**spans, **shared}, mixture.SAFETENSORS_NAME[self.config.assembly.dtype])
         values: dict[str, Any] = self.backbone.read_json(CONFIG_NAME)
         dtype = mixture.HUB_NAME.get(next(iter(tensors.values())).dtype, values.get("dtype"))
         facts = self._facts(values)
         sources = whole_file(self.backbone, WEIGHTS_NAME, spans)
         changed = {"dtype": dtype, "torch_dtype": dtype} if self.config.assembly.dtype != "same" else {}
-        said = _summary(facts), self._write, _loading(self.composite.folders[0])
+        said = _summary(facts), self._write, _loading(self.composite.folders[0], self.means)
         return Merged(tensors, part_of, sources, {**values, **changed}, facts, *said)
 
     @property
@@ -140,7 +142,13 @@ class _Beside:
             "parameters": found.parameters,
             "active_parameters": found.active_parameters,
             "routing_parameters": 0,
+            **({"shared_means": self.means} if self.means else {}),
         }
+
+    @property
+    def means(self) -> list[str]:
+        """The parts of the backbone that are the mean of what experts made of them."""
+        return sorted({names.shared_part(name) for expert in self.experts for name in shared_tensors(expert)})
 
     @property
     def has_mlp(self) -> bool:
@@ -172,10 +180,11 @@ def _write_mean(folder: Path, adapters: Sequence[Adapter], base: str | None) -> 
     save_file(mean.tensors(), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
-def _loading(folder: str) -> str:
+def _loading(folder: str, means: list[str]) -> str:
     """How one adapter is loaded, for the card."""
+    backbone = "the backbone alone" + (f" (its {', '.join(means)} changed)" if means else "")
     return (
-        "ModularForge loads the folder as one model. In plain transformers it is the backbone alone; PEFT puts one "
+        f"ModularForge loads the folder as one model. In plain transformers it is {backbone}; PEFT puts one "
         "adapter beside it:\n\n"
         "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'folder = "."  # where this file lies\n'
@@ -187,11 +196,14 @@ def _loading(folder: str) -> str:
 
 def _summary(facts: Mapping[str, Any]) -> str:
     """What the model is, for its card."""
+    means = facts.get("shared_means")
+    shared = f" Its {', '.join(means)} are the mean of what each expert made of them." if means else ""
     if facts["lora_form"] == "average":
-        return "A language model with one LoRA adapter beside it (`adapters/average`), the mean of what several add."
+        one = "A language model with one LoRA adapter beside it (`adapters/average`), the mean of what several add."
+        return one + shared
     public = "the backbone alone or " if facts["public_expert"] else ""
     return (
         f"A language model with {facts['experts'] - int(facts['public_expert'])} LoRA adapters beside it, each in a "
         f"folder that PEFT loads. ModularForge lets each token visit {facts['experts_per_token']} of them ({public}"
-        "those whose text it resembles); other programs load the backbone, or it and one adapter."
+        f"those whose text it resembles); other programs load the backbone, or it and one adapter.{shared}"
     )

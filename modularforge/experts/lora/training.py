@@ -1,14 +1,18 @@
-"""A LoRA expert's job: adapters beside the frozen backbone, in phases; and how the expert runs alone."""
+"""A LoRA expert's job: adapters beside the frozen backbone, in phases; and how the expert runs alone.
+
+Parts of the backbone that `experts.unfreeze` names learn beside the adapters, in every phase.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from checkpoints import Artifact
 from checkpoints.safetensors import WEIGHTS_NAME
@@ -20,6 +24,7 @@ from modularforge.experts.lora.adapters import Mean, adapter_of, base_name
 from modularforge.experts.lora.phases import Phase, phase_at, phases_of
 from modularforge.experts.sums import save_sums
 from modularforge.experts.trainable import Loss, ParameterGroup, Trainable
+from modularforge.experts.unfrozen import load_unfrozen, mean_unfrozen, save_unfrozen, unfreeze
 from modularforge.model.adapter_config import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -33,20 +38,27 @@ from modularforge.model.adapter_config import (
     shape_of,
 )
 from modularforge.model.backbone import Decoder
-from modularforge.model.folder import save_tensors
+from modularforge.model.folder import fill, save_tensors
 from modularforge.model.hub_config import CONFIG_NAME, write_json
 from modularforge.model.lora import adapter_parameters, adapter_tensors, add_adapters, with_adapter
 from modularforge.ranks import own_rank
 from modularforge.stage_outputs import Backbone, derived_seed
+from modularforge.training.precision import keeps_types
 
 
 def prepare(expert: ExpertJob) -> Trainable:
     """The adapters beside the backbone, which is frozen and stays in its own type."""
     config, model = expert.config, expert.backbone.model()
     lora = config.experts.lora
+    if config.experts.unfreeze:
+        # What learns is float32, and so is then what it meets: all of the model, or the stream where autocast casts.
+        keeps = keeps_types(config.training, expert.device)
+        model = model if keeps else model.float()
+        model.has_half_blocks = model.has_float_stream = keeps
     phases = phases_of(lora, config.experts.steps, model.config.layers)
     seed = derived_seed(config.seed, "lora dropout", expert.index)
-    return adapters(model, shape_of(lora), expert.task.loss, phases, seed)
+    found = adapters(model, shape_of(lora), expert.task.loss, phases, seed)
+    return replace(found, groups=[*found.groups, *unfreeze(model, config.experts)])
 
 
 def adapters(model: Decoder, shape: AdapterShape, loss: Loss, phases: Sequence[Phase], seed: int) -> Trainable:
@@ -76,6 +88,8 @@ def save(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:
     assert isinstance(model, Decoder)
     backbone, shape = expert.backbone, shape_of(expert.config.experts.lora)
     write_adapter(model, shape, backbone.artifact, folder)
+    types = {name: tensor.dtype for name, tensor in backbone.tensors.items()} if expert.config.experts.unfreeze else {}
+    save_unfrozen(model, expert.config.experts, types, folder)
     save_sums(expert, model, folder)
     return {"trained_parameters": sum(tensor.numel() for tensor in adapter_tensors(model).values())}
 
@@ -99,7 +113,7 @@ def load(backbone: Backbone, artifact: Artifact) -> Decoder:
     """The backbone with one expert's adapter."""
     shape = parse_adapter_config(artifact.read_bytes(ADAPTER_CONFIG), artifact.file_url(ADAPTER_CONFIG))
     tensors = load_file(artifact.local_file(ADAPTER_WEIGHTS))
-    return with_adapter(backbone.model(), shape, tensors, artifact.file_url(ADAPTER_WEIGHTS))
+    return with_adapter(_changed(backbone, load_unfrozen(artifact)), shape, tensors, artifact.file_url(ADAPTER_WEIGHTS))
 
 
 def soup(backbone: Backbone, experts: Sequence[Artifact]) -> Decoder:
@@ -107,4 +121,10 @@ def soup(backbone: Backbone, experts: Sequence[Artifact]) -> Decoder:
     spans = spans_of(backbone.artifact, WEIGHTS_NAME)
     mean = Mean([adapter_of(expert, spans) for expert in experts])
     tensors = {name: torch.from_numpy(matrix) for name, matrix in mean.tensors().items()}
-    return with_adapter(backbone.model(), mean.shape, tensors, "the mean of the adapters")
+    model = _changed(backbone, mean_unfrozen(backbone.tensors, experts))
+    return with_adapter(model, mean.shape, tensors, "the mean of the adapters")
+
+
+def _changed(backbone: Backbone, shared: Mapping[str, Tensor]) -> Decoder:
+    """The backbone with some of its tensors changed."""
+    return fill(backbone.model(), {**backbone.tensors, **shared}) if shared else backbone.model()
