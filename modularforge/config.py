@@ -316,6 +316,9 @@ class PartitionConfig(Section):
     """`domain` by source label, `clustered` by content, `curriculum` by difficulty, `random` as the baseline."""
     overlap_ratio: float = Field(0.0, ge=0.0, le=0.5)
     """Every partition also gets documents of the others amounting to this share of its own."""
+    everywhere: list[Text] = []
+    """Labels (names of sources) that are no expert's own: all of their documents go into every partition, such as
+    general or instruction text, against forgetting; `data.mix` says how much of them is drawn (docs/text.md)."""
     cluster_encoder: Text = "tfidf"
     """`tfidf` (hashed, scikit-learn), or the name of a sentence-transformers model (extra `embeddings`)."""
     cluster_sample_documents: int = Field(20_000, ge=10)
@@ -1306,6 +1309,14 @@ def _impossible_mixing(config: Config) -> Iterator[str]:
             f"data.mix must name data.sources ({', '.join(sorted(known))}), but names {unknown[0]!r:.60}; "
             "name one of these"
         )
+    lost = [name for name in config.partition.everywhere if name not in known]
+    if lost and not any(source.label_field for source in sources):
+        yield (
+            f"partition.everywhere must name data.sources ({', '.join(sorted(known))}), but names {lost[0]!r:.60}; "
+            "name one of these"
+        )
+    if known and not {*known} - {*config.partition.everywhere} and not any(source.label_field for source in sources):
+        yield "partition.everywhere must leave out a source, whose text is an expert's own, but names all; take one out"
     for name in sorted({name for name in named if named.count(name) > 1}):
         yield f"data.mix must name each source once, but names {name!r:.60} {named.count(name)} times; leave one"
     if known and {item.source for item in config.data.mix if item.weight == 0} >= {*known}:

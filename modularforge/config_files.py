@@ -136,7 +136,8 @@ def _refuse_experts_without_domain(config: Config, path: str) -> None:
 
     Recorded settings are not refused: a model that `experts add` has changed may have more experts than sources.
     """
-    sources, count = config.data.sources, config.experts.count
+    sources = [source for source in config.data.sources if source.name not in config.partition.everywhere]
+    count = config.experts.count
     is_known = not any(source.label_field for source in sources)
     if config.partition.method == "domain" and is_known and count > len(sources):
         raise ConfigError(

@@ -471,6 +471,7 @@ CAME_LATER: dict[str, Any] = {
     "data.packing": "stream",
     "data.mix": [],
     "data.temperature": 1.0,
+    "partition.everywhere": [],
     "assembly.lora": "adapters",
     "assembly.lora_choice": "token",
     "training.packing": True,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +69,7 @@ def divide(
     if method == "curriculum":
         return curriculum_partitions(documents, vocab_size, count), []
     if method == "domain":
-        return domain_partitions(documents.labels, names, count), []
+        return domain_partitions(documents.labels, names, count, config.partition.everywhere), []
     clusters = cluster_documents(
         documents, load_tokenizer(corpus_folder), count, config.partition, config.preparation_seed, known
     )
@@ -87,9 +87,14 @@ def curriculum_partitions(documents: TokenFile, vocab_size: int, count: int) -> 
     return split_by_tokens(order, documents.lengths, count)
 
 
-def domain_partitions(labels: npt.NDArray[np.uint16], names: list[str], count: int) -> list[Indices]:
-    """One partition per label, in the order of the labels; raises ConfigError when there are not `count` of them."""
-    present = np.unique(labels)
+def domain_partitions(
+    labels: npt.NDArray[np.uint16], names: list[str], count: int, everywhere: Sequence[str] = ()
+) -> list[Indices]:
+    """One partition per label, in the order of the labels, but for those that all partitions get.
+
+    Raises ConfigError when there are not `count` of them.
+    """
+    present = np.array([label for label in np.unique(labels) if names[label] not in everywhere], np.int64)
     if len(present) != count:
         found = ", ".join(names[label] for label in present)
         raise ConfigError(
@@ -115,6 +120,27 @@ def add_overlap(partitions: list[Indices], ratio: float, seed: int) -> list[Indi
     """Give every partition documents of the others that amount to `ratio` of its own, drawn by the seed."""
     everything = np.unique(np.concatenate(partitions))
     return [_with_guests(own, everything, ratio, [seed, OVERLAP_STREAM, k]) for k, own in enumerate(partitions)]
+
+
+def add_everywhere(
+    partitions: list[Indices], labels: npt.NDArray[np.uint16], names: list[str], everywhere: Sequence[str]
+) -> list[Indices]:
+    """Give every partition all documents of these labels; raises ConfigError for an unknown one, and where a partition
+    would have nothing else.
+    """
+    if unknown := [label for label in everywhere if label not in names]:
+        raise ConfigError(
+            f"partition.everywhere must name labels of the data ({', '.join(names):.200}), but names "
+            f"{unknown[0]!r:.60}; name one of these"
+        )
+    guests = np.flatnonzero(np.isin(labels, [names.index(label) for label in everywhere]))
+    for number, own in enumerate(partitions):
+        if not len(np.setdiff1d(own, guests, assume_unique=True)):
+            raise ConfigError(
+                f"partition.everywhere must leave every partition some text of its own, but partition {number} has "
+                f"only {', '.join(everywhere):.200}; lower experts.count, or name less"
+            )
+    return [np.union1d(own, guests) for own in partitions] if len(guests) else partitions
 
 
 def document_difficulty(documents: TokenFile, vocab_size: int) -> npt.NDArray[np.float64]:

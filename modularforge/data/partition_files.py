@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 
 from modularforge.config import Config
-from modularforge.data.partition import CHUNK_TOKENS, Indices, Known, add_overlap, divide, require_documents
+from modularforge.data.partition import (
+    CHUNK_TOKENS,
+    Indices,
+    Known,
+    add_everywhere,
+    add_overlap,
+    divide,
+    require_documents,
+)
 from modularforge.data.token_files import TokenFile, check_metadata, open_token_file, write_documents
 from modularforge.errors import DataError
 from modularforge.log import logger
@@ -29,12 +37,16 @@ def make_partitions(config: Config, corpus_folder: Path, output: Path, known: Kn
     require_documents(documents.num_documents, config.experts.count)
     partitions, top_words = divide(config, documents, corpus_folder, names, vocab_size, known)
     partitions = add_overlap(partitions, config.partition.overlap_ratio, config.preparation_seed)
+    everywhere = config.partition.everywhere
+    if everywhere:
+        partitions = add_everywhere(partitions, documents.labels, names, everywhere)
     rows = []
     for number, indices in enumerate(partitions):
         _write_partition(documents, indices, output, f"partition-{number}", vocab_size)
         rows.append(_describe(documents, indices, names) | ({"top_words": top_words[number]} if top_words else {}))
         logger.info("partition %d: %d documents, %d tokens", number, rows[-1]["documents"], rows[-1]["tokens"])
-    summary = {"seed": config.preparation_seed, **config.partition.model_dump(), "partitions": rows}
+    settings = config.partition.model_dump(exclude=None if everywhere else {"everywhere"})  # files before it had none
+    summary = {"seed": config.preparation_seed, **settings, "partitions": rows}
     (output / "partitions.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return summary
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,13 @@ def token_file(sizes: tuple[int, ...] = SIZES) -> TokenFile:
     return TokenFile("train", tokens, offsets.astype(np.int64), np.array(labels, np.uint16))
 
 
-def config_of(mix: list[dict[str, Any]], temperature: float | None = 1.0, **changes: Any) -> Config:
+def config_of(
+    mix: list[dict[str, Any]], temperature: float | None = 1.0, everywhere: Sequence[str] = (), **changes: Any
+) -> Config:
     values = tiny_values(Path("unused"), **changes)
     sources = [{"name": name, "train": f"{name}.jsonl"} for name in NAMES]
     values["data"] = {**values["data"], "sources": sources, "mix": mix, "temperature": temperature}
-    values["partition"] = {"method": "random"}
+    values["partition"] = {"method": "random", "everywhere": [*everywhere]}
     return make_config(values, "tests")
 
 
@@ -134,6 +137,12 @@ def test_a_mixture_of_nothing_gets_a_sentence(case: str) -> None:
     mix, sentence = WRONG[case]
     with pytest.raises(ConfigError, match=sentence):
         config_of(mix)
+
+
+@pytest.mark.parametrize(("labels", "sentence"), [(["poems"], "but names 'poems'"), (list(NAMES), "but names all")])
+def test_labels_for_everybody_are_those_of_sources_and_not_all(labels: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=f"partition.everywhere must .*{sentence}"):
+        config_of([], everywhere=labels)
 
 
 def test_a_partition_of_nothing_that_is_drawn_gets_a_sentence() -> None:

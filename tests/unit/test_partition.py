@@ -13,6 +13,7 @@ from modularforge.data.partition import (
     WORD,
     _analyzer,
     _has_words,
+    add_everywhere,
     add_overlap,
     cluster_documents,
     curriculum_partitions,
@@ -111,6 +112,25 @@ def test_domains_are_the_labels_in_their_order():
 def test_another_number_of_domains_than_experts_is_refused():
     with pytest.raises(ConfigError, match=r"number of labels for partition.method domain \(2: law, code\), but is 5"):
         domain_partitions(np.array([0, 2], np.uint16), ["law", "sea", "code"], 5)
+
+
+def test_text_for_everybody_is_in_every_partition_and_no_experts_own():
+    labels, names = np.array([2, 0, 2, 1, 0], np.uint16), ["law", "sea", "general"]
+    parts = domain_partitions(labels, names, 2, ["general"])
+    assert [part.tolist() for part in parts] == [[1, 4], [3]]
+    with_general = add_everywhere(parts, labels, names, ["general"])
+    assert [part.tolist() for part in with_general] == [[0, 1, 2, 4], [0, 2, 3]]
+    divided = add_everywhere(random_partitions(np.ones(5, np.int64), 2, 0), labels, names, ["general"])
+    assert all({0, 2} < set(part.tolist()) for part in divided)
+    assert set(np.concatenate(divided).tolist()) == {0, 1, 2, 3, 4}
+
+
+def test_text_for_everybody_that_there_is_not_or_that_leaves_nothing_else_is_refused():
+    labels, names = np.array([0, 1], np.uint16), ["law", "general"]
+    with pytest.raises(ConfigError, match=r"must name labels of the data \(law, general\), but names 'sea'"):
+        add_everywhere([np.arange(2)], labels, names, ["sea"])
+    with pytest.raises(ConfigError, match=r"partition 1 has only general"):
+        add_everywhere([np.array([0]), np.array([1])], labels, names, ["general"])
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5])

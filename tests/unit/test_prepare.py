@@ -226,6 +226,23 @@ def test_partitions_hold_the_documents_they_list(config, tmp_path, method):
     assert all(("top_words" in row) == (method == "clustered") for row in summary["partitions"])
 
 
+def test_text_for_everybody_is_written_into_every_partition(config, tmp_path):
+    _, corpus = prepare(config, tmp_path)
+    names = [source.name for source in config.data.sources]
+    experts = config.experts.model_copy(update={"count": len(names) - 1})
+    partition = config.partition.model_copy(update={"method": "domain", "everywhere": [names[0]]})
+    (tmp_path / "parts").mkdir()
+    found = make_partitions(
+        config.model_copy(update={"partition": partition, "experts": experts}), corpus, tmp_path / "parts"
+    )
+    assert found["everywhere"] == [names[0]]
+    general = {row["tokens_by_label"][names[0]] for row in found["partitions"]}
+    assert len(general) == 1
+    assert general.pop() > 0
+    for number, row in enumerate(found["partitions"]):
+        assert {name for name, tokens in row["tokens_by_label"].items() if tokens} == {names[0], names[number + 1]}
+
+
 @pytest.mark.parametrize("part", ["tokens.bin", "labels.npy"])
 def test_prepared_data_with_ids_that_nobody_knows_is_refused(config, tmp_path, part):
     _, corpus = prepare(config, tmp_path)
