@@ -121,8 +121,9 @@ def partition_rows(partitions: Artifact) -> list[PartitionRow]:
 
 
 def partition_labels(config: Config, partitions: Artifact) -> list[str]:
-    """Names of the domains by label id, as all partitions have them; nothing is read where nothing is mixed."""
-    return list(partition_rows(partitions)[0].tokens_by_label) if config.mixes else []
+    """Names of the domains by label id, as all partitions have them; nothing is read where none is told from others."""
+    named = config.mixes or config.partition.everywhere
+    return list(partition_rows(partitions)[0].tokens_by_label) if named else []
 
 
 OWN_SHARE = 0.05  # clusters take stray documents of every domain, which none of them stands for

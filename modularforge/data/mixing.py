@@ -92,9 +92,8 @@ class MixedOrder:
         self.own = [np.flatnonzero(sources_W == source) for source in range(len(mixture.names))]
         self.sizes_G = np.array([len(windows) for windows in self.own])
         self.length = len(sources_W)
-        self.limits_G = np.floor(np.minimum(mixture.limits_G * self.sizes_G, np.iinfo(np.int64).max / 2)).astype(
-            np.int64
-        )
+        limits_G = np.where(self.sizes_G > 0, mixture.limits_G, 0.0) * self.sizes_G  # inf times 0 is no number
+        self.limits_G = np.floor(np.minimum(limits_G, np.iinfo(np.int64).max / 2)).astype(np.int64)
         self.starts = [(0, np.zeros_like(self.sizes_G))]  # of epochs so far: the position, and what was drawn before
         self.orders: dict[int, Indices] = {}
 

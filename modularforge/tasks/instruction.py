@@ -21,7 +21,7 @@ from checkpoints import Artifact
 from modularforge.config import Config, PhaseConfig
 from modularforge.data.mixing import Mixture, mixture_of, order_facts
 from modularforge.data.packing import PADDING, Rows, example_batches, mixed_example_batches, ordered_batches
-from modularforge.data.token_files import ExampleTokens, Stream
+from modularforge.data.token_files import ExampleTokens, Stream, Tokens
 from modularforge.errors import MismatchError
 from modularforge.evaluation.scoring import summed_loss
 from modularforge.log import logger
@@ -38,12 +38,15 @@ from modularforge.stage_outputs import (
     token_file,
 )
 from modularforge.tasks.task import TEXT_METRICS, Batch, Examples, Metric
-from modularforge.tasks.text import TEXT, HeldOutText
+from modularforge.tasks.text import TEXT, HeldOutText, own_text
 
 
 @dataclass(frozen=True)
 class InstructionExamples:
-    """Shuffled rows of examples; `sample` takes others of them, for what routers are solved from."""
+    """Shuffled rows of examples; `sample` takes others of them, for what routers are solved from.
+
+    `own` is what tells these examples from others, where that is not all of them.
+    """
 
     stream: ExampleTokens
     context_length: int
@@ -56,6 +59,7 @@ class InstructionExamples:
     moments: bool = True
     mixture: Mixture | None = None
     steps: int = 0
+    own: Tokens | None = None
 
     @cached_property
     def rows(self) -> Rows:
@@ -135,8 +139,9 @@ class InstructionTask:
         seed, sample_seed = example_seeds(config.seed, "expert", index)
         name, file = f"partition {index}", token_file(partitions, f"partition-{index}", config.reads_documents)
         found = _examples(config, file.whole, config.experts.batch_size, seed, name, sample_seed)
-        mixture = mixture_of(config, file, partition_labels(config, partitions), name)
-        return replace(found, mixture=mixture, steps=config.experts.steps)
+        labels = partition_labels(config, partitions)
+        found = replace(found, mixture=mixture_of(config, file, labels, name), own=own_text(config, file, labels))
+        return replace(found, steps=config.experts.steps)
 
     def mixture(
         self, config: Config, partitions: Artifact, name: str, phase: PhaseConfig, skipped_windows: int = 0
@@ -182,7 +187,8 @@ class InstructionTask:
         self, config: Config, examples: InstructionExamples, vocab_size: int, special: Collection[int], path: Path
     ) -> None:
         """Write how often each token, and each pair of tokens, occurs in prompts and responses."""
-        save_counts(path, counts_of(config, examples.stream.tokens, vocab_size, special))
+        own = examples.stream.tokens if examples.own is None else examples.own
+        save_counts(path, counts_of(config, own, vocab_size, special))
 
 
 INSTRUCTION = InstructionTask()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +37,10 @@ from modularforge.tasks.task import TEXT_METRICS, Batch, Examples, Metric
 
 @dataclass(frozen=True)
 class TextExamples:
-    """Shuffled windows of a stream of ids; `sample` takes others of them, for what routers are solved from."""
+    """Shuffled windows of a stream of ids; `sample` takes others of them, for what routers are solved from.
+
+    `own` is the text that tells this stream from others, where that is not all of it.
+    """
 
     tokens: Tokens
     context_length: int
@@ -49,6 +53,7 @@ class TextExamples:
     moments: bool = True
     mixture: Mixture | None = None
     steps: int = 0
+    own: Tokens | None = None
 
     def batches(self, position: Any = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """Endless batches; positions count windows over all ranks. Raises TrainingError where one is not filled."""
@@ -129,8 +134,9 @@ class TextTask:
     def part(self, config: Config, partitions: Artifact, index: int) -> TextExamples:
         """The text of one partition."""
         file = token_file(partitions, f"partition-{index}")
-        found = self.part_of(config, file.tokens, index)
-        return _mixed(config, found, file, partition_labels(config, partitions), config.experts.steps)
+        found, labels = self.part_of(config, file.tokens, index), partition_labels(config, partitions)
+        found = replace(found, own=own_text(config, file, labels))
+        return _mixed(config, found, file, labels, config.experts.steps)
 
     def part_of(self, config: Config, tokens: Tokens, index: int) -> TextExamples:
         """The same of a stream that lies in no partition; its order follows from the seed and the index alone."""
@@ -192,7 +198,8 @@ class TextTask:
         self, config: Config, examples: TextExamples, vocab_size: int, special: Collection[int], path: Path
     ) -> None:
         """Write how often each token, and each pair of tokens, occurs."""
-        save_counts(path, counts_of(config, examples.tokens, vocab_size, special))
+        own = examples.tokens if examples.own is None else examples.own
+        save_counts(path, counts_of(config, own, vocab_size, special))
 
 
 TEXT = TextTask()
@@ -208,6 +215,19 @@ def _examples(config: Config, tokens: Tokens, batch_size: int, seed: int, name: 
     context = config.model.context_length
     sample = sample_seed, config.experts.gathered_tokens // context, config.evaluation.batch_size
     return TextExamples(tokens, context, batch_size, seed, name, *sample, config.experts.gathers_moments)
+
+
+def own_text(config: Config, file: TokenFile, labels: Sequence[str]) -> Tokens | None:
+    """About as much of a partition's own text as is counted, whole documents from all over it; None where it is all.
+
+    What every partition has would tell none from another, and the public expert from none of them.
+    """
+    if not config.partition.everywhere:
+        return None
+    general = [label for label, name in enumerate(labels) if name in config.partition.everywhere]
+    documents = np.flatnonzero(~np.isin(file.labels, general))
+    step = max(1, int(file.lengths[documents].sum()) // config.experts.counted_tokens)
+    return np.concatenate([file.document(int(index)) for index in documents[::step]])
 
 
 def _mixed(config: Config, found: TextExamples, file: TokenFile, labels: list[str], steps: int) -> TextExamples:
