@@ -640,9 +640,10 @@ class AssemblyConfig(Section):
     ordinary mixture (adapters of feed-forward blocks only); `average`, one adapter that adds their mean."""
     lora_choice: Literal["token", "sequence"] = "token"
     """`adapters`: which of them a token visits is chosen for each token, or once for a sequence by its beginning."""
-    shared: Literal["equal", "tokens"] = "equal"
+    shared: Literal["equal", "tokens", "counts"] = "equal"
     """How experts weigh in the mean of what `experts.unfreeze` lets them train, in the assembled model and between
-    rounds: alike, or by the tokens of their partitions."""
+    rounds: alike, by the tokens of their partitions, or alike but for embeddings and head, where each row weighs by how
+    often an expert's text has its token (docs/rounds.md)."""
     dtype: Literal["same", "fp32", "bf16", "fp16"] = "same"
     """Type of the assembled weights; `same` keeps the backbone's."""
     max_shard_bytes: int = Field(5_000_000_000, ge=1_000_000)

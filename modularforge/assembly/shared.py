@@ -7,13 +7,14 @@ the size of the model and the number of experts. Every tensor that is read is co
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from checkpoints import Artifact, paths
 from checkpoints.hashing import describe_file
@@ -24,22 +25,39 @@ from modularforge.assembly.values import converted
 from modularforge.config import OuterConfig
 from modularforge.errors import MismatchError
 from modularforge.facts import fact
+from modularforge.model import names
 
 SHARED_NAME = "shared.safetensors"
 """What an expert's job, or a merge, has made of the weights that all experts share."""
 MOMENTUM_NAME = "momentum.safetensors"
 BLOCK_VALUES = 1 << 20
 READS_AHEAD = 8  # of a store that is far away, to hide its latency
+BASE_COUNT = 1000.0
+"""With how many occurrences a row counts as it was: what is rarely met stays, whoever met it (docs/rounds.md)."""
 
 Spans = Mapping[str, TensorSpan]
+Counts = Callable[[Artifact], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
 class Term:
-    """A tensor and what its values are multiplied by."""
+    """A tensor and what its values are multiplied by: all alike, or each row by its own."""
 
     span: TensorSpan
-    weight: float
+    weight: float | NDArray[np.float64]
+
+    @property
+    def order(self) -> tuple[str, float, bytes]:
+        """Its place in a sum, whatever order the experts have."""
+        weight = np.asarray(self.weight)
+        return self.span.sha256, float(weight.sum()), weight.tobytes()
+
+    def weight_of(self, start: int, end: int, row: int) -> float | NDArray[np.float64]:
+        """What the values [start, end) are multiplied by, where a row has so many."""
+        if isinstance(self.weight, float):
+            return self.weight
+        found: NDArray[np.float64] = self.weight[np.arange(start, end) // row]
+        return found
 
 
 Sums = Mapping[str, Sequence[Term]]
@@ -58,13 +76,47 @@ def shares_of(experts: Sequence[Artifact], weighting: str) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def means(base: Spans, experts: Sequence[Artifact], weighting: str) -> dict[str, list[Term]]:
-    """The mean of each tensor that any expert has trained; one that left it as it was counts with that, the base's."""
+def means(
+    base: Spans, experts: Sequence[Artifact], weighting: str, counts: Counts | None = None
+) -> dict[str, list[Term]]:
+    """The mean of each tensor that any expert has trained; one that left it as it was counts with that, the base's.
+
+    With `counts` weighting, `counts` says how often the text of an expert has each token, [V].
+    """
     own = [spans_of(expert, SHARED_NAME) if shared_tensors(expert) else {} for expert in experts]
     shares = shares_of(experts, weighting) if any(own) else []
-    return {
+    found = {
         name: [Term(spans.get(name, base[name]), share) for spans, share in zip(own, shares, strict=True)]
         for name in sorted({name for spans in own for name in spans})
+    }
+    if weighting == "counts":
+        rows = [name for name in found if names.shared_part(name) in ("embeddings", "head")]
+        assert counts is not None
+        found |= _by_rows(base, np.stack([counts(expert) for expert in experts]), own, rows) if rows else {}
+    return found
+
+
+def _by_rows(
+    base: Spans, counts_KV: NDArray[np.float64], own: Sequence[Spans], rows: Sequence[str]
+) -> dict[str, list[Term]]:
+    """Matrices with a row for each token: its mean over experts by how often their text has it, and over the base.
+
+    A job moves the rows of tokens that it never meets too: their logits are lowered in every step, and AdamW makes a
+    step of full size of a small gradient. In a plain mean, nine of ten experts do that to the words of the tenth.
+    """
+    weights_KV = counts_KV / (counts_KV.sum(axis=0) + BASE_COUNT)
+    for name in rows:
+        if base[name].shape[0] != counts_KV.shape[1]:
+            raise MismatchError(
+                f"{name} must have a row for each of the {counts_KV.shape[1]} tokens that experts counted, but has "
+                f"{base[name].shape[0]}; set assembly.shared to equal"
+            )
+    return {
+        name: [
+            *(Term(spans.get(name, base[name]), weights_KV[k]) for k, spans in enumerate(own)),
+            Term(base[name], 1.0 - weights_KV.sum(axis=0)),
+        ]
+        for name in rows
     }
 
 
@@ -89,12 +141,14 @@ def _times(terms: Sequence[Term], factor: float) -> list[Term]:
     return [Term(term.span, term.weight * factor) for term in terms]
 
 
-def write_means(path: Path, base: Spans, experts: Sequence[Artifact], weighting: str) -> dict[str, TensorSpan]:
+def write_means(
+    path: Path, base: Spans, experts: Sequence[Artifact], weighting: str, counts: Counts | None = None
+) -> dict[str, TensorSpan]:
     """Write the mean of what experts share, in the base's types; returns its tensors, none where nothing was trained.
 
     Raises MismatchError for a tensor of another shape, and for one that is not what its manifest says.
     """
-    sums = means(base, experts, weighting)
+    sums = means(base, experts, weighting, counts)
     if not sums:
         return {}
     with open(path, "wb") as file:
@@ -124,8 +178,8 @@ def chunks(sums: Sums, types: Mapping[str, str]) -> Iterator[bytes]:
         ((name, types[name], shapes[name], prod(shapes[name]) * ITEM_BYTES[types[name]]) for name in names), METADATA
     )
     for name in names:
-        terms = sorted(sums[name], key=lambda term: (term.span.sha256, term.weight))
-        for block in _blocks(name, terms, prod(shapes[name])):
+        terms = sorted(sums[name], key=lambda term: term.order)
+        for block in _blocks(name, terms, shapes[name]):
             yield converted(np.ascontiguousarray(block.astype("<f4")).data.cast("B"), "F32", types[name]).tobytes()
 
 
@@ -140,15 +194,15 @@ def _shape(name: str, terms: Sequence[Term]) -> tuple[int, ...]:
     return shape
 
 
-def _blocks(name: str, terms: Sequence[Term], values: int) -> Iterator[Any]:
+def _blocks(name: str, terms: Sequence[Term], shape: tuple[int, ...]) -> Iterator[Any]:
     """The sum in blocks of float64; hashes are compared when all of a tensor was read."""
-    hashes = [hashlib.sha256() for _ in terms]
+    hashes, values, row = [hashlib.sha256() for _ in terms], prod(shape), prod(shape[1:])
     for start in range(0, values, BLOCK_VALUES):
         end = min(start + BLOCK_VALUES, values)
         total = np.zeros(end - start)
         for digest, term, content in zip(hashes, terms, _contents(terms, start, end), strict=True):
             digest.update(content)
-            total += term.weight * converted(content, term.span.dtype, "F32").astype(np.float64)
+            total += term.weight_of(start, end, row) * converted(content, term.span.dtype, "F32").astype(np.float64)
         yield total
     for digest, term in zip(hashes, terms, strict=True):
         if term.span.sha256 and digest.hexdigest() != term.span.sha256:

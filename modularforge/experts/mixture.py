@@ -28,6 +28,7 @@ from modularforge.model.hub_config import CONFIG_NAME, TABLES_NAME, model_config
 from modularforge.model.sizes import model_sizes
 from modularforge.routing import evidence
 from modularforge.routing.solvers import all_statistics, router_rows, widening_of
+from modularforge.routing.text_counts import token_counts
 from modularforge.routing.text_evidence import Texts, texts_of, write_tables
 
 SAFETENSORS_NAME = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "same": None}
@@ -115,7 +116,8 @@ class Mixture:
         """All tensors of the assembled model; new values are written to files in `scratch`."""
         public_slot = 0 if self.config.has_public_expert else None
         backbone = spans_of(self.backbone, WEIGHTS_NAME)
-        shared = write_means(scratch / SHARED_NAME, backbone, self.experts, self.config.assembly.shared)
+        weighting = self.config.assembly.shared
+        shared = write_means(scratch / SHARED_NAME, backbone, self.experts, weighting, token_counts)
         slots = {index + (public_slot == 0): own for index, own in enumerate(self.spans)}
         spans = merged_spans({**backbone, **shared}, slots, self.dense.layers, public_slot, self.dense.family)
         kept = output_tensors(spans, SAFETENSORS_NAME[self.config.assembly.dtype])

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from checkpoints import Artifact
 from checkpoints.parsing import parse_object
 from modularforge.config import Config
-from modularforge.errors import DataError
+from modularforge.errors import DataError, MismatchError
 from modularforge.routing.statistics import Array
 
 Tokens = NDArray[Any]
@@ -134,6 +135,16 @@ def load_counts(path: Path) -> TextCounts:
             f"{path} must be a file of token counts, but is not: {error}; make the artifact it lies in again"
         ) from error
     return TextCounts(tokens.astype(np.float64), keys, pairs)
+
+
+def token_counts(expert: Artifact) -> NDArray[np.float64]:
+    """How often the text of an expert has each token, [V]; raises MismatchError where its artifact does not say."""
+    if COUNTS_NAME not in expert.manifest.files:
+        raise MismatchError(
+            f"{expert.url} must have counts of its text ({COUNTS_NAME}) for assembly.shared counts, but has none; "
+            "train it again, or set assembly.shared to equal"
+        )
+    return load_counts(expert.local_file(COUNTS_NAME)).tokens_V
 
 
 def _check(tokens: NDArray[Any], keys: NDArray[Any], pairs: NDArray[Any]) -> None:

@@ -22,6 +22,7 @@ from modularforge.assembly.shared import SHARED_NAME
 from modularforge.config import Config
 from modularforge.experts.job import partition_facts, save_expert, train_expert_from
 from modularforge.experts.kind import ExpertJob
+from modularforge.experts.sums import save_token_counts
 from modularforge.log import logger
 from modularforge.model import names
 from modularforge.model.shards import host_tensors, in_company
@@ -63,6 +64,8 @@ def save_round(expert: ExpertJob, _: nn.Module, state: Checkpoint, writer: Artif
     for file, tensors in ((SHARED_NAME, exchanged), (TENSORS_NAME, own)):
         writer.write_chunks(file, weight_file_chunks(tensors), weight_file_size(tensors))
     writer.write_json(STATE_NAME, state.state)
+    if {"embeddings", "head"} & {*expert.config.experts.unfreeze}:
+        save_token_counts(expert, writer.folder)
     return {"index": expert.index, "step": state.step, **partition_facts(expert)}
 
 

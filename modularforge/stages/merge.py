@@ -24,6 +24,7 @@ from modularforge.config import OuterConfig
 from modularforge.log import logger
 from modularforge.pipeline import JobName, made_in_round
 from modularforge.provenance import commit, making
+from modularforge.routing.text_counts import token_counts
 from modularforge.run import Run
 
 SECONDS_BETWEEN_LOOKS = 30.0
@@ -80,7 +81,8 @@ def _write(run: Run, number: int, experts: Sequence[Artifact], writer: ArtifactW
     settings = run.config.experts.outer
     before = run.require(made_in_round(number - 1)[1]) if number > 1 else None
     base = backbone_spans(run.require("backbone")) if before is None else spans_of(before, SHARED_NAME)
-    files: dict[str, Sums] = {SHARED_NAME: means(base, experts, run.config.assembly.shared)}
+    weighting = run.config.assembly.shared
+    files: dict[str, Sums] = {SHARED_NAME: means(base, experts, weighting, token_counts)}
     if settings != OuterConfig():
         momentum = spans_of(before, MOMENTUM_NAME) if before else {}
         weights, momenta = outer_step(files[SHARED_NAME], base, momentum, settings)

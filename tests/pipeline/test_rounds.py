@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -33,6 +34,7 @@ from modularforge.model.folder import read_tensors
 from modularforge.observe.completion import parts_of
 from modularforge.observe.rounds import rounds_table
 from modularforge.observe.run import read_run
+from modularforge.routing.text_counts import token_counts
 from modularforge.run import Run
 from modularforge.stages import merge
 from tests.conftest import run_command, tiny_config
@@ -132,6 +134,29 @@ def test_a_merge_and_the_assembled_model_are_means_by_hand(whole: Config) -> Non
     for name, value in by_hand.items():
         assert torch.allclose(assembled[name].double(), value, rtol=1e-7, atol=0), name
         assert not torch.equal(assembled[name], run.backbone.tensors[name]), name
+
+
+def test_rows_of_tokens_weigh_by_counts_between_rounds_and_in_the_model(finished_run: Config, tmp_path: Path) -> None:
+    config = in_rounds(finished_run, tmp_path, assembly={"shared": "counts"})
+    make(config)
+    run = Run(config)
+    merged, embedding = shared_of(run.require("merge_1")), "model.embed_tokens.weight"
+    rounds = [run.require("round_1", index) for index in range(3)]
+    counts_KV = torch.from_numpy(np.stack([token_counts(artifact) for artifact in rounds]))
+    assert all(np.array_equal(token_counts(a), token_counts(run.require("expert", k))) for k, a in enumerate(rounds))
+    base = run.backbone.tensors[embedding].double()
+    total_V = counts_KV.sum(dim=0) + shared.BASE_COUNT
+    by_hand = base + sum(
+        (counts_KV[k] / total_V)[:, None] * (shared_of(artifact)[embedding].double() - base)
+        for k, artifact in enumerate(rounds)
+    )
+    assert torch.allclose(merged[embedding].double(), by_hand, atol=1e-7)
+    assert torch.equal(merged[embedding][0], run.backbone.tensors[embedding][0].float()), "nobody's text has it"
+    plain = mean(rounds)
+    others = [name for name in merged if name != embedding]
+    assert all(torch.allclose(merged[name].double(), plain[name], rtol=1e-7, atol=0) for name in others)
+    model = load_file(run.require("assemble").local_file("backbone.safetensors"))
+    assert not torch.equal(model[embedding], merged[embedding])
 
 
 def test_an_expert_alone_is_its_own_model(whole: Config) -> None:

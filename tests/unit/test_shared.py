@@ -19,6 +19,7 @@ from modularforge.assembly.plan import spans_of
 from modularforge.assembly.shared import SHARED_NAME, Sums, Term, chunks, means, outer_step, write_means
 from modularforge.config import OuterConfig
 from modularforge.errors import MismatchError
+from modularforge.routing.text_counts import COUNTS_NAME, only_tokens, save_counts, token_counts
 
 Values = Mapping[str, Any]
 
@@ -59,6 +60,35 @@ def test_a_mean_is_what_one_computes_by_hand(base: Artifact, tmp_path: Path) -> 
     by_tokens = written(tmp_path / "tokens", means(spans, experts, "tokens"))
     assert by_tokens["a"].tolist() == [1.5, 3, 7]
     assert by_tokens["b"].tolist() == [[7.5, 15]]
+
+
+def test_rows_weigh_by_how_often_an_experts_text_has_their_token(tmp_path: Path) -> None:
+    name, other = "model.embed_tokens.weight", "model.norm.weight"
+    base = artifact(tmp_path / "base", {name: f32([[0, 0], [10, 20], [5, 5]]), other: f32([1, 1])})
+    counts = [[0, 3000, 0], [0, 1000, 9000]]
+    rows = [[[8, 8], [20, 30], [-9, -9]], [[-7, 3], [0, 10], [15, 5]]]
+    experts = []
+    for index, (tokens, own) in enumerate(zip(counts, rows, strict=True)):
+        folder = tmp_path / str(index)
+        with write_artifact(str(folder), "expert", "0" * 32) as writer:
+            save_file({name: f32(own), other: f32([index, index])}, writer.folder / SHARED_NAME)
+            save_counts(writer.folder / COUNTS_NAME, only_tokens(np.array(tokens, float)))
+            experts.append(writer.commit({"partition_tokens": 1}))
+    spans = spans_of(base, SHARED_NAME)
+    found = written(tmp_path / "mean", means(spans, experts, "counts", token_counts))
+    assert found[name][0].tolist() == [0, 0], "nobody has the token: as it was"
+    assert np.allclose(found[name][1], (3 * f32([20, 30]) + f32([0, 10]) + f32([10, 20])) / 5)
+    assert np.allclose(found[name][2], (9 * f32([15, 5]) + f32([5, 5])) / 10), "who never met it has no say"
+    assert found[other].tolist() == [0.5, 0.5], "all else alike"
+    again = written(tmp_path / "again", means(spans, experts[::-1], "counts", token_counts))
+    assert np.array_equal(again[name], found[name])
+
+
+def test_rows_cannot_weigh_by_counts_that_are_not_there(tmp_path: Path) -> None:
+    name = "model.embed_tokens.weight"
+    base, expert = (artifact(tmp_path / at, {name: f32([[0, 0], [1, 1]])}) for at in ("base", "0"))
+    with pytest.raises(MismatchError, match=r"must have counts of its text .* set assembly\.shared to equal"):
+        means(spans_of(base, SHARED_NAME), [expert], "counts", token_counts)
 
 
 def test_experts_that_trained_nothing_shared_leave_the_base_alone(base: Artifact, tmp_path: Path) -> None:
