@@ -640,10 +640,11 @@ class AssemblyConfig(Section):
     ordinary mixture (adapters of feed-forward blocks only); `average`, one adapter that adds their mean."""
     lora_choice: Literal["token", "sequence"] = "token"
     """`adapters`: which of them a token visits is chosen for each token, or once for a sequence by its beginning."""
-    shared: Literal["equal", "tokens", "counts"] = "equal"
+    shared: Literal["equal", "tokens", "counts", "own"] = "equal"
     """How experts weigh in the mean of what `experts.unfreeze` lets them train, in the assembled model and between
-    rounds: alike, by the tokens of their partitions, or alike but for embeddings and head, where each row weighs by how
-    often an expert's text has its token (docs/rounds.md)."""
+    rounds: alike, by the tokens of their partitions, or alike but for embeddings and head: with `counts` each row
+    weighs by how often an expert's text has its token, with `own` each expert keeps its own, and tokens visit them
+    (docs/rounds.md)."""
     dtype: Literal["same", "fp32", "bf16", "fp16"] = "same"
     """Type of the assembled weights; `same` keeps the backbone's."""
     max_shard_bytes: int = Field(5_000_000_000, ge=1_000_000)
@@ -1486,6 +1487,7 @@ def _impossible_rounds(config: Config) -> Iterator[str]:
             "experts.unfreeze must be left out with experts.kind steering, since its vectors leave the models' weights "
             "as they are; remove it"
         )
+    yield from _impossible_own_rows(config)
     if "head" in experts.unfreeze and "embeddings" not in experts.unfreeze and config.model.tied_head:
         yield (
             "experts.unfreeze must have embeddings beside head where model.tied_head is true, since both are one "
@@ -1519,6 +1521,33 @@ def _impossible_rounds(config: Config) -> Iterator[str]:
         )
     if experts.rounds > max(1, experts.steps):
         yield f"experts.rounds must be at most experts.steps ({experts.steps}), but is {experts.rounds}; lower it"
+
+
+def _impossible_own_rows(config: Config) -> Iterator[str]:
+    """One sentence per setting with which experts cannot have embeddings and a head of their own."""
+    assembly, experts = config.assembly, config.experts
+    if assembly.shared != "own":
+        return
+    if "embeddings" not in experts.unfreeze:
+        yield (
+            "experts.unfreeze must have embeddings where assembly.shared is own, since experts have no rows of their "
+            "own else; add embeddings and head, or set assembly.shared to equal"
+        )
+    if assembly.router != "evidence" or not assembly.token_pairs or assembly.lora == "average":
+        yield (
+            "assembly.shared must be own only where tokens choose experts by the ids alone: assembly.router evidence, "
+            "assembly.token_pairs above 0, and assembly.lora not average; change these, or set it to equal"
+        )
+    if experts.rounds > 1:
+        yield (
+            "experts.rounds must be 1 where assembly.shared is own, since a merge would take the experts' rows from "
+            f"them, but is {experts.rounds}; set it to 1, or assembly.shared to counts"
+        )
+    if config.calibration.shared:
+        yield (
+            "calibration.shared must be false where assembly.shared is own, since only the public expert has the "
+            "backbone's rows then; set it to false"
+        )
 
 
 def _changed(section: Section, *names: str) -> Iterator[tuple[str, Any]]:

@@ -28,6 +28,7 @@ from modularforge.log import logger
 from modularforge.model.hub_config import (
     CONFIG_NAME,
     GENERATION_NAME,
+    OWN_ROWS_NAME,
     TABLES_NAME,
     TOKENIZER_FILES,
     read_config,
@@ -44,7 +45,8 @@ from modularforge.stages.push_speech import published
 
 SCHEME = "hf://"
 PUBLISHED = (
-    CONFIG_NAME, GENERATION_NAME, TABLES_NAME, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES,
+    CONFIG_NAME, GENERATION_NAME, TABLES_NAME, OWN_ROWS_NAME, "*.safetensors", "*.safetensors.index.json",
+    *TOKENIZER_FILES,
 )  # fmt: skip
 FENCE = "---\n"
 

@@ -20,8 +20,8 @@ from checkpoints import Artifact, find_artifact, open_artifact, paths
 from checkpoints.errors import CorruptArtifactError
 from modularforge.errors import DataError
 from modularforge.model.backbone import Decoder
-from modularforge.model.folder import load_model, load_on_demand, with_text_router
-from modularforge.model.hub_config import CONFIG_NAME, TABLES_NAME, is_moe, parse_config, read_config
+from modularforge.model.folder import load_model, load_on_demand, with_own_rows, with_text_router
+from modularforge.model.hub_config import CONFIG_NAME, OWN_ROWS_NAME, TABLES_NAME, is_moe, parse_config, read_config
 from modularforge.pretrained.sources import require_no_file
 
 
@@ -82,8 +82,10 @@ class StoredModel:
             return load_model(self.artifact.local_folder())
         weights = MappedWeights(self.artifact)
         decoder = load_on_demand(self.values, weights.file_of, weights)
-        has_tables = TABLES_NAME in self.artifact.manifest.files
-        return with_text_router(decoder, self.artifact.local_file(TABLES_NAME)) if has_tables else decoder
+        names = self.artifact.manifest.files
+        if TABLES_NAME in names:
+            decoder = with_text_router(decoder, self.artifact.local_file(TABLES_NAME))
+        return with_own_rows(decoder, self.artifact.local_file(OWN_ROWS_NAME)) if OWN_ROWS_NAME in names else decoder
 
 
 def stored_model(url: str) -> StoredModel:

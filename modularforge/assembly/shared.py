@@ -84,13 +84,15 @@ def means(
     With `counts` weighting, `counts` says how often the text of an expert has each token, [V].
     """
     own = [spans_of(expert, SHARED_NAME) if shared_tensors(expert) else {} for expert in experts]
+    if weighting == "own":  # these lie beside the model, and its own are the backbone's
+        own = [{name: span for name, span in spans.items() if not is_row(name)} for spans in own]
     shares = shares_of(experts, weighting) if any(own) else []
     found = {
         name: [Term(spans.get(name, base[name]), share) for spans, share in zip(own, shares, strict=True)]
         for name in sorted({name for spans in own for name in spans})
     }
     if weighting == "counts":
-        rows = [name for name in found if names.shared_part(name) in ("embeddings", "head")]
+        rows = [name for name in found if is_row(name)]
         assert counts is not None
         found |= _by_rows(base, np.stack([counts(expert) for expert in experts]), own, rows) if rows else {}
     return found
@@ -139,6 +141,35 @@ def outer_step(mean: Sums, base: Spans, momentum: Spans, outer: OuterConfig) -> 
 
 def _times(terms: Sequence[Term], factor: float) -> list[Term]:
     return [Term(term.span, term.weight * factor) for term in terms]
+
+
+def is_row(name: str) -> bool:
+    """Whether a tensor has a row for each token: embeddings and head."""
+    return names.shared_part(name) in ("embeddings", "head")
+
+
+def write_own_rows(path: Path, backbone: Artifact, experts: Sequence[Artifact]) -> int:
+    """Write each expert's embeddings and head into one file, streamed; one that trained none has the backbone's.
+
+    Returns how many values one expert has. Raises MismatchError where no expert trained any.
+    """
+    base = spans_of(backbone, WEIGHTS_NAME)
+    own = [spans_of(expert, SHARED_NAME) if shared_tensors(expert) else {} for expert in experts]
+    rows = sorted({name for spans in own for name in spans if is_row(name)})
+    if names.EMBEDDING not in rows:
+        raise MismatchError(
+            "assembly.shared must be equal where no expert has embeddings of its own, but is own; train with "
+            "experts.unfreeze [embeddings, head], or change it"
+        )
+    sums = {
+        names.own_row(index, name): [Term(spans.get(name, base[name]), 1.0)]
+        for index, spans in enumerate(own)
+        for name in rows
+    }
+    with open(path, "wb") as file:
+        for chunk in chunks(sums, {name: terms[0].span.dtype for name, terms in sums.items()}):
+            file.write(chunk)
+    return sum(prod(base[name].shape) for name in rows)
 
 
 def write_means(

@@ -35,7 +35,7 @@ from modularforge.evaluation.scoring import (
 from modularforge.log import logger
 from modularforge.model.backbone import Decoder, perplexity
 from modularforge.model.moe import moe_layers, shape_without_channels
-from modularforge.model.sizes import Sizes, lora_sizes, model_sizes
+from modularforge.model.sizes import Sizes, lora_sizes, model_sizes, with_own_rows
 from modularforge.pipeline import JobName
 from modularforge.stage_outputs import Corpus
 from modularforge.training.distributed import default_device
@@ -240,12 +240,24 @@ def sizes_of(model: Decoder, window: int) -> dict[str, int]:
 
     What the model itself says of its context is how far it can read, which a run seldom does.
     """
+    return _as_row(_with_rows(model, _sizes(model, window)))
+
+
+def _with_rows(model: Decoder, sizes: Sizes) -> Sizes:
+    """With the rows that its experts have for themselves."""
+    if model.own_rows is None:
+        return sizes
+    rows, visited = model.own_rows, moe_layers(model)[0].experts_per_token
+    return with_own_rows(sizes, rows.parameters_each, rows.is_tied, rows.experts, visited)
+
+
+def _sizes(model: Decoder, window: int) -> Sizes:
     layers, shape = moe_layers(model), _reading(model.config, window)
     if model.adapters:
-        return _as_row(lora_sizes(shape, model.vocab_size, model.adapters))
+        return lora_sizes(shape, model.vocab_size, model.adapters)
     experts, active = (len(layers[0].experts), layers[0].experts_per_token) if layers else (1, 1)
     plain = _reading(shape_without_channels(model), window)
-    return _as_row(model_sizes(shape, model.vocab_size, experts, active, plain))
+    return model_sizes(shape, model.vocab_size, experts, active, plain)
 
 
 def _reading(shape: ModelConfig, window: int) -> ModelConfig:

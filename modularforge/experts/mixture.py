@@ -6,9 +6,10 @@ made such, share it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ from checkpoints.hashing import describe_file
 from checkpoints.safetensors import WEIGHTS_NAME, TensorSpan, read_spans
 from modularforge.assembly import parts
 from modularforge.assembly.plan import LowRank, OutputTensor, output_tensors, spans_of
-from modularforge.assembly.shared import SHARED_NAME, shared_tensors, write_means
+from modularforge.assembly.shared import SHARED_NAME, is_row, shared_tensors, write_means, write_own_rows
 from modularforge.config import Config, ModelConfig
 from modularforge.errors import ConfigError, MismatchError
 from modularforge.log import logger
 from modularforge.model import names
-from modularforge.model.hub_config import CONFIG_NAME, TABLES_NAME, model_config_of, moe_config
-from modularforge.model.sizes import model_sizes
+from modularforge.model.hub_config import CONFIG_NAME, OWN_ROWS_NAME, TABLES_NAME, model_config_of, moe_config
+from modularforge.model.sizes import Sizes, model_sizes, with_own_rows
 from modularforge.routing import evidence
 from modularforge.routing.solvers import all_statistics, router_rows, widening_of
 from modularforge.routing.text_counts import token_counts
@@ -134,7 +135,8 @@ class Mixture:
 
     def _facts(self, written: Mapping[str, Any]) -> dict[str, Any]:
         sizes = model_sizes(self.shape, self.vocab_size, self.count, self.active, self.dense)
-        trained = {names.shared_part(name) for expert in self.experts for name in shared_tensors(expert)}
+        sizes = sizes_with_rows(sizes, self.config, self.backbone, self.experts, self.active)
+        trained = shared_means(self.config, self.experts)
         return {
             "architecture": written["architectures"][0],
             "experts": self.count,
@@ -144,10 +146,15 @@ class Mixture:
             "parameters": sizes.parameters,
             "active_parameters": sizes.active_parameters,
             "routing_parameters": sizes.routing_parameters,
-            **({"shared_means": sorted(trained)} if trained else {}),
+            **({"shared_means": trained} if trained else {}),
         }
 
     def _write(self, folder: Path) -> dict[str, Any]:
+        """Write what only ModularForge reads: its tables, and rows of the experts' own; says what is in them."""
+        rows = own_rows(self.config, self.backbone, self.experts, folder)
+        return self._write_tables(folder) | rows
+
+    def _write_tables(self, folder: Path) -> dict[str, Any]:
         """Write what ModularForge routes by, where pairs are known and wanted; says how many are known."""
         most = self.config.assembly.token_pairs
         if self.texts is None or not most:
@@ -156,6 +163,32 @@ class Mixture:
             logger.info("the experts' jobs counted no pairs of tokens, so routing is by tokens alone")
             return {"token_pairs": 0}
         return {"token_pairs": write_tables(folder / TABLES_NAME, self.texts, self.config.has_public_expert, most)}
+
+
+def shared_means(config: Config, experts: Sequence[Artifact]) -> list[str]:
+    """The parts of the backbone that are, in a model, the mean of what these experts made of them."""
+    trained = {name for expert in experts for name in shared_tensors(expert)}
+    has_own = config.assembly.shared == "own"
+    return sorted({names.shared_part(name) for name in trained if not (has_own and is_row(name))})
+
+
+def sizes_with_rows(
+    sizes: Sizes, config: Config, backbone: Artifact, experts: Sequence[Artifact], active: int
+) -> Sizes:
+    """Sizes of a model with the rows that experts have for themselves, where they shall."""
+    if config.assembly.shared != "own":
+        return sizes
+    spans = spans_of(backbone, WEIGHTS_NAME)
+    names_of_rows = {name for expert in experts for name in shared_tensors(expert) if is_row(name)}
+    each = sum(prod(spans[name].shape) for name in names_of_rows)
+    return with_own_rows(sizes, each, names.HEAD not in names_of_rows, len(experts), active)
+
+
+def own_rows(config: Config, backbone: Artifact, experts: Sequence[Artifact], folder: Path) -> dict[str, Any]:
+    """Write the rows that experts have for themselves, where they shall; says how many values each has."""
+    if config.assembly.shared != "own":
+        return {}
+    return {"own_rows": write_own_rows(folder / OWN_ROWS_NAME, backbone, experts)}
 
 
 def merged_spans(

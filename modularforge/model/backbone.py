@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modularforge.config import ModelConfig, RopeScalingConfig
 from modularforge.model.head import Reduction, head_loss
+from modularforge.model.own_rows import OwnRows
 from modularforge.model.sizes import AdapterCounts
 from modularforge.model.text_router import TextRouter, TextState
 
@@ -233,6 +234,7 @@ class Decoder(nn.Module):
         if config.tied_head:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.text_router: TextRouter | None = None
+        self.own_rows: OwnRows | None = None  # of experts that have embeddings and a head of their own
         self.adapters: AdapterCounts | None = None  # where there are some beside its matrices
         self.holds_choice = False  # whether a text router chooses among them once for a sequence
         self.has_half_blocks = False  # their weights are there in bf16 alone, as pieces can be gathered
@@ -269,6 +271,10 @@ class Decoder(nn.Module):
             x_BTD = self.hidden(tokens_BT, cache, routing_BTE, examples_BT)
             if headless:
                 return x_BTD
+            if self.own_rows is not None and targets_BT is not None:
+                return self.own_rows.loss(x_BTD, self.lm_head.weight, targets_BT, reduction)
+            if self.own_rows is not None:
+                return self.own_rows.logits(x_BTD, self.lm_head.weight)
             if targets_BT is not None:
                 return head_loss(x_BTD, self.lm_head.weight, targets_BT, reduction)
             logits_BTV: Tensor = self.lm_head(x_BTD)
@@ -305,6 +311,10 @@ class Decoder(nn.Module):
         cos_TH, sin_TH = rotary_angles(self.get_buffer("frequencies"), positions, self.angle_scale)
         x_BTD = self.model.embed_tokens(tokens_BT)
         x_BTD = x_BTD.float() if self.has_float_stream else x_BTD
+        if self.own_rows is not None:
+            assert routing_BTE is not None
+            weights_of: Callable[[Tensor], Tensor] = self.blocks[0].ffn.weights_of  # type: ignore[assignment]
+            x_BTD = self.own_rows.embedded(x_BTD, tokens_BT, weights_of(routing_BTE.flatten(0, 1).float()))
         again = self.recomputes and torch.is_grad_enabled() and cache is None
         for block in self.blocks:
             inputs = block, x_BTD, cos_TH, sin_TH, cache, mask, routing_BTE

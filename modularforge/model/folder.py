@@ -23,9 +23,10 @@ from modularforge.errors import DataError, MismatchError
 from modularforge.model import names
 from modularforge.model.adapter_config import ADAPTERS_NAME
 from modularforge.model.backbone import Decoder, build_backbone
-from modularforge.model.hub_config import TABLES_NAME, experts_of, is_moe, model_config_of, read_config
+from modularforge.model.hub_config import OWN_ROWS_NAME, TABLES_NAME, experts_of, is_moe, model_config_of, read_config
 from modularforge.model.lora_mixture import Even, load_adapters
 from modularforge.model.moe import build_moe, moe_layers
+from modularforge.model.own_rows import load_own_rows
 from modularforge.model.shards import host_tensors
 from modularforge.model.text_router import load_text_router
 
@@ -71,7 +72,21 @@ def load_model(folder: Path) -> Decoder:
     decoder = fill(decoder, read_tensors(folder))
     if (folder / ADAPTERS_NAME).is_file():
         decoder = load_adapters(decoder, folder)
-    return with_text_router(decoder, folder / TABLES_NAME)
+    return with_own_rows(with_text_router(decoder, folder / TABLES_NAME), folder / OWN_ROWS_NAME)
+
+
+def with_own_rows(decoder: Decoder, path: Path) -> Decoder:
+    """The decoder with the rows that its experts have for themselves, where there are such; raises MismatchError."""
+    if not path.is_file():
+        return decoder
+    if decoder.text_router is None:
+        raise MismatchError(
+            f"{path} must lie beside the tables of a text router, by which tokens choose among the experts' own rows, "
+            f"but there is no {TABLES_NAME}; copy the whole folder, or assemble the model again"
+        )
+    slots = decoder.text_router.slots
+    decoder.own_rows = load_own_rows(path, slots - int(decoder.text_router.has_public), decoder.vocab_size)
+    return decoder
 
 
 def with_text_router(decoder: Decoder, path: Path) -> Decoder:

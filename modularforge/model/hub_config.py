@@ -24,6 +24,8 @@ GENERATION_NAME = "generation_config.json"
 TABLES_NAME = "text_router.tables"
 """What ModularForge routes by: safetensors by another name, since servers take every `.safetensors` for weights."""
 TABLES_FORMAT = 1
+OWN_ROWS_NAME = "expert_rows.tables"
+"""Embeddings and heads that experts have for themselves: safetensors by another name, for the same reason."""
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip

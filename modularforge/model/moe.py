@@ -96,6 +96,11 @@ class SparseMoE(nn.Module):
         top_NA, expert_NA = logits_NE.topk(active, dim=-1)
         return top_NA.softmax(dim=-1), expert_NA
 
+    def weights_of(self, logits_NE: Tensor) -> Tensor:
+        """The weight [N, E] of each expert for each token, zero for those that it does not visit."""
+        weight_NA, expert_NA = self.choose(logits_NE)
+        return torch.zeros_like(logits_NE).scatter(1, expert_NA, weight_NA)
+
     def _visit(self, x_ND: Tensor, weight_NA: Tensor, expert_NA: Tensor) -> Tensor:
         """Visits sorted by expert once: a GPU says the ends of all groups at once, not one group's size at a time."""
         sorted_V, visit_V = expert_NA.flatten().sort(stable=True)

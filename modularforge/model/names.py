@@ -125,6 +125,11 @@ def shared_part(name: str) -> str:
     return {EMBEDDING: "embeddings", HEAD: "head"}.get(name) or ("attention" if attention_part(name) else "")
 
 
+def own_row(expert: int, name: str) -> str:
+    """Embeddings or head of one expert, in the file of those that experts have for themselves."""
+    return f"{expert:05d}.{name}"
+
+
 def is_redundant(name: str, tied_head: bool) -> bool:
     """Whether a pretrained file may hold the tensor although the model does not need it: a tied head, old positions."""
     return (tied_head and name == HEAD) or name.endswith("rotary_emb.inv_freq")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from modularforge.config import ModelConfig
@@ -63,6 +63,22 @@ def model_sizes(
     wide = bare.model_copy(update={"ffn_width": experts_per_token * bare.ffn_width})
     routing = active - model_sizes(wide, vocab_size).active_parameters if routed else 0
     return Sizes(parameters, active, routing, flops, 3 * flops)
+
+
+def with_own_rows(sizes: Sizes, rows_each: int, tied_head: bool, experts: int, visited: int) -> Sizes:
+    """The same of a model whose experts have `rows_each` values of embeddings and head each for themselves.
+
+    A token passes those of the slots that it visits, of which the first stands in the place of the backbone's.
+    """
+    again, head = visited - 1, rows_each if tied_head else rows_each // 2
+    flops = sizes.flops_per_token + 2 * again * head
+    return replace(
+        sizes,
+        parameters=sizes.parameters + experts * rows_each,
+        active_parameters=sizes.active_parameters + again * rows_each,
+        flops_per_token=flops,
+        training_flops_per_token=3 * flops,
+    )
 
 
 MOST_LOGITS = 1 << 24

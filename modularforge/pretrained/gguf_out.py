@@ -30,7 +30,7 @@ from modularforge.log import logger
 from modularforge.model import names
 from modularforge.model.adapter_config import ADAPTERS_NAME
 from modularforge.model.backbone import rotary_frequencies
-from modularforge.model.hub_config import TABLES_NAME, experts_of, is_moe, model_config_of, read_config
+from modularforge.model.hub_config import OWN_ROWS_NAME, TABLES_NAME, experts_of, is_moe, model_config_of, read_config
 from modularforge.pretrained.gguf_file import INNER, OUTER
 from modularforge.pretrained.gguf_tokenizer import tokenizer_keys
 
@@ -69,6 +69,8 @@ def write_gguf(folder: Path, path: Path, kind: str | None = None) -> None:
         _write_tensors(writer, model, spans, kind)
     if (folder / TABLES_NAME).is_file():
         logger.warning("%s routes by the rows in its weights: GGUF has no place for %s", path, TABLES_NAME)
+    if (folder / OWN_ROWS_NAME).is_file():
+        logger.warning("%s has the backbone's embeddings and head: GGUF has no place for %s", path, OWN_ROWS_NAME)
 
 
 @contextmanager

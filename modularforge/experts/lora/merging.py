@@ -18,7 +18,7 @@ from checkpoints import Artifact
 from checkpoints.safetensors import WEIGHTS_NAME, TensorSpan
 from modularforge.assembly.parts import Merged, whole_file
 from modularforge.assembly.plan import LowRank, output_tensors, spans_of
-from modularforge.assembly.shared import SHARED_NAME, shared_tensors, write_means
+from modularforge.assembly.shared import SHARED_NAME, write_means
 from modularforge.config import Config
 from modularforge.errors import ConfigError
 from modularforge.experts import mixture
@@ -133,6 +133,7 @@ class _Beside:
             sizes = (Mean(self.adapters).parameters,)
         counts = AdapterCounts(sizes, min(composite.active, len(sizes)), composite.blocks_visited(self.has_mlp))
         found = lora_sizes(model_config_of(values), int(values["vocab_size"]), counts)
+        found = mixture.sizes_with_rows(found, self.config, self.backbone, self.experts, composite.active)
         return {
             "architecture": values["architectures"][0],
             "experts": len(composite.folders) + int(composite.public),
@@ -149,7 +150,7 @@ class _Beside:
     @property
     def means(self) -> list[str]:
         """The parts of the backbone that are the mean of what experts made of them."""
-        return sorted({names.shared_part(name) for expert in self.experts for name in shared_tensors(expert)})
+        return mixture.shared_means(self.config, self.experts)
 
     @property
     def has_mlp(self) -> bool:
@@ -171,7 +172,8 @@ class _Beside:
             return {}
         texts = texts_of(self.backbone, self.experts, self.config.learns_responses)
         most = self.config.assembly.token_pairs if texts.has_pairs else 0
-        return {"token_pairs": write_tables(folder / TABLES_NAME, texts, composite.public, most)}
+        known = {"token_pairs": write_tables(folder / TABLES_NAME, texts, composite.public, most)}
+        return known | mixture.own_rows(self.config, self.backbone, self.experts, folder)
 
 
 def _write_mean(folder: Path, adapters: Sequence[Adapter], base: str | None) -> None:
