@@ -26,7 +26,7 @@ from modularforge.errors import ConfigError, MismatchError
 from modularforge.log import logger
 from modularforge.model import names
 from modularforge.model.hub_config import CONFIG_NAME, OWN_ROWS_NAME, TABLES_NAME, model_config_of, moe_config
-from modularforge.model.sizes import Sizes, model_sizes, with_own_rows
+from modularforge.model.sizes import model_sizes, with_own_rows
 from modularforge.routing import evidence
 from modularforge.routing.solvers import all_statistics, router_rows, widening_of
 from modularforge.routing.text_counts import token_counts
@@ -34,6 +34,12 @@ from modularforge.routing.text_evidence import Texts, texts_of, write_tables
 
 SAFETENSORS_NAME = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "same": None}
 HUB_NAME = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+OWN_ROWS = (
+    f" Each expert has embeddings and a head of its own (`{OWN_ROWS_NAME}`), which ModularForge reads; other programs "
+    "use the backbone's, with which experts are worse."
+)
 
 
 def check_active(config: Config, experts: int) -> None:
@@ -135,7 +141,8 @@ class Mixture:
 
     def _facts(self, written: Mapping[str, Any]) -> dict[str, Any]:
         sizes = model_sizes(self.shape, self.vocab_size, self.count, self.active, self.dense)
-        sizes = sizes_with_rows(sizes, self.config, self.backbone, self.experts, self.active)
+        rows = rows_each(self.config, self.backbone, self.experts)
+        sizes = with_own_rows(sizes, rows, self.dense.tied_head, len(self.experts), self.active) if rows else sizes
         trained = shared_means(self.config, self.experts)
         return {
             "architecture": written["architectures"][0],
@@ -147,12 +154,14 @@ class Mixture:
             "active_parameters": sizes.active_parameters,
             "routing_parameters": sizes.routing_parameters,
             **({"shared_means": trained} if trained else {}),
+            **({"own_rows": rows} if rows else {}),
         }
 
     def _write(self, folder: Path) -> dict[str, Any]:
-        """Write what only ModularForge reads: its tables, and rows of the experts' own; says what is in them."""
-        rows = own_rows(self.config, self.backbone, self.experts, folder)
-        return self._write_tables(folder) | rows
+        """Write what only ModularForge reads: tables, and rows of the experts' own; says how many pairs are known."""
+        if self.config.assembly.shared == "own":
+            write_own_rows(folder / OWN_ROWS_NAME, self.backbone, self.experts)
+        return self._write_tables(folder)
 
     def _write_tables(self, folder: Path) -> dict[str, Any]:
         """Write what ModularForge routes by, where pairs are known and wanted; says how many are known."""
@@ -172,23 +181,13 @@ def shared_means(config: Config, experts: Sequence[Artifact]) -> list[str]:
     return sorted({names.shared_part(name) for name in trained if not (has_own and is_row(name))})
 
 
-def sizes_with_rows(
-    sizes: Sizes, config: Config, backbone: Artifact, experts: Sequence[Artifact], active: int
-) -> Sizes:
-    """Sizes of a model with the rows that experts have for themselves, where they shall."""
+def rows_each(config: Config, backbone: Artifact, experts: Sequence[Artifact]) -> int:
+    """How many values of embeddings and head each expert has for itself in a model; none where they are shared."""
     if config.assembly.shared != "own":
-        return sizes
+        return 0
     spans = spans_of(backbone, WEIGHTS_NAME)
-    names_of_rows = {name for expert in experts for name in shared_tensors(expert) if is_row(name)}
-    each = sum(prod(spans[name].shape) for name in names_of_rows)
-    return with_own_rows(sizes, each, names.HEAD not in names_of_rows, len(experts), active)
-
-
-def own_rows(config: Config, backbone: Artifact, experts: Sequence[Artifact], folder: Path) -> dict[str, Any]:
-    """Write the rows that experts have for themselves, where they shall; says how many values each has."""
-    if config.assembly.shared != "own":
-        return {}
-    return {"own_rows": write_own_rows(folder / OWN_ROWS_NAME, backbone, experts)}
+    own = {name for expert in experts for name in shared_tensors(expert) if is_row(name)}
+    return sum(prod(spans[name].shape) for name in own)
 
 
 def merged_spans(
@@ -240,6 +239,7 @@ def _summary(facts: Mapping[str, Any], experts: int) -> str:
     routing = f" (of which {only:,} only choose experts)" if only else ""
     means = facts.get("shared_means")
     shared = f" Its {', '.join(means)} are the mean of what each expert made of them." if means else ""
+    shared += OWN_ROWS if facts.get("own_rows") else ""
     return (
         f"A mixture-of-experts language model of {facts['parameters']:,} parameters, {facts['active_parameters']:,} of "
         f"them active per token{routing}: {public}{experts} experts per layer, of which each token visits "

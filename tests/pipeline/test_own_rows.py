@@ -18,6 +18,7 @@ from modularforge.config import Config
 from modularforge.errors import ConfigError, MismatchError
 from modularforge.evaluation.bench import sizes_of
 from modularforge.evaluation.generation import Sampling, continue_tokens
+from modularforge.info import describe
 from modularforge.model.backbone import KeyValueCache
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.hub_config import OWN_ROWS_NAME
@@ -111,6 +112,9 @@ def test_what_is_stored_is_what_is_loaded_and_counted(config: Config) -> None:
     assert facts["active_parameters"] == found["active_parameters"]
     rows = Run(config).backbone.tensors[EMBEDDING].numel()
     assert facts["own_rows"] == rows
+    assert "has embeddings and a head of its own" in artifact.read_bytes("README.md").decode()
+    said = next(line for line in describe(config).splitlines() if line.startswith("assembled"))
+    assert f"{facts['parameters']:,}" in said
     folder.own_rows = None
     plain = sizes_of(folder, config.model.context_length)
     assert found["parameters"] - plain["parameters"] == 3 * rows

@@ -18,7 +18,7 @@ from checkpoints import Artifact
 from checkpoints.safetensors import WEIGHTS_NAME, TensorSpan
 from modularforge.assembly.parts import Merged, whole_file
 from modularforge.assembly.plan import LowRank, output_tensors, spans_of
-from modularforge.assembly.shared import SHARED_NAME, write_means
+from modularforge.assembly.shared import SHARED_NAME, write_means, write_own_rows
 from modularforge.config import Config
 from modularforge.errors import ConfigError
 from modularforge.experts import mixture
@@ -33,8 +33,8 @@ from modularforge.model.adapter_config import (
     adapter_config,
     composite_json,
 )
-from modularforge.model.hub_config import CONFIG_NAME, TABLES_NAME, model_config_of, write_json
-from modularforge.model.sizes import AdapterCounts, lora_sizes
+from modularforge.model.hub_config import CONFIG_NAME, OWN_ROWS_NAME, TABLES_NAME, model_config_of, write_json
+from modularforge.model.sizes import AdapterCounts, lora_sizes, with_own_rows
 from modularforge.routing.text_counts import token_counts
 from modularforge.routing.text_evidence import texts_of, write_tables
 
@@ -133,7 +133,9 @@ class _Beside:
             sizes = (Mean(self.adapters).parameters,)
         counts = AdapterCounts(sizes, min(composite.active, len(sizes)), composite.blocks_visited(self.has_mlp))
         found = lora_sizes(model_config_of(values), int(values["vocab_size"]), counts)
-        found = mixture.sizes_with_rows(found, self.config, self.backbone, self.experts, composite.active)
+        if rows := mixture.rows_each(self.config, self.backbone, self.experts):
+            tied = model_config_of(values).tied_head
+            found = with_own_rows(found, rows, tied, len(self.experts), composite.active)
         return {
             "architecture": values["architectures"][0],
             "experts": len(composite.folders) + int(composite.public),
@@ -145,6 +147,7 @@ class _Beside:
             "active_parameters": found.active_parameters,
             "routing_parameters": 0,
             **({"shared_means": self.means} if self.means else {}),
+            **({"own_rows": rows} if rows else {}),
         }
 
     @property
@@ -172,8 +175,9 @@ class _Beside:
             return {}
         texts = texts_of(self.backbone, self.experts, self.config.learns_responses)
         most = self.config.assembly.token_pairs if texts.has_pairs else 0
-        known = {"token_pairs": write_tables(folder / TABLES_NAME, texts, composite.public, most)}
-        return known | mixture.own_rows(self.config, self.backbone, self.experts, folder)
+        if self.config.assembly.shared == "own":
+            write_own_rows(folder / OWN_ROWS_NAME, self.backbone, self.experts)
+        return {"token_pairs": write_tables(folder / TABLES_NAME, texts, composite.public, most)}
 
 
 def _write_mean(folder: Path, adapters: Sequence[Adapter], base: str | None) -> None:
@@ -209,4 +213,5 @@ def _summary(facts: Mapping[str, Any]) -> str:
         f"A language model with {facts['experts'] - int(facts['public_expert'])} LoRA adapters beside it, each in a "
         f"folder that PEFT loads. ModularForge lets each token visit {facts['experts_per_token']} of them ({public}"
         f"those whose text it resembles); other programs load the backbone, or it and one adapter.{shared}"
+        + (mixture.OWN_ROWS if facts.get("own_rows") else "")
     )
