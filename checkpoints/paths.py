@@ -135,12 +135,12 @@ def walk(url: str) -> list[FileInfo]:
     return store_of(url).walk(url)
 
 
-def create_bytes(url: str, content: bytes) -> None:
-    """Write a file that must not exist yet, in one atomic step; raises FileExistsError.
+def create_bytes(url: str, content: bytes) -> str:
+    """Write a file that must not exist yet, in one atomic step; raises FileExistsError. Returns its ETag, if known.
 
     On an object store a lost answer is resolved by reading back, so `content` must be unique to its writer.
     """
-    store_of(url).create(url, content)
+    return store_of(url).create(url, content)
 
 
 def replace_bytes(url: str, content: bytes) -> None:

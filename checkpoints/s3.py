@@ -70,24 +70,25 @@ class S3Store:
             self._check_bucket(url)  # a HEAD has no body that could tell a missing bucket from a missing key
             raise
 
-    def create(self, url: str, content: bytes) -> None:
+    def create(self, url: str, content: bytes) -> str:
         """Write an object that must not exist yet; raises FileExistsError. `content` must be unique to its writer.
 
+        Returns its ETag, which is not known (empty) where the answer was lost.
         After an unclear answer (lost, 409, 412) the object is read back: a lost answer may hide our own success, and
         the HTTP client below may have sent the request twice.
         """
         for attempt in range(1, max_attempts() + 1):
             try:
-                self._put(url, content, IfNoneMatch="*")
-                return
+                return self._put(url, content, IfNoneMatch="*")
             except Exception as error:
                 if not (retry.is_conflict(error) or retry.is_transient(error)):
                     raise retry.explain(error, "create", url) from error
                 if self._holds(url, content):
-                    return
+                    return ""
                 if attempt == max_attempts():
                     raise retry.explain(error, "create", url, attempt) from error
                 retry.wait("create", url, error, attempt, max_attempts())
+        return ""  # never, as the last attempt returns or raises
 
     def replace(self, url: str, content: bytes) -> None:
         """Write an object, in place of an older one if there is one."""
@@ -145,6 +146,7 @@ class S3Store:
                 f"{root}/{entry['Key'].removeprefix(prefix)}".rstrip("/"),
                 int(entry["Size"]),
                 entry["LastModified"].timestamp(),
+                _tag(entry),
             )
             for page in self._pages(url, "list_objects_v2", OBJECT_MARKERS)
             for entry in page.get("Contents", ())
@@ -269,9 +271,9 @@ class S3Store:
         with closing(body):
             return list(iter(lambda: body.read(PIECE_BYTES), b""))
 
-    def _put(self, url: str, content: bytes, **options: Any) -> None:
+    def _put(self, url: str, content: bytes, **options: Any) -> str:
         bucket, key = _split(url)
-        self._call("put_object", bucket, Key=key, Body=content, **options)
+        return _tag(self._call("put_object", bucket, Key=key, Body=content, **options))
 
     def _request(self, action: str, url: str, method: str, **options: Any) -> dict[str, Any]:
         bucket, key = _split(url)
@@ -293,6 +295,11 @@ def _by_bucket(urls: Iterable[str]) -> Iterable[list[str]]:
     for url in dict.fromkeys(urls):
         found.setdefault(_split(url)[0], []).append(url)
     return found.values()
+
+
+def _tag(answer: dict[str, Any]) -> str:
+    """The ETag in an answer, without its quotes."""
+    return str(answer.get("ETag", "")).strip('"')
 
 
 def _split(url: str) -> tuple[str, str]:

@@ -25,6 +25,7 @@ from checkpoints.folder import exchange
 from checkpoints.garbage import sweep_beside
 from checkpoints.hashing import FileEntry, FileHasher, describe_file
 from checkpoints.journal import Journal, attempt_of
+from checkpoints.labels import write_label
 from checkpoints.manifest import Manifest, check_names
 from checkpoints.owners import locked
 from checkpoints.parallel import in_order, meanwhile
@@ -153,7 +154,7 @@ class ArtifactWriter:
         elif local:
             self._rename_into_place(content)
         else:
-            self._create_manifest(content)
+            write_label(self.url, manifest, self._create_manifest(content))
         if local:
             sweep_beside(paths.local_path(self.url))
         return Artifact(self.url, manifest)
@@ -266,9 +267,9 @@ class ArtifactWriter:
             ) from error
         raise retry.explain(error, "commit", self.url) from error
 
-    def _create_manifest(self, manifest: bytes) -> None:
+    def _create_manifest(self, manifest: bytes) -> str:
         try:
-            paths.create_bytes(paths.join(self.url, MANIFEST_NAME), manifest)
+            return paths.create_bytes(paths.join(self.url, MANIFEST_NAME), manifest)
         except FileExistsError as error:
             self.may_be_committed = False
             raise self._exists() from error

@@ -40,7 +40,8 @@ def run(run: Run, number: int) -> Artifact:
     if found := run.finished(plan):
         logger.info("%s is finished: %s", stages[1], plan.url)
         return found
-    chosen, start = run.merged_experts(number), time.time()
+    indices, start = list(run.merged_experts(number)), time.time()
+    chosen = dict(zip(indices, run.require_each(stages[0], indices), strict=True))
     late = [index for index in range(run.config.experts.count) if index not in chosen]
     if late:
         logger.warning(
