@@ -43,6 +43,7 @@ from checkpoints.streams import (
 )
 from checkpoints.urls import (
     JOURNAL_NAME,
+    LABEL,
     MANIFEST_NAME,
     OWN_NAMES,
     OWNER_NAME,
@@ -219,6 +220,7 @@ class ArtifactWriter:
             raise self._exists()
         if not paths.is_local(self.url):
             paths.replace_bytes(paths.join(self.url, MANIFEST_NAME), manifest)
+            paths.remove(paths.join(self.url, LABEL))  # of the old manifest
             if old.manifest.files_in not in ("", self.attempt):
                 paths.remove(paths.join(self.url, old.manifest.files_in))
             return

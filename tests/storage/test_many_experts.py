@@ -19,7 +19,9 @@ from checkpoints.notes import add_line, read_folder, read_lines
 from checkpoints.transfer import select, transfer
 from checkpoints.urls import LABEL
 from launcher.events import append_event, progress_of_each, read_all_events, read_events
-from launcher.record import Record
+from launcher.record import Record, save_record
+from launcher.report import finish_run
+from launcher.runs import final_report
 from launcher.status import Row, read_status
 from launcher.tasks import build_tasks, finished_tasks
 from modularforge.config import Config
@@ -226,3 +228,22 @@ def test_a_journal_that_is_removed_while_it_is_read_is_no_error(s3: str, monkeyp
     monkeypatch.setattr(paths, "walk", removed_behind)
     monkeypatch.setattr("checkpoints.paths.remove", lambda url: paths.store_of(url).delete([i.url for i in walk(url)]))
     assert journal.read(s3) == {}
+
+
+def test_a_whole_run_tells_the_end_report_that_its_last_job_left(proxy: FaultProxy, proxied: str) -> None:
+    config = settings(f"{proxied}/run", EXPERTS)
+    save_record(config, RECORD)
+    rows = [Row(f"expert-{index}", "expert", "committed", job=f"7_{index}") for index in range(EXPERTS)]
+    for row in rows:
+        append_event(config, row.task, "started", slurm_job=row.job, node_count=1)
+        append_event(config, row.task, "ended", slurm_job=row.job, code=0, reason="finished")
+        paths.replace_bytes(metrics_url(config, row.task), b'{"tokens": 10, "tokens_per_second": 5, "loss": 2}\n')
+    finish_run(config)
+    proxy.reset()
+    text = final_report(config, rows)
+    assert kinds(proxy)["LIST"] == 0
+    assert sum(kinds(proxy).values()) <= 3, "nobody's metrics"
+    for more in ([*rows, Row("expert-12", "expert", "committed", job="8")], [*rows, Row("dense", "dense", "failed")]):
+        proxy.reset()
+        assert final_report(config, more) == text, "made anew, as it may have changed"
+        assert kinds(proxy)["GET"] >= EXPERTS
