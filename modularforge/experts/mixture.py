@@ -122,11 +122,12 @@ class Mixture:
         for (index, layer, part), matrix in self.added.items():
             name = names.expert_ffn(layer, index + (public_slot == 0), part, self.dense.family)
             kept[name] = replace(kept[name], added=matrix)
-        if self.texts:
+        statistics = all_statistics(self.experts, products=False) if self.texts else None
+        if self.texts and statistics is not None:
             widening = widening_of(self.config, self.dense, len(self.experts))
-            kept = evidence.widen(kept, widening, all_statistics(self.experts), self.texts.token_VE, scratch)
+            kept = evidence.widen(kept, widening, statistics, self.texts.token_VE, scratch)
         router_file = scratch / "router.safetensors"
-        save_file(router_rows(self.config, self.experts, self.dense, self.texts), router_file)
+        save_file(router_rows(self.config, self.experts, self.dense, self.texts, statistics), router_file)
         routers = read_spans(str(router_file), describe_file(router_file).tensors)
         return {**kept, **output_tensors(routers, next(iter(kept.values())).dtype)}
 

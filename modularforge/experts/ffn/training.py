@@ -73,8 +73,7 @@ def save(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:
     if shared := unfrozen(model, expert.config.experts.unfreeze):
         types = {name: tensor.dtype for name, tensor in backbone.tensors.items()}
         save_tensors(cast_like(host_tensors(shared), types), folder / SHARED_NAME)
-    save_sums(expert, model, folder)
-    return {"slot": slot, "anchored": anchored}
+    return {"slot": slot, "anchored": anchored, **save_sums(expert, model, folder)}
 
 
 def load(backbone: Backbone, artifact: Artifact) -> Decoder:

@@ -76,8 +76,8 @@ def save(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:
     assert isinstance(model, Decoder)
     backbone, shape = expert.backbone, shape_of(expert.config.experts.lora)
     write_adapter(model, shape, backbone.artifact, folder)
-    save_sums(expert, model, folder)
-    return {"trained_parameters": sum(tensor.numel() for tensor in adapter_tensors(model).values())}
+    count = sum(tensor.numel() for tensor in adapter_tensors(model).values())
+    return {"trained_parameters": count, **save_sums(expert, model, folder)}
 
 
 def write_adapter(model: Decoder, shape: AdapterShape, backbone: Artifact, folder: Path) -> None:
