@@ -325,4 +325,9 @@ def open_client(settings: dict[str, Any]) -> Any:
         config["signature_version"] = botocore.UNSIGNED
     named = {ours: settings[theirs] for theirs, ours in CLIENT_NAMES.items() if settings.get(theirs) is not None}
     session = botocore.session.Session(profile=settings.get("profile"))
-    return session.create_client("s3", config=Config(**config), **{**named, **settings.get("client_kwargs", {})})
+    client = session.create_client("s3", config=Config(**config), **{**named, **settings.get("client_kwargs", {})})
+    if client.meta.endpoint_url.startswith("http://") and "request_checksum_calculation" not in config:
+        # What is sent is signed there, by its sha256, which a CRC of all bytes adds nothing to. Over https it is the
+        # other way round, as in all of AWS's own programs: a CRC, and no signature of the content.
+        client.meta.config.request_checksum_calculation = "when_required"
+    return client

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,7 @@ from checkpoints.journal import Journal
 from checkpoints.keys import packed
 from checkpoints.labels import Label
 from checkpoints.notes import add_line, read_folder, read_lines
+from checkpoints.s3 import open_client
 from checkpoints.transfer import select, transfer
 from checkpoints.urls import LABEL
 from launcher.events import append_event, progress_of_each, read_all_events, read_events
@@ -247,3 +249,28 @@ def test_a_whole_run_tells_the_end_report_that_its_last_job_left(proxy: FaultPro
         proxy.reset()
         assert final_report(config, more) == text, "made anew, as it may have changed"
         assert kinds(proxy)["GET"] >= EXPERTS
+
+
+def test_assembly_asks_for_each_manifest_once(proxy: FaultProxy, proxied: str) -> None:
+    asked = []
+    for count in (8, 16):
+        config = settings(f"{proxied}/run-{count}", count)
+        pretend(config, ["prepare-data", "partition", "backbone"])
+        pretend(config, ["expert"])
+        proxy.reset()
+        Run(config).make("assemble")
+        asked.append(Counter(request.path for request in proxy.requests if request.method == "GET"))
+    manifests = [sum(n for path, n in found.items() if path.endswith("/manifest.json")) for found in asked]
+    assert manifests[1] - manifests[0] == 8, "K and a constant, to check the experts and to read what they are"
+    assert max(n for path, n in asked[1].items() if "/expert-" in path and path.endswith("/manifest.json")) == 1
+    assert sum(asked[1].values()) - sum(asked[0].values()) <= 8 * 4
+
+
+def test_a_store_by_http_is_sent_no_checksum_beside_the_signature(proxy: FaultProxy, proxied: str, monkeypatch) -> None:
+    paths.replace_bytes(f"{proxied}/a", b"content")
+    names = {name.lower(): value for name, value in proxy.requests[-1].headers.items()}
+    assert not [name for name in names if name.startswith(("x-amz-checksum", "x-amz-trailer", "content-encoding"))]
+    assert names["x-amz-content-sha256"] == hashlib.sha256(b"content").hexdigest()
+    for variable, expected in (("https://127.0.0.1:1", "when_supported"), ("http://127.0.0.1:1", "when_required")):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", variable)
+        assert open_client({}).meta.config.request_checksum_calculation == expected
