@@ -94,16 +94,18 @@ class ArtifactWriter:
         self.written[name] = hasher.entry()
         return self.written[name]
 
-    def write_known(self, name: str, chunks: Iterable[Chunk], size: int, finish: Callable[[], FileEntry]) -> FileEntry:
+    def write_known(
+        self, name: str, chunks: Iterable[Chunk], size: int, finish: Callable[[], FileEntry], resumes: bool = False
+    ) -> FileEntry:
         """Write one file of `size` bytes whose hashes the caller takes: `finish` tells its entry after the last chunk.
 
-        A resumable writer goes on in a file that an interrupted one left: bytes that are there already are compared
-        instead of written.
+        A resumable writer, or one whose attempt an earlier writer of the same bytes had (`resumes`), goes on in a file
+        that an interrupted one left: bytes, or parts on S3, that are there already are compared instead of written.
         """
         if paths.is_local(self.url):
             continue_local(self._path(name), chunks, size)
         else:
-            self._upload(name, chunks, size, SMALL_PART_BYTES)
+            self._upload(name, chunks, size, SMALL_PART_BYTES, resumes or self.resumes)
         self.adopt(name, finish())
         return self.written[name]
 
@@ -174,9 +176,11 @@ class ArtifactWriter:
         except StoreError as error:  # the first error is the one to report; gc finds the rest
             logger.warning("could not delete %s: %s", paths.join(self.url, self.attempt), error)
 
-    def _upload(self, name: str, chunks: Iterable[Chunk], size: int, least: int = PART_BYTES) -> None:
+    def _upload(
+        self, name: str, chunks: Iterable[Chunk], size: int, least: int = PART_BYTES, resumes: bool = False
+    ) -> None:
         part_bytes = max(least, -(-size // MAX_PARTS))
-        paths.upload(self._upload_url(name), in_parts(steady_pieces(chunks), part_bytes))
+        paths.upload(self._upload_url(name), in_parts(steady_pieces(chunks), part_bytes), resumes)
 
     def _upload_url(self, name: str) -> str:
         return paths.join(self.url, self.attempt, self._checked(name))
