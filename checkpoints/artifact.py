@@ -166,14 +166,19 @@ def find_each(urls: Iterable[str]) -> dict[str, Artifact | None]:
     Where many lie in one folder, a listing says which are there, so that only those are asked for.
     """
     found: dict[str, Artifact | None] = {}
-    for folder, members in _by_folder(urls).items():
+    for folder, members in by_folder(urls).items():
         if len(members) >= FEWEST_TO_LIST:
             listed = {info.url for info in paths.walk(folder)}
             found |= {url: None for url in members if paths.join(url, MANIFEST_NAME) not in listed}
         there = [url for url in members if url not in found]
-        opened = zip(there, in_order(_open, there, LOOKS_AT_ONCE), strict=True)
-        found |= {url: one for url, one in opened if not isinstance(one, CorruptArtifactError)}
+        found |= {url: one for url, one in open_each(there).items() if not isinstance(one, CorruptArtifactError)}
     return found
+
+
+def open_each(urls: Iterable[str]) -> dict[str, Artifact | CorruptArtifactError | None]:
+    """What is at each of these URLs, asked for side by side."""
+    known = list(urls)
+    return dict(zip(known, in_order(_open, known, LOOKS_AT_ONCE), strict=True))
 
 
 def check_sizes(artifacts: Iterable[Artifact]) -> None:
@@ -185,7 +190,7 @@ def check_sizes(artifacts: Iterable[Artifact]) -> None:
     for url, artifact in known.items():
         for name in artifact.manifest.files if paths.is_local(url) else ():
             check_size(artifact.file_url(name), artifact.manifest.files[name])
-    for folder, members in _by_folder(url for url in known if not paths.is_local(url)).items():
+    for folder, members in by_folder(url for url in known if not paths.is_local(url)).items():
         roots = [folder] if len(members) >= FEWEST_TO_LIST else members
         walked = in_order(lambda root: [*paths.walk(root)], roots, READS_AT_ONCE)
         sizes = {info.url: info.size for found in walked for info in found}
@@ -194,7 +199,7 @@ def check_sizes(artifacts: Iterable[Artifact]) -> None:
                 compare_size(artifact.file_url(name), entry, sizes.get(artifact.file_url(name)))
 
 
-def _by_folder(urls: Iterable[str]) -> dict[str, list[str]]:
+def by_folder(urls: Iterable[str]) -> dict[str, list[str]]:
     """URLs by the folder that they lie in, each once."""
     found: dict[str, list[str]] = {}
     for url in dict.fromkeys(urls):

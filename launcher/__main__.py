@@ -133,7 +133,7 @@ def status(
     if not as_json and any(row.state in TOLD for row in rows) and (where := where_it_is(record)):
         say(f"the run was {where}")
     if not as_json and not is_going_on(rows):
-        say(f"\n{final_report(settings)}")
+        say(f"\n{final_report(settings, rows)}")
 
 
 @app.command()
