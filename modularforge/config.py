@@ -431,7 +431,7 @@ class TrainingConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 autocast or fp32; `auto` is bf16 on a GPU that has it and fp32 on a CPU."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile the model with torch.compile: whole, or block by block where `parallel` cuts it into pieces."""
     recompute: Literal["none", "blocks", "auto"] = "none"
     """`blocks` keeps the input of each block alone for the backward pass and computes the block again there: a third
     more work, the same values, far less memory; `auto` does so on a GPU that could not hold the rest."""
@@ -1350,8 +1350,8 @@ def _impossible_shards(config: Config) -> Iterator[str]:
         return
     if config.task == "speech":
         yield (
-            f"task must not be speech with training.parallel {training.parallel}, which cannot do that yet; change it, "
-            "or use ddp"
+            f"task must not be speech with training.parallel {training.parallel}, because validation and sums of "
+            "speech need the whole model in each process; use ddp, with a language model that fits on one GPU"
         )
 
 

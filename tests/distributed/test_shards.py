@@ -147,6 +147,7 @@ def test_stages_write_the_same_artifacts_from_pieces(kind: str, tmp_path: Path) 
 
 def test_what_cannot_be_in_pieces_is_refused_by_name(tmp_path: Path) -> None:
     for wrong, said in (
+        ({"task": "speech", "training": {"parallel": "fsdp"}}, "validation and sums of speech need the whole model"),
         ({"training": {"shard_ranks": 2}}, "training.shard_ranks must be null with training.parallel ddp"),
     ):
         with pytest.raises(ConfigError, match=said):
