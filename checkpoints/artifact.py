@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from checkpoints.errors import CorruptArtifactError, MissingArtifactError
 from checkpoints.hashing import FileEntry
 from checkpoints.manifest import CHECKPOINT_KIND, Manifest
 from checkpoints.options import cache_folder
+from checkpoints.owners import one_at_a_time
 from checkpoints.parallel import in_order
 from checkpoints.parsing import parse_json
 from checkpoints.streams import check_local_file, check_size, compare_size, stream_file
@@ -73,7 +75,7 @@ class Artifact:
             ) from error
 
     def local_file(self, name: str, verify: bool = True) -> Path:
-        """One file as a local path; from an object store it is downloaded once.
+        """One file as a local path; from an object store it is downloaded once, by one process of a machine.
 
         Its hash is compared once per process; `verify=False` compares only the size of a file that is local already.
         """
@@ -141,10 +143,13 @@ class Artifact:
     def _cached_file(self, name: str) -> Path:
         entry = self.manifest.files[name]
         target = cache_folder() / entry.sha256 / Path(name).name
-        try:
+        with suppress(CorruptArtifactError):  # not there yet, or damaged in the cache
             return check_local_file(target, entry)
-        except CorruptArtifactError:  # not there yet, or damaged in the cache
-            paths.upload(str(target), self.stream(name))
+        with one_at_a_time(target.parent):  # ranks of a node that begin together fetch it once
+            try:
+                return check_local_file(target, entry)
+            except CorruptArtifactError:
+                paths.upload(str(target), self.stream(name))
         return target
 
 
