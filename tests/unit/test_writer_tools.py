@@ -36,7 +36,7 @@ def run(python: Path, folder: Path, *words: str) -> str:
 
 def test_each_tool_reads_back_what_its_writer_told(python: Path, tmp_path: Path) -> None:
     tests = "tests/unit/test_metric_writers.py"
-    said = run(python, tmp_path, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", tests)
+    said = run(python, tmp_path, "-m", "pytest", "-p", "no:cacheprovider", tests)
     assert "skipped" not in said, said
     assert "passed" in said
 
