@@ -624,7 +624,7 @@ class AssemblyConfig(Section):
     token_pairs: int = Field(262_144, ge=0, le=2**27)
     """Pairs of tokens that the evidence router knows in ModularForge (`text_router.tables`, 8 bytes and 2 per expert
     each); 0 writes no tables, so that the model routes by the tokens in its own rows, as it does in other programs."""
-    width_multiple: int = Field(1, ge=1, le=1024)
+    width_multiple: int = Field(1, ge=1, le=65_536)
     """The evidence router makes the width a multiple of this, such as 64 or 128 for quantised kernels of servers."""
     head_multiple: int = Field(1, ge=1, le=1024)
     """And the number of key-value heads a multiple of this, such as the processes of tensor parallelism."""

@@ -143,7 +143,9 @@ def test_rows_of_tokens_weigh_by_counts_between_rounds_and_in_the_model(finished
     merged, embedding = shared_of(run.require("merge_1")), "model.embed_tokens.weight"
     rounds = [run.require("round_1", index) for index in range(3)]
     counts_KV = torch.from_numpy(np.stack([token_occurrences(artifact) for artifact in rounds]))
-    assert all(np.array_equal(token_occurrences(a), token_occurrences(run.require("expert", k))) for k, a in enumerate(rounds))
+    assert all(
+        np.array_equal(token_occurrences(a), token_occurrences(run.require("expert", k))) for k, a in enumerate(rounds)
+    )
     base = run.backbone.tensors[embedding].double()
     total_V = counts_KV.sum(dim=0) + shared.BASE_COUNT
     by_hand = base + sum(
