@@ -14,7 +14,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 TEXTS ?= texts
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-tests quickstart quickstart-speech real-model gpu-proof docs wheel test test-slow test-faults test-cluster test-transformers4 test-page check format clean
+.PHONY: help install install-tests quickstart quickstart-speech real-model gpu-proof docs wheel test test-slow test-faults test-cluster test-transformers4 test-writers test-page check format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -77,6 +77,9 @@ test-cluster: $(VENV)/installed-tests  ## install Slurm where it is missing (Deb
 test-transformers4: $(VENV)/installed-tests  ## compare with transformers 4.57.6 too, in an environment of its own (.venv-transformers4)
 	$(BIN)/python -m pytest tests/pretrained/test_transformers4.py $(PYTEST_ARGS)
 
+test-writers: $(VENV)/installed-tests  ## Weights & Biases, MLflow and trackio as published, offline, in an environment of their own (.venv-writers)
+	$(BIN)/python -m pytest tests/unit/test_writer_tools.py $(PYTEST_ARGS)
+
 test-page: $(VENV)/installed-tests  ## open the report in headless Chromium (installs it with apt where it is missing)
 	@command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core)
 	$(BIN)/python -m pytest tests/pipeline/test_report_page.py $(PYTEST_ARGS)
@@ -91,4 +94,4 @@ format: $(VENV)/installed-tests  ## sort imports and format
 	$(BIN)/ruff format --quiet .
 
 clean:  ## delete the virtual environment and caches (runs are kept)
-	rm -rf $(VENV) .venv-transformers4 build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-transformers4 .venv-writers build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from checkpoints import paths  # noqa: E402
 from checkpoints.parallel import in_order  # noqa: E402
+from launcher.record import new_record, save_record  # noqa: E402
 from modularforge.config import Config  # noqa: E402
 from modularforge.config_files import load_config, to_yaml  # noqa: E402
 from modularforge.provenance import commit, making  # noqa: E402
@@ -111,7 +112,9 @@ def measure(folder: Path, config: Config, options: list[str], has_cluster: bool)
         f"{experts:,} experts: data, partitions and backbone",
         *pretend(config, ["prepare-data", "partition", "backbone"]),
     )
-    if has_cluster:
+    if not has_cluster:  # the commands look for what was launched
+        save_record(config, new_record(config))
+    else:
         from benchmarks.cluster import cluster
 
         with cluster(True, most_jobs=4 * experts) as environment:

@@ -2,16 +2,19 @@
 
     python benchmarks/storage.py --url s3://bucket/benchmark --folder /a/disk --size-mb 1024
 
-Measures (1) put and get of one file by command: `python -m checkpoints push|pull`, hashing and fsync included, against
-`aws s3 cp`; (2) the same within one process against obstore, which does not hash; (3) writing into a folder against
-`cp` and fsync; (4) the pause of a training loop at a background save as a share of a save that it waits for.
-Credentials and endpoint come from the AWS variables. Contenders take turns; medians and ratios are printed.
+Measures (1) put and get of one file by command: `python -m checkpoints push|pull`, hashing and fsync included,
+against those of `aws s3 cp`, `s5cmd` and `rclone` that are installed; (2) the same within one process against
+obstore, which does not hash; (3) writing into a folder against `cp` and fsync; (4) the pause of a training loop at a
+background save as a share of a save that it waits for. Credentials and endpoint come from the AWS variables.
+Contenders take turns; printed are medians of seconds and of the client's processor time, and both beside the best of
+the others, with the goal.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -71,20 +74,29 @@ def by_command(big: Path, folder: Path, url: str, options: argparse.Namespace) -
     ours, theirs, turn = paths.join(url, "ours"), paths.join(url, "aws"), Turn(folder)
     push = [sys.executable, "-m", "checkpoints", "push", str(source)]
     pull = [sys.executable, "-m", "checkpoints", "pull"]
-    aws = ["aws", "s3", "cp", "--only-show-errors"]
-    put: Contenders = {
-        "push": lambda: run(*push, paths.join(ours, turn.next())),
-        "aws s3 cp": lambda: run(*aws, str(big), paths.join(theirs, turn.next())),
-    }
-    compare(f"put {options.size_mb} MiB by command", put, options)
+    put: Contenders = {"push": lambda: run(*push, paths.join(ours, turn.next()))}
+    get: Contenders = {"pull": lambda: run(*pull, paths.join(ours, "x"), turn.folder())}
+    for name, command, place in peers():
+        put[name] = lambda c=command, p=place: run(*c, str(big), p(paths.join(theirs, turn.next())))  # type: ignore[misc]
+        get[name] = lambda c=command, p=place: run(*c, p(paths.join(theirs, "x")), turn.folder())  # type: ignore[misc]
+    compare(f"put {options.size_mb} MiB by command (goal 0.9)", put, options)
     run(*push, paths.join(ours, "x"))
-    run(*aws, str(big), paths.join(theirs, "x"))
-    get: Contenders = {
-        "pull": lambda: run(*pull, paths.join(ours, "x"), turn.folder()),
-        "aws s3 cp": lambda: run(*aws, paths.join(theirs, "x"), turn.folder()),
-    }
-    compare(f"get {options.size_mb} MiB by command", get, options)
+    for _, command, place in peers()[:1]:
+        run(*command, str(big), place(paths.join(theirs, "x")))
+    compare(f"get {options.size_mb} MiB by command (goal 0.8)", get, options)
     turn.clean()
+
+
+def peers() -> list[tuple[str, list[str], Callable[[str], str]]]:
+    """Other tools that are installed: name, command before source and target, how they spell an object's URL."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
+    remote = f':s3,env_auth,provider=Other,endpoint="{endpoint}":'
+    known: list[tuple[str, list[str], Callable[[str], str]]] = [
+        ("aws s3 cp", ["aws", "s3", "cp", "--only-show-errors"], str),
+        ("s5cmd", ["s5cmd", *(["--endpoint-url", endpoint] if endpoint else []), "cp"], str),
+        ("rclone", ["rclone", "copyto"], lambda url: url.replace("s3://", remote) if endpoint else url),
+    ]
+    return [peer for peer in known if shutil.which(peer[1][0])]
 
 
 def in_process(big: Path, url: str, options: argparse.Namespace) -> None:
@@ -144,7 +156,7 @@ def into_a_folder(big: Path, folder: Path, options: argparse.Namespace) -> None:
             os.fsync(file.fileno())
 
     contenders: Contenders = {"write_chunks": ours, "file, then commit": stage, "cp and fsync": copy}
-    compare(f"write {options.size_mb} MiB into a folder", contenders, options, turn.clean)
+    compare(f"write {options.size_mb} MiB into a folder (goal 0.8)", contenders, options, turn.clean, ours=2)
 
 
 def pause_of_the_loop(url: str, options: argparse.Namespace) -> None:
@@ -169,22 +181,36 @@ def pause_of_the_loop(url: str, options: argparse.Namespace) -> None:
     print(f"  pause of the loop  first {first:.2f} s ({first / whole:.1%})  later {later:.2f} s ({later / whole:.1%})")
 
 
-def compare(title: str, contenders: Contenders, options: argparse.Namespace, after: Any = lambda: None) -> None:
-    """Run the contenders in turns and print medians, and the speed of the first ones relative to the last."""
+def compare(
+    title: str, contenders: Contenders, options: argparse.Namespace, after: Any = lambda: None, ours: int = 1
+) -> None:
+    """Run the contenders, the first of which are `ours`, in turns; print medians, and ratios to the best of others."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    cores: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(options.rounds):
         for name, action in contenders.items():
             os.sync()
-            start = time.perf_counter()
+            start, begun = time.perf_counter(), processor_seconds()
             action()
             seconds[name].append(time.perf_counter() - start)
+            cores[name].append(processor_seconds() - begun)
             after()
-    reference = statistics.median(list(seconds.values())[-1])
+    medians = {name: (statistics.median(seconds[name]), statistics.median(cores[name])) for name in contenders}
+    others = list(medians.values())[ours:] or [(float("nan"), float("nan"))]
+    fastest, thriftiest = min(wall for wall, _ in others), min(core for _, core in others)
     print(f"\n{title}", flush=True)
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        speed = f"{options.size_mb / median:6.0f} MiB/s"
-        print(f"  {name:18} {median:6.2f} s  {speed}  {reference / median:5.2f} of the last", flush=True)
+    for name, (wall, core) in medians.items():
+        print(
+            f"  {name:18} {wall:6.2f} s  {options.size_mb / wall:6.0f} MiB/s  {fastest / wall:5.2f} of the best, "
+            f"{core:5.2f} s of processor  {core / thriftiest:5.2f} x the least",
+            flush=True,
+        )
+
+
+def processor_seconds() -> float:
+    """What this process and the programs that it has waited for have used."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 class Turn:

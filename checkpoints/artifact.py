@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from checkpoints.errors import CorruptArtifactError, MissingArtifactError
 from checkpoints.hashing import FileEntry
 from checkpoints.manifest import CHECKPOINT_KIND, Manifest
 from checkpoints.options import cache_folder
+from checkpoints.owners import one_at_a_time
 from checkpoints.parallel import in_order
 from checkpoints.parsing import parse_json
 from checkpoints.streams import check_local_file, check_size, compare_size, stream_file
@@ -73,7 +75,7 @@ class Artifact:
             ) from error
 
     def local_file(self, name: str, verify: bool = True) -> Path:
-        """One file as a local path; from an object store it is downloaded once.
+        """One file as a local path; from an object store it is downloaded once, by one process of a machine.
 
         Its hash is compared once per process; `verify=False` compares only the size of a file that is local already.
         """
@@ -141,10 +143,13 @@ class Artifact:
     def _cached_file(self, name: str) -> Path:
         entry = self.manifest.files[name]
         target = cache_folder() / entry.sha256 / Path(name).name
-        try:
+        with suppress(CorruptArtifactError):  # not there yet, or damaged in the cache
             return check_local_file(target, entry)
-        except CorruptArtifactError:  # not there yet, or damaged in the cache
-            paths.upload(str(target), self.stream(name))
+        with one_at_a_time(target.parent):  # ranks of a node that begin together fetch it once
+            try:
+                return check_local_file(target, entry)
+            except CorruptArtifactError:
+                paths.upload(str(target), self.stream(name))
         return target
 
 
@@ -166,14 +171,19 @@ def find_each(urls: Iterable[str]) -> dict[str, Artifact | None]:
     Where many lie in one folder, a listing says which are there, so that only those are asked for.
     """
     found: dict[str, Artifact | None] = {}
-    for folder, members in _by_folder(urls).items():
+    for folder, members in by_folder(urls).items():
         if len(members) >= FEWEST_TO_LIST:
             listed = {info.url for info in paths.walk(folder)}
             found |= {url: None for url in members if paths.join(url, MANIFEST_NAME) not in listed}
         there = [url for url in members if url not in found]
-        opened = zip(there, in_order(_open, there, LOOKS_AT_ONCE), strict=True)
-        found |= {url: one for url, one in opened if not isinstance(one, CorruptArtifactError)}
+        found |= {url: one for url, one in open_each(there).items() if not isinstance(one, CorruptArtifactError)}
     return found
+
+
+def open_each(urls: Iterable[str]) -> dict[str, Artifact | CorruptArtifactError | None]:
+    """What is at each of these URLs, asked for side by side."""
+    known = list(urls)
+    return dict(zip(known, in_order(_open, known, LOOKS_AT_ONCE), strict=True))
 
 
 def check_sizes(artifacts: Iterable[Artifact]) -> None:
@@ -185,7 +195,7 @@ def check_sizes(artifacts: Iterable[Artifact]) -> None:
     for url, artifact in known.items():
         for name in artifact.manifest.files if paths.is_local(url) else ():
             check_size(artifact.file_url(name), artifact.manifest.files[name])
-    for folder, members in _by_folder(url for url in known if not paths.is_local(url)).items():
+    for folder, members in by_folder(url for url in known if not paths.is_local(url)).items():
         roots = [folder] if len(members) >= FEWEST_TO_LIST else members
         walked = in_order(lambda root: [*paths.walk(root)], roots, READS_AT_ONCE)
         sizes = {info.url: info.size for found in walked for info in found}
@@ -194,7 +204,7 @@ def check_sizes(artifacts: Iterable[Artifact]) -> None:
                 compare_size(artifact.file_url(name), entry, sizes.get(artifact.file_url(name)))
 
 
-def _by_folder(urls: Iterable[str]) -> dict[str, list[str]]:
+def by_folder(urls: Iterable[str]) -> dict[str, list[str]]:
     """URLs by the folder that they lie in, each once."""
     found: dict[str, list[str]] = {}
     for url in dict.fromkeys(urls):

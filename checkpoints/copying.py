@@ -110,7 +110,7 @@ def _copy_to_objects(source: Artifact, writer: ArtifactWriter, report: Report) -
         if there.get(name) == entry.size:  # uploads are atomic, and this key holds nothing but this file
             report(entry.size)
         else:
-            writer.write_known(name, _reported(source.stream(name), report), entry.size, lambda: entry)
+            writer.write_known(name, _reported(source.stream(name), report), entry.size, lambda: entry, True)
         return name
 
     for name in in_order(send, source.manifest.files, FILES_AT_ONCE):

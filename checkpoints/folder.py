@@ -53,9 +53,10 @@ class FolderStore:
         """Size of a file; raises FileNotFoundError, also for a folder."""
         return call("look at", url, lambda: _file_size(local_path(url)))
 
-    def create(self, url: str, content: bytes) -> None:
+    def create(self, url: str, content: bytes) -> str:
         """Write a file that must not exist yet; raises FileExistsError."""
         call("create", url, lambda: write_atomically(local_path(url), [content], replace=False))
+        return ""  # known of S3 alone
 
     def replace(self, url: str, content: bytes) -> None:
         """Write a file, in place of an older one if there is one."""

@@ -62,6 +62,22 @@ def locked(folder: Path, resumes: bool = False) -> Iterator[bool]:
         yield bool(is_mine)
 
 
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until no other process or thread of this machine is in here with the same folder, which is made.
+
+    Where the file system knows no locks, nobody waits.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def has_writer(path: Path) -> bool:
     """Whether a living process owns a scratch folder; where the file system knows no locks, nobody can tell."""
     with claimed(path) as is_mine:

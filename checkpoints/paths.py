@@ -135,12 +135,12 @@ def walk(url: str) -> list[FileInfo]:
     return store_of(url).walk(url)
 
 
-def create_bytes(url: str, content: bytes) -> None:
-    """Write a file that must not exist yet, in one atomic step; raises FileExistsError.
+def create_bytes(url: str, content: bytes) -> str:
+    """Write a file that must not exist yet, in one atomic step; raises FileExistsError. Returns its ETag, if known.
 
     On an object store a lost answer is resolved by reading back, so `content` must be unique to its writer.
     """
-    store_of(url).create(url, content)
+    return store_of(url).create(url, content)
 
 
 def replace_bytes(url: str, content: bytes) -> None:
@@ -148,9 +148,16 @@ def replace_bytes(url: str, content: bytes) -> None:
     store_of(url).replace(url, content)
 
 
-def upload(url: str, parts: Iterable[bytes]) -> None:
-    """Write a file from parts with only a few of them in memory; nothing appears before the last."""
-    store_of(url).upload(url, parts)
+def upload(url: str, parts: Iterable[bytes], resumes: bool = False) -> None:
+    """Write a file from parts with only a few of them in memory; nothing appears before the last.
+
+    Where it `resumes`, parts that an interrupted upload of the same bytes to S3 left are not sent again.
+    """
+    store = store_of(url)
+    if isinstance(store, S3Store):
+        store.upload(url, parts, resumes)
+    else:
+        store.upload(url, parts)
 
 
 def copy_inside(source: str, target: str, size: int | None = None) -> bool:

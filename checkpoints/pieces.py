@@ -80,9 +80,8 @@ def read_pieces(step: Artifact, wanted: Part | None) -> dict[str, torch.Tensor]:
             if name not in rows:
                 found.setdefault(name, [tensor.clone()])
                 continue
-            own, common = part.span(name), _common(part.span(name), wanted.span(name))
-            begin = common.start - own.start if common else 0
-            found.setdefault(name, []).append(tensor[begin : begin + len(common)].clone())
+            common = common_rows(part.span(name), wanted.span(name))
+            found.setdefault(name, []).append(tensor[common].clone())
     return {name: torch.cat(tensors) if name in rows else tensors[0] for name, tensors in found.items()}
 
 
@@ -99,10 +98,29 @@ def _common(one: range, other: range) -> range:
 
 
 def _read(step: Artifact, part: Part, digest: str) -> dict[str, torch.Tensor]:
+    return read_weight_file(_piece(step, part, digest), TENSORS_NAME)
+
+
+def _piece(step: Artifact, part: Part, digest: str) -> Artifact:
     artifact = open_artifact(_place(step, part))
     if artifact.manifest.files[TENSORS_NAME].sha256 != digest:
         raise CorruptArtifactError(f"{artifact.url} must be a piece of {step.url}, but is of another; move both away")
-    return read_weight_file(artifact, TENSORS_NAME)
+    return artifact
+
+
+def weight_parts(step: Artifact) -> list[tuple[Artifact, Part]]:
+    """The artifacts that hold a step's tensors, in order, and which part of its rows each has."""
+    if PIECES_NAME not in step.manifest.files:
+        return [(step, Part(0, 1))]
+    count, rows, hashes = _description(step)
+    parts = [Part(index, count, rows) for index in range(count)]
+    return [(_piece(step, part, digest), part) for part, digest in zip(parts, hashes, strict=True)]
+
+
+def common_rows(one: range, other: range) -> slice:
+    """Rows of a tensor that both have, counted from the first of `one`."""
+    common = _common(one, other)
+    return slice(common.start - one.start, common.start - one.start + len(common)) if common else slice(0, 0)
 
 
 def _place(step: Artifact, part: Part) -> str:

@@ -7,16 +7,24 @@ the process group's timeout, ends the exchange with an error of the process grou
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
-from checkpoints.errors import StoreError
-from checkpoints.pieces import Part
-from checkpoints.training import Checkpoint, list_checkpoints, load_checkpoint, load_newest_checkpoint, step_of
+from checkpoints.errors import CorruptArtifactError, MissingArtifactError, StoreError
+from checkpoints.pieces import Part, weight_parts
+from checkpoints.sharing import Shares, read_share
+from checkpoints.training import (
+    Checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    newest_that_loads,
+    open_checkpoint,
+)
 
 Result = TypeVar("Result")
-NO_CHECKPOINT = -1
 
 
 def together(action: Callable[[], Result], distributed: Any, device: torch.device | str = "cpu") -> Result:
@@ -55,25 +63,56 @@ def load_newest_on_all_ranks(
     fallback: bool = False,
     part: Part | None = None,
 ) -> Checkpoint | None:
-    """The same checkpoint on every rank (called on every rank): rank 0 chooses the step, then each reads its part."""
-    chosen: list[Checkpoint | None] = [None]
+    """The newest checkpoint that loads, on every rank its part (called on every rank).
 
-    def choose() -> None:
-        chosen[0] = load_newest_checkpoint(url, fingerprint, fallback, part)
+    Rank 0 says which there are. No byte of tensors is read twice where ranks read in another layout than was written.
+    """
+    names: list[str] = []
 
-    on_rank_zero(choose, distributed, device)
-    mine = chosen[0].step if chosen[0] else NO_CHECKPOINT
-    step = _gather(mine, distributed, device)[0]
-    if step == NO_CHECKPOINT:
-        return None
-    return together(lambda: chosen[0] or _load_step(url, step, fingerprint, part), distributed, device)
+    def look() -> None:
+        if distributed.get_rank() == 0:
+            names.extend(list_checkpoints(url))
+
+    together(look, distributed, device)
+    names = _from_rank_zero("\n".join(names), distributed, device).split()
+    load = partial(_load_between, fingerprint=fingerprint, part=part, distributed=distributed, device=device)
+    return newest_that_loads(url, names, load, fallback, is_main=distributed.get_rank() == 0)
 
 
-def _load_step(url: str, step: int, fingerprint: str, part: Part | None) -> Checkpoint:
-    names = {step_of(name): name for name in list_checkpoints(url)}
-    if step not in names:
-        raise StoreError(f"{url} must show step {step} on every rank, but shows {sorted(names)}; use shared storage")
-    return load_checkpoint(f"{url.rstrip('/')}/{names[step]}", fingerprint, part)
+def _load_between(
+    url: str, fingerprint: str, part: Part | None, distributed: Any, device: torch.device | str
+) -> Checkpoint:
+    """One checkpoint (called on every rank): each reads a share of it once, and gets what it needs of the others'.
+
+    A rank whose own piece lies there as it is reads that alone. Raises CorruptArtifactError on all ranks when it is
+    damaged on one.
+    """
+    damaged: list[str] = []
+    read: list[tuple[Checkpoint, Shares | None]] = []
+
+    def read_own() -> None:
+        try:
+            read.append(_read_own(url, fingerprint, part, distributed))
+        except MissingArtifactError as error:
+            raise StoreError(f"{url} must be there on every rank, but is not ({error}); use shared storage") from error
+        except CorruptArtifactError as error:
+            damaged.append(str(error))
+
+    together(read_own, distributed, device)
+    if message := _first_message("".join(damaged), distributed, device):
+        raise CorruptArtifactError(message)
+    checkpoint, shares = read[0]
+    if shares is None:
+        return checkpoint
+    return replace(checkpoint, tensors=shares.exchanged(part, distributed, device))
+
+
+def _read_own(url: str, fingerprint: str, part: Part | None, distributed: Any) -> tuple[Checkpoint, Shares | None]:
+    artifact, step, state = open_checkpoint(url, fingerprint)
+    parts = weight_parts(artifact)
+    if part is not None and len(parts) == part.count:
+        return load_checkpoint(url, fingerprint, part), None
+    return Checkpoint(step, {}, state), read_share(parts, distributed.get_rank(), distributed.get_world_size())
 
 
 def _gather(value: int, distributed: Any, device: torch.device | str) -> list[int]:
@@ -89,6 +128,19 @@ def _broadcast(message: bytes, length: int, source: int, distributed: Any, devic
     text = torch.tensor(list(content), dtype=torch.uint8, device=device)
     distributed.broadcast(text, src=source)
     return bytes(text.cpu().tolist()).decode(errors="replace")
+
+
+def _from_rank_zero(text: str, distributed: Any, device: torch.device | str) -> str:
+    message = text.encode()
+    return _broadcast(message, _gather(len(message), distributed, device)[0], 0, distributed, device)
+
+
+def _first_message(text: str, distributed: Any, device: torch.device | str) -> str:
+    """What the first rank says that says anything, on every rank."""
+    message = text.encode()
+    lengths = _gather(len(message), distributed, device)
+    speaker = next((rank for rank, length in enumerate(lengths) if length), None)
+    return "" if speaker is None else _broadcast(message, lengths[speaker], speaker, distributed, device)
 
 
 def _nothing() -> None:

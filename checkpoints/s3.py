@@ -7,13 +7,14 @@ took 1.4 times the processor time of the same requests from threads.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from itertools import chain
 from typing import Any
 
 from checkpoints import retry
-from checkpoints.errors import StoreError
+from checkpoints.errors import CorruptArtifactError, StoreError
 from checkpoints.options import max_attempts
 from checkpoints.parallel import in_order
 from checkpoints.retry import call
@@ -70,37 +71,42 @@ class S3Store:
             self._check_bucket(url)  # a HEAD has no body that could tell a missing bucket from a missing key
             raise
 
-    def create(self, url: str, content: bytes) -> None:
+    def create(self, url: str, content: bytes) -> str:
         """Write an object that must not exist yet; raises FileExistsError. `content` must be unique to its writer.
 
+        Returns its ETag, which is not known (empty) where the answer was lost.
         After an unclear answer (lost, 409, 412) the object is read back: a lost answer may hide our own success, and
         the HTTP client below may have sent the request twice.
         """
         for attempt in range(1, max_attempts() + 1):
             try:
-                self._put(url, content, IfNoneMatch="*")
-                return
+                return self._put(url, content, IfNoneMatch="*")
             except Exception as error:
                 if not (retry.is_conflict(error) or retry.is_transient(error)):
                     raise retry.explain(error, "create", url) from error
                 if self._holds(url, content):
-                    return
+                    return ""
                 if attempt == max_attempts():
                     raise retry.explain(error, "create", url, attempt) from error
                 retry.wait("create", url, error, attempt, max_attempts())
+        return ""  # never, as the last attempt returns or raises
 
     def replace(self, url: str, content: bytes) -> None:
         """Write an object, in place of an older one if there is one."""
         call("write", url, lambda: self._put(url, content))
 
-    def upload(self, url: str, parts: Iterable[bytes]) -> None:
-        """Write an object from its parts (all but the last of at least 5 MiB), a few of them at a time in memory."""
+    def upload(self, url: str, parts: Iterable[bytes], resumes: bool = False) -> None:
+        """Write an object from its parts (all but the last of at least 5 MiB), a few of them at a time in memory.
+
+        Where it `resumes`, parts that an interrupted upload of the same object left are not sent again, and its own are
+        left for the next one, unless the bytes turn out to be damaged.
+        """
         rest = iter(parts)
         first, second = next(rest, b""), next(rest, None)
         if second is None:
             self.replace(url, first)
         else:
-            self._upload_parts(url, chain([first, second], rest))
+            self._upload_parts(url, chain([first, second], rest), resumes)
 
     def copy_inside(self, source: str, target: str, size: int | None = None) -> bool:
         """Let the server copy an object, in parts of 1 GiB where it is larger than one request may copy."""
@@ -145,6 +151,7 @@ class S3Store:
                 f"{root}/{entry['Key'].removeprefix(prefix)}".rstrip("/"),
                 int(entry["Size"]),
                 entry["LastModified"].timestamp(),
+                _tag(entry),
             )
             for page in self._pages(url, "list_objects_v2", OBJECT_MARKERS)
             for entry in page.get("Contents", ())
@@ -202,22 +209,50 @@ class S3Store:
         except FileNotFoundError:
             retry.logger.debug("the upload of %s has ended already", url)
 
-    def _upload_parts(self, url: str, parts: Iterator[bytes]) -> None:
-        upload_id = self._request("start the upload of", url, "create_multipart_upload")["UploadId"]
+    def _upload_parts(self, url: str, parts: Iterator[bytes], resumes: bool) -> None:
+        upload_id, there = self._begun(url) if resumes else ("", {})
+        upload_id = upload_id or self._request("start the upload of", url, "create_multipart_upload")["UploadId"]
         sizes: list[int] = []
 
         def send(numbered: tuple[int, bytes]) -> dict[str, Any]:
             number, part = numbered
             sizes.append(len(part))
+            if number in there and there[number] == (len(part), hashlib.md5(part, usedforsecurity=False).hexdigest()):
+                return {"PartNumber": number, "ETag": f'"{there[number][1]}"'}
             answer = self._request("upload", url, "upload_part", UploadId=upload_id, PartNumber=number, Body=part)
             return {"PartNumber": number, "ETag": answer["ETag"]}
 
         try:
             done = list(in_order(send, enumerate(parts, 1), REQUESTS_IN_FLIGHT))
             self._complete(url, upload_id, done, sum(sizes))
-        except BaseException:
-            self._abort_quietly(url, upload_id)
+        except BaseException as error:
+            if not resumes or isinstance(error, CorruptArtifactError):
+                self._abort_quietly(url, upload_id)
+            elif isinstance(error, FileNotFoundError):
+                raise StoreError(
+                    f"the upload of {url} must go on, but another process has ended it; run the same command again"
+                ) from error
             raise
+
+    def _begun(self, url: str) -> tuple[str, dict[int, tuple[int, str]]]:
+        """The newest unfinished upload of an object, and size and ETag of its parts; an empty id where there is none.
+
+        The ETag of a part is its MD5 but where the store encrypts with keys of the user's, and is no match there.
+        """
+        bucket, key = _split(url)
+        answer = call("list", url, lambda: self._call("list_multipart_uploads", bucket, Prefix=key))
+        found = [entry for entry in answer.get("Uploads", ()) if entry["Key"] == key]
+        if not found:
+            return "", {}
+        upload_id = max(found, key=lambda entry: entry["Initiated"])["UploadId"]
+        parts: dict[int, tuple[int, str]] = {}
+        more: dict[str, Any] = {}
+        while True:
+            page = self._request("list the parts of", url, "list_parts", UploadId=upload_id, **more)
+            parts |= {entry["PartNumber"]: (int(entry["Size"]), _tag(entry)) for entry in page.get("Parts", ())}
+            if not page.get("IsTruncated"):
+                return upload_id, parts
+            more = {"PartNumberMarker": page["NextPartNumberMarker"]}
 
     def _complete(self, url: str, upload_id: str, parts: list[dict[str, Any]], size: int) -> None:
         try:
@@ -269,9 +304,9 @@ class S3Store:
         with closing(body):
             return list(iter(lambda: body.read(PIECE_BYTES), b""))
 
-    def _put(self, url: str, content: bytes, **options: Any) -> None:
+    def _put(self, url: str, content: bytes, **options: Any) -> str:
         bucket, key = _split(url)
-        self._call("put_object", bucket, Key=key, Body=content, **options)
+        return _tag(self._call("put_object", bucket, Key=key, Body=content, **options))
 
     def _request(self, action: str, url: str, method: str, **options: Any) -> dict[str, Any]:
         bucket, key = _split(url)
@@ -293,6 +328,11 @@ def _by_bucket(urls: Iterable[str]) -> Iterable[list[str]]:
     for url in dict.fromkeys(urls):
         found.setdefault(_split(url)[0], []).append(url)
     return found.values()
+
+
+def _tag(answer: dict[str, Any]) -> str:
+    """The ETag in an answer, without its quotes."""
+    return str(answer.get("ETag", "")).strip('"')
 
 
 def _split(url: str) -> tuple[str, str]:
@@ -318,4 +358,9 @@ def open_client(settings: dict[str, Any]) -> Any:
         config["signature_version"] = botocore.UNSIGNED
     named = {ours: settings[theirs] for theirs, ours in CLIENT_NAMES.items() if settings.get(theirs) is not None}
     session = botocore.session.Session(profile=settings.get("profile"))
-    return session.create_client("s3", config=Config(**config), **{**named, **settings.get("client_kwargs", {})})
+    client = session.create_client("s3", config=Config(**config), **{**named, **settings.get("client_kwargs", {})})
+    if client.meta.endpoint_url.startswith("http://") and "request_checksum_calculation" not in config:
+        # What is sent is signed there, by its sha256, which a CRC of all bytes adds nothing to. Over https it is the
+        # other way round, as in all of AWS's own programs: a CRC, and no signature of the content.
+        client.meta.config.request_checksum_calculation = "when_required"
+    return client

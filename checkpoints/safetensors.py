@@ -95,7 +95,7 @@ def read_spans(url: str, hashes: Mapping[str, str] | None = None, size: int | No
     Where the `size` of the file in bytes is known, most headers take one request.
     """
     try:
-        header = read_header(_reader(url, size), paths.file_size(url) if size is None else size)
+        header = read_header(reader(url, size), paths.file_size(url) if size is None else size)
     except FileNotFoundError as error:
         raise DataError(f"{url} must be there, but is missing; delete its artifact and run that stage again") from error
     except ValueError as error:
@@ -104,16 +104,21 @@ def read_spans(url: str, hashes: Mapping[str, str] | None = None, size: int | No
         raise DataError(
             f"{url} must have values of whole bytes, but has {', '.join(packed)}; use another version of it"
         )
+    return spans_in(url, header, hashes or {})
+
+
+def spans_in(url: str, header: Header, hashes: Mapping[str, str]) -> dict[str, TensorSpan]:
+    """Where the tensors of a file with this header are."""
     return {
         name: TensorSpan(
             url, entry.dtype, entry.shape, header.data_start + entry.start, entry.end - entry.start,
-            hashes.get(name, "") if hashes else "",
+            hashes.get(name, ""),
         )
         for name, entry in header.tensors.items()
     }  # fmt: skip
 
 
-def _reader(url: str, size: int | None) -> Callable[[int, int], bytes]:
+def reader(url: str, size: int | None) -> Callable[[int, int], bytes]:
     """What reads bytes [start, end) of a file; of one whose size is known, its beginning comes at once."""
     head = b"" if size is None else paths.read_bytes(url, 0, min(size, USUAL_HEADER_BYTES))
     return lambda start, end: head[start:end] if end <= len(head) else paths.read_bytes(url, start, end)

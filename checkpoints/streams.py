@@ -33,15 +33,19 @@ def stream_file(url: str, entry: FileEntry, hasher: FileHasher | None = None) ->
     """
     hasher = hasher or FileHasher(url)
     check_size(url, entry)
-    parts = _local_parts if paths.is_local(url) else _remote_parts
     try:
         with hasher.in_background(entry.size) as update:
-            for part in parts(url, hasher.size, entry.size):
+            for part in stream_span(url, hasher.size, entry.size):
                 update(part)
                 yield part
     except FileNotFoundError as error:  # deleted since its size was asked
         raise _missing(url) from error
     check_hash(url, entry, hasher)
+
+
+def stream_span(url: str, start: int, end: int) -> Iterator[bytes]:
+    """Bytes [start, end) of a file in parts, in order, fetched a few ahead; the caller compares them with a hash."""
+    return (_local_parts if paths.is_local(url) else _remote_parts)(url, start, end)
 
 
 def _local_parts(url: str, start: int, end: int) -> Iterator[bytes]:

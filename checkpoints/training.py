@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,6 +115,15 @@ def load_checkpoint(url: str, fingerprint: str, part: Part | None = None) -> Che
 
     CorruptArtifactError when it is damaged. However many pieces it was written in, it is read in any other number.
     """
+    artifact, step, state = open_checkpoint(url, fingerprint)
+    if PIECES_NAME in artifact.manifest.files:
+        return Checkpoint(step, read_pieces(artifact, part), state)
+    tensors = read_weight_file(artifact, TENSORS_NAME)
+    return Checkpoint(step, tensors if part is None else part.of(tensors), state)
+
+
+def open_checkpoint(url: str, fingerprint: str) -> tuple[Artifact, int, dict[str, Any]]:
+    """A checkpoint without its tensors: its artifact, step and state; raises what `load_checkpoint` does."""
     artifact = open_artifact(url)
     if artifact.manifest.fingerprint != fingerprint:
         raise StoreError(
@@ -122,10 +133,7 @@ def load_checkpoint(url: str, fingerprint: str, part: Part | None = None) -> Che
     state = artifact.read_json(STATE_NAME)
     if artifact.manifest.step is None or not isinstance(state, dict):
         raise CorruptArtifactError(f"{url} must be a training checkpoint, but is another artifact; move it away")
-    if PIECES_NAME in artifact.manifest.files:
-        return Checkpoint(artifact.manifest.step, read_pieces(artifact, part), state)
-    tensors = read_weight_file(artifact, TENSORS_NAME)
-    return Checkpoint(artifact.manifest.step, tensors if part is None else part.of(tensors), state)
+    return artifact, artifact.manifest.step, state
 
 
 def load_newest_checkpoint(
@@ -136,11 +144,18 @@ def load_newest_checkpoint(
     A damaged one is CorruptArtifactError. With `fallback` it is set aside with a loud record and the next older one is
     loaded; when none loads, that is an error too, never None.
     """
-    names = list_checkpoints(url)
+    load = partial(load_checkpoint, fingerprint=fingerprint, part=part)
+    return newest_that_loads(url, list_checkpoints(url), load, fallback)
+
+
+def newest_that_loads(
+    url: str, names: Sequence[str], load: Callable[[str], Checkpoint], fallback: bool, is_main: bool = True
+) -> Checkpoint | None:
+    """The same of the checkpoints of these names, oldest first, by `load` of a URL; `is_main` speaks and sets aside."""
     damaged: list[str] = []
     for name in reversed(names):
         try:
-            checkpoint = load_checkpoint(paths.join(url, name), fingerprint, part)
+            checkpoint = load(paths.join(url, name))
         except CorruptArtifactError as error:
             if not fallback:
                 raise CorruptArtifactError(
@@ -148,10 +163,11 @@ def load_newest_checkpoint(
                     f"or go on from an older one ({len(names) - 1} there), without the work since then, with "
                     "--set training.checkpoint_fallback=true"
                 ) from error
-            logger.error("CHECKPOINT DAMAGED, falling back to an older one: %s", error)
+            if is_main:
+                logger.error("CHECKPOINT DAMAGED, falling back to an older one: %s", error)
             damaged.append(name)
             continue
-        for bad in damaged:
+        for bad in damaged if is_main else ():
             logger.error("FALLBACK: training goes on from step %d, not from %s", checkpoint.step, paths.join(url, bad))
             set_aside(paths.join(url, bad))
         return checkpoint

@@ -22,6 +22,7 @@ from checkpoints.errors import (
     UnreachableError,
 )
 from checkpoints.manifest import CHECKPOINT_KIND
+from checkpoints.notes import Read, notes_of, read_lines
 from checkpoints.parallel import in_order
 from checkpoints.urls import ATTEMPT, FileInfo, UnsafeNameError, checked_path
 
@@ -36,12 +37,13 @@ TENSORBOARD = "events.out.tfevents."
 
 @dataclass(frozen=True)
 class Selection:
-    """What is to be copied, and what is wrong with manifests that cannot be read."""
+    """What is to be copied, and what is wrong with manifests that cannot be read; `notes` are some of the `loose`."""
 
     source: str
     artifacts: list[Artifact]
     loose: list[str]
     problems: list[str]
+    notes: frozenset[str] = frozenset()
 
     @property
     def size(self) -> int:
@@ -66,14 +68,19 @@ class Outcome:
 
 
 def select(source: str, newest: bool) -> Selection:
-    """All artifacts below a URL and the loose files of a run, or only the newest checkpoint of every job."""
+    """All artifacts below a URL and the loose files of a run, or only the newest checkpoint of every job.
+
+    Notes of which each line is an object count as the file that they are on a folder.
+    """
     artifacts, damaged = examine(source)
     if newest:
         return Selection(source, newest_checkpoints(artifacts, source), [], [*damaged.values()])
     owners = [*(artifact.url for artifact in artifacts), *damaged]
     is_run = all(owner.rstrip("/") != source.rstrip("/") for owner in owners)
-    loose = loose_files(source, paths.walk(source), owners) if is_run else []
-    return Selection(source, artifacts, [info.url for info in loose], [*damaged.values()])
+    there = paths.walk(source) if is_run else []
+    loose = [info.url for info in loose_files(source, there, owners)]
+    notes = {} if paths.is_local(source) else {paths.join(source, name): None for name in _notes(source, there)}
+    return Selection(source, artifacts, [*dict.fromkeys((*loose, *notes))], [*damaged.values()], frozenset(notes))
 
 
 def transfer(chosen: Selection, target: str, report: Report) -> Outcome:
@@ -84,7 +91,7 @@ def transfer(chosen: Selection, target: str, report: Report) -> Outcome:
         at_once = SMALL_AT_ONCE if is_small else 1
         for one in in_order(lambda artifact: _copy_artifact(artifact, chosen.source, target, report), found, at_once):
             outcome.add(one)
-    _copy_loose(chosen.source, chosen.loose, target, outcome)
+    _copy_loose(chosen, target, outcome)
     if paths.is_local(chosen.source):
         links = paths.linked_folders(paths.local_path(chosen.source))
         outcome.passed_over += [f"{link} is a link to a folder, which is copied only by its own name" for link in links]
@@ -129,10 +136,10 @@ def _copy_artifact(artifact: Artifact, source: str, target: str, report: Report)
     return outcome
 
 
-def _copy_loose(source: str, urls: Iterable[str], target: str, outcome: Outcome) -> None:
-    for url in urls:
+def _copy_loose(chosen: Selection, target: str, outcome: Outcome) -> None:
+    for url in chosen.loose:
         try:
-            place = copy_loose_file(source, url, target)
+            place = copy_loose_file(chosen.source, url, target, read_lines if url in chosen.notes else paths.read_bytes)
             outcome.copied_files += [place] if place else []
         except FATAL:
             raise
@@ -142,13 +149,18 @@ def _copy_loose(source: str, urls: Iterable[str], target: str, outcome: Outcome)
             outcome.passed_over.append(f"{url} is gone since it was listed")
 
 
+def _notes(source: str, files: Iterable[FileInfo]) -> Iterable[str]:
+    """Names of the notes whose lines are among these objects."""
+    return filter(None, (notes_of(paths.relative(info.url, source)) for info in files))
+
+
 def loose_files(url: str, files: Iterable[FileInfo], artifacts: Iterable[str]) -> list[FileInfo]:
     """Settings, metrics, logs and TensorBoard events of a listing that lie in no artifact and no hidden folder."""
     owned = tuple(f"{artifact.rstrip('/')}/" for artifact in artifacts)
     return [info for info in files if not info.url.startswith(owned) and _is_loose(paths.relative(info.url, url))]
 
 
-def copy_loose_file(root: str, url: str, target: str) -> str | None:
+def copy_loose_file(root: str, url: str, target: str, read: Read = paths.read_bytes) -> str | None:
     """Copy a file below `root` to the same place below `target`, over an older version, and return where it is now.
 
     None when what is there is the same or goes on where this file ends: metrics and logs only grow, so a target that
@@ -158,7 +170,7 @@ def copy_loose_file(root: str, url: str, target: str) -> str | None:
     target = paths.join(target, _checked_name(root, url))
     if paths.is_local(url):
         paths.check_within(paths.local_path(url), paths.local_path(root))
-    content = paths.read_bytes(url)
+    content = read(url)
     if paths.exists(target) and paths.read_bytes(target).startswith(content):
         return None
     try:

@@ -20,6 +20,7 @@ from checkpoints.errors import StoreError
 MANIFEST_NAME = "manifest.json"
 JOURNAL_NAME = ".journal.json"  # finished files of an unfinished artifact
 OWNER_NAME = ".owner.json"  # who writes an unfinished artifact
+LABEL = ".label"  # what a listing tells of an artifact on an object store
 OWN_NAMES = (MANIFEST_NAME, JOURNAL_NAME, OWNER_NAME)  # of the store itself, beside an artifact's files
 ATTEMPT = re.compile(r"attempt-[0-9a-f]{12}")
 UPLOAD_SCRATCH = "modularforge-upload-"  # folders of writers to object stores, in the temporary folder
@@ -40,11 +41,15 @@ REFUSED_CATEGORIES = frozenset({"Cc", "Zl", "Zp", "Cs"})
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A file that a listing found: where, how large, and when it was last written (seconds since 1970)."""
+    """A file that a listing found: where, how large, and when it was last written (seconds since 1970).
+
+    `tag` is the ETag of an object, of stores that tell it: another one for other bytes.
+    """
 
     url: str
     size: int
     modified: float
+    tag: str = ""
 
 
 def join(url: str, *parts: str) -> str:

@@ -25,6 +25,7 @@ from checkpoints.folder import exchange
 from checkpoints.garbage import sweep_beside
 from checkpoints.hashing import FileEntry, FileHasher, describe_file
 from checkpoints.journal import Journal, attempt_of
+from checkpoints.labels import write_label
 from checkpoints.manifest import Manifest, check_names
 from checkpoints.owners import locked
 from checkpoints.parallel import in_order, meanwhile
@@ -42,6 +43,7 @@ from checkpoints.streams import (
 )
 from checkpoints.urls import (
     JOURNAL_NAME,
+    LABEL,
     MANIFEST_NAME,
     OWN_NAMES,
     OWNER_NAME,
@@ -92,16 +94,18 @@ class ArtifactWriter:
         self.written[name] = hasher.entry()
         return self.written[name]
 
-    def write_known(self, name: str, chunks: Iterable[Chunk], size: int, finish: Callable[[], FileEntry]) -> FileEntry:
+    def write_known(
+        self, name: str, chunks: Iterable[Chunk], size: int, finish: Callable[[], FileEntry], resumes: bool = False
+    ) -> FileEntry:
         """Write one file of `size` bytes whose hashes the caller takes: `finish` tells its entry after the last chunk.
 
-        A resumable writer goes on in a file that an interrupted one left: bytes that are there already are compared
-        instead of written.
+        A resumable writer, or one whose attempt an earlier writer of the same bytes had (`resumes`), goes on in a file
+        that an interrupted one left: bytes, or parts on S3, that are there already are compared instead of written.
         """
         if paths.is_local(self.url):
             continue_local(self._path(name), chunks, size)
         else:
-            self._upload(name, chunks, size, SMALL_PART_BYTES)
+            self._upload(name, chunks, size, SMALL_PART_BYTES, resumes or self.resumes)
         self.adopt(name, finish())
         return self.written[name]
 
@@ -153,7 +157,7 @@ class ArtifactWriter:
         elif local:
             self._rename_into_place(content)
         else:
-            self._create_manifest(content)
+            write_label(self.url, manifest, self._create_manifest(content))
         if local:
             sweep_beside(paths.local_path(self.url))
         return Artifact(self.url, manifest)
@@ -172,9 +176,11 @@ class ArtifactWriter:
         except StoreError as error:  # the first error is the one to report; gc finds the rest
             logger.warning("could not delete %s: %s", paths.join(self.url, self.attempt), error)
 
-    def _upload(self, name: str, chunks: Iterable[Chunk], size: int, least: int = PART_BYTES) -> None:
+    def _upload(
+        self, name: str, chunks: Iterable[Chunk], size: int, least: int = PART_BYTES, resumes: bool = False
+    ) -> None:
         part_bytes = max(least, -(-size // MAX_PARTS))
-        paths.upload(self._upload_url(name), in_parts(steady_pieces(chunks), part_bytes))
+        paths.upload(self._upload_url(name), in_parts(steady_pieces(chunks), part_bytes), resumes)
 
     def _upload_url(self, name: str) -> str:
         return paths.join(self.url, self.attempt, self._checked(name))
@@ -218,6 +224,7 @@ class ArtifactWriter:
             raise self._exists()
         if not paths.is_local(self.url):
             paths.replace_bytes(paths.join(self.url, MANIFEST_NAME), manifest)
+            paths.remove(paths.join(self.url, LABEL))  # of the old manifest
             if old.manifest.files_in not in ("", self.attempt):
                 paths.remove(paths.join(self.url, old.manifest.files_in))
             return
@@ -266,9 +273,9 @@ class ArtifactWriter:
             ) from error
         raise retry.explain(error, "commit", self.url) from error
 
-    def _create_manifest(self, manifest: bytes) -> None:
+    def _create_manifest(self, manifest: bytes) -> str:
         try:
-            paths.create_bytes(paths.join(self.url, MANIFEST_NAME), manifest)
+            return paths.create_bytes(paths.join(self.url, MANIFEST_NAME), manifest)
         except FileExistsError as error:
             self.may_be_committed = False
             raise self._exists() from error

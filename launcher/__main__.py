@@ -12,6 +12,7 @@ from checkpoints.screen import say
 from modularforge.config import Config
 from modularforge.errors import ConfigError
 from modularforge.exits import run_app
+from modularforge.kept_code import keep_code
 from modularforge.options import with_settings, with_settings_of_a_run
 
 INDEX = typer.Argument(min=0, help="Its index, where STAGE does not say it.")
@@ -66,6 +67,7 @@ def launch(
     elif cluster:
         runs.launch(settings, say, new_run, preflight)
     else:
+        keep_code()
         runs.launch_here(_with_workers(settings, max_workers), say, new_run)
 
 
@@ -121,6 +123,7 @@ def status(
     from launcher.status import TOLD, describe, is_going_on, where_it_is
     from launcher.status import as_json as rows_as_json
 
+    keep_code()
     config, record = recorded(settings)
     before = ""
     for rows in follow_status(settings):
@@ -133,7 +136,7 @@ def status(
     if not as_json and any(row.state in TOLD for row in rows) and (where := where_it_is(record)):
         say(f"the run was {where}")
     if not as_json and not is_going_on(rows):
-        say(f"\n{final_report(settings)}")
+        say(f"\n{final_report(settings, rows)}")
 
 
 @app.command()

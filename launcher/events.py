@@ -1,7 +1,7 @@
 """What is known of each job: what happened to it, and how far its training is.
 
-What happened are JSON lines {job, event, time, …}: submitted, started, requeued, ended. Every job writes a file of its
-own, because appending from many nodes to one file loses lines; `merge_events` makes the one file that reports read.
+What happened are JSON lines {job, event, time, …}: submitted, started, requeued, ended. Every job has notes of its own,
+because appending from many nodes to one file loses lines; `merge_events` makes the one file that reports read.
 How far it is says the store: the newest checkpoint and the last line of metrics. Times are seconds since 1970.
 """
 
@@ -12,14 +12,15 @@ import json
 import re
 import time
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import Required, TypedDict
 
-from checkpoints import Artifact, find_artifact, paths
+from checkpoints import find_artifact, paths
+from checkpoints.labels import Label
+from checkpoints.notes import add_line, read_folder, read_lines
 from checkpoints.parallel import in_order
 from checkpoints.redact import redact_values
 from checkpoints.urls import MANIFEST_NAME
@@ -56,6 +57,7 @@ class Noted(TypedDict, total=False):
 
 NOTED = TypeAdapter(Noted)
 READS_AT_ONCE = 16
+JOBS_OF_A_LISTING = 100  # whose checkpoints fill a page, or nearly
 STEP_NAME = re.compile(r"step-(\d{8,})")
 # Holds many lines of metrics, so that one torn at the end leaves others; all of them would be megabytes.
 TAIL_BYTES = 8192
@@ -73,29 +75,20 @@ class Progress:
 
 
 def append_event(config: Config, job: str, event: str, **details: Any) -> Event:
-    """Add one event to a job's file and return it."""
+    """Add one event to a job's notes and return it."""
     line = {"job": job, "event": event, "time": round(time.time(), 3), **redact_values(details)}
-    url, content = events_url(config, job), json.dumps(line) + "\n"
-    if paths.is_local(url):
-        with paths.open_to_append(paths.local_path(url)) as file:
-            file.write(content.encode())
-    else:
-        paths.replace_bytes(url, _read(url) + content.encode())
+    add_line(events_url(config, job), json.dumps(line).encode())
     return line
 
 
 def read_events(config: Config, job: str) -> list[Event]:
     """The events of one job, oldest first."""
-    return _parse(_read(events_url(config, job)))
+    return _parse(read_lines(events_url(config, job)))
 
 
 def read_all_events(config: Config) -> dict[str, list[Event]]:
     """The events of all jobs that had any."""
-    folder = events_url(config, "x").rsplit("/", 1)[0]
-    jobs = [name.removesuffix(".jsonl") for name in paths.list_folder(folder) if name.endswith(".jsonl")]
-    with ThreadPoolExecutor(READS_AT_ONCE) as readers:
-        found = list(readers.map(lambda job: read_events(config, job), jobs))
-    return dict(zip(jobs, found, strict=True))
+    return {job: _parse(lines) for job, lines in read_folder(events_url(config, "x").rsplit("/", 1)[0]).items()}
 
 
 def merge_events(config: Config, submitted: Iterable[Event]) -> None:
@@ -115,28 +108,34 @@ def _progress(line: dict[str, Any], step: int, committed: float | None) -> Progr
     return Progress(step, committed, int(number_in(line, "step") or 0), loss, seconds)
 
 
-def progress_of_each(config: Config, jobs: Iterable[str], finished: Mapping[str, Artifact]) -> dict[str, Progress]:
-    """What the store says of many jobs; those that are `finished` by their artifact say it in their manifest.
+def progress_of_each(config: Config, jobs: Iterable[str], finished: Mapping[str, Label]) -> dict[str, Progress]:
+    """What the store says of many jobs; on an object store those that are `finished` say it themselves.
 
-    On an object store two listings tell what there is, and only the metrics of jobs under way are read.
+    There listings tell of the others what there is, and only the metrics of jobs under way are read.
     """
+    known = list(jobs)
     if paths.is_local(config.output_dir):
-        return {job: progress_of(config, job) for job in jobs}
+        return {job: progress_of(config, job) for job in known}
+    found = {job: _progress(_as_line(finished[job]), 0, None) for job in known if job in finished}
+    urls = {job: metrics_url(config, job) for job in known if job not in finished}
+    if not urls:
+        return found
     there = {info.url: info.size for info in paths.walk(metrics_url(config, "x").rpartition("/")[0])}
-    urls = {job: metrics_url(config, job) for job in jobs}
-    read = [job for job, url in urls.items() if url in there and job not in finished]
+    read = [job for job, url in urls.items() if url in there]
     tails = in_order(lambda job: _last_line(urls[job], there[urls[job]]), read, READS_AT_ONCE)
-    lines = dict(zip(read, tails, strict=True))
-    lines |= {job: _as_line(finished[job]) for job in urls if job in finished}
-    newest = _newest_checkpoints(config)
-    return {job: _progress(lines.get(job, {}), *newest.get(job, (0, None))) for job in urls}
+    lines, newest = dict(zip(read, tails, strict=True)), _newest_checkpoints(config, read, len(known))
+    return found | {job: _progress(lines.get(job, {}), *newest.get(job, (0, None))) for job in urls}
 
 
-def _newest_checkpoints(config: Config) -> dict[str, tuple[int, float | None]]:
-    """Step and time of the newest checkpoint of every job, by a listing of the manifests that there are."""
+def _newest_checkpoints(config: Config, jobs: list[str], among: int) -> dict[str, tuple[int, float | None]]:
+    """Step and time of the newest checkpoint of jobs, by listings of the manifests that there are.
+
+    Few jobs `among` many are listed one by one, since what the others have left would be more pages.
+    """
     found: dict[str, tuple[int, float | None]] = {}
     root = checkpoint_url(config, "x").rpartition("/")[0]
-    for info in paths.walk(root):
+    roots = [checkpoint_url(config, job) for job in jobs] if len(jobs) * JOBS_OF_A_LISTING < among else [root]
+    for info in (info for infos in in_order(paths.walk, roots, READS_AT_ONCE) for info in infos):
         job, _, name = paths.relative(info.url, root).partition("/")
         step, _, file = name.partition("/")
         if file == MANIFEST_NAME and STEP_NAME.fullmatch(step):
@@ -145,10 +144,9 @@ def _newest_checkpoints(config: Config) -> dict[str, tuple[int, float | None]]:
     return found
 
 
-def _as_line(artifact: Artifact) -> dict[str, Any]:
+def _as_line(label: Label) -> dict[str, Any]:
     """What a finished job's last line of metrics says too."""
-    facts = artifact.manifest.facts
-    return {"step": facts.get("steps"), "loss": facts.get("train_loss")}
+    return {"step": label.facts.get("steps"), "loss": label.facts.get("train_loss")}
 
 
 def newest_checkpoint(config: Config, job: str) -> tuple[int, float | None]:
@@ -178,13 +176,6 @@ def number_in(line: dict[str, Any], name: str) -> float | None:
     """A value of a line of metrics, if it is there and a number."""
     value = line.get(name)
     return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63 else None
-
-
-def _read(url: str) -> bytes:
-    try:
-        return paths.read_bytes(url)
-    except (FileNotFoundError, NotADirectoryError):
-        return b""
 
 
 def _parse(content: bytes) -> list[Event]:

@@ -7,10 +7,14 @@ because a resumed job drops the lines after its checkpoint.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from pydantic import TypeAdapter
+
 from checkpoints import paths
-from launcher.events import Event, merge_events, number_in, read_all_events
+from checkpoints.parallel import in_order
+from launcher.events import READS_AT_ONCE, Event, merge_events, number_in, read_all_events
 from launcher.layout import FOLDER
 from launcher.record import load_record
 from launcher.tasks import Group, build_groups, build_tasks
@@ -34,6 +38,9 @@ class GroupReport:
     goodput: float | None = None
 
 
+REPORTS = TypeAdapter(list[GroupReport])
+
+
 def finish_run(config: Config) -> list[GroupReport]:
     """Merge the events, write `cluster/report.json`, print the report and return it."""
     record = load_record(config)
@@ -41,16 +48,32 @@ def finish_run(config: Config) -> list[GroupReport]:
     merge_events(config, submitted)
     reports = end_report(config, submitted)
     content = json.dumps([asdict(report) for report in reports], indent=1) + "\n"
-    paths.replace_bytes(paths.join(config.output_dir, FOLDER, "report.json"), content.encode())
+    paths.replace_bytes(_report_url(config), content.encode())
     print(describe(reports), flush=True)
     return reports
 
 
+def kept_report(config: Config, ran: Mapping[str, int]) -> list[GroupReport] | None:
+    """The report that a finished run's last job left; None where it knows of fewer jobs of a stage than have run.
+
+    Making it anew reads the metrics of every job.
+    """
+    try:
+        found = REPORTS.validate_json(paths.read_bytes(_report_url(config)))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    known = {report.stage: report.jobs for report in found}
+    return found if all(known.get(stage, 0) >= count for stage, count in ran.items()) else None
+
+
 def end_report(config: Config, submitted: list[Event]) -> list[GroupReport]:
     """One row per stage that has run."""
-    events = read_all_events(config)
+    events, tasks = read_all_events(config), build_tasks(config)
     waiting = {event["job"]: float(event["time"]) for event in reversed(submitted)}
-    rows = (_group_report(config, group, events, waiting) for group in build_groups(build_tasks(config)))
+    trained = [task.name for task in tasks if task.is_training and task.name in events]
+    seconds = in_order(lambda job: useful_seconds(config, job), trained, READS_AT_ONCE)
+    useful = dict(zip(trained, seconds, strict=True))
+    rows = (_group_report(group, events, waiting, useful) for group in build_groups(tasks))
     return [row for row in rows if row.jobs]
 
 
@@ -73,9 +96,14 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
+def _report_url(config: Config) -> str:
+    return paths.join(config.output_dir, FOLDER, "report.json")
+
+
 def _group_report(
-    config: Config, group: Group, events: dict[str, list[Event]], waiting: dict[str, float]
+    group: Group, events: dict[str, list[Event]], waiting: dict[str, float], seconds: dict[str, float]
 ) -> GroupReport:
+    """`seconds` are those of each job in which steps were computed that count."""
     report, first, last, useful = GroupReport(group.name), float("inf"), 0.0, 0.0
     for task in group.tasks:
         own = events.get(task.name, [])
@@ -92,7 +120,7 @@ def _group_report(
         report.gpu_seconds += running * nodes * gpus
         report.requeues += sum(event["event"] == "requeued" for event in own)
         report.lost_steps += lost_steps(own)
-        useful += useful_seconds(config, task.name) * nodes if task.is_training else 0.0
+        useful += seconds.get(task.name, 0.0) * nodes
     report.wall_seconds = max(0.0, last - first) if report.jobs else 0.0
     if useful and report.node_seconds:
         report.goodput = min(1.0, useful / report.node_seconds)

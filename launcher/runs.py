@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from launcher.preflight import fingerprint_of, preflight
 from launcher.processes import LocalLauncher, stop_here, stop_one_here
 from launcher.record import Record, beside, check_same_run, load_record, new_record, require_record, save_record
 from launcher.report import describe as describe_report
-from launcher.report import end_report
+from launcher.report import end_report, kept_report
 from launcher.sbatch import comment_of, job_names
 from launcher.slurm import SlurmError, queue, run_slurm
 from launcher.status import GOING_ON, Row, describe, is_going_on, is_success, known_status, read_status
@@ -232,7 +233,7 @@ def follow_status(config: Config) -> Iterator[list[Row]]:
             return
         same = [(row.task, row.state) for row in before] == [(row.task, row.state) for row in rows]
         wait = min(LONGEST_POLL_SECONDS, wait * POLL_GROWTH) if same else FIRST_POLL_SECONDS
-        # Of ten thousand experts on an object store a look takes minutes: half of the time at most is spent asking.
+        # Of ten thousand experts on an object store a look takes seconds: half of the time at most is spent asking.
         time.sleep(max(wait, time.monotonic() - start))
         _, record = recorded(config)
 
@@ -247,7 +248,7 @@ def wait_for_run(config: Config, say: Say) -> bool:
                 say(f"{row.task}: {row.state}{f' ({row.reason})' if row.reason else ''}")
             states[row.task] = row.state
     _wait_for_last_words(config)
-    say(final_report(config))
+    say(final_report(config, rows))
     return is_success(rows)
 
 
@@ -259,9 +260,12 @@ def _wait_for_last_words(config: Config) -> None:
             return
 
 
-def final_report(config: Config) -> str:
-    """The end report, after the events of all jobs were merged."""
+def final_report(config: Config, rows: list[Row]) -> str:
+    """The end report, after the events of all jobs were merged; of a run that is whole, the one that it ended with."""
     config, record = recorded(config)
+    ran = Counter(row.stage for row in rows if row.job)
+    if is_success(rows) and (kept := kept_report(config, ran)):
+        return describe_report(kept)
     merge_events(config, record.events())
     return describe_report(end_report(config, record.events()))
 

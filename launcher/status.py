@@ -78,8 +78,8 @@ def read_status(config: Config, record: Record, asks_slurm: bool = True) -> list
     # Taken back ones too: what an earlier launch finished keeps its job and its log.
     carriers = {name: item for item in record.submissions if item.job for name in item.task_names}
     trained = [task for task in tasks if task.is_training]
-    made = {task.name: run.find(run.url(task.stages[0], task.index)) for task in trained if task.name in done}
-    finished = {name: artifact for name, artifact in made.items() if artifact is not None}
+    made = {task.name: run.done(task.stages[0], task.index) for task in trained if task.name in done}
+    finished = {name: label for name, label in made.items() if label is not None}
     progress = progress_of_each(config, [task.name for task in trained], finished)
     return [
         _row(config, task, events.get(task.name, []), carriers.get(task.name), live, queued, done, spared, told, record,

@@ -160,7 +160,7 @@ def is_finished(run: Run, task: Task) -> bool:
         return _is_evaluated(run)
     if (whole := SHARED_WORK.get(task.stages[-1])) and run.artifact(whole):
         return True
-    return all(run.artifact(stage, task.index) for stage in task.stages)
+    return all(run.done(stage, task.index) for stage in task.stages)
 
 
 def finished_tasks(run: Run, tasks: list[Task]) -> set[str]:

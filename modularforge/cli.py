@@ -14,6 +14,7 @@ from checkpoints.screen import say, shown_command
 from modularforge.config import Config
 from modularforge.errors import ConfigError, UserError
 from modularforge.experts_cli import app as experts_app
+from modularforge.kept_code import keep_code
 from modularforge.log import logger
 from modularforge.options import with_lazy_settings, with_settings
 from modularforge.pipeline import SHARED_WORK, STAGES, Stage, wanted_stages
@@ -54,6 +55,7 @@ def _make(
 
     `parts` say where the whole run is, which this process makes alone.
     """
+    keep_code()
     if job == "expert" and indices is None:
         for stage in wanted_stages(run.config):
             if stage.round:
@@ -240,7 +242,7 @@ def _announced(run: Run, left_out: Collection[str]) -> Parts:
         logger.info(line)
     for sentence in advice(run.config):
         logger.warning("advice: %s", sentence)
-    return Parts(run.config, machine, left_out)
+    return Parts(run.config, machine, left_out, measure=lambda: this_machine(run.config))
 
 
 @app.command()
@@ -268,6 +270,7 @@ def study(
     from modularforge.log import configure_logging
 
     configure_logging()
+    keep_code()
     if split not in ("validation", "test"):
         raise ConfigError(f"--split must be validation or test, but is {split!r}; choose one of these")
     from modularforge.study.measure import Split

@@ -9,6 +9,7 @@ torch.
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
@@ -29,6 +30,9 @@ USUAL_GPU, USUAL_PEAK = "A100", 312e12
 PEAKS = {"H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2.25e15, "A100": 312e12,
          "L40S": 362e12, "MI300X": 1300e12, "MI325X": 1300e12, "MI250X": 191.5e12}  # fmt: skip
 PEAK_SIDE, PEAK_SECONDS = 512, 0.02
+# A machine that is busy at one moment is free at another: so many tries, at least so many seconds apart.
+BUSY = 1.5  # others for each processor, from which on it is told
+PEAK_TRIES, SECONDS_BETWEEN_TRIES = 10, 1.0
 # What a model reads where it is measured: the text, as much behind a switch and mixed by an eighth each, read twice.
 EVALUATION_READS = 1.5
 OF_EXPERTS = ("expert", *ROUNDS)
@@ -191,6 +195,8 @@ class Machine:
 
     name: str
     flops_per_second: float
+    waiting: float = 0.0
+    """How many others compute on each of its processors now, beside this program."""
 
 
 def this_machine(config: Config) -> Machine:
@@ -200,10 +206,21 @@ def this_machine(config: Config) -> Machine:
     model = config.model
     tokens = min(MEASURED_TOKENS, config.backbone.batch_size * model.context_length)
     rate = matrix_rate(tokens, model.width, model.ffn_width, MEASURED_SECONDS)
+    if torch.cuda.is_available():
+        return Machine(torch.cuda.get_device_name(), rate * SHARE_REACHED)
     count = torch.get_num_threads()
     processor = f"{count} thread{'s' if count > 1 else ''} of this processor"
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
-    return Machine(name, rate * SHARE_REACHED)
+    return Machine(processor, rate * SHARE_REACHED, _others(count))
+
+
+def _others(threads: int) -> float:
+    """Of the last minute, how many others wait for each processor that so many threads of ours want to have."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        load = os.getloadavg()[0]
+    except OSError:  # some sandboxes do not tell
+        return 0.0
+    return max(0.0, (load + threads) / processors - 1)
 
 
 def matrix_rate(rows: int, inner: int, columns: int, seconds: float) -> float:
@@ -226,14 +243,38 @@ def matrix_rate(rows: int, inner: int, columns: int, seconds: float) -> float:
     return 2.0 * rows * inner * columns / best
 
 
-@functools.cache
-def peak_rate() -> float:
-    """The most FLOPs a second that the device of this process does: known by a GPU's name, else measured, once."""
-    import torch
+class Peak:
+    """The most FLOPs a second that the device of this process does: known by a GPU's name, else measured.
 
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    known = next((peak for words, peak in PEAKS.items() if words in name), None)
-    return known or matrix_rate(PEAK_SIDE, PEAK_SIDE, PEAK_SIDE, PEAK_SECONDS)
+    The best of several short tries over time, since another program may have the processor in any of them; and what
+    was reached is reached, so that no share is above 1.
+    """
+
+    def __init__(self) -> None:
+        import torch
+
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        known = next((peak for words, peak in PEAKS.items() if words in name), None)
+        self.rate, self._tries, self._last_try = known or 0.0, 0 if known else PEAK_TRIES, 0.0
+        if not known:
+            self._try()
+
+    def share(self, flops_per_second: float) -> float:
+        """Which share of it is reached by so many FLOPs a second; measures again now and then."""
+        if self._tries and time.monotonic() - self._last_try >= SECONDS_BETWEEN_TRIES:
+            self._try()
+        self.rate = max(self.rate, flops_per_second)
+        return flops_per_second / self.rate
+
+    def _try(self) -> None:
+        self.rate = max(self.rate, matrix_rate(PEAK_SIDE, PEAK_SIDE, PEAK_SIDE, PEAK_SECONDS))
+        self._tries, self._last_try = self._tries - 1, time.monotonic()
+
+
+@functools.cache
+def device_peak() -> Peak:
+    """That of this process's device, which all its jobs know better and better."""
+    return Peak()
 
 
 def describe_cost(config: Config, machine: Machine) -> str:
@@ -253,10 +294,17 @@ def describe_cost(config: Config, machine: Machine) -> str:
     )
     return (
         f"about {span(flops / machine.flops_per_second)} here ({machine.name}): {listed}; "
-        f"{sum(part.tokens for part in parts):,} tokens are trained on\n"
+        f"{sum(part.tokens for part in parts):,} tokens are trained on{_busy(machine)}\n"
         f"about {size(disk_bytes(config))} of disk for models and checkpoints, beside the data, and "
         f"{size(memory_bytes(config))} of memory"
     )
+
+
+def _busy(machine: Machine) -> str:
+    """A warning where what was measured is of moments that other programs left."""
+    if machine.waiting < BUSY:
+        return ""
+    return f"; other programs compute here now, beside which it takes up to {1 + machine.waiting:.0f} times as long"
 
 
 def gpu_hours(config: Config, jobs: Iterable[str]) -> float:
@@ -272,15 +320,24 @@ class Parts:
     As the machine is thought to do it, then as it did the parts before.
     """
 
-    def __init__(self, config: Config, machine: Machine | None = None, skipped: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        config: Config,
+        machine: Machine | None = None,
+        skipped: Collection[str] = (),
+        measure: Callable[[], Machine] | None = None,
+    ) -> None:
+        """`measure` looks at the machine again until a part has shown it: other programs may have had it before."""
         self.parts = [part for part in parts_of(config) if part.job.stage not in skipped]
-        self._rate = machine.flops_per_second if machine else 0.0
+        self._rate, self._measure = machine.flops_per_second if machine else 0.0, measure
         self._done, self._seconds = 0.0, 0.0
 
     def line(self, stage: str, index: int | None = None) -> str:
         """`part 3 of 9: expert-0, about 12 min left`."""
         place = self._place(JobName(stage, index))
         left = sum(part.flops for part in self.parts[place:])
+        if self._measure and not self._seconds:
+            self._rate = max(self._rate, self._measure().flops_per_second)
         rate = self._done / self._seconds if self._seconds else self._rate
         rest = f", about {span(left / rate)} left" if rate and left else ""
         return f"part {place + 1} of {len(self.parts)}: {self.parts[place].job}{rest}"

@@ -123,6 +123,7 @@ KINDS: dict[str, Any] = {
     "frozen": dict[str, str | None],
     "rank": Count,
     "router": str,
+    "statistics_header": str,
     "steering": Steering,
     "shared_tensors": dict[str, str],
     "training_tokens": Count,

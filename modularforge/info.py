@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from modularforge.advice import advice
-from modularforge.config import MLP_MODULES, Config, PhaseConfig
+from modularforge.config import MLP_MODULES, Config, ModelConfig, PhaseConfig
 from modularforge.cost import describe_cost, this_machine
 from modularforge.memory import memory_table
+from modularforge.model.hub_config import moe_config
+from modularforge.model.serving import DEGREES, SERVERS, degrees, describe_serving
 from modularforge.model.sizes import (
     AdapterCounts,
     Sizes,
@@ -17,6 +20,7 @@ from modularforge.model.sizes import (
     shared_parameters,
     with_own_rows,
 )
+from modularforge.routing.evidence import Widening
 from modularforge.routing.solvers import widening_of
 
 
@@ -44,6 +48,7 @@ def _of_text(config: Config) -> Iterator[str]:
     yield f"backbone:   {_sizes(model_sizes(config.model, config.data.vocab_size))}"
     yield from _adapters(config)
     yield f"assembled:  {_assembled(config)}"
+    yield from _servers(config)
     yield from _shared(config)
     yield (
         f"training:   backbone {_tokens(config, config.backbone)}; each of {config.experts.count} experts "
@@ -103,6 +108,51 @@ def _with_rows(config: Config, sizes: Sizes, visited: int) -> Sizes:
     parts = [part for part in ("embeddings", "head") if part in config.experts.unfreeze]
     each = shared_parameters(config.model, config.data.vocab_size, parts)
     return with_own_rows(sizes, each, config.model.tied_head, config.experts.count, visited)
+
+
+def _servers(config: Config) -> Iterator[str]:
+    """Which servers take the mixture, and by which settings more would."""
+    if config.experts.kind == "lora" and config.assembly.lora != "fold":
+        return
+    found = describe_serving(_mixture(config, config.assembly.width_multiple, config.assembly.head_multiple))
+    yield f"servers:    {found}{_served(config)}"
+
+
+def _served(config: Config) -> str:
+    """The multiples by which servers take all usual degrees, and their cost; empty where none is needed or helps."""
+    settings, every = config.assembly, [*DEGREES]
+    own = _mixture(config, settings.width_multiple, settings.head_multiple)
+    heads = max(DEGREES)
+    shape = _mixture(config, settings.width_multiple, heads)
+    width = shape["num_attention_heads"] * shape["head_dim"]
+    if settings.router != "evidence" or all(degrees(own, server) == every for server in SERVERS):
+        return ""
+    if any(degrees(_mixture(config, width, heads), server) != every for server in SERVERS):
+        return ""  # the FFN's width or the number of experts is in the way, which the sentence before says
+    before = _active(config, settings.width_multiple, settings.head_multiple)
+    costs = [_active(config, multiple, heads) / before - 1 for multiple in (settings.width_multiple, width)]
+    return (
+        f"; for all of {', '.join(map(str, DEGREES))}: assembly.head_multiple: {heads} in vLLM ({costs[0]:.0%} more "
+        f"active parameters), with assembly.width_multiple: {width} in SGLang too ({costs[1]:.0%})"
+    )
+
+
+def _mixture(config: Config, width_multiple: int, head_multiple: int) -> dict[str, Any]:
+    """config.json of the assembled model."""
+    experts, shape = config.assembled_experts, _shape(config, width_multiple, head_multiple)
+    return moe_config(shape, config.data.vocab_size, experts, min(config.assembly.experts_per_token, experts))
+
+
+def _active(config: Config, width_multiple: int, head_multiple: int) -> int:
+    shape, vocab_size = _shape(config, width_multiple, head_multiple), config.data.vocab_size
+    visited = config.assembly.experts_per_token
+    return model_sizes(shape, vocab_size, config.assembled_experts, visited, config.model).active_parameters
+
+
+def _shape(config: Config, width_multiple: int, head_multiple: int) -> ModelConfig:
+    if config.assembly.router != "evidence":
+        return config.model
+    return Widening(config.model, config.experts.count, width_multiple, head_multiple).widened
 
 
 def _with_adapters(config: Config) -> Sizes:

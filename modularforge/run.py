@@ -9,8 +9,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from checkpoints import Artifact, find_artifact, paths
-from checkpoints.artifact import find_each
-from checkpoints.errors import MissingArtifactError
+from checkpoints.artifact import find_each, open_each
+from checkpoints.errors import CorruptArtifactError, MissingArtifactError
+from checkpoints.labels import Label, label_of, look_at_each
 from modularforge.config import Config
 from modularforge.errors import ConfigError, MismatchError
 from modularforge.pipeline import (
@@ -43,6 +44,7 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config = config
         self._found: dict[str, Artifact | None] = {}
+        self._labels: dict[str, Label] = {}
         self._settings: dict[str, dict[str, Any]] = {}
         self._pretrained: dict[str, dict[str, str]] = {}
         self._merges: dict[str, Artifact] = {}  # whose identity is that of all experts behind them
@@ -53,9 +55,25 @@ class Run:
             self._found[url] = find_artifact(url)
         return self._found[url]
 
-    def look_ahead(self, urls: Iterable[str]) -> None:
-        """Find many artifacts side by side: ten thousand on an object store, which answers in tens of milliseconds."""
-        self._found |= find_each(url for url in urls if url not in self._found and not paths.is_local(url))
+    def look_ahead(self, urls: Iterable[str], keeps: bool = False) -> None:
+        """Learn what is there of ten thousand artifacts on an object store, by listings and their labels.
+
+        Manifests of those without a label are read side by side, and kept only where they will be wanted: ten thousand
+        are 400 MB.
+        """
+        unknown = (url for url in urls if url not in self._found and url not in self._labels)
+        for url, one in look_at_each(url for url in unknown if not paths.is_local(url)).items():
+            if one is None or (keeps and isinstance(one, Artifact)):
+                self._found[url] = one
+            if one is not None:
+                self._labels[url] = label_of(one.manifest) if isinstance(one, Artifact) else one
+
+    def _read_ahead(self, urls: Iterable[str]) -> None:
+        """Read manifests that are not known yet side by side; damaged ones are left to who asks for them."""
+        unknown = [url for url in urls if url not in self._found and not paths.is_local(url)]
+        there = open_each(url for url in unknown if url in self._labels)
+        self._found |= {url: one for url, one in there.items() if not isinstance(one, CorruptArtifactError)}
+        self._found |= find_each(url for url in unknown if url not in there)
 
     def forget(self, url: str) -> None:
         """Look again at a place that has changed.
@@ -64,6 +82,7 @@ class Run:
         order than one in memory, and model cards list them.
         """
         self._found.pop(url, None)
+        self._labels.pop(url, None)
         self._merges = {name: artifact for name, artifact in self._merges.items() if artifact.url != url}
 
     def url(self, stage: str, index: int | None = None) -> str:
@@ -120,6 +139,20 @@ class Run:
         except MissingArtifactError:
             return None
 
+    def done(self, stage: str, index: int | None = None) -> Label | None:
+        """What is known of a stage's artifact, or None as for `artifact`; one that has a label is not read for it."""
+        try:
+            return self._label(self.plan(stage, index))
+        except MissingArtifactError:
+            return None
+
+    def _label(self, plan: Plan) -> Label | None:
+        label = self._labels.get(plan.url)
+        if label is None or label.fingerprint != plan.fingerprint:  # its manifest says what differs
+            artifact = self.finished(plan)
+            return None if artifact is None else label_of(artifact.manifest)
+        return label
+
     def require(self, stage: str, index: int | None = None) -> Artifact:
         """The artifact of an earlier stage; raises MissingArtifactError with the command that makes it."""
         try:
@@ -144,6 +177,10 @@ class Run:
             )
         return artifact
 
+    def _known(self, stage: str, index: int | None = None) -> Label:
+        """As `_required`, of what has a label without its manifest."""
+        return self._label(self.plan(stage, index)) or label_of(self._required(stage, index).manifest)
+
     def made(self, stage: str, index: int | None = None) -> Artifact:
         """The artifact that was made just now, perhaps by rank 0 on another node, where storage may show it later.
 
@@ -161,10 +198,11 @@ class Run:
         self.look_again()
         return STAGES[stage].function(self.config.task)(self, *([] if index is None else [index]))
 
-    def require_each(self, stage: str) -> list[Artifact]:
-        """The artifacts of all partitions."""
-        self.look_ahead(self.url(stage, index) for index in STAGES[stage].indices(self.config))
-        return [self.require(stage, index) for index in STAGES[stage].indices(self.config)]
+    def require_each(self, stage: str, indices: Iterable[int] | None = None) -> list[Artifact]:
+        """The artifacts of all partitions, or of these."""
+        chosen = list(STAGES[stage].indices(self.config) if indices is None else indices)
+        self._read_ahead(self.url(stage, index) for index in chosen)
+        return [self.require(stage, index) for index in chosen]
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -180,7 +218,7 @@ class Run:
 
         return Backbone(self.require("backbone"))
 
-    def chosen_experts(self) -> dict[int, Artifact]:
+    def chosen_experts(self) -> dict[int, Label]:
         """The experts of the assembled model, by index: those that a committed one names, else all that are finished.
 
         A model whose experts were chosen by hand (`modularforge experts`) is left as it is. Raises MissingArtifactError
@@ -188,15 +226,15 @@ class Run:
         """
         return self._chosen("expert", "assemble")
 
-    def merged_experts(self, number: int) -> dict[int, Artifact]:
+    def merged_experts(self, number: int) -> dict[int, Label]:
         """What experts had learned at the end of a round, of those that its merge takes; as for `chosen_experts`."""
         return self._chosen(f"round_{number}", f"merge_{number}")
 
-    def _chosen(self, stage: str, whole: str) -> dict[int, Artifact]:
+    def _chosen(self, stage: str, whole: str) -> dict[int, Label]:
         config, job = self.config, "assembly" if whole == "assemble" else whole
         indices = range(config.experts.count)
-        self.look_ahead(self.url(stage, index) for index in indices)
-        ready = {index: artifact for index in indices if (artifact := self._ready(stage, index))}
+        self.look_ahead((self.url(stage, index) for index in indices), keeps=True)
+        ready = {index: label for index in indices if (label := self._ready(stage, index))}
         if len(ready) < config.needed_experts:
             missing = ", ".join(str(index) for index in indices if index not in ready)
             raise MissingArtifactError(
@@ -206,22 +244,22 @@ class Run:
         made = self.find(self.url(whole))
         return ready if made is None else self._named(stage, made, ready)
 
-    def _ready(self, stage: str, index: int) -> Artifact | None:
-        """An expert's artifact, or None where it, or its round before, or the merge of that, is not finished."""
+    def _ready(self, stage: str, index: int) -> Label | None:
+        """What an expert's label says, or None where it, or its round before, or that one's merge, is not finished."""
         for needed in STAGES[stage].inputs_of(self.config):
             if needed in STAGES and STAGES[needed].round:
                 where = self.url(needed, index if STAGES[needed].is_indexed else None)
-                if self.find(where) is None:
+                if where not in self._labels and self.find(where) is None:
                     return None
-        return self.finished(self.plan(stage, index))
+        return self._label(self.plan(stage, index))
 
-    def _named(self, stage: str, made: Artifact, ready: dict[int, Artifact]) -> dict[int, Artifact]:
+    def _named(self, stage: str, made: Artifact, ready: dict[int, Label]) -> dict[int, Label]:
         """The experts that a committed model names, where they are all here and enough; else all that are ready."""
         inputs = made.manifest.inputs
         named = {
-            index: artifact
-            for index, artifact in ready.items()
-            if inputs.get(str(JobName(stage, index))) == artifact.manifest.fingerprint
+            index: label
+            for index, label in ready.items()
+            if inputs.get(str(JobName(stage, index))) == label.fingerprint
         }
         is_whole = len(named) == sum(JobName.parse(key).index is not None for key in inputs)
         # A merge stays what it is, since experts have gone on from it.
@@ -244,10 +282,10 @@ class Run:
             return {needed: _partition_input(self._required("partition"), f"partition-{index}")}
         if needed == "expert" or (needed in ROUNDS and index is None):
             chosen = self.chosen_experts() if needed == "expert" else self.merged_experts(STAGES[needed].round)
-            return {str(JobName(needed, k)): artifact.manifest.fingerprint for k, artifact in chosen.items()}
+            return {str(JobName(needed, k)): label.fingerprint for k, label in chosen.items()}
         if needed == "branch":
-            branches = enumerate(self._required(needed, k) for k in STAGES[needed].indices(self.config))
-            return {str(JobName(needed, k)): artifact.manifest.fingerprint for k, artifact in branches}
+            branches = enumerate(self._known(needed, k) for k in STAGES[needed].indices(self.config))
+            return {str(JobName(needed, k)): label.fingerprint for k, label in branches}
         if needed in ("tokenizer", "pretrained", "encoder", "cmvn"):
             if needed not in self._pretrained:  # hashes of whole models, and a look at the Hub's cache
                 self._pretrained[needed] = _pretrained_input(self.config, needed)
@@ -265,8 +303,7 @@ class Run:
     def _of_round(self, needed: str, index: int | None) -> dict[str, str]:
         """Identity of what the expert itself, or the merge, has made in a round before."""
         if STAGES[needed].is_indexed:
-            found = self._required(needed, index)
-            return {str(JobName(needed, index)): found.manifest.fingerprint}
+            return {str(JobName(needed, index)): self._known(needed, index).fingerprint}
         if needed not in self._merges:  # for a thousand experts it is the same thousand experts
             self._merges[needed] = self._required(needed)
         return {needed: self._merges[needed].manifest.fingerprint}

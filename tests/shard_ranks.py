@@ -74,13 +74,20 @@ def job_of(name: str) -> Trainable:
 
 
 def train(name: str, parallel: str, folder: Path, world: World, until: int = STEPS, **training: Any) -> None:
-    """Train or go on up to a step, then write weights, losses and sums to `folder`, from rank 0."""
+    """Train or go on up to a step, then write weights, losses and sums to `folder`, from rank 0.
+
+    `mixture.aot_eager` is the job `mixture`, compiled by that backend.
+    """
+    name, _, backend = name.partition(".")
+    if backend:
+        torch.compile = partial(torch.compile, backend=backend)
     phase = PhaseConfig(steps=STEPS, batch_size=8, accumulation_steps=2, warmup_steps=1, peak_learning_rate=1e-2)
     given: dict[str, Any] = {"precision": "bf16" if name.startswith("half") else "fp32"}
     given |= {"recompute": "blocks" if name == "again" else "none"}
     given |= {"gradient_exchange": "bf16" if name == "sent_half" else "fp32"}
     given |= {"patience": 9, "validate_every": 1} if name == "patient" else {}
     given |= {"parallel": parallel, "log_every": 1, "checkpoint_every": 2, "gradient_norms": 2}
+    given |= {"compile": bool(backend)}
     settings = TrainingConfig(**{**given, **training})
     places = str(folder / "checkpoints"), str(folder / METRICS)
     job = Job(name, phase, settings, "f", *places, tokens=64, until=until)

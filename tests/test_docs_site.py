@@ -40,6 +40,11 @@ def test_the_navigation_has_every_page_once() -> None:
     assert sorted(pages_in(SITE["nav"])) == [page.name for page in PAGES]
 
 
+def test_the_site_has_its_style_sheets() -> None:
+    assert SITE["extra_css"]
+    assert [place for place in SITE["extra_css"] if not (DOCS / place).is_file()] == []
+
+
 def headings(page: Path) -> set[str]:
     """Anchors of a page, as Markdown's table of contents makes them."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)

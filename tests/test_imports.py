@@ -25,6 +25,7 @@ TORCH_FREE_FOR_LAUNCHER = {
     "modularforge.exits",
     "modularforge.errors",
     "modularforge.json_lines",
+    "modularforge.kept_code",
     "modularforge.log",
     "modularforge.memory",
     "modularforge.mistakes",

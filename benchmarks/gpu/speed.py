@@ -16,7 +16,7 @@ from benchmarks.gpu.parts import Part, Values
 from benchmarks.gpu.peers import Seconds, peers
 from benchmarks.gpu.timing import Shape, forget, our_steps
 from modularforge.config import ExpertsConfig, ModelConfig
-from modularforge.cost import peak_rate
+from modularforge.cost import device_peak
 from modularforge.experts.ffn.training import build_expert
 from modularforge.experts.trainable import Trainable, trainable
 from modularforge.model.backbone import build_backbone
@@ -60,7 +60,7 @@ def speed_parts(tiny: bool) -> list[Part]:
 
 def speed(shape: Shape, _seconds: float) -> Values:
     """Each case's tokens a second, taken in turns, and the ratios that have targets."""
-    cases, peak = cases_of(shape), peak_rate()
+    cases, peak = cases_of(shape), device_peak().rate
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     memory: dict[str, int] = {}
     failed: dict[str, str] = {}

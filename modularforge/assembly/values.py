@@ -64,8 +64,13 @@ def widened(rows_RD: NDArray[Any], columns: int, beside_RC: NDArray[Any] | None)
 
 
 def values_of(span: TensorSpan) -> NDArray[np.float32]:
-    """A small tensor as float32, flat; raises MismatchError when it is not what its manifest says."""
-    return np.concatenate(list(_blocks(span, ITEM_BYTES[span.dtype])))
+    """A tensor as float32, flat; raises MismatchError when it is not what its manifest says."""
+    found = np.empty(span.length // ITEM_BYTES[span.dtype], np.float32)
+    start = 0
+    for block in _blocks(span, ITEM_BYTES[span.dtype]):
+        found[start : start + len(block)] = block
+        start += len(block)
+    return found
 
 
 def rms_of_rows(span: TensorSpan, epsilon: float) -> NDArray[np.float64]:

@@ -18,7 +18,7 @@ from modularforge.config import Config, ModelConfig
 from modularforge.data.token_files import Stream
 from modularforge.errors import DataError
 from modularforge.evaluation.extras import Chat, Extras, prepare_chat, token_streams
-from modularforge.evaluation.generation import Sampling, generate
+from modularforge.evaluation.generation import Sampling, continue_each, open_prompt
 from modularforge.evaluation.harness import Harness
 from modularforge.evaluation.paired import differences
 from modularforge.evaluation.probes import CHAT, GENERAL, SPREAD, TEXT, Probe, domain_probes, text_probe
@@ -181,15 +181,17 @@ def sample_texts(config: Config, corpus: Corpus, model: Decoder) -> list[dict[st
     """Greedy and sampled continuations of the prompts."""
     settings = config.evaluation
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, config.seed)
-    greedy, ends = Sampling(temperature=0), (corpus.end_token,)
-    return [
-        {
-            "prompt": prompt,
-            "greedy": generate(model, corpus.tokenizer, prompt, settings.sample_tokens, greedy, ends),
-            "sampled": generate(model, corpus.tokenizer, prompt, settings.sample_tokens, sampling, ends),
-        }
-        for prompt in settings.prompts
-    ]
+    ends = (corpus.end_token,)
+    asked = [open_prompt(corpus.tokenizer, prompt, ends) for prompt in settings.prompts]
+
+    def continued(sampling: Sampling) -> list[str]:
+        seeds = [sampling.seed] * len(asked)  # what a prompt gets does not depend on the others
+        replies = continue_each(model, asked, settings.sample_tokens, sampling, ends, seeds)
+        texts: list[str] = corpus.tokenizer.decode_batch(replies)
+        return texts
+
+    both = zip(settings.prompts, continued(Sampling(temperature=0)), continued(sampling), strict=True)
+    return [{"prompt": prompt, "greedy": greedy, "sampled": sampled} for prompt, greedy, sampled in both]
 
 
 def oracle_row(config: Config, experts: Mapping[str, Row]) -> Row:

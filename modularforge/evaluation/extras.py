@@ -28,7 +28,7 @@ from modularforge.data.patterns import file_part
 from modularforge.data.token_files import Tokens
 from modularforge.data.tokenizer import PAD, encode_texts
 from modularforge.errors import DataError, one_line
-from modularforge.evaluation.generation import Sampling, continue_tokens
+from modularforge.evaluation.generation import Sampling, continue_each
 from modularforge.evaluation.probes import CHAT, UNCOUNTED, Probe, make_probe
 from modularforge.model.backbone import Decoder
 from modularforge.stage_outputs import Corpus
@@ -74,8 +74,8 @@ class Chat:
     def replies(self, model: Decoder, new_tokens: int) -> list[str]:
         """What a model replies to each prompt: the likeliest token each time."""
         ends, greedy = (self.end_token,), Sampling(temperature=0)
-        found = [continue_tokens(model, prompt, new_tokens, greedy, ends) for prompt in self.prompts]
-        return [self.tokenizer.decode(ids).strip() for ids in found]
+        found = continue_each(model, self.prompts, new_tokens, greedy, ends)
+        return [text.strip() for text in self.tokenizer.decode_batch(found)]
 
 
 @dataclass(frozen=True)

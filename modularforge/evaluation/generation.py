@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tokenizers import Tokenizer
@@ -24,6 +24,7 @@ from modularforge.training.distributed import default_device
 
 # Below this, float32 cannot divide by the temperature, and the likeliest token is certain anyway.
 COLDEST = 1e-5
+PROMPTS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -105,20 +106,57 @@ def following_tokens(
         yield token
 
 
+def continue_each(
+    model: Decoder,
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+    sampling: Sampling,
+    end_tokens: Collection[int],
+    seeds: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """The tokens that follow each of several prompts, as `continue_tokens` gives them, and as many at once as can be.
+
+    A continuation that would leave the context goes on without its beginning, which only one alone can. `seeds` are as
+    in `continue_batch`.
+    """
+    room = model.config.context_length - new_tokens
+    seeds = _seeds(sampling, len(prompts)) if seeds is None else seeds
+    together = [place for place, ids in enumerate(prompts) if len(ids) <= room]
+    found: dict[int, list[int]] = {}
+    for first in range(0, len(together), PROMPTS_AT_ONCE):
+        places = together[first : first + PROMPTS_AT_ONCE]
+        asked, own = [prompts[place] for place in places], [seeds[place] for place in places]
+        found |= zip(places, continue_batch(model, asked, new_tokens, sampling, end_tokens, own), strict=True)
+    for place in set(range(len(prompts))) - set(together):
+        own_sampling = replace(sampling, seed=seeds[place])
+        found[place] = continue_tokens(model, prompts[place], new_tokens, own_sampling, end_tokens)
+    return [found[place] for place in range(len(prompts))]
+
+
+def _seeds(sampling: Sampling, count: int) -> list[int]:
+    return [sampling.seed + place for place in range(count)]
+
+
 def continue_batch(
-    model: Decoder, prompts: Sequence[list[int]], new_tokens: int, sampling: Sampling, end_tokens: Collection[int]
+    model: Decoder,
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+    sampling: Sampling,
+    end_tokens: Collection[int],
+    seeds: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """The tokens that follow each of several prompts, as `continue_tokens` gives them one at a time.
 
     Rows are padded on the left, and leave the batch when they end. A prompt that leaves no room in the context loses
-    its beginning. What is sampled follows from the seed and the prompt's place alone.
+    its beginning. What is sampled follows from the seed and the prompt's place, or from `seeds`, one for each prompt.
     """
     device, room = model.lm_head.weight.device, max(1, model.config.context_length - new_tokens)
     asked = [ids if len(ids) <= room else [ids[0], *ids[len(ids) - room + 1 :]] for ids in prompts]
     width = max(map(len, asked))
     tokens_BT = torch.tensor([[PAD] * (width - len(ids)) + ids for ids in asked], device=device)
     examples_BT = torch.tensor([[PADDING] * (width - len(ids)) + [0] * len(ids) for ids in asked], device=device)
-    generators = [torch.Generator().manual_seed(sampling.seed + place) for place in range(len(asked))]
+    seeds = _seeds(sampling, len(asked)) if seeds is None else seeds
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     new: list[list[int]] = [[] for _ in asked]
     active, cache = list(range(len(asked))), KeyValueCache(room=width + new_tokens)
     model.eval()
@@ -204,12 +242,13 @@ def continue_text(loaded: Loaded, prompt: str, tokens: int, sampling: Sampling) 
 
 
 def continue_texts(loaded: Loaded, prompts: Sequence[str], tokens: int, sampling: Sampling) -> list[str]:
-    """The continuations of prompts: several in one batch where all of them have room in the context."""
+    """The continuations of prompts, in batches where they have room in the context."""
     asked = [open_prompt(loaded.tokenizer, prompt, loaded.end_tokens) for prompt in prompts]
-    if len(asked) == 1 or max(map(len, asked)) + tokens > loaded.model.config.context_length:
-        return [continue_text(loaded, prompt, tokens, sampling) for prompt in prompts]
-    replies = continue_batch(loaded.model, asked, tokens, sampling, loaded.end_tokens)
-    texts: list[str] = loaded.tokenizer.decode_batch(replies)
+    if len(asked) == 1:
+        return [continue_text(loaded, prompts[0], tokens, sampling)]
+    texts: list[str] = loaded.tokenizer.decode_batch(
+        continue_each(loaded.model, asked, tokens, sampling, loaded.end_tokens)
+    )
     return texts
 
 

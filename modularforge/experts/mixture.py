@@ -29,7 +29,7 @@ from modularforge.model.hub_config import CONFIG_NAME, OWN_ROWS_NAME, TABLES_NAM
 from modularforge.model.sizes import model_sizes, with_own_rows
 from modularforge.routing import evidence
 from modularforge.routing.solvers import all_statistics, router_rows, widening_of
-from modularforge.routing.text_counts import token_counts
+from modularforge.routing.text_counts import token_occurrences
 from modularforge.routing.text_evidence import Texts, texts_of, write_tables
 
 SAFETENSORS_NAME = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "same": None}
@@ -124,18 +124,19 @@ class Mixture:
         public_slot = 0 if self.config.has_public_expert else None
         backbone = spans_of(self.backbone, WEIGHTS_NAME)
         weighting = self.config.assembly.shared
-        shared = write_means(scratch / SHARED_NAME, backbone, self.experts, weighting, token_counts)
+        shared = write_means(scratch / SHARED_NAME, backbone, self.experts, weighting, token_occurrences)
         slots = {index + (public_slot == 0): own for index, own in enumerate(self.spans)}
         spans = merged_spans({**backbone, **shared}, slots, self.dense.layers, public_slot, self.dense.family)
         kept = output_tensors(spans, SAFETENSORS_NAME[self.config.assembly.dtype])
         for (index, layer, part), matrix in self.added.items():
             name = names.expert_ffn(layer, index + (public_slot == 0), part, self.dense.family)
             kept[name] = replace(kept[name], added=matrix)
-        if self.texts:
+        statistics = all_statistics(self.experts, products=False) if self.texts else None
+        if self.texts and statistics is not None:
             widening = widening_of(self.config, self.dense, len(self.experts))
-            kept = evidence.widen(kept, widening, all_statistics(self.experts), self.texts.token_VE, scratch)
+            kept = evidence.widen(kept, widening, statistics, self.texts.token_VE, scratch)
         router_file = scratch / "router.safetensors"
-        save_file(router_rows(self.config, self.experts, self.dense, self.texts), router_file)
+        save_file(router_rows(self.config, self.experts, self.dense, self.texts, statistics), router_file)
         routers = read_spans(str(router_file), describe_file(router_file).tensors)
         return {**kept, **output_tensors(routers, next(iter(kept.values())).dtype)}
 

@@ -84,7 +84,8 @@ class SparseMoE(nn.Module):
             mixed = sum(weight_NE[:, e, None] * expert(x_ND) for e, expert in enumerate(self.experts))
             return torch.as_tensor(mixed).view_as(x_BTD)
         weight_NA, expert_NA = self.choose(logits_NE)
-        return self._visit(x_ND, weight_NA.to(x_ND.dtype), expert_NA).view_as(x_BTD)
+        mixed_ND: Tensor = self._visit(x_ND, weight_NA.to(x_ND.dtype), expert_NA)
+        return mixed_ND.view_as(x_BTD)
 
     def choose(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and indices [N, A] of the visited experts; `allowed` forces the choice to a few of them."""
@@ -101,6 +102,8 @@ class SparseMoE(nn.Module):
         weight_NA, expert_NA = self.choose(logits_NE)
         return torch.zeros_like(logits_NE).scatter(1, expert_NA, weight_NA)
 
+    # Groups have other sizes in every step: a graph of their sum would be made anew for each until torch gives up.
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def _visit(self, x_ND: Tensor, weight_NA: Tensor, expert_NA: Tensor) -> Tensor:
         """Visits sorted by expert once: a GPU says the ends of all groups at once, not one group's size at a time."""
         sorted_V, visit_V = expert_NA.flatten().sort(stable=True)

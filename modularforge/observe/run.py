@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from checkpoints import Artifact, StoreError, find_artifact, paths
+from checkpoints.notes import read_folder
 from checkpoints.parallel import in_order
 from modularforge.config_files import in_new_names, make_config, read_yaml
 from modularforge.errors import ConfigError, DataError
@@ -256,11 +257,10 @@ def _outdated(artifacts: dict[str, Artifact]) -> list[str]:
 def _read_records(url: str, problems: list[str]) -> list[dict[str, Any]]:
     """What the launcher noted: {job, event: submitted|started|requeued|ended, time}.
 
-    Each job also keeps a file of its own, which is newer than the merged one while the run is going on.
+    Each job also keeps notes of its own, which are newer than the merged ones while the run is going on.
     """
-    folder = paths.join(url, EVENTS_FOLDER)
-    files = [paths.join(url, RECORDS_NAME), *(paths.join(folder, name) for name in paths.list_folder(folder))]
-    contents = in_order(lambda file: _read(file, problems), files, READS_AT_ONCE)
+    notes = read_folder(paths.join(url, EVENTS_FOLDER), lambda file: _read(file, problems))
+    contents = [_read(paths.join(url, RECORDS_NAME), problems), *notes.values()]
     found = [value for content in contents for value in objects_in(content)[0]]
     texts = [v for v in found if isinstance(v.get("job"), str) and isinstance(v.get("event"), str)]
     kept = [{**v, "time": time} for v in texts if (time := moment(v.get("time"))) is not None]

@@ -8,7 +8,6 @@ Needs no torch. Sums add up, so routers of any set of experts can be solved at a
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,26 +21,23 @@ from modularforge.model import names
 from modularforge.routing import evidence
 from modularforge.routing.statistics import (
     ROUTER_NAME,
-    STATISTICS_NAME,
     Array,
     LayerStatistics,
     RouterStatistics,
-    load_statistics,
+    stored_statistics,
 )
 from modularforge.routing.text_evidence import Texts
 
 Rows = NDArray[np.float32]
 FILES_AT_ONCE = 8
-NO_TOKENS: Array = np.zeros(0)
 
 
-def all_statistics(experts: list[Artifact]) -> list[RouterStatistics]:
-    """What the experts' jobs counted, in order; layers are read when they are asked for.
+def all_statistics(experts: list[Artifact], products: bool) -> list[RouterStatistics]:
+    """What the experts' jobs counted, in order; layers, with their outer products or without, are read when asked for.
 
     Without how often each token occurs, which no solver wants: 400 MB of a thousand experts with 50,000 entries.
     """
-    files = in_order(lambda expert: expert.local_file(STATISTICS_NAME), experts, FILES_AT_ONCE)
-    return [replace(load_statistics(file), tokens_V=NO_TOKENS) for file in files]
+    return list(in_order(lambda expert: stored_statistics(expert, products), experts, FILES_AT_ONCE))
 
 
 def widening_of(config: Config, model: ModelConfig, experts: int) -> evidence.Widening:
@@ -50,21 +46,26 @@ def widening_of(config: Config, model: ModelConfig, experts: int) -> evidence.Wi
 
 
 def router_rows(
-    config: Config, experts: list[Artifact], model: ModelConfig, texts: Texts | None = None
+    config: Config,
+    experts: list[Artifact],
+    model: ModelConfig,
+    texts: Texts | None = None,
+    statistics: list[RouterStatistics] | None = None,
 ) -> dict[str, Rows]:
     """The router matrix of every layer, by name, float32 [R, D]; [R, D + C] for the evidence router.
 
-    `model` is the backbone's shape; `texts` is needed for the evidence router.
+    `model` is the backbone's shape; `texts` is needed for the evidence router, whose `statistics` may be known.
     """
     settings, public = config.assembly, config.has_public_expert
     if settings.router == "evidence":
         assert texts is not None
-        widening, statistics = widening_of(config, model, len(experts)), all_statistics(experts)
+        widening = widening_of(config, model, len(experts))
+        statistics = all_statistics(experts, products=False) if statistics is None else statistics
         solved = evidence.router_rows(widening, statistics, texts.prior_E, settings.router_temperature, public)
         rows = list(solved)
     else:
         is_solved = settings.router in ("ridge", "means")
-        statistics = all_statistics(experts) if is_solved else []
+        statistics = all_statistics(experts, settings.router == "ridge") if is_solved else []
         rows = [_layer_rows(config, experts, statistics, layer, model) for layer in range(model.layers)]
     # safetensors writes an array's memory as it lies: a transposed one would be saved scrambled.
     return {
@@ -86,10 +87,11 @@ def _layer_rows(
         rows = [load_file(expert.local_file(ROUTER_NAME))[name] for expert in experts]
         trained_ED = np.concatenate(rows).astype(np.float64)
         return with_public(equalised(trained_ED) if settings.router == "trained_equalised" else trained_ED, public)
-    sums = (item.layers[layer] for item in statistics)
     if settings.router == "ridge":
-        return with_public(ridge(sums, settings.ridge_penalty, settings.router_temperature), public)
+        one_by_one = (item.layers[layer] for item in statistics)  # of matrices, one is in memory
+        return with_public(ridge(one_by_one, settings.ridge_penalty, settings.router_temperature), public)
     assert settings.router == "means", settings.router
+    sums = in_order(lambda item: item.layers[layer], statistics, FILES_AT_ONCE)
     return with_public(means(sums, settings.router_temperature), public)
 
 

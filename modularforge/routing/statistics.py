@@ -8,9 +8,10 @@ of the router inputs x and, where they are wanted, of their outer products.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,24 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from checkpoints import safetensors
+from checkpoints import Artifact, CorruptArtifactError, safetensors
 from checkpoints.parsing import parse_object
+from modularforge.assembly.values import values_of
 from modularforge.errors import DataError
+from modularforge.facts import fact
 
 ROUTER_NAME = "router.safetensors"
 """Rows that an expert learned."""
 STATISTICS_NAME = "statistics.safetensors"
 SCALARS = "scalars"
+HEADER_FACT = "statistics_header"
+READ_WHOLE_BYTES = 1 << 20  # one request is quicker than one for each layer
 TOKEN_COUNTS = "tokens"
 LARGEST_SUM = 1e300  # JSON has whole numbers of any size, and numpy raises for those beyond float64
 
 Array = NDArray[np.float64]
 NO_PRODUCTS: Array = np.zeros((0, 0))
+NO_TOKENS: Array = np.zeros(0)
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,75 @@ def save_statistics(path: Path, statistics: RouterStatistics) -> None:
     save_file(tensors, path, metadata={SCALARS: json.dumps(scalars)})
 
 
+def header_hash(path: Path) -> str:
+    """Hash of a statistics file's header, length included: what says that its scalars are right, read without the rest.
+
+    A job records it in its manifest as the fact `HEADER_FACT`; tensors have hashes of their own there.
+    """
+    with open(path, "rb") as file:
+        head = file.read(safetensors.LENGTH_BYTES)
+        return hashlib.sha256(head + file.read(safetensors.header_length(head))).hexdigest()
+
+
+def stored_statistics(artifact: Artifact, products: bool) -> RouterStatistics:
+    """What a job counted, from its artifact on any store: no more than the header, and a layer's sums when asked for.
+
+    Both are compared with their hashes. Outer products, gigabytes in wide models, are read where they are wanted; how
+    often each token occurs is not (`token_counts`). Of an artifact that does not record the header's hash, or whose
+    file is small, the file is read whole.
+    """
+    entry, recorded = artifact.entry(STATISTICS_NAME), fact(artifact, HEADER_FACT, "")
+    if not recorded or entry.size <= READ_WHOLE_BYTES:
+        return replace(load_statistics(artifact.local_file(STATISTICS_NAME)), tokens_V=NO_TOKENS)
+    url = artifact.file_url(STATISTICS_NAME)
+    head = _head(url, entry.size)
+    if hashlib.sha256(head).hexdigest() != recorded:
+        raise CorruptArtifactError(
+            f"{url} must have the header that its manifest records, but has another; restore it from a copy, or make "
+            "the artifact again"
+        )
+    header = _parsed(url, head, entry.size)
+    counts, scales = _scalars(header)
+    spans = safetensors.spans_in(url, header, entry.tensors)
+    return RouterStatistics(_RangedLayers(spans, counts.tolist(), products), NO_TOKENS, scales / np.maximum(counts, 1))
+
+
+def token_counts(artifact: Artifact) -> Array:
+    """How often each token occurs, [V], read alone and compared with its hash where the file is large."""
+    entry = artifact.entry(STATISTICS_NAME)
+    if entry.size <= READ_WHOLE_BYTES:
+        return load_statistics(artifact.local_file(STATISTICS_NAME)).tokens_V
+    url = artifact.file_url(STATISTICS_NAME)
+    header = _parsed(url, _head(url, entry.size), entry.size)
+    return values_of(safetensors.spans_in(url, header, entry.tensors)[TOKEN_COUNTS]).astype(np.float64)
+
+
+def _head(url: str, size: int) -> bytes:
+    """The header of a weight file, length included; one request where it is of a usual length."""
+    read = safetensors.reader(url, size)
+    try:
+        end = safetensors.LENGTH_BYTES + safetensors.header_length(read(0, safetensors.LENGTH_BYTES))
+    except ValueError as error:
+        raise _wrong(url, error) from error
+    return read(0, min(end, size))
+
+
+def _parsed(url: str, head: bytes, size: int) -> safetensors.Header:
+    """The header, which is that of statistics; raises DataError."""
+    try:
+        header = safetensors.read_header(lambda start, end: head[start:end], size)
+        _check_shapes(header, len(_scalars(header)[0]))
+    except ValueError as error:
+        raise _wrong(url, error) from error
+    return header
+
+
+def _wrong(place: object, error: Exception) -> DataError:
+    return DataError(
+        f"{place} must be a file of router statistics, but is not: {error}; make the artifact it lies in again"
+    )
+
+
 def load_statistics(path: Path) -> RouterStatistics:
     """The sums that `save_statistics` wrote; the layers are read when they are asked for, so that memory is one's."""
     try:
@@ -90,9 +165,7 @@ def load_statistics(path: Path) -> RouterStatistics:
         counts, scales = _scalars(header)
         _check_shapes(header, len(counts))
     except ValueError as error:
-        raise DataError(
-            f"{path} must be a file of router statistics, but is not: {error}; make the artifact it lies in again"
-        ) from error
+        raise _wrong(path, error) from error
     with safe_open(path, framework="np") as tensors:
         tokens_V = tensors.get_tensor(TOKEN_COUNTS).astype(np.float64)
     return RouterStatistics(_StoredLayers(path, counts.tolist()), tokens_V, scales / np.maximum(counts, 1))
@@ -148,6 +221,24 @@ class _StoredLayers(Sequence[LayerStatistics]):
                 for name in (_first_moment, _second_moment)
             )
             return LayerStatistics(count, *sums)
+
+
+class _RangedLayers(Sequence[LayerStatistics]):
+    """The layers of a statistics file of any store, each read by ranges on every access and compared with its hash."""
+
+    def __init__(self, spans: dict[str, safetensors.TensorSpan], counts: list[float], products: bool) -> None:
+        self._spans, self._counts, self._products = spans, counts, products
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def __getitem__(self, layer: Any) -> Any:
+        outer = _second_moment(layer)
+        products: Any = self._read(outer) if self._products and outer in self._spans else NO_PRODUCTS
+        return LayerStatistics(self._counts[layer], self._read(_first_moment(layer)), products)
+
+    def _read(self, name: str) -> Any:
+        return values_of(self._spans[name]).reshape(self._spans[name].shape)
 
 
 def _first_moment(layer: int) -> str:

@@ -45,9 +45,45 @@ class TextCounts:
     pairs_P: NDArray[np.float32]
 
     @property
+    def vocab_size(self) -> int:
+        """Entries of the vocabulary V."""
+        return len(self.tokens_V)
+
+    @property
     def has_pairs(self) -> bool:
         """Whether pairs were counted."""
         return len(self.keys_P) > 0
+
+
+class StoredCounts:
+    """The counts of a file, checked once and read anew on every access: of a thousand experts, one's are in memory."""
+
+    def __init__(self, path: Path) -> None:
+        counts = load_counts(path)
+        self._path, self.vocab_size, self.has_pairs = path, counts.vocab_size, counts.has_pairs
+
+    @property
+    def tokens_V(self) -> Array:
+        """How often each token occurs."""
+        return self._read("tokens").astype(np.float64)
+
+    @property
+    def keys_P(self) -> NDArray[np.int64]:
+        """Pairs, ascending."""
+        return self._read("keys")
+
+    @property
+    def pairs_P(self) -> NDArray[np.float32]:
+        """How often each pair occurs."""
+        return self._read("pairs")
+
+    def _read(self, name: str) -> NDArray[Any]:
+        with safe_open(self._path, framework="np") as file:
+            found: NDArray[Any] = file.get_tensor(name)
+            return found
+
+
+Counts = TextCounts | StoredCounts
 
 
 def only_tokens(tokens_V: Array) -> TextCounts:
@@ -137,7 +173,7 @@ def load_counts(path: Path) -> TextCounts:
     return TextCounts(tokens.astype(np.float64), keys, pairs)
 
 
-def token_counts(expert: Artifact) -> NDArray[np.float64]:
+def token_occurrences(expert: Artifact) -> NDArray[np.float64]:
     """How often the text of an expert has each token, [V]; raises MismatchError where its artifact does not say."""
     if COUNTS_NAME not in expert.manifest.files:
         raise MismatchError(

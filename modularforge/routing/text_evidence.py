@@ -26,13 +26,15 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from checkpoints import Artifact
+from checkpoints.parallel import in_order
 from modularforge.assembly.card import special_tokens
 from modularforge.model.hub_config import CONFIG_NAME, TABLES_FORMAT, end_tokens
-from modularforge.routing.statistics import STATISTICS_NAME, Array, load_statistics
-from modularforge.routing.text_counts import COUNTS_NAME, TextCounts, load_counts, only_tokens
+from modularforge.routing.statistics import Array, token_counts
+from modularforge.routing.text_counts import COUNTS_NAME, Counts, StoredCounts, only_tokens
 
 SMOOTHING_TOKENS = 1000.0  # each partition's counts are mixed with so many tokens of the background
 BACKOFF_TOKENS = 20.0  # and what follows a token with so many tokens of the partition's own
+FILES_AT_ONCE = 8
 TIE = 0.02  # nats: what decides between experts for whom nothing speaks, far less than any text's evidence
 # Chosen on the selection split of validation, ten domains, seed 0 (docs/log.md).
 FILTER = {"strength": 0.4, "switch": 0.003, "switch_at_end": 0.9, "sharpness": 0.4}
@@ -53,26 +55,27 @@ class TextEvidence:
     pair_PE: NDArray[np.float16]
 
 
-def token_evidence(
-    counts: Sequence[TextCounts], background: TextCounts | None = None, neutral: Collection[int] = ()
-) -> Array:
+def token_evidence(counts: Sequence[Counts], background: Counts | None = None, neutral: Collection[int] = ()) -> Array:
     """Evidence [V, E] of each token; `neutral` ones, such as special tokens, have none.
 
     Without a `background` it is the mean of all partitions.
     """
     background_V = background_of(counts, background)
-    evidence_VE = np.stack([np.log(_smoothed(item, background_V)) for item in counts], axis=1)
+    evidence_VE = np.empty((len(background_V), len(counts)))
+    for column, item in enumerate(counts):  # one expert's counts are in memory at a time
+        evidence_VE[:, column] = np.log(_smoothed(item, background_V))
     evidence_VE -= np.log(background_V)[:, None]
     evidence_VE[list(neutral)] = 0.0
     found: Array = evidence_VE
     return found
 
 
-def background_of(counts: Sequence[TextCounts], background: TextCounts | None) -> Array:
+def background_of(counts: Sequence[Counts], background: Counts | None) -> Array:
     """Share of each token [V] in the background, or in all partitions alike; none is zero."""
     texts = [background] if background is not None and background.tokens_V.sum() > 0 else counts
-    sizes = [max(1.0, float(item.tokens_V.sum())) for item in texts]
-    share_V = np.mean([item.tokens_V / size for item, size in zip(texts, sizes, strict=True)], axis=0)
+    sizes = [_size(item) for item in texts]
+    shares = (item.tokens_V / size for item, size in zip(texts, sizes, strict=True))
+    share_V = sum(shares, start=np.zeros(len(texts[0].tokens_V))) / len(texts)
     # As if each token of the vocabulary had occurred a tenth of a time: less than any that was seen, whatever was read.
     share_V = share_V + 0.1 / min(sizes)
     found_V: Array = share_V / share_V.sum()
@@ -80,7 +83,7 @@ def background_of(counts: Sequence[TextCounts], background: TextCounts | None) -
 
 
 def pair_evidence(
-    counts: Sequence[TextCounts], background: TextCounts | None, neutral: Collection[int], most_pairs: int
+    counts: Sequence[Counts], background: Counts | None, neutral: Collection[int], most_pairs: int
 ) -> TextEvidence:
     """The evidence of tokens and of the `most_pairs` most telling pairs.
 
@@ -95,12 +98,14 @@ def pair_evidence(
     keys_P = keys_P[~np.isin(keys_P // len(background_V), list(neutral))]
     # What follows a token in the background: the mean of the texts, as shares, and as much of it as an expert has read,
     # so that both are backed off alike.
-    size = float(np.mean([max(1.0, item.tokens_V.sum()) for item in counts]))
-    weights = [size / max(1.0, item.tokens_V.sum()) / len(texts) for item in texts]
+    size = float(np.mean([_size(item) for item in counts]))
+    weights = [size / _size(item) / len(texts) for item in texts]
     after_V = sum(_followers(item) * weight for item, weight in zip(texts, weights, strict=True))
     pair_P = sum(_at(item, keys_P) * weight for item, weight in zip(texts, weights, strict=True))
     context_V = _context(np.asarray(after_V))
-    context_VE = np.stack([_context(_followers(item)) for item in counts], axis=1) - context_V[:, None]
+    context_VE = np.empty((len(context_V), len(counts)), np.float32)
+    for column, item in enumerate(counts):
+        context_VE[:, column] = _context(_followers(item)) - context_V
     context_VE[list(neutral)] = 0.0
     background_P = _gain(np.asarray(pair_P), background_V, keys_P)
     # Which pairs are kept is known only when all experts were seen; their rows are made after that, one column at a
@@ -109,21 +114,21 @@ def pair_evidence(
     for item in counts:
         often_P = _at(item, keys_P)
         gain_P = _gain(often_P, _smoothed(item, background_V), keys_P) - background_P
-        telling_P += often_P / max(1.0, item.tokens_V.sum()) * np.abs(gain_P)
+        telling_P += often_P / _size(item) * np.abs(gain_P)
     chosen = np.sort(np.argsort(-telling_P, kind="stable")[:most_pairs])
     keys_P, background_P = keys_P[chosen], background_P[chosen]
     rows_PE = np.empty((len(keys_P), len(counts)), np.float16)
     for column, item in enumerate(counts):
         rows_PE[:, column] = _gain(_at(item, keys_P), _smoothed(item, background_V), keys_P) - background_P
-    return TextEvidence(token_VE.astype(np.float32), context_VE.astype(np.float32), keys_P, rows_PE)
+    return TextEvidence(token_VE.astype(np.float32), context_VE, keys_P, rows_PE)
 
 
 @dataclass(frozen=True)
 class Texts:
     """What is known of the texts behind a backbone and its experts, which is counts alone."""
 
-    counts: Sequence[TextCounts]
-    background: TextCounts | None
+    counts: Sequence[Counts]
+    background: Counts | None
     neutral: tuple[int, ...]
     ends: tuple[int, ...]
 
@@ -148,10 +153,10 @@ class Texts:
 
 def texts_of(backbone: Artifact, experts: Sequence[Artifact], learns_responses: bool = False) -> Texts:
     """The counts that lie in the artifacts; those that were made without them have at least a sample's tokens."""
-    return counted_texts(backbone, [_counts(expert) for expert in experts], learns_responses)
+    return counted_texts(backbone, list(in_order(_counts, experts, FILES_AT_ONCE)), learns_responses)
 
 
-def counted_texts(backbone: Artifact, counts: Sequence[TextCounts], learns_responses: bool = False) -> Texts:
+def counted_texts(backbone: Artifact, counts: Sequence[Counts], learns_responses: bool = False) -> Texts:
     """The same of experts whose texts have these counts.
 
     Where responses are learned, no token ends a document: the end of a chat's turn is the same token as the end of a
@@ -163,10 +168,10 @@ def counted_texts(backbone: Artifact, counts: Sequence[TextCounts], learns_respo
     return Texts(counts, background, special_tokens(backbone), ends)
 
 
-def _counts(artifact: Artifact) -> TextCounts:
+def _counts(artifact: Artifact) -> Counts:
     if COUNTS_NAME in artifact.manifest.files:
-        return load_counts(artifact.local_file(COUNTS_NAME))
-    return only_tokens(load_statistics(artifact.local_file(STATISTICS_NAME)).tokens_V)
+        return StoredCounts(artifact.local_file(COUNTS_NAME))
+    return only_tokens(token_counts(artifact))
 
 
 def slot_priors(prior_E: Array, public: bool) -> Array:
@@ -192,16 +197,22 @@ def write_tables(path: Path, texts: Texts, public: bool, most_pairs: int) -> int
     return len(found.keys_P)
 
 
-def _smoothed(item: TextCounts, background_V: Array) -> Array:
+def _size(item: Counts) -> float:
+    """Tokens of a text, at least one."""
+    return max(1.0, float(item.tokens_V.sum()))
+
+
+def _smoothed(item: Counts, background_V: Array) -> Array:
+    tokens_V = item.tokens_V
     # A token that nobody has seen has the background's least share here too, or it would speak against everyone.
-    counts_V = item.tokens_V + SMOOTHING_TOKENS * background_V + item.tokens_V.sum() * background_V.min()
+    counts_V = tokens_V + SMOOTHING_TOKENS * background_V + tokens_V.sum() * background_V.min()
     found_V: Array = counts_V / counts_V.sum()
     return found_V
 
 
-def _followers(item: TextCounts) -> Array:
+def _followers(item: Counts) -> Array:
     """How many counted pairs begin with each token, [V]."""
-    size = len(item.tokens_V)
+    size = item.vocab_size
     found_V: Array = np.bincount(item.keys_P // size, weights=item.pairs_P, minlength=size).astype(np.float64)
     return found_V
 
@@ -218,10 +229,11 @@ def _gain(often_P: Array, share_V: Array, keys_P: NDArray[np.int64]) -> Array:
     return found_P
 
 
-def _at(item: TextCounts, keys_P: NDArray[np.int64]) -> Array:
+def _at(item: Counts, keys_P: NDArray[np.int64]) -> Array:
     """How often the pairs of `keys_P` occur, zero where they were not counted."""
-    if not len(item.keys_P):
+    known_P = item.keys_P
+    if not len(known_P):
         return np.zeros(len(keys_P))
-    place_P = np.minimum(np.searchsorted(item.keys_P, keys_P), len(item.keys_P) - 1)
-    found_P: Array = np.where(item.keys_P[place_P] == keys_P, item.pairs_P[place_P], 0.0).astype(np.float64)
+    place_P = np.minimum(np.searchsorted(known_P, keys_P), len(known_P) - 1)
+    found_P: Array = np.where(known_P[place_P] == keys_P, item.pairs_P[place_P], 0.0).astype(np.float64)
     return found_P

@@ -24,7 +24,7 @@ def run(run: Run) -> Artifact:
         return found
     backbone = run.require("backbone")
     indices = [index for index in range(config.experts.count) if str(JobName("expert", index)) in plan.inputs]
-    experts = [run.require("expert", index) for index in indices]
+    experts = run.require_each("expert", indices)
     old = run.find(plan.url)
     if old:
         logger.info("more experts are finished than the model at %s was made from; it is made again", plan.url)

@@ -24,7 +24,7 @@ from modularforge.config import OuterConfig
 from modularforge.log import logger
 from modularforge.pipeline import JobName, made_in_round
 from modularforge.provenance import commit, making
-from modularforge.routing.text_counts import token_counts
+from modularforge.routing.text_counts import token_occurrences
 from modularforge.run import Run
 
 SECONDS_BETWEEN_LOOKS = 30.0
@@ -41,7 +41,8 @@ def run(run: Run, number: int) -> Artifact:
     if found := run.finished(plan):
         logger.info("%s is finished: %s", stages[1], plan.url)
         return found
-    chosen, start = run.merged_experts(number), time.time()
+    indices, start = list(run.merged_experts(number)), time.time()
+    chosen = dict(zip(indices, run.require_each(stages[0], indices), strict=True))
     late = [index for index in range(run.config.experts.count) if index not in chosen]
     if late:
         logger.warning(
@@ -82,7 +83,7 @@ def _write(run: Run, number: int, experts: Sequence[Artifact], writer: ArtifactW
     before = run.require(made_in_round(number - 1)[1]) if number > 1 else None
     base = backbone_spans(run.require("backbone")) if before is None else spans_of(before, SHARED_NAME)
     weighting = run.config.assembly.shared
-    files: dict[str, Sums] = {SHARED_NAME: means(base, experts, weighting, token_counts)}
+    files: dict[str, Sums] = {SHARED_NAME: means(base, experts, weighting, token_occurrences)}
     if settings != OuterConfig():
         momentum = spans_of(before, MOMENTUM_NAME) if before else {}
         weights, momenta = outer_step(files[SHARED_NAME], base, momentum, settings)

@@ -18,10 +18,10 @@ from checkpoints.training import Checkpoint
 from modularforge.errors import Interrupted, TrainingError
 from modularforge.experts.trainable import Trainable
 from modularforge.model.backbone import perplexity
-from modularforge.model.shards import is_sharded
 from modularforge.tasks.task import Batch, Examples
 from modularforge.training.ahead import built_ahead
 from modularforge.training.checkpointing import Checkpointing, StopFlag, checkpoint_of, stop_on_signals
+from modularforge.training.compiled import compiled_blocks
 from modularforge.training.distributed import World, parallelise
 from modularforge.training.gradient_norms import norm_log
 from modularforge.training.job import Job
@@ -32,6 +32,7 @@ from modularforge.training.recompute import choose_recompute
 from modularforge.training.sharding import (
     exchange_gradients,
     forget_unvisited,
+    is_in_pieces,
     mask_gradients,
     part_of,
     shard,
@@ -79,10 +80,11 @@ def fit_from(
     checkpoints = Checkpointing(job, world, part_of(trainer, job.training, world))
     checkpoints.resume(trainer, start)
     norms = norm_log(job, trainable, world, trainer.step)
+    in_graphs = compiled_blocks(trainable.model, job.training.compile and is_in_pieces(trainable))
     with closing(_Wrapped(trainable, job, world)) as wrapped, closing(Meter(job, world, trainer.step, norms)) as meter:
         built = built_ahead(examples.batches(trainer.position, world.rank, world.size), world.device)
         showing = progress(job.name, job.end, start=trainer.step, is_wanted=world.is_main, has_lines=False)
-        with checkpoints, built as batches, stop_on_signals() as stop, showing as bar:
+        with in_graphs, checkpoints, built as batches, stop_on_signals() as stop, showing as bar:
             reporter = Reporter(job, bar, trainer.step, job.speaks and world.is_main, world.size)
             while not trainer.is_over(job.end, patience):
                 rate = learning_rate(job.phase, trainer.step)
@@ -143,10 +145,10 @@ class _Wrapped:
     """
 
     def __init__(self, trainable: Trainable, job: Job, world: World) -> None:
-        self.trainable, self.compiles, self.world = trainable, job.training.compile, world
+        self.trainable, self.world, self._is_sharded = trainable, world, is_in_pieces(trainable)
+        self.compiles = job.training.compile and not self._is_sharded  # of pieces, blocks are compiled each
         self._sends_half = job.training.gradient_exchange == "bf16"
         self._parameters = list(trainable.parameters.values())
-        self._is_sharded = any(map(is_sharded, self._parameters))
         self._learning: list[bool] = []
         self._model: nn.Module | None = None
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.screen import Progress, clock
-from modularforge.cost import peak_rate
+from modularforge.cost import device_peak
 from modularforge.errors import TrainingError
 from modularforge.log import MetricsLog, logger
 from modularforge.training.distributed import World
@@ -166,7 +166,7 @@ class Reporter:
         speed = [f"{count(units_per_second)} {self._speed}"]
         if not self.job.flops_per_unit or not self.speaks:
             return speed
-        share = units_per_second * self.job.flops_per_unit / (self.processes * peak_rate())
+        share = device_peak().share(units_per_second * self.job.flops_per_unit / self.processes)
         return [*speed, f"{100 * share:.{0 if share >= 0.1 else 1}f} % of peak"]
 
     def _is_time(self, now: float) -> bool:

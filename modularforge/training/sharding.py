@@ -33,7 +33,7 @@ def shard(trainable: Trainable, training: TrainingConfig, world: World) -> Train
 
     In either case what learns is float32 behind it, in whatever type it was read. What is in pieces stays as it is.
     """
-    if any(map(is_sharded, trainable.model.parameters())):
+    if is_in_pieces(trainable):
         return trainable
     if training.parallel == "ddp" or world.size == 1:
         _widen(trainable.parameters.values())
@@ -49,6 +49,11 @@ def shard(trainable: Trainable, training: TrainingConfig, world: World) -> Train
     found = replace(trainable, groups=groups)
     masks = {name: _as_piece(mask, found.parameters[name]) for name, mask in trainable.masks.items()}
     return replace(found, masks=masks)
+
+
+def is_in_pieces(trainable: Trainable) -> bool:
+    """Whether a job's model lies in pieces on several ranks."""
+    return any(map(is_sharded, trainable.model.parameters()))
 
 
 def _as_piece(whole: Tensor, weight: Any) -> Tensor:

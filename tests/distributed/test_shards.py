@@ -34,11 +34,19 @@ HALF_TOLERANCES = 0.05, 1e-3
 FAST = ["backbone:2-fsdp", "backbone:4-hsdp", "tied:2-fsdp", "lora:2-fsdp", "mixture:4-hsdp", "half_expert:2-fsdp"]
 FAST += ["sent_half:2-ddp", "patient:2-fsdp:1-ddp"]
 FAST += [f"backbone:{pair}" for pair in ("2-ddp:2-fsdp", "2-fsdp:1-ddp", "2-fsdp:4-hsdp")]
+FAST += ["backbone.aot_eager:2-fsdp"]
 EVERY = [f"{name}:{layout}" for name in shard_ranks.NAMES for layout in ("2-fsdp", "4-hsdp")]
 EVERY += [f"backbone:{pair}" for pair in ("4-hsdp:4-fsdp", "4-fsdp:2-fsdp", "4-hsdp:2-ddp")]
+EVERY += ["backbone.inductor:2-fsdp", "mixture.aot_eager:4-hsdp"]
+EVERY += [f"{name}.aot_eager:2-fsdp" for name in ("lora", "again", "half", "half_expert")]
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in EVERY if name not in FAST]
 EXACT = ["backbone:2-fsdp:2-fsdp", "backbone:4-hsdp:4-hsdp"]
-MORE_EXACT = ["lora:2-fsdp:2-fsdp", "mixture:4-hsdp:4-hsdp"]
+MORE_EXACT = [
+    "backbone.inductor:2-fsdp:2-fsdp",
+    "backbone.aot_eager:2-fsdp:2-fsdp",
+    "lora:2-fsdp:2-fsdp",
+    "mixture:4-hsdp:4-hsdp",
+]
 SLOW_EXACT = [pytest.param(name, marks=pytest.mark.slow) for name in MORE_EXACT]
 ALWAYS = ["backbone:2-fsdp", "mixture:4-hsdp"]
 
@@ -50,9 +58,13 @@ def jobs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     asked = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
     names = {str(call.params["name"]) for call in asked if call and "name" in call.params} | {*ALWAYS}
     names |= {name.rpartition(":")[0] for name in names if name in (*EXACT, *MORE_EXACT)}
-    alone = {f"{name.split(':')[0]}:1-ddp" for name in names}
-    run_command("tests.shard_ranks", str(folder), *sorted(names | alone))
+    run_command("tests.shard_ranks", str(folder), *sorted(names | {*map(alone_of, names)}))
     return folder
+
+
+def alone_of(name: str) -> str:
+    """The same job in one process, which is not compiled."""
+    return f"{name.split(':')[0].split('.')[0]}:1-ddp"
 
 
 def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -62,7 +74,7 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
 
 @pytest.mark.parametrize("name", [*FAST, *SLOW])
 def test_pieces_train_as_one_process_does_and_go_on_in_any_layout(name: str, jobs: Path) -> None:
-    alone, facts = shard_ranks.found(jobs / f"{name.split(':')[0]}:1-ddp")
+    alone, facts = shard_ranks.found(jobs / alone_of(name))
     weights, found = shard_ranks.found(jobs / name)
     is_half = "half" in name.split(":")[0]
     of_weights, of_losses = HALF_TOLERANCES if is_half else (WEIGHT_TOLERANCE, LOSS_TOLERANCE)
@@ -71,7 +83,7 @@ def test_pieces_train_as_one_process_does_and_go_on_in_any_layout(name: str, job
     assert abs(found["train_loss"] - facts["train_loss"]) < of_losses
     assert abs(found["validation_loss"] - facts["validation_loss"]) < of_losses
     assert found.get("best_step") == facts.get("best_step") != shard_ranks.STEPS
-    norms, alone_norms = (shard_ranks.norms(jobs / folder) for folder in (name, f"{name.split(':')[0]}:1-ddp"))
+    norms, alone_norms = (shard_ranks.norms(jobs / folder) for folder in (name, alone_of(name)))
     assert norms.shape == alone_norms.shape
     assert np.allclose(norms, alone_norms, rtol=0.2 if is_half else 1e-3, atol=1e-5, equal_nan=True)
     assert torch.allclose(found["sums"], facts["sums"], rtol=1e-4, atol=0.3 if is_half else 1e-3)
@@ -135,7 +147,7 @@ def test_stages_write_the_same_artifacts_from_pieces(kind: str, tmp_path: Path) 
 
 def test_what_cannot_be_in_pieces_is_refused_by_name(tmp_path: Path) -> None:
     for wrong, said in (
-        ({"training": {"parallel": "hsdp", "compile": True}}, "training.compile must be false with training.parallel"),
+        ({"task": "speech", "training": {"parallel": "fsdp"}}, "validation and sums of speech need the whole model"),
         ({"training": {"shard_ranks": 2}}, "training.shard_ranks must be null with training.parallel ddp"),
     ):
         with pytest.raises(ConfigError, match=said):

@@ -34,7 +34,7 @@ from modularforge.model.folder import read_tensors
 from modularforge.observe.completion import parts_of
 from modularforge.observe.rounds import rounds_table
 from modularforge.observe.run import read_run
-from modularforge.routing.text_counts import token_counts
+from modularforge.routing.text_counts import token_occurrences
 from modularforge.run import Run
 from modularforge.stages import merge
 from tests.conftest import run_command, tiny_config
@@ -142,8 +142,10 @@ def test_rows_of_tokens_weigh_by_counts_between_rounds_and_in_the_model(finished
     run = Run(config)
     merged, embedding = shared_of(run.require("merge_1")), "model.embed_tokens.weight"
     rounds = [run.require("round_1", index) for index in range(3)]
-    counts_KV = torch.from_numpy(np.stack([token_counts(artifact) for artifact in rounds]))
-    assert all(np.array_equal(token_counts(a), token_counts(run.require("expert", k))) for k, a in enumerate(rounds))
+    counts_KV = torch.from_numpy(np.stack([token_occurrences(artifact) for artifact in rounds]))
+    assert all(
+        np.array_equal(token_occurrences(a), token_occurrences(run.require("expert", k))) for k, a in enumerate(rounds)
+    )
     base = run.backbone.tensors[embedding].double()
     total_V = counts_KV.sum(dim=0) + shared.BASE_COUNT
     by_hand = base + sum(

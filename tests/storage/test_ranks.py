@@ -16,8 +16,10 @@ import torch.distributed
 import torch.multiprocessing
 
 from checkpoints import paths
+from checkpoints.pieces import Part
 from checkpoints.ranks import load_newest_on_all_ranks, on_rank_zero, together
 from checkpoints.training import Checkpoint, load_newest_checkpoint, save_checkpoint
+from tests.storage.test_pieces import ROWS, content, save_in
 from tests.storage.test_training_checkpoints import at, damage, same
 
 WORLD = 3
@@ -78,6 +80,11 @@ def fail_and_succeed(rank: int, folder: str, report: dict[str, Any]) -> None:
     attempt(report, "harm", lambda: on_rank_zero(lambda: damage(f"{good}/step-00000003"), world))
     attempt(report, "damaged", lambda: load_newest_on_all_ranks(good, "f", world))
     attempt(report, "fallback", lambda: _assert(same(load_newest_on_all_ranks(good, "f", world, fallback=True), at(2))))
+    url, mine = f"{folder}/other-layout", Part(rank, WORLD, ROWS)
+    attempt(report, "pieces", lambda: on_rank_zero(lambda: save_in(url, 7, 2), world))
+    own = Checkpoint(7, mine.of(content(7).tensors), content(7).state)
+    attempt(report, "part", lambda: _assert(same(load_newest_on_all_ranks(url, "f", world, part=mine), own)))
+    attempt(report, "whole", lambda: _assert(same(load_newest_on_all_ranks(url, "f", world), content(7))))
     total = torch.tensor([float(rank)])
     world.all_reduce(total)
     summed = Checkpoint(4, {"weight": total.repeat(5)}, {"position": 12})
@@ -120,7 +127,8 @@ def test_c13_a_failure_of_any_rank_is_raised_on_all(world: World) -> None:
 def test_c13_all_ranks_load_the_same_checkpoint_or_none(world: World) -> None:
     for report in world[1]:
         assert "step-00000003 is the newest checkpoint and cannot be loaded" in report["damaged"]
-        assert report["fallback"] == "done"
+        assert report["fallback"] == report["pieces"] == "done"
+        assert report["part"] == report["whole"] == "done"
 
 
 def test_c13_a_killed_rank_ends_the_others_in_bounded_time(world: World) -> None:

@@ -15,7 +15,9 @@ from modularforge.data.chat_template import ChatTemplate
 from modularforge.data.tokenizer import EOS
 from modularforge.errors import DataError
 from modularforge.evaluation import generation
+from modularforge.evaluation.bench import sample_texts
 from modularforge.evaluation.conversation import Conversation, conversation
+from modularforge.evaluation.extras import Chat
 from modularforge.evaluation.generation import (
     Sampling,
     choose_token,
@@ -85,11 +87,32 @@ def test_several_prompts_are_continued_as_each_alone(finished_run: Config) -> No
     loaded, prompts = load_for_generation(url), ["The law of the land", "It", "To be or not to be"]
     expected = [continue_text(loaded, prompt, 8, greedy) for prompt in prompts]
     assert continue_texts(loaded, prompts, 8, greedy) == expected
-    # Where one has no room in the context for what follows, each is continued alone and goes on.
+    # One without room in the context for what follows goes on alone.
     long = 2 * loaded.model.config.context_length
     assert continue_texts(loaded, prompts, long, greedy) == [
         continue_text(loaded, one, long, greedy) for one in prompts
     ]
+
+
+def test_samples_of_an_evaluation_come_in_batches_and_are_those_of_each_prompt_alone(finished_run: Config) -> None:
+    model = load_model(Run(finished_run).require("assemble").local_folder())
+    corpus = Corpus(Run(finished_run).require("prepare-data"))
+    prompts = ["The law of the land", "It", "word " * model.config.context_length, "To be or not to be"]
+    asked = {"prompts": prompts, "sample_tokens": 8, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    config = finished_run.model_copy(update={"evaluation": finished_run.evaluation.model_copy(update=asked)})
+    passes: list[int] = []
+    hook = model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: passes.append(len(inputs[0])))
+    found = sample_texts(config, corpus, model)
+    hook.remove()
+    assert [sample["prompt"] for sample in found] == prompts
+    for kind, sampling in (("greedy", Sampling(0)), ("sampled", Sampling(1.0, seed=config.seed))):
+        alone = [generate(model, corpus.tokenizer, prompt, 8, sampling, (corpus.end_token,)) for prompt in prompts]
+        assert [sample[kind] for sample in found] == alone
+    assert passes.count(3) >= 2, "three have room in the context and are read together"
+    assert len(passes) <= 2 * (8 + 8)
+    ids = [corpus.tokenizer.encode(text).ids for text in prompts]
+    chat = Chat([], ids, [], corpus.tokenizer, corpus.end_token)
+    assert chat.replies(model, 8) == [sample["greedy"].strip() for sample in found]
 
 
 def test_an_empty_prompt_starts_a_text_and_one_that_ends_with_eos_is_refused(finished_run: Config) -> None:

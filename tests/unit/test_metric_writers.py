@@ -1,12 +1,15 @@
 """Weights & Biases, MLflow and trackio get a job's numbers without a network, each read back from what it wrote itself.
 
 The tests of a tool run where its package is installed: they bring large trees, and `make test` needs none of them.
+`make test-writers` runs them all, in an environment of its own (tests/unit/test_writer_tools.py).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -60,15 +63,24 @@ def test_wandb_has_them_offline(tmp_path: Path) -> None:
     url = str(tmp_path / "run" / "metrics" / "backbone.jsonl")
     train(url, "wandb", range(1, 4))
     (file,) = (tmp_path / "run" / "metrics" / "wandb").glob("offline-run-*/*.wandb")
-    told = [row for row in wandb_history(file) if "loss" in row]
+    told = [row for row in finished_history(file) if "loss" in row]
     assert [(row["step"], row["loss"]) for row in told] == [(1, 3.9), (2, 3.8), (3, 3.7)]
 
 
-def wandb_history(file: Path) -> list[dict[str, Any]]:
-    """Rows of an offline file: a log of LevelDB's form behind 7 bytes, its records in blocks of 32 KiB."""
+def finished_history(file: Path) -> list[dict[str, Any]]:
+    """The same once it is whole: a process of wandb's own writes it, behind the end of the run."""
+    end = time.monotonic() + 60
+    while (found := wandb_history(file)) is None and time.monotonic() < end:
+        os.sched_yield()
+    assert found is not None, f"{file} has no end"
+    return found
+
+
+def wandb_history(file: Path) -> list[dict[str, Any]] | None:
+    """Rows of an offline file, None before its end: a log of LevelDB's form behind 7 bytes, in blocks of 32 KiB."""
     from wandb.proto import wandb_internal_pb2
 
-    data, place, rows, pieces = file.read_bytes(), 7, [], b""
+    data, place, rows, pieces, is_whole = file.read_bytes(), 7, [], b"", False
     while place + 7 <= len(data):
         if (left := 32768 - place % 32768) < 7:
             place += left
@@ -80,8 +92,8 @@ def wandb_history(file: Path) -> list[dict[str, Any]]:
             record = wandb_internal_pb2.Record.FromString(pieces)
             items = record.history.item if record.WhichOneof("record_type") == "history" else []
             rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items})
-            pieces = b""
-    return rows
+            pieces, is_whole = b"", is_whole or record.WhichOneof("record_type") == "exit"
+    return rows if is_whole else None
 
 
 def test_trackio_has_them_in_its_folder(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from modularforge.assembly.plan import spans_of
 from modularforge.assembly.shared import SHARED_NAME, Sums, Term, chunks, means, outer_step, write_means
 from modularforge.config import OuterConfig
 from modularforge.errors import MismatchError
-from modularforge.routing.text_counts import COUNTS_NAME, only_tokens, save_counts, token_counts
+from modularforge.routing.text_counts import COUNTS_NAME, only_tokens, save_counts, token_occurrences
 
 Values = Mapping[str, Any]
 
@@ -75,12 +75,12 @@ def test_rows_weigh_by_how_often_an_experts_text_has_their_token(tmp_path: Path)
             save_counts(writer.folder / COUNTS_NAME, only_tokens(np.array(tokens, float)))
             experts.append(writer.commit({"partition_tokens": 1}))
     spans = spans_of(base, SHARED_NAME)
-    found = written(tmp_path / "mean", means(spans, experts, "counts", token_counts))
+    found = written(tmp_path / "mean", means(spans, experts, "counts", token_occurrences))
     assert found[name][0].tolist() == [0, 0], "nobody has the token: as it was"
     assert np.allclose(found[name][1], (3 * f32([20, 30]) + f32([0, 10]) + f32([10, 20])) / 5)
     assert np.allclose(found[name][2], (9 * f32([15, 5]) + f32([5, 5])) / 10), "who never met it has no say"
     assert found[other].tolist() == [0.5, 0.5], "all else alike"
-    again = written(tmp_path / "again", means(spans, experts[::-1], "counts", token_counts))
+    again = written(tmp_path / "again", means(spans, experts[::-1], "counts", token_occurrences))
     assert np.array_equal(again[name], found[name])
 
 
@@ -88,7 +88,7 @@ def test_rows_cannot_weigh_by_counts_that_are_not_there(tmp_path: Path) -> None:
     name = "model.embed_tokens.weight"
     base, expert = (artifact(tmp_path / at, {name: f32([[0, 0], [1, 1]])}) for at in ("base", "0"))
     with pytest.raises(MismatchError, match=r"must have counts of its text .* set assembly\.shared to equal"):
-        means(spans_of(base, SHARED_NAME), [expert], "counts", token_counts)
+        means(spans_of(base, SHARED_NAME), [expert], "counts", token_occurrences)
 
 
 def test_experts_that_trained_nothing_shared_leave_the_base_alone(base: Artifact, tmp_path: Path) -> None:

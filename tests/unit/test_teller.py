@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,7 +80,7 @@ def test_a_line_says_which_share_of_the_devices_peak_is_reached(
 ) -> None:
     now = iter([0.0, 60.0, 120.0, 180.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
-    monkeypatch.setattr(meter, "peak_rate", lambda: 1e9)
+    monkeypatch.setattr(meter, "device_peak", lambda: SimpleNamespace(share=lambda rate: rate / 1e9))
     job = Job("backbone", PHASE, TrainingConfig(), flops_per_unit=6_667.0)
     told = Reporter(job, Progress(), 0, speaks=True, processes=2)
     told.report(trainer_at(200, 4.31, 4.4), 2.1e-3, 36_000)

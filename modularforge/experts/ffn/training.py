@@ -63,8 +63,7 @@ def save(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:
         save_tensors(rows, folder / ROUTER_NAME)
     types = {name: tensor.dtype for name, tensor in backbone.tensors.items()}
     save_unfrozen(model, expert.config.experts, types, folder)
-    save_sums(expert, model, folder)
-    return {"slot": slot, "anchored": anchored}
+    return {"slot": slot, "anchored": anchored, **save_sums(expert, model, folder)}
 
 
 def load(backbone: Backbone, artifact: Artifact) -> Decoder:

@@ -35,7 +35,7 @@ from modularforge.model.adapter_config import (
 )
 from modularforge.model.hub_config import CONFIG_NAME, OWN_ROWS_NAME, TABLES_NAME, model_config_of, write_json
 from modularforge.model.sizes import AdapterCounts, lora_sizes, with_own_rows
-from modularforge.routing.text_counts import token_counts
+from modularforge.routing.text_counts import token_occurrences
 from modularforge.routing.text_evidence import texts_of, write_tables
 
 
@@ -45,7 +45,7 @@ def merge(config: Config, backbone: Artifact, experts: Sequence[Artifact], scrat
     adapters = [adapter_of(expert, spans) for expert in experts]
     if config.assembly.lora == "fold":
         return _folded(config, backbone, experts, adapters, spans, scratch)
-    shared = write_means(scratch / SHARED_NAME, spans, experts, config.assembly.shared, token_counts)
+    shared = write_means(scratch / SHARED_NAME, spans, experts, config.assembly.shared, token_occurrences)
     return _Beside(config, backbone, list(experts), adapters).merged(spans, shared)
 
 

@@ -90,8 +90,8 @@ def save(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:
     write_adapter(model, shape, backbone.artifact, folder)
     types = {name: tensor.dtype for name, tensor in backbone.tensors.items()} if expert.config.experts.unfreeze else {}
     save_unfrozen(model, expert.config.experts, types, folder)
-    save_sums(expert, model, folder)
-    return {"trained_parameters": sum(tensor.numel() for tensor in adapter_tensors(model).values())}
+    count = sum(tensor.numel() for tensor in adapter_tensors(model).values())
+    return {"trained_parameters": count, **save_sums(expert, model, folder)}
 
 
 def write_adapter(model: Decoder, shape: AdapterShape, backbone: Artifact, folder: Path) -> None:
