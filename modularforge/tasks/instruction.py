@@ -21,6 +21,7 @@ from checkpoints import Artifact
 from modularforge.config import Config, PhaseConfig
 from modularforge.data.mixing import Mixture, mixture_of, order_facts
 from modularforge.data.packing import PADDING, Rows, example_batches, mixed_example_batches, ordered_batches
+from modularforge.data.stored_tokens import partition_tokens
 from modularforge.data.token_files import ExampleTokens, Stream
 from modularforge.errors import MismatchError
 from modularforge.evaluation.scoring import summed_loss
@@ -35,7 +36,6 @@ from modularforge.stage_outputs import (
     even_streams,
     example_seeds,
     partition_labels,
-    token_file,
 )
 from modularforge.tasks.task import TEXT_METRICS, Batch, Examples, Metric
 from modularforge.tasks.text import TEXT, HeldOutText
@@ -133,9 +133,9 @@ class InstructionTask:
     def part(self, config: Config, partitions: Artifact, index: int) -> InstructionExamples:
         """The examples of one partition; their order follows from the seed and the index alone."""
         seed, sample_seed = example_seeds(config.seed, "expert", index)
-        name, file = f"partition {index}", token_file(partitions, f"partition-{index}", config.reads_documents)
+        name, file = f"partition {index}", partition_tokens(partitions, index, config.reads_documents)
         found = _examples(config, file.whole, config.experts.batch_size, seed, name, sample_seed)
-        mixture = mixture_of(config, file, partition_labels(config, partitions), name)
+        mixture = mixture_of(config, file, partition_labels(config, partitions, index), name)
         return replace(found, mixture=mixture, steps=config.experts.steps)
 
     def mixture(

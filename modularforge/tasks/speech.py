@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from checkpoints import Artifact, open_artifact, paths
 from modularforge.config import Config, PhaseConfig
+from modularforge.data.stored_tokens import partition_artifact
 from modularforge.errors import TrainingError
 from modularforge.model.backbone import perplexity
 from modularforge.pipeline import stage_url
@@ -169,7 +170,7 @@ class SpeechTask:
     def part(self, config: Config, partitions: Artifact, index: int) -> SpeechExamples:
         """The utterances of one partition, whose features lie with the corpus."""
         file = speech_file(config, open_artifact(stage_url(config, "prepare-data")), "train")
-        chosen: Indices = np.load(partitions.local_file(f"partition-{index}.documents.npy"))
+        chosen: Indices = np.load(partition_artifact(partitions, index).local_file(f"partition-{index}.documents.npy"))
         seed, sample_seed = example_seeds(config.seed, "expert", index)
         sizes = sample_seed, config.experts.statistics_tokens
         return SpeechExamples(file, chosen, config.experts.batch_size, seed, f"partition {index}", *sizes)

@@ -17,6 +17,7 @@ from checkpoints import Artifact
 from modularforge.config import Config, PhaseConfig
 from modularforge.data.loader import batches, evaluation_batches, mixed_batches, order_of
 from modularforge.data.mixing import Mixture, mixture_of, order_facts
+from modularforge.data.stored_tokens import partition_tokens
 from modularforge.data.token_files import ExampleTokens, Stream, TokenFile, Tokens
 from modularforge.evaluation.scoring import measure, summed_loss
 from modularforge.model.backbone import Decoder
@@ -29,7 +30,6 @@ from modularforge.stage_outputs import (
     even_streams,
     example_seeds,
     partition_labels,
-    token_file,
 )
 from modularforge.tasks.task import TEXT_METRICS, Batch, Examples, Metric
 
@@ -128,9 +128,9 @@ class TextTask:
 
     def part(self, config: Config, partitions: Artifact, index: int) -> TextExamples:
         """The text of one partition."""
-        file = token_file(partitions, f"partition-{index}")
+        file = partition_tokens(partitions, index)
         found = self.part_of(config, file.tokens, index)
-        return _mixed(config, found, file, partition_labels(config, partitions), config.experts.steps)
+        return _mixed(config, found, file, partition_labels(config, partitions, index), config.experts.steps)
 
     def part_of(self, config: Config, tokens: Tokens, index: int) -> TextExamples:
         """The same of a stream that lies in no partition; its order follows from the seed and the index alone."""
