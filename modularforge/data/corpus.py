@@ -56,7 +56,8 @@ def read_documents(
     """The documents of one split of one source; raises DataError when there are none.
 
     `dropped`, when given, counts the texts under `data.min_article_length` by label. A `writer` makes examples of
-    records. `files` are some of the split's, or spans of them, where others read the rest; `found` then counts documents that were given,
+    records. `files` are some of the split's, or spans of them, where others read the rest;
+    `found` then counts documents that were given,
     and those that are of another split (`elsewhere`), and nothing is raised.
     """
     count, elsewhere, limit = 0, 0, document_limit(source, split, data)
@@ -90,7 +91,7 @@ def _examples(source: SourceConfig, split: Split, writer: ExampleWriter, files: 
 
 
 def _read_records(
-    source: SourceConfig, split: Split, columns: list[str], files: list[str] | None
+    source: SourceConfig, split: Split, columns: list[str], files: Files | None
 ) -> Iterator[tuple[Any, str]]:
     locations = getattr(source, split) or source.train
     if source.hub is not None:

@@ -115,7 +115,9 @@ def _responses_alike(train: TokenFile, index: int, held_out: TokenFile, other: i
     if train.learned is None or held_out.learned is None:
         return True
     one, two = (file.document(k)[file.learned_of(k) == 1] for file, k in ((train, index), (held_out, other)))
-    return bool(np.array_equal(one, two)) or _likeness(*(np.unique(ids.astype(np.uint64)) for ids in (one, two))) >= ALIKE
+    return (
+        bool(np.array_equal(one, two)) or _likeness(*(np.unique(ids.astype(np.uint64)) for ids in (one, two))) >= ALIKE
+    )
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,8 @@ def _rewrite(train: TokenFile, dropped: Indices, folder: Path, vocab_size: int) 
             "the training documents must differ from those held out for validation and test, but all are near "
             "duplicates of one; name validation and test files for the sources, or add text"
         )
-    if isinstance(train.tokens, SpannedTokens):
+    tokens: Any = train.tokens
+    if isinstance(tokens, SpannedTokens):
         write_spans(train, kept, folder, "kept")
     else:
         write_documents(train, kept, folder, "kept", vocab_size)

@@ -18,7 +18,6 @@ from modularforge.data.token_streams import SpannedTokens, StreamedTokens
 from modularforge.errors import DataError
 from modularforge.log import logger
 
-
 Place = Callable[[int], AbstractContextManager[Path | None]]
 """Where a partition is written, while it is; None where it is there already."""
 

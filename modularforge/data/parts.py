@@ -251,9 +251,7 @@ def write_shards(
     output: Path,
     cleaned: Artifact | None,
 ) -> dict[str, int]:
-    """Tokenise shards of a large corpus into `output`, each into a token file with labels of its own; as `write_part`.
-
-    """
+    """Tokenise shards of a large corpus into `output`, each into a token file with labels of its own; as `write_part`."""
     dropped: Counter[str] = Counter()
     found: dict[str, Counter[str]] = {}
     counts: Counter[str] = Counter()

@@ -233,9 +233,7 @@ def write_split(
             megabytes = done["bytes"] / 1e6
             speed = megabytes / (time.monotonic() - started)
             bar.advance(len(shard.lengths), f"{megabytes:.0f} MB, {speed:.1f} MB/s")
-    logger.info(
-        "%s: %d documents, %.1f MB, %d tokens", name, done["documents"], done["bytes"] / 1e6, writer.num_tokens
-    )
+    logger.info("%s: %d documents, %.1f MB, %d tokens", name, done["documents"], done["bytes"] / 1e6, writer.num_tokens)
     return {label: dict(totals[label]) for label in labels if label in totals}
 
 

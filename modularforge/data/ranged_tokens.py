@@ -47,9 +47,7 @@ class RangedTokens(StreamedTokens):
         """The ids of all ranges; blocks that are not kept come side by side."""
         width = self.dtype.itemsize
         pieces = [
-            (file, range(start * width, end * width))
-            for file, start, end in across(self.ends_P, ranges)
-            if end > start
+            (file, range(start * width, end * width)) for file, start, end in across(self.ends_P, ranges) if end > start
         ]
         blocks = [
             [(file, block) for block in range(span.start // BLOCK_BYTES, -(-span.stop // BLOCK_BYTES))]

@@ -81,6 +81,7 @@ class JoinedTokens(StreamedTokens):
         self.lock = threading.Lock()
 
     def read(self, ranges: Sequence[Range]) -> npt.NDArray[Any]:
+        """The ids of all ranges; one that lies in one part is a view of it."""
         found = [self._part(part)[start:end] for part, start, end in across(self.ends_P, ranges)]
         return found[0] if len(found) == 1 else np.concatenate(found) if found else np.empty(0, self.dtype)
 
@@ -103,6 +104,7 @@ class SpannedTokens(StreamedTokens):
         super().__init__(whole.dtype, int(self.ends_P[-1]) if len(self.ends_P) else 0)
 
     def read(self, ranges: Sequence[Range]) -> npt.NDArray[Any]:
+        """The ids of all ranges, which the other tokens are asked for at once."""
         found: npt.NDArray[Any] = self.whole.read(
             [(int(self.starts_P[part]) + start, int(self.starts_P[part]) + end)
              for part, start, end in across(self.ends_P, ranges)]

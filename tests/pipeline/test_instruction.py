@@ -15,6 +15,7 @@ from checkpoints import Artifact
 from modularforge.calibration.calibrator import split_documents
 from modularforge.config import Config, TaskConfig
 from modularforge.config_files import make_config, sample_tasks, to_yaml
+from modularforge.data.stored_tokens import partition_rows, token_file
 from modularforge.data.token_files import ExampleTokens, TokenFileWriter
 from modularforge.errors import DataError, Interrupted
 from modularforge.evaluation.generation import Sampling, continue_tokens
@@ -25,7 +26,6 @@ from modularforge.experts.kind import ExpertJob
 from modularforge.model.folder import load_model
 from modularforge.pipeline import STAGES
 from modularforge.run import Run
-from modularforge.stage_outputs import partition_rows, token_file
 from modularforge.stages import evaluate
 from modularforge.study.runs import Runs
 from modularforge.study.study import run_study
