@@ -264,7 +264,7 @@ class Run:
         return {STAGES[needed].kind: identity}
 
     def _partition_identity(self, index: int) -> str:
-        """Identity of one partition. Of many, an expert asks its own; whoever asks for several reads one file of all."""
+        """Identity of one partition. Of many, an expert asks its own; who asks for several reads one file of all."""
         from modularforge.data.stored_tokens import IDENTITIES_NAME, partition_artifact, partition_identity
 
         partitions = self._required("partition")

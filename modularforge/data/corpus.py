@@ -57,8 +57,8 @@ def read_documents(
 
     `dropped`, when given, counts the texts under `data.min_article_length` by label. A `writer` makes examples of
     records. `files` are some of the split's, or spans of them, where others read the rest;
-    `found` then counts documents that were given,
-    and those that are of another split (`elsewhere`), and nothing is raised.
+    `found` then counts documents that were given, and those that are of another split (`elsewhere`), and nothing is
+    raised.
     """
     count, elsewhere, limit = 0, 0, document_limit(source, split, data)
     for document in _texts(source, split, files) if writer is None else _examples(source, split, writer, files):

@@ -5,8 +5,8 @@ tasks; each task writes token files of its own share, with the bytes of each doc
 into the shards of one process again, because labels get their numbers in the order in which shards bring them. So no
 byte depends on the number of tasks.
 
-A large corpus is not copied together: its pieces are cut into shards, by their sizes alone, each shard is a token file of
-its own, a share is some of them, and only what they hold is put together, their index. Token files stay as tasks wrote
+A large corpus is not copied together: its pieces are cut into shards, by their sizes alone, each shard is a token file
+of its own, a share is some of them, and only what they hold is put together, their index. Token files stay as tasks wrote
 them, whether there are many or one.
 """
 
@@ -61,7 +61,7 @@ FILES_NAME, PART_NAME = "files.json", "part.json"
 UNKNOWN_BYTES = 1 << 30  # of a data set of the Hub
 # Documents of the training files that are held out are found by reading all, and few of them are tokenised.
 READ_AGAIN = 0.1
-# A corpus of more bytes of files has its tokens in shards; each is of so many, or of more where there would be too many.
+# A corpus of more bytes of files has its tokens in shards of so many bytes each, or more where there would be too many.
 SHARDED_ABOVE, SHARD_WEIGHT, MOST_SHARDS = 4 << 30, 256 << 20, 4096
 # A file of more bytes is read in pieces, where its format lets one begin anywhere.
 PIECE_BYTES, MOST_PIECES = 64 << 20, 1 << 16
@@ -251,7 +251,7 @@ def write_shards(
     output: Path,
     cleaned: Artifact | None,
 ) -> dict[str, int]:
-    """Tokenise shards of a large corpus into `output`, each into a token file with labels of its own; as `write_part`."""
+    """Tokenise shards of a large corpus into `output`, each into a token file with its own labels; as `write_part`."""
     dropped: Counter[str] = Counter()
     found: dict[str, Counter[str]] = {}
     counts: Counter[str] = Counter()

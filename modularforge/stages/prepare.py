@@ -242,7 +242,7 @@ def _put_together(
 def _in_shards(
     run: Run, planned: list[PlannedShard], work: Path, writer: ArtifactWriter, cleaned: Artifact | None
 ) -> dict[str, Any]:
-    """A large corpus by one process: all shards, which lie in `work` as those of tasks lie with them, and their index."""
+    """A large corpus by one process: all shards, which lie in `work` as those of tasks with them, and their index."""
     config, pretrained = run.config, _pretrained(run.config)
     documents = cleaned.local_folder() if cleaned else None
     encoder = open_encoder(config, writer.folder, *make_tokenizer(config, work, writer.folder, pretrained, documents))
