@@ -23,12 +23,12 @@ from torch import Tensor
 from checkpoints import Artifact
 from modularforge.calibration.calibrator import calibrate, even_mixture, split_documents
 from modularforge.config import Config
-from modularforge.data.stored_tokens import token_file
 from modularforge.evaluation.scoring import posterior_ensemble
 from modularforge.model.backbone import Decoder
 from modularforge.model.moe import moe_layers
 from modularforge.routing.solvers import router_rows
 from modularforge.stage_outputs import derived_seed
+from modularforge.stored_tokens import token_file
 from modularforge.study.measure import RunBench, build_model
 from modularforge.study.runs import Runs
 from modularforge.study.study_file import load_study, variants_of

@@ -265,7 +265,7 @@ class Run:
 
     def _partition_identity(self, index: int) -> str:
         """Identity of one partition. Of many, an expert asks its own; who asks for several reads one file of all."""
-        from modularforge.data.stored_tokens import IDENTITIES_NAME, partition_artifact, partition_identity
+        from modularforge.stored_tokens import IDENTITIES_NAME, partition_artifact, partition_identity
 
         partitions = self._required("partition")
         if IDENTITIES_NAME not in partitions.manifest.files:

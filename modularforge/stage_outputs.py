@@ -17,13 +17,13 @@ from torch import Tensor
 from checkpoints import Artifact
 from modularforge.config import Config
 from modularforge.data.loader import label_tokens
-from modularforge.data.stored_tokens import partition_row, partition_rows, partition_url, token_file
 from modularforge.data.token_files import ExampleTokens, PartitionRow, Stream, TokenFile, check_metadata
 from modularforge.data.tokenizer import EOS, load_tokenizer, token_byte_lengths
 from modularforge.experts.kind import kind_of_artifact
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.hub_config import read_config
+from modularforge.stored_tokens import partition_row, partition_rows, partition_url, token_file
 
 
 def derived_seed(seed: int, *names: object) -> int:

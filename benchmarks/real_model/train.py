@@ -19,13 +19,13 @@ from torch import nn
 
 from benchmarks.real_model.settings import ADAPTER_EXPERTS, CONTEXT, DOMAINS, RANKS, TUNED_ON, Scale, Trial
 from modularforge.config import Config, PhaseConfig
-from modularforge.data.stored_tokens import token_file
 from modularforge.experts.job import train_expert
 from modularforge.experts.kind import ExpertJob
 from modularforge.experts.trainable import trainable
 from modularforge.model.backbone import Decoder
 from modularforge.run import Run
 from modularforge.stage_outputs import derived_seed, even_streams
+from modularforge.stored_tokens import token_file
 from modularforge.tasks.text import TEXT, MixedText, TextValidation
 from modularforge.training.backbone_job import save_trained_on
 from modularforge.training.distributed import World

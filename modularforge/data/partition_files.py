@@ -12,8 +12,14 @@ import numpy as np
 
 from modularforge.config import Config
 from modularforge.data.partition import CHUNK_TOKENS, Indices, Known, add_overlap, divide, require_documents
-from modularforge.data.stored_tokens import ROW_NAME
-from modularforge.data.token_files import TokenFile, check_metadata, open_token_file, write_documents, write_spans
+from modularforge.data.token_files import (
+    ROW_NAME,
+    TokenFile,
+    check_metadata,
+    open_token_file,
+    write_documents,
+    write_spans,
+)
 from modularforge.data.token_streams import SpannedTokens, StreamedTokens
 from modularforge.errors import DataError
 from modularforge.log import logger

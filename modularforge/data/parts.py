@@ -6,8 +6,7 @@ into the shards of one process again, because labels get their numbers in the or
 byte depends on the number of tasks.
 
 A large corpus is not copied together: its pieces are cut into shards, by their sizes alone, each shard is a token file
-of its own, a share is some of them, and only what they hold is put together, their index. Token files stay as tasks wrote
-them, whether there are many or one.
+of its own, a share is some of them, and only their index is put together. Token files stay as tasks wrote them.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from modularforge.errors import DataError, one_line
 
 Tokens = npt.NDArray[Any]
 LABEL_LIMIT = 1 << 16
+ROW_NAME = "partition.json"  # of a partition that is an artifact of its own: what is said of it
 COPY_DOCUMENTS = 1024  # in one piece
 MAPPED_BYTES = 1 << 26  # an index of so many bytes is mapped into memory, a smaller one is loaded
 CHECKED_AT_ONCE = 1 << 20

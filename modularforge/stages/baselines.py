@@ -26,7 +26,6 @@ from checkpoints import Artifact, ArtifactWriter
 from checkpoints.safetensors import WEIGHTS_NAME
 from modularforge.assembly.card import special_tokens
 from modularforge.config import Config, TrainedOnAll
-from modularforge.data.stored_tokens import partition_tokens
 from modularforge.evaluation.baselines import build_btx, solved_router
 from modularforge.experts.lora.phases import phases_of, stretched
 from modularforge.experts.lora.training import adapters, write_beside
@@ -46,6 +45,7 @@ from modularforge.routing.text_counts import counts_of
 from modularforge.routing.text_evidence import counted_texts, write_tables
 from modularforge.run import Run
 from modularforge.stage_outputs import derived_seed
+from modularforge.stored_tokens import partition_tokens
 from modularforge.tasks.task import Examples, task_of
 from modularforge.training.backbone_job import save_mixture, save_trained_on
 from modularforge.training.distributed import joined_world

@@ -49,7 +49,6 @@ from modularforge.data.prepare import (
     remove_scratch,
     scratch_folder,
 )
-from modularforge.data.stored_tokens import EACH_FACT, IDENTITIES_NAME, PLACE_FACT, partition_identity, token_file
 from modularforge.data.token_files import TokenFile
 from modularforge.data.tokenizer import load_tokenizer
 from modularforge.errors import DataError, StoreError
@@ -58,6 +57,7 @@ from modularforge.pipeline import STAGES, JobName, Plan, contents
 from modularforge.pretrained.fetch import local_model
 from modularforge.provenance import commit, making
 from modularforge.run import Run
+from modularforge.stored_tokens import EACH_FACT, IDENTITIES_NAME, PLACE_FACT, partition_identity, token_file
 
 END_TOKEN_FACT = "end_token"  # in that of the vocabulary
 MOST_TOGETHER = 256  # partitions in one artifact, whose manifest every expert reads; of more each is its own

@@ -21,7 +21,6 @@ from checkpoints import Artifact
 from modularforge.config import Config, PhaseConfig
 from modularforge.data.mixing import Mixture, mixture_of, order_facts
 from modularforge.data.packing import PADDING, Rows, example_batches, mixed_example_batches, ordered_batches
-from modularforge.data.stored_tokens import partition_tokens
 from modularforge.data.token_files import ExampleTokens, Stream
 from modularforge.errors import MismatchError
 from modularforge.evaluation.scoring import summed_loss
@@ -37,6 +36,7 @@ from modularforge.stage_outputs import (
     example_seeds,
     partition_labels,
 )
+from modularforge.stored_tokens import partition_tokens
 from modularforge.tasks.task import TEXT_METRICS, Batch, Examples, Metric
 from modularforge.tasks.text import TEXT, HeldOutText
 

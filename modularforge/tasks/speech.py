@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from checkpoints import Artifact, open_artifact, paths
 from modularforge.config import Config, PhaseConfig
-from modularforge.data.stored_tokens import partition_artifact
 from modularforge.errors import TrainingError
 from modularforge.model.backbone import perplexity
 from modularforge.pipeline import stage_url
@@ -36,6 +35,7 @@ from modularforge.speech.metrics import Pair, pooled, worst
 from modularforge.speech.model import NO_TOKEN, SpeechModel, speech_loss
 from modularforge.speech.sums import gather_sums
 from modularforge.stage_outputs import Corpus, derived_seed, example_seeds
+from modularforge.stored_tokens import partition_artifact
 from modularforge.tasks.task import SPEECH_METRICS, Batch, Examples, Metric
 
 Indices = NDArray[np.int64]

@@ -17,7 +17,6 @@ from checkpoints import Artifact
 from modularforge.config import Config, PhaseConfig
 from modularforge.data.loader import batches, evaluation_batches, mixed_batches, order_of
 from modularforge.data.mixing import Mixture, mixture_of, order_facts
-from modularforge.data.stored_tokens import partition_tokens
 from modularforge.data.token_files import ExampleTokens, Stream, TokenFile, Tokens
 from modularforge.evaluation.scoring import measure, summed_loss
 from modularforge.model.backbone import Decoder
@@ -31,6 +30,7 @@ from modularforge.stage_outputs import (
     example_seeds,
     partition_labels,
 )
+from modularforge.stored_tokens import partition_tokens
 from modularforge.tasks.task import TEXT_METRICS, Batch, Examples, Metric
 
 

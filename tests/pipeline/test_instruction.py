@@ -15,7 +15,6 @@ from checkpoints import Artifact
 from modularforge.calibration.calibrator import split_documents
 from modularforge.config import Config, TaskConfig
 from modularforge.config_files import make_config, sample_tasks, to_yaml
-from modularforge.data.stored_tokens import partition_rows, token_file
 from modularforge.data.token_files import ExampleTokens, TokenFileWriter
 from modularforge.errors import DataError, Interrupted
 from modularforge.evaluation.generation import Sampling, continue_tokens
@@ -27,6 +26,7 @@ from modularforge.model.folder import load_model
 from modularforge.pipeline import STAGES
 from modularforge.run import Run
 from modularforge.stages import evaluate
+from modularforge.stored_tokens import partition_rows, token_file
 from modularforge.study.runs import Runs
 from modularforge.study.study import run_study
 from modularforge.study.study_file import load_study

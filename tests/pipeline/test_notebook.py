@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 from modularforge import Evaluator, LayerNormCalibrator, ModuleTrainer, SharedTrainer, StreamingAssembler, open_run
 from modularforge.config import Config
 from modularforge.config_files import to_yaml
-from modularforge.data.stored_tokens import token_file
 from modularforge.data.tokenizer import train_tokenizer
 from modularforge.errors import ConfigError
 from modularforge.model.folder import load_model
 from modularforge.run import Run
+from modularforge.stored_tokens import token_file
 from tests.conftest import tiny_config
 
 TEXTS = {

@@ -11,12 +11,12 @@ import pytest
 
 from modularforge.data import parts, shards
 from modularforge.data.loader import batches
-from modularforge.data.stored_tokens import partition_tokens, token_file
 from modularforge.data.token_files import TokenFile
 from modularforge.errors import DataError
 from modularforge.run import Run
 from modularforge.stage_outputs import Corpus, domains_of, own_domains
 from modularforge.stages import prepare as prepare_stage
+from modularforge.stored_tokens import partition_tokens, token_file
 from tests.conftest import tiny_values
 from tests.pipeline.test_preparation_tasks import configured, finish, prepare, write_files
 

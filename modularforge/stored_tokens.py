@@ -17,6 +17,7 @@ from checkpoints.options import cache_limit
 from checkpoints.urls import UnsafeNameError, checked_path
 from modularforge.data.ranged_tokens import RangedTokens
 from modularforge.data.token_files import (
+    ROW_NAME,
     PartitionRow,
     TokenFile,
     id_type,
@@ -34,7 +35,7 @@ from modularforge.pipeline import STAGES, contents
 
 EACH_FACT = "each"  # of partitions: the folder in which each is an artifact of its own
 PLACE_FACT = "partition"  # of one of them: which it is
-ROW_NAME, IDENTITIES_NAME = "partition.json", "identities.json"
+IDENTITIES_NAME = "identities.json"
 
 
 def token_file(artifact: Artifact, name: str, apart: bool = False) -> TokenFile:
