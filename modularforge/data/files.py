@@ -122,7 +122,7 @@ def _line_start(url: str, place: int) -> int:
     with open_bytes(url) as file:
         file.seek(place)
         while chunk := file.read(CHUNK_BYTES):
-            if (end := chunk.find(b"\n")) >= 0:
+            if (end := int(chunk.find(b"\n"))) >= 0:
                 return place + end + 1
             place += len(chunk)
     return place

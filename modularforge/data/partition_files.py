@@ -82,7 +82,8 @@ def _require_known(documents: TokenFile, names: list[str], vocab_size: int) -> N
 
 def _write_partition(documents: TokenFile, indices: Indices, output: Path, name: str, vocab_size: int) -> None:
     np.save(output / f"{name}.documents.npy", indices.astype("<i8"))
-    if isinstance(documents.tokens, SpannedTokens):
+    tokens: Any = documents.tokens
+    if isinstance(tokens, SpannedTokens):
         write_spans(documents, indices, output, name)
     else:
         write_documents(documents, indices, output, name, vocab_size)

@@ -212,9 +212,10 @@ def write_index(folder: Path, name: str, offsets: Indices, labels: npt.NDArray[A
 
 def write_spans(file: TokenFile, documents: npt.NDArray[np.int64], folder: Path, name: str) -> None:
     """Write these documents of a token file in shards as another one of this name: as spans, without their tokens."""
-    assert isinstance(file.tokens, SpannedTokens)
+    tokens: Any = file.tokens
+    assert isinstance(tokens, SpannedTokens)
     lengths = file.lengths[documents]
-    spans_P2 = merged_spans(file.tokens.places(file.offsets[documents]), lengths)
+    spans_P2 = merged_spans(tokens.places(file.offsets[documents]), lengths)
     write_index(folder, name, _offsets(lengths), file.labels[documents], spans_P2)
 
 
@@ -308,7 +309,7 @@ def shards_of(counts: Indices, file_of: Callable[[int], Path], ending: str = "to
     width = np.dtype(np.uint8) if ending != "tokens.bin" else np.dtype("<u2")
     if path is not None and ending == "tokens.bin":
         width = id_type(path, path.stat().st_size, int(counts[sized]))
-    return JoinedTokens(lambda number: map_part(file_of(number), width, int(counts[number])), counts, width)
+    return JoinedTokens(lambda number: map_part(file_of(number), width, int(counts[number])), counts.tolist(), width)
 
 
 def map_part(path: Path, dtype: np.dtype[Any], count: int) -> Tokens:
