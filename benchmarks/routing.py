@@ -28,6 +28,7 @@ from modularforge.model.backbone import Decoder
 from modularforge.model.moe import moe_layers
 from modularforge.routing.solvers import router_rows
 from modularforge.stage_outputs import derived_seed
+from modularforge.stored_tokens import partition_tokens
 from modularforge.study.measure import RunBench, build_model
 from modularforge.study.runs import Runs
 from modularforge.study.study_file import load_study, variants_of

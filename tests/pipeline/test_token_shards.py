@@ -8,7 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from modularforge.cli import app
+from modularforge.config import Config
+from modularforge.config_files import to_yaml
 from modularforge.data import parts, shards
 from modularforge.data.loader import batches
 from modularforge.data.token_files import TokenFile
@@ -172,3 +176,55 @@ def test_a_shard_that_was_cut_short_is_one_sentence(values: Values, tmp_path: Pa
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(Exception, match=r"train-00001.tokens.bin must have \d+ bytes, but has \d+"):
         np.asarray(token_file(Run(config).require("prepare-data"), "train").tokens)
+
+
+def exported(config: Config, folder: Path) -> dict[str, bytes]:
+    """What `export-tokens` writes of a run, by name."""
+    settings = folder.with_suffix(".yaml")
+    settings.write_text(to_yaml(config))
+    done = CliRunner().invoke(app, ["export-tokens", str(folder), "--config", str(settings)])
+    assert done.exit_code == 0, done.output
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("together", [256, 1], ids=["partitions together", "each an artifact of its own"])
+def test_exported_ids_are_those_of_a_corpus_without_shards(
+    values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "SHARDED_ABOVE", 1 << 40)
+        whole = configured(values, None, tmp_path / "whole")
+        prepare(whole)
+    monkeypatch.setattr(prepare_stage, "MOST_TOGETHER", together)
+    config = configured(values, 2, tmp_path / "shards")
+    prepare(config)
+    found = exported(config, tmp_path / "out")
+    names = ("train", "validation", "test", *(f"partition-{k}" for k in range(config.experts.count)))
+    assert set(found) == {f"{name}.{ending}" for name in names for ending in ("bin", "idx")} | {"tokenizer.json"}
+    assert all(found[f"{name}.bin"] for name in names)
+    assert found == exported(whole, tmp_path / "expected")
+
+
+def test_partitions_of_their_own_without_shards_are_exported(
+    values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "SHARDED_ABOVE", 1 << 40)
+    together = configured(values, None, tmp_path / "together")
+    prepare(together)
+    monkeypatch.setattr(prepare_stage, "MOST_TOGETHER", 1)
+    config = configured(values, None, tmp_path / "each")
+    prepare(config)
+    assert exported(config, tmp_path / "out") == exported(together, tmp_path / "expected")
+
+
+def test_a_shard_with_a_changed_byte_is_not_exported(values: Values, tmp_path: Path) -> None:
+    config = configured(values, None, tmp_path / "alone")
+    prepare(config)
+    path = tmp_path / "alone/data/train-00001.tokens.bin"
+    path.write_bytes(b"\xff" + path.read_bytes()[1:])
+    (tmp_path / "settings.yaml").write_text(to_yaml(config))
+    arguments = ["export-tokens", str(tmp_path / "out"), "--config", str(tmp_path / "settings.yaml")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code != 0
+    assert "train-00001.tokens.bin" in str(done.exception or done.output)
+    assert not (tmp_path / "out").exists()
