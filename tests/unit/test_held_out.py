@@ -151,7 +151,7 @@ def examples_with_copies():
     prompt has another word, with a response of words that are nowhere else. By text: which of the 120 it is like."""
     found: dict[tuple[str, str], int | None] = {}
     for seed in range(120):
-        prompt, response = document(seed), document(1000 + seed, 20)
+        prompt, response = document(seed, 200), document(1000 + seed, 20)
         other = [word.upper() for word in document(2000 + seed, 20)]
         found[" ".join(prompt), " ".join(response)] = seed
         found[" ".join(changed(prompt, 1, seed)), " ".join(changed(response, 1, seed))] = seed
@@ -204,7 +204,7 @@ def test_examples_like_held_out_ones_in_prompt_and_response_are_left_out(tmp_pat
 def test_examples_without_copies_keep_their_bytes(tmp_path, monkeypatch):
     """Prompts that are alike, each with a response of its own, are what tasks have."""
     examples = [pair for pair, group in examples_with_copies().items() if group is None]
-    examples += [(" ".join(document(seed)), " ".join(document(3000 + seed, 20))) for seed in range(120)]
+    examples += [(" ".join(document(seed, 200)), " ".join(document(3000 + seed, 20))) for seed in range(120)]
     metadata, folder = prepared_examples(tmp_path, "output", examples)
     assert metadata["near_copies"] == {"dropped": 0, "left": 0}
     monkeypatch.setattr(prepare, "leave_out_copies", lambda *_: {})
