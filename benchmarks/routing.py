@@ -27,7 +27,8 @@ from modularforge.evaluation.scoring import posterior_ensemble
 from modularforge.model.backbone import Decoder
 from modularforge.model.moe import moe_layers
 from modularforge.routing.solvers import router_rows
-from modularforge.stage_outputs import derived_seed, token_file
+from modularforge.stage_outputs import derived_seed
+from modularforge.stored_tokens import partition_tokens
 from modularforge.study.measure import RunBench, build_model
 from modularforge.study.runs import Runs
 from modularforge.study.study_file import load_study, variants_of
@@ -104,9 +105,7 @@ class Trial:
     def calibrated_on_training_text(self, **settings: Any) -> Decoder:
         """The model calibrated on the experts' partitions instead of on the fitting half of validation."""
         config, corpus, partitions = self.config(**settings), self.run.corpus, self.run.obtain("partition")
-        streams = {
-            str(k): np.asarray(token_file(partitions, f"partition-{k}").tokens) for k in range(len(self.experts))
-        }
+        streams = {str(k): np.asarray(partition_tokens(partitions, k).tokens) for k in range(len(self.experts))}
         _, decide = split_documents(corpus.tokens("validation"), corpus.labels)
         model, job = self.model(), Job("calibrate", config.calibration, config.training)
         seed = derived_seed(config.seed, "calibration order")

@@ -433,16 +433,23 @@ def export_tokens(
     settings: Config, folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of this machine.")]
 ) -> None:
     """Write the token files of prepared data and of its partitions as Megatron's .bin and .idx."""
+    import itertools
     import shutil
 
+    from checkpoints import paths
+    from modularforge.data.corpus import SPLITS
     from modularforge.data.token_arrays import export_megatron
+    from modularforge.stored_tokens import partition_rows, partition_tokens, token_file
 
     run = Run(settings)
-    corpus = run.require("prepare-data").local_folder()
-    for place in (corpus, run.require("partition").local_folder()):
-        for name, documents, tokens in export_megatron(place, folder):
-            say(f"{name}: {documents:,} documents, {tokens:,} tokens")
-    shutil.copyfile(corpus / "tokenizer.json", folder / "tokenizer.json")
+    corpus, partitions = run.require("prepare-data"), run.require("partition")
+    if paths.is_local(corpus.url):
+        corpus.local_folder()  # compares hashes, of shards too, which are mapped as they are
+    splits = (token_file(corpus, split) for split in SPLITS)
+    parts = (partition_tokens(partitions, index) for index in range(len(partition_rows(partitions))))
+    for name, documents, tokens in export_megatron(itertools.chain(splits, parts), folder):
+        say(f"{name}: {documents:,} documents, {tokens:,} tokens")
+    shutil.copyfile(corpus.local_file("tokenizer.json"), folder / "tokenizer.json")
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterable
 from functools import cached_property
@@ -47,6 +46,7 @@ class Run:
         self._labels: dict[str, Label] = {}
         self._settings: dict[str, dict[str, Any]] = {}
         self._pretrained: dict[str, dict[str, str]] = {}
+        self._partitions: dict[int, str] = {}  # identities, where each is an artifact of its own
         self._merges: dict[str, Artifact] = {}  # whose identity is that of all experts behind them
 
     def find(self, url: str) -> Artifact | None:
@@ -83,6 +83,7 @@ class Run:
         """
         self._found.pop(url, None)
         self._labels.pop(url, None)
+        self._partitions = {}
         self._merges = {name: artifact for name, artifact in self._merges.items() if artifact.url != url}
 
     def url(self, stage: str, index: int | None = None) -> str:
@@ -279,7 +280,7 @@ class Run:
         if needed in ("tokenise", "assign"):  # what follows is the same, in however many shares it was made
             return {}
         if needed == "partition" and index is not None:
-            return {needed: _partition_input(self._required("partition"), f"partition-{index}")}
+            return {needed: self._partition_identity(index)}
         if needed == "expert" or (needed in ROUNDS and index is None):
             chosen = self.chosen_experts() if needed == "expert" else self.merged_experts(STAGES[needed].round)
             return {str(JobName(needed, k)): label.fingerprint for k, label in chosen.items()}
@@ -300,6 +301,20 @@ class Run:
         )
         return {STAGES[needed].kind: identity}
 
+    def _partition_identity(self, index: int) -> str:
+        """Identity of one partition. Of many, an expert asks its own; who asks for several reads one file of all."""
+        from modularforge.stored_tokens import IDENTITIES_NAME, partition_artifact, partition_identity
+
+        partitions = self._required("partition")
+        if IDENTITIES_NAME not in partitions.manifest.files:
+            return partition_identity(partitions, index)
+        if index not in self._partitions:
+            if self._partitions:
+                self._partitions = dict(enumerate(partitions.read_json(IDENTITIES_NAME)))
+            else:
+                self._partitions[index] = partition_identity(partition_artifact(partitions, index), index)
+        return self._partitions[index]
+
     def _of_round(self, needed: str, index: int | None) -> dict[str, str]:
         """Identity of what the expert itself, or the merge, has made in a round before."""
         if STAGES[needed].is_indexed:
@@ -312,16 +327,6 @@ class Run:
 def is_kept(artifact: Artifact) -> bool:
     """Whether a model is one to use: a calibration that did not help leaves an artifact that says so."""
     return bool(artifact.manifest.facts.get("kept", True))
-
-
-def _partition_input(partitions: Artifact, name: str) -> str:
-    """Identity of the bytes of a partition; of examples, where each begins and what is learned count as well."""
-    files = partitions.manifest.files
-    tokens = files[f"{name}.tokens.bin"].sha256
-    if f"{name}.learned.bin" not in files:
-        return tokens[:32]
-    hashes = [tokens, *(files[f"{name}.{ending}"].sha256 for ending in ("offsets.npy", "learned.bin"))]
-    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:32]
 
 
 def _pretrained_input(config: Config, needed: str) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,24 +14,16 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from checkpoints import Artifact, paths
-from checkpoints.options import cache_limit
+from checkpoints import Artifact
 from modularforge.config import Config
 from modularforge.data.loader import label_tokens
-from modularforge.data.token_files import (
-    ExampleTokens,
-    PartitionRow,
-    Stream,
-    TokenFile,
-    check_metadata,
-    open_token_file,
-    read_partitions,
-)
+from modularforge.data.token_files import ExampleTokens, PartitionRow, Stream, TokenFile, check_metadata
 from modularforge.data.tokenizer import EOS, load_tokenizer, token_byte_lengths
 from modularforge.experts.kind import kind_of_artifact
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.hub_config import read_config
+from modularforge.stored_tokens import partition_row, partition_rows, partition_url, token_file
 
 
 def derived_seed(seed: int, *names: object) -> int:
@@ -98,32 +90,10 @@ class Corpus:
         return {label: tokens for label, tokens in streams.items() if len(tokens) > 1}
 
 
-def token_file(artifact: Artifact, name: str, apart: bool = False) -> TokenFile:
-    """A token file of an artifact, memory-mapped; from an object store its three files are fetched first.
-
-    One of text that is larger there than what shall be kept here (`cache_limit`) is read by ranges. With `apart`, its
-    documents are read one by one.
-    """
-    tokens, limit = f"{name}.tokens.bin", None if paths.is_local(artifact.url) else cache_limit()
-    others = [f"{name}.{ending}" for ending in ("offsets.npy", "labels.npy")]
-    learned = [f"{name}.learned.bin"] if f"{name}.learned.bin" in artifact.manifest.files else []
-    if limit is None or learned or apart or artifact.entry(tokens).size <= limit:
-        folder = artifact.local_folder(names=[tokens, *others, *learned])
-        return replace(open_token_file(folder, name), is_apart=apart)
-    folder, place = artifact.local_folder(names=others), artifact.file_url(tokens)
-    return open_token_file(folder, name, place, artifact.entry(tokens).size, limit)
-
-
-def partition_rows(partitions: Artifact) -> list[PartitionRow]:
-    """What partitions.json says of each partition."""
-    name = "partitions.json"
-    return read_partitions(partitions.read_bytes(name), partitions.file_url(name))
-
-
-def partition_labels(config: Config, partitions: Artifact) -> list[str]:
+def partition_labels(config: Config, partitions: Artifact, index: int) -> list[str]:
     """Names of the domains by label id, as all partitions have them; nothing is read where none is told from others."""
     named = config.mixes or config.partition.everywhere
-    return list(partition_rows(partitions)[0].tokens_by_label) if named else []
+    return list(partition_row(partitions, index).tokens_by_label) if named else []
 
 
 OWN_SHARE = 0.05  # clusters take stray documents of every domain, which none of them stands for
@@ -131,10 +101,17 @@ OWN_SHARE = 0.05  # clusters take stray documents of every domain, which none of
 
 def own_domains(partitions: Artifact) -> list[list[str]]:
     """By partition: the labels of more than a trace of its tokens, which are its expert's own domains."""
-    return [
-        [label for label, count in row.tokens_by_label.items() if count >= OWN_SHARE * row.tokens]
-        for row in partition_rows(partitions)
-    ]
+    return [_own(row) for row in partition_rows(partitions)]
+
+
+def domains_of(partitions: Artifact, index: int) -> list[str]:
+    """The same of one partition, of many without a look at the others; none of one that is not there."""
+    is_there = partition_url(partitions, index) or index < len(partition_rows(partitions))
+    return _own(partition_row(partitions, index)) if is_there else []
+
+
+def _own(row: PartitionRow) -> list[str]:
+    return [label for label, count in row.tokens_by_label.items() if count >= OWN_SHARE * row.tokens]
 
 
 def even_streams(domains: Mapping[str, Stream], max_tokens: int) -> Stream:

@@ -24,7 +24,8 @@ from modularforge.experts.kind import ExpertJob
 from modularforge.experts.trainable import trainable
 from modularforge.model.backbone import Decoder
 from modularforge.run import Run
-from modularforge.stage_outputs import derived_seed, even_streams, token_file
+from modularforge.stage_outputs import derived_seed, even_streams
+from modularforge.stored_tokens import partition_tokens
 from modularforge.tasks.text import TEXT, MixedText, TextValidation
 from modularforge.training.backbone_job import save_trained_on
 from modularforge.training.distributed import World
@@ -80,7 +81,7 @@ class Trainings:
         losses = []
         for index in TUNED_ON:
             config = self._at(trial, short=True, changes=ADAPTER_EXPERTS if kind == "lora_experts" else {})
-            tokens = token_file(self.partitions, f"partition-{index}").tokens
+            tokens = partition_tokens(self.partitions, index).tokens
             held_out = self._validation(index)
             job = Job(f"expert-{index} at {trial.rate:g}", config.experts, config.training)
             expert = ExpertJob(config, index, self.backbone, TEXT, TEXT.part_of(config, tokens, index), WORLD.device)
@@ -129,7 +130,7 @@ class Trainings:
         return (merged(trained) if kind in RANKS else model), float(losses["validation_loss"] or 0.0)
 
     def _windows(self, config: Config, phase: PhaseConfig) -> MixedText:
-        streams = [token_file(self.partitions, f"partition-{k}").tokens for k in range(len(DOMAINS))]
+        streams = [partition_tokens(self.partitions, k).tokens for k in range(len(DOMAINS))]
         seeds = [derived_seed(config.seed, "expert order", k) for k in range(len(DOMAINS))]
         order, each = derived_seed(config.seed, "dense order"), config.experts.steps
         return MixedText(streams, seeds, each, CONTEXT, phase.batch_size, order)

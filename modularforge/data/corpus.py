@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,11 +16,13 @@ from checkpoints.redact import redact
 from modularforge.config import DataConfig, SourceConfig
 from modularforge.data.chat_template import Segment
 from modularforge.data.examples import ExampleWriter
-from modularforge.data.files import find_files
+from modularforge.data.files import Span, find_files
 from modularforge.data.formats import Labelled, hub_records, label_of, read_file, read_hub, read_records
 from modularforge.errors import DataError
 
 Split = Literal["train", "validation", "test"]
+Files = Sequence[tuple[str, Span | None]]
+"""Files by URL, each with the bytes in which begins what is read of it; None is all of it."""
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 HELD_OUT: tuple[Split, ...] = ("validation", "test")
 # Of a source capped at n training documents, held-out splits taken from them keep n / 10.
@@ -48,14 +50,15 @@ def read_documents(
     data: DataConfig,
     dropped: Counter[str] | None = None,
     writer: ExampleWriter | None = None,
-    files: list[str] | None = None,
+    files: Files | None = None,
     found: Counter[str] | None = None,
 ) -> Iterator[Document]:
     """The documents of one split of one source; raises DataError when there are none.
 
     `dropped`, when given, counts the texts under `data.min_article_length` by label. A `writer` makes examples of
-    records. `files` are some of the split's, where others read the rest; `found` then counts documents that were given,
-    and those that are of another split (`elsewhere`), and nothing is raised.
+    records. `files` are some of the split's, or spans of them, where others read the rest;
+    `found` then counts documents that were given, and those that are of another split (`elsewhere`), and nothing is
+    raised.
     """
     count, elsewhere, limit = 0, 0, document_limit(source, split, data)
     for document in _texts(source, split, files) if writer is None else _examples(source, split, writer, files):
@@ -75,11 +78,11 @@ def read_documents(
         raise no_documents(source, split, data, elsewhere)
 
 
-def _texts(source: SourceConfig, split: Split, files: list[str] | None) -> Iterator[Document]:
+def _texts(source: SourceConfig, split: Split, files: Files | None) -> Iterator[Document]:
     return (Document(text, label or source.name) for text, label in _read_split(source, split, files))
 
 
-def _examples(source: SourceConfig, split: Split, writer: ExampleWriter, files: list[str] | None) -> Iterator[Document]:
+def _examples(source: SourceConfig, split: Split, writer: ExampleWriter, files: Files | None) -> Iterator[Document]:
     for record, origin in _read_records(source, split, writer.columns, files):
         label = label_of(record, source, origin) or source.name
         for segments in writer.write(record, origin):
@@ -88,23 +91,23 @@ def _examples(source: SourceConfig, split: Split, writer: ExampleWriter, files: 
 
 
 def _read_records(
-    source: SourceConfig, split: Split, columns: list[str], files: list[str] | None
+    source: SourceConfig, split: Split, columns: list[str], files: Files | None
 ) -> Iterator[tuple[Any, str]]:
     locations = getattr(source, split) or source.train
     if source.hub is not None:
         names = [locations] if isinstance(locations, str) else locations
         return (found for name in names for found in hub_records(name, source))
-    files = find_files(locations) if files is None else files
-    return (found for url in files for found in read_records(url, source, columns))
+    urls = find_files(locations) if files is None else [url for url, _ in files]
+    return (found for url in urls for found in read_records(url, source, columns))
 
 
-def _read_split(source: SourceConfig, split: Split, files: list[str] | None) -> Iterator[Labelled]:
+def _read_split(source: SourceConfig, split: Split, files: Files | None) -> Iterator[Labelled]:
     locations = getattr(source, split) or source.train
     if source.hub is not None:
         names = [locations] if isinstance(locations, str) else locations
         return (labelled for name in names for labelled in read_hub(name, source))
-    files = find_files(locations) if files is None else files
-    return (labelled for url in files for labelled in read_file(url, source))
+    files = [(url, None) for url in find_files(locations)] if files is None else files
+    return (labelled for url, span in files for labelled in read_file(url, source, span))
 
 
 def _home_split(text: str, source: SourceConfig, split: Split, data: DataConfig) -> Split:

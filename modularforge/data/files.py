@@ -36,6 +36,8 @@ SAMPLE_PREFIX = "sample:"
 SILENCE_SECONDS = 120.0
 # Libraries through which file systems of fsspec ask servers; each raises exceptions of its own.
 CLIENTS = ("aiohttp", "azure", "ftplib", "google", "httpx", "httpx2", "paramiko", "requests", "urllib3")
+Span = tuple[int, int]
+"""Bytes of a file, from the first to before the last."""
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -58,16 +60,22 @@ def file_identity(url: str) -> str:
     return os.path.realpath(paths.local_path(url)) if paths.is_local(url) else url
 
 
-def read_text(url: str) -> Iterator[str]:
-    """The text of a file in pieces of some kilobytes; raises DataError with line and byte where it is not UTF-8."""
+def read_text(url: str, span: Span | None = None) -> Iterator[str]:
+    """The text of a file in pieces of some kilobytes; raises DataError with line and byte where it is not UTF-8.
+
+    Of a file that is not compressed, `span` gives the lines that begin in it.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")()
     consumed_bytes, line = 0, 1
-    for chunk in _with_end(_checked(decompressed(url), url)):
+    if span is not None and span[0]:
+        consumed_bytes = _line_start(url, span[0])
+    chunks = _checked(decompressed(url), url) if span is None else _lines_within(url, consumed_bytes, span[1])
+    for chunk in _with_end(chunks):
         pending = len(decoder.getstate()[0])
         try:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
-            line += error.object[: error.start].count(b"\n")
+            line += error.object[: error.start].count(b"\n") + (lines_before(url, span[0]) if span else 0)
             raise _not_utf8(redact(url), line, consumed_bytes - pending + error.start, error) from error
         text = text.removeprefix("\ufeff") if consumed_bytes == 0 else text
         consumed_bytes += len(chunk)
@@ -75,15 +83,16 @@ def read_text(url: str) -> Iterator[str]:
         yield text
 
 
-def read_lines(url: str) -> Iterator[str]:
-    """The lines of a text file without their line ends."""
+def read_lines(url: str, span: Span | None = None) -> Iterator[str]:
+    """The lines of a text file without their line ends; with a span those that begin in it."""
     pieces: list[str] = []
     characters, number = 0, 1
-    for text in read_text(url):
+    for text in read_text(url, span):
         head, *rest = text.split("\n")
         pieces.append(head)
         characters += len(head)
         if characters > LINE_CHARACTERS:
+            number += lines_before(url, span[0]) if span else 0
             raise DataError(
                 f"{redact(url)}:{number} must be a line of at most {LINE_CHARACTERS:,} characters, but is longer; "
                 "write one record a line, or set format: text for this source"
@@ -95,6 +104,49 @@ def read_lines(url: str) -> Iterator[str]:
             pieces, characters = [rest[-1]], len(rest[-1])
     if last := "".join(pieces):
         yield last
+
+
+def lines_before(url: str, place: int) -> int:
+    """Lines that begin before this byte, which only a message is worth counting."""
+    left, count = place - 1, int(place > 0)
+    with open_bytes(url) as file:
+        while left > 0 and (chunk := file.read(min(CHUNK_BYTES, left))):
+            count += chunk.count(b"\n")
+            left -= len(chunk)
+    return count
+
+
+def _line_start(url: str, place: int) -> int:
+    """Where the first line begins that begins at this byte or behind it."""
+    place -= 1
+    with open_bytes(url) as file:
+        file.seek(place)
+        while chunk := file.read(CHUNK_BYTES):
+            if (end := int(chunk.find(b"\n"))) >= 0:
+                return place + end + 1
+            place += len(chunk)
+    return place
+
+
+def _lines_within(url: str, start: int, end: int) -> Iterator[bytes]:
+    """The bytes from `start`, where a line begins, to the end of the last line that begins before `end`."""
+    with open_bytes(url) as file:
+        file.seek(start)
+        if start == 0:
+            require_text(redact(url), file.read(HEAD_BYTES), "")
+            file.seek(0)
+        while start < end and (chunk := file.read(CHUNK_BYTES)):
+            if start + len(chunk) >= end:
+                last = chunk.find(b"\n", end - 1 - start)
+                while last < 0:  # a long line
+                    yield chunk
+                    if not (chunk := file.read(CHUNK_BYTES)):
+                        return
+                    last = chunk.find(b"\n")
+                yield chunk[: last + 1]
+                return
+            yield chunk
+            start += len(chunk)
 
 
 def _expand(location: str) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -20,8 +21,8 @@ from checkpoints.urls import has_control_characters
 from modularforge.config import SourceConfig
 from modularforge.data.compression import compression_of, describe
 from modularforge.data.cutting import split_articles, split_pieces
-from modularforge.data.files import open_bytes, read_lines, read_text
-from modularforge.data.patterns import file_part
+from modularforge.data.files import Span, lines_before, open_bytes, read_lines, read_text
+from modularforge.data.patterns import file_part, is_web
 from modularforge.data.token_arrays import FORMATS, read_tokens
 from modularforge.data.web_archive import read_archive
 from modularforge.errors import DataError, UserError, one_line
@@ -47,10 +48,14 @@ LABEL_CHARACTERS = 200
 BATCH_ROWS = 256
 
 
-def read_file(url: str, source: SourceConfig) -> Iterator[Labelled]:
-    """The documents of one file; raises DataError naming file and line of what is not as its format says."""
-    is_said = False
-    for number, (text, label) in enumerate(_READERS[_format_of(url, source)](url, source), start=1):
+def read_file(url: str, source: SourceConfig, span: Span | None = None) -> Iterator[Labelled]:
+    """The documents of one file; raises DataError naming file and line of what is not as its format says.
+
+    Of a file that `is_divisible`, `span` gives those that begin in these bytes.
+    """
+    is_said, kind = False, _format_of(url, source)
+    found = _READERS[kind](url, source) if span is None else _SPAN_READERS[kind](url, source, span)
+    for number, (text, label) in enumerate(found, start=1):
         if not is_said and "\0" in text:
             logger.warning("%s has NULs in its text, first in document %d; they are kept", redact(url), number)
             is_said = True
@@ -85,9 +90,35 @@ def _read_jsonl(url: str, source: SourceConfig) -> Iterator[Labelled]:
     return (fields(record, source, origin) for record, origin in json_records(read_lines(url), redact(url)))
 
 
-def json_records(lines: Iterable[str], name: str) -> Iterator[tuple[Any, str]]:
+def is_divisible(url: str, source: SourceConfig) -> bool:
+    """Whether parts of a file can be read alone."""
+    return _format_of(url, source) in _SPAN_READERS and compression_of(url) is None and not is_web(url)
+
+
+def _jsonl_within(url: str, source: SourceConfig, span: Span) -> Iterator[Labelled]:
+    """The records of lines that begin in a span; a mistake is read once more, with the number of its line."""
+    given = 0
+    try:
+        for record, origin in json_records(read_lines(url, span), redact(url)):
+            found = fields(record, source, origin)
+            given += 1
+            yield found
+    except DataError:
+        lines, first = read_lines(url, span), lines_before(url, span[0]) + 1
+        again = (fields(record, source, origin) for record, origin in json_records(lines, redact(url), first))
+        next(itertools.islice(again, given, None), None)
+        raise
+
+
+def _parquet_within(url: str, source: SourceConfig, span: Span) -> Iterator[Labelled]:
+    """The rows of groups that begin in a span."""
+    records = _parquet_records(url, wanted_fields(source), span=span)
+    return (fields(record, source, origin) for record, origin in records)
+
+
+def json_records(lines: Iterable[str], name: str, first: int = 1) -> Iterator[tuple[Any, str]]:
     """The value of each line of a file of this name, and what names the line; raises DataError."""
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines, start=first):
         if not line.strip():
             continue
         try:
@@ -104,9 +135,11 @@ def _read_parquet(url: str, source: SourceConfig) -> Iterator[Labelled]:
     return (fields(record, source, origin) for record, origin in _parquet_records(url, wanted_fields(source)))
 
 
-def _parquet_records(url: str, wanted: list[str], needs_all: bool = True) -> Iterator[tuple[Any, str]]:
+def _parquet_records(
+    url: str, wanted: list[str], needs_all: bool = True, span: Span | None = None
+) -> Iterator[tuple[Any, str]]:
     """Each row's wanted columns, and what names the row."""
-    for number, record in enumerate(parquet_rows(url, wanted, needs_all), start=1):
+    for number, record in numbered_rows(url, wanted, needs_all, span):
         yield record, f"{redact(url)}, row {number}"
 
 
@@ -163,6 +196,10 @@ _READERS: dict[str, Callable[[str, SourceConfig], Iterator[Labelled]]] = {
     "parquet": _read_parquet,
     "warc": read_archive,
     **{kind: functools.partial(read_tokens, kind=kind) for kind in FORMATS},
+}
+_SPAN_READERS: dict[str, Callable[[str, SourceConfig, Span], Iterator[Labelled]]] = {
+    "jsonl": _jsonl_within,
+    "parquet": _parquet_within,
 }
 
 
@@ -272,6 +309,13 @@ def undecoded(rows: Any) -> Any:
 
 def parquet_rows(url: str, columns: list[str], needs_all: bool = True) -> Iterator[dict[str, Any]]:
     """The wanted columns of all rows, or those of them that there are; raises DataError."""
+    return (record for _, record in numbered_rows(url, columns, needs_all))
+
+
+def numbered_rows(
+    url: str, columns: list[str], needs_all: bool = True, span: Span | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The same with the number of each, from 1; with a span, of the groups of rows that begin in these bytes."""
     import pyarrow
     import pyarrow.parquet
 
@@ -285,8 +329,11 @@ def parquet_rows(url: str, columns: list[str], needs_all: bool = True) -> Iterat
             columns = [column for column in columns if column in table.schema_arrow.names]
             if twice := [column for column in columns if table.schema_arrow.names.count(column) > 1]:
                 raise DataError(f"{name} must have one column {twice[0]}, but has several; write it again with one")
-            for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-                yield from _records(batch, first, name)
+            groups = None if span is None else _groups_within(table.metadata, span)
+            first += sum(table.metadata.row_group(group).num_rows for group in range(groups[0] if groups else 0))
+            batches = table.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=columns)
+            for batch in batches if groups != [] else ():
+                yield from enumerate(_records(batch, first, name), start=first)
                 first += batch.num_rows
         except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
             said = one_line(redact(str(error)))
@@ -294,6 +341,15 @@ def parquet_rows(url: str, columns: list[str], needs_all: bool = True) -> Iterat
                 f"{name} must be a Parquet file, but cannot be read after row {first - 1} ({said}); write it again, or "
                 "copy it to a folder if its server gives no ranges"
             ) from error
+
+
+def _groups_within(metadata: Any, span: Span) -> list[int]:
+    """The groups of rows whose first byte is in a span; they lie one after another."""
+    starts = []
+    for group in range(metadata.num_row_groups):
+        columns = [metadata.row_group(group).column(k) for k in range(metadata.num_columns)]
+        starts.append(min(column.dictionary_page_offset or column.data_page_offset for column in columns))
+    return [group for group, start in enumerate(starts) if span[0] <= start < span[1]]
 
 
 def _require_parquet(file: Any, name: str) -> None:

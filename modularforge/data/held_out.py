@@ -25,7 +25,8 @@ from checkpoints.parallel import in_order
 from modularforge.config import Config
 from modularforge.data.clean_steps import cores
 from modularforge.data.corpus import HELD_OUT, Split
-from modularforge.data.token_files import TokenFile, open_token_file, write_documents
+from modularforge.data.token_files import TokenFile, write_documents, write_spans
+from modularforge.data.token_streams import SpannedTokens
 from modularforge.errors import DataError
 from modularforge.log import logger
 
@@ -43,14 +44,19 @@ Splits = Mapping[Split, dict[str, dict[str, int]]]
 
 
 def leave_out_copies(
-    config: Config, folder: Path, labels: Sequence[str], splits: Splits, byte_lengths_V: npt.NDArray[Any]
+    config: Config,
+    folder: Path,
+    files: Mapping[Split, TokenFile],
+    labels: Sequence[str],
+    splits: Splits,
+    byte_lengths_V: npt.NDArray[Any],
 ) -> dict[str, int]:
     """Take near duplicates of documents that were held out here from the token file `train` and its counts in `splits`.
 
     Those of validation and test files that a source names stay, with a warning. Returns how many there were of both.
     Raises DataError where nothing would be left to train on.
     """
-    train, held_out = open_token_file(folder, "train"), [open_token_file(folder, split) for split in HELD_OUT]
+    train, held_out = files["train"], [files[split] for split in HELD_OUT]
     run_tokens = _run_tokens(splits)
     copies: list[int] = []
     chosen: list[int] = []
@@ -91,6 +97,7 @@ def near_copies(train: TokenFile, held_out: Sequence[TokenFile], run_tokens: int
             for own in [_distinct(train, int(block[0] + suspect), run_tokens)]
             for other in known.candidates(hashes_R[start:end])
             if _likeness(own, _distinct(held_out[other[0]], other[1], run_tokens)) >= ALIKE
+            and _responses_alike(train, int(block[0] + suspect), held_out[other[0]], other[1])
         ]
 
     for pairs in in_order(found, _blocks(train), min(cores(), MOST_THREADS)):
@@ -101,6 +108,16 @@ def _likeness(one: Hashes, other: Hashes) -> float:
     """The share of all runs of two documents that both have (Jaccard)."""
     shared = len(np.intersect1d(one, other, assume_unique=True))
     return shared / max(1, len(one) + len(other) - shared)
+
+
+def _responses_alike(train: TokenFile, index: int, held_out: TokenFile, other: int) -> bool:
+    """Whether two examples also have about the same responses, which in many tasks are short beside their prompts."""
+    if train.learned is None or held_out.learned is None:
+        return True
+    one, two = (file.document(k)[file.learned_of(k) == 1] for file, k in ((train, index), (held_out, other)))
+    return (
+        bool(np.array_equal(one, two)) or _likeness(*(np.unique(ids.astype(np.uint64)) for ids in (one, two))) >= ALIKE
+    )
 
 
 @dataclass(frozen=True)
@@ -218,7 +235,11 @@ def _rewrite(train: TokenFile, dropped: Indices, folder: Path, vocab_size: int) 
             "the training documents must differ from those held out for validation and test, but all are near "
             "duplicates of one; name validation and test files for the sources, or add text"
         )
-    write_documents(train, kept, folder, "kept", vocab_size)
+    tokens: Any = train.tokens
+    if isinstance(tokens, SpannedTokens):
+        write_spans(train, kept, folder, "kept")
+    else:
+        write_documents(train, kept, folder, "kept", vocab_size)
     for path in folder.glob("kept.*"):
         path.replace(folder / f"train.{path.name.partition('.')[2]}")
 

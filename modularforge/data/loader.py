@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 
 from modularforge.data.mixing import MixedOrder, Mixture
-from modularforge.data.ranged_tokens import RangedTokens, RangedWindows
 from modularforge.data.token_files import ExampleTokens, Stream, TokenFile, Tokens
+from modularforge.data.token_streams import StreamedTokens, Windows
 from modularforge.data.tokenizer import PAD
 from modularforge.errors import DataError, TrainingError
 
@@ -210,9 +210,9 @@ def _mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 def _windows(tokens: Tokens, context_length: int) -> tuple[Any, Any]:
     """Views [W, T] of the ids and of the ids one later; the tail that fills no window is left out."""
-    ranged: Any = tokens  # which stands in for an array
-    if isinstance(ranged, RangedTokens):
-        return RangedWindows(ranged, context_length, 0), RangedWindows(ranged, context_length, 1)
+    streamed: Any = tokens  # which may stand in for an array
+    if isinstance(streamed, StreamedTokens):
+        return Windows(streamed, context_length, 0), Windows(streamed, context_length, 1)
     flat = np.asarray(tokens)  # a plain view: indexing np.memmap itself costs microseconds a row
     length = max(len(flat) - 1, 0) // context_length * context_length
     return flat[:length].reshape(-1, context_length), flat[1 : length + 1].reshape(-1, context_length)

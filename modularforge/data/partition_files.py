@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +20,38 @@ from modularforge.data.partition import (
     divide,
     require_documents,
 )
-from modularforge.data.token_files import TokenFile, check_metadata, open_token_file, write_documents
+from modularforge.data.token_files import (
+    ROW_NAME,
+    TokenFile,
+    check_metadata,
+    open_token_file,
+    write_documents,
+    write_spans,
+)
+from modularforge.data.token_streams import SpannedTokens, StreamedTokens
 from modularforge.errors import DataError
 from modularforge.log import logger
 
+Place = Callable[[int], AbstractContextManager[Path | None]]
+"""Where a partition is written, while it is; None where it is there already."""
 
-def make_partitions(config: Config, corpus_folder: Path, output: Path, known: Known | None = None) -> dict[str, Any]:
+
+def make_partitions(
+    config: Config,
+    corpus_folder: Path,
+    output: Path,
+    known: Known | None = None,
+    documents: TokenFile | None = None,
+    place: Place | None = None,
+) -> dict[str, Any]:
     """Divide the training documents of a prepared corpus among `config.experts.count` partitions.
 
     Writes token files `partition-K`, document indices `partition-K.documents.npy` and `partitions.json` into `output`
-    and returns what the last one says. `known` is what tasks have found out of clusters. Raises ConfigError or
-    DataError when a partition would be empty.
+    and returns what the last one says. `known` is what tasks have found out of clusters, `documents` the training
+    documents where they are not in the folder. With a `place` each partition goes there, with a file of what is said of
+    it. Of documents in shards no token is copied. Raises ConfigError or DataError when a partition would be empty.
     """
-    documents = open_token_file(corpus_folder, "train")
+    documents = documents or open_token_file(corpus_folder, "train")
     metadata = check_metadata((corpus_folder / "metadata.json").read_bytes(), str(corpus_folder / "metadata.json"))
     names, vocab_size = metadata["labels"], metadata["vocab_size"]
     _require_known(documents, names, vocab_size)
@@ -42,8 +63,12 @@ def make_partitions(config: Config, corpus_folder: Path, output: Path, known: Kn
         partitions = add_everywhere(partitions, documents.labels, names, everywhere)
     rows = []
     for number, indices in enumerate(partitions):
-        _write_partition(documents, indices, output, f"partition-{number}", vocab_size)
         rows.append(_describe(documents, indices, names) | ({"top_words": top_words[number]} if top_words else {}))
+        with place(number) if place else nullcontext(output) as folder:
+            if folder is not None:
+                _write_partition(documents, indices, folder, f"partition-{number}", vocab_size)
+            if folder is not None and place:
+                (folder / ROW_NAME).write_text(json.dumps(rows[-1], ensure_ascii=False) + "\n", encoding="utf-8")
         logger.info("partition %d: %d documents, %d tokens", number, rows[-1]["documents"], rows[-1]["tokens"])
     settings = config.partition.model_dump(exclude=None if everywhere else {"everywhere"})  # files before it had none
     summary = {"seed": config.preparation_seed, **settings, "partitions": rows}
@@ -53,7 +78,8 @@ def make_partitions(config: Config, corpus_folder: Path, output: Path, known: Kn
 
 def _require_known(documents: TokenFile, names: list[str], vocab_size: int) -> None:
     """Labels and tokens must be those of metadata.json; a changed bit in a file shows here, not in a job on a GPU."""
-    for start in range(0, len(documents.tokens), CHUNK_TOKENS):
+    in_memory = not isinstance(documents.tokens, StreamedTokens)  # shards are known by their hashes
+    for start in range(0, len(documents.tokens) if in_memory else 0, CHUNK_TOKENS):
         if (largest := int(documents.tokens[start : start + CHUNK_TOKENS].max())) >= vocab_size:
             raise DataError(
                 f"tokens of the {documents.name} documents must be below {vocab_size}, but one is {largest}; run "
@@ -68,7 +94,11 @@ def _require_known(documents: TokenFile, names: list[str], vocab_size: int) -> N
 
 def _write_partition(documents: TokenFile, indices: Indices, output: Path, name: str, vocab_size: int) -> None:
     np.save(output / f"{name}.documents.npy", indices.astype("<i8"))
-    write_documents(documents, indices, output, name, vocab_size)
+    tokens: Any = documents.tokens
+    if isinstance(tokens, SpannedTokens):
+        write_spans(documents, indices, output, name)
+    else:
+        write_documents(documents, indices, output, name, vocab_size)
 
 
 def _describe(documents: TokenFile, indices: Indices, names: list[str]) -> dict[str, Any]:

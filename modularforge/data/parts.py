@@ -4,21 +4,26 @@ What is to be read, all files of all splits in their order, is cut between files
 tasks; each task writes token files of its own share, with the bytes of each document's text. Put together they are cut
 into the shards of one process again, because labels get their numbers in the order in which shards bring them. So no
 byte depends on the number of tasks.
+
+A large corpus is not copied together: its pieces are cut into shards, by their sizes alone, each shard is a token file
+of its own, a share is some of them, and only their index is put together. Token files stay as tasks wrote them.
 """
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.lib.format import open_memmap
 
 from checkpoints import Artifact, paths
 from checkpoints.redact import redact
@@ -26,27 +31,96 @@ from modularforge.config import Config
 from modularforge.data import shards
 from modularforge.data.cleaning import cleaned_names, read_cleaned_files
 from modularforge.data.corpus import SPLITS, Document, Split, document_limit, no_documents, read_documents
-from modularforge.data.files import find_files
+from modularforge.data.files import Span, find_files
+from modularforge.data.formats import is_divisible
 from modularforge.data.inputs import Match, file_states
-from modularforge.data.prepare import Encoder, write_corpus, write_split
+from modularforge.data.prepare import (
+    Encoder,
+    finish_corpus,
+    names_of_sources,
+    number_labels,
+    write_corpus,
+    write_split,
+)
 from modularforge.data.shards import Shard
-from modularforge.data.token_files import TokenFile, open_token_file
+from modularforge.data.token_files import (
+    TokenFile,
+    id_type,
+    map_part,
+    open_token_file,
+    read_shard_counts,
+    read_spans,
+    shard_name,
+)
+from modularforge.data.token_streams import Indices, JoinedTokens, SpannedTokens
 from modularforge.errors import DataError
+from modularforge.log import logger
 
 FILES_NAME, PART_NAME = "files.json", "part.json"
 UNKNOWN_BYTES = 1 << 30  # of a data set of the Hub
 # Documents of the training files that are held out are found by reading all, and few of them are tokenised.
 READ_AGAIN = 0.1
+# A corpus of more bytes of files has its tokens in shards of so many bytes each, or more where there would be too many.
+SHARDED_ABOVE, SHARD_WEIGHT, MOST_SHARDS = 4 << 30, 256 << 20, 4096
+# A file of more bytes is read in pieces, where its format lets one begin anywhere.
+PIECE_BYTES, MOST_PIECES = 64 << 20, 1 << 16
+MOST_OPEN = 4  # shards of an object store that are here at a time while copies are looked for
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One file of a split of the source with this number; None is all of them, where they are not read one by one."""
+    """One file of a split of the source with this number; None is all of them, where they are not read one by one.
+
+    With a span, what begins in these bytes of it.
+    """
 
     split: Split
     source: int
     file: str | None
     weight: float
+    span: Span | None = None
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """The pieces that make one shard of a split."""
+
+    split: Split
+    number: int
+    pieces: list[Piece]
+
+    @property
+    def weight(self) -> float:
+        """Bytes to read."""
+        return sum(piece.weight for piece in self.pieces)
+
+    @property
+    def name(self) -> str:
+        """Of its token file."""
+        return shard_name(self.split, self.number)
+
+
+Work = TypeVar("Work", Piece, PlannedShard)
+
+
+def plan_shards(pieces: Sequence[Piece]) -> list[PlannedShard]:
+    """The shards of a large corpus, from its pieces alone; none of one whose token files are whole."""
+    total = sum(piece.weight for piece in pieces)
+    if total <= SHARDED_ABOVE:
+        return []
+    size = max(SHARD_WEIGHT, total / MOST_SHARDS)
+    planned: list[PlannedShard] = []
+    for split, own in _by(pieces, "split"):
+        held: list[Piece] = []
+        number = 0
+        for piece in own:
+            held.append(piece)
+            if sum(one.weight for one in held) >= size:
+                planned.append(PlannedShard(split, number, held))
+                held, number = [], number + 1
+        if held or not number:
+            planned.append(PlannedShard(split, number, held))
+    return planned
 
 
 @dataclass(frozen=True)
@@ -88,10 +162,36 @@ def _changed(name: str, noted: Artifact) -> DataError:
 def list_pieces(config: Config, listing: Listing, cleaned: Artifact | None) -> list[Piece]:
     """What is to be read for all splits, in the order of one process."""
     numbered = itertools.product(SPLITS, range(len(config.data.sources)))
-    return [piece for split, number in numbered for piece in _pieces_of(config, listing, cleaned, split, number)]
+    found = [piece for split, number in numbered for piece in _pieces_of(config, listing, cleaned, split, number)]
+    size = max(PIECE_BYTES, int(sum(piece.weight for piece in found)) // MOST_PIECES)
+    return [part for piece in found for part in _spans(config, listing, piece, size)]
 
 
-def share_of(pieces: Sequence[Piece], index: int, count: int) -> list[Piece]:
+def _spans(config: Config, listing: Listing, piece: Piece, size: int) -> Iterator[Piece]:
+    """A file in pieces of this size, where each can be read alone."""
+    source = config.data.sources[piece.source]
+    whole = listing.states.get(piece.file or "", [None])[0]
+    if whole is None or whole <= size or not is_divisible(str(piece.file), source) or config.learns_responses:
+        yield piece
+        return
+    for start in range(0, whole, size):
+        end = min(start + size, whole)
+        yield replace(piece, weight=piece.weight * (end - start) / whole, span=(start, end))
+
+
+def warn_of_large(pieces: Sequence[Piece], tasks: int) -> None:
+    """Say which file one task reads alone, though it is more than the share of a task."""
+    share = sum(piece.weight for piece in pieces) / tasks
+    large = max((piece for piece in pieces if piece.file), key=lambda piece: piece.weight, default=None)
+    if large is not None and large.span is None and large.weight > max(share, PIECE_BYTES) and tasks > 1:
+        logger.warning(
+            "%s has %.1f GB, and one task reads all of it, more than the %.1f GB of a share: only uncompressed JSON "
+            "lines and Parquet are divided, so write it as such, or as several files",
+            redact(str(large.file)), large.weight / 1e9, share / 1e9,
+        )  # fmt: skip
+
+
+def share_of(pieces: Sequence[Work], index: int, count: int) -> list[Work]:
     """Those in the share of one of `count` tasks, neighbours, whose weights are about the same for all tasks."""
     weights = np.array([piece.weight for piece in pieces])
     middles = np.cumsum(weights) - weights / 2
@@ -142,6 +242,130 @@ def write_part(
     return counts
 
 
+def write_shards(
+    config: Config,
+    encoder: Encoder,
+    planned: Sequence[PlannedShard],
+    work: Path,
+    output: Path,
+    cleaned: Artifact | None,
+) -> dict[str, int]:
+    """Tokenise shards of a large corpus into `output`, each into a token file with its own labels; as `write_part`."""
+    dropped: Counter[str] = Counter()
+    found: dict[str, Counter[str]] = {}
+    counts: Counter[str] = Counter()
+    rows = []
+    for shard in planned:
+        names: list[str] = []
+        documents = _documents(config, encoder, shard.pieces, cleaned, dropped, found)
+        totals = write_split(shard.name, encoder.tokenise(documents, work, shard.name), encoder, output, names)
+        rows.append({"name": shard.name, "labels": names, "totals": totals})
+        counts[shard.split] += sum(total["documents"] for total in totals.values())
+    about = {"shards": rows, "dropped": dropped, "found": found}
+    (output / PART_NAME).write_text(json.dumps(about, ensure_ascii=False) + "\n", encoding="utf-8")
+    return dict(counts)
+
+
+def join_shards(
+    config: Config,
+    encoder: Encoder,
+    planned: Sequence[PlannedShard],
+    parts: Sequence[Artifact],
+    output: Path,
+    take: Callable[[Artifact, str], Any],
+) -> dict[str, Any]:
+    """Write the index of shards that tasks have made, and all else of prepared data but the tokenizer.
+
+    `take` gives a file of a task's artifact to what is being made. Labels get their numbers in the order of the shards.
+    Raises DataError.
+    """
+    about = [part.read_json(PART_NAME) for part in parts]
+    dropped: Counter[str] = Counter()
+    for one in about:
+        dropped.update(one["dropped"])
+    _require_documents(config, about)
+    holders = {row["name"]: (part, row) for part, one in zip(parts, about, strict=True) for row in one["shards"]}
+    labels = names_of_sources(config)
+    splits: dict[Split, dict[str, dict[str, int]]] = {}
+    files: dict[Split, TokenFile] = {}
+    for split in SPLITS:
+        own = [holders[shard.name] for shard in planned if shard.split == split]
+        splits[split] = _join_index(split, own, output, labels)
+        for part, row in own:
+            for name in _tokens_of(part, row["name"]):
+                take(part, name)
+        files[split] = _opened(split, own, output)
+    return finish_corpus(config, output, encoder, labels, splits, files, dropped)
+
+
+Held = tuple[Artifact, Mapping[str, Any]]
+"""A shard: the artifact that holds it, and what its task said of it."""
+
+
+def _join_index(split: Split, shards: Sequence[Held], output: Path, labels: list[str]) -> dict[str, dict[str, int]]:
+    """Write offsets and labels of a split, shard by shard; new labels join `labels`. What it holds by label."""
+    totals: dict[str, Counter[str]] = {}
+    documents = sum(total["documents"] for _, row in shards for total in row["totals"].values())
+    offsets = open_memmap(output / f"{split}.offsets.npy", "w+", "<i8", (documents + 1,))
+    numbers = open_memmap(output / f"{split}.labels.npy", "w+", "<u2", (documents,)) if documents else None
+    counts, first = [], 0
+    offsets[0] = 0
+    for part, row in shards:
+        own, its_labels = (_loaded(part, f"{row['name']}.{ending}") for ending in ("offsets.npy", "labels.npy"))
+        last = first + len(its_labels)
+        offsets[first : last + 1] = own + offsets[first]
+        places = number_labels(row["labels"], labels)
+        if numbers is not None and last > first:
+            numbers[first:last] = places[its_labels]
+        counts.append(int(own[-1]))
+        first = last
+        for label, total in row["totals"].items():
+            totals.setdefault(label, Counter()).update(total)
+    offsets.flush()
+    if numbers is None:
+        np.save(output / f"{split}.labels.npy", np.empty(0, "<u2"))
+    else:
+        numbers.flush()
+    np.save(output / f"{split}.shards.npy", np.array(counts, "<i8"))
+    np.save(output / f"{split}.spans.npy", np.array([[0, sum(counts)]], "<i8"))
+    return {label: dict(totals[label]) for label in labels if label in totals}
+
+
+def _tokens_of(part: Artifact, name: str) -> list[str]:
+    """The files of a shard that are no index."""
+    return [file for file in (f"{name}.tokens.bin", f"{name}.learned.bin") if file in part.manifest.files]
+
+
+def _loaded(part: Artifact, name: str) -> Any:
+    return np.load(io.BytesIO(part.read_bytes(name)))
+
+
+def _opened(split: Split, shards: Sequence[Held], output: Path) -> TokenFile:
+    """A split whose index lies in `output` and whose tokens lie with the tasks that wrote them."""
+    counts, spans_P2 = read_shard_counts(output, split), read_spans(output, split)
+    has_learned = any(len(_tokens_of(part, row["name"])) > 1 for part, row in shards)
+    tokens = SpannedTokens(_where_they_are(shards, counts, "tokens.bin"), spans_P2)
+    learned = SpannedTokens(_where_they_are(shards, counts, "learned.bin"), spans_P2) if has_learned else None
+    return open_token_file(output, split, lambda _: tokens, learned)
+
+
+def _where_they_are(shards: Sequence[Held], counts: Indices, ending: str) -> JoinedTokens:
+    """Their files one after another; of an object store a few are here at a time."""
+    names = [f"{row['name']}.{ending}" for _, row in shards]
+    total = sum(part.entry(name).size for (part, _), name in zip(shards, names, strict=True))
+    dtype = id_type(names[0], total, int(counts.sum())) if ending == "tokens.bin" else np.dtype(np.uint8)
+
+    def opened(number: int) -> Any:
+        part, name, count = shards[number][0], names[number], int(counts[number])
+        if paths.is_local(part.url):
+            return map_part(part.local_file(name, verify=False), dtype, count)
+        with tempfile.TemporaryDirectory() as folder:  # what is mapped stays until nobody reads it
+            paths.upload(str(Path(folder) / name), part.stream(name))
+            return map_part(Path(folder) / name, dtype, count)
+
+    return JoinedTokens(opened, counts.tolist(), dtype, MOST_OPEN)
+
+
 def _noting(found: Iterable[Shard], sizes: list[Any]) -> Iterator[Shard]:
     for shard in found:
         sizes.append(shard.text_bytes)
@@ -158,9 +382,9 @@ def _documents(
 ) -> Iterator[Document]:
     for number, own in _by(pieces, "source"):
         split = own[0].split
-        files = [piece.file for piece in own if piece.file is not None]
+        files = [(piece.file, piece.span) for piece in own if piece.file is not None]
         if cleaned is not None:
-            yield from read_cleaned_files(map(cleaned.local_file, files))
+            yield from read_cleaned_files(cleaned.local_file(name) for name, _ in files)
             continue
         source, short = config.data.sources[number], dropped if split == "train" else None
         tally = found.setdefault(f"{split} {number}", Counter())

@@ -12,13 +12,14 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import tokenizers
 from tokenizers import Tokenizer
 
@@ -33,7 +34,7 @@ from modularforge.data.examples import ExampleEncoder, ExampleWriter, example_wr
 from modularforge.data.held_out import leave_out_copies
 from modularforge.data.inputs import file_states, list_matches
 from modularforge.data.shards import Shard, tokenise
-from modularforge.data.token_files import LABEL_LIMIT, TokenFileWriter
+from modularforge.data.token_files import LABEL_LIMIT, TokenFile, TokenFileWriter, open_token_file
 from modularforge.data.tokenizer import (
     EOS,
     adopt_tokenizer,
@@ -109,10 +110,28 @@ def write_corpus(
 
     `dropped` is complete when the last shard was given.
     """
-    labels = [source.name for source in config.data.sources if source.label_field is None]
+    labels = names_of_sources(config)
     splits = {split: write_split(split, shards(split), encoder, output, labels) for split in SPLITS}
-    lengths_V = token_byte_lengths(encoder.tokenizer)
-    copies = {} if encoder.writers else leave_out_copies(config, output, labels, splits, lengths_V)
+    files = {split: open_token_file(output, split) for split in SPLITS}
+    return finish_corpus(config, output, encoder, labels, splits, files, dropped)
+
+
+def names_of_sources(config: Config) -> list[str]:
+    """The first labels: those of sources whose documents have no others."""
+    return [source.name for source in config.data.sources if source.label_field is None]
+
+
+def finish_corpus(
+    config: Config,
+    output: Path,
+    encoder: Encoder,
+    labels: list[str],
+    splits: dict[Split, dict[str, dict[str, int]]],
+    files: Mapping[Split, TokenFile],
+    dropped: Mapping[str, int],
+) -> dict[str, Any]:
+    """Leave copies of held-out documents out of training and write `metadata.json`, behind the token files."""
+    copies = leave_out_copies(config, output, files, labels, splits, token_byte_lengths(encoder.tokenizer))
     metadata = {
         "vocab_size": vocabulary_size(encoder.tokenizer),
         "end_token": encoder.end_token,
@@ -135,9 +154,9 @@ class Encoder:
     writers: Mapping[str, ExampleWriter]
     examples: ExampleEncoder | None
 
-    def tokenise(self, documents: Iterable[Document], work: Path, split: Split) -> Iterator[Shard]:
-        """Shards of documents; `work` is where those of an unfinished run lie."""
-        return tokenise(documents, self.tokenizer, work, split, self.end_token, self.examples)
+    def tokenise(self, documents: Iterable[Document], work: Path, name: str) -> Iterator[Shard]:
+        """Shards of documents; `work` is where those of an unfinished run lie, under this name."""
+        return tokenise(documents, self.tokenizer, work, name, self.end_token, self.examples)
 
 
 def describe_corpus(
@@ -198,14 +217,14 @@ def _sample_texts(config: Config, cleaned: Path | None) -> Iterator[str]:
 
 
 def write_split(
-    split: Split, shards: Iterable[Shard], encoder: Encoder, output: Path, labels: list[str]
+    name: str, shards: Iterable[Shard], encoder: Encoder, output: Path, labels: list[str]
 ) -> dict[str, dict[str, int]]:
     """Write one token file and return documents, tokens and bytes by label; labels not seen before join `labels`."""
     totals: dict[str, Counter[str]] = {}
     started, done = time.monotonic(), Counter[str]()
     with (
-        TokenFileWriter(output, split, vocabulary_size(encoder.tokenizer), encoder.examples is not None) as writer,
-        progress(f"tokenise {split}", None, "documents") as bar,
+        TokenFileWriter(output, name, vocabulary_size(encoder.tokenizer), encoder.examples is not None) as writer,
+        progress(f"tokenise {name}", None, "documents") as bar,
     ):
         for shard in shards:
             writer.add(shard.tokens, shard.lengths, _global_labels(shard, labels), shard.learned)
@@ -214,9 +233,7 @@ def write_split(
             megabytes = done["bytes"] / 1e6
             speed = megabytes / (time.monotonic() - started)
             bar.advance(len(shard.lengths), f"{megabytes:.0f} MB, {speed:.1f} MB/s")
-    logger.info(
-        "%s: %d documents, %.1f MB, %d tokens", split, done["documents"], done["bytes"] / 1e6, writer.num_tokens
-    )
+    logger.info("%s: %d documents, %.1f MB, %d tokens", name, done["documents"], done["bytes"] / 1e6, writer.num_tokens)
     return {label: dict(totals[label]) for label in labels if label in totals}
 
 
@@ -247,13 +264,18 @@ def _of_source(
 
 def _global_labels(shard: Shard, labels: list[str]) -> Any:
     """Label ids of the shard's documents; new labels are appended in alphabetical order, the same on every run."""
-    labels.extend(name for name in shard.names if name not in labels)
+    return number_labels(shard.names, labels)[shard.labels]
+
+
+def number_labels(names: Sequence[str], labels: list[str]) -> npt.NDArray[np.int64]:
+    """The place of each name among the labels, to which new ones are appended; raises DataError for too many."""
+    labels.extend(name for name in names if name not in labels)
     if len(labels) > LABEL_LIMIT:
         raise DataError(
             f"data.sources must have at most {LABEL_LIMIT} labels, but label_field gives {len(labels)}; "
             "name a column with fewer values"
         )
-    return np.array([labels.index(name) for name in shard.names])[shard.labels]
+    return np.array([labels.index(name) for name in names], np.int64)
 
 
 def _count(shard: Shard, totals: dict[str, Counter[str]]) -> None:

@@ -30,7 +30,7 @@ from checkpoints.redact import redact
 from modularforge.config import SourceConfig
 from modularforge.data.compression import COPY_AGAIN, describe
 from modularforge.data.files import open_bytes, real_location
-from modularforge.data.token_files import TokenFile, open_token_file
+from modularforge.data.token_files import TokenFile
 from modularforge.data.tokenizer import parse_tokenizer, vocabulary_size
 from modularforge.errors import DataError, one_line
 
@@ -233,20 +233,19 @@ def _tokenizer(location: str) -> Tokenizer:
         ) from error
 
 
-def export_megatron(folder: Path, target: Path) -> Iterator[tuple[str, int, int]]:
-    """Write each token file of a folder as `NAME.bin` and `NAME.idx`, a sequence for each document, ends and all.
+def export_megatron(files: Iterable[TokenFile], target: Path) -> Iterator[tuple[str, int, int]]:
+    """Write each token file as `NAME.bin` and `NAME.idx`, a sequence for each document, ends and all.
 
     The index comes last: without it there is no token file. Yields names, documents and tokens. Raises DataError where
     one is there, or where the files hold examples.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(folder.glob("*.offsets.npy")):
-        file = open_token_file(folder, path.name.removesuffix(".offsets.npy"))
+    for file in files:
         index = target / f"{file.name}.idx"
         if file.learned is not None:
             raise DataError(
-                f"{folder} must hold text, but holds examples, and Megatron's files cannot say what is learned; export "
-                "prepared data of task: text"
+                f"token file {file.name} must hold text, but holds examples, and Megatron's files cannot say what is "
+                "learned; export prepared data of task: text"
             )
         if index.exists():
             raise DataError(f"{index} must not be there, but is; name another folder, or delete it")

@@ -44,7 +44,8 @@ from modularforge.routing.statistics import STATISTICS_NAME, save_statistics
 from modularforge.routing.text_counts import counts_of
 from modularforge.routing.text_evidence import counted_texts, write_tables
 from modularforge.run import Run
-from modularforge.stage_outputs import derived_seed, token_file
+from modularforge.stage_outputs import derived_seed
+from modularforge.stored_tokens import partition_tokens
 from modularforge.tasks.task import Examples, task_of
 from modularforge.training.backbone_job import save_mixture, save_trained_on
 from modularforge.training.distributed import joined_world
@@ -158,7 +159,7 @@ def _tables(run: Run) -> bytes:
     """The text router's file, as it would be for experts that were trained on these partitions."""
     config, backbone = run.config, run.backbone
     special, size = special_tokens(backbone.artifact), int(backbone.values["vocab_size"])
-    streams = [token_file(run.require("partition"), f"partition-{k}").tokens for k in range(config.experts.count)]
+    streams = [partition_tokens(run.require("partition"), k).tokens for k in range(config.experts.count)]
     counts = [counts_of(config, tokens, size, special) for tokens in streams]
     texts = counted_texts(backbone.artifact, counts, config.learns_responses)
     with tempfile.TemporaryDirectory() as scratch:

@@ -29,7 +29,7 @@ from modularforge.model.shards import host_tensors, in_company
 from modularforge.pipeline import JobName, made_in_round
 from modularforge.provenance import commit, making, save_settings
 from modularforge.run import Run
-from modularforge.stage_outputs import own_domains
+from modularforge.stage_outputs import domains_of
 from modularforge.tasks.task import examples_taken, task_of
 from modularforge.training.distributed import joined_world
 from modularforge.training.job import Job
@@ -110,7 +110,7 @@ def _train(run: Run, stage: str, index: int, number: int, save: Save) -> Artifac
         return found
     partitions, task = run.require("partition"), task_of(config)
     examples = task.part(config, partitions, index)
-    domains = dict(enumerate(own_domains(partitions))).get(index, [])
+    domains = domains_of(partitions, index)
     held_out = task.validation(config, run.corpus, domains)
     start = state_after(run, index, number - 1) if number > 1 else None
     job = Job.of_run(config, str(name), config.experts, plan.fingerprint, config.round_ends(number))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import shutil
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from checkpoints import Artifact, paths
+from checkpoints import Artifact, ArtifactWriter, find_artifact, open_artifact, paths, write_artifact
+from checkpoints.parallel import in_order
 from modularforge.config import Config
 from modularforge.data.cleaning import clean_corpus
 from modularforge.data.cluster_shares import assign_share, fit_on_sample, known_clusters
 from modularforge.data.inputs import (
+    LOOKS_AT_ONCE,
     SHOWN,
     changes_since,
     file_states,
@@ -21,14 +25,19 @@ from modularforge.data.inputs import (
     require_unchanged,
     warn_of_repeats,
 )
-from modularforge.data.partition_files import make_partitions
+from modularforge.data.partition_files import Place, make_partitions
 from modularforge.data.parts import (
     FILES_NAME,
     Listing,
+    PlannedShard,
+    join_shards,
     list_pieces,
+    plan_shards,
     put_together,
     share_of,
+    warn_of_large,
     write_part,
+    write_shards,
 )
 from modularforge.data.prepare import (
     Encoder,
@@ -40,16 +49,18 @@ from modularforge.data.prepare import (
     remove_scratch,
     scratch_folder,
 )
-from modularforge.data.token_files import open_token_file
+from modularforge.data.token_files import TokenFile
 from modularforge.data.tokenizer import load_tokenizer
 from modularforge.errors import DataError, StoreError
 from modularforge.log import logger
-from modularforge.pipeline import STAGES, JobName, contents
+from modularforge.pipeline import STAGES, JobName, Plan, contents
 from modularforge.pretrained.fetch import local_model
 from modularforge.provenance import commit, making
 from modularforge.run import Run
+from modularforge.stored_tokens import EACH_FACT, IDENTITIES_NAME, PLACE_FACT, partition_identity, token_file
 
 END_TOKEN_FACT = "end_token"  # in that of the vocabulary
+MOST_TOGETHER = 256  # partitions in one artifact, whose manifest every expert reads; of more each is its own
 SOURCES_FACT = "sources"  # in the manifest of prepared data: the files that were read
 
 
@@ -100,10 +111,15 @@ def corpus(run: Run) -> Artifact:
     documents = source.local_folder() if source and not parts else None
     with making(plan) as writer:
         start = time.perf_counter()
+        planned = plan_shards(list_pieces(config, Listing(states), source))
         if parts:
-            metadata = _put_together(run, parts, writer.folder)
+            metadata = _put_together(run, parts, planned, writer)
+        elif planned:
+            key = describe_corpus(config, _pretrained(config), states)
+            metadata = _in_shards(run, planned, own_scratch(scratch, key), writer, source)
         else:
             metadata = prepare_corpus(config, scratch, writer.folder, _pretrained(config), states, documents)
+        if not parts:
             require_unchanged({} if source else states)
         seconds = round(time.perf_counter() - start, 3)
         facts = {"seconds": seconds, **{name: metadata[name] for name in ("labels", "splits", "near_copies")}}
@@ -129,6 +145,7 @@ def vocabulary(run: Run) -> Artifact:
         work = own_scratch(scratch, describe_corpus(config, pretrained, states))
         _, end_token = make_tokenizer(config, work, writer.folder, pretrained, documents)
         Listing.write(states, writer.folder)
+        warn_of_large(list_pieces(config, Listing(states), source), config.cluster.prepare_tasks or 1)
         made = commit(writer, plan, run, {END_TOKEN_FACT: end_token})
     remove_scratch(scratch)
     return made
@@ -148,13 +165,19 @@ def tokenised(run: Run, index: int) -> Artifact:
     noted, cleaned = run.require("vocabulary"), run.require("clean") if config.data.clean else None
     listing = Listing.read(noted, [] if cleaned else list_matches(config))
     count = len(STAGES["tokenise"].indices(config))
-    own = share_of(list_pieces(config, listing, cleaned), index, count)
-    files = [] if cleaned else [piece.file for piece in own if piece.file]
+    pieces = list_pieces(config, listing, cleaned)
+    shards = share_of(planned, index, count) if (planned := plan_shards(pieces)) else None
+    own = share_of(pieces, index, count) if shards is None else [piece for shard in shards for piece in shard.pieces]
+    files = [] if cleaned else list(dict.fromkeys(piece.file for piece in own if piece.file))
     listing.require_unchanged(files, noted)
     with making(plan) as writer:
         start, folder = time.perf_counter(), noted.local_folder()
         work = own_scratch(scratch, plan.fingerprint)
-        counts = write_part(config, _encoder(config, noted, folder), own, work, writer.folder, cleaned)
+        encoder = _encoder(config, noted, folder)
+        if shards is None:
+            counts = write_part(config, encoder, own, work, writer.folder, cleaned)
+        else:
+            counts = write_shards(config, encoder, shards, work, writer.folder, cleaned)
         seconds = round(time.perf_counter() - start, 3)
         made = commit(writer, plan, run, {"seconds": seconds, "documents": counts, "files": len(own)})
     remove_scratch(scratch)
@@ -167,9 +190,9 @@ def centres(run: Run) -> Artifact:
     if artifact := run.artifact("partition") or run.finished(plan):
         logger.info("the clusters are fitted: %s", artifact.url)
         return artifact
-    folder = run.require("prepare-data").local_folder()
+    documents, folder = _training_documents(run)
     with making(plan) as writer:
-        fit_on_sample(run.config, open_token_file(folder, "train"), load_tokenizer(folder), writer.folder)
+        fit_on_sample(run.config, documents, load_tokenizer(folder), writer.folder)
         return commit(writer, plan, run, {})
 
 
@@ -182,8 +205,8 @@ def assigned(run: Run, index: int) -> Artifact:
     if artifact := run.finished(plan):
         logger.info("share %d is assigned: %s", index, artifact.url)
         return artifact
-    folder = run.require("prepare-data").local_folder()
-    documents, tokenizer = open_token_file(folder, "train"), load_tokenizer(folder)
+    documents, folder = _training_documents(run)
+    tokenizer = load_tokenizer(folder)
     with making(plan) as writer:
         assign_share(run.config, documents, tokenizer, fitted, index, writer.folder)
         return commit(writer, plan, run, {})
@@ -201,14 +224,48 @@ def _parts(run: Run) -> list[Artifact]:
     return run.require_each("tokenise")
 
 
-def _put_together(run: Run, parts: list[Artifact], output: Path) -> dict[str, Any]:
+def _put_together(
+    run: Run, parts: list[Artifact], planned: list[PlannedShard], writer: ArtifactWriter
+) -> dict[str, Any]:
     """The corpus of what all tasks have made."""
     noted = run.require("vocabulary")
-    folder = noted.local_folder()
+    folder, output = noted.local_folder(), writer.folder
     for name in noted.manifest.files:
         if name != FILES_NAME:
             shutil.copyfile(folder / name, output / name)
-    return put_together(run.config, _encoder(run.config, noted, folder), parts, output)
+    encoder = _encoder(run.config, noted, folder)
+    if planned:
+        return join_shards(run.config, encoder, planned, parts, output, partial(_take, writer))
+    return put_together(run.config, encoder, parts, output)
+
+
+def _in_shards(
+    run: Run, planned: list[PlannedShard], work: Path, writer: ArtifactWriter, cleaned: Artifact | None
+) -> dict[str, Any]:
+    """A large corpus by one process: all shards, which lie in `work` as those of tasks with them, and their index."""
+    config, pretrained = run.config, _pretrained(run.config)
+    documents = cleaned.local_folder() if cleaned else None
+    encoder = open_encoder(config, writer.folder, *make_tokenizer(config, work, writer.folder, pretrained, documents))
+    url = str(work / "shards")
+    if (part := find_artifact(url)) is None:
+        with write_artifact(url, "tokenise", "0" * 32, {}, {}) as own:
+            write_shards(config, encoder, planned, work, own.folder, cleaned)
+            part = own.commit({})
+    return join_shards(config, encoder, planned, [part], writer.folder, partial(_take, writer))
+
+
+def _take(writer: ArtifactWriter, part: Artifact, name: str) -> None:
+    """A file of a task: as another name of it or a copy that the store makes, else its bytes."""
+    url, entry = part.file_url(name), part.manifest.files[name]
+    if not writer.link(name, url, entry):
+        writer.write_chunks(name, part.stream(name), entry.size)
+
+
+def _training_documents(run: Run) -> tuple[TokenFile, Path]:
+    """The training documents, and a folder with all else of the prepared data."""
+    corpus = run.require("prepare-data")
+    names = [name for name in corpus.manifest.files if not name.endswith((".tokens.bin", ".learned.bin"))]
+    return token_file(corpus, "train"), corpus.local_folder(names=names)
 
 
 def _remove_parts(run: Run, *stages: str) -> None:
@@ -257,11 +314,37 @@ def partitions(run: Run) -> Artifact:
     fitted = run.artifact("centres") if run.config.clustering_tasks else None
     shares = run.require_each("assign") if fitted else []
     with making(plan) as writer:
-        start, folder = time.perf_counter(), run.require("prepare-data").local_folder()
-        documents = open_token_file(folder, "train")
+        start, (documents, folder) = time.perf_counter(), _training_documents(run)
         known = known_clusters(run.config, documents, fitted, shares) if fitted else None
-        summary = make_partitions(run.config, folder, writer.folder, known)
+        place = _places(plan) if run.config.experts.count > MOST_TOGETHER else None
+        summary = make_partitions(run.config, folder, writer.folder, known, documents, place)
         facts = {"method": summary["method"], "partitions": len(summary["partitions"])}
+        if place:
+            facts[EACH_FACT] = _each_url(plan).rpartition("/")[2]
+            urls = [f"{_each_url(plan)}/partition-{k}" for k in range(facts["partitions"])]
+            own = in_order(open_artifact, urls, LOOKS_AT_ONCE)
+            writer.write_json(IDENTITIES_NAME, [partition_identity(part, k) for k, part in enumerate(own)])
         made = commit(writer, plan, run, {"seconds": round(time.perf_counter() - start, 3), **facts})
     _remove_parts(run, "centres", "assign")
     return made
+
+
+def _each_url(plan: Plan) -> str:
+    return f"{plan.url.rstrip('/')}-{plan.fingerprint[:12]}"
+
+
+def _places(plan: Plan) -> Place:
+    """Each of many partitions as an artifact of its own, beside what is said of all; one that is there stays."""
+
+    @contextmanager
+    def place(number: int) -> Iterator[Path | None]:
+        url = f"{_each_url(plan)}/partition-{number}"
+        made = find_artifact(url)
+        if made is not None and made.manifest.fingerprint == plan.fingerprint and made.manifest.inputs == plan.inputs:
+            yield None
+            return
+        with write_artifact(url, "partition", plan.fingerprint, plan.settings, plan.inputs) as writer:
+            yield writer.folder
+            writer.commit({PLACE_FACT: number}, old=made)
+
+    return place

@@ -35,8 +35,8 @@ from modularforge.stage_outputs import (
     even_streams,
     example_seeds,
     partition_labels,
-    token_file,
 )
+from modularforge.stored_tokens import partition_tokens
 from modularforge.tasks.task import TEXT_METRICS, Batch, Examples, Metric
 from modularforge.tasks.text import TEXT, HeldOutText, own_text
 
@@ -137,9 +137,9 @@ class InstructionTask:
     def part(self, config: Config, partitions: Artifact, index: int) -> InstructionExamples:
         """The examples of one partition; their order follows from the seed and the index alone."""
         seed, sample_seed = example_seeds(config.seed, "expert", index)
-        name, file = f"partition {index}", token_file(partitions, f"partition-{index}", config.reads_documents)
+        name, file = f"partition {index}", partition_tokens(partitions, index, config.reads_documents)
         found = _examples(config, file.whole, config.experts.batch_size, seed, name, sample_seed)
-        labels = partition_labels(config, partitions)
+        labels = partition_labels(config, partitions, index)
         found = replace(found, mixture=mixture_of(config, file, labels, name), own=own_text(config, file, labels))
         return replace(found, steps=config.experts.steps)
 

@@ -35,6 +35,7 @@ from modularforge.speech.metrics import Pair, pooled, worst
 from modularforge.speech.model import NO_TOKEN, SpeechModel, speech_loss
 from modularforge.speech.sums import gather_sums
 from modularforge.stage_outputs import Corpus, derived_seed, example_seeds
+from modularforge.stored_tokens import partition_artifact
 from modularforge.tasks.task import SPEECH_METRICS, Batch, Examples, Metric
 
 Indices = NDArray[np.int64]
@@ -169,7 +170,7 @@ class SpeechTask:
     def part(self, config: Config, partitions: Artifact, index: int) -> SpeechExamples:
         """The utterances of one partition, whose features lie with the corpus."""
         file = speech_file(config, open_artifact(stage_url(config, "prepare-data")), "train")
-        chosen: Indices = np.load(partitions.local_file(f"partition-{index}.documents.npy"))
+        chosen: Indices = np.load(partition_artifact(partitions, index).local_file(f"partition-{index}.documents.npy"))
         seed, sample_seed = example_seeds(config.seed, "expert", index)
         sizes = sample_seed, config.experts.statistics_tokens
         return SpeechExamples(file, chosen, config.experts.batch_size, seed, f"partition {index}", *sizes)

@@ -30,8 +30,8 @@ from modularforge.stage_outputs import (
     even_streams,
     example_seeds,
     partition_labels,
-    token_file,
 )
+from modularforge.stored_tokens import partition_tokens
 from modularforge.tasks.task import TEXT_METRICS, Batch, Examples, Metric
 
 
@@ -133,8 +133,8 @@ class TextTask:
 
     def part(self, config: Config, partitions: Artifact, index: int) -> TextExamples:
         """The text of one partition."""
-        file = token_file(partitions, f"partition-{index}")
-        found, labels = self.part_of(config, file.tokens, index), partition_labels(config, partitions)
+        file = partition_tokens(partitions, index)
+        found, labels = self.part_of(config, file.tokens, index), partition_labels(config, partitions, index)
         found = replace(found, own=own_text(config, file, labels))
         return _mixed(config, found, file, labels, config.experts.steps)
 

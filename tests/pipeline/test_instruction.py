@@ -25,8 +25,8 @@ from modularforge.experts.kind import ExpertJob
 from modularforge.model.folder import load_model
 from modularforge.pipeline import STAGES
 from modularforge.run import Run
-from modularforge.stage_outputs import partition_rows, token_file
 from modularforge.stages import evaluate
+from modularforge.stored_tokens import partition_rows, token_file
 from modularforge.study.runs import Runs
 from modularforge.study.study import run_study
 from modularforge.study.study_file import load_study

@@ -17,7 +17,7 @@ from modularforge.data.tokenizer import train_tokenizer
 from modularforge.errors import ConfigError
 from modularforge.model.folder import load_model
 from modularforge.run import Run
-from modularforge.stage_outputs import token_file
+from modularforge.stored_tokens import token_file
 from tests.conftest import tiny_config
 
 TEXTS = {

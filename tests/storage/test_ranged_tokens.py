@@ -17,7 +17,7 @@ from checkpoints.options import cache_limit
 from modularforge.data import ranged_tokens
 from modularforge.data.loader import batches, mixed_batches
 from modularforge.data.token_files import TokenFileWriter
-from modularforge.stage_outputs import token_file
+from modularforge.stored_tokens import token_file
 from tests.storage.proxy import FaultProxy
 
 DOCUMENTS, LENGTH, CONTEXT = 300, 101, 16

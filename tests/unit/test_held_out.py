@@ -144,3 +144,74 @@ def test_a_corpus_of_copies_alone_is_refused(tmp_path):
     texts = [" ".join(changed(document(1, 400), 1, seed)) for seed in range(60)]
     with pytest.raises(DataError, match=r"must differ from those held out .* name validation and test files"):
         prepared(tmp_path, train=write(tmp_path / "web.jsonl", texts))
+
+
+def examples_with_copies():
+    """120 examples of prompt and response; of each one whose prompt and response have another word, and one whose
+    prompt has another word, with a response of words that are nowhere else. By text: which of the 120 it is like."""
+    found: dict[tuple[str, str], int | None] = {}
+    for seed in range(120):
+        prompt, response = document(seed, 200), document(1000 + seed, 20)
+        other = [word.upper() for word in document(2000 + seed, 20)]
+        found[" ".join(prompt), " ".join(response)] = seed
+        found[" ".join(changed(prompt, 1, seed)), " ".join(changed(response, 1, seed))] = seed
+        found[" ".join(changed(prompt, 1, 500 + seed)), " ".join(other)] = None
+    return found
+
+
+def prepared_examples(tmp_path, name, examples):
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in examples)
+    )
+    data = {"sources": [{"name": "web", "train": str(path)}], "vocab_size": 400, "heldout_fraction": 0.1}
+    values = {"task": "instruction", "data": data, "experts": {"count": 2}, "model": {"context_length": 16}}
+    (tmp_path / name).mkdir()
+    return prepare_corpus(Config.model_validate(values), tmp_path / "scratch", tmp_path / name), tmp_path / name
+
+
+def texts_of(folder, split):
+    tokenizer = load_tokenizer(folder)
+    return [tokenizer.decode(list(ids)) for ids in documents_of(folder, split)]
+
+
+def test_examples_like_held_out_ones_in_prompt_and_response_are_left_out(tmp_path, monkeypatch, caplog):
+    examples = examples_with_copies()
+    groups = {prompt + response: group for (prompt, response), group in examples.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "leave_out_copies", lambda *_: {})
+        before = prepared_examples(tmp_path, "unchecked", examples)[1]
+    metadata, folder = prepared_examples(tmp_path, "output", examples)
+    held = {groups[text] for split in ("validation", "test") for text in texts_of(before, split)} - {None}
+    texts = texts_of(before, "train")
+    copies = [text for text in texts if groups[text] in held]
+    assert len(copies) > 5
+    assert sum(groups[text] is None for text in texts) > 60
+    assert texts_of(folder, "train") == [text for text in texts if text not in copies]
+    assert metadata["near_copies"] == {"dropped": len(copies), "left": 0}
+    assert f"{len(copies)} of {len(texts)} training documents are near duplicates" in caplog.text
+    file = open_token_file(folder, "train")
+    assert file.learned is not None
+    assert metadata["splits"]["train"]["web"]["documents"] == file.num_documents
+    for index, text in enumerate(texts_of(folder, "train")):
+        response = next(response for prompt, response in examples if prompt + response == text)
+        learned = file.document(index)[file.learned_of(index) == 1]
+        assert load_tokenizer(folder).decode(learned.tolist()) == response, "what is learned moved with its example"
+    for split in ("validation", "test"):
+        assert texts_of(folder, split) == texts_of(before, split)
+
+
+def test_examples_without_copies_keep_their_bytes(tmp_path, monkeypatch):
+    """Prompts that are alike, each with a response of its own, are what tasks have."""
+    examples = [pair for pair, group in examples_with_copies().items() if group is None]
+    examples += [(" ".join(document(seed, 200)), " ".join(document(3000 + seed, 20))) for seed in range(120)]
+    metadata, folder = prepared_examples(tmp_path, "output", examples)
+    assert metadata["near_copies"] == {"dropped": 0, "left": 0}
+    monkeypatch.setattr(prepare, "leave_out_copies", lambda *_: {})
+    unchecked = prepared_examples(tmp_path, "unchecked", examples)[1]
+    monkeypatch.undo()
+    names = set(files_of(folder)) - {"metadata.json"}  # which names the files that were read
+    assert set(files_of(unchecked)) - {"metadata.json"} == names
+    assert {name: files_of(folder)[name] for name in names} == {name: files_of(unchecked)[name] for name in names}
+    rows = [json.loads((place / "metadata.json").read_text())["splits"] for place in (folder, unchecked)]
+    assert rows[0] == rows[1]

@@ -118,14 +118,15 @@ def test_exported_token_files_come_back_as_the_same_text(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     prepare_corpus(config_of(str(path), tmp_path), tmp_path / "scratch", tmp_path / "data")
-    assert len(list(export_megatron(tmp_path / "data", tmp_path / "out"))) == 3
-    file = open_token_file(tmp_path / "data", "train")
+    files = [open_token_file(tmp_path / "data", split) for split in ("test", "train", "validation")]
+    assert len(list(export_megatron(files, tmp_path / "out"))) == 3
+    file = files[1]
     expected = write_megatron(tmp_path / "expected", [file.document(k).tolist() for k in range(file.num_documents)])
     for ending in (".idx", ".bin"):
         assert (tmp_path / f"out/train{ending}").read_bytes() == expected.with_suffix(ending).read_bytes()
     assert read(tmp_path / "out/train.idx", (None, str(tmp_path / "data"))) == TEXTS
     with pytest.raises(DataError, match=r"test.idx must not be there, but is"):
-        list(export_megatron(tmp_path / "data", tmp_path / "out"))
+        list(export_megatron(files, tmp_path / "out"))
 
 
 def test_the_command_exports_splits_and_partitions(tmp_path):
