@@ -26,10 +26,9 @@ from modularforge.routing.statistics import (
     RouterStatistics,
     stored_statistics,
 )
-from modularforge.routing.text_evidence import Texts
+from modularforge.routing.text_evidence import FILES_AT_ONCE, Texts, files_at_once
 
 Rows = NDArray[np.float32]
-FILES_AT_ONCE = 8
 
 
 def all_statistics(experts: list[Artifact], products: bool) -> list[RouterStatistics]:
@@ -37,7 +36,7 @@ def all_statistics(experts: list[Artifact], products: bool) -> list[RouterStatis
 
     Without how often each token occurs, which no solver wants: 400 MB of a thousand experts with 50,000 entries.
     """
-    return list(in_order(lambda expert: stored_statistics(expert, products), experts, FILES_AT_ONCE))
+    return list(in_order(lambda expert: stored_statistics(expert, products), experts, files_at_once(experts)))
 
 
 def widening_of(config: Config, model: ModelConfig, experts: int) -> evidence.Widening:

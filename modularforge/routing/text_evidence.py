@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from checkpoints import Artifact
+from checkpoints import Artifact, paths
 from checkpoints.parallel import in_order
 from modularforge.assembly.card import special_tokens
 from modularforge.model.hub_config import CONFIG_NAME, TABLES_FORMAT, end_tokens
@@ -34,7 +34,7 @@ from modularforge.routing.text_counts import COUNTS_NAME, Counts, StoredCounts, 
 
 SMOOTHING_TOKENS = 1000.0  # each partition's counts are mixed with so many tokens of the background
 BACKOFF_TOKENS = 20.0  # and what follows a token with so many tokens of the partition's own
-FILES_AT_ONCE = 8
+FILES_AT_ONCE = 8  # of a store that is far away
 TIE = 0.02  # nats: what decides between experts for whom nothing speaks, far less than any text's evidence
 # Chosen on the selection split of validation, ten domains, seed 0 (docs/log.md).
 FILTER = {"strength": 0.4, "switch": 0.003, "switch_at_end": 0.9, "sharpness": 0.4}
@@ -153,7 +153,12 @@ class Texts:
 
 def texts_of(backbone: Artifact, experts: Sequence[Artifact], learns_responses: bool = False) -> Texts:
     """The counts that lie in the artifacts; those that were made without them have at least a sample's tokens."""
-    return counted_texts(backbone, list(in_order(_counts, experts, FILES_AT_ONCE)), learns_responses)
+    return counted_texts(backbone, list(in_order(_counts, experts, files_at_once(experts))), learns_responses)
+
+
+def files_at_once(experts: Sequence[Artifact]) -> int:
+    """How many files of experts are read side by side: one of a disk, since each is in memory while it is hashed."""
+    return 1 if all(paths.is_local(expert.url) for expert in experts) else FILES_AT_ONCE
 
 
 def counted_texts(backbone: Artifact, counts: Sequence[Counts], learns_responses: bool = False) -> Texts:

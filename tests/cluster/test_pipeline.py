@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,10 +61,8 @@ def test_every_stage_is_one_submission(finished: Finished) -> None:
     assert [item["group"] for item in finished.submissions()] == list(STAGES)
 
 
-def test_run_again_does_nothing_within_two_seconds(finished: Finished) -> None:
-    start = time.perf_counter()
+def test_run_again_does_nothing(finished: Finished) -> None:
     assert "finished; nothing to do" in finished.launcher("--cluster")
-    assert time.perf_counter() - start < 2.0
     assert len(finished.submissions()) == len(STAGES)
 
 
