@@ -97,8 +97,8 @@ def following_tokens(
             begins = len(said) - (limit + 1) // 2
             before = _read(model, said[gone:begins], before)
             pending, cache = said[begins:], KeyValueCache(before, limit)
-        x_11D = model.hidden(torch.tensor([pending], device=device), cache)[:, -1:]
-        token = choose_token(model.lm_head(x_11D)[0, -1], sampling, generator)
+        logits_1V = model.next_logits(torch.tensor([pending], device=device), cache)
+        token = choose_token(logits_1V[0], sampling, generator)
         if token in end_tokens:
             return
         new.append(token)
@@ -162,8 +162,8 @@ def continue_batch(
     model.eval()
     with torch.inference_mode():
         for _ in range(min(new_tokens, model.config.context_length - 1)):
-            x_B1D = model.hidden(tokens_BT, cache, examples_BT=examples_BT)[:, -1:]
-            chosen = _choose_each(model.lm_head(x_B1D)[:, -1], sampling, [generators[row] for row in active])
+            logits_BV = model.next_logits(tokens_BT, cache, examples_BT)
+            chosen = _choose_each(logits_BV, sampling, [generators[row] for row in active])
             going = [i for i, token in enumerate(chosen) if token not in end_tokens]
             for i in going:
                 new[active[i]].append(chosen[i])

@@ -280,6 +280,14 @@ class Decoder(nn.Module):
             logits_BTV: Tensor = self.lm_head(x_BTD)
             return logits_BTV
 
+    def next_logits(self, tokens_BT: Tensor, cache: KeyValueCache, examples_BT: Tensor | None = None) -> Tensor:
+        """Logits [B, V] of the token behind the last one alone, for generation."""
+        x_B1D = self.hidden(tokens_BT, cache, examples_BT=examples_BT)[:, -1:]
+        if self.own_rows is not None:
+            return self.own_rows.logits(x_B1D, self.lm_head.weight)[:, -1]
+        logits_BV: Tensor = self.lm_head(x_B1D)[:, -1]
+        return logits_BV
+
     def _in_half(self) -> AbstractContextManager[object]:
         """Autocast where blocks need it and nobody has asked for it, as where a model is measured on a CPU."""
         device = self.lm_head.weight.device.type

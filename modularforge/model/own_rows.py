@@ -28,7 +28,7 @@ from modularforge.model.sizes import LOGITS_AT_ONCE
 class OwnRows(nn.Module):
     """Embeddings and head of each expert; holds buffers only, which are no part of a state dict.
 
-    `weights` of the tokens come first, from the logits that all layers route by; they are forgotten behind the head.
+    The weights of a batch's tokens come with their embeddings, and are kept for the head.
     """
 
     def __init__(self, embeddings_EVD: Sequence[Tensor], heads_EVD: Sequence[Tensor] | None) -> None:
@@ -59,9 +59,11 @@ class OwnRows(nn.Module):
         return x_ND.view_as(x_BTD)
 
     def logits(self, x_BTD: Tensor, weight_VD: Tensor) -> Tensor:
-        """Logits [B, T, V] of what the head reads, `weight_VD` being the backbone's head."""
+        """Logits [B, T, V] of what the head reads, of all tokens or the last; `weight_VD` is the backbone's head."""
         assert self.weight_NS is not None
-        return self._logits(x_BTD.flatten(0, 1), weight_VD, self.weight_NS).view(*x_BTD.shape[:-1], -1)
+        B, T, _ = x_BTD.shape
+        weight_NS = self.weight_NS.view(B, -1, self.weight_NS.shape[-1])[:, -T:].flatten(0, 1)
+        return self._logits(x_BTD.flatten(0, 1), weight_VD, weight_NS).view(B, T, -1)
 
     def loss(self, x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, reduction: Reduction) -> Tensor:
         """As `head_loss`, with logits of a few rows at a time."""

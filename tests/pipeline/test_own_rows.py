@@ -17,7 +17,7 @@ from modularforge.assembly.shared import SHARED_NAME
 from modularforge.config import Config
 from modularforge.errors import ConfigError, MismatchError
 from modularforge.evaluation.bench import sizes_of
-from modularforge.evaluation.generation import Sampling, continue_tokens
+from modularforge.evaluation.generation import Sampling, continue_batch, continue_tokens
 from modularforge.info import describe
 from modularforge.model.backbone import KeyValueCache
 from modularforge.model.folder import load_model, read_tensors
@@ -100,7 +100,23 @@ def test_reading_on_with_a_cache_is_reading_at_once(config: Config) -> None:
     cache = KeyValueCache()
     parts = [logits(model, TOKENS_BT[:, :10], cache=cache), logits(model, TOKENS_BT[:, 10:], cache=cache)]
     assert torch.allclose(torch.cat(parts, dim=1), logits(model), atol=1e-4)
-    assert len(continue_tokens(model, [5, 6, 7], 4, Sampling(temperature=0))) == 4
+
+
+def test_what_is_generated_follows_from_the_experts_own_heads(config: Config) -> None:
+    model, greedy = load_model(Run(config).require("assemble").local_folder()), Sampling(temperature=0)
+    prompts, said = [[5, 6, 7, 9], [11, 12], [40, 8, 30]], []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(6):
+            ids.append(int(logits(model, torch.tensor([ids]))[0, -1].argmax()))
+        said.append(ids[len(prompt) :])
+        cache = KeyValueCache()
+        with torch.no_grad():
+            found_V = model.next_logits(torch.tensor([prompt]), cache)[0]
+        assert torch.allclose(found_V, logits(model, torch.tensor([prompt]))[0, -1], atol=1e-5)
+        assert not torch.allclose(found_V, model.lm_head(model.hidden(torch.tensor([prompt])))[0, -1], atol=1e-5)
+    assert [continue_tokens(model, prompt, 6, greedy, ()) for prompt in prompts] == said
+    assert continue_batch(model, prompts, 6, greedy, ()) == said
 
 
 def test_what_is_stored_is_what_is_loaded_and_counted(config: Config) -> None:
