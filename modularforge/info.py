@@ -83,9 +83,14 @@ def _shared(config: Config) -> Iterator[str]:
         own = shared_parameters(config.model, config.data.vocab_size, experts.unfreeze)
         merges = experts.rounds - 1
         moved = f"; each of {merges} merges reads {4 * own * experts.count:,} bytes and writes {4 * own:,}"
+        kept = [part for part in experts.unfreeze if part in ("embeddings", "head")]
+        fate = "the model has the mean of"
+        if config.assembly.shared == "own":
+            rest = f", but for the rest, which {fate}" if len(kept) < len(experts.unfreeze) else ""
+            fate = f"keeps for itself{rest}"
         yield (
-            f"shared:     {own:,} parameters ({', '.join(experts.unfreeze)}) that each expert trains too and the model "
-            f"has the mean of, in {experts.rounds} round(s){moved if merges else ''}"
+            f"shared:     {own:,} parameters ({', '.join(experts.unfreeze)}) that each expert trains too and {fate}, "
+            f"in {experts.rounds} round(s){moved if merges else ''}"
         )
 
 

@@ -130,6 +130,7 @@ def test_what_is_stored_is_what_is_loaded_and_counted(config: Config) -> None:
     assert facts["own_rows"] == rows
     assert "has embeddings and a head of its own" in artifact.read_bytes("README.md").decode()
     said = next(line for line in describe(config).splitlines() if line.startswith("assembled"))
+    assert "(embeddings, head) that each expert trains too and keeps for itself, in 1 round(s)" in describe(config)
     assert f"{facts['parameters']:,}" in said
     folder.own_rows = None
     plain = sizes_of(folder, config.model.context_length)
