@@ -1118,6 +1118,12 @@ class Config(SafeSection):
         kept = self.assembly.public_expert
         return self.experts.count + int(self.experts.anchored if kept is None else kept)
 
+    @property
+    def own_row_parts(self) -> list[str]:
+        """Of embeddings and head, what each expert of the model has for itself: with `assembly.shared: own`."""
+        parts = self.experts.unfreeze if self.assembly.shared == "own" else []
+        return [part for part in ("embeddings", "head") if part in parts]
+
     def baseline_phase(self, name: TrainedOnAll) -> PhaseConfig:
         """How a baseline trains that sees all partitions at once: on the very windows of all experts.
 

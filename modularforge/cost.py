@@ -16,7 +16,14 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from modularforge.config import Config, PhaseConfig
-from modularforge.model.sizes import Sizes, adapter_parameters, ffn_parameters, model_sizes, shared_parameters
+from modularforge.model.sizes import (
+    Sizes,
+    adapter_parameters,
+    ffn_parameters,
+    model_sizes,
+    shared_parameters,
+    with_own_rows,
+)
 from modularforge.pipeline import ROUNDS, STAGES, JobName, Stage, wanted_stages
 from modularforge.routing.solvers import widening_of
 
@@ -119,12 +126,23 @@ def sizes_of(config: Config, stage: str) -> Sizes:
     visited = min(assembly.experts_per_token, config.assembled_experts)
     if stage in ("assemble", "calibrate") and config.experts.kind == "ffn":
         shape = widening_of(config, model, config.experts.count).widened if assembly.router == "evidence" else model
-        return model_sizes(shape, vocab_size, config.assembled_experts, visited, model)
+        return with_rows(config, model_sizes(shape, vocab_size, config.assembled_experts, visited, model), visited)
     if stage in ("joint", "joint_evidence", "btx"):
-        return model_sizes(model, vocab_size, config.joint_experts, min(visited, config.joint_experts))
+        visited = min(visited, config.joint_experts)
+        joint = model_sizes(model, vocab_size, config.joint_experts, visited)
+        return with_rows(config, joint, visited) if stage == "joint_evidence" else joint
     if stage == "dense_wide":
         model = model.model_copy(update={"ffn_width": visited * model.ffn_width})
     return model_sizes(model, vocab_size)
+
+
+def with_rows(config: Config, sizes: Sizes, visited: int) -> Sizes:
+    """The same with embeddings and heads that experts have for themselves."""
+    if not config.own_row_parts:
+        return sizes
+    model, matrix = config.model, config.data.vocab_size * config.model.width
+    each = shared_parameters(model, config.data.vocab_size, config.own_row_parts)
+    return with_own_rows(sizes, each, model.tied_head, matrix, config.experts.count, visited)
 
 
 def _evaluation_flops(config: Config) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 from modularforge.advice import advice
 from modularforge.config import MLP_MODULES, Config, ModelConfig, PhaseConfig
-from modularforge.cost import describe_cost, this_machine
+from modularforge.cost import describe_cost, this_machine, with_rows
 from modularforge.memory import memory_table
 from modularforge.model.hub_config import moe_config
 from modularforge.model.serving import DEGREES, SERVERS, degrees, describe_serving
@@ -18,7 +18,6 @@ from modularforge.model.sizes import (
     lora_sizes,
     model_sizes,
     shared_parameters,
-    with_own_rows,
 )
 from modularforge.routing.evidence import Widening
 from modularforge.routing.solvers import widening_of
@@ -97,22 +96,13 @@ def _shared(config: Config) -> Iterator[str]:
 def _assembled(config: Config) -> str:
     model, vocab_size = config.model, config.data.vocab_size
     if config.experts.kind == "lora" and config.assembly.lora != "fold":
-        return _sizes(_with_rows(config, _with_adapters(config), config.assembly.experts_per_token))
+        return _sizes(with_rows(config, _with_adapters(config), config.assembly.experts_per_token))
     active = config.assembled_experts if config.assembly.router == "uniform" else config.assembly.experts_per_token
     shape = widening_of(config, model, config.experts.count).widened if config.assembly.router == "evidence" else model
     assembled = model_sizes(shape, vocab_size, config.assembled_experts, active, model)
     public = ", the public one included" if config.has_public_expert else ""
-    assembled = _with_rows(config, assembled, active)
+    assembled = with_rows(config, assembled, active)
     return f"{_sizes(assembled)}; {config.assembled_experts} experts{public}, {active} per token"
-
-
-def _with_rows(config: Config, sizes: Sizes, visited: int) -> Sizes:
-    """With embeddings and heads that experts have for themselves."""
-    if config.assembly.shared != "own":
-        return sizes
-    parts = [part for part in ("embeddings", "head") if part in config.experts.unfreeze]
-    each = shared_parameters(config.model, config.data.vocab_size, parts)
-    return with_own_rows(sizes, each, config.model.tied_head, config.experts.count, visited)
 
 
 def _servers(config: Config) -> Iterator[str]:

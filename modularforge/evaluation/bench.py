@@ -250,7 +250,7 @@ def _with_rows(model: Decoder, sizes: Sizes) -> Sizes:
     if model.own_rows is None:
         return sizes
     rows, visited = model.own_rows, moe_layers(model)[0].experts_per_token
-    return with_own_rows(sizes, rows.parameters_each, rows.is_tied, rows.experts, visited)
+    return with_own_rows(sizes, rows.parameters_each, rows.is_tied, rows.matrix, rows.experts, visited)
 
 
 def _sizes(model: Decoder, window: int) -> Sizes:

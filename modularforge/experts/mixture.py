@@ -143,7 +143,9 @@ class Mixture:
     def _facts(self, written: Mapping[str, Any]) -> dict[str, Any]:
         sizes = model_sizes(self.shape, self.vocab_size, self.count, self.active, self.dense)
         rows = rows_each(self.config, self.backbone, self.experts)
-        sizes = with_own_rows(sizes, rows, self.dense.tied_head, len(self.experts), self.active) if rows else sizes
+        if rows:
+            matrix = self.vocab_size * self.dense.width
+            sizes = with_own_rows(sizes, rows, self.dense.tied_head, matrix, len(self.experts), self.active)
         trained = shared_means(self.config, self.experts)
         return {
             "architecture": written["architectures"][0],

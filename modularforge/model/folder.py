@@ -34,12 +34,24 @@ Weight = Any
 """A tensor on the host, or a `LaterTensor`: one that is made whole from all ranks' pieces when it is written."""
 
 
+OWN_ROWS = "own_rows."
+"""Before the names of experts' own rows in a state dict."""
+
+
 def backbone_tensors(decoder: Decoder) -> dict[str, Weight]:
-    """All weights by Hugging Face's names, a tied head only once."""
-    tensors = host_tensors(decoder.state_dict())
+    """All weights by Hugging Face's names, a tied head only once; without rows that experts have for themselves."""
+    tensors = host_tensors({name: t for name, t in decoder.state_dict().items() if not name.startswith(OWN_ROWS)})
     if decoder.config.tied_head:
         tensors.pop(names.HEAD)
     return tensors
+
+
+def learned_rows(decoder: Decoder) -> dict[str, Weight]:
+    """Rows that experts have for themselves and that were trained here, by their names in a model's folder."""
+    assert decoder.own_rows is not None
+    renamed = {OWN_ROWS + name: other for name, other in decoder.own_rows.names_in_file().items()}
+    tensors = host_tensors({name: t for name, t in decoder.state_dict().items() if name in renamed})
+    return {renamed[name]: tensor for name, tensor in tensors.items()}
 
 
 def save_tensors(tensors: Mapping[str, Weight], path: Path) -> None:
@@ -85,7 +97,8 @@ def with_own_rows(decoder: Decoder, path: Path) -> Decoder:
             f"but there is no {TABLES_NAME}; copy the whole folder, or assemble the model again"
         )
     slots = decoder.text_router.slots
-    decoder.own_rows = load_own_rows(path, slots - int(decoder.text_router.has_public), decoder.vocab_size)
+    experts, tied = slots - int(decoder.text_router.has_public), decoder.config.tied_head
+    decoder.own_rows = load_own_rows(path, experts, decoder.vocab_size, tied)
     return decoder
 
 

@@ -26,24 +26,44 @@ from modularforge.model.sizes import LOGITS_AT_ONCE
 
 
 class OwnRows(nn.Module):
-    """Embeddings and head of each expert; holds buffers only, which are no part of a state dict.
+    """Embeddings and head of each expert: buffers, which are no part of a state dict, or parameters, where they learn.
 
-    The weights of a batch's tokens come with their embeddings, and are kept for the head.
+    Without heads of their own experts read by the backbone's, or, with `is_tied`, by their embeddings. The weights of a
+    batch's tokens come with their embeddings, and are kept for the head.
     """
 
-    def __init__(self, embeddings_EVD: Sequence[Tensor], heads_EVD: Sequence[Tensor] | None) -> None:
+    def __init__(
+        self, embeddings_EVD: Sequence[Tensor], heads_EVD: Sequence[Tensor] | None, is_tied: bool, learns: bool = False
+    ) -> None:
         super().__init__()
-        self.experts, self.is_tied = len(embeddings_EVD), heads_EVD is None
-        for expert, rows_VD in enumerate(embeddings_EVD):
-            self.register_buffer(f"embedding_{expert}", rows_VD, persistent=False)
-        for expert, rows_VD in enumerate(heads_EVD or ()):
-            self.register_buffer(f"head_{expert}", rows_VD, persistent=False)
+        self.experts, self.is_tied, self.has_heads = len(embeddings_EVD), is_tied, heads_EVD is not None
+        for part, each in ((names.EMBEDDING, embeddings_EVD), (names.HEAD, heads_EVD or ())):
+            for expert, rows_VD in enumerate(each):
+                if learns:
+                    self.register_parameter(_attribute(expert, part), nn.Parameter(rows_VD))
+                else:
+                    self.register_buffer(_attribute(expert, part), rows_VD, persistent=False)
         self.weight_NS: Tensor | None = None
+
+    def rows(self, expert: int, part: str) -> Tensor:
+        """[V, D] of one expert: `names.EMBEDDING` or `names.HEAD`."""
+        found: Tensor = getattr(self, _attribute(expert, part))
+        return found
+
+    def names_in_file(self) -> dict[str, str]:
+        """By their names here, those of all rows in the file of a model's folder."""
+        parts, experts = [names.EMBEDDING, *[names.HEAD] * self.has_heads], range(self.experts)
+        return {_attribute(expert, part): names.own_row(expert, part) for expert in experts for part in parts}
+
+    @property
+    def matrix(self) -> int:
+        """Values of one expert's embeddings: the vocabulary times the width."""
+        return self.rows(0, names.EMBEDDING).numel()
 
     @property
     def parameters_each(self) -> int:
         """Values that one expert has."""
-        return sum(item.numel() for item in self.buffers()) // self.experts
+        return self.matrix * (1 + self.has_heads)
 
     def embedded(self, x_BTD: Tensor, tokens_BT: Tensor, weight_NS: Tensor) -> Tensor:
         """The embeddings [B, T, D] with what experts make of them; keeps the weights for the head."""
@@ -51,7 +71,7 @@ class OwnRows(nn.Module):
         x_ND, tokens_N, before = x_BTD.flatten(0, 1), tokens_BT.flatten(), weight_NS.shape[1] - self.experts
         backbone_ND = x_ND
         for expert in range(self.experts):
-            rows_VD, share_N = self.get_buffer(f"embedding_{expert}"), self.weight_NS[:, before + expert]
+            rows_VD, share_N = self.rows(expert, names.EMBEDDING), self.weight_NS[:, before + expert]
             at = share_N.nonzero()[:, 0]
             width = rows_VD.shape[1]
             own = rows_VD[tokens_N[at]].to(x_ND.dtype) - backbone_ND[at, :width]
@@ -86,10 +106,11 @@ class OwnRows(nn.Module):
 
     def _logits(self, x_ND: Tensor, weight_VD: Tensor, weight_NS: Tensor) -> Tensor:
         """The sum over slots of weight times logits, each of the tokens that visit the slot."""
-        before, part = weight_NS.shape[1] - self.experts, "embedding" if self.is_tied else "head"
+        before, part = weight_NS.shape[1] - self.experts, names.EMBEDDING if self.is_tied else names.HEAD
+        is_shared = not self.is_tied and not self.has_heads
         output_NV = x_ND.new_zeros(len(x_ND), len(weight_VD))
         for slot in range(weight_NS.shape[1]):
-            rows_VD = weight_VD if slot < before else self.get_buffer(f"{part}_{slot - before}")
+            rows_VD = weight_VD if slot < before or is_shared else self.rows(slot - before, part)
             at = weight_NS[:, slot].nonzero()[:, 0]
             # Channels of the evidence router, which come after an expert's own, never reach a head: their gain is zero.
             read = x_ND[at, : rows_VD.shape[1]] * weight_NS[at, slot, None]
@@ -97,7 +118,12 @@ class OwnRows(nn.Module):
         return output_NV
 
 
-def load_own_rows(path: Path, experts: int, vocab_size: int) -> OwnRows:
+def _attribute(expert: int, part: str) -> str:
+    """Embeddings are known as such by the optimizer, which lets them not decay."""
+    return f"{'embed_tokens' if part == names.EMBEDDING else 'lm_head'}_{expert}"
+
+
+def load_own_rows(path: Path, experts: int, vocab_size: int, is_tied: bool) -> OwnRows:
     """The rows that `path` holds; raises DataError for another file, MismatchError for that of another model."""
     try:
         tensors = load_file(path)
@@ -118,4 +144,10 @@ def load_own_rows(path: Path, experts: int, vocab_size: int) -> OwnRows:
             f"{path} must have rows of {experts} experts for {vocab_size} tokens, but is of another model; copy the "
             "whole folder, or assemble the model again"
         )
-    return OwnRows(found[names.EMBEDDING], found[names.HEAD] or None)
+    return OwnRows(found[names.EMBEDDING], found[names.HEAD] or None, is_tied)
+
+
+def copied_rows(embedding_VD: Tensor, head_VD: Tensor | None, experts: int, is_tied: bool) -> OwnRows:
+    """Rows that learn, for each expert a copy of the backbone's."""
+    heads = None if head_VD is None else [head_VD.clone() for _ in range(experts)]
+    return OwnRows([embedding_VD.clone() for _ in range(experts)], heads, is_tied, learns=True)

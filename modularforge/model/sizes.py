@@ -65,12 +65,13 @@ def model_sizes(
     return Sizes(parameters, active, routing, flops, 3 * flops)
 
 
-def with_own_rows(sizes: Sizes, rows_each: int, tied_head: bool, experts: int, visited: int) -> Sizes:
+def with_own_rows(sizes: Sizes, rows_each: int, tied_head: bool, matrix: int, experts: int, visited: int) -> Sizes:
     """The same of a model whose experts have `rows_each` values of embeddings and head each for themselves.
 
-    A token passes those of the slots that it visits, of which the first stands in the place of the backbone's.
+    A token passes those of the slots that it visits, of which the first stands in the place of the backbone's. `matrix`
+    is the vocabulary times the width: experts with no more, and an untied head, have no head of their own.
     """
-    again, head = visited - 1, rows_each if tied_head else rows_each // 2
+    again, head = visited - 1, matrix if tied_head or rows_each > matrix else 0
     flops = sizes.flops_per_token + 2 * again * head
     return replace(
         sizes,

@@ -34,8 +34,9 @@ from modularforge.log import logger
 from modularforge.model import names
 from modularforge.model.adapter_config import shape_of
 from modularforge.model.backbone import Decoder
-from modularforge.model.folder import with_text_router
-from modularforge.model.hub_config import TABLES_NAME
+from modularforge.model.folder import learned_rows, save_tensors, with_text_router
+from modularforge.model.hub_config import OWN_ROWS_NAME, TABLES_NAME
+from modularforge.model.own_rows import copied_rows
 from modularforge.model.shards import in_company
 from modularforge.model.upcycling import build_joint, build_wide, without_rows
 from modularforge.pipeline import STAGES, JobName
@@ -99,7 +100,10 @@ def joint(run: Run) -> Artifact:
 
 
 def joint_evidence(run: Run) -> Artifact:
-    """The mixture that is routed by evidence; there is no loss of a router, since none is trained."""
+    """The mixture that is routed by evidence; there is no loss of a router, since none is trained.
+
+    Where the assembled model's experts have embeddings and a head of their own, this one's have them too.
+    """
 
     def start() -> Start:
         model, tables = _joint_model(run), _tables(run)
@@ -107,10 +111,17 @@ def joint_evidence(run: Run) -> Artifact:
             path = Path(scratch) / TABLES_NAME
             path.write_bytes(tables)
             model = with_text_router(without_rows(model), path)
+        if parts := run.config.own_row_parts:
+            weight, tied = model.lm_head.weight.data, model.config.tied_head
+            head = weight if "head" in parts and not tied else None
+            model.own_rows = copied_rows(model.model.embed_tokens.weight.data, head, run.config.experts.count, tied)
 
         def save(folder: Path) -> None:
             save_mixture(model, run.backbone, folder)
             (folder / TABLES_NAME).write_bytes(tables)
+            if model.own_rows is not None:
+                dtype = run.backbone.tensors[names.EMBEDDING].dtype
+                save_tensors({name: t.to(dtype) for name, t in learned_rows(model).items()}, folder / OWN_ROWS_NAME)
 
         # Tables send all layers the same way, so that an expert may get no token of a rank's batch in any of them.
         return Start(trainable(model, task_of(run.config).loss, may_skip_parameters=True), save)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoints import Artifact
-from modularforge import edit_experts
+from modularforge import cost, edit_experts
 from modularforge.assembly.shared import SHARED_NAME
 from modularforge.config import Config
 from modularforge.errors import ConfigError, MismatchError
@@ -23,6 +23,7 @@ from modularforge.model.backbone import KeyValueCache
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.hub_config import OWN_ROWS_NAME
 from modularforge.model.moe import restrict_routing
+from modularforge.pipeline import stage_settings
 from modularforge.run import Run
 from modularforge.stored_models import stored_model
 from tests.conftest import tiny_config
@@ -168,6 +169,59 @@ def test_a_file_of_another_model_is_refused(config: Config, tmp_path: Path) -> N
     (tmp_path / "model" / "text_router.tables").unlink()
     with pytest.raises((MismatchError, Exception), match=r"text_router\.tables|how texts choose"):
         load_model(tmp_path / "model")
+
+
+def test_the_joint_mixture_has_such_rows_too_and_trains_them(config: Config, tmp_path: Path) -> None:
+    shutil.copytree(config.output_dir, tmp_path / "run", symlinks=True)
+    run = Run(config.model_copy(update={"output_dir": str(tmp_path / "run")}))
+    folder = run.make("joint_evidence").local_folder()
+    rows, backbone = load_file(folder / OWN_ROWS_NAME), run.backbone.tensors[EMBEDDING]
+    assert sorted(rows) == [f"{index:05d}.{EMBEDDING}" for index in range(3)]
+    assert all(not torch.equal(found, backbone) for found in rows.values())
+    assert not torch.equal(rows[f"{0:05d}.{EMBEDDING}"], rows[f"{1:05d}.{EMBEDDING}"])
+    model = load_model(folder)
+    with_rows = logits(model)
+    assert model.own_rows is not None
+    assert (
+        sizes_of(model, config.model.context_length)["parameters"] == cost.sizes_of(config, "joint_evidence").parameters
+    )
+    model.own_rows = None
+    assert not torch.allclose(logits(model), with_rows, atol=1e-2)
+
+
+def test_the_joint_mixture_is_the_same_one_whatever_else_experts_share(tmp_path: Path) -> None:
+    def settings(**given: Any) -> dict[str, Any]:
+        shared = given.pop("shared", "equal")
+        assembly = {"router": "evidence", "shared": shared}
+        return stage_settings(
+            tiny_config(tmp_path, experts={"anchored": False, **given}, assembly=assembly), "joint_evidence"
+        )
+
+    plain = settings()
+    assert settings(unfreeze=["embeddings", "norms"], shared="counts") == plain
+    own = settings(unfreeze=["head", "embeddings", "norms"], shared="own")
+    assert own == {**plain, "assembly.shared": "own", "experts.unfreeze": ["embeddings", "head"]}
+    assert settings(unfreeze=["embeddings", "head"], shared="own") == own
+
+
+def test_embeddings_alone_leave_an_untied_head_to_the_backbone(finished_run: Config, tmp_path: Path) -> None:
+    values = finished_run.model_dump(mode="json")
+    model = values["model"] | {"tied_head": False}
+    experts = {"anchored": False, "unfreeze": ["embeddings"], "unfreeze_rate": 1.0}
+    assembly = {"router": "evidence", "shared": "own"}
+    config = tiny_config(tmp_path, data_dir=finished_run.data_url, model=model, experts=experts, assembly=assembly)
+    run = Run(config)
+    for stage, index in (("backbone", None), ("expert", 0), ("expert", 1), ("expert", 2), ("assemble", None)):
+        run.make(stage, index)
+    artifact = run.require("assemble")
+    found = load_model(artifact.local_folder())
+    assert (
+        artifact.manifest.facts["active_parameters"]
+        == sizes_of(found, config.model.context_length)["active_parameters"]
+    )
+    restrict_routing(found, [2])
+    alone = run.backbone.expert(run.require("expert", 1))
+    assert torch.allclose(logits(found), logits(alone), atol=2e-3)
 
 
 WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [

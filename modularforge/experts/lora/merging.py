@@ -134,8 +134,8 @@ class _Beside:
         counts = AdapterCounts(sizes, min(composite.active, len(sizes)), composite.blocks_visited(self.has_mlp))
         found = lora_sizes(model_config_of(values), int(values["vocab_size"]), counts)
         if rows := mixture.rows_each(self.config, self.backbone, self.experts):
-            tied = model_config_of(values).tied_head
-            found = with_own_rows(found, rows, tied, len(self.experts), composite.active)
+            model, matrix = model_config_of(values), int(values["vocab_size"]) * model_config_of(values).width
+            found = with_own_rows(found, rows, model.tied_head, matrix, len(self.experts), composite.active)
         return {
             "architecture": values["architectures"][0],
             "experts": len(composite.folders) + int(composite.public),
