@@ -675,6 +675,8 @@ class CalibrationConfig(PhaseConfig):
     shared: bool = False
     """Train embeddings, attention and head too, but for what the evidence router reads. Then the result is kept only if
     neither text behind a switch of domain nor `evaluation.general`, where it is given, has become worse either."""
+    adapters: bool = False
+    """Train the adapters of all experts together (kind `lora`); kept by the same rule as with `shared`."""
     text: Literal["validation", "training"] = "validation"
     """What is trained on: one half of the validation documents, or the windows of all partitions that come after those
     of the experts. The other half of validation decides."""
@@ -1485,6 +1487,12 @@ def _impossible_rounds(config: Config) -> Iterator[str]:
         yield (
             "calibration.shared must be false with experts.kind steering, since its vectors leave the models' weights "
             "as they are; set it to false"
+        )
+    if config.calibration.adapters and (experts.kind != "lora" or config.assembly.lora != "adapters"):
+        yield (
+            "calibration.adapters must be false where the assembled model has no adapters beside it, as with experts."
+            f"kind {experts.kind} and assembly.lora {config.assembly.lora}; set it to false, or these to lora and "
+            "adapters"
         )
     if experts.unfreeze and experts.kind == "steering":
         yield (

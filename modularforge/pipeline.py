@@ -494,6 +494,7 @@ CAME_LATER: dict[str, Any] = {
     "experts.outer.momentum": 0.0,
     "assembly.shared": "equal",
     "calibration.shared": False,
+    "calibration.adapters": False,
     "calibration.text": "validation",
     "evaluation.general": None,
     "evaluation.chat": None,

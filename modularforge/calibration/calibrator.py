@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,11 @@ from modularforge.evaluation.scoring import even_loss, summarise, summed_losses
 from modularforge.experts.calibrated import masks_of
 from modularforge.experts.kind import kind_of, kind_of_artifact
 from modularforge.experts.trainable import ParameterGroup, Trainable
+from modularforge.model.adapter_config import ADAPTER_WEIGHTS, ADAPTERS_NAME, parse_composite
 from modularforge.model.backbone import Decoder
 from modularforge.model.folder import Weight, cast_like, save_tensors
+from modularforge.model.lora import is_adapter
+from modularforge.model.lora_mixture import adapters_apart
 from modularforge.model.shards import host_tensors, in_company, own_piece
 from modularforge.stage_outputs import Corpus, derived_seed, joined_beginnings
 from modularforge.tasks.task import Examples, task_of
@@ -57,6 +60,9 @@ class Calibration:
     tensors: Mapping[str, Weight]
     beside: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Losses before and after on what must not become worse, by the probe's name."""
+
+    adapters: Sequence[Mapping[str, Weight]] = ()
+    """What was trained of each adapter beside the model, by PEFT's names."""
 
     what: str = ""
     """What was done, for the card."""
@@ -163,7 +169,7 @@ def calibrate_by(
     _widen_frozen(model, job, world)
     learns = choose_parameters(model, config)
     # Decay would reach what the evidence router has put around shared matrices.
-    group = ParameterGroup(learns, weight_decay=0.0 if config.calibration.shared else None)
+    group = ParameterGroup(learns, weight_decay=0.0 if _reaches_far(config) else None)
     masks = masks_of(model, learns) if isinstance(model, Decoder) else {}
     # Its best steps would be chosen by the half that then judges them.
     job = replace(job, training=job.training.model_copy(update={"patience": None}))
@@ -181,7 +187,10 @@ def calibrate_by(
         piece.copy_(piece.to(stored[name]))
     beside_after = beside()
     losses = {name: (beside_before[name], beside_after[name]) for name in beside_before}
-    return Calibration(before, held_out(), cast_like(host_tensors(trained.parameters), stored), losses, _what(config))
+    tensors = cast_like(host_tensors(trained.parameters), stored)
+    adapters = adapters_apart(model, tensors) if config.calibration.adapters else []
+    inside = {name: tensor for name, tensor in tensors.items() if not (adapters and is_adapter(name))}
+    return Calibration(before, held_out(), inside, losses, adapters, _what(config))
 
 
 def _widen_frozen(model: Any, job: Job, world: World) -> None:
@@ -193,7 +202,13 @@ def _widen_frozen(model: Any, job: Job, world: World) -> None:
 
 def _what(config: Config) -> str:
     shared = ", embeddings, attention and head" if config.calibration.shared else ""
-    return f"Norm gains and router rows{shared} were fitted on {config.calibration.text} text"
+    adapters = ", and the adapters together," if config.calibration.adapters else ""
+    return f"Norm gains and router rows{shared}{adapters} were fitted on {config.calibration.text} text"
+
+
+def _reaches_far(config: Config) -> bool:
+    """Whether so much learns that text of no domain, or behind a switch, may become worse by it."""
+    return config.calibration.shared or config.calibration.adapters
 
 
 def choose_parameters(model: Any, config: Config) -> Mapping[str, nn.Parameter]:
@@ -234,7 +249,7 @@ def calibrate_as_set(
 
 def _beside(config: Config, corpus: Corpus, decide: Mapping[str, Stream]) -> Measure:
     """Losses behind a switch of domain, and on text of no domain where there is some; none where matrices rest."""
-    if not config.calibration.shared:
+    if not _reaches_far(config):
         return lambda _: {}
     limit, texts = config.evaluation.tokens_per_domain, read_texts(config.evaluation.general or [])
     bench = Bench(config, corpus, decide, limit, limit // PROBE_SHARE, Extras(texts))
@@ -263,5 +278,9 @@ def write_calibrated(assembled: Artifact, result: Calibration, writer: ArtifactW
         if name not in (*weights, INDEX_NAME):
             (writer.folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(assembled.local_file(name), writer.folder / name)
+    if result.adapters:
+        places = parse_composite((writer.folder / ADAPTERS_NAME).read_bytes(), ADAPTERS_NAME).folders
+        for place, tensors_of_one in zip(places, result.adapters, strict=True):
+            save_tensors(tensors_of_one, writer.folder / place / ADAPTER_WEIGHTS)
     with open(writer.folder / CARD_NAME, "a", encoding="utf-8") as card:
         card.write(calibration_note(result.before, result.after, result.what))

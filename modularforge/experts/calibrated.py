@@ -10,13 +10,14 @@ from modularforge.config import CalibrationConfig
 from modularforge.errors import ConfigError
 from modularforge.model import names
 from modularforge.model.backbone import Decoder
+from modularforge.model.lora import adapter_parameters
 
 MATRICES = ("embeddings", "attention", "head")
 """What `calibration.shared` lets learn; norms have a setting of their own."""
 
 
 def calibrates(model: Decoder, settings: CalibrationConfig) -> dict[str, nn.Parameter]:
-    """Norm gains, router rows and shared matrices of an assembled model, as the settings say."""
+    """Norm gains, router rows, shared matrices and adapters of an assembled model, as the settings say."""
     rows = settings.router and model.text_router is None  # which routes in their place
     parts = (*(["norms"] if settings.norms else []), *(MATRICES if settings.shared else []))
     found = {
@@ -24,11 +25,12 @@ def calibrates(model: Decoder, settings: CalibrationConfig) -> dict[str, nn.Para
         for name, weight in model.named_parameters()
         if names.shared_part(name) in parts or (rows and names.is_gate(name))
     }
+    found |= adapter_parameters(model) if settings.adapters else {}
     if not found:
         raise ConfigError(
-            "calibration must train norms, shared weights or a router's rows, but the first two are false and the "
-            "model routes by tables or by nothing; set calibration.norms to true, assembly.token_pairs to 0 (by which "
-            "a mixture routes by its rows), or leave calibration out"
+            "calibration must train norms, shared weights, adapters or a router's rows, but the others are false and "
+            "the model routes by tables or by nothing; set calibration.norms to true, assembly.token_pairs to 0 (by "
+            "which a mixture routes by its rows), or leave calibration out"
         )
     return found
 

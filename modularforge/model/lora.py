@@ -69,7 +69,12 @@ def add_adapters(decoder: Decoder, shape: AdapterShape) -> dict[str, nn.Paramete
 
 def adapter_parameters(decoder: Decoder) -> dict[str, nn.Parameter]:
     """The parameters of a decoder's adapters by name."""
-    return {name: weight for name, weight in decoder.named_parameters() if name.split(".")[-2] in PARTS}
+    return {name: weight for name, weight in decoder.named_parameters() if is_adapter(name)}
+
+
+def is_adapter(name: str) -> bool:
+    """Whether that is the name of an adapter's parameter."""
+    return name.split(".")[-2] in PARTS
 
 
 def adapter_tensors(decoder: Decoder) -> dict[str, Tensor | LaterTensor]:

@@ -10,6 +10,8 @@ the visited adapters add. All follow the same logits, which come from the text r
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from checkpoints.tensors import LaterTensor
 from modularforge.config import ATTENTION_MODULES, MLP_MODULES
 from modularforge.errors import DataError
 from modularforge.model import names
@@ -31,11 +34,12 @@ from modularforge.model.adapter_config import (
     parse_composite,
 )
 from modularforge.model.backbone import Block, Decoder, FeedForward
-from modularforge.model.lora import LoraLinear, fitting_pairs, with_adapter
+from modularforge.model.lora import PARTS, LoraLinear, fitting_pairs, with_adapter
 from modularforge.model.moe import SparseMoE
 from modularforge.model.sizes import AdapterCounts
 
 Pair = tuple[Tensor, Tensor]
+_IN_SLOT = re.compile(r"(model\.layers\.\d+\.\w+)\.experts\.(\d+)\.(\w+)")
 
 
 class Even(nn.Module):
@@ -137,6 +141,33 @@ def mixed(
     decoder.holds_choice = composite.choice == "sequence"
     decoder.adapters = AdapterCounts(sizes, min(composite.active, len(sizes)), composite.blocks_visited(has_mlp))
     return decoder.requires_grad_(False)
+
+
+def adapters_apart(
+    decoder: Decoder, trained: Mapping[str, Tensor | LaterTensor]
+) -> list[dict[str, Tensor | LaterTensor]]:
+    """Of trained parameters of a decoder with several adapters, each adapter's own by PEFT's names, in their order."""
+    found: dict[int, dict[str, Tensor | LaterTensor]] = defaultdict(dict)
+    for name, weight in trained.items():
+        place, part = name.removesuffix(".weight").rsplit(".", 1)
+        if part not in PARTS:
+            continue
+        if match := _IN_SLOT.fullmatch(place):
+            found[int(match[2])][names.adapter(f"{match[1]}.{match[3]}.{part}.weight")] = weight
+            continue
+        slot_S = decoder.get_submodule(place).get_buffer("slot_S")
+        for slot in sorted(set(slot_S.tolist())):
+            at_S = (slot_S == slot).nonzero()[:, 0].cpu()
+            found[slot][names.adapter(name)] = _rows_of(weight, at_S) if part == "lora_A" else _columns_of(weight, at_S)
+    return [found[slot] for slot in sorted(found)]
+
+
+def _rows_of(weight: Tensor | LaterTensor, at_S: Tensor) -> LaterTensor:
+    return LaterTensor((len(at_S), weight.shape[1]), weight.dtype, lambda: weight.detach()[at_S])
+
+
+def _columns_of(weight: Tensor | LaterTensor, at_S: Tensor) -> LaterTensor:
+    return LaterTensor((weight.shape[0], len(at_S)), weight.dtype, lambda: weight.detach()[:, at_S].contiguous())
 
 
 def _mix(block: Block, shapes: Sequence[AdapterShape], own: Sequence[Mapping[str, Pair]], composite: Composite) -> None:

@@ -11,14 +11,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoints import Artifact
+from checkpoints import Artifact, write_artifact
 from modularforge.assembly.shared import SHARED_NAME
+from modularforge.calibration.calibrator import calibrate_as_set, write_calibrated
 from modularforge.config import Config
+from modularforge.errors import ConfigError
 from modularforge.experts.lora import training
 from modularforge.info import describe
 from modularforge.model import names
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.run import Run
+from modularforge.training.distributed import World
+from modularforge.training.job import Job
+from tests.conftest import tiny_config
 from tests.lora_runs import WEIGHTS
 from tests.pipeline.test_experts import beside
 
@@ -123,3 +128,39 @@ def test_what_they_train_is_said_beforehand(trained: Config) -> None:
 def test_the_adapter_alone_has_no_shared_tensors(trained: Config) -> None:
     expert = Run(trained).require("expert", 0)
     assert all(".lora_" in name for name in load_file(expert.local_file(WEIGHTS)))
+
+
+def test_adapters_are_tuned_together_and_each_is_stored_as_it_was_judged(trained: Config, tmp_path: Path) -> None:
+    changes = {"adapters": True, "norms": False, "steps": 3, "batch_size": 2, "peak_learning_rate": 1e-3}
+    config = trained.model_copy(update={"calibration": trained.calibration.model_copy(update=changes)})
+    run = Run(config)
+    assembled, job = run.require("assemble"), Job("calibrate", config.calibration, config.training, "0")
+    model = load_model(assembled.local_folder())
+    result = calibrate_as_set(model, config, run.corpus, run.require("partition"), job, World())
+    assert not result.tensors
+    assert {name.split(".")[-2] for each in result.adapters for name in each} == {"lora_A", "lora_B"}
+    assert "switch" in result.beside
+    with write_artifact(str(tmp_path / "calibrated"), "calibrated", "0") as writer:
+        write_calibrated(assembled, result, writer, config.assembly.max_shard_bytes)
+        stored, tokens_BT = load_model(writer.folder), torch.arange(2, 26).view(2, 12)
+        with torch.no_grad():
+            assert torch.equal(stored(tokens_BT), model(tokens_BT))
+            assert not torch.equal(stored(tokens_BT), load_model(assembled.local_folder())(tokens_BT))
+        for index in range(3):
+            before = load_file(run.require("expert", index).local_file(WEIGHTS))
+            after = load_file(next(writer.folder.glob(f"adapters/*{index}/{WEIGHTS}")))
+            assert {name: t.shape for name, t in before.items()} == {name: t.shape for name, t in after.items()}
+            assert any(not torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(("kind", "form"), [("ffn", "adapters"), ("lora", "fold"), ("lora", "average")])
+def test_adapters_are_tuned_where_there_are_some(kind: str, form: str, tmp_path: Path) -> None:
+    lora = {"lora": {"rank": 2, "alpha": 2.0, "targets": "mlp"}} if kind == "lora" else {}
+    router = "uniform" if form == "average" else "evidence"
+    with pytest.raises(ConfigError, match=r"calibration\.adapters must be false where the assembled model has no"):
+        tiny_config(
+            tmp_path,
+            experts={"kind": kind, "anchored": False, **lora},
+            assembly={"lora": form, "router": router},
+            calibration={"adapters": True},
+        )
