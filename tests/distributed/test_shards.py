@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -111,6 +112,14 @@ def test_a_rank_holds_its_share_alone_and_unvisited_experts_do_not_decay(jobs: P
     never = [name for name in start if f".experts.{shard_ranks.NEVER_VISITED}." in name]
     assert never
     assert all(torch.equal(start[name], after[name]) for name in never)
+
+
+def test_weights_are_made_in_pieces_as_in_one_process_and_no_rank_holds_all(tmp_path: Path) -> None:
+    """Random ones, copies and experts, one weight at a time: half of all and the largest of them, not all on each."""
+    run_command("tests.shard_ranks", str(tmp_path), "deferred", env={"MALLOC_MMAP_THRESHOLD_": "65536"})
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts.pop("share") < 0.7
+    assert facts == dict.fromkeys(shard_ranks.DEFERRED, 1.0)
 
 
 def made(folder: Path, ranks: int, kind: str, jobs: list[str], **training: Any) -> Config:

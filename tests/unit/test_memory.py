@@ -14,7 +14,7 @@ from modularforge.calibration.calibrator import calibrate_by
 from modularforge.config import Config, ExpertsConfig, ModelConfig, TrainingConfig
 from modularforge.config_files import load_config
 from modularforge.errors import ConfigError
-from modularforge.experts.ffn.training import build_expert
+from modularforge.experts.ffn.training import expert_model
 from modularforge.experts.trainable import trainable
 from modularforge.memory import gpu_counts, job_memory, memory_table, smallest, too_large, trained_stages
 from modularforge.model import names
@@ -131,7 +131,7 @@ def test_what_is_frozen_may_stay_in_bf16_and_the_expert_is_the_same_bit_for_bit(
     settings, tokens = ExpertsConfig(anchored=anchored), torch.randint(0, 64, (4, 16))
     found, before = [], {name: tensor.clone() for name, tensor in stored.items()}
     for keeps_types in (False, True):
-        model = build_expert(stored, values, settings, directions, keeps_types)
+        model = expert_model(stored, values, settings, directions, keeps_types).whole()
         shard(trainable(model, TEXT.loss), TrainingConfig(), World())
         learns = [weight for weight in model.parameters() if weight.requires_grad]
         frozen = {weight.dtype for weight in model.parameters() if not weight.requires_grad}
