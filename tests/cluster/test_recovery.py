@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 
 Make = Callable[..., Launched]
 # Long enough to be caught in the middle; on a checkpoint boundary nothing happens by chance.
-LONG = {"steps": 1200, "warmup_steps": 2}
+LONG = {"steps": 700, "warmup_steps": 2}
 TRAINING = {"log_every": 20, "validate_every": 2000, "checkpoint_every": 10_000}
 
 

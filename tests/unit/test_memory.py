@@ -90,6 +90,18 @@ def test_the_smallest_number_that_fits_is_named_and_what_cannot_fit_is_refused()
     assert list(_memory_problems(large(), "run", [])) == []
 
 
+def test_where_only_blocks_that_are_computed_again_would_fit_that_is_named() -> None:
+    """A model of 70 B parameters: activations of 4,096 tokens fit on no GPU of 80 GB."""
+    shape = {"width": 8192, "layers": 80, "heads": 64, "kv_heads": 8, "ffn_width": 28672, "context_length": 4096}
+    changes = {f"model.{name}": value for name, value in shape.items()} | {"backbone.batch_size": 64}
+    gpus = {"cluster.gpu_memory_gb": 80, "cluster.backbone": {"nodes": 8, "gpus": 8}, "training.parallel": "fsdp"}
+    why = too_large(large(**changes, **gpus, **{"training.recompute": "none"}), STAGES["backbone"])
+    assert why is not None
+    assert why.endswith("; fsdp with training.recompute blocks on 64 would do")
+    for recompute in ("blocks", "auto"):
+        assert too_large(large(**changes, **gpus, **{"training.recompute": recompute}), STAGES["backbone"]) is None
+
+
 def test_a_calibration_that_cannot_fit_is_refused_and_counts_bf16_for_what_is_frozen() -> None:
     sizes = {"cluster.gpu_memory_gb": 80, "cluster.other": {"nodes": 1, "gpus": 8}, "calibration.batch_size": 16}
     why = too_large(large(**sizes), STAGES["calibrate"])
