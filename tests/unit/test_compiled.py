@@ -21,7 +21,7 @@ def job(steps: int, **training: object) -> Job:
 
 @pytest.fixture
 def decoder() -> Decoder:
-    return build_backbone(ModelConfig(width=8, layers=1, heads=1, kv_heads=1, ffn_width=8, context_length=4), 9)
+    return build_backbone(ModelConfig(width=8, layers=1, heads=1, kv_heads=1, ffn_width=8, context_length=8), 9)
 
 
 @pytest.fixture
