@@ -53,7 +53,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.only:
         with joined_world() as world:
-            print(json.dumps(measured(config_of(options, options.only), options.calibrates, world)), flush=True)
+            found = json.dumps(measured(config_of(options, options.only), options.calibrates, world))
+            sys.stdout.write(f"{found}\n")  # at once: print would let another rank's line in before the end of its own
         return
     print("layout   in pieces, MB  of one 1/shards  peak, MB arithmetic  ratio  made, MB")
     one = 0.0
