@@ -13,7 +13,6 @@ import socket
 import sys
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +52,6 @@ SHAPE = ModelConfig(width=16, layers=2, heads=2, kv_heads=2, ffn_width=24, conte
 TIED = SHAPE.model_copy(update={"tied_head": True, "family": "qwen3"})
 NAMES = ("backbone", "tied", "frozen", "lora", "mixture", "half", "half_expert", "again", "sent_half", "patient")
 METRICS = "metrics/job.jsonl"
-IMPORTED_BY_RANKS = ("torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo")
-"""Once, before ranks are forked: they take a second or two in each."""
 LARGE_V = 2048
 SMALL = ModelConfig(width=16, layers=2, heads=2, kv_heads=1, ffn_width=24, context_length=T)
 LARGE = ModelConfig(width=256, layers=12, heads=4, kv_heads=4, ffn_width=1024, context_length=T)
@@ -193,8 +190,6 @@ def together(size: int, work: Callable[[], object]) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     sizes = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-    for module in IMPORTED_BY_RANKS:
-        import_module(module)
     fork = multiprocessing.get_context("fork")
     ranks = [fork.Process(target=_rank, args=(rank, sizes, work)) for rank in range(size)]
     for process in ranks:

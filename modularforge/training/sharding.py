@@ -62,8 +62,13 @@ def _settled(trainable: Trainable, world: World) -> Trainable:
 
 
 def spread(looked_at: Deferred, training: TrainingConfig, world: World) -> Decoder:
-    """A model that nothing trains, with its weights as those of a job lie: all ranks must run it alike."""
+    """A model that nothing trains, with its weights as those of a job lie: all ranks must run it alike.
+
+    On a CPU it is looked at in float32, in one piece or in several.
+    """
     model = looked_at.model.requires_grad_(False)
+    if world.device.type != "cuda":
+        training = training.model_copy(update={"precision": "fp32"})
     settled = shard(Trainable(model, _no_loss, [], weights=looked_at.weights), training, world)
     return cast("Decoder", settled.model.to(world.device))
 

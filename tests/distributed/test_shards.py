@@ -123,8 +123,8 @@ def test_weights_are_made_in_pieces_as_in_one_process_and_no_rank_holds_all(tmp_
 
 
 def made(folder: Path, ranks: int, kind: str, jobs: list[str], **training: Any) -> Config:
-    """Stages of a tiny run of three plain experts, on so many ranks; its data lies beside its folder."""
-    experts = {"anchored": False, "kind": kind, **({"unfreeze": ["attention"]} if kind == "ffn" else {})}
+    """Stages of a tiny run of three experts, FFNs anchored, on so many ranks; its data lies beside its folder."""
+    experts = {"anchored": kind == "ffn", "kind": kind, **({"unfreeze": ["attention"]} if kind == "ffn" else {})}
     sections: dict[str, Any] = {"experts": experts, "training": training, "assembly": {"router": "uniform"}}
     config = tiny_config(folder / "run", data_dir=str(folder.parent / "data"), joint={"batch_size": None}, **sections)
     folder.mkdir()
