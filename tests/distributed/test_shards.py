@@ -125,7 +125,9 @@ def test_weights_are_made_in_pieces_as_in_one_process_and_no_rank_holds_all(tmp_
 def made(folder: Path, ranks: int, kind: str, jobs: list[str], **training: Any) -> Config:
     """Stages of a tiny run of three experts, FFNs anchored, on so many ranks; its data lies beside its folder."""
     experts = {"anchored": kind == "ffn", "kind": kind, **({"unfreeze": ["attention"]} if kind == "ffn" else {})}
-    sections: dict[str, Any] = {"experts": experts, "training": training, "assembly": {"router": "uniform"}}
+    # All slots are visited: where one and two ranks differ in a last bit, a token near a border would go elsewhere.
+    assembly = {"router": "uniform", **({"experts_per_token": 4} if kind == "ffn" else {})}
+    sections: dict[str, Any] = {"experts": experts, "training": training, "assembly": assembly}
     config = tiny_config(folder / "run", data_dir=str(folder.parent / "data"), joint={"batch_size": None}, **sections)
     folder.mkdir()
     prepare_data(config)
