@@ -5,7 +5,8 @@
 With `--calibrates` it is a mixture of which gains and router rows learn, and all else stays in bf16.
 
 What lies in pieces should fall as 1 / ranks; all of it should be what `modularforge info --gpus` says (`memory.py`).
-Measured is what a rank takes at its peak in steps after the first, less what it took before the model was there: on
+Measured is what a rank takes at its peak in steps after the first, and while its weights are made, on the host, less
+what it took before the model was there: on
 a GPU what torch allocated, on a CPU the resident set, to which threads and gloo's buffers add. In bf16, as on a GPU.
 """
 
@@ -16,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +27,8 @@ from modularforge.config_files import load_config
 from modularforge.experts.trainable import Trainable, trainable
 from modularforge.memory import Memory, job_memory
 from modularforge.model import names
-from modularforge.model.backbone import build_backbone
+from modularforge.model.backbone import shaped_backbone
+from modularforge.model.deferred import drawn
 from modularforge.model.moe import build_moe
 from modularforge.model.shards import own_piece
 from modularforge.pipeline import STAGES
@@ -36,6 +39,7 @@ from modularforge.training.precision import autocast
 from modularforge.training.sharding import shard
 
 VOCABULARY, CONTEXT, SEQUENCES, STEPS, EXPERTS = 4096, 64, 8, 3, 6
+SMALL = {"width": 16, "layers": 1, "ffn_width": 16}
 LAYOUTS = ("ddp:1", "ddp:2", "fsdp:2", "fsdp:4", "hsdp:4")
 
 
@@ -49,19 +53,20 @@ def main() -> None:
     options = parser.parse_args()
     if options.only:
         with joined_world() as world:
-            print(json.dumps(measured(config_of(options, options.only), options.calibrates, world)), flush=True)
+            found = json.dumps(measured(config_of(options, options.only), options.calibrates, world))
+            sys.stdout.write(f"{found}\n")  # at once: print would let another rank's line in before the end of its own
         return
-    print("layout   in pieces, MB  of one 1/shards  peak, MB arithmetic  ratio")
+    print("layout   in pieces, MB  of one 1/shards  peak, MB arithmetic  ratio  made, MB")
     one = 0.0
     for layout in options.layouts:
         parallel, _, ranks = layout.partition(":")
         config = config_of(options, parallel)
-        held, peak = (max(values) for values in zip(*in_ranks(parallel, int(ranks)), strict=True))
+        held, peak, made = (max(values) for values in zip(*in_ranks(parallel, int(ranks)), strict=True))
         arithmetic, one = expected(config, options.calibrates, int(ranks)), one or held
         shards = 1 if parallel == "ddp" else 2 if parallel == "hsdp" else int(ranks)
         print(
             f"{layout:<8} {held / 1e6:>13.1f} {held / one:>7.3f} {1 / shards:>8.3f} {peak / 1e6:>9.0f} "
-            f"{arithmetic.total / 1e6:>10.0f} {peak / arithmetic.total:>6.2f}"
+            f"{arithmetic.total / 1e6:>10.0f} {peak / arithmetic.total:>6.2f} {made / 1e6:>9.0f}"
         )
 
 
@@ -84,20 +89,21 @@ def expected(config: Config, calibrates: bool, ranks: int) -> Memory:
     return job_memory(config, STAGES[stage], ranks, config.training.parallel, config.training.shard_ranks)
 
 
-def in_ranks(parallel: str, ranks: int) -> list[tuple[float, float]]:
+def in_ranks(parallel: str, ranks: int) -> list[tuple[float, ...]]:
     """What each rank has measured, in processes of their own."""
     run = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     options = [argument for argument in sys.argv[1:] if argument.startswith(("--w", "--c")) or argument.isdecimal()]
     command = [sys.executable, "-m", *run, "benchmarks.sharding", "--only", parallel, *options]
     quiet = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is given back
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=quiet)
-    return [(row[0], row[1]) for row in map(json.loads, done.stdout.splitlines())]
+    return [tuple(row) for row in map(json.loads, done.stdout.splitlines())]
 
 
 def learning(config: Config, calibrates: bool) -> Trainable:
     """What is trained."""
     if not calibrates:
-        return trainable(build_backbone(config.model, VOCABULARY), TEXT.loss)
+        begun = drawn(partial(shaped_backbone, config.model, VOCABULARY), config.model.layers)
+        return trainable(begun.model, TEXT.loss, weights=begun.weights)
     with torch.device("meta"):
         empty = build_moe(config.model, VOCABULARY, EXPERTS, 2).bfloat16()
     model = empty.to_empty(device="cpu").requires_grad_(False)
@@ -109,11 +115,18 @@ def learning(config: Config, calibrates: bool) -> Trainable:
     return trainable(model, TEXT.loss)
 
 
-def measured(config: Config, calibrates: bool, world: World) -> tuple[float, float]:
-    """Bytes of weights, gradients and moments that this rank holds, and its peak in a step."""
+def measured(config: Config, calibrates: bool, world: World) -> tuple[float, float, float]:
+    """Bytes of weights, gradients and moments that this rank holds, and its peaks in a step and while weights are made.
+
+    Those of a small model are made before, so that what torch imports for it is not counted.
+    """
     torch.manual_seed(0)
+    small = config.model_copy(update={"model": config.model.model_copy(update=SMALL)})
+    shard(learning(small, calibrates), config.training, world)
     before = resident("VmRSS")
+    forget_peak(torch.device("cpu"))
     learns = shard(learning(config, calibrates), config.training, world)
+    made = float(resident("VmHWM") - before)
     learns.model.to(world.device)
     model = learns.model if config.training.parallel != "ddp" else parallelise(learns.model, world)
     optimizer = build_optimizer(learns.groups, config.backbone, config.training)
@@ -130,7 +143,7 @@ def measured(config: Config, calibrates: bool, world: World) -> tuple[float, flo
         held = sum(own_piece(tensor).nbytes for tensor in tensors)
         peak = max(peak, peak_of(world.device, before)) if step else 0.0
         optimizer.zero_grad(set_to_none=True)
-    return float(held), peak
+    return float(held), peak, made
 
 
 def resident(name: str) -> int:

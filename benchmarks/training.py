@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from modularforge.config import ExpertsConfig, ModelConfig, PhaseConfig, TrainingConfig
-from modularforge.experts.ffn.training import build_expert
+from modularforge.experts.ffn.training import expert_model
 from modularforge.experts.trainable import Loss, trainable
 from modularforge.model.backbone import Decoder, build_backbone
 from modularforge.model.folder import backbone_tensors
@@ -117,7 +117,7 @@ def expert_step(model: ModelConfig, *, anchored: bool) -> tuple[Decoder, Callabl
     tensors = backbone_tensors(build_backbone(model, VOCABULARY))
     directions = [torch.zeros(model.width)] * model.layers if anchored else None
     values = backbone_config(model, VOCABULARY)
-    decoder = build_expert(tensors, values, ExpertsConfig(anchored=anchored), directions)
+    decoder = expert_model(tensors, values, ExpertsConfig(anchored=anchored), directions).whole()
     return decoder, bare_step(decoder, RoutedLoss(decoder, TEXT.loss, 1e-3) if anchored else TEXT.loss)
 
 

@@ -433,8 +433,9 @@ class TrainingConfig(Section):
     """Gradients are scaled down to this norm."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 autocast or fp32; `auto` is bf16 on a GPU that has it and fp32 on a CPU."""
-    compile: bool = False
-    """Compile the model with torch.compile: whole, or block by block where `parallel` cuts it into pieces."""
+    compile: bool | None = None
+    """Compile the model with torch.compile: whole, or block by block where `parallel` cuts it into pieces. null does so
+    on a GPU, for a language model and at least 1,000 steps, where torch and the machine have what it takes."""
     recompute: Literal["none", "blocks", "auto"] = "none"
     """`blocks` keeps the input of each block alone for the backward pass and computes the block again there: a third
     more work, the same values, far less memory; `auto` does so on a GPU that could not hold the rest."""

@@ -45,8 +45,13 @@ class Memory:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def job_memory(config: Config, stage: Stage, gpus: int, parallel: str, shards: int | None = None) -> Memory:
-    """Of a job of a stage on so many GPUs; `shards` are those over which `hsdp` cuts a weight."""
+def job_memory(
+    config: Config, stage: Stage, gpus: int, parallel: str, shards: int | None = None, recomputes: bool = False
+) -> Memory:
+    """Of a job of a stage on so many GPUs; `shards` are those over which `hsdp` cuts a weight.
+
+    Blocks are computed again where the settings say so, or `recomputes`.
+    """
     assert stage.phase is not None
     phase, model, vocab_size = stage.phase(config), config.model, config.data.vocab_size
     all_weights, learned = sizes_of(config, stage.name).parameters, trained_parameters(config, stage.name)
@@ -56,7 +61,7 @@ def job_memory(config: Config, stage: Stage, gpus: int, parallel: str, shards: i
     half = keeps_stored(config, stage)
     weights = BYTES_FP32 * learned + (BYTES_HALF if half else BYTES_FP32) * (all_weights - learned)
     tokens = max(1, phase.batch_size // phase.accumulation_steps // gpus) * model.context_length
-    recomputes = config.training.recompute == "blocks"
+    recomputes |= config.training.recompute == "blocks"
     block, around = _block(config, all_weights), _around(config)
     is_whole = count == 1 or (parallel == "fsdp" and phase.accumulation_steps > 1)
     learns_around = learned > model.layers * block
@@ -94,13 +99,17 @@ def trained_stages(config: Config) -> list[Stage]:
 
 
 def smallest(config: Config, stage: Stage, room: float) -> tuple[int, str] | None:
-    """The fewest GPUs on which a job fits into `room` bytes of each, and how; the batch allows no more than it has."""
+    """The fewest GPUs on which a job fits into `room` bytes of each, and how; the batch allows no more than it has.
+
+    Blocks are computed again, which is a third more work, only where it fits in no other way.
+    """
     assert stage.phase is not None
     phase = stage.phase(config)
-    for gpus in _counts(phase.batch_size // phase.accumulation_steps):
-        for parallel in ("ddp",) if gpus == 1 else ("ddp", "fsdp"):
-            if job_memory(config, stage, gpus, parallel).total <= room:
-                return gpus, parallel
+    for recomputes in (False, True):
+        for gpus in _counts(phase.batch_size // phase.accumulation_steps):
+            for parallel in ("ddp",) if gpus == 1 else ("ddp", "fsdp"):
+                if job_memory(config, stage, gpus, parallel, recomputes=recomputes).total <= room:
+                    return gpus, f"{parallel} with training.recompute blocks" if recomputes else parallel
     return None
 
 
@@ -117,7 +126,8 @@ def too_large(config: Config, stage: Stage) -> str | None:
     gpus = nodes.nodes * nodes.gpus if training.parallel != "ddp" or not stage.within else min(1, nodes.gpus)
     if memory is None or not gpus:
         return None
-    needed = job_memory(config, stage, gpus, training.parallel, training.shard_ranks or nodes.gpus).total
+    shards, again = training.shard_ranks or nodes.gpus, training.recompute == "auto"  # which chooses by what is there
+    needed = job_memory(config, stage, gpus, training.parallel, shards, recomputes=again).total
     if needed <= ROOM * memory * 1e9:
         return None
     found = smallest(config, stage, ROOM * memory * 1e9)

@@ -1,6 +1,6 @@
 """Two ranks that train together, in two pieces a step: a mixture of whose experts most tokens visit few, or a backbone.
 
-python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.joint_ranks FOLDER mixture|compiled
+`python -m tests.joint_ranks FOLDER mixture compiled phases`: one after another; the last is the job of `tests.phases`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from modularforge.training.distributed import World, joined_world
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
 from modularforge.training.losses import routed
+from tests import phases
+from tests.shard_ranks import together
 
 T, V, EXPERTS, NEVER_VISITED, STEPS, PIECES = 8, 31, 6, 5, 6, 2
 SHAPE = ModelConfig(width=16, layers=2, heads=2, kv_heads=2, ffn_width=24, context_length=T)
@@ -81,10 +83,22 @@ def _exchange(bucket: Any) -> Any:
     return allreduce_hook(None, bucket)  # type: ignore[arg-type]
 
 
+def train_in_two(folder: Path, name: str) -> None:
+    """Train on two ranks; weights and exchanges are saved behind."""
+    folder.mkdir(parents=True)
+
+    def work() -> None:
+        with joined_world(torch.device("cpu")) as joined:
+            model = phases.train(folder, joined).model.state_dict() if name == "phases" else train(name, joined)
+            if joined.is_main:
+                torch.save({"weights": model, **EXCHANGES}, folder / "found.pt")
+
+    together(2, work)
+
+
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     nn.parallel.DistributedDataParallel = Counted  # type: ignore[misc]
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
-    with joined_world(torch.device("cpu")) as joined:
-        found = {"weights": train(sys.argv[2], joined), **EXCHANGES}
-        if joined.is_main:
-            torch.save(found, Path(sys.argv[1]) / "found.pt")
+    for wanted in sys.argv[2:]:
+        train_in_two(Path(sys.argv[1]) / wanted, wanted)

@@ -1,4 +1,4 @@
-"""A small decoder that measures the norms of its gradients: `python -m tests.norms FOLDER`, with torchrun for ranks.
+"""A small decoder that measures the norms of its gradients: `python -m tests.norms FOLDER`, on two ranks.
 
 The embedding is frozen; attention is paused at first, the feed-forward blocks of the first layer never learn.
 """
@@ -22,6 +22,7 @@ from modularforge.tasks.text import TEXT
 from modularforge.training.distributed import World, joined_world
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
+from tests.shard_ranks import together
 
 STEPS, EVERY, ATTENTION_FROM, BATCH, LAYERS = 8, 2, 4, 4, 3
 MODEL = ModelConfig(width=8, layers=LAYERS, heads=2, kv_heads=2, ffn_width=12, context_length=8, tied_head=False)
@@ -73,6 +74,11 @@ def train(folder: Path, world: World | None = None, **options: Any) -> nn.Module
     return learns.model
 
 
-if __name__ == "__main__":
+def train_as_rank() -> None:
     with joined_world(torch.device("cpu")) as joined:
         train(Path(sys.argv[1]), joined)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    together(2, train_as_rank)

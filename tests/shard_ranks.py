@@ -6,6 +6,7 @@ one and the rest in another. `python -m tests.shard_ranks config.yaml 2 backbone
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import socket
@@ -20,18 +21,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.sharding import forget_peak, resident
 from modularforge.config import ExpertsConfig, LoraConfig, ModelConfig, PhaseConfig, TrainingConfig
 from modularforge.config_files import load_config
-from modularforge.experts.ffn.training import build_expert
+from modularforge.experts.ffn.training import expert_model
 from modularforge.experts.lora.phases import phases_of
 from modularforge.experts.lora.training import adapters
 from modularforge.experts.trainable import Trainable, trainable
 from modularforge.model.adapter_config import shape_of
-from modularforge.model.backbone import Decoder, build_backbone
+from modularforge.model.backbone import Decoder, build_backbone, shaped_backbone
+from modularforge.model.deferred import Deferred, drawn
 from modularforge.model.folder import save_tensors
 from modularforge.model.hub_config import backbone_config
 from modularforge.model.moe import build_moe, moe_layers, restrict_routing
 from modularforge.model.shards import host_tensors, in_company
+from modularforge.model.upcycling import joint_mixture, widened
 from modularforge.norm_files import Floats, norms_url, parse_norms
 from modularforge.pipeline import JobName
 from modularforge.routing.gathering import gather_statistics
@@ -41,12 +45,17 @@ from modularforge.training.distributed import World, joined_world
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
 from modularforge.training.losses import mean_loss, routed
+from modularforge.training.sharding import shard, spread
 
 T, V, EXPERTS, NEVER_VISITED, STEPS = 8, 31, 6, 5, 6
 SHAPE = ModelConfig(width=16, layers=2, heads=2, kv_heads=2, ffn_width=24, context_length=T)
 TIED = SHAPE.model_copy(update={"tied_head": True, "family": "qwen3"})
 NAMES = ("backbone", "tied", "frozen", "lora", "mixture", "half", "half_expert", "again", "sent_half", "patient")
 METRICS = "metrics/job.jsonl"
+LARGE_V = 2048
+SMALL = ModelConfig(width=16, layers=2, heads=2, kv_heads=1, ffn_width=24, context_length=T)
+LARGE = ModelConfig(width=256, layers=12, heads=4, kv_heads=4, ffn_width=1024, context_length=T)
+DEFERRED = ("random", "tied", "joint", "wide", "plain", "fresh", "anchored")
 TOKENS = np.random.default_rng(0).integers(0, V, 2000).astype(np.uint16)
 
 
@@ -59,18 +68,71 @@ def job_of(name: str) -> Trainable:
             torch.nn.init.normal_(layer.gate.weight)  # type: ignore[arg-type]
         restrict_routing(model, range(NEVER_VISITED))
         return routed(model, TEXT.loss, 1e-3)
-    model = build_backbone(TIED if name == "tied" else SHAPE, V)
+    if name == "tied":
+        return deferred(drawn(partial(shaped_backbone, TIED, V), SHAPE.layers))
+    model = build_backbone(SHAPE, V)
     if name == "lora":
         lora = LoraConfig(rank=4, targets=["q_proj", "down_proj"], phases="early->late")
         model.bfloat16()  # as a pretrained backbone is stored
         return adapters(model, shape_of(lora), TEXT.loss, phases_of(lora, STEPS, SHAPE.layers), seed=0)
     if name == "half_expert":  # as on a GPU, beside a backbone that is stored in bf16
         stored = {key: weight.detach().bfloat16() for key, weight in model.named_parameters()}
-        return trainable(build_expert(stored, backbone_config(SHAPE, V), ExpertsConfig(), None, True), TEXT.loss)
+        return deferred(expert_model(stored, backbone_config(SHAPE, V), ExpertsConfig(), None, True))
     if name == "frozen":
         for key, weight in model.named_parameters():
             weight.requires_grad_(".mlp." in key)
     return trainable(model, TEXT.loss)
+
+
+def deferred(begun: Deferred) -> Trainable:
+    """All of a model that has no weights yet, or what of it learns."""
+    return trainable(begun.model, TEXT.loss, weights=begun.weights)
+
+
+def begun(name: str, shape: ModelConfig) -> Deferred:
+    """A model whose weights are still to be made."""
+    torch.manual_seed(0)
+    if name in ("random", "tied"):
+        chosen = shape.model_copy(update={"tied_head": name == "tied"})
+        return drawn(partial(shaped_backbone, chosen, LARGE_V), shape.layers)
+    plain = build_backbone(shape, LARGE_V).bfloat16()
+    stored, values = {key: weight.detach() for key, weight in plain.named_parameters()}, backbone_config(shape, LARGE_V)
+    if name == "joint":
+        return joint_mixture(stored, values, 3, 2, freeze_shared=False)
+    if name == "wide":
+        return widened(stored, values, 2)
+    fresh = ExpertsConfig(anchored=name == "anchored", init="fresh" if name == "fresh" else "backbone")
+    return expert_model(stored, values, fresh, [torch.ones(shape.width)] * shape.layers if fresh.anchored else None)
+
+
+def make_in_pieces(folder: Path) -> None:
+    """Save for each model whether its weights on two ranks are those of one process, and what the largest rank took
+    while a random one was made, beside all of it.
+    """
+
+    def work() -> None:
+        with joined_world(torch.device("cpu")) as world:
+            pieces, facts = TrainingConfig(parallel="fsdp"), {}
+            for name in DEFERRED:  # first, so that what is imported on the way is no part of what is measured
+                whole, state = begun(name, SMALL).whole().state_dict(), torch.get_rng_state()
+                looked_at = spread(begun(name, SMALL), pieces, world)
+                found = {key: weight.full_tensor() for key, weight in looked_at.state_dict().items()}
+                facts[name] = float(are_the_same(found, whole) and torch.equal(state, torch.get_rng_state()))
+            before = resident("VmRSS")
+            forget_peak(world.device)
+            made = shard(deferred(begun("random", LARGE)), pieces, world)
+            most = max(world.total([float(resident("VmHWM") - before) * (rank == world.rank) for rank in range(2)]))
+            facts["share"] = most / sum(4 * weight.numel() for weight in made.model.parameters())
+            if world.is_main:
+                (folder / "facts.json").write_text(json.dumps(facts))
+
+    together(2, work)
+
+
+def are_the_same(found: dict[str, Tensor], whole: dict[str, Tensor]) -> bool:
+    """Whether tensors are the same, with their types."""
+    same = [torch.equal(found[name], whole[name]) and found[name].dtype == whole[name].dtype for name in whole]
+    return found.keys() == whole.keys() and all(same)
 
 
 def train(name: str, parallel: str, folder: Path, world: World, until: int = STEPS, **training: Any) -> None:
@@ -167,6 +229,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1].endswith(".yaml"):
         make(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
+        sys.exit()
+    if sys.argv[2:] == ["deferred"]:
+        make_in_pieces(Path(sys.argv[1]))
         sys.exit()
     for wanted in sys.argv[2:]:
         kind, *layouts = wanted.split(":")

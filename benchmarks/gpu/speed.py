@@ -17,7 +17,7 @@ from benchmarks.gpu.peers import Seconds, peers
 from benchmarks.gpu.timing import Shape, forget, our_steps
 from modularforge.config import ExpertsConfig, ModelConfig
 from modularforge.cost import device_peak
-from modularforge.experts.ffn.training import build_expert
+from modularforge.experts.ffn.training import expert_model
 from modularforge.experts.trainable import Trainable, trainable
 from modularforge.model.backbone import build_backbone
 from modularforge.model.folder import backbone_tensors
@@ -164,7 +164,7 @@ def expert(shape: Shape, anchored: bool) -> Trainable:
     tensors = {name: tensor for name, tensor in found if isinstance(tensor, Tensor)}
     directions = [torch.zeros(shape.width)] * shape.layers if anchored else None
     values = backbone_config(shape.model, shape.vocabulary)
-    decoder = build_expert(tensors, values, ExpertsConfig(anchored=anchored), directions)
+    decoder = expert_model(tensors, values, ExpertsConfig(anchored=anchored), directions).whole()
     return trainable(decoder, RoutedLoss(decoder, TEXT.loss, 1e-3) if anchored else TEXT.loss)
 
 

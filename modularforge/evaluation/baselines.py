@@ -13,6 +13,7 @@ from modularforge.errors import ConfigError
 from modularforge.experts.kind import common_kind
 from modularforge.model import names
 from modularforge.model.backbone import Decoder
+from modularforge.model.deferred import Deferred, read
 from modularforge.model.folder import fill, read_tensors
 from modularforge.model.hub_config import model_config_of
 from modularforge.model.moe import build_moe
@@ -21,7 +22,19 @@ from modularforge.stage_outputs import Backbone
 
 
 def build_btx(config: Config, backbone: Backbone, branches: Sequence[Artifact]) -> Decoder:
-    """The BTX merge (arXiv 2403.07816): the branches' FFNs become experts, and all else is their mean.
+    """The BTX merge (arXiv 2403.07816): the branches' FFNs become experts, and all else is their mean."""
+    decoder, tensors = _merge(config, backbone, branches)
+    return fill(decoder, tensors)
+
+
+def merged_branches(config: Config, backbone: Backbone, branches: Sequence[Artifact]) -> Deferred:
+    """The same in float32, to be trained: the branches' FFNs are read where the weights are."""
+    decoder, tensors = _merge(config, backbone, branches)
+    return read(decoder, tensors, torch.float32)
+
+
+def _merge(config: Config, backbone: Backbone, branches: Sequence[Artifact]) -> tuple[Decoder, dict[str, Tensor]]:
+    """The merged model on the meta device, and its tensors.
 
     The router is the one that `config.assembly` asks for, solved from the branches' statistics. Raises ConfigError for
     one that needs more than rows (evidence) or rows that branches do not train (learned).
@@ -48,7 +61,7 @@ def build_btx(config: Config, backbone: Backbone, branches: Sequence[Artifact]) 
     experts = len(branches) + int(kept)
     with torch.device("meta"):
         decoder = build_moe(model, int(backbone.values["vocab_size"]), experts, config.assembly.experts_per_token)
-    return fill(decoder, tensors)
+    return decoder, tensors
 
 
 def solved_router(config: Config) -> Config:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from modularforge.model.backbone import Decoder
     from modularforge.stage_outputs import Backbone
     from modularforge.tasks.task import Examples, Task
+    from modularforge.training.distributed import World
 
 GROUP = "modularforge.experts"
 OWN = {
@@ -42,7 +43,7 @@ KIND_FACT = "expert_kind"
 
 @dataclass(frozen=True)
 class ExpertJob:
-    """One expert's job: all that it may read, which is nothing of any other expert."""
+    """One expert's job: all that it may read, which is nothing of any other expert; and the ranks that share it."""
 
     config: Config
     index: int
@@ -50,6 +51,7 @@ class ExpertJob:
     task: Task
     examples: Examples
     device: torch.device
+    world: World | None = None
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ class Trainable:
     `before_step` gets the number of steps done; what it does must follow from that number alone, or a resumed job would
     go another way. It may switch `requires_grad` of the groups' parameters. `observations` are further numbers for the
     metrics, the same names on every rank. `may_skip_parameters` says that a batch may leave some without a gradient.
-    `masks` say by name which entries of a parameter learn, where not all do.
+    `masks` say by name which entries of a parameter learn, where not all do. `weights` make those of a model on the
+    meta device, in their order, once it is known which of them this process holds; then none are left here.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class Trainable:
     observations: Callable[[], Mapping[str, float]] = dict
     may_skip_parameters: bool = False
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -61,7 +63,13 @@ class Trainable:
         return {name: weight for group in self.groups for name, weight in group.parameters.items()}
 
 
-def trainable(model: nn.Module, loss: Loss, may_skip_parameters: bool = False) -> Trainable:
+def trainable(
+    model: nn.Module,
+    loss: Loss,
+    may_skip_parameters: bool = False,
+    weights: Mapping[str, Callable[[], Tensor]] | None = None,
+) -> Trainable:
     """The model with all of its parameters that require gradients now, tied ones once, as one group."""
     learns = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    return Trainable(model, loss, [ParameterGroup(learns)], may_skip_parameters=may_skip_parameters)
+    groups = [ParameterGroup(learns)]
+    return Trainable(model, loss, groups, may_skip_parameters=may_skip_parameters, weights=weights or {})

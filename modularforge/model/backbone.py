@@ -349,17 +349,28 @@ def _routed(
 
 def build_backbone(config: ModelConfig, vocab_size: int) -> Decoder:
     """A backbone with random weights drawn from torch's global generator (seed it first)."""
-    decoder = Decoder(config, vocab_size, "mlp", lambda: FeedForward(config.width, config.ffn_width))
+    decoder = shaped_backbone(config, vocab_size)
     initialise(decoder, config.layers)
     return decoder
+
+
+def shaped_backbone(config: ModelConfig, vocab_size: int) -> Decoder:
+    """The same as torch makes it, before its weights are drawn."""
+    return Decoder(config, vocab_size, "mlp", lambda: FeedForward(config.width, config.ffn_width))
 
 
 def initialise(module: nn.Module, layers: int) -> None:
     """Normal weights; projections into the residual stream are scaled by 1/sqrt(2 layers) (GPT-2, section 2.3)."""
     for name, weight in module.named_parameters():
-        if weight.dim() == 2:
-            into_stream = name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight"))
-            nn.init.normal_(weight, std=INITIAL_STD / math.sqrt(2 * layers) if into_stream else INITIAL_STD)
+        draw(weight, name, layers)
+
+
+def draw(weight: Tensor, name: str, layers: int) -> Tensor:
+    """Draw one weight by its name in the model, in place; gains of norms are left as they are."""
+    if weight.dim() == 2:
+        into_stream = name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight"))
+        nn.init.normal_(weight, std=INITIAL_STD / math.sqrt(2 * layers) if into_stream else INITIAL_STD)
+    return weight
 
 
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

@@ -145,9 +145,3 @@ def load_own_rows(path: Path, experts: int, vocab_size: int, is_tied: bool) -> O
             "whole folder, or assemble the model again"
         )
     return OwnRows(found[names.EMBEDDING], found[names.HEAD] or None, is_tied)
-
-
-def copied_rows(embedding_VD: Tensor, head_VD: Tensor | None, experts: int, is_tied: bool) -> OwnRows:
-    """Rows that learn, for each expert a copy of the backbone's."""
-    heads = None if head_VD is None else [head_VD.clone() for _ in range(experts)]
-    return OwnRows([embedding_VD.clone() for _ in range(experts)], heads, is_tied, learns=True)

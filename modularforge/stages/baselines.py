@@ -11,11 +11,10 @@ rows start from the solved ones of the merge, not from random ones, which can on
 
 from __future__ import annotations
 
-import copy
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from checkpoints import Artifact, ArtifactWriter
 from checkpoints.safetensors import WEIGHTS_NAME
 from modularforge.assembly.card import special_tokens
 from modularforge.config import Config, TrainedOnAll
-from modularforge.evaluation.baselines import build_btx, solved_router
+from modularforge.evaluation.baselines import merged_branches, solved_router
 from modularforge.experts.lora.phases import phases_of, stretched
 from modularforge.experts.lora.training import adapters, write_beside
 from modularforge.experts.trainable import Trainable, trainable
@@ -34,11 +33,11 @@ from modularforge.log import logger
 from modularforge.model import names
 from modularforge.model.adapter_config import shape_of
 from modularforge.model.backbone import Decoder
+from modularforge.model.deferred import Deferred
 from modularforge.model.folder import learned_rows, save_tensors, with_text_router
 from modularforge.model.hub_config import OWN_ROWS_NAME, TABLES_NAME
-from modularforge.model.own_rows import copied_rows
 from modularforge.model.shards import in_company
-from modularforge.model.upcycling import build_joint, build_wide, without_rows
+from modularforge.model.upcycling import joint_mixture, widened, with_own_rows, without_rows
 from modularforge.pipeline import STAGES, JobName
 from modularforge.provenance import commit, making, save_settings
 from modularforge.routing.statistics import STATISTICS_NAME, save_statistics
@@ -83,8 +82,9 @@ def dense_wide(run: Run) -> Artifact:
     def start() -> Start:
         torch.manual_seed(derived_seed(run.config.seed, "dense_wide weights"))
         backbone = run.backbone
-        model = build_wide(backbone.tensors, backbone.values, run.config.assembly.experts_per_token)
-        return Start(trainable(model, task_of(run.config).loss), partial(save_trained_on, model, backbone))
+        wide = widened(backbone.tensors, backbone.values, run.config.assembly.experts_per_token)
+        learns = trainable(wide.model, task_of(run.config).loss, weights=wide.weights)
+        return Start(learns, partial(save_trained_on, wide.model, backbone))
 
     return _train(run, JobName("dense_wide"), start)
 
@@ -93,8 +93,8 @@ def joint(run: Run) -> Artifact:
     """The mixture whose router is trained with it."""
 
     def start() -> Start:
-        model = _joint_model(run)
-        return Start(_routed(run, model), partial(save_mixture, model, run.backbone))
+        mixture = _joint_mixture(run)
+        return Start(_routed(run, mixture), partial(save_mixture, mixture.model, run.backbone))
 
     return _train(run, JobName("joint"), start)
 
@@ -106,15 +106,12 @@ def joint_evidence(run: Run) -> Artifact:
     """
 
     def start() -> Start:
-        model, tables = _joint_model(run), _tables(run)
+        mixture, tables, parts = without_rows(_joint_mixture(run)), _tables(run), run.config.own_row_parts
+        mixture = with_own_rows(mixture, run.config.experts.count, parts) if parts else mixture
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / TABLES_NAME
             path.write_bytes(tables)
-            model = with_text_router(without_rows(model), path)
-        if parts := run.config.own_row_parts:
-            weight, tied = model.lm_head.weight.data, model.config.tied_head
-            head = weight if "head" in parts and not tied else None
-            model.own_rows = copied_rows(model.model.embed_tokens.weight.data, head, run.config.experts.count, tied)
+            model = with_text_router(mixture.model, path)
 
         def save(folder: Path) -> None:
             save_mixture(model, run.backbone, folder)
@@ -124,7 +121,8 @@ def joint_evidence(run: Run) -> Artifact:
                 save_tensors({name: t.to(dtype) for name, t in learned_rows(model).items()}, folder / OWN_ROWS_NAME)
 
         # Tables send all layers the same way, so that an expert may get no token of a rank's batch in any of them.
-        return Start(trainable(model, task_of(run.config).loss, may_skip_parameters=True), save)
+        learns = trainable(model, task_of(run.config).loss, may_skip_parameters=True, weights=mixture.weights)
+        return Start(learns, save)
 
     return _train(run, JobName("joint_evidence"), start)
 
@@ -155,15 +153,16 @@ def _joint_lora(run: Run, name: TrainedOnAll, times: int) -> Artifact:
     return _train(run, JobName(name), start)
 
 
-def _routed(run: Run, model: Decoder) -> Trainable:
-    return routed(model, task_of(run.config).loss, run.config.experts.z_loss, run.config.joint.balance_loss)
+def _routed(run: Run, mixture: Deferred) -> Trainable:
+    losses = task_of(run.config).loss, run.config.experts.z_loss, run.config.joint.balance_loss
+    return replace(routed(mixture.model, *losses), weights=mixture.weights)
 
 
-def _joint_model(run: Run) -> Decoder:
+def _joint_mixture(run: Run) -> Deferred:
     config, backbone = run.config, run.backbone
     torch.manual_seed(derived_seed(config.seed, "joint weights"))
     shape = config.joint_experts, config.assembly.experts_per_token
-    return build_joint(backbone.tensors, backbone.values, *shape, config.joint.freeze_shared)
+    return joint_mixture(backbone.tensors, backbone.values, *shape, config.joint.freeze_shared)
 
 
 def _tables(run: Run) -> bytes:
@@ -203,10 +202,9 @@ def btx(run: Run) -> Artifact:
     config = run.config
 
     def start() -> Start:
-        # A copy: these tensors become the parameters, and training must not reach the backbone's.
-        model = copy.deepcopy(build_btx(solved_router(config), run.backbone, run.require_each("branch"))).float()
-        choose_trained(model, config.btx.trains)
-        return Start(_routed(run, model), partial(save_mixture, model, run.backbone))
+        mixture = merged_branches(solved_router(config), run.backbone, run.require_each("branch"))
+        choose_trained(mixture.model, config.btx.trains)
+        return Start(_routed(run, mixture), partial(save_mixture, mixture.model, run.backbone))
 
     return _train(run, JobName("btx"), start, skipped_windows=config.experts.steps * config.experts.batch_size)
 

@@ -117,7 +117,7 @@ def _train(run: Run, stage: str, index: int, number: int, save: Save) -> Artifac
     with joined_world() as world:
         if world.is_main:
             save_settings(config)
-        expert = ExpertJob(config, index, run.backbone, task, examples, world.device)
+        expert = ExpertJob(config, index, run.backbone, task, examples, world.device, world)
         trained, clock = expert, time.perf_counter()
         if start and config.experts.settle and number == config.experts.rounds:
             trained, start = settled(expert, start)

@@ -16,7 +16,8 @@ from modularforge.data.tokenizer import adopt_tokenizer, save_tokenizer
 from modularforge.errors import MismatchError
 from modularforge.experts.trainable import Loss, trainable
 from modularforge.model import names
-from modularforge.model.backbone import Decoder, build_backbone
+from modularforge.model.backbone import Decoder, shaped_backbone
+from modularforge.model.deferred import Weights, drawn
 from modularforge.model.folder import backbone_tensors, cast_like, load_pretrained, read_tensors, save_tensors
 from modularforge.model.hub_config import (
     CONFIG_NAME,
@@ -54,14 +55,23 @@ def train_backbone(
     Training starts from the model folder `pretrained`, or from random weights.
     """
     torch.manual_seed(derived_seed(config.seed, "backbone weights"))
-    model = load_pretrained(pretrained) if pretrained else build_backbone(config.model, vocab_size)
+    if pretrained:
+        model, weights = load_pretrained(pretrained), None
+    else:
+        model, weights = _drawn(config, vocab_size)
     if model.vocab_size < vocab_size:
         raise MismatchError(
             f"{pretrained} must have an entry for each of the tokenizer's {vocab_size} ids, but its vocabulary has "
             f"{model.vocab_size}; use the tokenizer that belongs to it"
         )
-    losses = fit(trainable(model, loss), examples, job, partial(mean_loss, model, held_out, world), world)
+    learns = trainable(model, loss, weights=weights)
+    losses = fit(learns, examples, job, partial(mean_loss, model, held_out, world), world)
     return model, losses
+
+
+def _drawn(config: Config, vocab_size: int) -> tuple[Decoder, Weights]:
+    found = drawn(partial(shaped_backbone, config.model, vocab_size), config.model.layers)
+    return found.model, found.weights
 
 
 def save_backbone(

@@ -1,4 +1,4 @@
-"""Blocks of a model in pieces, compiled one by one for training steps alone.
+"""Whether a job is compiled, and blocks of a model in pieces, compiled one by one for training steps alone.
 
 The whole of such a model cannot be one graph: each block's weights are there only while it computes, and what gathers
 them stays outside, as torch's own recipe has it (torchtitan). What is compiled is a block's `forward`, so that names of
@@ -7,14 +7,57 @@ parameters, hooks around the block and checkpoints are what they were. Validatio
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 
-from modularforge.model.backbone import Block
+from modularforge.model.backbone import Block, Decoder
+from modularforge.training.job import Job
+
+LONG = 1000  # steps from which a graph, which takes a minute or so to make, is worth it
+C_COMPILERS = ("cc", "gcc", "clang")
+
+
+def is_compiled(job: Job, model: nn.Module, device: torch.device) -> bool:
+    """Whether a job's steps are compiled, by its settings or, where they leave it open, as `training.compile` says.
+
+    It follows from settings, model and machine alone, so that a job which goes on does as before. Inputs of a speech
+    model have another shape in every step.
+    """
+    if job.training.compile is not None:
+        return job.training.compile
+    suits = device.type == "cuda" and isinstance(model, Decoder) and job.phase.steps >= LONG
+    return suits and _chooses_by_rule() and _can_build_kernels()
+
+
+def compiled(function: Any) -> Any:
+    """`torch.compile`, with kernels that are not chosen by time where another choice gives other bits: a job that goes
+    on would choose anew.
+    """
+    if _chooses_by_rule():
+        _inductor().deterministic = True
+    return torch.compile(function)
+
+
+def _inductor() -> Any:
+    from torch._inductor import config  # as it takes a second
+
+    return config
+
+
+def _chooses_by_rule() -> bool:
+    return hasattr(_inductor(), "deterministic")
+
+
+def _can_build_kernels() -> bool:
+    named = os.environ.get("CC")
+    return find_spec("triton") is not None and any(map(shutil.which, [named] if named else C_COMPILERS))
 
 
 @contextmanager
@@ -32,5 +75,5 @@ def compiled_blocks(model: nn.Module, is_wanted: bool) -> Iterator[None]:
 
 def _in_training(block: Block) -> Callable[..., Any]:
     plain = block.forward
-    compiled = torch.compile(plain)
-    return lambda *inputs: (compiled if block.training else plain)(*inputs)
+    graph = compiled(plain)
+    return lambda *inputs: (graph if block.training else plain)(*inputs)

@@ -21,7 +21,7 @@ from modularforge.model.backbone import perplexity
 from modularforge.tasks.task import Batch, Examples
 from modularforge.training.ahead import built_ahead
 from modularforge.training.checkpointing import Checkpointing, StopFlag, checkpoint_of, stop_on_signals
-from modularforge.training.compiled import compiled_blocks
+from modularforge.training.compiled import compiled, compiled_blocks, is_compiled
 from modularforge.training.distributed import World, parallelise
 from modularforge.training.gradient_norms import norm_log
 from modularforge.training.job import Job
@@ -80,8 +80,12 @@ def fit_from(
     checkpoints = Checkpointing(job, world, part_of(trainer, job.training, world))
     checkpoints.resume(trainer, start)
     norms = norm_log(job, trainable, world, trainer.step)
-    in_graphs = compiled_blocks(trainable.model, job.training.compile and is_in_pieces(trainable))
-    with closing(_Wrapped(trainable, job, world)) as wrapped, closing(Meter(job, world, trainer.step, norms)) as meter:
+    compiles = is_compiled(job, trainable.model, world.device)
+    in_graphs = compiled_blocks(trainable.model, compiles and is_in_pieces(trainable))
+    with (
+        closing(_Wrapped(trainable, job, world, compiles)) as wrapped,
+        closing(Meter(job, world, trainer.step, norms)) as meter,
+    ):
         built = built_ahead(examples.batches(trainer.position, world.rank, world.size), world.device)
         showing = progress(job.name, job.end, start=trainer.step, is_wanted=world.is_main, has_lines=False)
         with in_graphs, checkpoints, built as batches, stop_on_signals() as stop, showing as bar:
@@ -144,9 +148,9 @@ class _Wrapped:
     DDP waits for the gradients of all parameters that required one when it was made.
     """
 
-    def __init__(self, trainable: Trainable, job: Job, world: World) -> None:
+    def __init__(self, trainable: Trainable, job: Job, world: World, compiles: bool) -> None:
         self.trainable, self.world, self._is_sharded = trainable, world, is_in_pieces(trainable)
-        self.compiles = job.training.compile and not self._is_sharded  # of pieces, blocks are compiled each
+        self.compiles = compiles and not self._is_sharded  # of pieces, blocks are compiled each
         self._sends_half = job.training.gradient_exchange == "bf16"
         self._parameters = list(trainable.parameters.values())
         self._learning: list[bool] = []
@@ -160,7 +164,7 @@ class _Wrapped:
             wrapped = self.trainable.model
             if not self._is_sharded:
                 wrapped = parallelise(wrapped, self.world, self.trainable.may_skip_parameters, self._sends_half)
-            self._model = torch.compile(wrapped) if self.compiles else wrapped  # type: ignore[assignment]
+            self._model = compiled(wrapped) if self.compiles else wrapped
         assert self._model is not None
         return self._model
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from modularforge.config import TrainingConfig
 from modularforge.errors import ConfigError
 from modularforge.experts.trainable import ParameterGroup, Trainable
 from modularforge.model.backbone import Block, Decoder
+from modularforge.model.deferred import Deferred, own_rows_of, settle
 from modularforge.model.shards import is_sharded, own_piece
 from modularforge.ranks import node_size
 from modularforge.training.distributed import World
@@ -31,13 +32,15 @@ from modularforge.training.precision import is_half
 def shard(trainable: Trainable, training: TrainingConfig, world: World) -> Trainable:
     """The same job with its model in pieces, where `training.parallel` asks for that and there are several ranks.
 
-    In either case what learns is float32 behind it, in whatever type it was read. What is in pieces stays as it is.
+    In either case what learns is float32 behind it, in whatever type it was read, and a model on the meta device gets
+    its weights here. What is in pieces stays as it is.
     """
     if is_in_pieces(trainable):
         return trainable
     if training.parallel == "ddp" or world.size == 1:
         _widen(trainable.parameters.values())
-        return replace(trainable, masks={name: mask.to(world.device) for name, mask in trainable.masks.items()})
+        masks = {name: mask.to(world.device) for name, mask in trainable.masks.items()}
+        return _settled(replace(trainable, masks=masks), world)
     mesh, names = _mesh(training, world), _names(trainable)
     reduces_in = torch.bfloat16 if training.gradient_exchange == "bf16" else torch.float32
     _fully_shard(trainable, mesh, is_half(training, world.device), reduces_in)
@@ -46,9 +49,32 @@ def shard(trainable: Trainable, training: TrainingConfig, world: World) -> Train
         module.set_force_sum_reduction_for_comms(world.device.type == "cpu")
         module.set_reduce_scatter_unused_params(trainable.may_skip_parameters, recurse=False)
     groups = [replace(group, parameters=_renewed(group, names, trainable.model)) for group in trainable.groups]
-    found = replace(trainable, groups=groups)
+    found = _settled(replace(trainable, groups=groups), world)
     masks = {name: _as_piece(mask, found.parameters[name]) for name, mask in trainable.masks.items()}
     return replace(found, masks=masks)
+
+
+def _settled(trainable: Trainable, world: World) -> Trainable:
+    """The same job behind the making of its weights, where that was left until it was known who holds what."""
+    if trainable.weights:
+        settle(trainable.model, trainable.weights, world.device)
+    return replace(trainable, weights={})
+
+
+def spread(looked_at: Deferred, training: TrainingConfig, world: World) -> Decoder:
+    """A model that nothing trains, with its weights as those of a job lie: all ranks must run it alike.
+
+    On a CPU it is looked at in float32, in one piece or in several.
+    """
+    model = looked_at.model.requires_grad_(False)
+    if world.device.type != "cuda":
+        training = training.model_copy(update={"precision": "fp32"})
+    settled = shard(Trainable(model, _no_loss, [], weights=looked_at.weights), training, world)
+    return cast("Decoder", settled.model.to(world.device))
+
+
+def _no_loss(_model: nn.Module, _tensors: Mapping[str, Tensor]) -> Tensor:
+    raise NotImplementedError
 
 
 def is_in_pieces(trainable: Trainable) -> bool:
@@ -57,11 +83,8 @@ def is_in_pieces(trainable: Trainable) -> bool:
 
 
 def _as_piece(whole: Tensor, weight: Any) -> Tensor:
-    """This rank's piece of a tensor that all have as a whole, as a weight's lies."""
-    from torch.distributed.tensor import distribute_tensor
-
-    piece = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None)
-    return own_piece(piece).to(own_piece(weight).device)
+    """This rank's piece of a tensor that all have as a whole, as a weight's lies and where it does."""
+    return own_rows_of(whole, weight).to(own_piece(weight).device)
 
 
 def shard_ranks(training: TrainingConfig, world: World) -> int:

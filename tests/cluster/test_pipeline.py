@@ -44,9 +44,11 @@ def finished(session_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory)
 def test_the_weights_are_those_of_the_local_launcher(finished: Finished, tmp_path: Path) -> None:
     here = Launched(finished.cluster, {**finished.values, "output_dir": str(tmp_path / "local")})
     shutil.copytree(finished.folder / "data", here.folder / "data")
-    training = [task for task in build_tasks(here.config) if task.group in ("prepare-data", "backbone", "expert")]
+    chosen = ("prepare-data", "backbone", "expert-1")  # of three alike
+    training = [task for task in build_tasks(here.config) if str(task.job) in chosen]
+    assert len(training) == len(chosen)
     LocalLauncher(here.config, training, print).run()
-    for folder in ("backbone", *(f"experts/expert-{index}" for index in range(3))):
+    for folder in ("backbone", "experts/expert-1"):
         files, same = (open_artifact(str(run.folder / folder)).manifest.files for run in (finished, here))
         weights = {name for name in files if name.endswith(".safetensors")}
         assert weights

@@ -15,7 +15,8 @@ from tests.conftest import ROOT, tiny_values
 
 def test_the_runs_of_a_study_train_on_the_cluster(cluster: Cluster, tmp_path: Path) -> None:
     base, study = tmp_path / "base.yaml", tmp_path / "study.yaml"
-    values = tiny_values(tmp_path / "unused", cluster=NODES, assembly={"router": "ridge"})
+    values = tiny_values(tmp_path / "unused", cluster=NODES, assembly={"router": "ridge"}, experts={"count": 2})
+    values |= {"partition": {"method": "domain"}, "data": {**values["data"], "sources": values["data"]["sources"][:2]}}
     base.write_text(yaml.safe_dump(values))
     content = {
         "name": "tiny",

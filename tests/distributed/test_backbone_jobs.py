@@ -18,8 +18,11 @@ from checkpoints import find_artifact, paths
 from modularforge.config import Config, TrainingConfig
 from modularforge.config_files import to_yaml
 from modularforge.pipeline import checkpoint_url, metrics_url, stage_url
+from modularforge.run import Run
+from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import fit
+from tests import joint_ranks, phases
 from tests.conftest import ROOT, prepare_data, run_command, tiny_config
 
 FLOAT_TOLERANCE = 2e-5
@@ -74,8 +77,8 @@ def start_and_wait_for_checkpoint(config: Config, path: str) -> subprocess.Popen
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, data_dir: str) -> Config:
-    config, path = settings_file(tmp_path_factory.mktemp("whole"), data_dir, backbone={"steps": 60})
-    train(path)
+    config, _ = settings_file(tmp_path_factory.mktemp("whole"), data_dir, backbone={"steps": 60})
+    Run(config).make("backbone")  # here, with the same number of threads: a process of its own takes seconds to start
     return config
 
 
@@ -94,7 +97,9 @@ def test_kill_and_restart_gives_the_same_losses_and_weights_bit_for_bit(
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR2]
+)
 def test_a_stop_signal_saves_a_checkpoint_and_the_same_command_continues(
     number: signal.Signals, tmp_path: Path, data_dir: str
 ) -> None:
@@ -140,41 +145,37 @@ def test_a_job_of_two_ranks_continues_on_one(tmp_path: Path, data_dir: str, unin
     process.wait()
     subprocess.run(["pkill", "-KILL", "-f", path], check=False)  # torchrun's workers have sessions of their own
     assert list(folder.glob("step-*/manifest.json"))
-    train(path)
+    Run(config).make("backbone")
     alone, mixed = losses(uninterrupted), losses(config)
     assert alone.keys() == mixed.keys()
     assert max(abs(alone[step] - mixed[step]) for step in alone) < FLOAT_TOLERANCE
 
 
 def test_accumulated_pieces_equal_one_batch(tmp_path: Path, data_dir: str, uninterrupted: Config) -> None:
-    config, path = settings_file(tmp_path, data_dir, backbone={"steps": 60, "accumulation_steps": 2})
-    train(path)
+    config, _ = settings_file(tmp_path, data_dir, backbone={"steps": 60, "accumulation_steps": 2})
+    Run(config).make("backbone")
     alone, pieces = losses(uninterrupted), losses(config)
     assert max(abs(alone[step] - pieces[step]) for step in alone) < FLOAT_TOLERANCE
 
 
-def test_two_ranks_go_through_phases_as_one_process_does(tmp_path: Path) -> None:
-    from modularforge.training.distributed import World
-    from tests import phases
+@pytest.fixture(scope="module")
+def in_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Jobs of two ranks each, from one process that forks them."""
+    folder = tmp_path_factory.mktemp("two")
+    run_command("tests.joint_ranks", str(folder), "mixture", "compiled", "phases")
+    return folder
 
-    (tmp_path / "alone").mkdir()
-    (tmp_path / "two").mkdir()
-    alone = phases.train(tmp_path / "alone", World()).model.state_dict()
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.phases"]
-    subprocess.run([sys.executable, "-m", *command, str(tmp_path / "two")], cwd=ROOT, check=True, timeout=120)
-    found = torch.load(tmp_path / "two" / "weights.pt", weights_only=True)
+
+def test_two_ranks_go_through_phases_as_one_process_does(in_two: Path, tmp_path: Path) -> None:
+    alone = phases.train(tmp_path, World()).model.state_dict()
+    found = torch.load(in_two / "phases" / "found.pt", weights_only=True)["weights"]
     assert all(torch.allclose(found[name], alone[name], atol=1e-5) for name in alone)
 
 
 @pytest.mark.parametrize("name", ["mixture", "compiled"])
-def test_two_ranks_that_visit_few_experts_or_compile_exchange_gradients_once_a_step(name: str, tmp_path: Path) -> None:
+def test_two_ranks_that_visit_few_experts_or_compile_exchange_gradients_once_a_step(name: str, in_two: Path) -> None:
     """A joint mixture stopped at its second step: "Expected to have finished reduction in the prior iteration"."""
-    from modularforge.training.distributed import World
-    from tests import joint_ranks
-
-    torch_run = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.joint_ranks"]
-    run_command(*torch_run, str(tmp_path), name)
-    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    found = torch.load(in_two / name / "found.pt", weights_only=True)
     assert found["count"] == joint_ranks.STEPS
     start = joint_ranks.job("mixture").model.state_dict()
     alone = joint_ranks.train("mixture", World()) if name == "mixture" else uncompiled()
@@ -188,9 +189,6 @@ def test_two_ranks_that_visit_few_experts_or_compile_exchange_gradients_once_a_s
 
 def uncompiled() -> dict[str, torch.Tensor]:
     """The weights of the compiled job, from one process that does not compile."""
-    from modularforge.training.distributed import World
-    from tests import joint_ranks
-
     learns = joint_ranks.job("compiled")
     fit(learns, joint_ranks.OneTokenRows(), Job("plain", joint_ranks.PHASE, TrainingConfig()), lambda: 0.0, World())
     return learns.model.state_dict()

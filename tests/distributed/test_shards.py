@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -113,10 +114,20 @@ def test_a_rank_holds_its_share_alone_and_unvisited_experts_do_not_decay(jobs: P
     assert all(torch.equal(start[name], after[name]) for name in never)
 
 
+def test_weights_are_made_in_pieces_as_in_one_process_and_no_rank_holds_all(tmp_path: Path) -> None:
+    """Random ones, copies and experts, one weight at a time: half of all and the largest of them, not all on each."""
+    run_command("tests.shard_ranks", str(tmp_path), "deferred", env={"MALLOC_MMAP_THRESHOLD_": "65536"})
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts.pop("share") < 0.7
+    assert facts == dict.fromkeys(shard_ranks.DEFERRED, 1.0)
+
+
 def made(folder: Path, ranks: int, kind: str, jobs: list[str], **training: Any) -> Config:
-    """Stages of a tiny run of three plain experts, on so many ranks; its data lies beside its folder."""
-    experts = {"anchored": False, "kind": kind, **({"unfreeze": ["attention"]} if kind == "ffn" else {})}
-    sections: dict[str, Any] = {"experts": experts, "training": training, "assembly": {"router": "uniform"}}
+    """Stages of a tiny run of three experts, FFNs anchored, on so many ranks; its data lies beside its folder."""
+    experts = {"anchored": kind == "ffn", "kind": kind, **({"unfreeze": ["attention"]} if kind == "ffn" else {})}
+    # All slots are visited: where one and two ranks differ in a last bit, a token near a border would go elsewhere.
+    assembly = {"router": "uniform", **({"experts_per_token": 4} if kind == "ffn" else {})}
+    sections: dict[str, Any] = {"experts": experts, "training": training, "assembly": assembly}
     config = tiny_config(folder / "run", data_dir=str(folder.parent / "data"), joint={"batch_size": None}, **sections)
     folder.mkdir()
     prepare_data(config)

@@ -17,7 +17,7 @@ from modularforge.model import names
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.hub_config import read_config
 from modularforge.model.moe import moe_layers, observe_routing
-from modularforge.model.upcycling import build_wide
+from modularforge.model.upcycling import widened
 from modularforge.pipeline import stage_settings
 from modularforge.tasks.text import TEXT
 from tests.conftest import run_command
@@ -62,7 +62,7 @@ def test_a_joint_model_gives_the_logits_of_transformers(evaluated: Path) -> None
 def test_a_wide_backbone_computes_the_same_and_its_copies_differ(evaluated: Path) -> None:
     values, tensors = read_config(evaluated / "backbone"), read_tensors(evaluated / "backbone")
     torch.manual_seed(0)
-    plain, wide = load_model(evaluated / "backbone"), build_wide(tensors, values, 3)
+    plain, wide = load_model(evaluated / "backbone"), widened(tensors, values, 3).whole()
     tokens_BT = torch.arange(2 * 9).view(2, 9)
     with torch.no_grad():
         torch.testing.assert_close(wide(tokens_BT), plain(tokens_BT), atol=1e-5, rtol=1e-5)

@@ -13,7 +13,7 @@ from checkpoints import StoreError, find_artifact, paths
 from checkpoints.training import Checkpoint, list_checkpoints, save_checkpoint
 from modularforge.config import Config
 from modularforge.errors import ConfigError, MismatchError, TrainingError
-from modularforge.experts.ffn.training import build_expert
+from modularforge.experts.ffn.training import expert_model
 from modularforge.pipeline import checkpoint_url, stage_url
 from modularforge.run import Run
 from modularforge.stage_outputs import Backbone
@@ -62,7 +62,7 @@ def test_a_fresh_expert_starts_from_other_weights_than_the_backbone(finished_run
     backbone = Backbone(Run(finished_run).require("backbone"))
     settings = finished_run.experts.model_copy(update={"init": "fresh", "anchored": False})
     torch.manual_seed(0)
-    model = build_expert(backbone.tensors, backbone.values, settings, None)
+    model = expert_model(backbone.tensors, backbone.values, settings, None).whole()
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.allclose(model.state_dict()[name], backbone.tensors[name])
 

@@ -402,7 +402,6 @@ def test_two_ranks_train_adapters_in_phases_as_one_process_does(finished_run: Co
     alone, two = (lora_config(finished_run, tmp_path / name, lora) for name in ("alone", "two"))
     expected, file = load_file(made(alone).local_file(WEIGHTS)), tmp_path / "two.yaml"
     file.write_text(to_yaml(two))
-    run = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "modularforge", "expert"]
-    run_command(*run, "--index", "0", "--config", str(file))
+    run_command("tests.shard_ranks", str(file), "2", "expert-0")
     found = load_file(Run(two).require("expert", 0).local_file(WEIGHTS))
     assert all(torch.allclose(found[name], tensor, atol=1e-4) for name, tensor in expected.items())

@@ -29,7 +29,7 @@ from modularforge.evaluation.probes import position_ranges
 from modularforge.model import names
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.moe import load_balance_loss, observe_routing
-from modularforge.model.upcycling import build_joint
+from modularforge.model.upcycling import joint_mixture
 from modularforge.run import Run
 from modularforge.stage_outputs import Backbone, Corpus
 from modularforge.stages import assemble, calibrate, evaluate
@@ -363,14 +363,14 @@ def test_frozen_shared_parts_stay_the_backbones_and_others_learn(finished_study:
 
 def test_the_joint_model_starts_as_the_backbone_and_its_balance_loss_is_one_when_even(finished_study: Runs) -> None:
     backbone = Backbone(open_artifact(f"{finished_study.root}/seed-0/plain/backbone"))
-    model = build_joint(backbone.tensors, backbone.values, 3, 3, freeze_shared=False)
+    model = joint_mixture(backbone.tensors, backbone.values, 3, 3, freeze_shared=False).whole()
     tokens_BT = torch.arange(40).view(2, 20)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens_BT), backbone.model()(tokens_BT), atol=1e-5, rtol=1e-5)
         observe_routing(model)
         model(tokens_BT)
         assert float(load_balance_loss(model)) == pytest.approx(1.0)
-        uneven = build_joint(backbone.tensors, backbone.values, 3, 1, freeze_shared=False)
+        uneven = joint_mixture(backbone.tensors, backbone.values, 3, 1, freeze_shared=False).whole()
         for layer in range(model.config.layers):
             uneven.get_parameter(names.gate(layer))[0] *= 1000
         observe_routing(uneven)

@@ -14,7 +14,7 @@ from modularforge.calibration.calibrator import calibrate_by
 from modularforge.config import Config, ExpertsConfig, ModelConfig, TrainingConfig
 from modularforge.config_files import load_config
 from modularforge.errors import ConfigError
-from modularforge.experts.ffn.training import build_expert
+from modularforge.experts.ffn.training import expert_model
 from modularforge.experts.trainable import trainable
 from modularforge.memory import gpu_counts, job_memory, memory_table, smallest, too_large, trained_stages
 from modularforge.model import names
@@ -90,6 +90,18 @@ def test_the_smallest_number_that_fits_is_named_and_what_cannot_fit_is_refused()
     assert list(_memory_problems(large(), "run", [])) == []
 
 
+def test_where_only_blocks_that_are_computed_again_would_fit_that_is_named() -> None:
+    """A model of 70 B parameters: activations of 4,096 tokens fit on no GPU of 80 GB."""
+    shape = {"width": 8192, "layers": 80, "heads": 64, "kv_heads": 8, "ffn_width": 28672, "context_length": 4096}
+    changes = {f"model.{name}": value for name, value in shape.items()} | {"backbone.batch_size": 64}
+    gpus = {"cluster.gpu_memory_gb": 80, "cluster.backbone": {"nodes": 8, "gpus": 8}, "training.parallel": "fsdp"}
+    why = too_large(large(**changes, **gpus, **{"training.recompute": "none"}), STAGES["backbone"])
+    assert why is not None
+    assert why.endswith("; fsdp with training.recompute blocks on 64 would do")
+    for recompute in ("blocks", "auto"):
+        assert too_large(large(**changes, **gpus, **{"training.recompute": recompute}), STAGES["backbone"]) is None
+
+
 def test_a_calibration_that_cannot_fit_is_refused_and_counts_bf16_for_what_is_frozen() -> None:
     sizes = {"cluster.gpu_memory_gb": 80, "cluster.other": {"nodes": 1, "gpus": 8}, "calibration.batch_size": 16}
     why = too_large(large(**sizes), STAGES["calibrate"])
@@ -131,7 +143,7 @@ def test_what_is_frozen_may_stay_in_bf16_and_the_expert_is_the_same_bit_for_bit(
     settings, tokens = ExpertsConfig(anchored=anchored), torch.randint(0, 64, (4, 16))
     found, before = [], {name: tensor.clone() for name, tensor in stored.items()}
     for keeps_types in (False, True):
-        model = build_expert(stored, values, settings, directions, keeps_types)
+        model = expert_model(stored, values, settings, directions, keeps_types).whole()
         shard(trainable(model, TEXT.loss), TrainingConfig(), World())
         learns = [weight for weight in model.parameters() if weight.requires_grad]
         frozen = {weight.dtype for weight in model.parameters() if not weight.requires_grad}

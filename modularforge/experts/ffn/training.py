@@ -24,7 +24,8 @@ from modularforge.experts.trainable import Trainable, trainable
 from modularforge.experts.unfrozen import load_unfrozen, mean_unfrozen, save_unfrozen, unfreeze
 from modularforge.facts import fact
 from modularforge.model import names
-from modularforge.model.backbone import Decoder, build_backbone, initialise
+from modularforge.model.backbone import Decoder, build_backbone
+from modularforge.model.deferred import Deferred, drawn_weight, read
 from modularforge.model.folder import Weight, fill, save_tensors
 from modularforge.model.hub_config import model_config_of
 from modularforge.model.moe import build_anchored_pair
@@ -36,8 +37,10 @@ from modularforge.routing.statistics import (
     load_statistics,
 )
 from modularforge.stage_outputs import Backbone
+from modularforge.training.distributed import World
 from modularforge.training.losses import RoutedLoss
 from modularforge.training.precision import keeps_types, measuring
+from modularforge.training.sharding import spread
 
 
 def prepare(expert: ExpertJob) -> Trainable:
@@ -45,10 +48,10 @@ def prepare(expert: ExpertJob) -> Trainable:
     settings, backbone, task = expert.config.experts, expert.backbone, expert.task
     directions = _directions(expert) if settings.anchored else None
     keeps = keeps_types(expert.config.training, expert.device)
-    model = build_expert(backbone.tensors, backbone.values, settings, directions, keeps)
-    loss = RoutedLoss(model, task.loss, settings.z_loss) if settings.anchored else task.loss
-    found = trainable(model, loss)
-    return replace(found, groups=[*found.groups, *unfreeze(model, settings)])
+    begun = expert_model(backbone.tensors, backbone.values, settings, directions, keeps)
+    loss = RoutedLoss(begun.model, task.loss, settings.z_loss) if settings.anchored else task.loss
+    found = trainable(begun.model, loss, weights=begun.weights)
+    return replace(found, groups=[*found.groups, *unfreeze(begun.model, settings)])
 
 
 def save(expert: ExpertJob, model: nn.Module, folder: Path) -> dict[str, Any]:
@@ -86,41 +89,45 @@ def soup(backbone: Backbone, experts: Sequence[Artifact]) -> Decoder:
     return fill(backbone.model(), {**backbone.tensors, **mean, **mean_unfrozen(backbone.tensors, experts)})
 
 
-def build_expert(
+def expert_model(
     backbone: dict[str, Tensor],
     values: dict[str, Any],
     experts: ExpertsConfig,
     directions: list[Tensor] | None,
     keeps_types: bool = False,
-) -> Decoder:
+) -> Deferred:
     """A float32 model in which only the new FFN (and its router rows when anchored) require gradients.
 
     `backbone` and `values` are the tensors and config.json of the backbone; `directions`, one [D] per layer, are where
     the router rows start (anchored experts only). With `keeps_types` what is frozen stays in the type that it is stored
     in, for autocast, which casts it to bf16 in either case: the bits are the same. So does what learns, until `fit`.
+    A fresh expert is drawn from torch's global generator, where the weights are made.
     """
     family = names.family_of(values["model_type"])
-    start: dict[str, Tensor] = {}
-    for name, tensor in backbone.items():
-        if names.is_dense_ffn(name):
-            # Training must not reach the backbone's tensors. Of another type, they are copied where they are widened.
-            own = tensor.clone() if tensor.dtype == torch.float32 else tensor
-            start[names.dense_to_expert(name, 1, family)] = own
+    dense = {name: tensor for name, tensor in backbone.items() if names.is_dense_ffn(name)}
+    start = {names.dense_to_expert(name, 1, family): tensor for name, tensor in dense.items()}
     for layer, direction_D in enumerate(directions or []):
         start[names.gate(layer, family)] = direction_D[None].clone()
-    model = load_expert(backbone, values, start, experts.anchored)
-    model = model if keeps_types else model.float()
+    model = _empty(values, experts.anchored)
     model.has_half_blocks = model.has_float_stream = keeps_types
     model.requires_grad_(False)
     for block in model.blocks:
-        learns = (
-            [block.ffn.get_submodule("experts.1"), block.ffn.get_submodule("gate")] if experts.anchored else [block.ffn]
-        )
-        for module in learns:
-            module.requires_grad_(True)
-        if experts.init == "fresh":
-            initialise(learns[0].float(), model.config.layers)
-    return model
+        learns = ("experts.1", "gate") if experts.anchored else ("",)
+        for name in learns:
+            block.ffn.get_submodule(name).requires_grad_(True)
+    tensors = own_tensors(backbone, start, experts.anchored, family)
+    found = read(model, tensors, None if keeps_types else torch.float32)
+    return _drawn_anew(found) if experts.init == "fresh" else found
+
+
+def _drawn_anew(expert: Deferred) -> Deferred:
+    """The expert with a new FFN in float32, whose rows for routers stay."""
+    model, weights = expert.model, dict(expert.weights)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and not names.is_gate(name):
+            weight.data = weight.data.float()
+            weights[name] = drawn_weight(name, weight, model.config.layers)
+    return replace(expert, weights={name: weights[name] for name, _ in model.named_parameters()})
 
 
 def load_expert(
@@ -130,10 +137,15 @@ def load_expert(
 
     `backbone` and `values` are the tensors and config.json of the backbone, `expert` the tensors the job wrote.
     """
+    decoder = _empty(values, anchored)
+    return fill(decoder, own_tensors(backbone, expert, anchored, decoder.config.family))
+
+
+def _empty(values: dict[str, Any], anchored: bool) -> Decoder:
+    """An expert's own model on the meta device."""
     model, vocab_size = model_config_of(values), int(values["vocab_size"])
     with torch.device("meta"):
-        decoder = build_anchored_pair(model, vocab_size) if anchored else build_backbone(model, vocab_size)
-    return fill(decoder, own_tensors(backbone, expert, anchored, model.family))
+        return build_anchored_pair(model, vocab_size) if anchored else build_backbone(model, vocab_size)
 
 
 def own_tensors(
@@ -152,8 +164,11 @@ def own_tensors(
 
 def _directions(expert: ExpertJob) -> list[Tensor]:
     """Where the router rows start: from the backbone's statistics on all text towards those on the partition."""
-    with measuring(expert.config.training, expert.device):
-        own = expert.task.statistics(expert.backbone.model().float(), expert.examples, expert.device)
+    training, world = expert.config.training, expert.world or World(device=expert.device)
+    backbone = Backbone(expert.backbone.artifact)  # as it is stored, whatever a round has made of it
+    plain = read(_empty(backbone.values, anchored=False), backbone.tensors, torch.float32)
+    with measuring(training, expert.device):
+        own = expert.task.statistics(spread(plain, training, world), expert.examples, expert.device)
     general = load_statistics(expert.backbone.artifact.local_file(STATISTICS_NAME))
     return router_directions(own.layers, general.layers)
 
