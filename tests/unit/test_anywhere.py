@@ -232,6 +232,32 @@ def test_a_refused_wish_names_what_is_too_big(tmp_path: Path, monkeypatch: pytes
     assert preflight._gpus_of({"Gres": "gpu:2,gpu:v100:3"}) == 5
 
 
+def test_jobs_that_are_refused_for_the_same_wish_are_named_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six sentences for two edits were seen."""
+
+    def too_big(*_: object, **__: object) -> str:
+        raise slurm.SlurmError("allocation failure: Requested node configuration is not available")
+
+    queues = {"all": {"Default": "YES", "MaxTime": "1-00:00:00"}}
+    monkeypatch.setattr(preflight, "site_settings", dict)
+    monkeypatch.setattr(preflight, "partitions", lambda: queues)
+    monkeypatch.setattr(preflight, "run_slurm", too_big)
+    monkeypatch.setattr(slurm, "run_slurm", lambda *_, **__: NODES)
+    nodes = {"backbone": {"cpus": 8}, "expert": {"cpus": 200}, "other": {"cpus": 300, "time_minutes": 5000}}
+    config = tiny_config(tmp_path / "run", cluster=nodes)
+    said = list(preflight._slurm_problems(config, "0123", []))
+    why = "must be accepted by sbatch, but: allocation failure: Requested node configuration is not available"
+    assert said[0] == "cluster.other.time_minutes must be at most the queue's 1440, but is 5000; lower it"
+    assert said[1:] == [
+        f"prepare-data, assemble, evaluate {why}; cluster.other.cpus is 300, but there are 128 on one node (all): "
+        "lower it",
+        f"backbone, dense {why}",
+        f"expert {why}; cluster.expert.cpus is 200, but there are 128 on one node (all): lower it",
+    ]
+
+
 def test_a_launch_here_records_where_it_is(tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run")
     launcher = processes.LocalLauncher(config, [], lambda _: None)
