@@ -105,14 +105,16 @@ def _lines(item: Setting) -> str:
 
 
 def _markdown(found: list[Setting]) -> str:
-    lines, last = [HEAD], None
+    """A table for each section, so that a heading stands once, whatever is nested between two of its settings."""
+    sections: dict[str, list[Setting]] = {}
     for item in found:
-        section = item.name.rpartition(".")[0]
-        if section != last:
-            lines += ["", f"## {section or 'The run'}", "", "| setting | type | default | |", "|---|---|---|---|"]
-            last = section
-        cells = [f"`{item.name}`", item.type, f"`{item.default}`", item.sentence]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        sections.setdefault(item.name.rpartition(".")[0], []).append(item)
+    lines = [HEAD]
+    for section, items in sections.items():
+        lines += ["", f"## {section or 'The run'}", "", "| setting | type | default | |", "|---|---|---|---|"]
+        for item in items:
+            cells = [f"`{item.name}`", item.type, f"`{item.default}`", item.sentence]
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 

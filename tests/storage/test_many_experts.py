@@ -32,6 +32,7 @@ from modularforge.errors import MismatchError
 from modularforge.pipeline import checkpoint_url, metrics_url
 from modularforge.run import Run
 from tests.storage.proxy import Fault, FaultProxy
+from tests.synthetic_models import fill_expert
 
 EXPERTS = 12
 
@@ -54,8 +55,7 @@ def test_status_of_finished_experts_is_read_from_listings(
     proxy: FaultProxy, proxied: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(f"{proxied}/run", EXPERTS)
-    filled = experts.fill_expert
-    monkeypatch.setattr(experts, "fill_expert", lambda *given: filled(*given) | {"train_loss": 2.5})
+    monkeypatch.setattr(experts, "fill_expert", lambda *given: fill_expert(*given) | {"train_loss": 2.5})
     pretend(config, ["prepare-data", "partition", "backbone"])
     proxy.reset()
     assert not [name for name in finished_tasks(Run(config), build_tasks(config)) if name.startswith("expert")]

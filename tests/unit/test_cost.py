@@ -178,7 +178,7 @@ def test_a_machine_that_was_busy_is_measured_again_until_a_part_has_shown_it() -
     total = sum(part.flops for part in parts_of(config))
     measured = iter([Machine("test", total / 6000), Machine("test", total / 600)])
     parts = Parts(config, Machine("test", total / 1200), measure=lambda: next(measured))
-    assert parts.line("prepare-data") == "part 1 of 12: prepare-data, about 20 min left"
+    assert parts.line("prepare-data") == "part 1 of 12: prepare-data, about 1.7 h left", "others came"
     assert parts.line("backbone") == "part 3 of 12: backbone, about 10 min left"
     parts.took("backbone", None, 60.0)
     assert ", about " in parts.line("expert", 0), "which is not measured any more"

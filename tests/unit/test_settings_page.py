@@ -35,6 +35,13 @@ def test_the_shipped_page_and_schema_are_those_of_this_program() -> None:
     assert json.loads((ROOT / "configs/settings.schema.json").read_text()) == json.loads(schema())
 
 
+def test_every_section_of_the_page_has_one_heading() -> None:
+    """`## data` stood there four times, once for every section within it."""
+    headings = [line for line in page(None, as_markdown=True).splitlines() if line.startswith("## ")]
+    assert len(headings) == len({*headings})
+    assert "## data" in headings
+
+
 def test_a_default_can_be_pasted_into_a_file() -> None:
     config = Config.model_validate(tiny_values("run", data={"sources": sample_sources()}))
     given = Config.model_construct(data=config.data)
