@@ -27,6 +27,7 @@ from launcher.slurm import SlurmError
 from launcher.status import describe, is_going_on, known_status, where_it_is
 from launcher.tasks import build_groups, build_tasks
 from modularforge.config import Config
+from modularforge.config_files import to_yaml
 from modularforge.errors import ConfigError
 from modularforge.run import Run
 from tests.conftest import tiny_config
@@ -256,6 +257,24 @@ def test_jobs_that_are_refused_for_the_same_wish_are_named_in_one_sentence(
         f"backbone, dense {why}",
         f"expert {why}; cluster.expert.cpus is 200, but there are 128 on one node (all): lower it",
     ]
+
+
+def test_a_job_by_hand_takes_the_settings_of_the_run_that_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`OUTPUT_DIR=s3://… sbatch slurm/train_experts.sh` took configs/default.yaml, and was refused by the run."""
+    config = tiny_config(tmp_path / "run", experts={"count": 3})
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
+    ran: list[tuple[Config, list[str]]] = []
+    monkeypatch.setattr(node, "spread_start", lambda *_: None)
+    monkeypatch.setattr(node, "run_task", lambda own, _task, _allocation, words, *_: ran.append((own, words)))
+    monkeypatch.setattr(sys, "argv", ["node", "expert", "--output-dir", config.output_dir, "--offset", "2"])
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(SystemExit):
+        node.main()
+    assert ran == [(config, ["--output-dir", config.output_dir])]
 
 
 def test_a_launch_here_records_where_it_is(tmp_path: Path) -> None:

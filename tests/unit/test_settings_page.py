@@ -61,6 +61,13 @@ def test_a_pattern_finds_settings_by_name_and_sentence() -> None:
     assert "data.sources" not in shown
 
 
+def test_a_pattern_may_be_a_word_of_another_tool_or_misspelt() -> None:
+    shown = CliRunner().invoke(app, ["settings", "n_embd"]).output
+    assert shown.startswith("model.width  (")
+    wrong = CliRunner().invoke(app, ["settings", "batch_sise"]).exception
+    assert "'batch_sise' is in none; did you mean batch_size?" in str(wrong)
+
+
 def test_the_schema_knows_what_settings_files_may_hold() -> None:
     validator = jsonschema.Draft202012Validator(json.loads(schema()))
     for file in ("quickstart", "default", "cluster"):
