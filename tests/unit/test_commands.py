@@ -44,12 +44,32 @@ def test_every_program_has_short_help_a_version_and_completion(program: str) -> 
 
 
 @pytest.mark.parametrize(
+    ("program", "begun", "completed"),
+    [
+        ("modularforge", "run", "run-all"),
+        ("modularforge-checkpoints", "ve", "verify"),
+        ("modularforge-launcher", "st", "status"),
+        ("modularforge-launcher", "", "launch plan status logs cancel rerun resume wait"),
+        ("modularforge-launcher", "status --out", "--output-dir"),
+    ],
+)
+def test_a_shell_completes_the_commands_of_every_program(program: str, begun: str, completed: str) -> None:
+    """The launcher, which takes `launch` for granted, completed nothing."""
+    words = f"{program} {begun}"
+    variable = f"_{program.upper().replace('-', '_')}_COMPLETE"
+    asked = {variable: "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = CliRunner().invoke(APPS[program], [], prog_name=program, env=asked)
+    assert done.output.split() == completed.split()
+
+
+@pytest.mark.parametrize(
     ("program", "word", "said"),
     [
         ("modularforge", "trian", "Did you mean 'train'?"),
         ("modularforge", "status", "It is one of another program: modularforge-launcher status"),
         ("modularforge", "pull", "It is one of another program: modularforge-checkpoints pull"),
         ("modularforge-launcher", "info", "It is one of another program: modularforge info"),
+        ("modularforge-launcher", "route", "It is one of another program: modularforge route"),
         ("modularforge-launcher", "stats", "Did you mean 'status'?"),
         ("modularforge-checkpoints", "zzz", "There are ls, verify, pull, push, gc."),
     ],
