@@ -193,8 +193,8 @@ def evaluate(
     if model is None and on is None:
         _evaluate(Run(settings))
         return
-    from modularforge.observe.evaluation import print_errors, print_table
-    from modularforge.stages.evaluate import chosen_model, measure_folder
+    from modularforge.observe.evaluation import print_errors, print_harness, print_table
+    from modularforge.stages.evaluate import chosen_model, harness_of_folder, measure_folder
 
     run = Run(settings)
     if settings.task == "speech":
@@ -202,6 +202,10 @@ def evaluate(
 
         results = measure_speech(run, model or chosen_model(run).url, on)
         print_errors(results)
+    elif harness and model and not run.find(run.url("prepare-data")):
+        logger.info("there is no prepared text at %s, so that the tasks alone are done", run.url("prepare-data"))
+        print_harness(harness_of_folder(settings, model))
+        return
     else:
         assert model is not None
         results = measure_folder(run, model)

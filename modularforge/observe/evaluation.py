@@ -74,6 +74,12 @@ def print_table(results: Results) -> None:
     say(verdict(results))
 
 
+def print_harness(results: Results) -> None:
+    """The tables of lm-eval's tasks."""
+    for table in harness_tables(results):
+        table.show()
+
+
 def print_errors(results: Results) -> None:
     """The worst utterances, where there are some."""
     if results.get("errors"):
