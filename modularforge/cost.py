@@ -219,10 +219,10 @@ def this_machine(config: Config) -> Machine:
         return Machine(torch.cuda.get_device_name(), _rates(config).best * SHARE_REACHED)
     count, rates = torch.get_num_threads(), _rates(config)
     name = f"{count} thread{'s' if count > 1 else ''} of this processor"
-    if rates.best < BUSY * rates.mean:
-        return Machine(name, rates.best * SHARE_REACHED)
     single = _rates_of_one_thread(config) if count > 1 else rates
     best = max(rates.best, single.best)  # where threads kept each other waiting in every try, one alone knows better
+    if best < BUSY * rates.mean:
+        return Machine(name, best * SHARE_REACHED)
     better = single.mean if single.mean > BUSY * rates.mean else 0.0
     return Machine(name, best * SHARE_REACHED, rates.mean * SHARE_REACHED, better * SHARE_REACHED)
 
@@ -347,7 +347,7 @@ def _busy(machine: Machine, flops: float) -> str:
     if not machine.pace or flops / machine.pace < TOLD_SECONDS:
         return ""
     single = f", about {span(flops / machine.single)} with OMP_NUM_THREADS=1" if machine.single else ""
-    return f"other programs compute here now: about {span(flops / machine.pace)} at the pace of this moment{single}\n"
+    return f"beside what else computes here, about {span(flops / machine.pace)} at the pace of this moment{single}\n"
 
 
 def gpu_hours(config: Config, jobs: Iterable[str]) -> float:
