@@ -53,7 +53,7 @@ quickstart-speech: $(VENV)/installed  ## steering experts on real models: Whispe
 
 docs: $(VENV)/installed  ## build the documentation as a site in site/
 	@$(PIP) --editable '.[docs]'
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "open site/index.html"
 
 wheel:  ## build a wheel of the project in dist/ (a test of test-slow installs it in an empty environment)

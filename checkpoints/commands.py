@@ -11,7 +11,8 @@ from typer.core import TyperGroup
 
 PROGRAMS = {
     "modularforge": ("run-all", "prepare-data", "train", "backbone", "expert", "assemble", "evaluate", "generate",
-                     "info", "init", "settings", "sanity", "report", "compare", "study", "fetch"),
+                     "info", "init", "settings", "sanity", "report", "compare", "study", "fetch", "push", "export",
+                     "export-tokens", "route", "analyze", "transcribe", "experts"),
     "modularforge-launcher": ("launch", "plan", "status", "logs", "cancel", "rerun", "resume", "wait"),
     "modularforge-checkpoints": ("ls", "verify", "pull", "push", "gc"),
 }  # fmt: skip

@@ -23,8 +23,10 @@ class LaunchByDefault(Commands):
     """Without a subcommand, `launch` is meant."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put `launch` before options that no subcommand precedes."""
-        is_launch = not args or (args[0].startswith("-") and args[0].partition("=")[0] not in OF_THE_PROGRAM)
+        """Put `launch` before options that no subcommand precedes; a shell that completes is told the subcommands."""
+        is_launch = (not args and not ctx.resilient_parsing) or (
+            args and args[0].startswith("-") and args[0].partition("=")[0] not in OF_THE_PROGRAM
+        )
         return list(super().parse_args(ctx, ["launch", *args] if is_launch else args))
 
 

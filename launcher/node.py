@@ -31,9 +31,9 @@ from launcher.retry_policy import ASKED_TO_STOP, Decision, Ended, count_requeues
 from launcher.slurm import SlurmError, job_fields, minutes, run_slurm
 from launcher.tasks import Task, build_tasks, is_finished
 from modularforge.config import Config
-from modularforge.config_files import load_config
 from modularforge.errors import ConfigError
 from modularforge.exits import run_app
+from modularforge.options import settings_from
 from modularforge.run import Run
 
 PR_SET_PDEATHSIG = 1
@@ -45,7 +45,7 @@ SHORTEST_SPREAD = 5.0  # seconds; fewer jobs than that would take do not start w
 def main() -> None:
     """Entry point; the exit code is that of the task."""
     options = _parser().parse_args()
-    config = load_config(
+    config = settings_from(
         options.config, options.set, smoke_test=options.smoke_test, data_dir=options.data_dir,
         output_dir=options.output_dir,
     )  # fmt: skip
@@ -219,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
         "group",
         help="a name of the task list, such as backbone, expert, dense or evaluate",
     )
-    parser.add_argument("--config", default="configs/default.yaml", help="settings file")
+    parser.add_argument("--config", help="settings file; default: the run's own, or configs/default.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting; repeatable")
     parser.add_argument("--smoke-test", action="store_true", help="tiny sizes")
     parser.add_argument("--data-dir", help="prepared data")
@@ -234,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _settings_options(options: argparse.Namespace) -> list[str]:
     """The options that give the training the same settings."""
-    words = ["--config", options.config]
+    words = ["--config", options.config] if options.config else []
     for change in options.set:
         words += ["--set", change]
     words += ["--smoke-test"] if options.smoke_test else []

@@ -69,19 +69,29 @@ def _slurm_problems(config: Config, run_id: str, _notes: list[str]) -> Iterator[
     if unknown:
         yield f"cluster.queue must be one of {', '.join(queues)}, but is {', '.join(unknown)}; choose one of these"
         return
+    yield from dict.fromkeys(found for group in groups for found in _time_problems(config, group, queues))
     max_array = int(site.get("MaxArraySize", 1001))
+    refused: dict[str, list[str]] = {}  # groups of jobs by what is said of them, since many share their wishes
     with ThreadPoolExecutor(len(groups)) as pool:
-        for found in pool.map(lambda group: list(_group_problems(config, run_id, group, queues, max_array)), groups):
-            yield from found
+        found = pool.map(lambda group: _refusal(config, run_id, group, queues, max_array), groups)
+        for group, refusal in zip(groups, found, strict=True):
+            if refusal:
+                refused.setdefault(refusal, []).append(group.name)
+    for refusal, names in refused.items():
+        yield f"{', '.join(names)} must be accepted by sbatch, but: {refusal}"
 
 
-def _group_problems(
-    config: Config, run_id: str, group: Group, queues: dict[str, dict[str, str]], max_array: int
-) -> Iterator[str]:
+def _time_problems(config: Config, group: Group, queues: dict[str, dict[str, str]]) -> Iterator[str]:
     limit, wanted = _queue_limit(config, queues), nodes_of(config, group.name).time_minutes
     if wanted > limit:
         section = nodes_section(group.name)
         yield f"cluster.{section}.time_minutes must be at most the queue's {limit:.0f}, but is {wanted}; lower it"
+
+
+def _refusal(
+    config: Config, run_id: str, group: Group, queues: dict[str, dict[str, str]], max_array: int
+) -> str | None:
+    """What sbatch has against the script of a group, and which wishes are too big; None where it takes it."""
     indices = [task.index for task in group.tasks if task.index is not None]
     part = next(iter(cut(indices, max_array, config.cluster.array_throttle)), None)
     script = script_of(config, Request(group.name, "test", run_id, snapshot_folder(config), part))
@@ -92,7 +102,8 @@ def _group_problems(
             run_slurm("sbatch", "--test-only", file.name, env=job_environment(config.cluster.pass_environment))
         except SlurmError as error:
             too_big = "".join(f"; {wish}" for wish in _wishes_too_big(config, group, queues))
-            yield f"{group.name} must be accepted by sbatch, but: {' '.join(str(error).split())}{too_big}"
+            return " ".join(str(error).split()) + too_big
+    return None
 
 
 def _wishes_too_big(config: Config, group: Group, queues: dict[str, dict[str, str]]) -> Iterator[str]:

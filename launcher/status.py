@@ -184,12 +184,14 @@ def _row(
     else:
         state, reason = _ended_state(events, carrier, job)
     found = progress.get(task.name, Progress()) if state != "pending" else Progress()
-    shown = job or by_hand
+    shown, steps = job or by_hand, _steps(config, task)
+    # What an object store tells of a finished training has its steps only where it ended before the last one.
+    ended = steps if state == "committed" and found.loss is not None else None
     name = carrier.job_name(task.name) if carrier else str(events[-1].get("slurm_job") or "") if events else ""
     log = _log(config, task, carrier, events, record)
     return Row(
         task.name, task.group, state, reason, name, shown.nodes if shown else "", requeues,
-        max(found.step, found.checkpoint_step) or None, _steps(config, task), found.loss, found.checkpoint_step or None,
+        max(found.step, found.checkpoint_step) or ended, steps, found.loss, found.checkpoint_step or None,
         None if found.checkpoint_time is None else round(time.time() - found.checkpoint_time, 1), str(log),
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from modularforge.experts_cli import app as experts_app
 from modularforge.kept_code import keep_code
 from modularforge.log import logger
 from modularforge.options import with_lazy_settings, with_settings
-from modularforge.pipeline import SHARED_WORK, STAGES, Stage, wanted_stages
+from modularforge.pipeline import SHARED_WORK, STAGES, JobName, Stage, checkpoint_url, wanted_stages
 from modularforge.run import Run
 
 if TYPE_CHECKING:
@@ -70,11 +70,25 @@ def _make(
 def _make_part(run: Run, stage: str, index: int | None, parts: Parts | None) -> Any:
     if parts is None or run.find(run.url(stage, index)):
         return run.make(stage, index)
-    logger.info(parts.line(stage, index))
+    done = _done_before(run, stage, index)
+    logger.info(parts.line(stage, index, done))
     start = time.monotonic()
     made = run.make(stage, index)
-    parts.took(stage, index, time.monotonic() - start)
+    parts.took(stage, index, time.monotonic() - start, done)
     return made
+
+
+def _done_before(run: Run, stage: str, index: int | None) -> float:
+    """The share of a training's steps that its newest checkpoint has behind it."""
+    from checkpoints import paths
+    from checkpoints.training import STEP_NAME
+
+    phase = STAGES[stage].phase
+    if phase is None:
+        return 0.0
+    names = paths.list_folder(checkpoint_url(run.config, JobName(stage, index)))
+    steps = [int(found[1]) for name in names if (found := STEP_NAME.fullmatch(name))]
+    return min(1.0, max(steps, default=0) / max(1, phase(run.config).steps))
 
 
 def add_jobs(jobs: typer.Typer, stages: Iterable[Stage]) -> None:
@@ -179,8 +193,8 @@ def evaluate(
     if model is None and on is None:
         _evaluate(Run(settings))
         return
-    from modularforge.observe.evaluation import print_errors, print_table
-    from modularforge.stages.evaluate import chosen_model, measure_folder
+    from modularforge.observe.evaluation import print_errors, print_harness, print_table
+    from modularforge.stages.evaluate import chosen_model, harness_of_folder, measure_folder
 
     run = Run(settings)
     if settings.task == "speech":
@@ -188,6 +202,10 @@ def evaluate(
 
         results = measure_speech(run, model or chosen_model(run).url, on)
         print_errors(results)
+    elif harness and model and not run.find(run.url("prepare-data")):
+        logger.info("there is no prepared text at %s, so that the tasks alone are done", run.url("prepare-data"))
+        print_harness(harness_of_folder(settings, model))
+        return
     else:
         assert model is not None
         results = measure_folder(run, model)

@@ -114,21 +114,29 @@ def load_config(
             _take_sample_tasks(values)
         values["output_dir"] = f"{str(values.get('output_dir', 'runs/default')).rstrip('/')}-smoke-test"
         values["data_dir"] = None
-    for override in overrides:
+    changes = list(overrides)
+    for override in changes:
         _merge(values, _change(override))
+    origin = _origin(path, changes)
     if data_dir is not None:
         values["data_dir"] = data_dir
     if output_dir is not None:
         values["output_dir"] = output_dir
     if (router := _section(values, "assembly").get("router")) in RECORDED_ROUTERS.values():
         _say_new_name(router)
-    config = complete_config(values, path) if asks_for_shape else make_config(values, path)
+    config = complete_config(values, origin) if asks_for_shape else make_config(values, origin)
     if asks_for_shape:
-        _refuse_experts_without_domain(config, path)
+        _refuse_experts_without_domain(config, origin)
     # Now, and not when a backbone has been trained for days.
     entry(kind.GROUP, kind.OWN, config.experts.kind, "experts.kind")
     entry(task.GROUP, task.OWN, config.task, "task")
     return config
+
+
+def _origin(path: str, changes: Iterable[str | tuple[str, Any]]) -> str:
+    """Where settings are from, for what is said of mistakes: the file, and the names that a command changed."""
+    names = [change.partition("=")[0].strip()[:80] for change in changes if isinstance(change, str)]
+    return f"{path} with --set {', '.join(dict.fromkeys(names))}" if names else path
 
 
 def _refuse_experts_without_domain(config: Config, path: str) -> None:
@@ -293,7 +301,7 @@ def _unknown_name(location: tuple[Any, ...]) -> str:
     section, last = _section_at(location[:-1]), str(location[-1])[:80]
     known = sorted(section.model_fields) if section else []
     here = "".join(f"{part}." for part in location[:-1])
-    near = [here + name for name in difflib.get_close_matches(last, known, n=1, cutoff=0.5)]
+    near = [here + name for name in difflib.get_close_matches(last, known, n=1, cutoff=0.6)]
     elsewhere = [path for path in setting_names(in_lists=False) if path.rsplit(".", 1)[-1] == last]
     meant = [*_of_another_tool(last, here, known), *elsewhere, *near]
     return f"is not a setting; {f'did you mean {meant[0]}?' if meant else 'known here: ' + ', '.join(known)}"

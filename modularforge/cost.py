@@ -1,19 +1,20 @@
 """What a run costs before anything runs: FLOPs and tokens of its parts, and on this machine time, disk and memory.
 
 FLOPs follow from the shape alone. How many of them a machine does in a second says a short matrix product of the
-model's own shape, as large as one in a training step, of which a training reaches a share; a run that goes on knows
-better after each part (`Parts`). All of it is about right, within a factor of two. Only what asks the machine loads
-torch.
+model's own shape, as large as one in a training step, of which a training reaches a share: its best try where the
+machine is left alone, the mean of all tries beside other programs. A run that goes on knows better after each part
+(`Parts`). All of it is about right, within a factor of two. Only what asks the machine loads torch.
 """
 
 from __future__ import annotations
 
 import functools
-import os
+import importlib
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from modularforge.config import Config, PhaseConfig
 from modularforge.model.sizes import (
@@ -31,6 +32,10 @@ from modularforge.routing.solvers import widening_of
 # busy cores, 0.15 to 0.38, 0.11 to 0.36 and 0.37 to 0.76.
 SHARE_REACHED = 0.4
 MEASURED_TOKENS, MEASURED_SECONDS = 2048, 0.15
+BUSY = 2.0  # how much slower than its best the machine is by the mean of all tries, from which on it is told
+TOLD_SECONDS = 60  # of a run, below which it is not
+# Threads that wait for one that another program keeps off its processor make a few tries of milliseconds into seconds.
+LEAST_TRIES, MOST_SECONDS = 50, 1.5
 GPU_SHARE_REACHED = 0.4  # of a GPU's peak; what large models reach (PaLM, arXiv 2204.02311, table 3: 0.21 to 0.46)
 USUAL_GPU, USUAL_PEAK = "A100", 312e12
 # FLOPs a second in bf16 of dense matrices, by words in a device's name, the longer first (torchtitan, tools/utils.py).
@@ -38,7 +43,6 @@ PEAKS = {"H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12
          "L40S": 362e12, "MI300X": 1300e12, "MI325X": 1300e12, "MI250X": 191.5e12}  # fmt: skip
 PEAK_SIDE, PEAK_SECONDS = 512, 0.02
 # A machine that is busy at one moment is free at another: so many tries, at least so many seconds apart.
-BUSY = 1.5  # others for each processor, from which on it is told
 PEAK_TRIES, SECONDS_BETWEEN_TRIES = 10, 1.0
 # What a model reads where it is measured: the text, as much behind a switch and mixed by an eighth each, read twice.
 EVALUATION_READS = 1.5
@@ -213,52 +217,90 @@ class Machine:
 
     name: str
     flops_per_second: float
-    waiting: float = 0.0
-    """How many others compute on each of its processors now, beside this program."""
+    """Left alone, by the best try."""
+    pace: float = 0.0
+    """Now, beside what else computes; 0 where that is the same."""
+    single: float = 0.0
+    """Now, with a single thread; 0 where that is not known, or no better."""
+
+    @property
+    def now(self) -> float:
+        """FLOPs a second of a training that begins now."""
+        return self.pace or self.flops_per_second
 
 
 def this_machine(config: Config) -> Machine:
-    """The machine that this program runs on, after a product of the model's own shape."""
+    """The machine that this program runs on, after products of the model's own shape."""
     import torch
 
-    model = config.model
-    tokens = min(MEASURED_TOKENS, config.backbone.batch_size * model.context_length)
-    rate = matrix_rate(tokens, model.width, model.ffn_width, MEASURED_SECONDS)
     if torch.cuda.is_available():
-        return Machine(torch.cuda.get_device_name(), rate * SHARE_REACHED)
-    count = torch.get_num_threads()
-    processor = f"{count} thread{'s' if count > 1 else ''} of this processor"
-    return Machine(processor, rate * SHARE_REACHED, _others(count))
+        return Machine(torch.cuda.get_device_name(), _rates(config).best * SHARE_REACHED)
+    count, rates = torch.get_num_threads(), _rates(config)
+    name = f"{count} thread{'s' if count > 1 else ''} of this processor"
+    single = _rates_of_one_thread(config) if count > 1 else rates
+    best = max(rates.best, single.best)  # where threads kept each other waiting in every try, one alone knows better
+    if best < BUSY * rates.mean:
+        return Machine(name, best * SHARE_REACHED)
+    better = single.mean if single.mean > BUSY * rates.mean else 0.0
+    return Machine(name, best * SHARE_REACHED, rates.mean * SHARE_REACHED, better * SHARE_REACHED)
 
 
-def _others(threads: int) -> float:
-    """Of the last minute, how many others wait for each processor that so many threads of ours want to have."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        load = os.getloadavg()[0]
-    except OSError:  # some sandboxes do not tell
-        return 0.0
-    return max(0.0, (load + threads) / processors - 1)
+class Rates(NamedTuple):
+    """FLOPs a second: of the best of some tries, and of all of them."""
+
+    best: float
+    mean: float
 
 
-def matrix_rate(rows: int, inner: int, columns: int, seconds: float) -> float:
-    """FLOPs a second of products [rows, inner] x [inner, columns] for some time, on the device that trainings get."""
+def _rates(config: Config) -> Rates:
+    return matrix_rates(*_product(config), MEASURED_SECONDS, LEAST_TRIES)
+
+
+def _product(config: Config) -> tuple[int, int, int]:
+    model = config.model
+    return min(MEASURED_TOKENS, config.backbone.batch_size * model.context_length), model.width, model.ffn_width
+
+
+def _rates_of_one_thread(config: Config) -> Rates:
+    """As numpy multiplies: torch may split sums in another way once its threads were changed, even if set back."""
+    import numpy as np
+
+    threadpoolctl: Any = importlib.import_module("threadpoolctl")  # without type hints
+    rows, inner, columns = _product(config)
+    left, right = np.ones((rows, inner), np.float32), np.ones((inner, columns), np.float32)
+    with threadpoolctl.threadpool_limits(1, user_api="blas"):
+        return _rates_of(lambda: left @ right, 2.0 * rows * inner * columns, MEASURED_SECONDS, LEAST_TRIES)
+
+
+def matrix_rates(rows: int, inner: int, columns: int, seconds: float, least: int = 1) -> Rates:
+    """Those of products [rows, inner] x [inner, columns], on the device that trainings get.
+
+    For some seconds, and longer until there were the least tries, but no longer than `MOST_SECONDS`.
+    """
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     left = torch.ones(rows, inner, device=device, dtype=dtype)
     right = torch.ones(inner, columns, device=device, dtype=dtype)
-    wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    torch.mm(left, right)  # the first one wakes threads and libraries
-    wait()
-    best, end = float("inf"), time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < end:
-        start = time.perf_counter()
+
+    def multiply() -> None:
         torch.mm(left, right)
-        wait()
-        best = min(best, time.perf_counter() - start)  # what else the machine does is not asked
-    return 2.0 * rows * inner * columns / best
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return _rates_of(multiply, 2.0 * rows * inner * columns, seconds, least)
+
+
+def _rates_of(multiply: Callable[[], object], flops: float, seconds: float, least: int) -> Rates:
+    multiply()  # the first one wakes threads and libraries
+    best, tries, begin, now = float("inf"), 0, time.perf_counter(), 0.0
+    while not tries or now - begin < seconds or (tries < least and now - begin < MOST_SECONDS):
+        start = time.perf_counter()
+        multiply()
+        now, tries = time.perf_counter(), tries + 1
+        best = min(best, now - start)
+    return Rates(flops / best, flops * tries / (now - begin))
 
 
 class Peak:
@@ -285,7 +327,7 @@ class Peak:
         return flops_per_second / self.rate
 
     def _try(self) -> None:
-        self.rate = max(self.rate, matrix_rate(PEAK_SIDE, PEAK_SIDE, PEAK_SIDE, PEAK_SECONDS))
+        self.rate = max(self.rate, matrix_rates(PEAK_SIDE, PEAK_SIDE, PEAK_SIDE, PEAK_SECONDS).best)
         self._tries, self._last_try = self._tries - 1, time.monotonic()
 
 
@@ -296,7 +338,7 @@ def device_peak() -> Peak:
 
 
 def describe_cost(config: Config, machine: Machine) -> str:
-    """What a whole run costs here, in two lines of text; empty where the shape does not tell."""
+    """What a whole run costs here, in two lines, three on a busy machine; empty where the shape does not tell."""
     parts = parts_of(config)
     flops = sum(part.flops for part in parts)
     if not flops:
@@ -312,17 +354,18 @@ def describe_cost(config: Config, machine: Machine) -> str:
     )
     return (
         f"about {span(flops / machine.flops_per_second)} here ({machine.name}): {listed}; "
-        f"{sum(part.tokens for part in parts):,} tokens are trained on{_busy(machine)}\n"
+        f"{sum(part.tokens for part in parts):,} tokens are trained on\n{_busy(machine, flops)}"
         f"about {size(disk_bytes(config))} of disk for models and checkpoints, beside the data, and "
         f"{size(memory_bytes(config))} of memory"
     )
 
 
-def _busy(machine: Machine) -> str:
-    """A warning where what was measured is of moments that other programs left."""
-    if machine.waiting < BUSY:
+def _busy(machine: Machine, flops: float) -> str:
+    """How long it takes beside what else computes, as a line, where that is much longer."""
+    if not machine.pace or flops / machine.pace < TOLD_SECONDS:
         return ""
-    return f"; other programs compute here now, beside which it takes up to {1 + machine.waiting:.0f} times as long"
+    single = f", about {span(flops / machine.single)} with OMP_NUM_THREADS=1" if machine.single else ""
+    return f"beside what else computes here, about {span(flops / machine.pace)} at the pace of this moment{single}\n"
 
 
 def gpu_hours(config: Config, jobs: Iterable[str]) -> float:
@@ -347,22 +390,22 @@ class Parts:
     ) -> None:
         """`measure` looks at the machine again until a part has shown it: other programs may have had it before."""
         self.parts = [part for part in parts_of(config) if part.job.stage not in skipped]
-        self._rate, self._measure = machine.flops_per_second if machine else 0.0, measure
+        self._rate, self._measure = machine.now if machine else 0.0, measure
         self._done, self._seconds = 0.0, 0.0
 
-    def line(self, stage: str, index: int | None = None) -> str:
-        """`part 3 of 9: expert-0, about 12 min left`."""
+    def line(self, stage: str, index: int | None = None, done: float = 0.0) -> str:
+        """`part 3 of 9: expert-0, about 12 min left`; a share of this part may be done by an earlier start."""
         place = self._place(JobName(stage, index))
-        left = sum(part.flops for part in self.parts[place:])
+        left = sum(part.flops for part in self.parts[place:]) - done * self.parts[place].flops
         if self._measure and not self._seconds:
-            self._rate = max(self._rate, self._measure().flops_per_second)
+            self._rate = self._measure().now
         rate = self._done / self._seconds if self._seconds else self._rate
         rest = f", about {span(left / rate)} left" if rate and left else ""
         return f"part {place + 1} of {len(self.parts)}: {self.parts[place].job}{rest}"
 
-    def took(self, stage: str, index: int | None, seconds: float) -> None:
-        """A part was made in so many seconds."""
-        if flops := self.parts[self._place(JobName(stage, index))].flops:
+    def took(self, stage: str, index: int | None, seconds: float, done: float = 0.0) -> None:
+        """A part was made in so many seconds, but for the share that an earlier start had done."""
+        if flops := (1 - done) * self.parts[self._place(JobName(stage, index))].flops:
             self._done, self._seconds = self._done + flops, self._seconds + seconds
 
     def _place(self, job: JobName) -> int:

@@ -39,7 +39,8 @@ def describe(config: Config, gpus: Sequence[int] = ()) -> str:
 
 def _cost(config: Config) -> Iterator[str]:
     found = describe_cost(config, this_machine(config)).splitlines()
-    yield from (f"{name:<11} {line}" for name, line in zip(("time:", "space:"), found, strict=False))
+    names = ("time:", "", "space:") if len(found) > 2 else ("time:", "space:")
+    yield from (f"{name:<11} {line}" for name, line in zip(names, found, strict=False))
     yield from (f"advice:     {sentence}" for sentence in advice(config))
 
 

@@ -55,7 +55,7 @@ def with_lazy_settings(command: Callable[..., None]) -> Callable[..., None]:
     return _with_options(command, lambda load: load)
 
 
-def _load(path: str | None, changes: Sequence[str], **given: Any) -> Config:
+def settings_from(path: str | None, changes: Sequence[str], **given: Any) -> Config:
     """The settings of a file; of a run that is there and was named without one, its own."""
     output_dir, smoke_test = given["output_dir"], given["smoke_test"]
     own = settings_of_run(output_dir) if path is None and output_dir and not smoke_test else None
@@ -72,7 +72,7 @@ def _with_options(command: Callable[..., None], pass_on: Callable[[Callable[...,
         given = {name: values.pop(name) for name in shared}
         configure_logging(quiet=is_quiet())
         load = functools.partial(
-            _load,
+            settings_from,
             given["config"],
             given["changes"] or (),
             smoke_test=given["smoke_test"],

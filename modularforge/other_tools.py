@@ -40,6 +40,8 @@ OURS = {
     **dict.fromkeys(("random_seed",), "seed"),
     **dict.fromkeys(("report_to", "use_wandb", "use_mlflow", "logger_name"), "metrics.writers"),
     **dict.fromkeys(("torch_compile",), "training.compile"),
+    **dict.fromkeys(("fsdp", "fsdp_config", "fsdp_version", "deepspeed", "zero_stage"), "training.parallel"),
+    **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"), "training.recompute"),
 }
 """By the word of Hugging Face, axolotl, litgpt, torchtune, nanoGPT or Lightning, the setting here."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import typing
@@ -16,6 +17,7 @@ from pydantic.fields import FieldInfo
 from modularforge.config import Config
 from modularforge.config_files import section_type
 from modularforge.errors import ConfigError
+from modularforge.other_tools import OURS
 
 HEAD = """# Settings
 
@@ -90,14 +92,24 @@ def _default(field: FieldInfo) -> str:
 
 
 def page(pattern: str | None, as_markdown: bool) -> str:
-    """The settings that match, as lines or as Markdown; raises ConfigError when none does."""
-    wanted = (pattern or "").lower()
-    found = [item for item in all_settings() if wanted in f"{item.name} {item.sentence}".lower()]
+    """The settings that match, as lines or as Markdown; raises ConfigError when none does.
+
+    A word of another tool that none of ours has is taken for the setting that it means.
+    """
+    found = _matching(pattern or "") or _matching(OURS.get(pattern or "", pattern or ""))
     if not found:
+        leaves = {item.name.rpartition(".")[2] for item in all_settings()}
+        near = difflib.get_close_matches((pattern or "").lower(), sorted({*leaves, *OURS}), n=1)
+        hint = f"did you mean {near[0]}?" if near else "try less"
         raise ConfigError(
-            f"PATTERN must be in the name or the sentence of a setting, but {pattern!r:.60} is in none; try less"
+            f"PATTERN must be in the name or the sentence of a setting, but {pattern!r:.60} is in none; {hint}"
         )
     return _markdown(found) if as_markdown else "\n\n".join(map(_lines, found))
+
+
+def _matching(pattern: str) -> list[Setting]:
+    wanted = pattern.lower()
+    return [item for item in all_settings() if wanted in f"{item.name} {item.sentence}".lower()]
 
 
 def _lines(item: Setting) -> str:
@@ -105,14 +117,16 @@ def _lines(item: Setting) -> str:
 
 
 def _markdown(found: list[Setting]) -> str:
-    lines, last = [HEAD], None
+    """A table for each section, so that a heading stands once, whatever is nested between two of its settings."""
+    sections: dict[str, list[Setting]] = {}
     for item in found:
-        section = item.name.rpartition(".")[0]
-        if section != last:
-            lines += ["", f"## {section or 'The run'}", "", "| setting | type | default | |", "|---|---|---|---|"]
-            last = section
-        cells = [f"`{item.name}`", item.type, f"`{item.default}`", item.sentence]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        sections.setdefault(item.name.rpartition(".")[0], []).append(item)
+    lines = [HEAD]
+    for section, items in sections.items():
+        lines += ["", f"## {section or 'The run'}", "", "| setting | type | default | |", "|---|---|---|---|"]
+        for item in items:
+            cells = [f"`{item.name}`", item.type, f"`{item.default}`", item.sentence]
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 

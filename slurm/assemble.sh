@@ -17,14 +17,14 @@
 
 set -euo pipefail
 
-CONFIG=${CONFIG:-configs/default.yaml}
+CONFIG=${CONFIG:-}                            # empty: the settings of the run at OUTPUT_DIR, or configs/default.yaml
 OUTPUT_DIR=${OUTPUT_DIR:-}                    # empty: as the settings say
 EVALUATE=${EVALUATE:-no}
 VIRTUAL_ENV=${VIRTUAL_ENV:-.venv}
 
 cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch}"
 node=("$VIRTUAL_ENV/bin/python" -u -m launcher.node)
-options=(--config "$CONFIG" ${OUTPUT_DIR:+--output-dir "$OUTPUT_DIR"})
+options=(${CONFIG:+--config "$CONFIG"} ${OUTPUT_DIR:+--output-dir "$OUTPUT_DIR"})
 "${node[@]}" assemble "${options[@]}"
 if [ "$EVALUATE" = yes ]; then
     "${node[@]}" evaluate "${options[@]}"

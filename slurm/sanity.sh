@@ -16,7 +16,7 @@
 
 set -euo pipefail
 
-CONFIG=${CONFIG:-configs/default.yaml}
+CONFIG=${CONFIG:-}                            # empty: the settings of the run at OUTPUT_DIR, or configs/default.yaml
 OUTPUT_DIR=${OUTPUT_DIR:-}                    # empty: as the settings say; prepared data there is checked too
 TEST=${TEST:-all}                             # m0, m1, m2 or all
 QUICK=${QUICK:-no}
@@ -38,7 +38,7 @@ srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c '
         --nproc-per-node="$1" --master-addr="$2" --master-port="$3" -m modularforge.sanity.node' \
     "$python" "$PROCESSES" "$address" "$port" || failed=1
 
-options=(--config "$CONFIG" --test "$TEST" ${OUTPUT_DIR:+--output-dir "$OUTPUT_DIR"})
+options=(${CONFIG:+--config "$CONFIG"} --test "$TEST" ${OUTPUT_DIR:+--output-dir "$OUTPUT_DIR"})
 if [ "$QUICK" = yes ]; then
     options+=(--quick)
 fi

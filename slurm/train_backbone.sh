@@ -20,11 +20,11 @@
 
 set -euo pipefail
 
-CONFIG=${CONFIG:-configs/default.yaml}
+CONFIG=${CONFIG:-}                            # empty: the settings of the run at OUTPUT_DIR, or configs/default.yaml
 OUTPUT_DIR=${OUTPUT_DIR:-}                    # empty: as the settings say
 PROCESSES=${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}   # per node: torchrun starts them with an address and port of this job
 VIRTUAL_ENV=${VIRTUAL_ENV:-.venv}
 
 cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch}"
-exec "$VIRTUAL_ENV/bin/python" -u -m launcher.node backbone --config "$CONFIG" \
+exec "$VIRTUAL_ENV/bin/python" -u -m launcher.node backbone ${CONFIG:+--config "$CONFIG"} \
     ${OUTPUT_DIR:+--output-dir "$OUTPUT_DIR"} --processes "$PROCESSES"

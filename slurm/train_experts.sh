@@ -22,12 +22,12 @@
 
 set -euo pipefail
 
-CONFIG=${CONFIG:-configs/default.yaml}
+CONFIG=${CONFIG:-}                            # empty: the settings of the run at OUTPUT_DIR, or configs/default.yaml
 OUTPUT_DIR=${OUTPUT_DIR:-}                    # empty: as the settings say
 PROCESSES=${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}   # per node
 VIRTUAL_ENV=${VIRTUAL_ENV:-.venv}
 FIRST_EXPERT=${FIRST_EXPERT:-0}               # expert of array task 0, for more experts than one array holds
 
 cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch}"
-exec "$VIRTUAL_ENV/bin/python" -u -m launcher.node expert --config "$CONFIG" ${OUTPUT_DIR:+--output-dir "$OUTPUT_DIR"} \
-    --processes "$PROCESSES" --offset "$FIRST_EXPERT"
+exec "$VIRTUAL_ENV/bin/python" -u -m launcher.node expert ${CONFIG:+--config "$CONFIG"} \
+    ${OUTPUT_DIR:+--output-dir "$OUTPUT_DIR"} --processes "$PROCESSES" --offset "$FIRST_EXPERT"

@@ -24,6 +24,8 @@ def environment_python(name: str, stamp: str, *wanted: str) -> Path:
             [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted], check=True
         )
         (own,) = environment.glob("lib/python*/site-packages")
-        (own / "torch_from_the_tests.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+        # Through site, so that packages which that environment borrows in turn are found as well.
+        shared = sysconfig.get_paths()["purelib"]
+        (own / "torch_from_the_tests.pth").write_text(f"import site; site.addsitedir({shared!r})\n")
         whole.touch()
     return python

@@ -19,7 +19,7 @@ import matplotlib
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
@@ -32,6 +32,7 @@ INK, GREY, PALE, PAPER = "#1b1b1f", "#6b6f76", "#d9dbdf", "#ffffff"
 EXPERT_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#332288", "#882255")
 RUN_COLOURS = ("#1b1b1f", *EXPERT_COLOURS)
 BAD = "#d55e00"
+READABLE_LUMINANCE = 1.05 / 4.5 - 0.05  # beside white
 JOB_COLOURS = {
     "public": INK,
     **{word: row.colour for row in STAGES.values() if row.colour for word in (row.name, row.kind)},
@@ -91,6 +92,20 @@ def colour_of(job: str, num_experts: int) -> Any:
     return shades(num_experts)(index / max(1, num_experts - 1))
 
 
+def letters(colour: Any) -> tuple[float, float, float]:
+    """A colour dark enough to be read on white, at 4.5 to 1 (WCAG 2.2, 1.4.3); turned to a dark page's it is so too."""
+    red, green, blue = to_rgb(colour)
+    while luminance((red, green, blue)) > READABLE_LUMINANCE:
+        red, green, blue = 0.97 * red, 0.97 * green, 0.97 * blue
+    return red, green, blue
+
+
+def luminance(colour: Sequence[float]) -> float:
+    """Relative luminance of red, green and blue from 0 to 1 (WCAG 2.2)."""
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour[:3]]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
 @functools.cache
 def shades(num_experts: int) -> Any:
     """The path of colours for many experts: viridis without its lightest end, which is faint on white."""
@@ -131,7 +146,13 @@ def label_ends(axes: Any, labels: Sequence[tuple[float, str, Any]], size: float 
     places = spread(heights, gap, box.y0 + gap / 2, box.y1)  # the numbers of the steps stand below
     for (_, text, colour), place in zip(inside, places, strict=True):
         height = (place - box.y0) / box.height
-        style = {"color": colour, "fontsize": size, "fontweight": "bold", "va": "center", "annotation_clip": False}
+        style = {
+            "color": letters(colour),
+            "fontsize": size,
+            "fontweight": "bold",
+            "va": "center",
+            "annotation_clip": False,
+        }
         axes.annotate(text, (1, height), (8, 0), "axes fraction", "offset points", **style)
 
 

@@ -109,8 +109,10 @@ def in_short(comparison: Comparison) -> str:
 
 
 def _has_common_steps(comparison: Comparison) -> bool:
-    metrics = [metric for job in comparison.jobs.values() for metric in job.metrics.values()]
-    return comparison.are_equal or any(pair.common_steps for metric in metrics for pair in metric.pairs.values())
+    """Whether the losses that the verdict speaks of can be laid beside each other; a step of another is no verdict."""
+    losses = [_loss_of(comparison.jobs[name]) for name in _detailed(comparison)]
+    pairs = [pair for metric in losses if metric for pair in metric.pairs.values()]
+    return comparison.are_equal or any(pair.common_steps for pair in pairs)
 
 
 def as_text(comparison: Comparison) -> str:

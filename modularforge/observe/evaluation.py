@@ -74,6 +74,12 @@ def print_table(results: Results) -> None:
     say(verdict(results))
 
 
+def print_harness(results: Results) -> None:
+    """The tables of lm-eval's tasks."""
+    for table in harness_tables(results):
+        table.show()
+
+
 def print_errors(results: Results) -> None:
     """The worst utterances, where there are some."""
     if results.get("errors"):
@@ -166,12 +172,13 @@ def verdict(results: Results) -> str:
     found = f"the {chosen} model has a mean test loss of {loss:.4f}"
     beside = {name: float(models[name]["mean_loss"]) for name in (*DECIDING, "backbone") if name in models}
     others = [_beside(loss, f"{REFERENCES[name]} has", other) for name, other in beside.items()]
-    but = [f"But {'; '.join(sentences)}."] if (sentences := doubts(results)) else []
     deciding = [other for name, other in beside.items() if name in DECIDING]
+    is_bad = bool(deciding) and not loss < min(deciding)  # nor where it is not a number
+    but = [f"{'Moreover,' if is_bad else 'But'} {'; '.join(sentences)}."] if (sentences := doubts(results)) else []
     if not deciding:
         return " ".join(["; ".join([_sentence(found), *others]) + ".", *but])
-    start = "Worth it" if loss < min(deciding) else "Not worth it here"
-    why = [reason] if loss >= min(deciding) and (reason := likely_reason(results, min(deciding))) else []
+    start = "Not worth it here" if is_bad else "Worth it"
+    why = [reason] if is_bad and (reason := likely_reason(results, min(deciding))) else []
     return " ".join([f"{start}: " + "; ".join([found, *others]) + ".", *why, *but])
 
 

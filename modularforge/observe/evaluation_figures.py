@@ -19,6 +19,8 @@ from modularforge.observe.canvas import (
     WIDTH_INCHES,
     colour_of,
     house_style,
+    letters,
+    luminance,
     new_figure,
     png_bytes,
 )
@@ -78,7 +80,7 @@ def _draw_routing(run: Run, model: str, values: dict[str, Any]) -> Figure:
     _caption(
         grid[-1] if wide else grid[0],
         56,
-        f"Share of visits in %; even routing is {even:.3g} % everywhere, the darkest field {100 * top:.0f} %.",
+        f"Share of visits in %; even routing is {even:.3g} % everywhere, the strongest colour {100 * top:.0f} %.",
     )
     return figure
 
@@ -92,7 +94,7 @@ def _draw_shares(axes: Any, shares: Floats, top: float, names: list[str], expert
     axes.set_xticks(shown, [labels[index] for index in shown])
     axes.set_xlabel("expert")
     for tick, index in zip(axes.get_xticklabels(), shown, strict=True):
-        tick.set_color(colour_of(experts[index], count))
+        tick.set_color(letters(colour_of(experts[index], count)))
         tick.set_fontweight("bold")
     axes.set_yticks(range(len(names)), [short(breakable(name, " "), LABEL_CHARACTERS) for name in names])
     if written:
@@ -122,12 +124,12 @@ def evaluation_figure(run: Run) -> Figure | None:
     _name_columns(axes, domains)
     axes.set_yticks(range(len(names)), names)
     for tick, name in zip(axes.get_yticklabels(), names, strict=True):
-        tick.set_color(colour_of(name, run.num_experts) if kind_of(name) == "expert" else INK)
+        tick.set_color(letters(colour_of(name, run.num_experts)) if kind_of(name) == "expert" else INK)
         tick.set_fontweight("bold" if kind_of(name) == "expert" or name == results.get("chosen") else "normal")
     _no_frame(axes)
     what = f"Test {of_domains(results).axis}, lower is better."
     unit = "points" if is_speech(results) else "%"
-    _caption(axes, 14, f"{what} Purple: better than the backbone, orange: worse; darkest from {reach:.0f} {unit} on.")
+    _caption(axes, 14, f"{what} Purple: better than the backbone, orange: worse; strongest from {reach:.0f} {unit} on.")
     return figure
 
 
@@ -149,16 +151,15 @@ def _rates(results: dict[str, Any], names: list[str]) -> tuple[Floats, Floats]:
 
 
 def _reach(change: Floats, names: list[str]) -> float:
-    """The change in % at which colours are darkest: that of whole models, beside which single experts are far off."""
+    """The change in % at which colours are strongest: that of whole models, beside which single experts are far off."""
     whole = [kind_of(name) != "expert" for name in names]
     shown = change[whole]
     return float(max(1.0, np.max(np.abs(shown[np.isfinite(shown)]), initial=0.0)))
 
 
 def _is_dark(colour: Sequence[float]) -> bool:
-    """Whether white text has more contrast on a colour than black (WCAG 2's relative luminance, its sRGB rounded)."""
-    luminance = sum(share * part**2.2 for share, part in zip((0.2126, 0.7152, 0.0722), colour, strict=False))
-    return bool(luminance < 0.18)
+    """Whether white text has more contrast on a colour than black."""
+    return luminance(colour) < 0.18
 
 
 def _written(perplexity: float) -> str:

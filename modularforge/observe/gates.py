@@ -15,7 +15,16 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from checkpoints.screen import breakable, short
-from modularforge.observe.canvas import INK, WIDTH_INCHES, colour_of, label_ends, new_figure, shades, shape_steps
+from modularforge.observe.canvas import (
+    INK,
+    WIDTH_INCHES,
+    colour_of,
+    label_ends,
+    letters,
+    new_figure,
+    shades,
+    shape_steps,
+)
 from modularforge.observe.evaluation_figures import LABEL_CHARACTERS, WRITTEN_COLUMNS
 from modularforge.observe.metrics import Floats, JobMetrics
 from modularforge.observe.run import Run
@@ -174,7 +183,7 @@ def _mark_experts(axes: Any, gates: Gates, width: int) -> None:
     shown = range(0, experts, max(1, experts // 8))
     axes.set_xticks([(index + 0.5) * vectors - 0.5 for index in shown], [f"expert {index}" for index in shown])
     for tick, index in zip(axes.get_xticklabels(), shown, strict=True):
-        tick.set_color(colour_of(f"expert-{index}", experts))
+        tick.set_color(letters(colour_of(f"expert-{index}", experts)))
         tick.set_fontweight("bold")
     for index in range(1, experts):
         axes.axvline(index * vectors - 0.5, color="white", linewidth=2)

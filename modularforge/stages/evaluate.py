@@ -11,11 +11,13 @@ from functools import partial
 
 from checkpoints import Artifact, paths
 from checkpoints.screen import shown_command
+from modularforge.config import Config
 from modularforge.errors import MismatchError
 from modularforge.evaluation.baselines import build_btx, build_soup, solved_router
 from modularforge.evaluation.bench import Loader, Results, add_oracle, compare, measure_models
 from modularforge.evaluation.extras import Extras, read_extras
-from modularforge.evaluation.harness import harness_identity
+from modularforge.evaluation.generation import load_for_generation
+from modularforge.evaluation.harness import Harness, harness_identity
 from modularforge.evaluation.replies import tasks_identity
 from modularforge.evaluation.results import checked_results, parse_results
 from modularforge.log import json_safe, logger
@@ -109,6 +111,15 @@ def measure_folder(run: Run, url: str) -> Results:
     results["models"][name].pop("documents")
     measured: Results = json_safe({**results, "chosen": name, "seconds": round(time.perf_counter() - start, 3)})
     return measured
+
+
+def harness_of_folder(config: Config, url: str) -> Results:
+    """What the tasks of lm-eval say of one model folder, with its own tokenizer: no run and no text is needed."""
+    loaded = load_for_generation(url)
+    name = url.rstrip("/").rsplit("/", 1)[-1]
+    harness = Harness(config, loaded.tokenizer, next(iter(loaded.end_tokens), 0))
+    harness.measure(name, loaded.model)
+    return {"harness": harness.results()}
 
 
 def _measure(run: Run, artifacts: dict[str, Artifact], extras: Extras) -> Results:

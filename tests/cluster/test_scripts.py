@@ -68,9 +68,11 @@ def test_an_expert_by_hand_saves_its_state_when_preempted_and_goes_on(trained_ru
 
 
 def test_the_model_is_assembled_and_evaluated_by_hand(trained_run: Make, finished_run: Config) -> None:
+    """Without CONFIG, by the run's own settings: those of configs/default.yaml would be refused."""
     run = trained_run()
     shutil.copytree(Path(finished_run.output_dir) / "experts", run.folder / "experts")
-    state, log = run_to_the_end(run, "assemble.sh", EVALUATE="yes")
+    shutil.copy(run.config_file, run.folder / "config.yaml")
+    state, log = run_to_the_end(run, "assemble.sh", EVALUATE="yes", CONFIG="")
     assert state == "COMPLETED", log
     for name in ("assembled", "calibrated"):
         mine, theirs = (open_artifact(f"{folder}/{name}").manifest for folder in (run.folder, finished_run.output_dir))

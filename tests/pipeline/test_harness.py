@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 from checkpoints import paths
+from modularforge.cli import app
 from modularforge.config import Config
 from modularforge.data.loader import IGNORED_TARGET
 from modularforge.errors import ConfigError, DataError
@@ -114,6 +116,18 @@ def test_all_models_of_a_run_do_the_tasks_and_the_report_has_them(
     assert checked_results(stored)["harness"]["colours"]["models"] == found["models"]
     assert "## lm-eval: colours" in markdown(results)
     assert "| assembled |" in markdown(results).split("## lm-eval: colours")[1].split("##")[0]
+
+
+def test_a_folder_of_no_run_does_the_tasks_without_prepared_text(
+    finished_run: Config, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`evaluate --model FOLDER --harness TASK` asked for the corpus of a run that the folder has nothing to do with."""
+    monkeypatch.chdir(tmp_path)
+    folder = str(Path(Run(finished_run).url("assemble")).absolute())
+    done = CliRunner().invoke(app, ["evaluate", "--model", folder, "--harness", task], env={"COLUMNS": "100"})
+    assert done.exit_code == 0, done.exception
+    assert "lm-eval: colours" in done.output
+    assert "assembled" in done.output
 
 
 def test_an_evaluation_without_such_tasks_is_the_same_and_another_file_is_another_one(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import experts
 from benchmarks.experts import pretend, settings
 from checkpoints import FileEntry, open_artifact, paths, write_artifact
 from checkpoints.artifact import check_sizes, find_each
@@ -31,6 +32,7 @@ from modularforge.errors import MismatchError
 from modularforge.pipeline import checkpoint_url, metrics_url
 from modularforge.run import Run
 from tests.storage.proxy import Fault, FaultProxy
+from tests.synthetic_models import fill_expert
 
 EXPERTS = 12
 
@@ -49,8 +51,11 @@ def asked_by_status(config: Config, proxy: FaultProxy) -> tuple[Counter[str], li
     return kinds(proxy), rows
 
 
-def test_status_of_finished_experts_is_read_from_listings(proxy: FaultProxy, proxied: str) -> None:
+def test_status_of_finished_experts_is_read_from_listings(
+    proxy: FaultProxy, proxied: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = settings(f"{proxied}/run", EXPERTS)
+    monkeypatch.setattr(experts, "fill_expert", lambda *given: fill_expert(*given) | {"train_loss": 2.5})
     pretend(config, ["prepare-data", "partition", "backbone"])
     proxy.reset()
     assert not [name for name in finished_tasks(Run(config), build_tasks(config)) if name.startswith("expert")]
@@ -67,6 +72,7 @@ def test_status_of_finished_experts_is_read_from_listings(proxy: FaultProxy, pro
     assert sum(found.values()) <= 10
     assert [row.requeues for row in rows] == [1] * EXPERTS
     assert rows[3].log == "/logs/3"
+    assert {(row.step, row.steps, row.loss) for row in rows} == {(config.experts.steps, config.experts.steps, 2.5)}
 
 
 @pytest.mark.parametrize("harm", ["missing", "stale", "damaged", "of another fingerprint"])

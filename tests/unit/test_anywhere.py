@@ -27,6 +27,7 @@ from launcher.slurm import SlurmError
 from launcher.status import describe, is_going_on, known_status, where_it_is
 from launcher.tasks import build_groups, build_tasks
 from modularforge.config import Config
+from modularforge.config_files import to_yaml
 from modularforge.errors import ConfigError
 from modularforge.run import Run
 from tests.conftest import tiny_config
@@ -230,6 +231,50 @@ def test_a_refused_wish_names_what_is_too_big(tmp_path: Path, monkeypatch: pytes
     small = tiny_config(tmp_path / "run", cluster={"expert": {"cpus": 96}})
     assert list(_wishes_too_big(small, group, queues)) == [], "the default queue has such nodes"
     assert preflight._gpus_of({"Gres": "gpu:2,gpu:v100:3"}) == 5
+
+
+def test_jobs_that_are_refused_for_the_same_wish_are_named_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six sentences for two edits were seen."""
+
+    def too_big(*_: object, **__: object) -> str:
+        raise slurm.SlurmError("allocation failure: Requested node configuration is not available")
+
+    queues = {"all": {"Default": "YES", "MaxTime": "1-00:00:00"}}
+    monkeypatch.setattr(preflight, "site_settings", dict)
+    monkeypatch.setattr(preflight, "partitions", lambda: queues)
+    monkeypatch.setattr(preflight, "run_slurm", too_big)
+    monkeypatch.setattr(slurm, "run_slurm", lambda *_, **__: NODES)
+    nodes = {"backbone": {"cpus": 8}, "expert": {"cpus": 200}, "other": {"cpus": 300, "time_minutes": 5000}}
+    config = tiny_config(tmp_path / "run", cluster=nodes)
+    said = list(preflight._slurm_problems(config, "0123", []))
+    why = "must be accepted by sbatch, but: allocation failure: Requested node configuration is not available"
+    assert said[0] == "cluster.other.time_minutes must be at most the queue's 1440, but is 5000; lower it"
+    assert said[1:] == [
+        f"prepare-data, assemble, evaluate {why}; cluster.other.cpus is 300, but there are 128 on one node (all): "
+        "lower it",
+        f"backbone, dense {why}",
+        f"expert {why}; cluster.expert.cpus is 200, but there are 128 on one node (all): lower it",
+    ]
+
+
+def test_a_job_by_hand_takes_the_settings_of_the_run_that_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`OUTPUT_DIR=s3://… sbatch slurm/train_experts.sh` took configs/default.yaml, and was refused by the run."""
+    config = tiny_config(tmp_path / "run", experts={"count": 3})
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
+    ran: list[tuple[Config, list[str]]] = []
+    monkeypatch.setattr(node, "spread_start", lambda *_: None)
+    monkeypatch.setattr(node, "run_task", lambda own, _task, _allocation, words, *_: ran.append((own, words)))
+    monkeypatch.setattr(sys, "argv", ["node", "expert", "--output-dir", config.output_dir, "--offset", "2"])
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(SystemExit):
+        node.main()
+    assert ran == [(config, ["--output-dir", config.output_dir])]
 
 
 def test_a_launch_here_records_where_it_is(tmp_path: Path) -> None:

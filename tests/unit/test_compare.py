@@ -283,6 +283,17 @@ def test_runs_of_different_length_and_columns_are_compared_on_what_they_share(tm
     assert "not logged" in as_text(found)
 
 
+def test_what_can_be_said_leads_although_one_step_of_another_loss_is_common(tmp_path: Path) -> None:
+    """Validations share no step, but one line of the training loss does: seen of a smoke test and a whole run."""
+    write_metrics(str(tmp_path / "a"), "backbone", falling([10, 20]), {20: 3.0})
+    write_metrics(str(tmp_path / "b"), "backbone", falling([20, 40]), {40: 2.0})
+    found = compare({name: read_run(str(tmp_path / name)) for name in ("a", "b")})
+    assert found.jobs["backbone"].metrics["loss"].pairs["b"].common_steps == 1
+    said = as_text(found)
+    assert "no step in common with a: backbone of b" in said
+    assert said.index("\nSettings") < said.index("\nIn short")
+
+
 def test_seeds_of_one_experiment_are_grouped_and_weigh_the_difference(tmp_path: Path) -> None:
     losses = {}
     for name, seed, rate in (("a0", 0, 1e-3), ("a1", 1, 1e-3), ("a2", 2, 1e-3), ("b0", 0, 2e-3), ("b1", 1, 2e-3)):

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from modularforge.observe.canvas import colour_of, house_style
+from modularforge.observe.canvas import EXPERT_COLOURS, colour_of, house_style, letters, luminance
 from modularforge.observe.comparison import compare
 from modularforge.observe.completion import headline, parts_of
 from modularforge.observe.curves import MOST_PANELS, _metric_figure, _overview, curve_figures
@@ -246,3 +246,15 @@ def test_rows_that_decide_differ_in_number_and_colour(tmp_path: Path) -> None:
     assert {"28.24", "28.13", "90.00"} <= texts
     reach: Any = figure.axes[0].images[0].norm.vmax
     assert reach < 100, "the expert is 200 % worse, and no measure of the others"
+
+
+def test_letters_in_the_colours_of_experts_are_read_on_a_light_and_on_a_dark_page() -> None:
+    """The page turns pictures with `invert(0.9) hue-rotate(180deg)`; the colours alone had 2.3 to 1 on white."""
+    turn = np.array([[-0.574, 1.430, 0.144], [0.426, 0.430, 0.144], [0.426, 1.430, -0.856]])  # CSS Filter Effects, 180°
+    for colour in EXPERT_COLOURS:
+        light = letters(colour)
+        dark = np.clip(turn @ (0.9 - 0.8 * np.array(light)), 0, 1)
+        paper = luminance([0x1A / 255] * 3)
+        assert 1.05 / (luminance(light) + 0.05) >= 4.5
+        assert (luminance([*dark]) + 0.05) / (paper + 0.05) >= 4.5
+    assert letters("#0072b2") == pytest.approx((0, 0x72 / 255, 0xB2 / 255)), "what is read well stays"

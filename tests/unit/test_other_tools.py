@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from modularforge.config_files import make_config, setting_names
+from modularforge.config_files import load_config, make_config, setting_names
 from modularforge.errors import ConfigError
 from modularforge.other_tools import OURS, SIGNS, tool_of
+from tests.conftest import ROOT
 
 SOURCES = {"data": {"sources": [{"name": "x", "train": "x.txt"}]}}
 AXOLOTL = {
@@ -37,6 +38,8 @@ def mistake(values: dict[str, Any]) -> str:
         ("", "datasets", "data.sources"),
         ("", "hidden_size", "model.width"),
         ("", "use_wandb", "metrics.writers"),
+        ("", "fsdp", "training.parallel"),  # not seed
+        ("training", "gradient_checkpointing", "training.recompute"),
         ("experts", "learning_rate", "experts.peak_learning_rate"),
         ("experts", "epochs", "experts.steps"),
         ("training", "batch_size", "backbone.batch_size"),
@@ -57,6 +60,12 @@ def test_every_hint_names_a_setting_and_no_word_is_one_of_ours() -> None:
     assert not {*OURS} & {name.rsplit(".", 1)[-1] for name in setting_names(in_lists=False)}
     top = {name.split(".")[0] for name in setting_names()}
     assert not {name for signs in SIGNS.values() for name in signs} & top
+
+
+def test_a_mistake_of_the_command_line_is_not_told_of_the_file_alone() -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(str(ROOT / "configs/quickstart.yaml"), ["batch_size=4", "seed=1"])
+    assert str(error.value).splitlines()[0].endswith("quickstart.yaml with --set batch_size, seed has 1 mistake(s):")
 
 
 def test_the_settings_of_another_tool_are_known_for_what_they_are() -> None:

@@ -35,6 +35,13 @@ def test_the_shipped_page_and_schema_are_those_of_this_program() -> None:
     assert json.loads((ROOT / "configs/settings.schema.json").read_text()) == json.loads(schema())
 
 
+def test_every_section_of_the_page_has_one_heading() -> None:
+    """`## data` stood there four times, once for every section within it."""
+    headings = [line for line in page(None, as_markdown=True).splitlines() if line.startswith("## ")]
+    assert len(headings) == len({*headings})
+    assert "## data" in headings
+
+
 def test_a_default_can_be_pasted_into_a_file() -> None:
     config = Config.model_validate(tiny_values("run", data={"sources": sample_sources()}))
     given = Config.model_construct(data=config.data)
@@ -52,6 +59,13 @@ def test_a_pattern_finds_settings_by_name_and_sentence() -> None:
     shown = CliRunner().invoke(app, ["settings", "weight_decay"]).output
     assert "backbone.weight_decay  (number ≥ 0; default 0.1)" in " ".join(shown.split("\n"))
     assert "data.sources" not in shown
+
+
+def test_a_pattern_may_be_a_word_of_another_tool_or_misspelt() -> None:
+    shown = CliRunner().invoke(app, ["settings", "n_embd"]).output
+    assert shown.startswith("model.width  (")
+    wrong = CliRunner().invoke(app, ["settings", "batch_sise"]).exception
+    assert "'batch_sise' is in none; did you mean batch_size?" in str(wrong)
 
 
 def test_the_schema_knows_what_settings_files_may_hold() -> None:
