@@ -17,8 +17,10 @@ from checkpoints.paths import write_atomically
 from modularforge.config import CleanStepConfig
 from modularforge.data.clean_steps import Apply, datatrove, make_steps
 from modularforge.data.compression import decompress
+from modularforge.data.corpus import Document, Split
 
 ENDING = ".jsonl.zst"
+FOLDER = "documents"  # of a cleaned corpus
 SAMPLES = 3  # of each step in each source
 SAMPLE_CHARACTERS, BEFORE_THE_CHANGE = 600, 60
 
@@ -92,6 +94,21 @@ def records(path: Path) -> Iterator[dict[str, str]]:
     with open(path, "rb") as file:
         lines = b"".join(decompress(file, ".zst", str(path))).split(b"\n")
     return (json.loads(line) for line in lines if line)
+
+
+def read_cleaned(folder: Path, source: int, split: Split) -> Iterator[Document]:
+    """The documents of a split of the source with this number in the settings."""
+    return read_cleaned_files(sorted((folder / FOLDER).glob(f"{split}-{source:04d}-*{ENDING}")))
+
+
+def read_cleaned_files(paths: Iterable[Path]) -> Iterator[Document]:
+    """The documents of files of cleaned ones."""
+    return (Document(record["text"], record["label"]) for path in paths for record in records(path))
+
+
+def cleaned_names(names: Iterable[str], source: int, split: Split) -> list[str]:
+    """Those of the files of cleaned documents that are of a split of the source with this number, in order."""
+    return sorted(name for name in names if name.startswith(f"{FOLDER}/{split}-{source:04d}-"))
 
 
 def read_shard(path: Path) -> Iterator[Any]:

@@ -26,18 +26,15 @@ from modularforge.data.inputs import (
     warn_of_repeats,
 )
 from modularforge.data.partition_files import Place, make_partitions
-from modularforge.data.parts import (
+from modularforge.data.parts import join_shards, put_together, write_part, write_shards
+from modularforge.data.pieces import (
     FILES_NAME,
     Listing,
     PlannedShard,
-    join_shards,
     list_pieces,
     plan_shards,
-    put_together,
     share_of,
     warn_of_large,
-    write_part,
-    write_shards,
 )
 from modularforge.data.prepare import (
     Encoder,
@@ -79,7 +76,7 @@ def cleaned(run: Run) -> Artifact:
     with making(plan) as writer:
         start = time.perf_counter()
         work = own_scratch(scratch, describe_corpus(config, None, states))
-        report = clean_corpus(config, work, writer.folder)
+        report = clean_corpus(config, work, writer.folder, states)
         require_unchanged(states)
         facts = {name: report[name] for name in ("read", "kept", "copies")}
         facts["seconds"] = round(time.perf_counter() - start, 3)

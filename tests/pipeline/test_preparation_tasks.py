@@ -20,7 +20,7 @@ from launcher.tasks import build_groups, build_tasks, finished_tasks
 from modularforge.config import Config
 from modularforge.config_files import make_config
 from modularforge.data import cleaning, partition, shards
-from modularforge.data.parts import Piece, share_of
+from modularforge.data.pieces import Piece, share_of
 from modularforge.errors import ConfigError, DataError
 from modularforge.pipeline import SHARED_WORK
 from modularforge.run import Run

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from modularforge.cli import app
 from modularforge.config import Config
 from modularforge.config_files import to_yaml
-from modularforge.data import parts, shards
+from modularforge.data import pieces, shards
 from modularforge.data.loader import batches
 from modularforge.data.token_files import TokenFile
 from modularforge.errors import DataError
@@ -31,9 +31,9 @@ Values = dict[str, Any]
 def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Values:
     """A corpus in files of which some are divided, in seven shards of training text."""
     monkeypatch.setattr(shards, "SHARD_BYTES", 2000)
-    monkeypatch.setattr(parts, "SHARDED_ABOVE", 0)
-    monkeypatch.setattr(parts, "SHARD_WEIGHT", 6000)
-    monkeypatch.setattr(parts, "PIECE_BYTES", 1500)
+    monkeypatch.setattr(pieces, "SHARDED_ABOVE", 0)
+    monkeypatch.setattr(pieces, "SHARD_WEIGHT", 6000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1500)
     sources = write_files(tmp_path / "corpus")
     lines = [json.dumps({"text": f"own {k} " + "wave harbour " * (k % 9 + 3), "topic": "own"}) for k in range(150)]
     (tmp_path / "corpus" / "own.jsonl").write_text("\n".join(lines))
@@ -56,7 +56,7 @@ def test_shards_are_the_same_for_any_number_of_tasks_and_hold_what_one_file_woul
     values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "SHARDED_ABOVE", 1 << 40)
+        patch.setattr(pieces, "SHARDED_ABOVE", 1 << 40)
         whole = configured(values, None, tmp_path / "whole")
         assert "train.tokens.bin" in prepare(whole)
     alone = prepare(configured(values, None, tmp_path / "alone"))
@@ -126,7 +126,7 @@ def test_near_copies_of_held_out_documents_are_left_out_of_the_index(
     spans = np.load(tmp_path / "alone/data/train.spans.npy")
     assert len(spans) > 1, "the tokens are still in the shards"
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "SHARDED_ABOVE", 1 << 40)
+        patch.setattr(pieces, "SHARDED_ABOVE", 1 << 40)
         whole = configured(values, None, tmp_path / "whole")
         prepare(whole)
     assert read(run, "train") == read(Run(whole), "train")
@@ -192,7 +192,7 @@ def test_exported_ids_are_those_of_a_corpus_without_shards(
     values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "SHARDED_ABOVE", 1 << 40)
+        patch.setattr(pieces, "SHARDED_ABOVE", 1 << 40)
         whole = configured(values, None, tmp_path / "whole")
         prepare(whole)
     monkeypatch.setattr(prepare_stage, "MOST_TOGETHER", together)
@@ -208,7 +208,7 @@ def test_exported_ids_are_those_of_a_corpus_without_shards(
 def test_partitions_of_their_own_without_shards_are_exported(
     values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "SHARDED_ABOVE", 1 << 40)
+    monkeypatch.setattr(pieces, "SHARDED_ABOVE", 1 << 40)
     together = configured(values, None, tmp_path / "together")
     prepare(together)
     monkeypatch.setattr(prepare_stage, "MOST_TOGETHER", 1)

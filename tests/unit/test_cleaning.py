@@ -11,8 +11,8 @@ import pytest
 
 from modularforge.config import Config
 from modularforge.data import cleaning, shards
-from modularforge.data.clean_shards import clean_shard, records
-from modularforge.data.cleaning import clean_corpus, read_cleaned
+from modularforge.data.clean_shards import clean_shard, read_cleaned, records
+from modularforge.data.cleaning import clean_corpus
 from modularforge.errors import ConfigError, DataError
 
 WORDS = [
