@@ -83,10 +83,12 @@ def clean_shard(steps: Sequence[CleanStepConfig], scratch: Path, first: int, las
 
 def read_tally(shard: Path) -> Tally:
     """What was counted of a finished shard."""
-    values = json.loads(_tally_path(shard).read_bytes())
-    for name in ("read", "kept"):
-        values[name] = Counter(values[name])
-    return Tally(**values)
+    return load_tally(json.loads(_tally_path(shard).read_bytes()))
+
+
+def load_tally(values: Mapping[str, Any]) -> Tally:
+    """A tally of what was written as JSON."""
+    return Tally(**{**values, "read": Counter(values["read"]), "kept": Counter(values["kept"])})
 
 
 def records(path: Path) -> Iterator[dict[str, str]]:

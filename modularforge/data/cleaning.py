@@ -25,10 +25,10 @@ import numpy as np
 
 from checkpoints.redact import redact_values
 from checkpoints.screen import progress
-from modularforge.config import CleanStepConfig, Config
+from modularforge.config import WHOLE_CORPUS, CleanStepConfig, Config
 from modularforge.data import duplicates
 from modularforge.data.clean_shards import ENDING, FOLDER, SAMPLES, Tally, Task, clean_shard, read_tally
-from modularforge.data.clean_steps import WHOLE_CORPUS, checked, cores, index_folder, make_steps, write_index
+from modularforge.data.clean_steps import checked, cores, index_folder, make_steps, write_index
 from modularforge.data.corpus import read_documents
 from modularforge.data.inputs import file_states, list_matches
 from modularforge.data.pieces import SURVIVAL, Listing, Unit, list_pieces, plan_units, require_documents
@@ -107,8 +107,8 @@ class Cleaner:
         counts = [tally.kept["documents"] for tally in tallies]
         logger.info("looking for %s duplicates among %d documents", item.step, sum(counts))
         found = duplicates.find_copies(item, shards, counts, self.scratch / f"copies-{place:02d}", self.in_order)
-        is_training = np.repeat([tally.split == "train" for tally in tallies], counts)
-        self.copies.append(report_of_copies(place, item, found, is_training))
+        held_out = sum(count for tally, count in zip(tallies, counts, strict=True) if tally.split != "train")
+        self.copies.append(report_of_copies(place, item, found, held_out))
         return self.pass_without(shards, tallies, found.removed, place)
 
     def pass_without(
@@ -208,10 +208,8 @@ def _by_split(tallies: Iterable[Tally], name: str) -> dict[str, dict[str, dict[s
     return {source: {split: dict(amount) for split, amount in splits.items()} for source, splits in found.items()}
 
 
-def report_of_copies(
-    place: int, item: CleanStepConfig, found: duplicates.Found, is_training: duplicates.Flags
-) -> dict[str, Any]:
-    """What the report says of a step that removes copies.
+def report_of_copies(place: int, item: CleanStepConfig, found: duplicates.Found, held_out: int) -> dict[str, Any]:
+    """What the report says of a step that removes copies from documents of which the first `held_out` are held out.
 
     Of near ones, removed documents of training that had their like held out, and how many still have. The last is
     counted from the pairs as they were found, not from what was made of them, and is 0.
@@ -219,11 +217,10 @@ def report_of_copies(
     report: dict[str, Any] = {"place": place, "step": item.step, "removed": len(found.removed)}
     if item.step != "near":
         return report
-    is_kept = np.ones(len(is_training), bool)
-    is_kept[found.removed] = False
-    across = is_training[found.pairs[:, 0]] != is_training[found.pairs[:, 1]]
-    left = int((across & is_kept[found.pairs].all(axis=1)).sum())
-    shared = int((is_training[found.removed] & ~is_training[found.kept]).sum())
+    is_training_P2 = found.pairs >= held_out
+    across = is_training_P2[:, 0] != is_training_P2[:, 1]
+    left = int((across & ~np.isin(found.pairs, found.removed).any(axis=1)).sum())
+    shared = int(((found.removed >= held_out) & (found.kept < held_out)).sum())
     if left:
         raise AssertionError(f"{left} near duplicates are left across splits")
     return {**report, "shared_with_held_out": shared, "still_shared": left}

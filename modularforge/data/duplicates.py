@@ -26,7 +26,6 @@ from modularforge.data.clean_shards import read_shard
 from modularforge.data.clean_steps import checked, datatrove, hashing, words_of
 
 Indices = npt.NDArray[np.int64]
-Flags = npt.NDArray[np.bool_]
 InOrder = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 MOST_RANKS = 256  # signature files that are open at a time; of one, those of a bucket are held in memory
 HIGHEST_PRIORITY = 65535
@@ -139,7 +138,7 @@ def _sign(item: CleanStepConfig, task: tuple[Path, Path]) -> None:
     _emptied(folder)
     with _quiet():
         _signer(item, str(folder)).run(read_shard(shard), 0)
-    write_atomically(folder / "done", [b""], replace=True)
+    (folder / "done").touch()
 
 
 def _signer(item: CleanStepConfig, folder: str) -> Any:
@@ -156,6 +155,11 @@ def _merge(item: CleanStepConfig, work: Path, rank: Rank) -> None:
     folders = [_folder(work, rank, place) for place in range(len(rank.shards))]
     offsets = (np.cumsum(rank.counts) - rank.counts).tolist()
     for first in sorted(folders[0].glob("*/00000*")):
+        target = work / "signatures" / first.parent.name / f"{rank.number:05d}{first.name.removeprefix('00000')}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if item.step == "near" and len(folders) == 1:
+            first.replace(target)
+            continue
         shards = [np.fromfile(folder / first.relative_to(folders[0]), kind) for folder in folders]
         for records, offset in zip(shards, offsets, strict=True):
             records["doc"] += np.uint32(offset)
@@ -163,9 +167,7 @@ def _merge(item: CleanStepConfig, work: Path, rank: Rank) -> None:
                 records["priority"] = HIGHEST_PRIORITY - rank.number
         records = np.concatenate(shards)
         records.sort(order=kind.names)
-        target = work / "signatures" / first.parent.name / f"{rank.number:05d}{first.name.removeprefix('00000')}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, [records.tobytes()], replace=True)
+        target.write_bytes(records.tobytes())
     done.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(done, [b""], replace=True)
     shutil.rmtree(folders[0].parent, ignore_errors=True)

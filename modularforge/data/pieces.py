@@ -164,8 +164,9 @@ class Listing:
 
 
 def _changed(name: str, noted: Artifact) -> DataError:
+    began = "cleaning began" if noted.manifest.kind == "inventory" else "the vocabulary was learned"
     return DataError(
-        f"the files of data.sources must stay as they were when the vocabulary was learned, but {name} is gone, new or "
+        f"the files of data.sources must stay as they were when {began}, but {name} is gone, new or "
         f"written again; put it back, or delete {noted.url.rpartition('/')[0]} to begin again"
     )
 

@@ -13,7 +13,6 @@ from typing import Any
 from checkpoints import Artifact, ArtifactWriter, find_artifact, open_artifact, paths, write_artifact
 from checkpoints.parallel import in_order
 from modularforge.config import Config
-from modularforge.data.cleaning import clean_corpus
 from modularforge.data.cluster_shares import assign_share, fit_on_sample, known_clusters
 from modularforge.data.inputs import (
     LOOKS_AT_ONCE,
@@ -61,30 +60,6 @@ MOST_TOGETHER = 256  # partitions in one artifact, whose manifest every expert r
 SOURCES_FACT = "sources"  # in the manifest of prepared data: the files that were read
 
 
-def cleaned(run: Run) -> Artifact:
-    """Clean the documents, unless that is done."""
-    plan, config = run.plan("clean"), run.config
-    scratch = scratch_folder(plan.url, plan.fingerprint)
-    if artifact := run.finished(plan):
-        logger.info("cleaned documents are finished: %s", plan.url)
-        remove_scratch(scratch)
-        _warn_of_changes(config, artifact)
-        return artifact
-    matches = list_matches(config)
-    warn_of_repeats(matches)
-    states = file_states(matches)
-    with making(plan) as writer:
-        start = time.perf_counter()
-        work = own_scratch(scratch, describe_corpus(config, None, states))
-        report = clean_corpus(config, work, writer.folder, states)
-        require_unchanged(states)
-        facts = {name: report[name] for name in ("read", "kept", "copies")}
-        facts["seconds"] = round(time.perf_counter() - start, 3)
-        made = commit(writer, plan, run, {**facts, SOURCES_FACT: record(matches, states)})
-    remove_scratch(scratch)
-    return made
-
-
 def corpus(run: Run) -> Artifact:
     """Learn the tokenizer and write the token files, unless that is done."""
     plan, config = run.plan("prepare-data"), run.config
@@ -93,8 +68,8 @@ def corpus(run: Run) -> Artifact:
     if artifact := run.finished(plan):
         logger.info("data is finished: %s", plan.url)
         remove_scratch(scratch)  # of a preparation that was killed right after its commit
-        _remove_parts(run, "vocabulary", "tokenise")
-        _warn_of_changes(config, artifact)
+        remove_parts(run, "vocabulary", "tokenise")
+        warn_of_changes(config, artifact)
         return artifact
     matches = [] if source else list_matches(config)
     warn_of_repeats(matches)
@@ -123,7 +98,7 @@ def corpus(run: Run) -> Artifact:
         read = {} if source else {SOURCES_FACT: record(matches, states)}
         made = commit(writer, plan, run, {**facts, **read})
     remove_scratch(scratch)
-    _remove_parts(run, "vocabulary", "tokenise")
+    remove_parts(run, "vocabulary", "tokenise")
     return made
 
 
@@ -232,7 +207,7 @@ def _put_together(
             shutil.copyfile(folder / name, output / name)
     encoder = _encoder(run.config, noted, folder)
     if planned:
-        return join_shards(run.config, encoder, planned, parts, output, partial(_take, writer))
+        return join_shards(run.config, encoder, planned, parts, output, partial(take, writer))
     return put_together(run.config, encoder, parts, output)
 
 
@@ -248,14 +223,14 @@ def _in_shards(
         with write_artifact(url, "tokenise", "0" * 32, {}, {}) as own:
             write_shards(config, encoder, planned, work, own.folder, cleaned)
             part = own.commit({})
-    return join_shards(config, encoder, planned, [part], writer.folder, partial(_take, writer))
+    return join_shards(config, encoder, planned, [part], writer.folder, partial(take, writer))
 
 
-def _take(writer: ArtifactWriter, part: Artifact, name: str) -> None:
-    """A file of a task: as another name of it or a copy that the store makes, else its bytes."""
+def take(writer: ArtifactWriter, part: Artifact, name: str, target: str = "") -> None:
+    """A file of a task, called `target` or as there: another name of it, a copy that the store makes, or its bytes."""
     url, entry = part.file_url(name), part.manifest.files[name]
-    if not writer.link(name, url, entry):
-        writer.write_chunks(name, part.stream(name), entry.size)
+    if not writer.link(target or name, url, entry):
+        writer.write_chunks(target or name, part.stream(name), entry.size)
 
 
 def _training_documents(run: Run) -> tuple[TokenFile, Path]:
@@ -265,7 +240,7 @@ def _training_documents(run: Run) -> tuple[TokenFile, Path]:
     return token_file(corpus, "train"), corpus.local_folder(names=names)
 
 
-def _remove_parts(run: Run, *stages: str) -> None:
+def remove_parts(run: Run, *stages: str) -> None:
     """Remove what tasks have made, which is in the whole now: a share before what it was made from."""
     if not run.config.cluster.prepare_tasks:
         return
@@ -283,7 +258,7 @@ def _pretrained(config: Config) -> Path | None:
     return local_model(config.model.pretrained) if config.model.pretrained else None
 
 
-def _warn_of_changes(config: Config, artifact: Artifact) -> None:
+def warn_of_changes(config: Config, artifact: Artifact) -> None:
     """Say so when the files are not those that were read; the prepared data stays what it is."""
     recorded = artifact.manifest.facts.get(SOURCES_FACT)
     try:
@@ -306,7 +281,7 @@ def partitions(run: Run) -> Artifact:
     plan = run.plan("partition")
     if found := run.finished(plan):
         logger.info("partitions are finished: %s", plan.url)
-        _remove_parts(run, "centres", "assign")
+        remove_parts(run, "centres", "assign")
         return found
     fitted = run.artifact("centres") if run.config.clustering_tasks else None
     shares = run.require_each("assign") if fitted else []
@@ -322,7 +297,7 @@ def partitions(run: Run) -> Artifact:
             own = in_order(open_artifact, urls, LOOKS_AT_ONCE)
             writer.write_json(IDENTITIES_NAME, [partition_identity(part, k) for k, part in enumerate(own)])
         made = commit(writer, plan, run, {"seconds": round(time.perf_counter() - start, 3), **facts})
-    _remove_parts(run, "centres", "assign")
+    remove_parts(run, "centres", "assign")
     return made
 
 

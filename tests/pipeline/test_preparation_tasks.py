@@ -19,13 +19,12 @@ from checkpoints.errors import MissingArtifactError
 from launcher.tasks import build_groups, build_tasks, finished_tasks
 from modularforge.config import Config
 from modularforge.config_files import make_config
-from modularforge.data import cleaning, partition, shards
+from modularforge.data import partition, shards
 from modularforge.data.pieces import Piece, share_of
 from modularforge.errors import ConfigError, DataError
 from modularforge.pipeline import SHARED_WORK
 from modularforge.run import Run
 from tests.conftest import tiny_values
-from tests.unit.test_cleaning import PLAIN, config_of, prose
 
 WORDS = ["ship", "wave", "harbour", "sailor", "court", "statute", "clause", "section", "île", "§", "proof", "lemma"]
 Values = dict[str, Any]
@@ -131,21 +130,6 @@ def test_a_limit_of_documents_is_that_of_one_process(values: Values, tmp_path: P
     values["data"]["max_documents_per_source"] = 50
     alone = prepare(configured(values, None, tmp_path / "alone"))
     assert prepare(configured(values, 3, tmp_path / "three")) == alone
-
-
-def test_cleaned_documents_are_shared_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cleaning, "cores", lambda: 1)
-    monkeypatch.setattr(cleaning, "SHARDS_A_FILE", 1)
-    monkeypatch.setattr(shards, "SHARD_BYTES", 500)
-    texts = {**PLAIN, "train": [*PLAIN["train"], PLAIN["train"][0], *map(prose, range(100, 120))]}
-    data = config_of(tmp_path, {"novels": texts}, {"step": "exact"}).data.model_dump() | {"vocab_size": 300}
-    values = tiny_values(tmp_path / "run", data=data)
-    alone = prepare(configured(values, None, tmp_path / "alone"))
-    config = configured(values, 3, tmp_path / "three")
-    jobs = {task.name: task.stages for task in build_tasks(config)}
-    assert jobs["vocabulary"] == ("clean", "vocabulary")
-    assert jobs["prepare-data"] == ("prepare-data", "partition")
-    assert prepare(config) == alone
 
 
 def test_examples_keep_what_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
