@@ -822,8 +822,8 @@ class ClusterConfig(Section):
     array_throttle: int | None = Field(None, ge=1)
     """Experts that run at the same time at the most; null leaves it to Slurm."""
     prepare_tasks: int | None = Field(None, ge=1, le=100_000)
-    """Jobs that read and tokenise a share of the text each, side by side, before `prepare-data` puts together what they
-    made; the data is the same, however many there are. Null: `prepare-data` does it all."""
+    """Jobs that read, clean (256 at most) and tokenise a share of the text each, side by side, before `prepare-data`
+    puts together what they made; the data is the same, however many there are. Null: `prepare-data` does it all."""
     min_experts: int | None = Field(None, ge=1)
     """Assembly, and each merge of a round, goes on without the others when this many experts are finished; null wants
     all."""

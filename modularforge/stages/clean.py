@@ -9,14 +9,22 @@ from typing import Any
 from checkpoints import Artifact, ArtifactWriter
 from modularforge.data.clean_shares import find_copies_of_all, first_share, join_cleaned, next_share
 from modularforge.data.cleaning import clean_corpus, prepare_steps
-from modularforge.data.inputs import file_states, list_matches, record, require_unchanged, warn_of_repeats
+from modularforge.data.inputs import (
+    SOURCES_FACT,
+    file_states,
+    list_matches,
+    record,
+    require_unchanged,
+    warn_of_changes,
+    warn_of_repeats,
+)
 from modularforge.data.pieces import Listing, list_pieces, plan_units, share_of, warn_of_large
 from modularforge.data.prepare import describe_corpus, own_scratch, remove_scratch, scratch_folder
 from modularforge.log import logger
 from modularforge.pipeline import CLEANING, STAGES
 from modularforge.provenance import commit, making
 from modularforge.run import Run
-from modularforge.stages.prepare import SOURCES_FACT, remove_parts, take, warn_of_changes
+from modularforge.shared_work import remove_parts, take
 
 
 def cleaned(run: Run) -> Artifact:

@@ -5,23 +5,23 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from checkpoints import Artifact, ArtifactWriter, find_artifact, open_artifact, paths, write_artifact
+from checkpoints import Artifact, ArtifactWriter, find_artifact, open_artifact, write_artifact
 from checkpoints.parallel import in_order
 from modularforge.config import Config
 from modularforge.data.cluster_shares import assign_share, fit_on_sample, known_clusters
 from modularforge.data.inputs import (
     LOOKS_AT_ONCE,
-    SHOWN,
-    changes_since,
+    SOURCES_FACT,
     file_states,
     list_matches,
     record,
     require_unchanged,
+    warn_of_changes,
     warn_of_repeats,
 )
 from modularforge.data.partition_files import Place, make_partitions
@@ -47,17 +47,16 @@ from modularforge.data.prepare import (
 )
 from modularforge.data.token_files import TokenFile
 from modularforge.data.tokenizer import load_tokenizer
-from modularforge.errors import DataError, StoreError
 from modularforge.log import logger
-from modularforge.pipeline import STAGES, JobName, Plan, contents
+from modularforge.pipeline import STAGES, Plan, contents
 from modularforge.pretrained.fetch import local_model
 from modularforge.provenance import commit, making
 from modularforge.run import Run
+from modularforge.shared_work import remove_parts, take
 from modularforge.stored_tokens import EACH_FACT, IDENTITIES_NAME, PLACE_FACT, partition_identity, token_file
 
 END_TOKEN_FACT = "end_token"  # in that of the vocabulary
 MOST_TOGETHER = 256  # partitions in one artifact, whose manifest every expert reads; of more each is its own
-SOURCES_FACT = "sources"  # in the manifest of prepared data: the files that were read
 
 
 def corpus(run: Run) -> Artifact:
@@ -226,13 +225,6 @@ def _in_shards(
     return join_shards(config, encoder, planned, [part], writer.folder, partial(take, writer))
 
 
-def take(writer: ArtifactWriter, part: Artifact, name: str, target: str = "") -> None:
-    """A file of a task, called `target` or as there: another name of it, a copy that the store makes, or its bytes."""
-    url, entry = part.file_url(name), part.manifest.files[name]
-    if not writer.link(target or name, url, entry):
-        writer.write_chunks(target or name, part.stream(name), entry.size)
-
-
 def _training_documents(run: Run) -> tuple[TokenFile, Path]:
     """The training documents, and a folder with all else of the prepared data."""
     corpus = run.require("prepare-data")
@@ -240,40 +232,8 @@ def _training_documents(run: Run) -> tuple[TokenFile, Path]:
     return token_file(corpus, "train"), corpus.local_folder(names=names)
 
 
-def remove_parts(run: Run, *stages: str) -> None:
-    """Remove what tasks have made, which is in the whole now: a share before what it was made from."""
-    if not run.config.cluster.prepare_tasks:
-        return
-    folder = run.url("vocabulary").rpartition("/")[0]
-    for name in sorted(paths.list_folder(folder), key=lambda name: JobName.parse(name).index is None):
-        if JobName.parse(name).stage in stages:
-            paths.remove(paths.join(folder, name))
-            run.forget(paths.join(folder, name))
-    if paths.is_local(folder):
-        with suppress(OSError):  # it holds something else
-            paths.local_path(folder).rmdir()
-
-
 def _pretrained(config: Config) -> Path | None:
     return local_model(config.model.pretrained) if config.model.pretrained else None
-
-
-def warn_of_changes(config: Config, artifact: Artifact) -> None:
-    """Say so when the files are not those that were read; the prepared data stays what it is."""
-    recorded = artifact.manifest.facts.get(SOURCES_FACT)
-    try:
-        changes = changes_since(recorded, config) if recorded else []
-    except (DataError, StoreError) as error:
-        changes = [str(error)]
-    if changes:
-        more = f" (and {len(changes) - SHOWN} more)" if len(changes) > SHOWN else ""
-        logger.warning(
-            "the sources are not what they were when %s was prepared: %s%s; that data is used as it is: delete "
-            "it, or name another --data-dir, to read them again",
-            artifact.url,
-            "; ".join(changes[:SHOWN]),
-            more,
-        )
 
 
 def partitions(run: Run) -> Artifact:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from checkpoints import paths
 from checkpoints.errors import MissingArtifactError
 from launcher.tasks import build_groups, build_tasks
 from modularforge.config import Config
@@ -201,7 +202,7 @@ def test_a_killed_task_repeats_only_the_shards_that_it_had_not_cleaned(
     left = {path.name for path in (tmp_path / f"three/data-parts/filter_{number}-1.partial").rglob("pass-*/*.zst")}
     assert len(left) == 2
     written: list[str] = []
-    write = clean_shards.write_atomically
+    write = paths.write_atomically
 
     def noted(path: Path, *arguments: Any, **options: Any) -> None:
         written.append(path.name)

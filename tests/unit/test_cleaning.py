@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from modularforge.config import Config
-from modularforge.data import cleaning, shards
+from modularforge.config import CleanStepConfig, Config
+from modularforge.data import cleaning, duplicates, shards
 from modularforge.data.clean_shards import clean_shard, read_cleaned, records
+from modularforge.data.clean_steps import datatrove, words_of
 from modularforge.data.cleaning import clean_corpus
 from modularforge.errors import ConfigError, DataError
 
@@ -143,6 +144,23 @@ def test_no_near_duplicate_of_a_held_out_document_is_left_in_training(tmp_path: 
     assert report["copies"] == [
         {"place": 0, "step": "near", "removed": 2, "shared_with_held_out": 1, "still_shared": 0}
     ]
+
+
+def test_signatures_are_datatroves_own_whatever_the_script(tmp_path: Path) -> None:
+    texts = [
+        "",
+        prose(54),
+        "  Ünïted \u0301 naïve cafe\u0301 ệ ",
+        "\u0301 שָׁלוֹם عَرَبِيّ हिन्दी ไทย 3 ½ \u2000Ω Å",
+        f"{prose(55)} é",
+    ]
+    item = CleanStepConfig(step="near", options={"n_grams": 1})
+    plain = datatrove("pipeline.dedup.minhash").MinhashDedupSignature(
+        str(tmp_path), duplicates.minhash_config(item.options), words_of(item.options)
+    )
+    ours = duplicates.signer(item, str(tmp_path))
+    for text in texts:
+        assert ours.get_shingles(text).tolist() == plain.get_shingles(text).tolist()
 
 
 def test_documents_that_share_words_with_a_given_set_are_dropped(tmp_path: Path) -> None:
