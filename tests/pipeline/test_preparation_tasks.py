@@ -182,15 +182,17 @@ def test_one_command_alone_shares_nothing(values: Values, tmp_path: Path) -> Non
     assert {name: entry.sha256 for name, entry in found.items()}.items() <= alone.items()
 
 
-# In another process: tokenise share argv[2] of the settings argv[1], and be killed before shard number argv[3].
+# In another process: tokenise share argv[2] of the settings argv[1], and be killed before shard number argv[3]; argv[4]
+# are limits of the plan of shards.
 KILLED = """
-    import os, signal, sys
+    import json, os, signal, sys
     from modularforge.config import Config
-    from modularforge.data import shards
+    from modularforge.data import pieces, shards
     from modularforge.run import Run
 
-    config, index, deadly = sys.argv[1:]
+    config, index, deadly, limits = sys.argv[1:]
     shards.SHARD_BYTES = 2000
+    vars(pieces).update(json.loads(limits))
     write, written = shards._write_shard, []
 
     def write_or_die(*arguments):
@@ -203,18 +205,16 @@ KILLED = """
 """
 
 
-def test_a_killed_task_repeats_only_what_is_missing_of_its_share(
-    values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    alone = prepare(configured(values, None, tmp_path / "alone"))
-    config = configured(values, 3, tmp_path / "three")
-    finish(config, "vocabulary", "tokenise-1", "tokenise-2")
-    before = {index: Run(config).require("tokenise", index).manifest.attempt for index in (1, 2)}
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), config.model_dump_json(), "0", "2"]
+def killed(config: Config, index: str, **limits: int) -> set[str]:
+    """Kill a task before its third shard of text; the shards that it leaves."""
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), config.model_dump_json(), index, "2", json.dumps(limits)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    left = {path.name for path in (tmp_path / "three/data-parts/tokenise-0.partial").rglob("*.npz")}
-    assert len(left) == 2
+    return {path.name for path in Path(f"{config.data_url}-parts/tokenise-{index}.partial").rglob("*.npz")}
+
+
+def note_shards(patch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the shards of text that are tokenised from now on."""
     written: list[str] = []
     write = shards._write_shard
 
@@ -222,8 +222,22 @@ def test_a_killed_task_repeats_only_what_is_missing_of_its_share(
         written.append(group.path.name)
         write(group, parts)
 
-    monkeypatch.setattr(shards, "_write_shard", noted)
-    finish(config, "tokenise-0", "tokenise-1", "tokenise-2")
+    patch.setattr(shards, "_write_shard", noted)
+    return written
+
+
+def test_a_killed_task_repeats_only_what_is_missing_of_its_share(
+    values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = prepare(configured(values, None, tmp_path / "alone"))
+    config = configured(values, 3, tmp_path / "three")
+    finish(config, "vocabulary", "tokenise-1", "tokenise-2")
+    before = {index: Run(config).require("tokenise", index).manifest.attempt for index in (1, 2)}
+    left = killed(config, "0")
+    assert len(left) == 2
+    with monkeypatch.context() as patch:
+        written = note_shards(patch)
+        finish(config, "tokenise-0", "tokenise-1", "tokenise-2")
     assert written
     assert not left & {*written}
     assert before == {index: Run(config).require("tokenise", index).manifest.attempt for index in (1, 2)}
