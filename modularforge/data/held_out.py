@@ -26,7 +26,7 @@ from modularforge.config import Config
 from modularforge.data.clean_steps import cores
 from modularforge.data.corpus import HELD_OUT, Split
 from modularforge.data.token_files import TokenFile, write_documents, write_spans
-from modularforge.data.token_streams import SpannedTokens
+from modularforge.data.token_streams import SpannedTokens, let_go
 from modularforge.errors import DataError
 from modularforge.log import logger
 
@@ -101,6 +101,7 @@ def near_copies(train: TokenFile, held_out: Sequence[TokenFile], run_tokens: int
         ]
 
     for pairs in in_order(found, _blocks(train), min(cores(), MOST_THREADS)):
+        let_go(train.tokens)
         yield from pairs
 
 

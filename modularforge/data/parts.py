@@ -46,7 +46,7 @@ from modularforge.data.token_files import (
     read_shard_counts,
     read_spans,
 )
-from modularforge.data.token_streams import Indices, JoinedTokens, SpannedTokens
+from modularforge.data.token_streams import Indices, JoinedTokens, SpannedTokens, let_go
 
 PART_NAME = "part.json"
 MOST_OPEN = 4  # shards of an object store that are here at a time while copies are looked for
@@ -250,6 +250,7 @@ def _joined(parts: Sequence[Artifact], names: Sequence[Mapping[str, list[str]]],
                 before = ends[first - 1] if first else 0
                 end = int(np.searchsorted(ends, before + shards.SHARD_BYTES - filled)) + 1
                 held.append(_cut(file, text_bytes, known[split], first, min(end, file.num_documents)))
+                let_go(file.tokens)
                 filled += int(held[-1].text_bytes.sum())
                 first = end
                 if filled >= shards.SHARD_BYTES:
