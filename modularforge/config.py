@@ -266,7 +266,7 @@ class CleanStepConfig(SafeSection):
     `decontaminate` (documents that share word n-grams with given sets)."""
     sources: list[Text] | None = None
     """Names of the sources whose documents it looks at; null is all, as for `exact` and `near`, which know no other."""
-    options: dict[Line, bool | int | float | Line | list[Line] | None] = {}
+    options: dict[Line, bool | int | float | Line | list[Line] | list[list[int | float]] | None] = {}
     """Parameters of the step, by datatrove's names for them (docs/text.md); the others are as it has them."""
 
 

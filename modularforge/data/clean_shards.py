@@ -18,6 +18,7 @@ from modularforge.config import CleanStepConfig
 from modularforge.data.clean_steps import Apply, datatrove, make_steps
 from modularforge.data.compression import decompress
 from modularforge.data.corpus import Document, Split
+from modularforge.errors import DataError, one_line
 
 ENDING = ".jsonl.zst"
 FOLDER = "documents"  # of a cleaned corpus
@@ -72,7 +73,7 @@ def clean_shard(steps: Sequence[CleanStepConfig], scratch: Path, first: int, las
         return task.target
     tally, lines = Tally(task.source, task.split), []
     documents = _without(task, first - 1, tally)
-    for document in _kept(documents, make_steps(steps, scratch, task.source, first, last), tally):
+    for document in _kept(documents, make_steps(steps, scratch, task.source, first, last), steps, tally):
         record = {"text": document.text, "label": document.metadata["label"]}
         lines.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         tally.kept.update(documents=1, bytes=len(document.text.encode()))
@@ -134,12 +135,21 @@ def _without(task: Task, place: int, tally: Tally) -> Iterator[Any]:
             yield document
 
 
-def _kept(documents: Iterable[Any], steps: Mapping[int, Apply], tally: Tally) -> Iterator[Any]:
+def _kept(
+    documents: Iterable[Any], made: Mapping[int, Apply], steps: Sequence[CleanStepConfig], tally: Tally
+) -> Iterator[Any]:
     for document in documents:
         reason = None
-        for place, apply in steps.items():
+        for place, apply in made.items():
             before = document.text
-            reason = apply(document) or (None if document.text.strip() else "empty")
+            try:
+                reason = apply(document) or (None if document.text.strip() else "empty")
+            except Exception as error:  # rules are a library's, with options that only a document shows to be wrong
+                raise DataError(
+                    f"step {steps[place].step} of data.clean must take every document of {tally.split} of source "
+                    f"{tally.source}, but not the one that begins {before[:60]!r} ({one_line(error)}); change its "
+                    "options, or leave the document out"
+                ) from error
             tally.note(place, before, document.text, reason)
             if reason is not None:
                 break

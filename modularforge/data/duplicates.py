@@ -31,6 +31,7 @@ InOrder = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 MOST_RANKS = 256  # signature files that are open at a time; of one, those of a bucket are held in memory
 HIGHEST_PRIORITY = 65535
 LINES_AT_ONCE = 1024
+SHINGLES_AT_ONCE = 1 << 14  # 15 MB of hashes with datatrove's 14 buckets of 8
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,14 @@ def signer(item: CleanStepConfig, folder: str) -> Any:
     config.norm_config.norm_unicode_diacritics = False  # which `_Unmarked` does
     signer = datatrove("pipeline.dedup.minhash").MinhashDedupSignature(folder, config, words_of(item.options))
     signer.word_tokenizer = _Unmarked(signer.word_tokenizer)
+    signer.get_signature = partial(_signature, signer.get_signature)
     return signer
+
+
+def _signature(whole: Callable[[Any], list[list[int]]], shingles: Any) -> list[list[int]]:
+    """datatrove's signature, of some n-grams at a time: of all those of a book it would take gigabytes."""
+    some = [whole(shingles[at:][:SHINGLES_AT_ONCE]) for at in range(0, len(shingles), SHINGLES_AT_ONCE)]
+    return [[min(hashes) for hashes in zip(*buckets, strict=True)] for buckets in zip(*some, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from modularforge.data import pieces, ranged_tokens, shards
 from modularforge.data.loader import batches, mixed_batches
 from modularforge.data.packing import Rows, example_batches
 from modularforge.data.token_files import TokenFile, TokenFileWriter
-from modularforge.data.token_streams import SpannedTokens
 from modularforge.run import Run
 from modularforge.stored_tokens import partition_tokens, token_file
 from tests.pipeline.test_preparation_tasks import configured, prepare
@@ -130,8 +129,8 @@ def test_partitions_in_spans_of_shards_on_a_store_are_read_by_ranges(
     monkeypatch.setattr(ranged_tokens, "BLOCK_BYTES", BLOCK)
     for is_apart in (False, True):
         mine, other = (partition_tokens(Run(config).require("partition"), 0, is_apart) for config in (there, here))
-        assert isinstance(mine.tokens, SpannedTokens)
-        assert isinstance(mine.tokens.whole, ranged_tokens.RangedTokens)
+        spans: Any = mine.tokens
+        assert type(spans.whole) is ranged_tokens.RangedTokens
         proxy.reset()
         pairs = zip(batches_of(mine, is_apart), batches_of(other, is_apart), strict=True)
         for (one, place), (two, position) in islice(pairs, 8):
@@ -140,12 +139,13 @@ def test_partitions_in_spans_of_shards_on_a_store_are_read_by_ranges(
             assert all(torch.equal(one[name], two[name]) for name in one)
         assert {request.method for request in proxy.requests} == {"GET"}
         assert all("range" in {name.lower() for name in request.headers} for request in proxy.requests)
-        assert os.fstat(mine.tokens.whole.file.fileno()).st_size <= 1e4
+        assert os.fstat(spans.whole.file.fileno()).st_size <= 1e4
 
 
 def batches_of(file: TokenFile, is_apart: bool) -> Any:
+    stream: Any = file.whole
     if is_apart:
-        return example_batches(Rows(file.whole, CONTEXT, 7), 4, 3)
+        return example_batches(Rows(stream, CONTEXT, 7), 4, 3)
     found = batches(file.tokens, CONTEXT, 4, 3)
     return (({"inputs": inputs, "targets": targets}, place) for inputs, targets, place in found)
 
