@@ -24,8 +24,9 @@ from typing import Any
 
 from modularforge.config import CleanStepConfig, Config, DataConfig, SourceConfig
 from modularforge.data import cleaning
+from modularforge.data.clean_shards import read_cleaned
 from modularforge.data.clean_steps import datatrove, hashing, make_steps, words_of
-from modularforge.data.cleaning import clean_corpus, read_cleaned
+from modularforge.data.cleaning import clean_corpus
 from modularforge.data.files import find_files
 from modularforge.data.formats import read_file
 

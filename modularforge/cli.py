@@ -17,7 +17,7 @@ from modularforge.experts_cli import app as experts_app
 from modularforge.kept_code import keep_code
 from modularforge.log import logger
 from modularforge.options import with_lazy_settings, with_settings
-from modularforge.pipeline import SHARED_WORK, STAGES, JobName, Stage, checkpoint_url, wanted_stages
+from modularforge.pipeline import CLEANING, SHARED_WORK, STAGES, JobName, Stage, checkpoint_url, wanted_stages
 from modularforge.run import Run
 
 if TYPE_CHECKING:
@@ -115,11 +115,20 @@ def _add_job(jobs: typer.Typer, stage: Stage) -> None:
             if stage.is_indexed
             else MERGES.format(stage.round)
         )
-    jobs.command(job, rich_help_panel="Jobs", hidden=stage.round > 1)(with_settings(command))
+    jobs.command(job, rich_help_panel="Jobs", hidden=stage.round > 1 or stage.copies > 1)(with_settings(command))
 
 
 MERGES = "Merge what experts share after round {} (experts.rounds; later rounds have such commands too)."
 HELP_OF_JOBS = {
+    "inventory": "Note which files several jobs clean (cluster.prepare_tasks, data.clean).",
+    **{
+        name: f"Clean one share of the text {'before' if row.copies == 0 else 'after'} copies are looked for "
+        "(cluster.prepare_tasks)."
+        if row.is_indexed
+        else "Find copies among what several jobs have cleaned (cluster.prepare_tasks)."
+        for name, row in STAGES.items()
+        if name in CLEANING and name != "inventory"
+    },
     "prepare-data": "Learn the tokenizer, write token files, and divide the documents among the experts.",
     "vocabulary": "Learn the tokenizer of text that several jobs prepare (cluster.prepare_tasks).",
     "tokenise": "Read and tokenise one share of the text (cluster.prepare_tasks).",

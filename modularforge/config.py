@@ -252,6 +252,9 @@ CleanStepName = Literal[
     "decontaminate",
 ]
 CHANGES_TEXT: tuple[CleanStepName, ...] = ("repair", "c4", "personal")
+WHOLE_CORPUS: tuple[CleanStepName, ...] = ("exact", "near")
+MOST_CLEANING_TASKS = 256  # whose signatures one job reads side by side
+MOST_WHOLE_CORPUS = 3  # steps between which tasks wait for each other
 
 
 class CleanStepConfig(SafeSection):
@@ -263,7 +266,7 @@ class CleanStepConfig(SafeSection):
     `decontaminate` (documents that share word n-grams with given sets)."""
     sources: list[Text] | None = None
     """Names of the sources whose documents it looks at; null is all, as for `exact` and `near`, which know no other."""
-    options: dict[Line, bool | int | float | Line | list[Line] | None] = {}
+    options: dict[Line, bool | int | float | Line | list[Line] | list[list[int | float]] | None] = {}
     """Parameters of the step, by datatrove's names for them (docs/text.md); the others are as it has them."""
 
 
@@ -822,8 +825,8 @@ class ClusterConfig(Section):
     array_throttle: int | None = Field(None, ge=1)
     """Experts that run at the same time at the most; null leaves it to Slurm."""
     prepare_tasks: int | None = Field(None, ge=1, le=100_000)
-    """Jobs that read and tokenise a share of the text each, side by side, before `prepare-data` puts together what they
-    made; the data is the same, however many there are. Null: `prepare-data` does it all."""
+    """Jobs that read, clean (256 at most) and tokenise a share of the text each, side by side, before `prepare-data`
+    puts together what they made; the data is the same, however many there are. Null: `prepare-data` does it all."""
     min_experts: int | None = Field(None, ge=1)
     """Assembly, and each merge of a round, goes on without the others when this many experts are finished; null wants
     all."""
@@ -1100,6 +1103,17 @@ class Config(SafeSection):
         return self.cluster.prepare_tasks if self.partition.method == "clustered" else None
 
     @property
+    def cleaning_tasks(self) -> int | None:
+        """How many jobs clean a share of the documents; None where nothing is cleaned, or one does it all."""
+        tasks = self.cluster.prepare_tasks
+        return min(tasks, MOST_CLEANING_TASKS) if tasks and self.data.clean else None
+
+    @property
+    def whole_corpus_steps(self) -> int:
+        """How many steps of cleaning look at the whole corpus."""
+        return sum(item.step in WHOLE_CORPUS for item in self.data.clean)
+
+    @property
     def preparation_seed(self) -> int:
         """Seed of corpus and partitions."""
         return self.seed if self.data_seed is None else self.data_seed
@@ -1344,6 +1358,11 @@ def _impossible_cleaning(config: Config) -> Iterator[str]:
         )
     if names and config.task != "text":
         yield f"data.clean must be left out under task {config.task}, since it cleans documents of text; remove it"
+    if config.cleaning_tasks and config.whole_corpus_steps > MOST_WHOLE_CORPUS:
+        yield (
+            f"data.clean must have at most {MOST_WHOLE_CORPUS} steps that look at the whole corpus (exact, near) with "
+            f"cluster.prepare_tasks, but has {config.whole_corpus_steps}; leave some out, or unset prepare_tasks"
+        )
     known = {source.name for source in config.data.sources}
     for item in config.data.clean:
         if item.sources is not None and item.step in ("exact", "near"):

@@ -18,7 +18,14 @@ from operator import attrgetter
 from typing import Any
 
 from checkpoints import Artifact, paths
-from modularforge.config import GONE_FROM_ROPE, MOST_ROUNDS, TRAINED_ON_ALL, Config, PhaseConfig
+from modularforge.config import (
+    GONE_FROM_ROPE,
+    MOST_ROUNDS,
+    MOST_WHOLE_CORPUS,
+    TRAINED_ON_ALL,
+    Config,
+    PhaseConfig,
+)
 from modularforge.errors import ConfigError
 from modularforge.experts.kind import kind_of
 
@@ -70,6 +77,8 @@ class Stage:
     """Of its curves and bars; experts and branches have one each."""
     count: str = "experts.count"
     """The setting that says how many there are of a row that is indexed."""
+    copies: int = 0
+    """How many steps of cleaning before it look at the whole corpus; it is wanted where there are so many."""
     round: int = 0
     """The round of the experts' training, but the last, that it is of; it is wanted where there are more rounds."""
 
@@ -101,7 +110,8 @@ class Stage:
 
     def is_off(self, config: Config) -> bool:
         """Whether the setting without which there is nothing to make is not given."""
-        return bool(self.needs) and not attrgetter(self.needs)(config)
+        is_needless = bool(self.needs) and not attrgetter(self.needs)(config)
+        return is_needless or self.copies > config.whole_corpus_steps
 
     def is_wanted(self, config: Config) -> bool:
         """Whether a run with these settings makes it."""
@@ -119,7 +129,8 @@ class Stage:
         """What makes it for a task; imported only here, because it loads torch."""
         module, _, name = MADE_FOR.get(task, {}).get(self.name, self.run).partition(":")
         found: Callable[..., Any] = getattr(import_module(module), name)
-        return partial(found, number=self.round) if self.round else found
+        number = self.round or self.copies
+        return partial(found, number=number) if number else found
 
     def indices(self, config: Config) -> list[int | None]:
         """One index for each of its artifacts."""
@@ -128,6 +139,7 @@ class Stage:
 
 MAKERS = "modularforge.stages"
 PREPARE_TASKS, CLUSTERING_TASKS, SHARE = "cluster.prepare_tasks", "clustering_tasks", "share"
+CLEANING_TASKS = "cleaning_tasks"
 SHARED_BY_ALL = ("prepare-data", "partition", "backbone")
 CLEANED_FROM = tuple(
     f"data.{name}"
@@ -188,6 +200,32 @@ def _rounds() -> Iterator[Stage]:
         )
 
 
+def _passes() -> Iterator[Stage]:
+    """A row for each pass of cleaning by tasks, and before each but the first one that finds copies."""
+    for number in range(MOST_WHOLE_CORPUS + 1):
+        if number:
+            yield _cleaning(f"copies_{number}", f"filter_{number - 1}", copies=number)
+        before = (f"filter_{number - 1}", f"copies_{number}") if number else ()
+        yield _cleaning(f"filter_{number}", *before, SHARE, copies=number)
+
+
+def _cleaning(name: str, *inputs: str, copies: int = 0) -> Stage:
+    """A row of what tasks do before the documents are clean."""
+    is_indexed = SHARE in inputs
+    return Stage(
+        name,
+        f"{{data}}-parts/{name}{'-{index}' if is_indexed else ''}",
+        (),
+        ("inventory", *inputs) if inputs else (),
+        f"{MAKERS}.clean:{'filtered' if is_indexed else 'copies' if copies else name}",
+        CLEANED_FROM,
+        needs=CLEANING_TASKS,
+        is_measured=False,
+        count=CLEANING_TASKS,
+        copies=copies,
+    )
+
+
 def made_in_round(number: int) -> tuple[str, str]:
     """The stages of a round: what an expert has learned by its end, and the mean of what all share."""
     return f"round_{number}", f"merge_{number}"
@@ -212,12 +250,14 @@ class _Rows(dict[str, Stage]):
 STAGES: dict[str, Stage] = _Rows(
     (stage.name, stage)
     for stage in (
+        _cleaning("inventory"),
+        *_passes(),
         Stage(
             "clean",
             "{data}-cleaned",
             (),
-            (),
-            f"{MAKERS}.prepare:cleaned",
+            tuple(f"filter_{number}" for number in range(MOST_WHOLE_CORPUS + 1)),
+            f"{MAKERS}.clean:cleaned",
             CLEANED_FROM,
             artifact="cleaned",
             within="prepare-data",
@@ -404,7 +444,12 @@ JOINT_LORA = ("joint_lora", "joint_lora_wide")
 ALL_BASELINES = (*TRAINED_ON_ALL, "branch", "btx")
 ROUNDS = tuple(name for name, stage in STAGES.items() if stage.round and stage.is_indexed)
 """The rows of experts between their rounds."""
-SHARED_WORK = {"vocabulary": "prepare-data", "tokenise": "prepare-data", "centres": "partition", "assign": "partition"}
+CLEANING = tuple(name for name, stage in STAGES.items() if stage.needs == CLEANING_TASKS)
+"""The rows of cleaning by tasks."""
+SHARED_WORK = {
+    **dict.fromkeys(CLEANING, "clean"),
+    **{"vocabulary": "prepare-data", "tokenise": "prepare-data", "centres": "partition", "assign": "partition"},
+}
 """By row that shares the work of another: that other, which is made without it where it is not there, and when it is
 made, needs it no more."""
 HOW_READ, HOW_DRAWN = "data.packing", ("data.mix", "data.temperature")

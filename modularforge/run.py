@@ -15,6 +15,7 @@ from modularforge.config import Config
 from modularforge.errors import ConfigError, MismatchError
 from modularforge.pipeline import (
     CHOSEN_FACT,
+    CLEANING,
     ROUNDS,
     SHARE,
     SHARED_WORK,
@@ -277,7 +278,9 @@ class Run:
     def _input(self, needed: str, index: int | None) -> dict[str, str]:
         if needed == SHARE:
             return {SHARE: f"{index} of {self.config.cluster.prepare_tasks}"}
-        if needed in ("tokenise", "assign"):  # what follows is the same, in however many shares it was made
+        if needed in ("tokenise", "assign") or (
+            needed in CLEANING and STAGES[needed].is_indexed
+        ):  # what follows is the same, in however many shares it was made
             return {}
         if needed == "partition" and index is not None:
             return {needed: self._partition_identity(index)}

@@ -17,8 +17,11 @@ from checkpoints.paths import write_atomically
 from modularforge.config import CleanStepConfig
 from modularforge.data.clean_steps import Apply, datatrove, make_steps
 from modularforge.data.compression import decompress
+from modularforge.data.corpus import Document, Split
+from modularforge.errors import DataError, one_line
 
 ENDING = ".jsonl.zst"
+FOLDER = "documents"  # of a cleaned corpus
 SAMPLES = 3  # of each step in each source
 SAMPLE_CHARACTERS, BEFORE_THE_CHANGE = 600, 60
 
@@ -70,7 +73,7 @@ def clean_shard(steps: Sequence[CleanStepConfig], scratch: Path, first: int, las
         return task.target
     tally, lines = Tally(task.source, task.split), []
     documents = _without(task, first - 1, tally)
-    for document in _kept(documents, make_steps(steps, scratch, task.source, first, last), tally):
+    for document in _kept(documents, make_steps(steps, scratch, task.source, first, last), steps, tally):
         record = {"text": document.text, "label": document.metadata["label"]}
         lines.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         tally.kept.update(documents=1, bytes=len(document.text.encode()))
@@ -81,10 +84,12 @@ def clean_shard(steps: Sequence[CleanStepConfig], scratch: Path, first: int, las
 
 def read_tally(shard: Path) -> Tally:
     """What was counted of a finished shard."""
-    values = json.loads(_tally_path(shard).read_bytes())
-    for name in ("read", "kept"):
-        values[name] = Counter(values[name])
-    return Tally(**values)
+    return load_tally(json.loads(_tally_path(shard).read_bytes()))
+
+
+def load_tally(values: Mapping[str, Any]) -> Tally:
+    """A tally of what was written as JSON."""
+    return Tally(**{**values, "read": Counter(values["read"]), "kept": Counter(values["kept"])})
 
 
 def records(path: Path) -> Iterator[dict[str, str]]:
@@ -92,6 +97,21 @@ def records(path: Path) -> Iterator[dict[str, str]]:
     with open(path, "rb") as file:
         lines = b"".join(decompress(file, ".zst", str(path))).split(b"\n")
     return (json.loads(line) for line in lines if line)
+
+
+def read_cleaned(folder: Path, source: int, split: Split) -> Iterator[Document]:
+    """The documents of a split of the source with this number in the settings."""
+    return read_cleaned_files(sorted((folder / FOLDER).glob(f"{split}-{source:04d}-*{ENDING}")))
+
+
+def read_cleaned_files(paths: Iterable[Path]) -> Iterator[Document]:
+    """The documents of files of cleaned ones."""
+    return (Document(record["text"], record["label"]) for path in paths for record in records(path))
+
+
+def cleaned_names(names: Iterable[str], source: int, split: Split) -> list[str]:
+    """Those of the files of cleaned documents that are of a split of the source with this number, in order."""
+    return sorted(name for name in names if name.startswith(f"{FOLDER}/{split}-{source:04d}-"))
 
 
 def read_shard(path: Path) -> Iterator[Any]:
@@ -115,12 +135,21 @@ def _without(task: Task, place: int, tally: Tally) -> Iterator[Any]:
             yield document
 
 
-def _kept(documents: Iterable[Any], steps: Mapping[int, Apply], tally: Tally) -> Iterator[Any]:
+def _kept(
+    documents: Iterable[Any], made: Mapping[int, Apply], steps: Sequence[CleanStepConfig], tally: Tally
+) -> Iterator[Any]:
     for document in documents:
         reason = None
-        for place, apply in steps.items():
+        for place, apply in made.items():
             before = document.text
-            reason = apply(document) or (None if document.text.strip() else "empty")
+            try:
+                reason = apply(document) or (None if document.text.strip() else "empty")
+            except Exception as error:  # rules are a library's, with options that only a document shows to be wrong
+                raise DataError(
+                    f"step {steps[place].step} of data.clean must take every document of {tally.split} of source "
+                    f"{tally.source}, but not the one that begins {before[:60]!r} ({one_line(error)}); change its "
+                    "options, or leave the document out"
+                ) from error
             tally.note(place, before, document.text, reason)
             if reason is not None:
                 break

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from modularforge.config import CleanStepConfig, SourceConfig
+from modularforge.config import WHOLE_CORPUS, CleanStepConfig, SourceConfig
 from modularforge.data.files import find_files
 from modularforge.data.formats import read_file
 from modularforge.errors import ConfigError, DataError, one_line
@@ -32,7 +32,6 @@ FILTERS = {
     "fineweb": "fineweb_quality_filter:FineWebQualityFilter",
 }
 FORMATTERS = {"repair": "ftfy:FTFYFormatter", "personal": "pii:PIIFormatter"}
-WHOLE_CORPUS = ("exact", "near")
 NOT_SETTINGS = ("exclusion_writer", "norm_config", "hash_config")
 LANGUAGE_SURE = 0.65  # datatrove's threshold
 DECONTAMINATION_WORDS = 12

@@ -100,23 +100,25 @@ def decompress(file: Any, ending: str, url: str) -> Iterator[bytes]:
 
 def _members(chunks: Iterator[bytes], new_decompressor: Callable[[], _Decompressor], url: str) -> Iterator[bytes]:
     """Decompress a file of one or more members (gzip) or frames (zstd), which may be padded with zeros."""
-    decompressor, started = new_decompressor(), False
+    decompressor, started, line = new_decompressor(), False, 1
     for chunk in chunks:
         while chunk := chunk if started else chunk.lstrip(b"\0"):
             try:
-                yield decompressor.decompress(chunk)
+                plain = decompressor.decompress(chunk)
             except Exception as error:  # each library has an error class of its own
-                raise _damaged(url, *_what_it_is(url, chunk, started, error)) from error
+                raise _damaged(url, *_what_it_is(url, chunk, line if started else 0, error)) from error
+            line += plain.count(b"\n")
+            yield plain
             started, chunk = not decompressor.eof, decompressor.unused_data if decompressor.eof else b""
             decompressor = decompressor if started else new_decompressor()
     if started:
-        raise _damaged(url, "ends in the middle")
+        raise _damaged(url, f"ends in the middle, in line {line}")
 
 
-def _what_it_is(url: str, chunk: bytes, started: bool, error: Exception) -> tuple[str, str]:
-    """What the file is instead, and what to do."""
-    if started:
-        return f"is damaged ({one_line(error)})", COPY_AGAIN
+def _what_it_is(url: str, chunk: bytes, line: int, error: Exception) -> tuple[str, str]:
+    """What the file is instead, and what to do; `line` is the one that it was at, 0 before the first."""
+    if line:
+        return f"is damaged in line {line} or soon behind it ({one_line(error)})", COPY_AGAIN
     if (found := describe(chunk)) and found[1] != f"give it a name that ends in {compression_of(url)}":
         return f"is {found[0]}", found[1] or "leave it out of the settings"
     cure = f"{COPY_AGAIN}, or take {compression_of(url)} from its name if it is plain"

@@ -26,7 +26,7 @@ from modularforge.config import Config
 from modularforge.data.clean_steps import cores
 from modularforge.data.corpus import HELD_OUT, Split
 from modularforge.data.token_files import TokenFile, write_documents, write_spans
-from modularforge.data.token_streams import SpannedTokens
+from modularforge.data.token_streams import SpannedTokens, let_go
 from modularforge.errors import DataError
 from modularforge.log import logger
 
@@ -37,6 +37,7 @@ MOST_TOKENS = 1 << 20  # looked at together, by each of so many threads, which i
 MOST_THREADS = 16
 KNOWN_SHARE = 0.5  # of a training document's runs, before it is compared
 RUN_PLACES, COMPARED = 16, 8  # held-out documents that a run leads to, and that a document is compared with
+OUTSIDE = np.uint64((1 << 32) - 1)  # what stands before and behind a response
 FACTOR, MIXER = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
 Hashes = npt.NDArray[np.uint64]
 Indices = npt.NDArray[np.int64]
@@ -101,6 +102,7 @@ def near_copies(train: TokenFile, held_out: Sequence[TokenFile], run_tokens: int
         ]
 
     for pairs in in_order(found, _blocks(train), min(cores(), MOST_THREADS)):
+        let_go(train.tokens)
         yield from pairs
 
 
@@ -115,9 +117,13 @@ def _responses_alike(train: TokenFile, index: int, held_out: TokenFile, other: i
     if train.learned is None or held_out.learned is None:
         return True
     one, two = (file.document(k)[file.learned_of(k) == 1] for file, k in ((train, index), (held_out, other)))
-    return (
-        bool(np.array_equal(one, two)) or _likeness(*(np.unique(ids.astype(np.uint64)) for ids in (one, two))) >= ALIKE
-    )
+    return bool(np.array_equal(one, two)) or _likeness(_neighbours(one), _neighbours(two)) >= ALIKE
+
+
+def _neighbours(ids: npt.NDArray[Any]) -> Hashes:
+    """Every two tokens that follow each other, also the first and the last: 12 and 21 are other answers."""
+    ends = np.concatenate([[OUTSIDE], ids.astype(np.uint64), [OUTSIDE]]).astype(np.uint64)
+    return np.unique((ends[:-1] << np.uint64(32)) | ends[1:])
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,20 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from checkpoints import paths
+from checkpoints import Artifact, paths
 from checkpoints.parallel import in_order
 from checkpoints.redact import redact
 from modularforge.config import Config
 from modularforge.data.corpus import SPLITS
 from modularforge.data.files import SAMPLE_PREFIX, all_matches, explained, file_identity
 from modularforge.data.patterns import is_web
-from modularforge.errors import DataError
+from modularforge.errors import DataError, StoreError
 from modularforge.log import logger
 
 # Of a corpus of more files only these are recorded: a manifest is read whole by everybody.
 RECORDED_FILES = 1000
 SHOWN = 3
+SOURCES_FACT = "sources"  # in the manifest of prepared data: the files that were read
 LOOKS_AT_ONCE = 16  # an object store answers each in tens of milliseconds
 
 
@@ -115,6 +116,24 @@ def changes_since(recorded: Any, config: Config) -> list[str]:
     if len(now) != then.count and not changes:
         changes.append(f"there were {then.count} files, and now {len(now)}")
     return changes
+
+
+def warn_of_changes(config: Config, artifact: Artifact) -> None:
+    """Say so when the files are not those that were read; the prepared data stays what it is."""
+    recorded = artifact.manifest.facts.get(SOURCES_FACT)
+    try:
+        changes = changes_since(recorded, config) if recorded else []
+    except (DataError, StoreError) as error:
+        changes = [str(error)]
+    if changes:
+        more = f" (and {len(changes) - SHOWN} more)" if len(changes) > SHOWN else ""
+        logger.warning(
+            "the sources are not what they were when %s was prepared: %s%s; that data is used as it is: delete "
+            "it, or name another --data-dir, to read them again",
+            artifact.url,
+            "; ".join(changes[:SHOWN]),
+            more,
+        )
 
 
 def _difference(name: str, old: Sequence[Any], url: str) -> Iterator[str]:

@@ -28,7 +28,7 @@ from modularforge.data.token_files import (
     write_documents,
     write_spans,
 )
-from modularforge.data.token_streams import SpannedTokens, StreamedTokens
+from modularforge.data.token_streams import SpannedTokens, StreamedTokens, let_go
 from modularforge.errors import DataError
 from modularforge.log import logger
 
@@ -85,6 +85,7 @@ def _require_known(documents: TokenFile, names: list[str], vocab_size: int) -> N
                 f"tokens of the {documents.name} documents must be below {vocab_size}, but one is {largest}; run "
                 "prepare-data again"
             )
+        let_go(documents.tokens)
     if documents.num_documents and int(documents.labels.max()) >= len(names):
         raise DataError(
             f"labels of the {documents.name} documents must be below the {len(names)} in metadata.json, but one is "

@@ -12,28 +12,23 @@ of its own, a share is some of them, and only their index is put together. Token
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.lib.format import open_memmap
 
 from checkpoints import Artifact, paths
-from checkpoints.redact import redact
 from modularforge.config import Config
 from modularforge.data import shards
-from modularforge.data.cleaning import cleaned_names, read_cleaned_files
-from modularforge.data.corpus import SPLITS, Document, Split, document_limit, no_documents, read_documents
-from modularforge.data.files import Span, find_files
-from modularforge.data.formats import is_divisible
-from modularforge.data.inputs import Match, file_states
+from modularforge.data.clean_shards import read_cleaned_files
+from modularforge.data.corpus import SPLITS, Document, Split, read_documents
+from modularforge.data.pieces import Piece, PlannedShard, by_attribute, require_documents
 from modularforge.data.prepare import (
     Encoder,
     finish_corpus,
@@ -50,173 +45,11 @@ from modularforge.data.token_files import (
     open_token_file,
     read_shard_counts,
     read_spans,
-    shard_name,
 )
-from modularforge.data.token_streams import Indices, JoinedTokens, SpannedTokens
-from modularforge.errors import DataError
-from modularforge.log import logger
+from modularforge.data.token_streams import Indices, JoinedTokens, SpannedTokens, let_go
 
-FILES_NAME, PART_NAME = "files.json", "part.json"
-UNKNOWN_BYTES = 1 << 30  # of a data set of the Hub
-# Documents of the training files that are held out are found by reading all, and few of them are tokenised.
-READ_AGAIN = 0.1
-# A corpus of more bytes of files has its tokens in shards of so many bytes each, or more where there would be too many.
-SHARDED_ABOVE, SHARD_WEIGHT, MOST_SHARDS = 4 << 30, 256 << 20, 4096
-# A file of more bytes is read in pieces, where its format lets one begin anywhere.
-PIECE_BYTES, MOST_PIECES = 64 << 20, 1 << 16
+PART_NAME = "part.json"
 MOST_OPEN = 4  # shards of an object store that are here at a time while copies are looked for
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One file of a split of the source with this number; None is all of them, where they are not read one by one.
-
-    With a span, what begins in these bytes of it.
-    """
-
-    split: Split
-    source: int
-    file: str | None
-    weight: float
-    span: Span | None = None
-
-
-@dataclass(frozen=True)
-class PlannedShard:
-    """The pieces that make one shard of a split."""
-
-    split: Split
-    number: int
-    pieces: list[Piece]
-
-    @property
-    def weight(self) -> float:
-        """Bytes to read."""
-        return sum(piece.weight for piece in self.pieces)
-
-    @property
-    def name(self) -> str:
-        """Of its token file."""
-        return shard_name(self.split, self.number)
-
-
-Work = TypeVar("Work", Piece, PlannedShard)
-
-
-def plan_shards(pieces: Sequence[Piece]) -> list[PlannedShard]:
-    """The shards of a large corpus, from its pieces alone; none of one whose token files are whole."""
-    total = sum(piece.weight for piece in pieces)
-    if total <= SHARDED_ABOVE:
-        return []
-    size = max(SHARD_WEIGHT, total / MOST_SHARDS)
-    planned: list[PlannedShard] = []
-    for split, own in _by(pieces, "split"):
-        held: list[Piece] = []
-        number = 0
-        for piece in own:
-            held.append(piece)
-            if sum(one.weight for one in held) >= size:
-                planned.append(PlannedShard(split, number, held))
-                held, number = [], number + 1
-        if held or not number:
-            planned.append(PlannedShard(split, number, held))
-    return planned
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The files of a corpus as they were when the vocabulary was learned: size and time (or ETag) of each, by URL."""
-
-    states: dict[str, list[Any]]
-
-    @staticmethod
-    def write(states: Mapping[str, list[Any]], folder: Path) -> None:
-        """Note the files, without the secrets of their URLs."""
-        rows = [[redact(url), *state] for url, state in states.items()]
-        (folder / FILES_NAME).write_text(json.dumps(rows, ensure_ascii=False) + "\n", encoding="utf-8")
-
-    @staticmethod
-    def read(noted: Artifact, matches: Iterable[Match]) -> Listing:
-        """What was noted, of the files that match now; raises DataError where these are others."""
-        rows = noted.read_json(FILES_NAME)
-        urls = list(dict.fromkeys(match.url for match in matches))
-        if changed := sorted({redact(url) for url in urls} ^ {row[0] for row in rows}):
-            raise _changed(changed[0], noted)
-        return Listing({url: row[1:] for url, row in zip(urls, rows, strict=True)})
-
-    def require_unchanged(self, files: Iterable[str], noted: Artifact) -> None:
-        """Raise DataError when one of these was written since."""
-        matches = [Match("", "", url, False) for url in files]
-        for url, state in file_states(matches).items():
-            if list(state) != list(self.states[url]):
-                raise _changed(redact(url), noted)
-
-
-def _changed(name: str, noted: Artifact) -> DataError:
-    return DataError(
-        f"the files of data.sources must stay as they were when the vocabulary was learned, but {name} is gone, new or "
-        f"written again; put it back, or delete {noted.url.rpartition('/')[0]} to begin again"
-    )
-
-
-def list_pieces(config: Config, listing: Listing, cleaned: Artifact | None) -> list[Piece]:
-    """What is to be read for all splits, in the order of one process."""
-    numbered = itertools.product(SPLITS, range(len(config.data.sources)))
-    found = [piece for split, number in numbered for piece in _pieces_of(config, listing, cleaned, split, number)]
-    size = max(PIECE_BYTES, int(sum(piece.weight for piece in found)) // MOST_PIECES)
-    return [part for piece in found for part in _spans(config, listing, piece, size)]
-
-
-def _spans(config: Config, listing: Listing, piece: Piece, size: int) -> Iterator[Piece]:
-    """A file in pieces of this size, where each can be read alone."""
-    source = config.data.sources[piece.source]
-    whole = listing.states.get(piece.file or "", [None])[0]
-    if whole is None or whole <= size or not is_divisible(str(piece.file), source) or config.learns_responses:
-        yield piece
-        return
-    for start in range(0, whole, size):
-        end = min(start + size, whole)
-        yield replace(piece, weight=piece.weight * (end - start) / whole, span=(start, end))
-
-
-def warn_of_large(pieces: Sequence[Piece], tasks: int) -> None:
-    """Say which file one task reads alone, though it is more than the share of a task."""
-    share = sum(piece.weight for piece in pieces) / tasks
-    large = max((piece for piece in pieces if piece.file), key=lambda piece: piece.weight, default=None)
-    if large is not None and large.span is None and large.weight > max(share, PIECE_BYTES) and tasks > 1:
-        logger.warning(
-            "%s has %.1f GB, and one task reads all of it, more than the %.1f GB of a share: only uncompressed JSON "
-            "lines and Parquet are divided, so write it as such, or as several files",
-            redact(str(large.file)), large.weight / 1e9, share / 1e9,
-        )  # fmt: skip
-
-
-def share_of(pieces: Sequence[Work], index: int, count: int) -> list[Work]:
-    """Those in the share of one of `count` tasks, neighbours, whose weights are about the same for all tasks."""
-    weights = np.array([piece.weight for piece in pieces])
-    middles = np.cumsum(weights) - weights / 2
-    tasks = np.minimum(count - 1, (middles / weights.sum() * count).astype(np.int64))
-    return [piece for piece, task in zip(pieces, tasks, strict=True) if task == index]
-
-
-def _pieces_of(
-    config: Config, listing: Listing, cleaned: Artifact | None, split: Split, number: int
-) -> Iterator[Piece]:
-    if cleaned is not None:
-        files = cleaned.manifest.files
-        yield from (Piece(split, number, name, files[name].size) for name in cleaned_names(files, number, split))
-        return
-    source = config.data.sources[number]
-    if source.hub is not None:
-        yield Piece(split, number, None, UNKNOWN_BYTES)
-        return
-    share = 1.0 if split == "train" or getattr(source, split) else READ_AGAIN
-    found = find_files(getattr(source, split) or source.train)
-    pieces = [Piece(split, number, url, share * (listing.states[url][0] or UNKNOWN_BYTES)) for url in found]
-    if document_limit(source, split, config.data) is None:
-        yield from pieces
-    else:  # where it ends, only one that reads from the beginning knows
-        yield Piece(split, number, None, sum(piece.weight for piece in pieces))
 
 
 def write_part(
@@ -230,7 +63,7 @@ def write_part(
     found: dict[str, Counter[str]] = {}
     names: dict[str, list[str]] = {}
     counts: dict[str, int] = {}
-    for split, own in _by(pieces, "split"):
+    for split, own in by_attribute(pieces, "split"):
         documents = _documents(config, encoder, own, cleaned, dropped, found)
         sizes: list[Any] = []
         noted = _noting(encoder.tokenise(documents, work, split), sizes)
@@ -283,7 +116,7 @@ def join_shards(
     dropped: Counter[str] = Counter()
     for one in about:
         dropped.update(one["dropped"])
-    _require_documents(config, about)
+    require_documents(config, about)
     holders = {row["name"]: (part, row) for part, one in zip(parts, about, strict=True) for row in one["shards"]}
     labels = names_of_sources(config)
     splits: dict[Split, dict[str, dict[str, int]]] = {}
@@ -380,7 +213,7 @@ def _documents(
     dropped: Counter[str],
     found: dict[str, Counter[str]],
 ) -> Iterator[Document]:
-    for number, own in _by(pieces, "source"):
+    for number, own in by_attribute(pieces, "source"):
         split = own[0].split
         files = [(piece.file, piece.span) for piece in own if piece.file is not None]
         if cleaned is not None:
@@ -392,31 +225,15 @@ def _documents(
         yield from read_documents(source, split, config.data, short, writer, files or None, tally)
 
 
-def _by(pieces: Iterable[Piece], name: str) -> Iterator[tuple[Any, list[Piece]]]:
-    grouped = itertools.groupby(pieces, lambda piece: getattr(piece, name))
-    return ((key, list(own)) for key, own in grouped)
-
-
 def put_together(config: Config, encoder: Encoder, parts: Sequence[Artifact], output: Path) -> dict[str, Any]:
     """Write what `prepare_corpus` writes but the tokenizer, from the parts of all tasks; raises DataError."""
     about = [part.read_json(PART_NAME) for part in parts]
     dropped: Counter[str] = Counter()
     for one in about:
         dropped.update(one["dropped"])
-    _require_documents(config, about)
+    require_documents(config, about)
     names = [one["names"] for one in about]
     return write_corpus(config, output, encoder, lambda split: _joined(parts, names, split), dropped)
-
-
-def _require_documents(config: Config, about: Iterable[Mapping[str, Any]]) -> None:
-    found: dict[str, Counter[str]] = {}
-    for place, counts in (item for one in about for item in one["found"].items()):
-        found.setdefault(place, Counter()).update(counts)
-    for place, counts in found.items():
-        split, number = place.split()
-        if not counts["documents"]:
-            known: Any = split
-            raise no_documents(config.data.sources[int(number)], known, config.data, counts["elsewhere"])
 
 
 def _joined(parts: Sequence[Artifact], names: Sequence[Mapping[str, list[str]]], split: Split) -> Iterator[Shard]:
@@ -433,6 +250,7 @@ def _joined(parts: Sequence[Artifact], names: Sequence[Mapping[str, list[str]]],
                 before = ends[first - 1] if first else 0
                 end = int(np.searchsorted(ends, before + shards.SHARD_BYTES - filled)) + 1
                 held.append(_cut(file, text_bytes, known[split], first, min(end, file.num_documents)))
+                let_go(file.tokens)
                 filled += int(held[-1].text_bytes.sum())
                 first = end
                 if filled >= shards.SHARD_BYTES:

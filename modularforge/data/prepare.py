@@ -28,7 +28,7 @@ from checkpoints.redact import redact_values
 from checkpoints.screen import progress
 from modularforge.config import Config
 from modularforge.data.chat_template import chat_tokenizer
-from modularforge.data.cleaning import read_cleaned
+from modularforge.data.clean_shards import read_cleaned
 from modularforge.data.corpus import SPLITS, Document, Split, read_documents
 from modularforge.data.examples import ExampleEncoder, ExampleWriter, example_writers
 from modularforge.data.held_out import leave_out_copies

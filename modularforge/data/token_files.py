@@ -23,7 +23,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from checkpoints.parsing import parse_object
-from modularforge.data.token_streams import Indices, JoinedTokens, SpannedTokens, StreamedTokens, merged_spans
+from modularforge.data.token_streams import Indices, JoinedTokens, SpannedTokens, StreamedTokens, let_go, merged_spans
 from modularforge.data.tokenizer import EOS, MAX_VOCABULARY
 from modularforge.errors import DataError, one_line
 
@@ -201,6 +201,7 @@ def write_documents(
             stream = file.stream(chosen)
             tokens, learned = (stream.tokens, stream.learned) if isinstance(stream, ExampleTokens) else (stream, None)
             writer.add(tokens, lengths[chosen], labels[chosen], learned)
+            let_go(file.tokens)
 
 
 def write_index(folder: Path, name: str, offsets: Indices, labels: npt.NDArray[Any], spans_P2: Indices) -> None:

@@ -8,6 +8,7 @@ on an object store and is larger than the cache is in ranged_tokens.py.
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,6 +45,24 @@ class StreamedTokens:
     def rows(self, starts_B: Indices, length: int) -> npt.NDArray[Any]:
         """The ids [start, start + length) of each start, [B, length]."""
         return self.read([(int(start), int(start) + length) for start in starts_B]).reshape(len(starts_B), length)
+
+
+def let_go(tokens: Any) -> None:
+    """Unmap the pages of a token file that were read: what is gone through once shall not count as memory of its own.
+
+    They stay in the system's cache as long as it likes, and whoever reads them again finds them there.
+    """
+    if isinstance(tokens, SpannedTokens):
+        let_go(tokens.whole)
+    elif isinstance(tokens, JoinedTokens):
+        with tokens.lock:
+            parts = list(tokens.opened.values())
+        for part in parts:
+            let_go(part)
+    while isinstance(tokens, np.ndarray):
+        tokens = tokens.base
+    if isinstance(tokens, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        tokens.madvise(mmap.MADV_DONTNEED)
 
 
 class Windows:

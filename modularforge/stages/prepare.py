@@ -5,39 +5,35 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from checkpoints import Artifact, ArtifactWriter, find_artifact, open_artifact, paths, write_artifact
+from checkpoints import Artifact, ArtifactWriter, find_artifact, open_artifact, write_artifact
 from checkpoints.parallel import in_order
 from modularforge.config import Config
-from modularforge.data.cleaning import clean_corpus
 from modularforge.data.cluster_shares import assign_share, fit_on_sample, known_clusters
 from modularforge.data.inputs import (
     LOOKS_AT_ONCE,
-    SHOWN,
-    changes_since,
+    SOURCES_FACT,
     file_states,
     list_matches,
     record,
     require_unchanged,
+    warn_of_changes,
     warn_of_repeats,
 )
 from modularforge.data.partition_files import Place, make_partitions
-from modularforge.data.parts import (
+from modularforge.data.parts import join_shards, put_together, write_part, write_shards
+from modularforge.data.pieces import (
     FILES_NAME,
     Listing,
     PlannedShard,
-    join_shards,
     list_pieces,
     plan_shards,
-    put_together,
     share_of,
     warn_of_large,
-    write_part,
-    write_shards,
 )
 from modularforge.data.prepare import (
     Encoder,
@@ -51,41 +47,16 @@ from modularforge.data.prepare import (
 )
 from modularforge.data.token_files import TokenFile
 from modularforge.data.tokenizer import load_tokenizer
-from modularforge.errors import DataError, StoreError
 from modularforge.log import logger
-from modularforge.pipeline import STAGES, JobName, Plan, contents
+from modularforge.pipeline import STAGES, Plan, contents
 from modularforge.pretrained.fetch import local_model
 from modularforge.provenance import commit, making
 from modularforge.run import Run
+from modularforge.shared_work import remove_parts, take
 from modularforge.stored_tokens import EACH_FACT, IDENTITIES_NAME, PLACE_FACT, partition_identity, token_file
 
 END_TOKEN_FACT = "end_token"  # in that of the vocabulary
 MOST_TOGETHER = 256  # partitions in one artifact, whose manifest every expert reads; of more each is its own
-SOURCES_FACT = "sources"  # in the manifest of prepared data: the files that were read
-
-
-def cleaned(run: Run) -> Artifact:
-    """Clean the documents, unless that is done."""
-    plan, config = run.plan("clean"), run.config
-    scratch = scratch_folder(plan.url, plan.fingerprint)
-    if artifact := run.finished(plan):
-        logger.info("cleaned documents are finished: %s", plan.url)
-        remove_scratch(scratch)
-        _warn_of_changes(config, artifact)
-        return artifact
-    matches = list_matches(config)
-    warn_of_repeats(matches)
-    states = file_states(matches)
-    with making(plan) as writer:
-        start = time.perf_counter()
-        work = own_scratch(scratch, describe_corpus(config, None, states))
-        report = clean_corpus(config, work, writer.folder)
-        require_unchanged(states)
-        facts = {name: report[name] for name in ("read", "kept", "copies")}
-        facts["seconds"] = round(time.perf_counter() - start, 3)
-        made = commit(writer, plan, run, {**facts, SOURCES_FACT: record(matches, states)})
-    remove_scratch(scratch)
-    return made
 
 
 def corpus(run: Run) -> Artifact:
@@ -96,8 +67,8 @@ def corpus(run: Run) -> Artifact:
     if artifact := run.finished(plan):
         logger.info("data is finished: %s", plan.url)
         remove_scratch(scratch)  # of a preparation that was killed right after its commit
-        _remove_parts(run, "vocabulary", "tokenise")
-        _warn_of_changes(config, artifact)
+        remove_parts(run, "vocabulary", "tokenise")
+        warn_of_changes(config, artifact)
         return artifact
     matches = [] if source else list_matches(config)
     warn_of_repeats(matches)
@@ -126,7 +97,7 @@ def corpus(run: Run) -> Artifact:
         read = {} if source else {SOURCES_FACT: record(matches, states)}
         made = commit(writer, plan, run, {**facts, **read})
     remove_scratch(scratch)
-    _remove_parts(run, "vocabulary", "tokenise")
+    remove_parts(run, "vocabulary", "tokenise")
     return made
 
 
@@ -235,7 +206,7 @@ def _put_together(
             shutil.copyfile(folder / name, output / name)
     encoder = _encoder(run.config, noted, folder)
     if planned:
-        return join_shards(run.config, encoder, planned, parts, output, partial(_take, writer))
+        return join_shards(run.config, encoder, planned, parts, output, partial(take, writer))
     return put_together(run.config, encoder, parts, output)
 
 
@@ -251,14 +222,7 @@ def _in_shards(
         with write_artifact(url, "tokenise", "0" * 32, {}, {}) as own:
             write_shards(config, encoder, planned, work, own.folder, cleaned)
             part = own.commit({})
-    return join_shards(config, encoder, planned, [part], writer.folder, partial(_take, writer))
-
-
-def _take(writer: ArtifactWriter, part: Artifact, name: str) -> None:
-    """A file of a task: as another name of it or a copy that the store makes, else its bytes."""
-    url, entry = part.file_url(name), part.manifest.files[name]
-    if not writer.link(name, url, entry):
-        writer.write_chunks(name, part.stream(name), entry.size)
+    return join_shards(config, encoder, planned, [part], writer.folder, partial(take, writer))
 
 
 def _training_documents(run: Run) -> tuple[TokenFile, Path]:
@@ -268,40 +232,8 @@ def _training_documents(run: Run) -> tuple[TokenFile, Path]:
     return token_file(corpus, "train"), corpus.local_folder(names=names)
 
 
-def _remove_parts(run: Run, *stages: str) -> None:
-    """Remove what tasks have made, which is in the whole now: a share before what it was made from."""
-    if not run.config.cluster.prepare_tasks:
-        return
-    folder = run.url("vocabulary").rpartition("/")[0]
-    for name in sorted(paths.list_folder(folder), key=lambda name: JobName.parse(name).index is None):
-        if JobName.parse(name).stage in stages:
-            paths.remove(paths.join(folder, name))
-            run.forget(paths.join(folder, name))
-    if paths.is_local(folder):
-        with suppress(OSError):  # it holds something else
-            paths.local_path(folder).rmdir()
-
-
 def _pretrained(config: Config) -> Path | None:
     return local_model(config.model.pretrained) if config.model.pretrained else None
-
-
-def _warn_of_changes(config: Config, artifact: Artifact) -> None:
-    """Say so when the files are not those that were read; the prepared data stays what it is."""
-    recorded = artifact.manifest.facts.get(SOURCES_FACT)
-    try:
-        changes = changes_since(recorded, config) if recorded else []
-    except (DataError, StoreError) as error:
-        changes = [str(error)]
-    if changes:
-        more = f" (and {len(changes) - SHOWN} more)" if len(changes) > SHOWN else ""
-        logger.warning(
-            "the sources are not what they were when %s was prepared: %s%s; that data is used as it is: delete "
-            "it, or name another --data-dir, to read them again",
-            artifact.url,
-            "; ".join(changes[:SHOWN]),
-            more,
-        )
 
 
 def partitions(run: Run) -> Artifact:
@@ -309,7 +241,7 @@ def partitions(run: Run) -> Artifact:
     plan = run.plan("partition")
     if found := run.finished(plan):
         logger.info("partitions are finished: %s", plan.url)
-        _remove_parts(run, "centres", "assign")
+        remove_parts(run, "centres", "assign")
         return found
     fitted = run.artifact("centres") if run.config.clustering_tasks else None
     shares = run.require_each("assign") if fitted else []
@@ -325,7 +257,7 @@ def partitions(run: Run) -> Artifact:
             own = in_order(open_artifact, urls, LOOKS_AT_ONCE)
             writer.write_json(IDENTITIES_NAME, [partition_identity(part, k) for k, part in enumerate(own)])
         made = commit(writer, plan, run, {"seconds": round(time.perf_counter() - start, 3), **facts})
-    _remove_parts(run, "centres", "assign")
+    remove_parts(run, "centres", "assign")
     return made
 
 

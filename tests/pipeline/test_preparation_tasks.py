@@ -19,13 +19,12 @@ from checkpoints.errors import MissingArtifactError
 from launcher.tasks import build_groups, build_tasks, finished_tasks
 from modularforge.config import Config
 from modularforge.config_files import make_config
-from modularforge.data import cleaning, partition, shards
-from modularforge.data.parts import Piece, share_of
+from modularforge.data import partition, shards
+from modularforge.data.pieces import Piece, share_of
 from modularforge.errors import ConfigError, DataError
 from modularforge.pipeline import SHARED_WORK
 from modularforge.run import Run
 from tests.conftest import tiny_values
-from tests.unit.test_cleaning import PLAIN, config_of, prose
 
 WORDS = ["ship", "wave", "harbour", "sailor", "court", "statute", "clause", "section", "île", "§", "proof", "lemma"]
 Values = dict[str, Any]
@@ -133,21 +132,6 @@ def test_a_limit_of_documents_is_that_of_one_process(values: Values, tmp_path: P
     assert prepare(configured(values, 3, tmp_path / "three")) == alone
 
 
-def test_cleaned_documents_are_shared_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cleaning, "cores", lambda: 1)
-    monkeypatch.setattr(cleaning, "SHARDS_A_FILE", 1)
-    monkeypatch.setattr(shards, "SHARD_BYTES", 500)
-    texts = {**PLAIN, "train": [*PLAIN["train"], PLAIN["train"][0], *map(prose, range(100, 120))]}
-    data = config_of(tmp_path, {"novels": texts}, {"step": "exact"}).data.model_dump() | {"vocab_size": 300}
-    values = tiny_values(tmp_path / "run", data=data)
-    alone = prepare(configured(values, None, tmp_path / "alone"))
-    config = configured(values, 3, tmp_path / "three")
-    jobs = {task.name: task.stages for task in build_tasks(config)}
-    assert jobs["vocabulary"] == ("clean", "vocabulary")
-    assert jobs["prepare-data"] == ("prepare-data", "partition")
-    assert prepare(config) == alone
-
-
 def test_examples_keep_what_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARD_BYTES", 300)
     files = []
@@ -198,15 +182,17 @@ def test_one_command_alone_shares_nothing(values: Values, tmp_path: Path) -> Non
     assert {name: entry.sha256 for name, entry in found.items()}.items() <= alone.items()
 
 
-# In another process: tokenise share argv[2] of the settings argv[1], and be killed before shard number argv[3].
+# In another process: tokenise share argv[2] of the settings argv[1], and be killed before shard number argv[3]; argv[4]
+# are limits of the plan of shards.
 KILLED = """
-    import os, signal, sys
+    import json, os, signal, sys
     from modularforge.config import Config
-    from modularforge.data import shards
+    from modularforge.data import pieces, shards
     from modularforge.run import Run
 
-    config, index, deadly = sys.argv[1:]
+    config, index, deadly, limits = sys.argv[1:]
     shards.SHARD_BYTES = 2000
+    vars(pieces).update(json.loads(limits))
     write, written = shards._write_shard, []
 
     def write_or_die(*arguments):
@@ -219,18 +205,16 @@ KILLED = """
 """
 
 
-def test_a_killed_task_repeats_only_what_is_missing_of_its_share(
-    values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    alone = prepare(configured(values, None, tmp_path / "alone"))
-    config = configured(values, 3, tmp_path / "three")
-    finish(config, "vocabulary", "tokenise-1", "tokenise-2")
-    before = {index: Run(config).require("tokenise", index).manifest.attempt for index in (1, 2)}
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), config.model_dump_json(), "0", "2"]
+def killed(config: Config, index: str, **limits: int) -> set[str]:
+    """Kill a task before its third shard of text; the shards that it leaves."""
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), config.model_dump_json(), index, "2", json.dumps(limits)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    left = {path.name for path in (tmp_path / "three/data-parts/tokenise-0.partial").rglob("*.npz")}
-    assert len(left) == 2
+    return {path.name for path in Path(f"{config.data_url}-parts/tokenise-{index}.partial").rglob("*.npz")}
+
+
+def note_shards(patch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the shards of text that are tokenised from now on."""
     written: list[str] = []
     write = shards._write_shard
 
@@ -238,8 +222,22 @@ def test_a_killed_task_repeats_only_what_is_missing_of_its_share(
         written.append(group.path.name)
         write(group, parts)
 
-    monkeypatch.setattr(shards, "_write_shard", noted)
-    finish(config, "tokenise-0", "tokenise-1", "tokenise-2")
+    patch.setattr(shards, "_write_shard", noted)
+    return written
+
+
+def test_a_killed_task_repeats_only_what_is_missing_of_its_share(
+    values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = prepare(configured(values, None, tmp_path / "alone"))
+    config = configured(values, 3, tmp_path / "three")
+    finish(config, "vocabulary", "tokenise-1", "tokenise-2")
+    before = {index: Run(config).require("tokenise", index).manifest.attempt for index in (1, 2)}
+    left = killed(config, "0")
+    assert len(left) == 2
+    with monkeypatch.context() as patch:
+        written = note_shards(patch)
+        finish(config, "tokenise-0", "tokenise-1", "tokenise-2")
     assert written
     assert not left & {*written}
     assert before == {index: Run(config).require("tokenise", index).manifest.attempt for index in (1, 2)}

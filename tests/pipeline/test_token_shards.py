@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from modularforge.cli import app
 from modularforge.config import Config
 from modularforge.config_files import to_yaml
-from modularforge.data import parts, shards
+from modularforge.data import pieces, shards
 from modularforge.data.loader import batches
 from modularforge.data.token_files import TokenFile
 from modularforge.errors import DataError
@@ -22,18 +22,23 @@ from modularforge.stage_outputs import Corpus, domains_of, own_domains
 from modularforge.stages import prepare as prepare_stage
 from modularforge.stored_tokens import partition_tokens, token_file
 from tests.conftest import tiny_values
-from tests.pipeline.test_preparation_tasks import configured, finish, prepare, write_files
+from tests.pipeline.test_preparation_tasks import configured, finish, killed, note_shards, prepare, write_files
 
 Values = dict[str, Any]
+LIMITS = {"SHARDED_ABOVE": 0, "SHARD_WEIGHT": 6000, "PIECE_BYTES": 1500}  # of the plan of shards
 
 
 @pytest.fixture
 def values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Values:
     """A corpus in files of which some are divided, in seven shards of training text."""
     monkeypatch.setattr(shards, "SHARD_BYTES", 2000)
-    monkeypatch.setattr(parts, "SHARDED_ABOVE", 0)
-    monkeypatch.setattr(parts, "SHARD_WEIGHT", 6000)
-    monkeypatch.setattr(parts, "PIECE_BYTES", 1500)
+    for name, limit in LIMITS.items():
+        monkeypatch.setattr(pieces, name, limit)
+    return sharded_values(tmp_path)
+
+
+def sharded_values(tmp_path: Path) -> Values:
+    """Settings of a corpus of three sources, which is written too."""
     sources = write_files(tmp_path / "corpus")
     lines = [json.dumps({"text": f"own {k} " + "wave harbour " * (k % 9 + 3), "topic": "own"}) for k in range(150)]
     (tmp_path / "corpus" / "own.jsonl").write_text("\n".join(lines))
@@ -56,7 +61,7 @@ def test_shards_are_the_same_for_any_number_of_tasks_and_hold_what_one_file_woul
     values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "SHARDED_ABOVE", 1 << 40)
+        patch.setattr(pieces, "SHARDED_ABOVE", 1 << 40)
         whole = configured(values, None, tmp_path / "whole")
         assert "train.tokens.bin" in prepare(whole)
     alone = prepare(configured(values, None, tmp_path / "alone"))
@@ -126,11 +131,52 @@ def test_near_copies_of_held_out_documents_are_left_out_of_the_index(
     spans = np.load(tmp_path / "alone/data/train.spans.npy")
     assert len(spans) > 1, "the tokens are still in the shards"
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "SHARDED_ABOVE", 1 << 40)
+        patch.setattr(pieces, "SHARDED_ABOVE", 1 << 40)
         whole = configured(values, None, tmp_path / "whole")
         prepare(whole)
     assert read(run, "train") == read(Run(whole), "train")
     assert prepare(configured(values, 3, tmp_path / "three")) == files
+
+
+def test_a_killed_task_repeats_only_what_is_missing_of_its_shards(
+    values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = prepare(configured(values, None, tmp_path / "alone"))
+    config = configured(values, 3, tmp_path / "three")
+    finish(config, "vocabulary", "tokenise-0", "tokenise-1")
+    before = {index: Run(config).require("tokenise", index).manifest.attempt for index in (0, 1)}
+    left = killed(config, "2", **LIMITS)
+    assert len(left) == 2
+    with monkeypatch.context() as patch:
+        written = note_shards(patch)
+        finish(config, "tokenise-0", "tokenise-1", "tokenise-2")
+    assert written
+    assert not left & {*written}
+    assert before == {index: Run(config).require("tokenise", index).manifest.attempt for index in (0, 1)}
+    assert prepare(config) == alone
+
+
+def test_a_mixture_of_spans_trains_as_one_of_a_whole_file(
+    values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backbone and expert, in windows and in rows of whole documents: the same weights, and the same draws."""
+    mix = [{"source": "own", "weight": 3}, {"source": "book", "epochs": 2}]
+    values["backbone"]["steps"] = values["experts"]["steps"] = 5
+    found: dict[str, list[Any]] = {"stream": [], "documents": []}
+    for folder, limit in (("whole", 1 << 40), ("shards", 0)):
+        monkeypatch.setattr(pieces, "SHARDED_ABOVE", limit)
+        config = configured({**values, "data": {**values["data"], "mix": mix}}, None, tmp_path / folder)
+        prepare(config)
+        assert ("train.spans.npy" in Run(config).require("prepare-data").manifest.files) is (not limit)
+        for packing, runs in found.items():
+            data = config.data.model_copy(update={"packing": packing})
+            run = Run(config.model_copy(update={"output_dir": str(tmp_path / folder / packing), "data": data}))
+            made = [run.make("backbone"), run.make("expert", 0)]
+            files = [entry.sha256 for one in made for name, entry in one.manifest.files.items() if "safe" in name]
+            runs.append((files, [one.manifest.facts["mixture"] for one in made]))
+    for whole, spans in found.values():
+        assert whole == spans
+        assert whole[1][0]["own"]["epochs"] > whole[1][0]["book"]["epochs"] > 0
 
 
 def test_each_of_many_partitions_is_an_artifact_of_its_own(
@@ -192,7 +238,7 @@ def test_exported_ids_are_those_of_a_corpus_without_shards(
     values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "SHARDED_ABOVE", 1 << 40)
+        patch.setattr(pieces, "SHARDED_ABOVE", 1 << 40)
         whole = configured(values, None, tmp_path / "whole")
         prepare(whole)
     monkeypatch.setattr(prepare_stage, "MOST_TOGETHER", together)
@@ -208,7 +254,7 @@ def test_exported_ids_are_those_of_a_corpus_without_shards(
 def test_partitions_of_their_own_without_shards_are_exported(
     values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "SHARDED_ABOVE", 1 << 40)
+    monkeypatch.setattr(pieces, "SHARDED_ABOVE", 1 << 40)
     together = configured(values, None, tmp_path / "together")
     prepare(together)
     monkeypatch.setattr(prepare_stage, "MOST_TOGETHER", 1)

@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file
 
 from checkpoints.errors import UserError
+from launcher.tasks import build_tasks
 from modularforge.calibration.calibrator import split_documents
 from modularforge.config import Config
 from modularforge.config_files import complete_config, load_config, to_yaml
@@ -24,7 +25,7 @@ from modularforge.model import names
 from modularforge.model.folder import load_model, read_tensors
 from modularforge.model.moe import restrict_routing
 from modularforge.model.sizes import model_sizes
-from modularforge.pipeline import OLD_NAMES, stage_url
+from modularforge.pipeline import OLD_NAMES, SHARED_WORK, stage_url
 from modularforge.routing.statistics import STATISTICS_NAME, load_statistics
 from modularforge.routing.text_counts import COUNTS_NAME, load_counts
 from modularforge.run import Run
@@ -294,6 +295,21 @@ def test_another_tokenizer_is_another_corpus(folder: Path, tmp_path: Path) -> No
     path.write_text(path.read_text().replace("<|endoftext|>", "<think>"))
     with pytest.raises(MismatchError, match="it was made from another tokenizer"):
         prepare_data(config)
+
+
+def test_tasks_make_the_corpus_of_a_pretrained_tokenizer_as_one_process_does(folder: Path, tmp_path: Path) -> None:
+    found = []
+    for tasks in (None, 3):
+        values = values_on(folder, tmp_path / f"run{tasks}", cluster={"prepare_tasks": tasks})
+        config = complete_config(values, "tests")
+        for task in build_tasks(config):
+            if task.group in (*SHARED_WORK, "prepare-data"):
+                for stage in task.stages:
+                    Run(config).make(stage, task.index)
+        made = Run(config).require("prepare-data").manifest
+        found.append((made.fingerprint, {name: entry.sha256 for name, entry in made.files.items()}))
+    assert found[0] == found[1]
+    assert "tokenizer_config.json" in found[0][1]
 
 
 def test_resolved_settings_give_the_same_run_again(folder: Path, tmp_path: Path) -> None:

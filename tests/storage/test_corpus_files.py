@@ -25,13 +25,22 @@ def texts(location: str) -> list[str]:
 
 
 def test_patterns_leave_hidden_keys_out_and_brackets_and_colons_are_text(s3: str) -> None:
-    names = ["a.jsonl", "part/b.jsonl", ".a.jsonl.crc", "part/.tmp/c.jsonl", "run [v2]/d.jsonl", "std::e.jsonl"]
+    odd = ["run [v2]/d.jsonl", "std::e.jsonl", "50% of a%20b.jsonl"]
+    names = ["a.jsonl", "part/b.jsonl", ".a.jsonl.crc", "part/.tmp/c.jsonl", *odd]
     for name in names:
         paths.create_bytes(f"{s3}/{name}", LINES)
     seen = {name.removeprefix(f"{s3}/") for name in find_files(f"{s3}/**/*.jsonl*")}
-    assert seen == {"a.jsonl", "part/b.jsonl", "run [v2]/d.jsonl", "std::e.jsonl"}
+    assert seen == {"a.jsonl", "part/b.jsonl", *odd}
     assert find_files(f"{s3}/part/.tmp/*") == [f"{s3}/part/.tmp/c.jsonl"]
-    for location in ("run [v2]/d.jsonl", "run [v2]/*.jsonl", "std::e.jsonl", "std::*.jsonl", "part/[ab].jsonl"):
+    for location in (
+        "run [v2]/d.jsonl",
+        "run [v2]/*.jsonl",
+        "std::e.jsonl",
+        "std::*.jsonl",
+        "part/[ab].jsonl",
+        odd[2],
+        "50%*.jsonl",
+    ):
         assert len(texts(f"{s3}/{location}")) == 30
     with pytest.raises(DataError, match="matches none"):
         texts(f"{s3}/none-*.jsonl")

@@ -14,10 +14,15 @@ import torch
 
 from checkpoints import Artifact, StoreError, write_artifact
 from checkpoints.options import cache_limit
-from modularforge.data import ranged_tokens
+from modularforge.config_files import make_config
+from modularforge.data import pieces, ranged_tokens, shards
 from modularforge.data.loader import batches, mixed_batches
-from modularforge.data.token_files import TokenFileWriter
-from modularforge.stored_tokens import token_file
+from modularforge.data.packing import Rows, example_batches
+from modularforge.data.token_files import TokenFile, TokenFileWriter
+from modularforge.run import Run
+from modularforge.stored_tokens import partition_tokens, token_file
+from tests.pipeline.test_preparation_tasks import configured, prepare
+from tests.pipeline.test_token_shards import LIMITS, sharded_values
 from tests.storage.proxy import FaultProxy
 
 DOCUMENTS, LENGTH, CONTEXT = 300, 101, 16
@@ -107,6 +112,42 @@ def test_a_job_fetches_its_own_partition_alone(artifact: Artifact, scratch: Path
         "partition-0.offsets.npy",
         "partition-0.labels.npy",
     }
+
+
+def test_partitions_in_spans_of_shards_on_a_store_are_read_by_ranges(
+    proxied: str, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards that tasks wrote to the store: windows, and rows of whole documents, are those of a file on a disk."""
+    monkeypatch.setattr(shards, "SHARD_BYTES", 2000)
+    for name, limit in LIMITS.items():
+        monkeypatch.setattr(pieces, name, limit)
+    values = sharded_values(tmp_path)
+    here = configured(values, None, tmp_path / "here")
+    there = make_config({**values, "output_dir": proxied, "cluster": {"prepare_tasks": 2}}, "tests")
+    assert prepare(there) == prepare(here)
+    monkeypatch.setenv("MODULARFORGE_CACHE_GB", "1e-5")
+    monkeypatch.setattr(ranged_tokens, "BLOCK_BYTES", BLOCK)
+    for is_apart in (False, True):
+        mine, other = (partition_tokens(Run(config).require("partition"), 0, is_apart) for config in (there, here))
+        spans: Any = mine.tokens
+        assert type(spans.whole) is ranged_tokens.RangedTokens
+        proxy.reset()
+        pairs = zip(batches_of(mine, is_apart), batches_of(other, is_apart), strict=True)
+        for (one, place), (two, position) in islice(pairs, 8):
+            assert place == position
+            assert one.keys() == two.keys()
+            assert all(torch.equal(one[name], two[name]) for name in one)
+        assert {request.method for request in proxy.requests} == {"GET"}
+        assert all("range" in {name.lower() for name in request.headers} for request in proxy.requests)
+        assert os.fstat(spans.whole.file.fileno()).st_size <= 1e4
+
+
+def batches_of(file: TokenFile, is_apart: bool) -> Any:
+    stream: Any = file.whole
+    if is_apart:
+        return example_batches(Rows(stream, CONTEXT, 7), 4, 3)
+    found = batches(file.tokens, CONTEXT, 4, 3)
+    return (({"inputs": inputs, "targets": targets}, place) for inputs, targets, place in found)
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "much", "nan"])

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from modularforge.config import Config
-from modularforge.data import cleaning, shards
-from modularforge.data.clean_shards import clean_shard, records
-from modularforge.data.cleaning import clean_corpus, read_cleaned
+from modularforge.config import CleanStepConfig, Config
+from modularforge.data import cleaning, duplicates, shards
+from modularforge.data.clean_shards import clean_shard, read_cleaned, records
+from modularforge.data.clean_steps import datatrove, make_steps, words_of
+from modularforge.data.cleaning import clean_corpus
 from modularforge.errors import ConfigError, DataError
 
 WORDS = [
@@ -110,6 +111,23 @@ def test_a_step_looks_only_at_the_sources_that_it_names(tmp_path: Path) -> None:
     assert step_of(report, "language", "romans")["documents"] == 0
 
 
+def test_rules_of_n_grams_have_limits_of_their_own(tmp_path: Path) -> None:
+    found = []
+    for limits in ([[2, 0.5], [3, 0.18]], [[2, 0.001]]):
+        step = {"step": "repetition", "options": {"top_n_grams": limits}}
+        config = config_of(tmp_path, {"novels": PLAIN}, step)
+        (apply,) = make_steps(config.data.clean, tmp_path, "novels").values()
+        found.append(apply(datatrove("data").Document(PLAIN["train"][0], "")))
+    assert found == [None, "top_2_gram"]
+
+
+def test_a_rule_that_breaks_on_a_document_is_one_sentence(tmp_path: Path) -> None:
+    step = {"step": "fineweb", "options": {"line_punct_thr": None}}
+    said = r"step fineweb of data.clean must take every document of test of source novels, but not the one that begi"
+    with pytest.raises(DataError, match=said):
+        cleaned(tmp_path, config_of(tmp_path, {"novels": PLAIN}, step))
+
+
 def changed_words(text: str, share: float, seed: int = 0) -> str:
     """The text with a run of its words replaced, so that `share` of them are as they were."""
     words = text.split(" ")
@@ -143,6 +161,29 @@ def test_no_near_duplicate_of_a_held_out_document_is_left_in_training(tmp_path: 
     assert report["copies"] == [
         {"place": 0, "step": "near", "removed": 2, "shared_with_held_out": 1, "still_shared": 0}
     ]
+
+
+def test_signatures_are_datatroves_own_whatever_the_script_and_the_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duplicates, "SHINGLES_AT_ONCE", 50)
+    texts = [
+        "",
+        prose(54),
+        "  Ünïted \u0301 naïve cafe\u0301 ệ ",
+        "\u0301 שָׁלוֹם عَرَبِيّ हिन्दी ไทย 3 ½ \u2000Ω Å",
+        f"{prose(55)} é",
+    ]
+    item = CleanStepConfig(step="near", options={"n_grams": 1})
+    plain = datatrove("pipeline.dedup.minhash").MinhashDedupSignature(
+        str(tmp_path), duplicates.minhash_config(item.options), words_of(item.options)
+    )
+    ours = duplicates.signer(item, str(tmp_path))
+    for text in texts:
+        shingles = ours.get_shingles(text)
+        assert shingles.tolist() == plain.get_shingles(text).tolist()
+        if len(shingles):
+            assert ours.get_signature(shingles) == plain.get_signature(shingles)
 
 
 def test_documents_that_share_words_with_a_given_set_are_dropped(tmp_path: Path) -> None:

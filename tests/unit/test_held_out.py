@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from modularforge.config import Config
 from modularforge.data import held_out, prepare
 from modularforge.data.prepare import prepare_corpus
-from modularforge.data.token_files import open_token_file
+from modularforge.data.token_files import TokenFile, TokenFileWriter, open_token_file, write_documents
 from modularforge.data.tokenizer import load_tokenizer, token_byte_lengths
 from modularforge.errors import DataError
 
@@ -201,6 +202,15 @@ def test_examples_like_held_out_ones_in_prompt_and_response_are_left_out(tmp_pat
         assert texts_of(folder, split) == texts_of(before, split)
 
 
+def test_responses_of_the_same_tokens_in_another_order_are_others() -> None:
+    ids = np.array([7, 1, 2, 3, 1, 2, 9, 7, 2, 1, 3, 1, 2, 9, 7, 1, 2, 3, 1, 2, 9], np.uint16)
+    offsets, learned = np.array([0, 7, 14, 21]), np.tile(np.array([0, 1, 1, 1, 1, 1, 1], np.uint8), 3)
+    file = TokenFile("train", ids, offsets, np.zeros(3, np.uint16), learned)
+    assert set(ids[1:7]) == set(ids[8:14])
+    assert not held_out._responses_alike(file, 0, file, 1)
+    assert held_out._responses_alike(file, 0, file, 2)
+
+
 def test_examples_without_copies_keep_their_bytes(tmp_path, monkeypatch):
     """Prompts that are alike, each with a response of its own, are what tasks have."""
     examples = [pair for pair, group in examples_with_copies().items() if group is None]
@@ -215,3 +225,28 @@ def test_examples_without_copies_keep_their_bytes(tmp_path, monkeypatch):
     assert {name: files_of(folder)[name] for name in names} == {name: files_of(unchecked)[name] for name in names}
     rows = [json.loads((place / "metadata.json").read_text())["splits"] for place in (folder, unchecked)]
     assert rows[0] == rows[1]
+
+
+def mapped_kib(path):
+    """What of a mapped file counts as memory of this process."""
+    blocks = Path("/proc/self/smaps").read_text().split("VmFlags")
+    return sum(int(block.partition("\nRss:")[2].split()[0]) for block in blocks if f"{path}\n" in block)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says there what is mapped")
+def test_token_files_that_were_gone_through_are_no_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(held_out, "MOST_TOKENS", 1 << 16)
+    ids = np.random.default_rng(0).integers(0, 500, 1 << 22).astype(np.uint16)
+    lengths = np.full(1 << 12, 1 << 10)
+    for name, documents in (("train", 1 << 12), ("test", 4)):
+        with TokenFileWriter(tmp_path, name, 500) as writer:
+            writer.add(ids[: documents << 10], lengths[:documents], np.zeros(documents, np.int64))
+    train, test = (open_token_file(tmp_path, name) for name in ("train", "test"))
+    path = tmp_path / "train.tokens.bin"
+    int(train.tokens.sum())
+    assert mapped_kib(path) > 8000
+    assert [copy for copy, _, _ in held_out.near_copies(train, [test], 5)] == [0, 1, 2, 3]
+    assert mapped_kib(path) < 1000
+    int(train.tokens.sum())
+    write_documents(train, np.arange(0, 1 << 12, 2), tmp_path, "half", 500)
+    assert mapped_kib(path) < 1000
