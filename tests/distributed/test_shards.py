@@ -156,6 +156,28 @@ def test_stages_write_the_same_artifacts_from_pieces(kind: str, tmp_path: Path) 
         assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
+@pytest.mark.slow
+def test_rows_of_experts_learn_in_pieces_too(tmp_path: Path) -> None:
+    sections: dict[str, Any] = {
+        "experts": {"anchored": False, "unfreeze": ["embeddings", "head"]},
+        "assembly": {"router": "evidence", "shared": "own"},
+        "joint": {"batch_size": None},
+    }
+    found = []
+    for ranks, parallel in ((1, "ddp"), (2, "ddp"), (2, "fsdp")):
+        folder = tmp_path / f"{ranks}-{parallel}"
+        data = str(tmp_path / "data")
+        config = tiny_config(folder / "run", data_dir=data, training={"parallel": parallel}, **sections)
+        folder.mkdir()
+        prepare_data(config)
+        (folder / "config.yaml").write_text(to_yaml(config))
+        run_command("tests.shard_ranks", str(folder / "config.yaml"), str(ranks), "backbone", "joint_evidence")
+        made_there = paths.local_path(stage_url(config, "joint_evidence"))
+        found.append({name: load_file(made_there / name) for name in ("model.safetensors", "expert_rows.tables")})
+    for other in found[1:]:
+        assert all(difference(found[0][name], other[name]) < 1e-3 for name in other)
+
+
 def test_what_cannot_be_in_pieces_is_refused_by_name(tmp_path: Path) -> None:
     for wrong, said in (
         ({"task": "speech", "training": {"parallel": "fsdp"}}, "validation and sums of speech need the whole model"),
