@@ -158,6 +158,12 @@ def test_passes_wait_for_all_tasks_of_the_one_before(values: Values, tmp_path: P
     assert late.manifest.kind == "cleaned", "a job that comes late has nothing to do"
 
 
+def test_tasks_clean_on_an_object_store_too(values: Values, alone: dict[str, str]) -> None:
+    config = make_config({**values, "output_dir": "memory://cleaning-tasks", "cluster": {"prepare_tasks": 2}}, "tests")
+    assert made(config) == alone
+    assert not paths.list_folder(f"{config.data_url}-parts")
+
+
 def test_one_process_cleans_alone_where_no_task_has_begun(
     values: Values, alone: dict[str, str], tmp_path: Path
 ) -> None:
