@@ -35,7 +35,7 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 1000], help="sizes of the text")
-    parser.add_argument("--tasks", type=int, default=4, help="how many share the work in the second run of each size")
+    parser.add_argument("--tasks", type=int, default=4, help="how many share the work in a second run; 0 leaves it out")
     arguments = parser.parse_args()
     for megabytes in arguments.megabytes:
         with tempfile.TemporaryDirectory() as folder:
@@ -74,12 +74,14 @@ def _write(path: Path, texts: Iterator[str], size: int) -> None:
 
 
 def measure(folder: Path, megabytes: int, tasks: int) -> None:
-    """Prepare the corpus alone and by tasks, and tokenise some of it without anything else."""
+    """Prepare the corpus alone and, where there are some, by tasks, and tokenise some of it without anything else."""
     settings = folder / "settings.yaml"
     alone = command(folder, settings, None, "prepare-data")
     bare = bare_speed(folder)
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; tokenizers alone {bare:.2f} MB/s of processor")
-    print(row(megabytes, "one process", *alone))
+    print(row(megabytes, "one process", *alone), flush=True)
+    if not tasks:
+        return
     first = command(folder, settings, tasks, "vocabulary")
     shares = [command(folder, settings, tasks, "tokenise", "--index", str(index)) for index in range(tasks)]
     last = command(folder, settings, tasks, "prepare-data")
