@@ -57,8 +57,11 @@ PartitionName=graceless Nodes=ALL PriorityTier=1 GraceTime=0
 """
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 60.0) -> None:
-    """Look again and again until the condition holds; an AssertionError says what did not happen in time."""
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 180.0) -> None:
+    """Look again and again until the condition holds; an AssertionError says what did not happen in time.
+
+    The limit is thrice the grace that a preempted job has: on a full machine a restart has taken more than 60 s.
+    """
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"{what}: not within {seconds:.0f} s"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.cluster.conftest import NODES
@@ -13,6 +14,7 @@ from tests.cluster.slurm import Cluster
 from tests.conftest import ROOT, tiny_values
 
 
+@pytest.mark.slow
 def test_the_runs_of_a_study_train_on_the_cluster(cluster: Cluster, tmp_path: Path) -> None:
     base, study = tmp_path / "base.yaml", tmp_path / "study.yaml"
     values = tiny_values(tmp_path / "unused", cluster=NODES, assembly={"router": "ridge"}, experts={"count": 2})
