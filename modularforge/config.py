@@ -1503,22 +1503,12 @@ def _settings_of_lora(config: Config) -> Iterator[str]:
 def _impossible_rounds(config: Config) -> Iterator[str]:
     """One sentence per setting of rounds, or of what is shared, that changes nothing or cannot be."""
     experts = config.experts
-    if config.calibration.shared and experts.kind == "steering":
-        yield (
-            "calibration.shared must be false with experts.kind steering, since its vectors leave the models' weights "
-            "as they are; set it to false"
-        )
-    if config.calibration.adapters and (experts.kind != "lora" or config.assembly.lora != "adapters"):
-        yield (
-            "calibration.adapters must be false where the assembled model has no adapters beside it, as with experts."
-            f"kind {experts.kind} and assembly.lora {config.assembly.lora}; set it to false, or these to lora and "
-            "adapters"
-        )
     if experts.unfreeze and experts.kind == "steering":
         yield (
             "experts.unfreeze must be left out with experts.kind steering, since its vectors leave the models' weights "
             "as they are; remove it"
         )
+    yield from _impossible_tuning(config)
     yield from _impossible_own_rows(config)
     if "head" in experts.unfreeze and "embeddings" not in experts.unfreeze and config.model.tied_head:
         yield (
@@ -1553,6 +1543,22 @@ def _impossible_rounds(config: Config) -> Iterator[str]:
         )
     if experts.rounds > max(1, experts.steps):
         yield f"experts.rounds must be at most experts.steps ({experts.steps}), but is {experts.rounds}; lower it"
+
+
+def _impossible_tuning(config: Config) -> Iterator[str]:
+    """One sentence per part of the assembled model that cannot be tuned, because it has none."""
+    experts = config.experts
+    if config.calibration.shared and experts.kind == "steering":
+        yield (
+            "calibration.shared must be false with experts.kind steering, since its vectors leave the models' weights "
+            "as they are; set it to false"
+        )
+    if config.calibration.adapters and (experts.kind != "lora" or config.assembly.lora != "adapters"):
+        yield (
+            "calibration.adapters must be false where the assembled model has no adapters beside it, as with experts."
+            f"kind {experts.kind} and assembly.lora {config.assembly.lora}; set it to false, or these to lora and "
+            "adapters"
+        )
 
 
 def _impossible_own_rows(config: Config) -> Iterator[str]:

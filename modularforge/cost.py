@@ -9,12 +9,11 @@ machine is left alone, the mean of all tries beside other programs. A run that g
 from __future__ import annotations
 
 import functools
-import importlib
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from modularforge.config import Config, PhaseConfig
 from modularforge.model.sizes import (
@@ -264,11 +263,11 @@ def _product(config: Config) -> tuple[int, int, int]:
 def _rates_of_one_thread(config: Config) -> Rates:
     """As numpy multiplies: torch may split sums in another way once its threads were changed, even if set back."""
     import numpy as np
+    from threadpoolctl import threadpool_limits
 
-    threadpoolctl: Any = importlib.import_module("threadpoolctl")  # without type hints
     rows, inner, columns = _product(config)
     left, right = np.ones((rows, inner), np.float32), np.ones((inner, columns), np.float32)
-    with threadpoolctl.threadpool_limits(1, user_api="blas"):
+    with threadpool_limits(1, user_api="blas"):
         return _rates_of(lambda: left @ right, 2.0 * rows * inner * columns, MEASURED_SECONDS, LEAST_TRIES)
 
 

@@ -648,9 +648,8 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
         found[general] = value_of(values, general) if value is None else value
     if name == "backbone" and config.experts.gathers_moments:  # missing as ever, so that old runs go on
         del found["experts.statistics_tokens"]
-    if (
-        name == "joint_evidence" and config.own_row_parts
-    ):  # it has the assembled model's rows, else none whatever is said
+    # It has the rows that the assembled model's experts have, and none, whatever is said, where those have none.
+    if name == "joint_evidence" and config.own_row_parts:
         found |= {"assembly.shared": "own", "experts.unfreeze": config.own_row_parts}
     if name == "assemble" and config.assembly.router != "evidence":
         found = {setting: value for setting, value in found.items() if setting not in OF_EVIDENCE}

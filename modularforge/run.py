@@ -278,9 +278,8 @@ class Run:
     def _input(self, needed: str, index: int | None) -> dict[str, str]:
         if needed == SHARE:
             return {SHARE: f"{index} of {self.config.cluster.prepare_tasks}"}
-        if needed in ("tokenise", "assign") or (
-            needed in CLEANING and STAGES[needed].is_indexed
-        ):  # what follows is the same, in however many shares it was made
+        # What follows is the same, in however many shares it was made.
+        if needed in ("tokenise", "assign") or (needed in CLEANING and STAGES[needed].is_indexed):
             return {}
         if needed == "partition" and index is not None:
             return {needed: self._partition_identity(index)}

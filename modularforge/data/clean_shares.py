@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from checkpoints import Artifact
+from checkpoints.parallel import in_order
 from modularforge.config import Config
 from modularforge.data import duplicates
 from modularforge.data.clean_shards import ENDING, FOLDER, SAMPLES, Tally, load_tally
@@ -38,6 +39,7 @@ from modularforge.data.pieces import Unit, require_documents
 from modularforge.log import logger
 
 SHARE_NAME, COPIES_NAME = "share.json", "copies.json"
+FILES_AT_ONCE = 8  # of a store that is far away
 SHARDS, SIGNATURES = "shards", "signatures"
 
 
@@ -131,10 +133,10 @@ def find_copies_of_all(config: Config, parts: Sequence[Artifact], number: int, s
     starts = np.concatenate([[0], np.cumsum([sum(row[3] for row in own) for own in rows])])
     held_out = sum(count for own in rows for _, _, split, count in own if split != "train")
     shutil.rmtree(scratch / SIGNATURES, ignore_errors=True)
-    for part in parts:
-        for name in part.manifest.files:
-            if name.startswith(f"{SIGNATURES}/"):
-                _give([part.local_file(name)], (scratch / name).parent)
+    files = [(part, name) for part in parts for name in part.manifest.files if name.startswith(f"{SIGNATURES}/")]
+    here = in_order(lambda file: file[0].local_file(file[1]), files, FILES_AT_ONCE)
+    for (_, name), path in zip(files, here, strict=True):
+        _give([path], (scratch / name).parent)
     logger.info("looking for %s duplicates among %d documents", item.step, starts[-1])
     with closing(Workers(cores())) as workers:
         found = duplicates.found(item, starts[:-1], scratch, workers.in_order)

@@ -12,7 +12,6 @@ runs of 2 to 4 characters; others are not affected.
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -264,8 +263,9 @@ def nearest(fit: Fit, texts: list[str]) -> Indices:
 
 def one_thread() -> AbstractContextManager[Any]:
     """Sums over several threads differ in the last bit, which can move a document between runs."""
-    threadpoolctl: Any = importlib.import_module("threadpoolctl")  # comes with scikit-learn, without type hints
-    limits: AbstractContextManager[Any] = threadpoolctl.threadpool_limits(1)
+    from threadpoolctl import threadpool_limits
+
+    limits: AbstractContextManager[Any] = threadpool_limits(1)
     return limits
 
 

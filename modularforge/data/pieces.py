@@ -56,8 +56,8 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class PlannedShard:
-    """The pieces that make one shard of a split."""
+class _Held:
+    """Neighbouring pieces of a split that belong together."""
 
     split: Split
     number: int
@@ -67,6 +67,11 @@ class PlannedShard:
     def weight(self) -> float:
         """Bytes to read."""
         return sum(piece.weight for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class PlannedShard(_Held):
+    """The pieces that make one shard of a split."""
 
     @property
     def name(self) -> str:
@@ -88,18 +93,10 @@ def plan_shards(pieces: Sequence[Piece]) -> list[PlannedShard]:
 
 
 @dataclass(frozen=True)
-class Unit:
+class Unit(_Held):
     """Pieces of one split of a source that are cleaned by one task, into files and shards of their own."""
 
-    split: Split
     source: int
-    number: int
-    pieces: list[Piece]
-
-    @property
-    def weight(self) -> float:
-        """Bytes to read."""
-        return sum(piece.weight for piece in self.pieces)
 
     @property
     def name(self) -> str:
@@ -114,7 +111,7 @@ def plan_units(pieces: Sequence[Piece]) -> list[Unit]:
     """What is cleaned together, from the pieces alone, in the order in which copies survive."""
     size = max(UNIT_WEIGHT, sum(piece.weight for piece in pieces) / MOST_SHARDS)
     return [
-        Unit(split, source, number, held)
+        Unit(split, number, held, source)
         for split, all_own in by_attribute(sorted(pieces, key=lambda piece: SURVIVAL.index(piece.split)), "split")
         for source, own in by_attribute(all_own, "source")
         for number, held in enumerate(_filled(own, size))
@@ -124,12 +121,13 @@ def plan_units(pieces: Sequence[Piece]) -> list[Unit]:
 def _filled(pieces: Iterable[Piece], size: float) -> Iterator[list[Piece]]:
     """Neighbouring pieces until they have so many bytes; one list at least."""
     held: list[Piece] = []
-    is_first = True
+    weight, is_first = 0.0, True
     for piece in pieces:
         held.append(piece)
-        if sum(one.weight for one in held) >= size:
+        weight += piece.weight  # and not a sum of all at each: there may be a million small files
+        if weight >= size:
             yield held
-            held, is_first = [], False
+            held, weight, is_first = [], 0.0, False
     if held or is_first:
         yield held
 

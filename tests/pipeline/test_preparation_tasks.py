@@ -229,18 +229,25 @@ def note_shards(patch: pytest.MonkeyPatch) -> list[str]:
 def test_a_killed_task_repeats_only_what_is_missing_of_its_share(
     values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone = prepare(configured(values, None, tmp_path / "alone"))
-    config = configured(values, 3, tmp_path / "three")
-    finish(config, "vocabulary", "tokenise-1", "tokenise-2")
-    before = {index: Run(config).require("tokenise", index).manifest.attempt for index in (1, 2)}
-    left = killed(config, "0")
+    repeats_what_is_missing(values, tmp_path, monkeypatch, task=0)
+
+
+def repeats_what_is_missing(
+    values: Values, folder: Path, monkeypatch: pytest.MonkeyPatch, task: int, **limits: int
+) -> None:
+    """Kill one of three tasks in the middle, repeat all, and compare with what one process makes."""
+    alone, others = prepare(configured(values, None, folder / "alone")), [k for k in range(3) if k != task]
+    config = configured(values, 3, folder / "three")
+    finish(config, "vocabulary", *(f"tokenise-{index}" for index in others))
+    before = {index: Run(config).require("tokenise", index).manifest.attempt for index in others}
+    left = killed(config, str(task), **limits)
     assert len(left) == 2
     with monkeypatch.context() as patch:
         written = note_shards(patch)
         finish(config, "tokenise-0", "tokenise-1", "tokenise-2")
     assert written
     assert not left & {*written}
-    assert before == {index: Run(config).require("tokenise", index).manifest.attempt for index in (1, 2)}
+    assert before == {index: Run(config).require("tokenise", index).manifest.attempt for index in others}
     assert prepare(config) == alone
 
 

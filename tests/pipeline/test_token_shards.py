@@ -22,7 +22,7 @@ from modularforge.stage_outputs import Corpus, domains_of, own_domains
 from modularforge.stages import prepare as prepare_stage
 from modularforge.stored_tokens import partition_tokens, token_file
 from tests.conftest import tiny_values
-from tests.pipeline.test_preparation_tasks import configured, finish, killed, note_shards, prepare, write_files
+from tests.pipeline.test_preparation_tasks import configured, finish, prepare, repeats_what_is_missing, write_files
 
 Values = dict[str, Any]
 LIMITS = {"SHARDED_ABOVE": 0, "SHARD_WEIGHT": 6000, "PIECE_BYTES": 1500}  # of the plan of shards
@@ -141,19 +141,7 @@ def test_near_copies_of_held_out_documents_are_left_out_of_the_index(
 def test_a_killed_task_repeats_only_what_is_missing_of_its_shards(
     values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone = prepare(configured(values, None, tmp_path / "alone"))
-    config = configured(values, 3, tmp_path / "three")
-    finish(config, "vocabulary", "tokenise-0", "tokenise-1")
-    before = {index: Run(config).require("tokenise", index).manifest.attempt for index in (0, 1)}
-    left = killed(config, "2", **LIMITS)
-    assert len(left) == 2
-    with monkeypatch.context() as patch:
-        written = note_shards(patch)
-        finish(config, "tokenise-0", "tokenise-1", "tokenise-2")
-    assert written
-    assert not left & {*written}
-    assert before == {index: Run(config).require("tokenise", index).manifest.attempt for index in (0, 1)}
-    assert prepare(config) == alone
+    repeats_what_is_missing(values, tmp_path, monkeypatch, task=2, **LIMITS)
 
 
 def test_a_mixture_of_spans_trains_as_one_of_a_whole_file(
