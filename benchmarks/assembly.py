@@ -2,13 +2,17 @@
 
     python benchmarks/assembly.py --folder /a/disk                       # 8 experts of 4 layers
     python benchmarks/assembly.py --folder /a/disk --layers 22           # 8 experts of a 1.1 B model: 40 GB of disk
+    python benchmarks/assembly.py --folder /a/disk --only speed          # or link, memory, stores, mergekit
     python benchmarks/assembly.py --folder /a/disk --mergekit ENV/bin/mergekit-moe
 
 Measures, in one run and in turns: (1) `assembly.mode: merge`, hashing in and out and fsync included, against `cp` and
 fsync of the same bytes; (2) the same with the evidence router, which widens every matrix; (3) `link`, with random rows
 and with the ridge router, which has to read the experts' sums; (4) the peak of anonymous memory, in a process of its
 own, from /proc/self/smaps_rollup, with 2, 8 and more experts; (5) mergekit-moe on the same experts as dense models,
-when its command is given (an environment of its own: pip install mergekit).
+when its command is given (an environment of its own: pip install mergekit); (6) with `--url s3://bucket/prefix`, a
+merge whose experts lie on an object store and whose model goes there, against `aws s3 cp` of the same files down and
+up, and obstore, which streams them through this process without hashing. MODULARFORGE_HASH=blake3 hashes parts and
+model by BLAKE3; OPENSSL_ia32cap=:~0x20000000 takes a core's instructions for sha256 away from OpenSSL.
 """
 
 from __future__ import annotations
@@ -22,12 +26,18 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoints import Artifact, paths
+from checkpoints import Artifact, open_artifact, paths
+from checkpoints.copying import copy_artifact
+from checkpoints.streams import PART_BYTES
 from modularforge.config import ModelConfig
+from modularforge.experts.ffn import EXPERT_NAME
 from tests.synthetic_models import describe, write_parts, write_sparse_experts
 
 CHILD = """
@@ -80,10 +90,16 @@ def main() -> None:
         describe(folder, backbone, experts)
         size = sum(item.manifest.size for item in experts)
         print(f"{options.experts} experts of {size / options.experts / 1e9:.2f} GB, {options.layers} layers, bf16")
-        speed(folder, backbone, experts, options.rounds)
-        link_of_many(folder)
-        memory(folder, options)
-        if options.mergekit:
+        measured = [options.only] if options.only else ["speed", "link", "memory", "stores", "mergekit"]
+        if "speed" in measured:
+            speed(folder, backbone, experts, options.rounds)
+        if "link" in measured:
+            link_of_many(folder)
+        if "memory" in measured:
+            memory(folder, options)
+        if options.url and "stores" in measured:
+            between_stores(folder, options)
+        if options.mergekit and "mergekit" in measured:
             mergekit(folder, backbone, experts, options.mergekit)
     finally:
         shutil.rmtree(folder)
@@ -96,6 +112,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4, help="22 for the whole 1.1 B model")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--most-experts", type=int, default=32, help="for the memory of many experts")
+    parser.add_argument("--only", choices=["speed", "link", "memory", "stores", "mergekit"], help="one of them alone")
+    parser.add_argument("--url", default="", help="a place on an object store, for experts and model there")
     parser.add_argument("--mergekit", default="", help="path of the mergekit-moe command")
     return parser.parse_args()
 
@@ -185,6 +203,66 @@ def memory(folder: Path, options: argparse.Namespace) -> None:
                 f"{found['bytes'] / 1e9:.2f} GB written"
             )
     print("target: at most 300 MB, and the same for all K")
+
+
+def between_stores(folder: Path, options: argparse.Namespace) -> None:
+    """A merge from an object store to itself; medians, and ratios to the others' in turns."""
+    url = f"{options.url.rstrip('/')}/{folder.name}"
+    there = folder / "there"
+    there.mkdir()
+    try:
+        parts = json.loads((folder / "parts.json").read_text())
+        sources = [parts["backbone"], *parts["experts"]]
+        urls = [paths.join(url, "parts", str(number)) for number in range(len(sources))]
+        for source, target in zip(sources, urls, strict=True):
+            copy_artifact(open_artifact(source), target, lambda size: None)
+        (there / "parts.json").write_text(json.dumps({"backbone": urls[0], "experts": urls[1:]}))
+        artifacts = [open_artifact(place) for place in urls]
+        files = [item.file_url(name) for item in artifacts for name in item.manifest.files if name in WEIGHTS]
+        size = sum(paths.file_size(file) for file in files)
+        contenders: dict[str, Callable[[], object]] = {
+            "merge": lambda: assemble_once(there, "merge", "random", paths.join(url, "out")),
+            **{name: partial(copy, files, url, there) for name, copy in COPIES.items() if is_installed(name)},
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        for _ in range(options.rounds):
+            for name, action in contenders.items():
+                start = time.perf_counter()
+                action()
+                seconds[name].append(time.perf_counter() - start)
+        medians = {name: statistics.median(found) for name, found in seconds.items()}
+        fastest = min((median for name, median in medians.items() if name != "merge"), default=float("nan"))
+        for name, median in medians.items():
+            print(f"s3 to s3, {name:10s} {median:7.2f} s   {median / fastest:5.2f} x the best other")
+        print(f"{size / 1e9:.2f} GB each; obstore and aws copy one file after another and do not hash them")
+    finally:
+        paths.remove(url)
+
+
+def copy_by_aws(files: list[str], url: str, folder: Path) -> None:
+    for file in files:
+        for pair in ((file, str(folder / "file")), (str(folder / "file"), paths.join(url, "aws"))):
+            subprocess.run(["aws", "s3", "cp", "--only-show-errors", *pair], check=True)
+
+
+def copy_by_obstore(files: list[str], url: str, folder: Path) -> None:
+    import obstore
+    from obstore.store import S3Store
+
+    bucket = url.removeprefix("s3://").partition("/")[0]
+    store = S3Store(bucket, client_options={"allow_http": True})
+    for file in files:
+        stream = obstore.get(store, file.removeprefix(f"s3://{bucket}/")).stream(min_chunk_size=PART_BYTES)
+        target = paths.join(url, "obstore").removeprefix(f"s3://{bucket}/")
+        obstore.put(store, target, stream, chunk_size=PART_BYTES, max_concurrency=8)
+
+
+WEIGHTS = ("model.safetensors", EXPERT_NAME)
+COPIES = {"aws s3 cp": copy_by_aws, "obstore": copy_by_obstore}
+
+
+def is_installed(name: str) -> bool:
+    return find_spec("obstore") is not None if name == "obstore" else shutil.which("aws") is not None
 
 
 def mergekit(folder: Path, backbone: Artifact, experts: list[Artifact], command: str) -> None:

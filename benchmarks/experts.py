@@ -124,7 +124,8 @@ def measure(folder: Path, config: Config, options: list[str], has_cluster: bool)
             command(folder, "status while they wait", ["launcher", "status", *options], environment)
             command(folder, "cancelled", ["launcher", "cancel", *options], environment)
     say("every expert", *pretend(config, ["expert"]))
-    command(folder, "status of a run whose experts are finished", ["launcher", "status", *options])
+    status = "status of a run whose experts are finished"
+    command(folder, status, ["launcher", "status", *options], goal=experts // 100 + 10)
     command(folder, "assembled by links", ["benchmarks.experts", "--assemble", options[1]])
     command(folder, "garbage looked for", ["checkpoints", "gc", config.output_dir])
     start = time.perf_counter()
@@ -157,8 +158,10 @@ def pretend(config: Config, stages: list[str]) -> tuple[float, int]:
     return time.perf_counter() - start, largest
 
 
-def command(folder: Path, title: str, arguments: list[str], environment: dict[str, str] | None = None) -> None:
-    """Run a command in a process of its own, and say what it took."""
+def command(
+    folder: Path, title: str, arguments: list[str], environment: dict[str, str] | None = None, goal: int = 0
+) -> None:
+    """Run a command in a process of its own, and say what it took, beside the most requests that are the goal."""
     script, counts = folder / "counting.py", folder / "counts.json"
     script.write_text(COUNTING)
     given = {**os.environ, **(environment or {}), "COUNTS": str(counts), "PYTHONPATH": str(ROOT)}
@@ -172,7 +175,8 @@ def command(folder: Path, title: str, arguments: list[str], environment: dict[st
     requests = ", ".join(f"{count:,} {kind}" for kind, count in found["requests"].items())
     print(
         f"{title}: {found['seconds']:.1f} s, {found['cpu']:.1f} s of processor, {found['memory'] / 1e6:,.0f} MB, "
-        f"{sum(found['requests'].values()):,} requests ({requests}), {found['bytes'] / 1e6:.1f} MB read",
+        f"{sum(found['requests'].values()):,} requests ({requests}){f', goal {goal:,}' if goal else ''}, "
+        f"{found['bytes'] / 1e6:.1f} MB read",
         flush=True,
     )
 

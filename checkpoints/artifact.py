@@ -142,7 +142,7 @@ class Artifact:
 
     def _cached_file(self, name: str) -> Path:
         entry = self.manifest.files[name]
-        target = cache_folder() / entry.sha256 / Path(name).name
+        target = cache_folder() / entry.digest.replace(":", "-") / Path(name).name
         with suppress(CorruptArtifactError):  # not there yet, or damaged in the cache
             return check_local_file(target, entry)
         with one_at_a_time(target.parent):  # ranks of a node that begin together fetch it once

@@ -15,7 +15,7 @@ from checkpoints import paths
 from checkpoints.artifact import Artifact, find_artifact
 from checkpoints.errors import ArtifactExistsError, CorruptArtifactError, StoreError
 from checkpoints.folder import DurableFile
-from checkpoints.hashing import CHUNK_BYTES, FileHasher
+from checkpoints.hashing import CHUNK_BYTES, FileEntry, FileHasher
 from checkpoints.owners import locked
 from checkpoints.parallel import in_order
 from checkpoints.retry import call
@@ -83,7 +83,7 @@ def _fetch(source: Artifact, name: str, target: Path, report: Report) -> None:
 def _append(source: Artifact, name: str, target: Path, report: Report) -> None:
     entry = source.manifest.files[name]
     with open(target, "ab+") as file:
-        hasher = _hash_beginning(file, name, entry.size)
+        hasher = _hash_beginning(file, name, entry)
         report(hasher.size)
         with DurableFile(file) as durable:
             for part in stream_file(source.file_url(name), entry, hasher):
@@ -91,11 +91,11 @@ def _append(source: Artifact, name: str, target: Path, report: Report) -> None:
                 report(len(part))
 
 
-def _hash_beginning(file: BinaryIO, name: str, size: int) -> FileHasher:
+def _hash_beginning(file: BinaryIO, name: str, entry: FileEntry) -> FileHasher:
     """Hash what is there; more than the whole file cannot be ours and is cut off."""
-    file.truncate(min(os.fstat(file.fileno()).st_size, size))
+    file.truncate(min(os.fstat(file.fileno()).st_size, entry.size))
     file.seek(0)
-    hasher = FileHasher(name)
+    hasher = FileHasher(name, entry.digest)
     while chunk := file.read(CHUNK_BYTES):
         hasher.update(chunk)
     return hasher

@@ -1,17 +1,18 @@
-"""sha256 of a file and of each tensor in it, from one pass over its bytes.
+"""Digests of a file and of each tensor in it, from one pass over its bytes.
 
 The same hasher runs beside every write, upload, download and check, so no file is read a second time to be hashed.
-Beside large files it runs in threads of its own, as hashing takes as long as a fast disk (1.8 GiB/s on one core).
+Beside large files it runs in threads of its own, as sha256 takes as long as a fast disk (1.8 GiB/s on one core).
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from checkpoints import digests
 from checkpoints.errors import CorruptArtifactError
 from checkpoints.parallel import consumer
 from checkpoints.safetensors import LENGTH_BYTES, Header, header_length, parse_header
@@ -24,21 +25,34 @@ CHUNKS_AHEAD = 32
 
 @dataclass(frozen=True)
 class FileEntry:
-    """Size in bytes and sha256 of one file; for weight files also sha256 by tensor name."""
+    """Size in bytes and digest of one file; for weight files also digests by tensor name, of the same algorithm."""
 
     size: int
-    sha256: str
+    digest: str
     tensors: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def algorithm(self) -> str:
+        """What its digests are."""
+        return digests.algorithm_of(self.digest)
+
+    def to_values(self) -> dict[str, Any]:
+        """What JSON says of it: the digests' digits, under the name of their algorithm."""
+        tensors = {name: digests.digits_of(digest) for name, digest in self.tensors.items()}
+        return {"size": self.size, self.algorithm: digests.digits_of(self.digest), "tensors": tensors}
 
 
 class FileHasher:
-    """Takes a file's bytes in order and in any pieces; `entry` then says what they were."""
+    """Takes a file's bytes in order and in any pieces; `entry` then says what they were.
 
-    def __init__(self, name: str) -> None:
+    `like` is a digest that it will be compared with; what is written has the algorithm that is chosen.
+    """
+
+    def __init__(self, name: str, like: str = "") -> None:
         self._name = name
-        self._whole = hashlib.sha256()
+        self._whole = digests.like(like)
         self._size = 0
-        self._tensors = TensorHasher(name) if name.endswith(WEIGHT_SUFFIX) else None
+        self._tensors = TensorHasher(name, like) if name.endswith(WEIGHT_SUFFIX) else None
 
     def update(self, chunk: bytes | memoryview) -> None:
         """Take the next bytes."""
@@ -67,7 +81,7 @@ class FileHasher:
     def entry(self) -> FileEntry:
         """What has been taken so far as a whole file; raises CorruptArtifactError for a weight file that is not one."""
         tensors = self._tensors.hashes() if self._tensors else {}
-        return FileEntry(self._size, self._whole.hexdigest(), tensors)
+        return FileEntry(self._size, self._whole.text(), tensors)
 
     def _updates(self) -> list[Callable[[bytes | memoryview], None]]:
         return [self._update_whole, *([self._tensors.update] if self._tensors else [])]
@@ -77,9 +91,9 @@ class FileHasher:
         self._size += len(chunk)
 
     @property
-    def sha256(self) -> str:
+    def digest(self) -> str:
         """Hash of what has been taken so far, whatever it is."""
-        return self._whole.hexdigest()
+        return self._whole.text()
 
     @property
     def size(self) -> int:
@@ -94,15 +108,16 @@ class FileHasher:
 class TensorHasher:
     """Follows the header of a weight file and hashes each tensor's bytes as they pass."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, like: str = "") -> None:
         self._name = name
+        self._like = like
         self._head = bytearray()
         self._wanted = LENGTH_BYTES
         self._header: Header | None = None
         self._spans: list[tuple[int, str]] = []
         self._next = 0
         self._position = 0
-        self._digest = hashlib.sha256()
+        self._digest = digests.like(like)
         self._broken = ""
         self.finished: dict[str, str] = {}
 
@@ -163,14 +178,14 @@ class TensorHasher:
 
     def _finish_tensors(self) -> None:
         while self._next < len(self._spans) and self._spans[self._next][0] <= self._position:
-            self.finished[self._spans[self._next][1]] = self._digest.hexdigest()
-            self._digest = hashlib.sha256()
+            self.finished[self._spans[self._next][1]] = self._digest.text()
+            self._digest = digests.like(self._like)
             self._next += 1
 
 
-def hash_file(path: Path) -> FileHasher:
-    """Hash a local file from its first byte to its last."""
-    hasher = FileHasher(path.name)
+def hash_file(path: Path, like: str = "") -> FileHasher:
+    """Hash a local file from its first byte to its last, to compare it with a digest or to write it down."""
+    hasher = FileHasher(path.name, like)
     with open(path, "rb", buffering=0) as file, hasher.in_background(path.stat().st_size) as update:
         while chunk := file.read(CHUNK_BYTES):
             update(chunk)

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
 
 from checkpoints import paths
 from checkpoints.hashing import FileEntry
@@ -48,7 +47,7 @@ class Journal:
         """Note that a file is whole and on the disk."""
         if not self._url:
             return
-        line = json.dumps({name: asdict(entry)}).encode()
+        line = json.dumps({name: entry.to_values()}).encode()
         if paths.is_local(self._url):
             with paths.open_to_append(paths.local_path(self._url)) as file:
                 file.write(b"\n" + line)  # not behind it: the last line may be torn

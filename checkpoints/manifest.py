@@ -1,4 +1,4 @@
-"""The manifest: what an artifact is, what it was made from, and size and sha256 of every file.
+"""The manifest: what an artifact is, what it was made from, and size and digest of every file.
 
 Weight files (safetensors) also list a hash per tensor, so one tensor can be checked without reading the rest.
 The manifest carries the hash of its own bytes, so damage to it is found as well. One that somebody else wrote is
@@ -13,17 +13,18 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
+from checkpoints import digests
 from checkpoints.errors import CorruptArtifactError
 from checkpoints.hashing import FileEntry
 from checkpoints.parsing import parse_object
 from checkpoints.urls import ATTEMPT, HIDDEN, OWN_NAMES, checked_path, has_control_characters
 
-FORMAT = 1
+FORMAT = 1  # all digests are sha256
+ANY_DIGEST = 2  # those of a file are of the algorithm that it names
 NO_HASH = "0" * 64
-HASH = re.compile(r"[0-9a-f]{64}")
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00")
 MAX_BYTES = 2**63 - 1  # of a file, on any system
 MAX_TEXT = 1000
@@ -63,7 +64,8 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """The bytes of ``manifest.json``; `sha256` in it is the hash of these bytes with 64 zeros in its place."""
-        values = {**asdict(self), "sha256": NO_HASH}
+        files = {name: entry.to_values() for name, entry in self.files.items()}
+        values = {**vars(self), "files": files, "sha256": NO_HASH}
         content = (json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
         return _with_hash(content, hashlib.sha256(content).hexdigest())
 
@@ -72,9 +74,9 @@ class Manifest:
         """Parse and check a manifest; `url` is only named in errors."""
         try:
             values = parse_object(content)
-            if type(values["format"]) is not int or values["format"] != FORMAT:
+            if type(values["format"]) is not int or values["format"] not in (FORMAT, ANY_DIGEST):
                 raise CorruptArtifactError(
-                    f"{url} must have manifest format {FORMAT}, but has {values['format']!r:.60}; "
+                    f"{url} must have manifest format {FORMAT} or {ANY_DIGEST}, but has {values['format']!r:.60}; "
                     "read it with the version of modularforge that wrote it"
                 )
             _check_own_hash(content, values.pop("sha256"))
@@ -87,6 +89,11 @@ class Manifest:
                 f"{url} must be an undamaged manifest, but cannot be read ({reason}); "
                 "restore it from a copy, or delete the folder and run its stage again"
             ) from error
+
+
+def format_of(files: dict[str, FileEntry]) -> int:
+    """The format of a manifest with these files: the oldest that has room for them."""
+    return FORMAT if all(entry.algorithm == digests.SHA256 for entry in files.values()) else ANY_DIGEST
 
 
 def _with_hash(content: bytes, digest: str) -> bytes:
@@ -142,19 +149,21 @@ def is_step(value: Any) -> bool:
 
 
 def is_hash(value: Any) -> bool:
-    """Whether a value is a sha256 in lower-case hexadecimal."""
-    return isinstance(value, str) and HASH.fullmatch(value) is not None
+    """Whether a value is 256 bits in lower-case hexadecimal."""
+    return isinstance(value, str) and digests.HEXADECIMAL.fullmatch(value) is not None
 
 
 def _entry(name: str, value: Any) -> FileEntry:
-    if not isinstance(value, dict) or not {"size", "sha256"} <= value.keys() <= {"size", "sha256", "tensors"}:
-        raise ValueError(f"{name!r:.80} must have size, sha256 and tensors, but is {value!r:.60}")
+    algorithm = digests.BLAKE3 if isinstance(value, dict) and digests.BLAKE3 in value else digests.SHA256
+    if not isinstance(value, dict) or not {"size", algorithm} <= value.keys() <= {"size", algorithm, "tensors"}:
+        raise ValueError(f"{name!r:.80} must have size, {algorithm} and tensors, but is {value!r:.60}")
     size, tensors = value["size"], value.get("tensors", {})
     if not is_step(size):
         raise ValueError(f"the size of {name!r:.80} must be a number of bytes, but is {size!r:.60}")
-    if not is_hash(value["sha256"]) or not isinstance(tensors, dict) or not all(map(is_hash, tensors.values())):
-        raise ValueError(f"the hashes of {name!r:.80} must be sha256 in hexadecimal, but one is not")
-    return FileEntry(size, value["sha256"], tensors)
+    if not is_hash(value[algorithm]) or not isinstance(tensors, dict) or not all(map(is_hash, tensors.values())):
+        raise ValueError(f"the hashes of {name!r:.80} must be {algorithm} in hexadecimal, but one is not")
+    by_tensor = {tensor: digests.named(algorithm, digits) for tensor, digits in tensors.items()}
+    return FileEntry(size, digests.named(algorithm, value[algorithm]), by_tensor)
 
 
 def _require(values: dict[str, Any], name: str, what: str, is_right: Any) -> None:

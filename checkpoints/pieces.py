@@ -62,7 +62,7 @@ def pieces_url(url: str, step: int) -> str:
 def described(url: str, step: int, count: int, rows: Mapping[str, int]) -> dict[str, Any]:
     """What a step's artifact says of its pieces; raises MissingArtifactError unless all are committed."""
     found = [open_artifact(paths.join(pieces_url(url, step), Part(index, count).name)) for index in range(count)]
-    hashes = [artifact.manifest.files[TENSORS_NAME].sha256 for artifact in found]
+    hashes = [artifact.manifest.files[TENSORS_NAME].digest for artifact in found]
     return {"count": count, "rows": dict(rows), "sha256": hashes}
 
 
@@ -103,7 +103,7 @@ def _read(step: Artifact, part: Part, digest: str) -> dict[str, torch.Tensor]:
 
 def _piece(step: Artifact, part: Part, digest: str) -> Artifact:
     artifact = open_artifact(_place(step, part))
-    if artifact.manifest.files[TENSORS_NAME].sha256 != digest:
+    if artifact.manifest.files[TENSORS_NAME].digest != digest:
         raise CorruptArtifactError(f"{artifact.url} must be a piece of {step.url}, but is of another; move both away")
     return artifact
 

@@ -57,7 +57,7 @@ class TensorSpan:
     shape: tuple[int, ...]
     start: int
     length: int
-    sha256: str = ""
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def read_header(read: Callable[[int, int], bytes], size: int) -> Header:
 
 
 def read_spans(url: str, hashes: Mapping[str, str] | None = None, size: int | None = None) -> dict[str, TensorSpan]:
-    """Spans of all tensors of a weight file, from its header; `hashes` are the tensors' sha256 by name.
+    """Spans of all tensors of a weight file, from its header; `hashes` are the tensors' digests by name.
 
     Where the `size` of the file in bytes is known, most headers take one request.
     """

@@ -7,13 +7,13 @@ hash. What a rank holds on the way is its share, one tensor of another, and what
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
+from checkpoints import digests
 from checkpoints.artifact import Artifact
 from checkpoints.errors import CorruptArtifactError, DataError
 from checkpoints.pieces import TENSORS_NAME, Part, common_rows
@@ -91,13 +91,13 @@ def _spans(artifact: Artifact) -> dict[str, TensorSpan]:
 
 
 def _read(span: TensorSpan) -> torch.Tensor:
-    content, digest, position = torch.empty(span.length, dtype=torch.uint8), hashlib.sha256(), 0
+    content, digest, position = torch.empty(span.length, dtype=torch.uint8), digests.like(span.digest), 0
     target: Any = content.numpy()
     for chunk in stream_span(span.url, span.start, span.start + span.length):
         digest.update(chunk)
         memoryview(target)[position : position + len(chunk)] = chunk
         position += len(chunk)
-    if position != span.length or digest.hexdigest() != span.sha256:
+    if position != span.length or digest.text() != span.digest:
         raise CorruptArtifactError(
             f"{span.url} must have the bytes that its manifest names, but tensor bytes {span.start} to "
             f"{span.start + span.length} differ; restore it from a copy, or delete the artifact and make it again"

@@ -1,6 +1,6 @@
 """Files as streams of their bytes, hashed on the way, by others where there are cores for it.
 
-What is read is compared with the entry of a manifest while it passes: size, sha256, tensor by tensor. What is written
+What is read is compared with the entry of a manifest while it passes: size, digest, tensor by tensor. What is written
 comes in pieces that stay as they are, and is flushed while it still comes.
 """
 
@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 
 from checkpoints import paths
+from checkpoints.digests import named, short
 from checkpoints.errors import CorruptArtifactError
 from checkpoints.folder import DurableFile
 from checkpoints.hashing import CHUNK_BYTES, FileEntry, FileHasher, hash_file
@@ -31,7 +32,7 @@ def stream_file(url: str, entry: FileEntry, hasher: FileHasher | None = None) ->
 
     A `hasher` that has taken the first bytes already (of an earlier, interrupted reading) continues behind them.
     """
-    hasher = hasher or FileHasher(url)
+    hasher = hasher or FileHasher(url, entry.digest)
     check_size(url, entry)
     try:
         with hasher.in_background(entry.size) as update:
@@ -84,10 +85,10 @@ def _missing(url: str) -> CorruptArtifactError:
 
 def check_hash(url: str, entry: FileEntry, found: FileHasher) -> None:
     """Raise CorruptArtifactError, with the names of the damaged tensors, unless the bytes are those of the entry."""
-    if found.size == entry.size and found.sha256 == entry.sha256:
+    if found.size == entry.size and found.digest == entry.digest:
         return
     raise CorruptArtifactError(
-        f"{url} must have sha256 {entry.sha256[:12]}, but has {found.sha256[:12]}"
+        f"{url} must have {short(entry.digest)}, but has {short(found.digest)}"
         f"{what_differs(entry, found.finished_tensors())}: {REMEDY}"
     )
 
@@ -110,13 +111,13 @@ def check_local_file(path: Path, entry: FileEntry) -> Path:
     """Compare a local file with its entry; a file that did not change since is hashed once per process."""
     check_size(str(path), entry)
     status = path.stat()
-    check_hash(str(path), entry, _hash_once(path, status.st_size, status.st_mtime_ns, status.st_ino))
+    check_hash(str(path), entry, _hash_once(path, status.st_size, status.st_mtime_ns, status.st_ino, entry.algorithm))
     return path
 
 
 @lru_cache(maxsize=4096)
-def _hash_once(path: Path, size: int, modified: int, inode: int) -> FileHasher:
-    return hash_file(path)
+def _hash_once(path: Path, size: int, modified: int, inode: int, algorithm: str) -> FileHasher:
+    return hash_file(path, named(algorithm, ""))
 
 
 def write_local(path: Path, chunks: Iterable[Chunk], hasher: FileHasher) -> None:

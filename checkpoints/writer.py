@@ -26,7 +26,7 @@ from checkpoints.garbage import sweep_beside
 from checkpoints.hashing import FileEntry, FileHasher, describe_file
 from checkpoints.journal import Journal, attempt_of
 from checkpoints.labels import write_label
-from checkpoints.manifest import Manifest, check_names
+from checkpoints.manifest import Manifest, check_names, format_of
 from checkpoints.owners import locked
 from checkpoints.parallel import in_order, meanwhile
 from checkpoints.redact import redact_values
@@ -149,6 +149,7 @@ class ArtifactWriter:
             created=created or now,
             attempt=self.attempt,
             files_in="" if local else self.attempt,
+            format=format_of(self.files),
         )
         content = manifest.to_json()
         self.may_be_committed = True

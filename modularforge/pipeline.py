@@ -671,7 +671,7 @@ def fingerprint(kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str
 
 def contents(artifact: Artifact) -> str:
     """Identity of the very bytes of an artifact, 32 hexadecimal digits: the same settings may have read other files."""
-    hashes = {name: entry.sha256 for name, entry in artifact.manifest.files.items()}
+    hashes = {name: entry.digest for name, entry in artifact.manifest.files.items()}
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:32]
 
 

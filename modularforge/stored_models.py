@@ -6,7 +6,6 @@ neither read nor, on an object store where it has a file of its own, fetched.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from checkpoints import Artifact, find_artifact, open_artifact, paths
+from checkpoints import Artifact, digests, find_artifact, open_artifact, paths
 from checkpoints.errors import CorruptArtifactError
 from modularforge.errors import DataError
 from modularforge.model.backbone import Decoder
@@ -40,10 +39,12 @@ class MappedWeights:
             # Its tensors are checked one by one, so here the size is enough.
             self._open[file] = safe_open(self.artifact.local_file(file, verify=False), framework="pt")
         tensor: Tensor = self._open[file].get_tensor(name)
-        content = tensor.flatten().view(torch.uint8).numpy().data
-        if hashlib.sha256(content).hexdigest() != self.artifact.manifest.files[file].tensors[name]:
+        recorded = self.artifact.manifest.files[file].tensors[name]
+        found = digests.like(recorded)
+        found.update(tensor.flatten().view(torch.uint8).numpy().data)
+        if found.text() != recorded:
             raise CorruptArtifactError(
-                f"{name} in {self.artifact.file_url(file)} must have the sha256 that its manifest says, but has "
+                f"{name} in {self.artifact.file_url(file)} must have the hash that its manifest says, but has "
                 "another: a bit flipped, or another version is in its place; restore it from a copy, or make it again"
             )
         return tensor

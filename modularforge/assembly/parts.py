@@ -78,12 +78,12 @@ def part_key(tensors: Iterable[tuple[str, OutputTensor]]) -> str:
     """Identity of what a part holds, whatever file it lies in; empty when a hash is not known."""
     rows = []
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        grown = [span and span.sha256 for span in (tensor.beside, tensor.below)]
+        grown = [span and span.digest for span in (tensor.beside, tensor.below)]
         if added := tensor.added:
-            grown += [added.a.sha256, added.b.sha256, f"{added.scale!r}"]
-        if not tensor.span.sha256 or "" in grown:
+            grown += [added.a.digest, added.b.digest, f"{added.scale!r}"]
+        if not tensor.span.digest or "" in grown:
             return ""
-        rows.append([name, tensor.span.sha256, tensor.dtype, tensor.columns, tensor.rows, *grown])
+        rows.append([name, tensor.span.digest, tensor.dtype, tensor.columns, tensor.rows, *grown])
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
 
 

@@ -6,7 +6,6 @@ the size of the model and the number of experts. Every tensor that is read is co
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints import Artifact, paths
+from checkpoints import Artifact, digests, paths
 from checkpoints.hashing import describe_file
 from checkpoints.parallel import in_order
 from checkpoints.safetensors import ITEM_BYTES, WEIGHTS_NAME, TensorSpan, header_bytes, read_spans
@@ -50,7 +49,7 @@ class Term:
     def order(self) -> tuple[str, float, bytes]:
         """Its place in a sum, whatever order the experts have."""
         weight = np.asarray(self.weight)
-        return self.span.sha256, float(weight.sum()), weight.tobytes()
+        return self.span.digest, float(weight.sum()), weight.tobytes()
 
     def weight_of(self, start: int, end: int, row: int) -> float | NDArray[np.float64]:
         """What the values [start, end) are multiplied by, where a row has so many."""
@@ -227,7 +226,7 @@ def _shape(name: str, terms: Sequence[Term]) -> tuple[int, ...]:
 
 def _blocks(name: str, terms: Sequence[Term], shape: tuple[int, ...]) -> Iterator[Any]:
     """The sum in blocks of float64; hashes are compared when all of a tensor was read."""
-    hashes, values, row = [hashlib.sha256() for _ in terms], prod(shape), prod(shape[1:])
+    hashes, values, row = [digests.like(term.span.digest) for term in terms], prod(shape), prod(shape[1:])
     for start in range(0, values, BLOCK_VALUES):
         end = min(start + BLOCK_VALUES, values)
         total = np.zeros(end - start)
@@ -236,9 +235,9 @@ def _blocks(name: str, terms: Sequence[Term], shape: tuple[int, ...]) -> Iterato
             total += term.weight_of(start, end, row) * converted(content, term.span.dtype, "F32").astype(np.float64)
         yield total
     for digest, term in zip(hashes, terms, strict=True):
-        if term.span.sha256 and digest.hexdigest() != term.span.sha256:
+        if term.span.digest and digest.text() != term.span.digest:
             raise MismatchError(
-                f"{name} in {term.span.url} must have the sha256 that its manifest says, but differs: the file was "
+                f"{name} in {term.span.url} must have the hash that its manifest says, but differs: the file was "
                 "changed or damaged after it was committed; delete that artifact and run its stage again"
             )
 

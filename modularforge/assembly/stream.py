@@ -7,7 +7,6 @@ no byte changes, and one for the file.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,7 +15,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints import ArtifactWriter, FileEntry, paths
+from checkpoints import ArtifactWriter, FileEntry, digests, paths
+from checkpoints.digests import Hash
 from checkpoints.parallel import consumer, in_order
 from checkpoints.safetensors import ITEM_BYTES, TensorSpan
 from checkpoints.screen import Progress, progress
@@ -27,7 +27,7 @@ from modularforge.errors import DataError, MismatchError
 LOCAL_CHUNK = 1 << 20  # stays in the processor's cache between reading, hashing and writing
 REMOTE_CHUNK = 4 << 20
 READS_AHEAD = 8  # of remote pieces, to hide a store's latency
-CHUNKS_AHEAD = 16  # that wait to be hashed: what bounds memory where the disk is faster than sha256
+CHUNKS_AHEAD = 16  # that wait to be hashed: what bounds memory where the disk is faster than hashing
 OPEN_FILES = 64  # of any number of experts; a process may often have no more than 1024
 
 Data = bytes | memoryview
@@ -87,7 +87,7 @@ def write_file(file: OutputFile, writer: ArtifactWriter, bar: Progress | None = 
         def finish() -> FileEntry:
             stack.close()  # both threads have taken everything
             hashes.raise_problem()
-            return FileEntry(file.size, hashes.file.hexdigest(), dict(sorted(hashes.tensors.items())))
+            return FileEntry(file.size, hashes.file.text(), dict(sorted(hashes.tensors.items())))
 
         return writer.write_known(file.name, chunks(), file.size, finish)
 
@@ -156,36 +156,43 @@ def _bytes_of(values: Any) -> memoryview:
 class _Hashes:
     """Hashes of the sources' tensors, of the tensors as written and of the file, taken in two threads."""
 
-    file: Any = field(default_factory=hashlib.sha256)
+    file: Hash = field(default_factory=digests.new)
     tensors: dict[str, str] = field(default_factory=dict)
     problem: Exception | None = None
-    _source: Any = field(default_factory=hashlib.sha256)
-    _output: Any = field(default_factory=hashlib.sha256)
+    _source: Hash | None = None
+    _output: Hash = field(default_factory=digests.new)
 
     def take_source(self, item: tuple[Piece, Data]) -> None:
         """The next bytes of a source tensor."""
         piece, content = item
+        span = piece.tensor.span
+        self._source = self._source or digests.like(span.digest)
         self._source.update(content)
         if not piece.is_last:
             return
-        found, self._source, span = self._source.hexdigest(), hashlib.sha256(), piece.tensor.span
-        if span.sha256 and found != span.sha256:
+        found, self._source = self._source.text(), None
+        if span.digest and found != span.digest:
             self.problem = self.problem or MismatchError(
-                f"{piece.name} in {span.url} must have the sha256 that its manifest says, but differs: the file was "
+                f"{piece.name} in {span.url} must have the hash that its manifest says, but differs: the file was "
                 "changed or damaged after it was committed; delete that artifact and run its stage again"
             )
-        if piece.tensor.is_copy:
+        if self._keeps_digest(piece.tensor):
             self.tensors[piece.name] = found
 
     def take_output(self, item: tuple[Piece | None, Data, bool]) -> None:
         """The next bytes of the file."""
         piece, content, ends = item
         self.file.update(content)
-        if piece is None or piece.tensor.is_copy:
+        if piece is None or self._keeps_digest(piece.tensor):
             return
         self._output.update(content)
         if ends:
-            self.tensors[piece.name], self._output = self._output.hexdigest(), hashlib.sha256()
+            self.tensors[piece.name], self._output = self._output.text(), digests.new()
+
+    def _keeps_digest(self, tensor: OutputTensor) -> bool:
+        """Whether the digest on the way in is that on the way out: the same bytes, hashed as the file is."""
+        digest = tensor.span.digest
+        return tensor.is_copy and (not digest or digests.algorithm_of(digest) == self.file.algorithm)
 
     def raise_problem(self) -> None:
         """Raise what the threads found."""

@@ -5,14 +5,13 @@ Single tensors of committed weight files are read for the few places where their
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints import paths
+from checkpoints import digests, paths
 from checkpoints.safetensors import ITEM_BYTES, TensorSpan
 from modularforge.errors import MismatchError
 
@@ -84,15 +83,15 @@ def rms_of_rows(span: TensorSpan, epsilon: float) -> NDArray[np.float64]:
 
 def _blocks(span: TensorSpan, unit: int) -> Iterator[NDArray[np.float32]]:
     """The tensor in blocks of whole units of bytes; its hash is compared at the end."""
-    digest = hashlib.sha256()
+    digest = digests.like(span.digest)
     step = max(BLOCK_BYTES // unit, 1) * unit
     for start in range(0, span.length, step):
         end = min(start + step, span.length)
         content = paths.read_bytes(span.url, span.start + start, span.start + end)
         digest.update(content)
         yield converted(content, span.dtype, "F32")
-    if span.sha256 and digest.hexdigest() != span.sha256:
+    if span.digest and digest.text() != span.digest:
         raise MismatchError(
-            f"a tensor in {span.url} must have the sha256 that its manifest says, but differs: the file was changed or "
+            f"a tensor in {span.url} must have the hash that its manifest says, but differs: the file was changed or "
             "damaged after it was committed; delete that artifact and run its stage again"
         )

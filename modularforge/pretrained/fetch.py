@@ -329,7 +329,7 @@ def _digest(values: dict[str, Any]) -> str:
 def _hashes(folder: Path, names: list[str]) -> dict[str, str]:
     artifact = find_artifact(str(folder))
     known = artifact.manifest.files if artifact else {}
-    return {name: known[name].sha256 if name in known else _hash_once(folder / name) for name in names}
+    return {name: known[name].digest if name in known else _hash_once(folder / name) for name in names}
 
 
 def _hash_once(path: Path) -> str:

@@ -26,7 +26,7 @@ from modularforge.routing.statistics import (
     RouterStatistics,
     stored_statistics,
 )
-from modularforge.routing.text_evidence import FILES_AT_ONCE, Texts, files_at_once
+from modularforge.routing.text_evidence import Texts, files_at_once
 
 Rows = NDArray[np.float32]
 
@@ -90,7 +90,7 @@ def _layer_rows(
         one_by_one = (item.layers[layer] for item in statistics)  # of matrices, one is in memory
         return with_public(ridge(one_by_one, settings.ridge_penalty, settings.router_temperature), public)
     assert settings.router == "means", settings.router
-    sums = in_order(lambda item: item.layers[layer], statistics, FILES_AT_ONCE)
+    sums = in_order(lambda item: item.layers[layer], statistics, files_at_once(experts))
     return with_public(means(sums, settings.router_temperature), public)
 
 

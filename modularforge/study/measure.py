@@ -177,11 +177,11 @@ class RunBench:
         The seconds are None where one of them does not say.
         """
         made = list(artifacts)
-        taken = {entry.sha256 for entry in self.run.backbone.artifact.manifest.files.values()}
+        taken = {entry.digest for entry in self.run.backbone.artifact.manifest.files.values()}
         files = [entry for artifact in made for entry in artifact.manifest.files.values()]
         seconds = [fact(artifact, "processor_seconds", None) for artifact in made]
         return {
-            "trained_bytes": sum(entry.size for entry in files if entry.sha256 not in taken),
+            "trained_bytes": sum(entry.size for entry in files if entry.digest not in taken),
             "processor_seconds": None if None in seconds else sum(seconds),
         }
 

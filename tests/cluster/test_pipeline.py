@@ -52,7 +52,7 @@ def test_the_weights_are_those_of_the_local_launcher(finished: Finished, tmp_pat
         files, same = (open_artifact(str(run.folder / folder)).manifest.files for run in (finished, here))
         weights = {name for name in files if name.endswith(".safetensors")}
         assert weights
-        assert {name: files[name].sha256 for name in weights} == {name: same[name].sha256 for name in weights}, folder
+        assert {name: files[name].digest for name in weights} == {name: same[name].digest for name in weights}, folder
 
 
 def test_the_preflight_tried_a_node(finished: Finished) -> None:

@@ -60,7 +60,7 @@ def computed(name: str) -> dict[str, Any]:
             files = {} if place == "evaluation" else artifact.manifest.files
             found[place] = {
                 "fingerprint": artifact.manifest.fingerprint,
-                "files": {name: entry.sha256[:16] for name, entry in sorted(files.items()) if name != MODEL_CARD},
+                "files": {name: entry.digest[:16] for name, entry in sorted(files.items()) if name != MODEL_CARD},
             }
     return {"artifacts": found, "losses": {name: row["mean_loss"] for name, row in losses.items()}}
 

@@ -103,7 +103,7 @@ def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
 def made(config: Config) -> dict[str, str]:
     """Do what the jobs of cleaning do; hashes of all files of cleaned documents."""
     finish(config, *(task.name for task in build_tasks(config) if task.group in CLEANING))
-    return {name: entry.sha256 for name, entry in Run(config).make("clean").manifest.files.items()}
+    return {name: entry.digest for name, entry in Run(config).make("clean").manifest.files.items()}
 
 
 def test_cleaned_documents_are_those_of_one_process_for_any_number_of_tasks(
@@ -168,7 +168,7 @@ def test_one_process_cleans_alone_where_no_task_has_begun(
     values: Values, alone: dict[str, str], tmp_path: Path
 ) -> None:
     files = Run(configured(values, 3, tmp_path / "three")).make("clean").manifest.files
-    assert {name: entry.sha256 for name, entry in files.items()} == alone
+    assert {name: entry.digest for name, entry in files.items()} == alone
 
 
 # In another process: clean share argv[2] in pass argv[3], of the settings argv[1], and die before shard 3.

@@ -194,7 +194,7 @@ def test_what_is_learned_is_part_of_an_experts_identity(tmp_path: Path) -> None:
         prepare_data(config)
         run = Run(config)
         hashes = [run.require("partition").manifest.files[f"partition-0.{part}.bin"] for part in ("tokens", "learned")]
-        found.append((hashes[0].sha256, hashes[1].sha256, run._input("partition", 0)["partition"]))
+        found.append((hashes[0].digest, hashes[1].digest, run._input("partition", 0)["partition"]))
     assert found[0][0] == found[1][0]
     assert found[0][1:] != found[1][1:]
     assert found[0][2] != found[1][2]

@@ -75,7 +75,7 @@ def prepare(config: Config) -> dict[str, str]:
                 Run(config).make(stage, task.index)
     run = Run(config)
     made = [run.require(stage) for stage in ("prepare-data", "partition")]
-    return {name: entry.sha256 for artifact in made for name, entry in artifact.manifest.files.items()}
+    return {name: entry.digest for artifact in made for name, entry in artifact.manifest.files.items()}
 
 
 def finish(config: Config, *names: str) -> None:
@@ -179,7 +179,7 @@ def test_one_command_alone_shares_nothing(values: Values, tmp_path: Path) -> Non
     config = configured(values, 3, tmp_path / "three")
     finish(config, "prepare-data")
     found = Run(config).require("prepare-data").manifest.files
-    assert {name: entry.sha256 for name, entry in found.items()}.items() <= alone.items()
+    assert {name: entry.digest for name, entry in found.items()}.items() <= alone.items()
 
 
 # In another process: tokenise share argv[2] of the settings argv[1], and be killed before shard number argv[3]; argv[4]

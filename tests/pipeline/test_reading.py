@@ -146,12 +146,12 @@ def test_a_damaged_expert_is_refused_when_it_is_visited(large: Path, tmp_path: P
     with torch.inference_mode():
         damaged(large, tmp_path / "other", other).load()(tokens)
         model = damaged(large, tmp_path / "visited", visited).load()
-        with pytest.raises(CorruptArtifactError, match=rf"{visited} in .* must have the sha256"):
+        with pytest.raises(CorruptArtifactError, match=rf"{visited} in .* must have the hash"):
             model(tokens)
 
 
 def test_damage_of_the_shared_part_is_refused_at_once(large: Path, tmp_path: Path) -> None:
-    with pytest.raises(CorruptArtifactError, match=r"model\.norm\.weight in .* must have the sha256"):
+    with pytest.raises(CorruptArtifactError, match=r"model\.norm\.weight in .* must have the hash"):
         damaged(large, tmp_path / "shared", names.FINAL_NORM).load()
 
 

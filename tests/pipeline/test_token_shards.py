@@ -160,7 +160,7 @@ def test_a_mixture_of_spans_trains_as_one_of_a_whole_file(
             data = config.data.model_copy(update={"packing": packing})
             run = Run(config.model_copy(update={"output_dir": str(tmp_path / folder / packing), "data": data}))
             made = [run.make("backbone"), run.make("expert", 0)]
-            files = [entry.sha256 for one in made for name, entry in one.manifest.files.items() if "safe" in name]
+            files = [entry.digest for one in made for name, entry in one.manifest.files.items() if "safe" in name]
             runs.append((files, [one.manifest.facts["mixture"] for one in made]))
     for whole, spans in found.values():
         assert whole == spans

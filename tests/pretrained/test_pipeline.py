@@ -307,7 +307,7 @@ def test_tasks_make_the_corpus_of_a_pretrained_tokenizer_as_one_process_does(fol
                 for stage in task.stages:
                     Run(config).make(stage, task.index)
         made = Run(config).require("prepare-data").manifest
-        found.append((made.fingerprint, {name: entry.sha256 for name, entry in made.files.items()}))
+        found.append((made.fingerprint, {name: entry.digest for name, entry in made.files.items()}))
     assert found[0] == found[1]
     assert "tokenizer_config.json" in found[0][1]
 

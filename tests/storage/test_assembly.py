@@ -111,8 +111,8 @@ def test_on_s3_experts_are_copied_by_the_server(s3: str, finished_run: Config, m
     for index, expert in enumerate(experts):
         assert artifact.manifest.files[f"expert-{index + 1:03d}.safetensors"] == expert.manifest.files[EXPERT_NAME]
     artifact.verify()
-    local = {name: entry.sha256 for name, entry in Run(finished_run).require("assemble").manifest.files.items()}
-    assert {name: entry.sha256 for name, entry in artifact.manifest.files.items()} == local
+    local = {name: entry.digest for name, entry in Run(finished_run).require("assemble").manifest.files.items()}
+    assert {name: entry.digest for name, entry in artifact.manifest.files.items()} == local
 
 
 def test_a_large_object_is_copied_in_parts(s3: str, monkeypatch) -> None:

@@ -156,7 +156,7 @@ WRONG_FORMS: dict[str, list[Any]] = {
     "inputs": [None, [], {"data": 3}, {"data": None}],
     "facts": [None, [], 3, "x"],
     "files": [None, [], 3, {"a": None}, {"a": []}, {"a": {}}, {"a": {"size": 1}}, {"a": 3}],
-    "format": [None, True, 1.0, "1", 2],
+    "format": [None, True, 1.0, "1", 3],
     "extra": [1],
 }
 

@@ -142,7 +142,7 @@ def test_a_changed_byte_and_another_shape_are_refused(base: Artifact, tmp_path: 
     content = bytearray(path.read_bytes())
     content[spans["a"].start] ^= 1
     path.write_bytes(content)
-    with pytest.raises(MismatchError, match=r"a in .*base.* must have the sha256 that its manifest says"):
+    with pytest.raises(MismatchError, match=r"a in .*base.* must have the hash that its manifest says"):
         list(chunks({"a": [Term(spans["a"], 1.0)]}, {"a": "F32"}))
 
 
