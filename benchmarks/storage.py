@@ -3,9 +3,10 @@
     python benchmarks/storage.py --url s3://bucket/benchmark --folder /a/disk --size-mb 1024
 
 Measures (1) put and get of one file by command: `python -m checkpoints push|pull`, hashing and fsync included,
-against those of `aws s3 cp`, `s5cmd` and `rclone` that are installed; (2) the same within one process against
-obstore, which does not hash; (3) writing into a folder against `cp` and fsync; (4) the pause of a training loop at a
-background save as a share of a save that it waits for. Credentials and endpoint come from the AWS variables.
+against those of `aws s3 cp`, `s5cmd` and `rclone` that are installed, whose gets are flushed to the disk too; (2) the
+same within one process against obstore, which does not hash; (3) writing into a folder against `cp` and fsync; (4) the
+pause of a training loop at a background save as a share of a save that it waits for. Credentials and endpoint come from
+the AWS variables, the hash from MODULARFORGE_HASH.
 Contenders take turns; printed are medians of seconds and of the client's processor time, and both beside the best of
 the others, with the goal.
 """
@@ -78,13 +79,20 @@ def by_command(big: Path, folder: Path, url: str, options: argparse.Namespace) -
     get: Contenders = {"pull": lambda: run(*pull, paths.join(ours, "x"), turn.folder())}
     for name, command, place in peers():
         put[name] = lambda c=command, p=place: run(*c, str(big), p(paths.join(theirs, turn.next())))  # type: ignore[misc]
-        get[name] = lambda c=command, p=place: run(*c, p(paths.join(theirs, "x")), turn.folder())  # type: ignore[misc]
+        get[name] = lambda c=command, p=place: fetch([*c, p(paths.join(theirs, "x"))], turn.folder())  # type: ignore[misc]
     compare(f"put {options.size_mb} MiB by command (goal 0.9)", put, options)
     run(*push, paths.join(ours, "x"))
     for _, command, place in peers()[:1]:
         run(*command, str(big), place(paths.join(theirs, "x")))
     compare(f"get {options.size_mb} MiB by command (goal 0.8)", get, options)
     turn.clean()
+
+
+def fetch(command: list[str], target: str) -> None:
+    """Another tool's get, flushed to the disk as ours is."""
+    run(*command, target)
+    with open(target, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def peers() -> list[tuple[str, list[str], Callable[[str], str]]]:
