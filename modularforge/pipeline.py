@@ -134,7 +134,11 @@ class Stage:
 
     def indices(self, config: Config) -> list[int | None]:
         """One index for each of its artifacts."""
-        return list(range(attrgetter(self.count)(config) or 0)) if self.is_indexed else [None]
+        return list(range(self.number(config))) if self.is_indexed else [None]
+
+    def number(self, config: Config) -> int:
+        """How many artifacts it has."""
+        return int(attrgetter(self.count)(config) or 0) if self.is_indexed else 1
 
 
 MAKERS = "modularforge.stages"

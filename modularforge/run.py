@@ -48,7 +48,7 @@ class Run:
         self._settings: dict[str, dict[str, Any]] = {}
         self._pretrained: dict[str, dict[str, str]] = {}
         self._partitions: dict[int, str] = {}  # identities, where each is an artifact of its own
-        self._merges: dict[str, Artifact] = {}  # whose identity is that of all experts behind them
+        self._wholes: dict[str, Artifact] = {}  # what is not indexed, and was compared with what it is made from
 
     def find(self, url: str) -> Artifact | None:
         """The committed artifact at a URL, or None."""
@@ -85,7 +85,8 @@ class Run:
         self._found.pop(url, None)
         self._labels.pop(url, None)
         self._partitions = {}
-        self._merges = {name: artifact for name, artifact in self._merges.items() if artifact.url != url}
+        # What a merge is made of are thousands of experts, and it never changes; the others are compared again.
+        self._wholes = {name: one for name, one in self._wholes.items() if STAGES[name].round and one.url != url}
 
     def url(self, stage: str, index: int | None = None) -> str:
         """URL of a stage's artifact."""
@@ -97,7 +98,7 @@ class Run:
         `inputs` are given only for the evaluation, which reads whatever models there are. Raises ConfigError for an
         index that no partition has.
         """
-        count = len(STAGES[stage].indices(self.config))
+        count = STAGES[stage].number(self.config)
         if index is not None and not 0 <= index < count:
             raise ConfigError(
                 f"--index must be between 0 and {count - 1} ({STAGES[stage].count} is {count}), but is {index}; choose "
@@ -297,7 +298,7 @@ class Run:
             return {}
         if needed in STAGES and STAGES[needed].round:
             return self._of_round(needed, index)
-        artifact = self._required(needed)
+        artifact = self._whole(needed)
         identity = (
             contents(artifact) if needed in ("clean", "prepare-data", *SHARED_WORK) else artifact.manifest.fingerprint
         )
@@ -307,7 +308,7 @@ class Run:
         """Identity of one partition. Of many, an expert asks its own; who asks for several reads one file of all."""
         from modularforge.stored_tokens import IDENTITIES_NAME, partition_artifact, partition_identity
 
-        partitions = self._required("partition")
+        partitions = self._whole("partition")
         if IDENTITIES_NAME not in partitions.manifest.files:
             return partition_identity(partitions, index)
         if index not in self._partitions:
@@ -321,9 +322,13 @@ class Run:
         """Identity of what the expert itself, or the merge, has made in a round before."""
         if STAGES[needed].is_indexed:
             return {str(JobName(needed, index)): self._known(needed, index).fingerprint}
-        if needed not in self._merges:  # for a thousand experts it is the same thousand experts
-            self._merges[needed] = self._required(needed)
-        return {needed: self._merges[needed].manifest.fingerprint}
+        return {needed: self._whole(needed).manifest.fingerprint}
+
+    def _whole(self, stage: str) -> Artifact:
+        """As `_required`, of what all of ten thousand experts read: looked at once."""
+        if stage not in self._wholes:
+            self._wholes[stage] = self._required(stage)
+        return self._wholes[stage]
 
 
 def is_kept(artifact: Artifact) -> bool:

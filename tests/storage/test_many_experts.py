@@ -29,7 +29,7 @@ from launcher.status import Row, read_status
 from launcher.tasks import build_tasks, finished_tasks
 from modularforge.config import Config
 from modularforge.errors import MismatchError
-from modularforge.pipeline import checkpoint_url, metrics_url
+from modularforge.pipeline import Stage, checkpoint_url, metrics_url
 from modularforge.run import Run
 from tests.storage.proxy import Fault, FaultProxy
 from tests.synthetic_models import fill_expert
@@ -73,6 +73,25 @@ def test_status_of_finished_experts_is_read_from_listings(
     assert [row.requeues for row in rows] == [1] * EXPERTS
     assert rows[3].log == "/logs/3"
     assert {(row.step, row.steps, row.loss) for row in rows} == {(config.experts.steps, config.experts.steps, 2.5)}
+
+
+def test_what_all_experts_read_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert costs its own plan: of ten thousand, each would compare backbone and data with what made them anew."""
+    asked: Counter[str] = Counter()
+    plan, indices = Run.plan, Stage.indices
+    monkeypatch.setattr(Run, "plan", lambda run, stage, *given: asked.update([stage]) or plan(run, stage, *given))
+    monkeypatch.setattr(Stage, "indices", lambda stage, config: asked.update(["lists"]) or indices(stage, config))
+    found = []
+    for count in (EXPERTS, 3 * EXPERTS):
+        config = settings(str(tmp_path / str(count)), count)
+        pretend(config, ["prepare-data", "partition", "backbone"])
+        pretend(config, ["expert"])
+        asked.clear()
+        finished = finished_tasks(Run(config), build_tasks(config))
+        assert len([name for name in finished if name.startswith("expert")]) == count
+        found.append(dict(asked))
+    assert found[1].pop("expert") == 3 * found[0].pop("expert")
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("harm", ["missing", "stale", "damaged", "of another fingerprint"])
