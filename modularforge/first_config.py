@@ -125,6 +125,13 @@ class Look:
         return max(USUAL_SHARE, math.ceil(100 * wanted) / 100)
 
     @property
+    def smallest_part(self) -> float:
+        """Tokens that each expert surely has: clusters differ in size, and tokens may be half of those estimated."""
+        if len(self.sources) > 1:
+            return min(source.text_bytes for source in self.sources) / BYTES_PER_TOKEN / 4
+        return self.tokens / self.experts / 8
+
+    @property
     def experts(self) -> int:
         """One a folder, or as many clusters as there is text for."""
         if len(self.sources) > 1:
@@ -301,6 +308,10 @@ def _text(look: Look, name: str, step: Any, seconds: float) -> str:
     wanted = min(_tokens_wanted(step), look.tokens * MOST_EPOCHS)
     steps = max(20, math.ceil(wanted / (batch * context)))
     own = min(SHARE_OF_EXPERTS * wanted / experts, MOST_EXPERT_EPOCHS * look.tokens / experts)
+    # A batch must fit into half of what is held out for validation, of which chance takes more or less.
+    fitted = min(16, max(1, int(look.heldout * look.tokens / 2 / HELD_OUT_DOCUMENTS / context)))
+    windows = max(1, int(look.smallest_part / context))  # of which every partition has a batch
+    own_batch = min(8, windows)
     is_domain, tokens, often = len(look.sources) > 1, steps * batch * context, max(20, steps // 5)
     lines = {
         "name": json.dumps(name),
@@ -323,10 +334,10 @@ def _text(look: Look, name: str, step: Any, seconds: float) -> str:
         f"{tokens / look.tokens:.1f} times",
         "backbone": f"steps: {steps}, batch_size: {batch}, peak_learning_rate: {rate:.1e}, "
         f"warmup_steps: {max(5, steps // 15)}",
-        "experts": f"count: {experts}, steps: {max(10, int(own / (8 * context)))}, batch_size: 8, "
+        "experts": f"count: {experts}, steps: {max(10, int(own / (own_batch * context)))}, batch_size: {own_batch}, "
         f"peak_learning_rate: {rate * 2 / 3:.1e}, warmup_steps: 5",
-        "batch": batch,
-        "calibration": f"steps: 60, batch_size: 16, peak_learning_rate: {rate / 3:.1e}, warmup_steps: 5",
+        "batch": min(batch, windows),
+        "calibration": f"steps: 60, batch_size: {fitted}, peak_learning_rate: {rate / 3:.1e}, warmup_steps: 5",
         "training": f"log_every: 20, validate_every: {often}, checkpoint_every: {often}, validation_tokens: 20000",
     }
     return TEMPLATE.format(**lines)

@@ -26,7 +26,7 @@ from modularforge.info import describe
 from modularforge.model.sizes import model_sizes
 from modularforge.observe.evaluation import verdict
 from modularforge.yaml_text import parse_yaml
-from tests.conftest import ROOT, run_command, tiny_values
+from tests.conftest import ROOT, run_command, run_every_stage, tiny_values
 
 FAST = Machine("fast", 1e18)
 WORDS = (
@@ -157,8 +157,21 @@ def test_of_few_files_a_little_is_held_out_and_most_is_trained_on(
     whole = sum(map(len, texts))
     assert train >= (1 - 3 * share) * whole
     assert min(validation, test) >= 300
+    batch = config.calibration.batch_size * config.model.context_length
+    assert 2 * batch + 2 <= validation / 2, "at two characters a token, the calibration's half has a batch"
     assert whole - 100 * files <= train + validation + test <= whole, "nothing is lost but ends of files"
     assert "# piece_characters: documents are pieces of files" in text
+
+
+def test_the_settings_for_the_smallest_text_run_to_the_end(tmp_path: Path) -> None:
+    """Batches that neither a partition nor half of what is held out could fill ended it after all else was trained."""
+    put(tmp_path / "mine" / "all.txt", prose(65_000).replace("wheel ", "wheel\n\n"))
+    values = parse_yaml(write_config(look_at(str(tmp_path / "mine")), "x").encode())
+    values |= {"output_dir": str(tmp_path / "run")}
+    for section in ("backbone", "experts", "calibration"):
+        values[section] |= {"steps": 2, "warmup_steps": 1}
+    config = make_config({**values, "evaluation": {**values["evaluation"], "baselines": []}}, "the file")
+    assert {"dense", "assembled"} <= set(run_every_stage(config)["models"])
 
 
 def test_of_two_folders_each_has_some_text_held_out(tmp_path: Path) -> None:

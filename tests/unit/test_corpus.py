@@ -152,8 +152,9 @@ def test_a_hub_data_set_is_never_asked_for_as_a_whole(tmp_path, monkeypatch):
 
 def test_a_split_that_the_hub_data_set_lacks_is_refused(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x"]}), tmp_path / "train.parquet")
-    with pytest.raises(DataError, match=r"check hub, hub_config and split of source web"):
+    with pytest.raises(DataError, match=r"check hub, hub_config and split of source web") as error:
         texts("nowhere", hub=str(tmp_path))
+    assert "the network (`modularforge run-all --config configs/quickstart.yaml` needs none)" in str(error.value)
 
 
 def test_any_url_of_fsspec_is_read_and_globs_are_sorted():
