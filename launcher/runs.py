@@ -10,8 +10,9 @@ from pathlib import Path
 
 from checkpoints import paths
 from checkpoints.screen import shown_command
+from launcher.allocation import LOCAL
 from launcher.events import merge_events, read_all_events
-from launcher.layout import stored_log_url
+from launcher.layout import folder_name, run_path, stored_log_url, work_folder
 from launcher.lock import submission_lock
 from launcher.preflight import fingerprint_of, preflight
 from launcher.processes import LocalLauncher, stop_here, stop_one_here
@@ -22,11 +23,11 @@ from launcher.sbatch import comment_of, job_names
 from launcher.slurm import SlurmError, queue, run_slurm
 from launcher.status import GOING_ON, Row, describe, is_going_on, is_success, known_status, read_status
 from launcher.submit import Submitter
-from launcher.tasks import Task, build_groups, build_tasks
-from launcher.trust import check_commands, require_open_places, require_readable_settings
+from launcher.tasks import MERGED, Task, build_groups, build_tasks, kept_from_starting
+from launcher.trust import check_commands, is_own_folder, require_open_places, require_readable_settings
 from modularforge.config import Config
 from modularforge.errors import ConfigError, UserError
-from modularforge.pipeline import checkpoint_url, job_named, stage_url
+from modularforge.pipeline import JobName, checkpoint_url, job_named, stage_url
 
 Say = Callable[[str], None]
 logger = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS, POLL_GROWTH = 2.0, 60.0, 1.5
 CANCEL_SECONDS = 120.0
 LAST_WORDS_SECONDS = 5.0
 LOG_SECONDS = 0.5
+LISTED = 8  # jobs that a sentence names
+ALIVE = ("committed", *GOING_ON)
 
 
 def launch(config: Config, say: Say, new_run: bool = False, check: bool = True) -> Config:
@@ -43,6 +46,7 @@ def launch(config: Config, say: Say, new_run: bool = False, check: bool = True) 
     record = load_record(config)
     if record:
         check_same_run(config, record)
+    config = with_its_folder(config, record)
     with submission_lock(config):
         record = load_record(config) or new_record(config)
         submitter = Submitter(config, record, say)
@@ -58,6 +62,7 @@ def launch(config: Config, say: Say, new_run: bool = False, check: bool = True) 
 def launch_here(config: Config, say: Say, new_run: bool = False) -> None:
     """Run what is missing as processes of this machine, to the end, and print the table of the evaluation."""
     config = chosen_run(config, new_run)
+    config = with_its_folder(config, load_record(config))
     launcher = LocalLauncher(config, build_tasks(config), say)
     launcher.run()
     say(launcher.output_of("evaluate"))
@@ -78,6 +83,19 @@ def chosen_run(config: Config, new_run: bool) -> Config:
     require_open_places(config)
     old = load_record(config) if new_run else None
     return beside(config, old) if old else config
+
+
+def with_its_folder(config: Config, record: Record | None) -> Config:
+    """With the work folder that the record names, where it stands here and no other place is given.
+
+    A run that is started again, from another folder, has its logs, scripts and code in one place.
+    """
+    folder, given = Path(record.work_folder if record else ""), config.cluster.work_dir
+    is_elsewhere = folder.name == folder_name(run_path(config)) and folder != work_folder(config)
+    if not is_elsewhere or (given and Path(given).is_absolute()) or not is_own_folder(folder):
+        return config
+    logger.info("logs, scripts and code go on in %s, where the run has them", folder)
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"work_dir": str(folder.parent)})})
 
 
 def _outcome(config: Config, record: Record, count: int) -> str:
@@ -108,19 +126,47 @@ def recorded(config: Config) -> tuple[Config, Record]:
 
 
 def cancel_one(config: Config, what: str, say: Say) -> None:
-    """Stop one job of the run; the others go on, and what waits for it does not start."""
+    """Stop one job of the run and what cannot start without it; the others go on."""
     config, record = recorded(config)
     name = _task_named(config, what).name
     if record.is_local:
         if not stop_one_here(config, record, name):
             raise ConfigError(f"{name} must be running to be cancelled, but is not; see `{_next(config, 'status')}`")
         say(f"{name}: asked to stop; it saves its state, and `{_next(config, 'resume')}` continues it")
+        rows = {row.task: row for row in read_status(config, record)}
+        _say_what_follows(config, rows, name, _kept_from_starting(config, rows, name), say)
         return
-    row = next(row for row in read_status(config, record) if row.task == name)
-    if row.state not in GOING_ON:
-        raise ConfigError(f"{name} must be going on to be cancelled, but is {row.state}; nothing was done")
-    run_slurm("scancel", row.job)
-    say(f"{name}: cancelled {row.job}; `{_next(config, 'resume')}` continues it")
+    rows = {row.task: row for row in read_status(config, record)}
+    if rows[name].state not in GOING_ON:
+        raise ConfigError(f"{name} must be going on to be cancelled, but is {rows[name].state}; nothing was done")
+    waiting = _kept_from_starting(config, rows, name)
+    # Assembly waits for the end of experts, however they end: it would start, and fail. Arrays wait for success.
+    for other in [*reversed([other for other in waiting if JobName.parse(other).index is None]), name]:
+        run_slurm("scancel", rows[other].job)
+    say(f"{name}: cancelled {rows[name].job}; `{_next(config, 'resume')}` continues it")
+    _say_what_follows(config, rows, name, waiting, say)
+
+
+def _kept_from_starting(config: Config, rows: dict[str, Row], name: str) -> list[str]:
+    """The jobs that wait and cannot start without this one."""
+    alive = {task for task, row in rows.items() if row.state in ALIVE}
+    found = kept_from_starting(build_tasks(config), name, alive, config.needed_experts)
+    return [task for task in found if rows[task].state in ("pending", "requeued")]
+
+
+def _say_what_follows(config: Config, rows: dict[str, Row], name: str, waiting: list[str], say: Say) -> None:
+    if not waiting:
+        return
+    listed = ", ".join(waiting[:LISTED]) + (" …" if len(waiting) > LISTED else "")
+    say(f"{listed}: cannot start without {name}; the same command submits what is missing")
+    group = JobName.parse(name).stage
+    others = sum(row.stage == group and row.state in ALIVE for row in rows.values() if row.task != name)
+    if group in MERGED and others:
+        where = "" if all(row.job.startswith(LOCAL) for row in rows.values() if row.job) else " --cluster"
+        say(
+            f"to go on without {name}: `{_next(config, 'launch')}{where} --set cluster.min_experts={others}`, then "
+            "cancel it again"
+        )
 
 
 def rerun(config: Config, what: str, say: Say) -> None:

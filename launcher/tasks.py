@@ -6,7 +6,7 @@ and become one array on a cluster.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from checkpoints import MissingArtifactError, paths
@@ -190,6 +190,17 @@ def _may_begin(run: Run, task: Task) -> bool:
 def unneeded_tasks(tasks: list[Task], done: set[str]) -> set[str]:
     """Experts that the committed model goes without (cluster.min_experts): they are not tried again."""
     return {task.name for task in tasks if task.group in MERGED and task.name not in done and "assemble" in done}
+
+
+def kept_from_starting(tasks: list[Task], stopped: str, alive: Collection[str], needed_experts: int) -> list[str]:
+    """Names of the tasks that cannot start once this one was stopped; `alive` are those that are done or may be."""
+    lost = {stopped}
+    for task in tasks:
+        left = sum(name in alive and name not in lost for name in task.after_end)
+        is_short = lost.intersection(task.after_end) and left < needed_experts
+        if lost.intersection(task.needs) or is_short:
+            lost.add(task.name)
+    return [task.name for task in tasks if task.name in lost and task.name != stopped]
 
 
 def _is_evaluated(run: Run) -> bool:

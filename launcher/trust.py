@@ -6,10 +6,13 @@ on an object store may have been written by anybody who can write there, and som
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from checkpoints import paths
 from checkpoints.redact import has_secret, is_redacted, redact, redact_urls
+from launcher.layout import folder_name, run_path
 from launcher.tasks import build_tasks, is_finished
 from modularforge.config import ClusterConfig, Config, SourceConfig
 from modularforge.config_files import COMMANDS
@@ -48,18 +51,31 @@ def require_readable_settings(config: Config) -> None:
 
 
 def check_commands(given: Config, recorded: Config) -> None:
-    """Raise ConfigError when a record on an object store holds commands that the settings given here do not."""
+    """Raise ConfigError when a record on an object store holds commands that the settings given here do not.
+
+    A `work_dir` in which this user made the run's folder is no such command: nobody else can have put it there.
+    """
     usual = ClusterConfig()
+    work = Path(recorded.cluster.work_dir or "", folder_name(run_path(recorded)))
     foreign = [
         f"cluster.{name}"
         for name in COMMANDS
         if getattr(recorded.cluster, name) not in (getattr(given.cluster, name), getattr(usual, name))
+        and not (name == "work_dir" and is_own_folder(work))
     ]
     if foreign and not paths.is_local(recorded.output_dir):
         raise ConfigError(
             f"{', '.join(foreign)} in the record of {redact(recorded.output_dir)} must be what --config says, because "
             "it decides what runs on the nodes and others may write there; name the settings file of the launch"
         )
+
+
+def is_own_folder(folder: Path) -> bool:
+    """Whether it is there, by its whole name, and this user made it."""
+    try:
+        return folder.is_absolute() and folder.is_dir() and folder.stat().st_uid == os.getuid()
+    except OSError:
+        return False
 
 
 def _is_lost(location: str) -> bool:

@@ -193,7 +193,7 @@ class ExampleConfig(Section):
         return bool(self.as_chat or self.system or self.messages_field)
 
 
-CAME_TO_SOURCES = ("example", "tokenizer")
+CAME_TO_SOURCES = ("example", "tokenizer", "piece_characters")
 
 
 class SourceConfig(SafeSection):
@@ -218,10 +218,13 @@ class SourceConfig(SafeSection):
     ] = "auto"  # fmt: skip
     """`auto` goes by the ending: .jsonl, .parquet, .tokens and .raw (WikiText), .warc and .wet, .idx (Megatron) and
     .npy (ids), else text; all of text also .gz .zst .bz2 .xz. `wikitext` is one document an article (` = Title = `
-    lines); `text` one a file, cut where over 64 Ki characters; `uint16` and `uint32` are files of bare ids."""
+    lines); `text` one a file, cut by `piece_characters`; `uint16` and `uint32` are files of bare ids."""
     tokenizer: Text | None = None
     """The tokenizer.json (path or URL, such as `hf://OWNER/NAME/tokenizer.json`) that made the ids of Megatron, .npy
     and bare files, which become text again."""
+    piece_characters: int | None = Field(None, ge=100, le=1 << 24)
+    """Files of format `text` are cut into documents of at most so many characters, and half as many at the least,
+    behind a blank line, line or word; null is 64 Ki without a least. Held-out shares and clusters are of documents."""
     text_field: Text = "text"
     """Column that holds the text, in JSONL, Parquet and Hub data sets."""
     label_field: Text | None = None

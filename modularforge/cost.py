@@ -9,6 +9,7 @@ machine is left alone, the mean of all tries beside other programs. A run that g
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
@@ -235,13 +236,20 @@ def this_machine(config: Config) -> Machine:
     if torch.cuda.is_available():
         return Machine(torch.cuda.get_device_name(), _rates(config).best * SHARE_REACHED)
     count, rates = torch.get_num_threads(), _rates(config)
-    name = f"{count} thread{'s' if count > 1 else ''} of this processor"
+    name = f"{count} thread{'s' if count > 1 else ''} of this processor{_crowd()}"
     single = _rates_of_one_thread(config) if count > 1 else rates
     best = max(rates.best, single.best)  # where threads kept each other waiting in every try, one alone knows better
     if best < BUSY * rates.mean:
         return Machine(name, best * SHARE_REACHED)
     better = single.mean if single.mean > BUSY * rates.mean else 0.0
     return Machine(name, best * SHARE_REACHED, rates.mean * SHARE_REACHED, better * SHARE_REACHED)
+
+
+def _crowd() -> str:
+    """What makes an estimate rough: more programs want to compute now than there are cores."""
+    cores = os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return f", at load {load:.0f} on {cores} cores, so this is rough" if load > cores + 0.5 else ""
 
 
 class Rates(NamedTuple):

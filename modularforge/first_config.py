@@ -1,8 +1,9 @@
 """`modularforge init`: look at a corpus and this machine, and write settings that fit both, with comments.
 
 The largest model of a ladder is taken whose parameters get `USUAL_TOKENS` each from at most `MOST_EPOCHS` readings of
-the text, within the time that somebody waits for a first run. Experts are short, as in docs/method.md. Nothing is asked
-and nothing is read but names, sizes and the first record of a file.
+the text, within the time that somebody waits for a first run. Experts are short, as in docs/method.md. Text of few
+files is cut into pieces small enough that a little of it, held out, is of all of it. Nothing is asked and nothing is
+read but names, sizes and the beginning of a file.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from modularforge.config import Config, ModelConfig
 from modularforge.config_files import make_config
 from modularforge.cost import parts_of, size, span, this_machine
 from modularforge.data.compression import compression_of
-from modularforge.data.files import find_files, read_lines
+from modularforge.data.cutting import TEXT_PIECE_CHARACTERS
+from modularforge.data.files import find_files, read_lines, read_text
 from modularforge.errors import ConfigError, DataError
 from modularforge.model.sizes import model_sizes
 from modularforge.yaml_text import parse_yaml
@@ -31,14 +33,17 @@ BYTES_PER_TOKEN = 3.0  # of small vocabularies; large ones have four
 COMPRESSED, PARQUET = 3.5, 2.0  # bytes of text for each byte of such files, or about that
 MOST_EPOCHS = 4  # repeated text is worth as much as new one up to here (arXiv 2305.16264)
 LONGEST_SECONDS = 3600.0
-USUAL_SHARE, MOST_SHARE, HELD_OUT_DOCUMENTS = 0.01, 0.25, 5  # of documents by chance, so that none is rare
+# Of a source, by chance: so many that none, of one split of one source, has a chance of 0.0003.
+USUAL_SHARE, MOST_SHARE, HELD_OUT_DOCUMENTS = 0.01, 0.25, 8
+LEAST_PIECE = 600  # characters; a window of the smallest model here is as long
 SHARE_OF_EXPERTS, MOST_EXPERT_EPOCHS = 0.25, 3
 DOCUMENTS_PER_EXPERT, TOKENS_PER_EXPERT, MOST_CLUSTERS, MOST_FOLDERS = 20, 300_000, 8, 32
 LEAST_TOKENS = 20_000
-PIECE_BYTES, RECORD_BYTES = 65_536, 2_000  # documents of a text file, and of a record
+RECORD_BYTES, ARTICLE_BYTES = 2_000, 65_536
 PROSE = (".txt", ".md", ".rst", ".tex", ".html", ".xml", ".tokens", ".raw")
 CODE = (".py", ".c", ".h", ".cpp", ".hpp", ".rs", ".go", ".java", ".js", ".ts", ".sh", ".sql", ".yaml", ".yml")
 RECORDS = (".jsonl", ".ndjson", ".json")
+ARTICLES = (".tokens", ".raw")
 ENDINGS = (*RECORDS, ".parquet", *PROSE, *CODE)
 SPLIT = re.compile(r"(?:.*[._-])?(train|training|valid|validation|dev|val|test)(?:[._-].*)?", re.IGNORECASE)
 SPLITS = {"training": "train", "valid": "validation", "dev": "validation", "val": "validation"}
@@ -62,9 +67,30 @@ class Source:
 
     name: str
     splits: dict[str, list[str]]
-    text_bytes: float
-    documents: float
+    plain: tuple[float, ...]
+    """Bytes of text of each file that is cut into pieces."""
+    other_bytes: float
+    other_documents: float
+    """Of files of records and articles."""
     text_field: str = "text"
+    piece_characters: int | None = None
+    character_bytes: float = 1.0
+
+    @property
+    def text_bytes(self) -> float:
+        """Of all its files."""
+        return sum(self.plain) + self.other_bytes
+
+    @property
+    def documents(self) -> float:
+        """How many there are at the least."""
+        piece = (self.piece_characters or TEXT_PIECE_CHARACTERS) * self.character_bytes
+        return sum(max(1.0, length / piece) for length in self.plain) + self.other_documents
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether documents are held out of its training files."""
+        return not {"validation", "test"} <= {*self.splits}
 
 
 @dataclass(frozen=True)
@@ -94,9 +120,16 @@ class Look:
     @property
     def heldout(self) -> float:
         """The share of documents for each split without files, of which every source should have some."""
-        fewest = min((source.documents for source in self.sources if "test" not in source.splits), default=math.inf)
+        fewest = min((source.documents for source in self.sources if source.is_divided), default=math.inf)
         wanted = min(HELD_OUT_DOCUMENTS / fewest, MOST_SHARE)
         return max(USUAL_SHARE, math.ceil(100 * wanted) / 100)
+
+    @property
+    def smallest_part(self) -> float:
+        """Tokens that each expert surely has: clusters differ in size, and tokens may be half of those estimated."""
+        if len(self.sources) > 1:
+            return min(source.text_bytes for source in self.sources) / BYTES_PER_TOKEN / 4
+        return self.tokens / self.experts / 8
 
     @property
     def experts(self) -> int:
@@ -123,7 +156,7 @@ def look_at(place: str) -> Look:
             f"{redact(place)} must hold text of {LEAST_TOKENS:,} tokens or more, but has about {look.tokens:,.0f}; "
             "add text, or try `modularforge run-all --config configs/quickstart.yaml`, which brings its own"
         )
-    return replace(look, sources=tuple(map(_with_field, look.sources)))
+    return replace(look, sources=tuple(_with_pieces(_with_field(source)) for source in look.sources))
 
 
 def _listed(place: str) -> Iterable[Any]:
@@ -174,9 +207,11 @@ def _source(name: str, folder: str, files: list[tuple[str, int]]) -> Source:
         word = found[1].lower() if found else ""
         splits.setdefault(SPLITS.get(word, word), []).append(url)
     has_splits = "" not in splits and "train" in splits
-    text_bytes = sum(length * _expansion(url) for url, length in files)
-    documents = sum(length * _expansion(url) / _document_bytes(url, length) for url, length in files)
-    return Source(name, splits if has_splits else {"train": _patterns(folder, files)}, text_bytes, documents)
+    plain = tuple(length * _expansion(url) for url, length in files if _is_plain(url) and length)
+    others = [(url, length * _expansion(url)) for url, length in files if not _is_plain(url)]
+    documents = sum(max(1.0, length / _document_bytes(url)) if length else 0.0 for url, length in others)
+    names = splits if has_splits else {"train": _patterns(folder, files)}
+    return Source(name, names, plain, sum(length for _, length in others), documents)
 
 
 def _patterns(folder: str, files: list[tuple[str, int]]) -> list[str]:
@@ -188,9 +223,33 @@ def _expansion(url: str) -> float:
     return COMPRESSED if compression_of(url) else PARQUET if url.lower().endswith(".parquet") else 1.0
 
 
-def _document_bytes(url: str, length: int) -> float:
-    is_records = str(_ending(url)).startswith((*RECORDS, ".parquet"))
-    return RECORD_BYTES if is_records else max(1, min(length * _expansion(url), PIECE_BYTES))
+def _document_bytes(url: str) -> int:
+    return ARTICLE_BYTES if str(_ending(url)).startswith(ARTICLES) else RECORD_BYTES
+
+
+def _is_plain(url: str) -> bool:
+    """Whether a file's documents are pieces of it, not records or articles."""
+    return not str(_ending(url)).startswith((*RECORDS, ".parquet", *ARTICLES))
+
+
+def _with_pieces(source: Source) -> Source:
+    """With pieces that are short enough for the usual share of documents to be some, where its files are few."""
+    wanted = HELD_OUT_DOCUMENTS / USUAL_SHARE
+    if not source.is_divided or not source.plain or source.documents >= wanted:
+        return source
+    source = replace(source, character_bytes=_character_bytes(source))
+    piece = sum(source.plain) / source.character_bytes / max(1.0, wanted - source.other_documents)
+    digits = 10 ** (len(str(int(piece))) - 2)
+    short = replace(source, piece_characters=max(LEAST_PIECE, int(piece / digits) * digits))
+    return short if short.documents > source.documents else source
+
+
+def _character_bytes(source: Source) -> float:
+    """Of the beginning of one of its files."""
+    for file in find_files(source.splits["train"]):
+        if _is_plain(file) and (text := next(read_text(file), "")):
+            return len(text.encode()) / len(text)
+    return 1.0
 
 
 def _with_field(source: Source) -> Source:
@@ -249,6 +308,10 @@ def _text(look: Look, name: str, step: Any, seconds: float) -> str:
     wanted = min(_tokens_wanted(step), look.tokens * MOST_EPOCHS)
     steps = max(20, math.ceil(wanted / (batch * context)))
     own = min(SHARE_OF_EXPERTS * wanted / experts, MOST_EXPERT_EPOCHS * look.tokens / experts)
+    # A batch must fit into half of what is held out for validation, of which chance takes more or less.
+    fitted = min(16, max(1, int(look.heldout * look.tokens / 2 / HELD_OUT_DOCUMENTS / context)))
+    windows = max(1, int(look.smallest_part / context))  # of which every partition has a batch
+    own_batch = min(8, windows)
     is_domain, tokens, often = len(look.sources) > 1, steps * batch * context, max(20, steps // 5)
     lines = {
         "name": json.dumps(name),
@@ -258,6 +321,7 @@ def _text(look: Look, name: str, step: Any, seconds: float) -> str:
         "share": f"  heldout_fraction: {look.heldout}    # more than the usual 0.01: documents are few\n"
         if look.heldout > USUAL_SHARE
         else "",
+        "pieces": PIECES if any(source.piece_characters for source in look.sources) else "",
         "sources": "\n".join(f"    - {{{_source_text(source)}}}" for source in look.sources),
         "method": "domain" if is_domain else "clustered",
         "parts": "a part for each folder" if is_domain else "documents that resemble each other",
@@ -270,10 +334,10 @@ def _text(look: Look, name: str, step: Any, seconds: float) -> str:
         f"{tokens / look.tokens:.1f} times",
         "backbone": f"steps: {steps}, batch_size: {batch}, peak_learning_rate: {rate:.1e}, "
         f"warmup_steps: {max(5, steps // 15)}",
-        "experts": f"count: {experts}, steps: {max(10, int(own / (8 * context)))}, batch_size: 8, "
+        "experts": f"count: {experts}, steps: {max(10, int(own / (own_batch * context)))}, batch_size: {own_batch}, "
         f"peak_learning_rate: {rate * 2 / 3:.1e}, warmup_steps: 5",
-        "batch": batch,
-        "calibration": f"steps: 60, batch_size: 16, peak_learning_rate: {rate / 3:.1e}, warmup_steps: 5",
+        "batch": min(batch, windows),
+        "calibration": f"steps: 60, batch_size: {fitted}, peak_learning_rate: {rate / 3:.1e}, warmup_steps: 5",
         "training": f"log_every: 20, validate_every: {often}, checkpoint_every: {often}, validation_tokens: 20000",
     }
     return TEMPLATE.format(**lines)
@@ -282,6 +346,10 @@ def _text(look: Look, name: str, step: Any, seconds: float) -> str:
 ENOUGH = (
     f"the largest model whose parameters get {USUAL_TOKENS} tokens each from the text, read at most {MOST_EPOCHS} times"
 )
+PIECES = """\
+    # piece_characters: documents are pieces of files, short ones, so that little of this text is held out and from all
+    # of it. Pieces of one file may be in training and in test: files of your own for both measure more.
+"""
 TOO_LITTLE = (
     f"the smallest model here, for which the text is little: {USUAL_TOKENS} tokens for each parameter are usual"
 )
@@ -295,7 +363,7 @@ output_dir: {output_dir}
 data:
   vocab_size: {vocab_size}    # small text fills only a small vocabulary
 {share}  sources:    # without files of their own, {heldout} of the documents is held out for validation, and for test
-{sources}
+{pieces}{sources}
 
 partition: {{method: {method}}}    # {parts}
 
@@ -319,6 +387,7 @@ def _source_text(source: Source) -> str:
     fields: dict[str, Any] = {"name": source.name}
     fields |= {split: files[0] if len(files) == 1 else files for split, files in source.splits.items()}
     fields |= {"text_field": source.text_field} if source.text_field != "text" else {}
+    fields |= {"piece_characters": source.piece_characters} if source.piece_characters else {}
     return ", ".join(f"{key}: {json.dumps(value)}" for key, value in fields.items())
 
 

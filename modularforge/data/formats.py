@@ -79,7 +79,8 @@ def _format_of(url: str, source: SourceConfig) -> str:
 
 
 def _read_plain(url: str, source: SourceConfig) -> Iterator[Labelled]:
-    return ((piece, None) for piece in split_pieces(read_text(url)))
+    sizes = (source.piece_characters, source.piece_characters // 2) if source.piece_characters else ()
+    return ((piece, None) for piece in split_pieces(read_text(url), *sizes))
 
 
 def _read_wikitext(url: str, source: SourceConfig) -> Iterator[Labelled]:

@@ -31,6 +31,12 @@ DEFAULT_FOLDER = "runs/comparisons"
 DETAILED_EXPERTS = 4
 SHOWN_ANOMALIES = 6
 SHOWN_SETTINGS = 30
+BY_TOKEN = ("mean_loss", "perplexity")
+"""Metrics that compare only where a token is the same text."""
+OTHER_TOKENS = (
+    "  The runs have different tokenizers: a token is not the same text, so losses, perplexities and their differences",
+    "  say nothing about which run is better. Bits per byte of the same test text do.",
+)
 PLURALS = {"expert": "experts", "branch": "branches"}
 
 
@@ -72,6 +78,7 @@ def as_json(comparison: Comparison) -> bytes:
         "reference": comparison.reference,
         "band": comparison.band,
         "are_equal": comparison.are_equal,
+        "have_one_tokenizer": comparison.have_one_tokenizer,
         "caveat": CAVEAT,
         "runs": {name: {"url": run.url, "state": headline(run)} for name, run in comparison.runs.items()},
         "settings": comparison.settings,
@@ -103,7 +110,7 @@ def _metric_values(one: MetricComparison) -> dict[str, Any]:
 def in_short(comparison: Comparison) -> str:
     """The first page: runs, verdict, settings that differ, evaluation, seeds."""
     parts = [_verdict(comparison), _settings(comparison), _evaluation(comparison)]
-    if not _has_common_steps(comparison):  # what can be said comes before what cannot
+    if not (_has_common_steps(comparison) and comparison.have_one_tokenizer):  # what can be said comes first
         parts.reverse()
     return "\n".join([*_runs(comparison), *(line for part in parts for line in part), *_seeds(comparison)])
 
@@ -138,12 +145,17 @@ def _verdict(comparison: Comparison) -> list[str]:
     lines = ["", "In short"]
     if comparison.are_equal:
         return [*lines, "  The runs differ nowhere: all losses agree to the last bit."]
-    for job in comparison.jobs.values():
-        if job.name in _detailed(comparison):
-            lines += [f"  {sentence}" for sentence in _sentences(comparison, job)]
-            lines += [f"  {sentence}" for sentence in _warnings(job)]
+    if not comparison.have_one_tokenizer:
+        return [*lines, *OTHER_TOKENS, *(f"  {text}" for job in _shown_jobs(comparison) for text in _warnings(job))]
+    for job in _shown_jobs(comparison):
+        lines += [f"  {sentence}" for sentence in _sentences(comparison, job)]
+        lines += [f"  {sentence}" for sentence in _warnings(job)]
     apart = ", ".join(f"{job} of {name}" for job, name in _apart(comparison))
     return [*lines, *([f"  no step in common with {comparison.reference}: {apart}"] if apart else [])]
+
+
+def _shown_jobs(comparison: Comparison) -> list[JobComparison]:
+    return [comparison.jobs[name] for name in _detailed(comparison)]
 
 
 def _apart(comparison: Comparison) -> Iterator[tuple[str, str]]:
@@ -197,11 +209,16 @@ def _settings(comparison: Comparison) -> list[str]:
 
 def _evaluation(comparison: Comparison) -> list[str]:
     lines = []
-    metrics = dict.fromkeys(metric for run in comparison.runs.values() for metric in measured(run.evaluation or {}))
+    found_in = dict.fromkeys(metric for run in comparison.runs.values() for metric in measured(run.evaluation or {}))
+    metrics = list(found_in)
+    if not comparison.have_one_tokenizer:
+        metrics.sort(key=lambda metric: metric.column in BY_TOKEN)
     for metric in metrics if comparison.evaluation else ():
         found = comparison.evaluation[metric.column]
         rows = [[model, *_shown(metric, values, comparison)] for model, values in found.items()]
-        lines += ["", f"Test: {metric.axis}", *listing(["model", *comparison.runs], rows).text()]
+        is_alone = metric.column in BY_TOKEN and not comparison.have_one_tokenizer
+        note = ", each by tokens of its own, not comparable" if is_alone else ""
+        lines += ["", f"Test: {metric.axis}{note}", *listing(["model", *comparison.runs], rows).text()]
     return lines
 
 

@@ -78,6 +78,11 @@ class Comparison:
     seeds: SeedGroups | None = field(default=None)
 
     @property
+    def have_one_tokenizer(self) -> bool:
+        """Whether a token is the same text in all runs; if not, losses and perplexities by token are not comparable."""
+        return len(set(tokenizers(self.runs).values())) < 2
+
+    @property
     def reference(self) -> str:
         """Name of the run that the others are compared with."""
         return next(iter(self.runs))
@@ -102,6 +107,19 @@ def compare(runs: Mapping[str, Run], band: float = 2.0) -> Comparison:
     return Comparison(
         dict(runs), band, jobs, differing_settings(runs), _evaluation(runs), compare_seeds(runs, final_losses(curves))
     )
+
+
+def tokenizers(runs: Mapping[str, Run]) -> dict[str, str]:
+    """What tells the tokenizer of each run: its bytes, or where these are not known of all what it is made by."""
+    artifacts = {name: run.artifacts.get("prepare-data") for name, run in runs.items()}
+    entries = {name: found and found.manifest.files.get("tokenizer.json") for name, found in artifacts.items()}
+    known = {name: entry.digest for name, entry in entries.items() if entry}
+    return known if len(known) == len(runs) else {name: _made_by(run) for name, run in runs.items()}
+
+
+def _made_by(run: Run) -> str:
+    settings = dict(flatten(run.config))
+    return json.dumps([settings.get(name) for name in ("data.vocab_size", "model.pretrained")])
 
 
 def curves_of(run: Run) -> dict[str, dict[str, Curve]]:

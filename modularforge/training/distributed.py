@@ -6,9 +6,11 @@ torchrun describes the world in the environment (`modularforge/ranks.py` reads i
 from __future__ import annotations
 
 import datetime
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,13 @@ from modularforge.ranks import own_rank, remove_empty_scratch
 # A rank that died is noticed by the others after so long. They also wait here while rank 0 alone gathers statistics and
 # commits, so a much shorter one would end healthy jobs.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+
+
+# How DDP is told to leave buffers alone; where there is the newer word, the older one is a warning in every log.
+_WORDS = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+LEAVE_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _WORDS else "broadcast_buffers": False
+}
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,8 @@ def parallelise(
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         find_unused_parameters=may_skip_parameters,
-        broadcast_buffers=False,  # tables and rotary frequencies, which are the same everywhere
+        # Buffers are tables and rotary frequencies, which are the same everywhere.
+        **LEAVE_BUFFERS,
     )
     if sends_half:
         # By its own name torch refuses it without NCCL; gloo adds bf16 as well.

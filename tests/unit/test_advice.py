@@ -19,14 +19,14 @@ from modularforge.cli import app
 from modularforge.config import Config
 from modularforge.config_files import load_config, make_config
 from modularforge.cost import Machine
-from modularforge.data.corpus import read_documents
+from modularforge.data.corpus import Split, read_documents
 from modularforge.errors import ConfigError, DataError
 from modularforge.first_config import look_at, write_config
 from modularforge.info import describe
 from modularforge.model.sizes import model_sizes
 from modularforge.observe.evaluation import verdict
 from modularforge.yaml_text import parse_yaml
-from tests.conftest import ROOT, run_command, tiny_values
+from tests.conftest import ROOT, run_command, run_every_stage, tiny_values
 
 FAST = Machine("fast", 1e18)
 WORDS = (
@@ -132,19 +132,68 @@ def test_text_in_one_folder_is_clustered_by_its_size(tmp_path: Path) -> None:
     assert config.experts.count == 4, "of 1.3 M tokens"
 
 
-def test_of_few_documents_more_are_held_out_so_that_every_source_has_some(tmp_path: Path) -> None:
-    """Two folders of six files are about 24 documents each: a hundredth of them is none."""
-    for folder in ("law", "code"):
-        for number in range(6):
-            path = tmp_path / "mine" / folder / f"{number}.txt"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("\n\n".join(f"{folder} {number}: paragraph {part}. " * 200 for part in range(40)))
+def _characters(config: Config, split: Split) -> list[int]:
+    return [
+        sum(len(document.text) for document in read_documents(source, split, config.data))
+        for source in config.data.sources
+    ]
+
+
+@pytest.mark.parametrize(("files", "kilobytes", "share"), [
+    (1, 64, 0.11), (1, 200, 0.04), (1, 5000, 0.01), (2, 1000, 0.01), (3, 1000, 0.01), (5, 200, 0.04), (10, 1000, 0.01),
+])  # fmt: skip
+def test_of_few_files_a_little_is_held_out_and_most_is_trained_on(
+    tmp_path: Path, files: int, kilobytes: int, share: float
+) -> None:
+    """A file is one document up to 64 Ki characters: by whole ones, half of a small text would be held out."""
+    texts = [prose(1000 * kilobytes // files, number).replace("wheel ", "wheel\n\n") for number in range(files)]
+    for number, content in enumerate(texts):
+        put(tmp_path / "mine" / f"{number}.txt", content)
     text = write_config(look_at(str(tmp_path / "mine")), "x")
     config = config_of(text)
-    assert config.data.heldout_fraction == 0.25
-    assert "25 % of the documents is held out" in text
-    for source in config.data.sources:
-        assert all(list(read_documents(source, split, config.data)) for split in ("train", "validation", "test"))
+    assert 0.01 <= config.data.heldout_fraction <= share
+    assert f"{100 * config.data.heldout_fraction:.0f} % of the documents is held out" in text
+    (train,), (validation,), (test,) = (_characters(config, split) for split in ("train", "validation", "test"))
+    whole = sum(map(len, texts))
+    assert train >= (1 - 3 * share) * whole
+    assert min(validation, test) >= 300
+    batch = config.calibration.batch_size * config.model.context_length
+    assert 2 * batch + 2 <= validation / 2, "at two characters a token, the calibration's half has a batch"
+    assert whole - 100 * files <= train + validation + test <= whole, "nothing is lost but ends of files"
+    assert "# piece_characters: documents are pieces of files" in text
+
+
+def test_the_settings_for_the_smallest_text_run_to_the_end(tmp_path: Path) -> None:
+    """Batches that neither a partition nor half of what is held out could fill ended it after all else was trained."""
+    put(tmp_path / "mine" / "all.txt", prose(65_000).replace("wheel ", "wheel\n\n"))
+    values = parse_yaml(write_config(look_at(str(tmp_path / "mine")), "x").encode())
+    values |= {"output_dir": str(tmp_path / "run")}
+    for section in ("backbone", "experts", "calibration"):
+        values[section] |= {"steps": 2, "warmup_steps": 1}
+    values["training"]["validation_tokens"] = 1000
+    config = make_config({**values, "evaluation": {"tokens_per_domain": 1000, "baselines": []}}, "the file")
+    assert {"assembled", "calibrated"} & {*run_every_stage(config)["models"]}
+
+
+def test_of_two_folders_each_has_some_text_held_out(tmp_path: Path) -> None:
+    for folder, word in (("law", "judge"), ("почта", "письмо")):
+        for number in range(6):
+            lines = (f"{word} {number} {part}. " * 20 for part in range(200))
+            put(tmp_path / "mine" / folder / f"{number}.txt", "\n\n".join(lines))
+    config = config_of(write_config(look_at(str(tmp_path / "mine")), "x"))
+    assert config.data.heldout_fraction <= 0.02
+    assert all(source.piece_characters for source in config.data.sources)
+    for split in ("train", "validation", "test"):
+        assert all(_characters(config, split)), split
+
+
+def test_text_of_many_documents_is_left_whole(tmp_path: Path) -> None:
+    for part in range(900):
+        put(tmp_path / "flat" / f"{part}.txt", prose(600, part))
+    text = write_config(look_at(str(tmp_path / "flat")), "x")
+    assert config_of(text).data.sources[0].piece_characters is None
+    assert "piece_characters" not in text
+    assert config_of(text).data.heldout_fraction == 0.01
 
 
 def test_a_slow_machine_gets_a_smaller_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

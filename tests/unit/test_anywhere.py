@@ -26,6 +26,7 @@ from launcher.runs import cancel_one, find_log, follow_status, recorded, rerun, 
 from launcher.slurm import SlurmError
 from launcher.status import describe, is_going_on, known_status, where_it_is
 from launcher.tasks import build_groups, build_tasks
+from launcher.trust import check_commands
 from modularforge.config import Config
 from modularforge.config_files import to_yaml
 from modularforge.errors import ConfigError
@@ -166,10 +167,68 @@ def test_one_job_is_cancelled_and_the_others_are_left(remote: Config, monkeypatc
     cancel_one(remote, "expert/2", said.append)
     assert asked[-1] == ("scancel", "12_2")
     assert said[0].startswith("expert-2: cancelled 12_2")
+    assert len(said) == 1, "nothing waits: assembly was not submitted"
     with pytest.raises(ConfigError, match="expert-1 must be going on to be cancelled, but is failed"):
         cancel_one(remote, "expert-1", said.append)
     with pytest.raises(ConfigError, match="the job must be one of prepare-data"):
         cancel_one(remote, "expert/9", said.append)
+
+
+@pytest.mark.parametrize(("needed", "scancelled"), [(None, ["21", "20", "12_2"]), (2, ["12_2"])])
+def test_what_cannot_start_without_a_cancelled_expert_is_cancelled_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: int | None, scancelled: list[str]
+) -> None:
+    """Assembly waits for the end of experts, however they end: left alone it would start, and fail."""
+    config = tiny_config(f"memory://{tmp_path.name}/run", cluster={"min_experts": needed})
+    record = new_record(config)
+    record.submissions = [
+        Submission("000-expert-ab", "expert", [0, 1, 2], job="12"),
+        Submission("001-assemble-ab", "assemble", job="20"),
+        Submission("002-evaluate-ab", "evaluate", job="21"),
+    ]
+    save_record(config, record)
+    asked: list[str] = []
+
+    def answer(*words: str, **_: Any) -> str:
+        asked.extend(words[1:] if words[0] == "scancel" else ())
+        waiting = [f"{job}|N/A|PENDING||N/A|Dependency|c" for job in (20, 21)]
+        lines = [*(f"12|{k}|RUNNING|n1|N/A|None|c" for k in range(3)), *waiting]
+        return "\n".join(lines) if words[0] == "squeue" else ""
+
+    monkeypatch.setattr(slurm, "run_slurm", answer)
+    monkeypatch.setattr(runs, "run_slurm", answer)
+    said: list[str] = []
+    cancel_one(config, "expert/2", said.append)
+    assert asked == scancelled
+    if needed is None:
+        assert said[1] == "assemble, evaluate: cannot start without expert-2; the same command submits what is missing"
+        assert said[2].endswith("--cluster --set cluster.min_experts=2`, then cancel it again")
+    else:
+        assert len(said) == 1, "the other two are enough"
+
+
+def test_a_run_goes_on_in_the_work_folder_that_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch, resume or rerun from another folder made a second one there, in which nobody looks."""
+    config = tiny_config(f"memory://{tmp_path.name}/run")
+    (there := tmp_path / "there").mkdir()
+    (here := tmp_path / "here").mkdir()
+    monkeypatch.chdir(there)
+    first = work_folder(config)
+    first.mkdir(parents=True)
+    record = new_record(config)
+    record.work_folder = str(first)
+    monkeypatch.chdir(here)
+    assert work_folder(config) != first
+    again = runs.with_its_folder(config, record)
+    assert work_folder(again) == first
+    check_commands(config, again)
+    foreign = config.model_copy(update={"cluster": config.cluster.model_copy(update={"work_dir": "/usr"})})
+    with pytest.raises(ConfigError, match=r"cluster\.work_dir in the record"):
+        check_commands(config, foreign)
+    chosen = config.model_copy(update={"cluster": config.cluster.model_copy(update={"work_dir": str(here)})})
+    assert runs.with_its_folder(chosen, record) == chosen, "a place that is named counts"
+    shutil.rmtree(first)
+    assert runs.with_its_folder(config, record) == config, "on a machine that does not see it"
 
 
 def test_one_job_of_this_machine_is_asked_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +239,9 @@ def test_one_job_of_this_machine_is_asked_to_stop(tmp_path: Path, monkeypatch: p
     with subprocess.Popen(["sleep", "600"]) as job:
         append_event(config, "expert-2", "started", slurm_job="local-1_2", key="000-expert-ab", pid=job.pid)
         monkeypatch.setattr(processes, "command_of", lambda pid: "python run.py --key 000-expert-ab")
-        cancel_one(config, "expert/2", lambda _: None)
+        said: list[str] = []
+        cancel_one(config, "expert/2", said.append)
+        assert said[0].startswith("expert-2: asked to stop; it saves its state")
         assert job.wait(20) < 0, "a signal ended it"
     with pytest.raises(ConfigError, match="expert-0 must be running to be cancelled"):
         cancel_one(config, "expert/0", lambda _: None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,13 @@ from checkpoints import paths
 from modularforge.config_files import to_yaml
 from modularforge.observe import divergence
 from modularforge.observe.anomalies import convergence, find_anomalies, overfitting, running_median
-from modularforge.observe.compare import as_text
+from modularforge.observe.compare import as_json, as_text, in_short
 from modularforge.observe.comparison import compare, compare_seeds, group_by_settings
 from modularforge.observe.divergence import pair_curves
 from modularforge.observe.metrics import MEASURED, Curve, Metric
 from modularforge.observe.run import MEANS, Run, read_run
-from tests.conftest import run_command, tiny_config
-from tests.synthetic_runs import falling, validation_line, write_metrics, write_run
+from tests.conftest import run_command, tiny_config, tiny_values
+from tests.synthetic_runs import falling, validation_line, write_metrics, write_run, write_stage
 
 STEPS = np.arange(1.0, 401.0)
 SLOW = [222.25, 162.95, 137.18, 147.75, 120.52]
@@ -292,6 +293,35 @@ def test_what_can_be_said_leads_although_one_step_of_another_loss_is_common(tmp_
     said = as_text(found)
     assert "no step in common with a: backbone of b" in said
     assert said.index("\nSettings") < said.index("\nIn short")
+
+
+def test_runs_of_different_tokenizers_are_compared_by_bits_per_byte(tmp_path: Path) -> None:
+    """Nats for each token of one vocabulary beside those of another were a ratio, and a divergence, of nothing."""
+    for name, vocab_size in (("a", 400), ("b", 500), ("c", 400)):
+        data = {**tiny_values(tmp_path)["data"], "vocab_size": vocab_size}
+        config = write_run(str(tmp_path / name), seed=vocab_size, data=data)
+        files = {"tokenizer.json": {"of": vocab_size}}
+        shutil.rmtree(tmp_path / name / "data")
+        write_stage(str(tmp_path / name), "data", "corpus", config, files)
+    runs = {name: read_run(str(tmp_path / name)) for name in ("a", "b", "c")}
+    found = compare({name: runs[name] for name in ("a", "b")})
+    said = in_short(found)
+    assert not found.have_one_tokenizer
+    assert json.loads(as_json(found))["have_one_tokenizer"] is False
+    assert "The runs have different tokenizers" in said
+    assert "at step" not in said, "no ratio and no divergence"
+    order = [
+        "Test: bits/byte",
+        "Test: mean loss (nats per token), each by tokens of its own, not comparable",
+        "In short",
+    ]
+    assert sorted(order, key=said.index) == order
+    same = compare({name: runs[name] for name in ("a", "c")})
+    assert same.have_one_tokenizer
+    assert "tokenizers" not in in_short(same)
+    for run in runs.values():
+        del run.artifacts["prepare-data"]
+    assert not compare({name: runs[name] for name in ("a", "b")}).have_one_tokenizer, "their settings say so too"
 
 
 def test_seeds_of_one_experiment_are_grouped_and_weigh_the_difference(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from modularforge.data import files
 from modularforge.data.corpus import SPLITS, read_documents
 from modularforge.data.cutting import split_articles, split_pieces
 from modularforge.data.files import find_files, read_text
+from modularforge.data.formats import read_file
 from modularforge.errors import DataError
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -151,8 +152,9 @@ def test_a_hub_data_set_is_never_asked_for_as_a_whole(tmp_path, monkeypatch):
 
 def test_a_split_that_the_hub_data_set_lacks_is_refused(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x"]}), tmp_path / "train.parquet")
-    with pytest.raises(DataError, match=r"check hub, hub_config and split of source web"):
+    with pytest.raises(DataError, match=r"check hub, hub_config and split of source web") as error:
         texts("nowhere", hub=str(tmp_path))
+    assert "the network (`modularforge run-all --config configs/quickstart.yaml` needs none)" in str(error.value)
 
 
 def test_any_url_of_fsspec_is_read_and_globs_are_sorted():
@@ -221,6 +223,17 @@ def test_pieces_join_to_the_text():
     pieces = list(split_pieces([text[i : i + 7] for i in range(0, len(text), 7)], limit=50))
     assert "".join(pieces) == text
     assert max(map(len, pieces)) <= 50
+
+
+def test_short_pieces_are_half_as_long_at_the_least_and_no_heading_is_one(tmp_path):
+    text = "".join(f"Chapter {n}\n\n" + "word " * 60 + "\n\n" for n in range(20))
+    (tmp_path / "a.txt").write_text(text)
+    source = SourceConfig(name="x", train=str(tmp_path / "a.txt"), piece_characters=200)
+    pieces = [piece for piece, _ in read_file(str(tmp_path / "a.txt"), source)]
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 200
+    assert min(map(len, pieces[:-1])) >= 100
+    assert "piece_characters" not in SourceConfig(name="x", train="a").model_dump(), "old fingerprints stay"
 
 
 def test_short_documents_are_dropped_and_counted(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -204,6 +205,19 @@ def test_a_busy_machine_is_told_by_its_mean_and_a_single_thread_where_that_is_be
         assert lines[1:-1] == said
         assert lines[-1].endswith(" of memory")
     assert Parts(config, cost.this_machine(config)).line("prepare-data").endswith("about 70 min left")
+
+
+@pytest.mark.parametrize(("load", "said"), [(5.2, ", at load 5 on 2 cores, so this is rough"), (2.3, "")])
+def test_an_estimate_says_that_more_programs_compute_than_there_are_cores(
+    monkeypatch: pytest.MonkeyPatch, load: float, said: str
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(cost, "_rates", lambda _: Rates(1e9, 1e9))
+    monkeypatch.setattr(cost, "_rates_of_one_thread", lambda _: Rates(1e9, 1e9))
+    text = describe_cost(quickstart(), cost.this_machine(quickstart()))
+    assert f"of this processor{said}): " in text
+    assert text.count("load") == bool(said), "once"
 
 
 def test_the_mean_of_tries_counts_those_that_others_held_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +30,7 @@ from modularforge.evaluation.generation import (
     generate,
     keep_likely,
     load_for_generation,
+    show_pieces,
     spoken,
 )
 from modularforge.model.backbone import build_backbone
@@ -169,6 +173,26 @@ def test_pieces_come_as_characters_are_whole_and_join_to_the_text(finished_run: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generation, "following_tokens", lambda *_: iter(whole))
         assert [piece for piece in spoken(model, [1], 9, Sampling()) if piece] == ["\u00e9", "\u4e2d"]  # type: ignore[arg-type]
+
+
+def test_a_terminal_has_each_piece_before_the_next_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a real one, a pty: nothing waits in a buffer for the end of the line, and no escape reaches it."""
+    ours, theirs = os.openpty()
+    os.set_blocking(ours, False)
+    seen: list[str] = []
+
+    def pieces() -> Iterator[str]:
+        for piece in ("The", " law\x1b[2J", " is"):
+            yield piece
+            seen.append(os.read(ours, 100).decode())
+
+    with os.fdopen(theirs, "w") as screen:
+        monkeypatch.setattr(sys, "stdout", screen)
+        assert show_pieces(pieces()) == "The law\x1b[2J is"
+    os.close(ours)
+    assert [seen[0], seen[2]] == ["The", " is"]
+    assert seen[1].startswith(" law")
+    assert "\x1b" not in seen[1]
 
 
 def test_what_was_said_stays_in_a_conversation(finished_run: Config, capsys: pytest.CaptureFixture[str]) -> None:
