@@ -186,8 +186,9 @@ def continue_fixed(
 ) -> list[list[int]]:
     """The likeliest tokens that follow each prompt, as `continue_batch` gives them, by steps of the same shapes.
 
-    All rows stay until the last has ended. Raises MismatchError for a model with experts, and DataError where prompts
-    and `new_tokens` do not fit into the context together. Between two steps the host asks for the chosen ids, to see whether all have ended; within one it asks for nothing.
+    All rows stay until the last has ended. Between two steps the host asks for the chosen ids, to see whether all have
+    ended; within one it asks for nothing. Raises MismatchError for a model with experts, and DataError where prompts
+    and `new_tokens` do not fit into the context together.
     """
     device, width, limit = model.lm_head.weight.device, max(map(len, prompts)), model.config.context_length
     if not model.goes_one_way:
@@ -225,11 +226,11 @@ def captured(model: Decoder) -> FixedStep:
 
     def step(token_B1: Tensor, cache: FixedCache) -> Tensor:
         if id(cache) not in graphs:
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())  # type: ignore[no-untyped-call]
+            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):  # libraries settle before a capture, as torch asks; a step may be repeated
                 model.fixed_logits(token_B1, cache)
-            torch.cuda.current_stream().wait_stream(aside)  # type: ignore[no-untyped-call]
+            torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 logits_BV = model.fixed_logits(token_B1, cache)

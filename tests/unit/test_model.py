@@ -194,7 +194,9 @@ def test_matrices_of_several_adapters_are_gathered_once() -> None:
     shape, pairs = AdapterShape(2, 2.0, ("q_proj",)), [(torch.randn(2, 5), torch.randn(3, 2)) for _ in range(3)]
     plain = nn.Linear(5, 5)
     mixture = MixedLinear(
-        nn.Linear(5, 3, bias=False), {slot: (shape, pair) for slot, pair in enumerate(pairs)}, AdapterLayer([plain] * 3, 1)
+        nn.Linear(5, 3, bias=False),
+        {slot: (shape, pair) for slot, pair in enumerate(pairs)},
+        AdapterLayer([plain] * 3, 1),
     )
     model, gathered = nn.ModuleDict({"q_proj": mixture}), list[str]()
 
