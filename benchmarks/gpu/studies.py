@@ -9,6 +9,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -36,8 +37,10 @@ def root(name: str, folder: Path) -> Path:
 
 def go_on(name: str, folder: Path, tiny: bool, seconds: float) -> Values | None:
     """Train and measure until the time is over; the table when all is done."""
+    end = time.monotonic() + seconds - TO_STOP
     command = [sys.executable, "-m", "modularforge", "study", FILES[name], "--output-dir", str(root(name, folder))]
-    if not ended(command + settings(name, folder, tiny), seconds - TO_STOP):
+    command += settings(name, folder, tiny)  # which may make a model first
+    if not ended(command, end - time.monotonic()):
         return None
     table = Path(f"{root(name, folder)}{SUFFIX if tiny else ''}") / "table-validation"
     return {"table": json.loads(table.with_suffix(".json").read_text()), "text": table.with_suffix(".md").read_text()}

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 from checkpoints.screen import literal
 from modularforge.data.packing import PADDING
 from modularforge.data.tokenizer import EOS, PAD, load_tokenizer
-from modularforge.errors import DataError
-from modularforge.model.backbone import Decoder, KeyValueCache
+from modularforge.errors import DataError, MismatchError
+from modularforge.model.backbone import Decoder, FixedCache, KeyValueCache
 from modularforge.model.hub_config import end_tokens as ends_of
 from modularforge.model.text_router import TextState
 from modularforge.stored_models import stored_model
@@ -25,6 +25,9 @@ from modularforge.training.distributed import default_device
 # Below this, float32 cannot divide by the temperature, and the likeliest token is certain anyway.
 COLDEST = 1e-5
 PROMPTS_AT_ONCE = 16
+
+FixedStep = Callable[[Tensor, FixedCache], Tensor]
+"""`Decoder.fixed_logits` of a model, as it is, compiled or captured."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,69 @@ def continue_batch(
             tokens_BT = torch.tensor([[chosen[i]] for i in going], device=device)
             examples_BT = torch.zeros_like(tokens_BT)
     return new
+
+
+@torch.inference_mode()
+def continue_fixed(
+    model: Decoder, prompts: Sequence[list[int]], new_tokens: int, end_tokens: Collection[int], step: FixedStep
+) -> list[list[int]]:
+    """The likeliest tokens that follow each prompt, as `continue_batch` gives them, by steps of the same shapes.
+
+    All rows stay until the last has ended. Between two steps the host asks for the chosen ids, to see whether all have
+    ended; within one it asks for nothing. Raises MismatchError for a model with experts, and DataError where prompts
+    and `new_tokens` do not fit into the context together.
+    """
+    device, width, limit = model.lm_head.weight.device, max(map(len, prompts)), model.config.context_length
+    if not model.goes_one_way:
+        raise MismatchError(
+            "generation in steps of fixed shapes needs a model without experts, but this one has some; use "
+            "continue_batch"
+        )
+    if width + new_tokens > limit:
+        raise DataError(
+            f"a prompt and its continuation must fit into the context of {limit} tokens, but have {width} and "
+            f"{new_tokens}; ask for fewer, or use continue_each"
+        )
+    tokens_BT = torch.tensor([[PAD] * (width - len(ids)) + ids for ids in prompts], device=device)
+    examples_BT = torch.tensor([[PADDING] * (width - len(ids)) + [0] * len(ids) for ids in prompts], device=device)
+    filled, rows = KeyValueCache(room=width + new_tokens), [list[int]() for _ in prompts]
+    is_over = [False] * len(rows)
+    model.eval()
+    token_B1 = model.next_logits(tokens_BT, filled, examples_BT).argmax(dim=-1, keepdim=True)
+    cache = FixedCache(filled)
+    for count in range(1, new_tokens + 1):
+        for index, token in enumerate(token_B1[:, 0].tolist()):
+            is_over[index] |= token in end_tokens
+            if not is_over[index]:
+                rows[index].append(token)
+        if all(is_over) or count == new_tokens:
+            break
+        token_B1.copy_(step(token_B1, cache).argmax(dim=-1, keepdim=True))
+        cache.advance()
+    return rows
+
+
+def captured(model: Decoder) -> FixedStep:
+    """Steps of a model on a GPU as one CUDA graph for each cache, which is captured when that cache is first seen."""
+    graphs: dict[int, tuple[torch.cuda.CUDAGraph, FixedCache, Tensor]] = {}
+
+    def step(token_B1: Tensor, cache: FixedCache) -> Tensor:
+        if id(cache) not in graphs:
+            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # libraries settle before a capture, as torch asks; a step may be repeated
+                model.fixed_logits(token_B1, cache)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits_BV = model.fixed_logits(token_B1, cache)
+            graphs.clear()
+            graphs[id(cache)] = graph, cache, logits_BV
+        graph, _, logits_BV = graphs[id(cache)]
+        graph.replay()
+        return logits_BV
+
+    return step
 
 
 def _read(model: Decoder, ids: list[int], before: TextState | None) -> TextState | None:

@@ -10,6 +10,7 @@ model is the same decoder with another feed-forward block (see moe.py). Parallel
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -79,6 +80,38 @@ class KeyValueCache:
         self.layers = {layer: (key[rows], value[rows]) for layer, (key, value) in self.layers.items()}
         self.examples_BS = None if self.examples_BS is None else self.examples_BS[rows]
         self.text = None if self.text is None else self.text.only(rows)
+
+
+class FixedCache(KeyValueCache):
+    """A full room of keys and values whose every step has the same shapes and places, as a CUDA graph needs: one token
+    of each row is written where tensors say, and sees what a mask over all of the room lets it see.
+    """
+
+    def __init__(self, filled: KeyValueCache) -> None:
+        """From a cache that has read the prompts, with their examples told, and has room for all to come."""
+        super().__init__(filled.text, filled.room)
+        assert filled.examples_BS is not None
+        self.layers, self.lengths = filled.layers, filled.lengths
+        is_text_BS = filled.examples_BS >= 0
+        for store in itertools.chain(*self.layers.values()):
+            store[:, :, filled.length :] = 0  # read behind a mask, where 0 times what memory holds may be NaN
+        self.place_1 = torch.tensor([filled.length], device=is_text_BS.device)
+        self.position_B1 = is_text_BS.sum(dim=1, keepdim=True)
+        self.seen_BS = F.pad(is_text_BS, (0, filled.room - filled.length))
+        self.seen_BS.index_fill_(1, self.place_1, True)
+
+    def extend(self, layer: int, key_BKTH: Tensor, value_BKTH: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a token of each row; again with the same one, nothing changes. Returns all of the room."""
+        stored = self.layers[layer]
+        for store, new in zip(stored, (key_BKTH, value_BKTH), strict=True):
+            store.index_copy_(2, self.place_1, new)
+        return stored
+
+    def advance(self) -> None:
+        """Go on to the next token, in place."""
+        self.place_1 += 1
+        self.position_B1 += 1
+        self.seen_BS.index_fill_(1, self.place_1.clamp(max=self.room - 1), True)
 
 
 def _with_room(like_BKTH: Tensor, held_BKTH: Tensor | None, room: int) -> Tensor:
@@ -286,6 +319,25 @@ class Decoder(nn.Module):
         if self.own_rows is not None:
             return self.own_rows.logits(x_B1D, self.lm_head.weight)[:, -1]
         logits_BV: Tensor = self.lm_head(x_B1D)[:, -1]
+        return logits_BV
+
+    @property
+    def goes_one_way(self) -> bool:
+        """Whether every token passes the same matrices: there are no experts, and nothing routes."""
+        is_plain = all(isinstance(block.ffn, FeedForward) for block in self.blocks)
+        return is_plain and self.text_router is None and self.own_rows is None
+
+    def fixed_logits(self, token_B1: Tensor, cache: FixedCache) -> Tensor:
+        """Logits [B, V] behind one more token of each row, without a branch or a shape that follows from a tensor.
+
+        Only of a model that `goes_one_way`: tokens of a mixture visit experts in groups of any size.
+        """
+        cos, sin = rotary_angles(self.get_buffer("frequencies"), cache.position_B1, self.angle_scale)
+        x_B1D = self.model.embed_tokens(token_B1)
+        x_B1D = x_B1D.float() if self.has_float_stream else x_B1D
+        for block in self.blocks:
+            x_B1D = block(x_B1D, cos, sin, cache, cache.seen_BS[:, None, None])
+        logits_BV: Tensor = self.lm_head(self.model.norm(x_B1D))[:, -1]
         return logits_BV
 
     def _in_half(self) -> AbstractContextManager[object]:

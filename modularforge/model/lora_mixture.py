@@ -156,10 +156,33 @@ def adapters_apart(
             found[int(match[2])][names.adapter(f"{match[1]}.{match[3]}.{part}.weight")] = weight
             continue
         slot_S = decoder.get_submodule(place).get_buffer("slot_S")
-        for slot in sorted(set(slot_S.tolist())):
+        slots = sorted(set(slot_S.tolist()))
+        weight = _taken_once(weight, len(slots))
+        for slot in slots:
             at_S = (slot_S == slot).nonzero()[:, 0].cpu()
             found[slot][names.adapter(name)] = _rows_of(weight, at_S) if part == "lora_A" else _columns_of(weight, at_S)
     return [found[slot] for slot in sorted(found)]
+
+
+def _taken_once(weight: Tensor | LaterTensor, times: int) -> Tensor | LaterTensor:
+    """The same, made the first time that it is taken and kept until it was taken so many times.
+
+    A tensor in pieces is gathered from all ranks when it is made, and each adapter takes its own part of it. Kept are
+    no more than the adapters of attention, on the host of the rank that writes.
+    """
+    if isinstance(weight, Tensor):
+        return weight
+    made: list[Tensor] = []
+    left = times
+
+    def take() -> Tensor:
+        nonlocal left
+        left -= 1
+        if not made:
+            made.append(weight.detach())
+        return made[0] if left else made.pop()
+
+    return LaterTensor(weight.shape, weight.dtype, take)
 
 
 def _rows_of(weight: Tensor | LaterTensor, at_S: Tensor) -> LaterTensor:

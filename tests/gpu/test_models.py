@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from modularforge.config import ModelConfig
-from modularforge.evaluation.generation import Sampling, continue_batch, continue_tokens
+from modularforge.evaluation.generation import (
+    Sampling,
+    captured,
+    continue_batch,
+    continue_fixed,
+    continue_tokens,
+)
 from modularforge.model.backbone import Decoder, build_backbone
 from modularforge.model.folder import load_model
 from modularforge.model.moe import build_moe, restrict_routing
@@ -80,3 +86,11 @@ def test_greedy_tokens_are_those_of_a_cpu_alone_and_in_a_batch(device: torch.dev
     here = model(experts).to(device)
     assert [continue_tokens(here, ids, 16, GREEDY, ()) for ids in prompts] == expected
     assert continue_batch(here, prompts, 16, GREEDY, ()) == expected
+
+
+def test_captured_steps_give_the_tokens_of_plain_ones(device: torch.device) -> None:
+    prompts, here = [[5, 9, 2], [7, 1, 1, 8, 30, 4], [3]], model().to(device)
+    expected = continue_batch(here, prompts, 16, GREEDY, ())
+    step = captured(here) if device.type == "cuda" else here.fixed_logits
+    for _ in range(2):  # the second with a cache and a graph of its own
+        assert continue_fixed(here, prompts, 16, (), step) == expected

@@ -1,13 +1,20 @@
-"""Which jobs are compiled, where the settings leave it open."""
+"""Which jobs are compiled, where the settings leave it open, and what a graph holds."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from modularforge.config import ModelConfig, PhaseConfig, TrainingConfig
+from modularforge.errors import DataError, MismatchError
+from modularforge.evaluation.generation import Sampling, continue_batch, continue_fixed
+from modularforge.model import head
 from modularforge.model.backbone import Decoder, build_backbone
+from modularforge.model.moe import build_anchored_pair
 from modularforge.training import compiled
 from modularforge.training.compiled import LONG, is_compiled
 from modularforge.training.job import Job
@@ -59,3 +66,60 @@ def test_kernels_of_what_is_compiled_are_chosen_by_rule(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch, "compile", lambda model: model)
     compiled.compiled(nn.Linear(2, 2))
     assert config.deterministic
+
+
+SHAPE = ModelConfig(width=16, layers=1, heads=4, kv_heads=2, ffn_width=24, context_length=32)
+VOCABULARY = 41
+
+
+@pytest.fixture
+def graphs() -> Iterator[dict[str, int]]:
+    """What dynamo counts from here on."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters["stats"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("build", [build_backbone, build_anchored_pair])
+def test_loss_and_model_are_one_graph_with_the_bits_of_plain_steps(
+    build: Callable[[ModelConfig, int], Decoder], graphs: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "MOST_LOGITS", 1)  # in pieces
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", {"cpu": 7 * VOCABULARY})
+    torch.manual_seed(0)
+    plain = build(SHAPE, VOCABULARY)
+    whole = torch.compile(plain, backend="aot_eager", fullgraph=True)
+    tokens_BT, found = torch.randint(0, VOCABULARY, (2, 19)), []
+    for model in (plain, whole):
+        loss = model(tokens_BT, targets_BT=tokens_BT)
+        loss.backward()
+        found.append([loss.detach(), *(weight.grad for weight in plain.parameters() if weight.grad is not None)])
+        plain.zero_grad()
+    assert all(map(torch.equal, *found))
+    assert graphs["unique_graphs"] == 1
+
+
+def test_steps_of_generation_are_one_graph_of_fixed_shapes_and_give_the_same_tokens(graphs: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    model = build_backbone(SHAPE, VOCABULARY).eval()
+    for weight in model.parameters():  # far from ties
+        if weight.dim() == 2:
+            nn.init.normal_(weight, std=0.3)
+    prompts = [[5, 9, 2], [7, 1, 1, 8, 30, 4], [3]]
+    expected = continue_batch(model, prompts, 20, Sampling(temperature=0), ())
+    step = torch.compile(model.fixed_logits, backend="eager", fullgraph=True, dynamic=False)
+    assert continue_fixed(model, prompts, 20, (), step) == expected
+    assert graphs["unique_graphs"] == 1
+    end = 8  # rows end apart
+    some = continue_batch(model, prompts, 20, Sampling(temperature=0), (end,))
+    assert continue_fixed(model, prompts, 20, (end,), model.fixed_logits) == some
+    assert len({len(row) for row in some}) > 1
+
+
+def test_fixed_steps_are_refused_where_shapes_follow_from_tokens_or_the_context_ends(decoder: Decoder) -> None:
+    mixture = build_anchored_pair(SHAPE, VOCABULARY)
+    with pytest.raises(MismatchError, match="without experts"):
+        continue_fixed(mixture, [[1]], 2, (), mixture.fixed_logits)
+    with pytest.raises(DataError, match="context of 8 tokens, but have 3 and 6"):
+        continue_fixed(decoder, [[1, 2, 3]], 6, (), decoder.fixed_logits)

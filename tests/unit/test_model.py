@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from checkpoints.tensors import LaterTensor
 from modularforge.config import ModelConfig
 from modularforge.errors import DataError, MismatchError
 from modularforge.model import names
+from modularforge.model.adapter_config import AdapterShape
 from modularforge.model.backbone import KeyValueCache, build_backbone, cross_entropy
 from modularforge.model.folder import backbone_tensors, fill, load_model, save_tensors
 from modularforge.model.hub_config import backbone_config, moe_config, write_json
+from modularforge.model.lora_mixture import AdapterLayer, MixedLinear, adapters_apart
 from modularforge.model.moe import build_anchored_pair, build_moe, moe_layers, observe_routing, router_z_loss
 from modularforge.model.sizes import model_sizes
 
@@ -183,3 +187,30 @@ def test_a_fresh_model_knows_nothing_yet() -> None:
     with torch.no_grad():
         loss = cross_entropy(build_backbone(config, VOCABULARY)(ids(config)), ids(config).roll(-1, 1))
     assert abs(float(loss) - math.log(VOCABULARY)) < 0.1
+
+
+def test_matrices_of_several_adapters_are_gathered_once() -> None:
+    """As each is made whole by all ranks; the parts are those of tensors that are there."""
+    shape, pairs = AdapterShape(2, 2.0, ("q_proj",)), [(torch.randn(2, 5), torch.randn(3, 2)) for _ in range(3)]
+    plain = nn.Linear(5, 5)
+    mixture = MixedLinear(
+        nn.Linear(5, 3, bias=False),
+        {slot: (shape, pair) for slot, pair in enumerate(pairs)},
+        AdapterLayer([plain] * 3, 1),
+    )
+    model, gathered = nn.ModuleDict({"q_proj": mixture}), list[str]()
+
+    def later(name: str, weight: torch.Tensor) -> LaterTensor:
+        def gather() -> torch.Tensor:
+            gathered.append(name)
+            return weight.detach()
+
+        return LaterTensor(tuple(weight.shape), weight.dtype, gather)
+
+    named = {name: weight for name, weight in model.named_parameters() if "lora" in name}
+    found = adapters_apart(model, {name: later(name, weight) for name, weight in named.items()})  # type: ignore[arg-type]
+    for tensors, (a_RI, b_OR) in zip(found, pairs, strict=True):
+        whole = {name.split(".")[-2]: tensor.detach() for name, tensor in tensors.items()}
+        assert torch.equal(whole["lora_A"], a_RI)
+        assert torch.equal(whole["lora_B"], b_OR)
+    assert sorted(gathered) == sorted(named)
