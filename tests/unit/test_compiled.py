@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from modularforge.config import ModelConfig, PhaseConfig, TrainingConfig
+from modularforge.config import Config, ModelConfig, PhaseConfig, TrainingConfig
+from modularforge.config_files import to_yaml
 from modularforge.model.backbone import Decoder, build_backbone
 from modularforge.training import compiled
 from modularforge.training.compiled import LONG, is_compiled
 from modularforge.training.job import Job
+from tests.conftest import ROOT
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -59,3 +65,18 @@ def test_kernels_of_what_is_compiled_are_chosen_by_rule(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch, "compile", lambda model: model)
     compiled.compiled(nn.Linear(2, 2))
     assert config.deterministic
+
+
+def test_a_job_that_compiles_nothing_starts_without_torchs_compiler(finished_run: Config, tmp_path: Path) -> None:
+    """Importing torch._dynamo takes as long as torch itself."""
+    training = finished_run.training.model_copy(update={"compile": False})
+    config = finished_run.model_copy(
+        update={"output_dir": str(tmp_path), "data_dir": finished_run.data_url, "training": training}
+    )
+    (tmp_path / "settings.yaml").write_text(to_yaml(config))
+    program = (
+        "import sys; from modularforge.run import Run; from modularforge.config_files import load_config; "
+        "run = Run(load_config(sys.argv[1])); run.make('backbone'); run.make('expert', 0); "
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "settings.yaml")], cwd=ROOT, check=True)
