@@ -26,10 +26,10 @@ from pathlib import Path
 from checkpoints import garbage
 
 ROOT = Path(__file__).resolve().parent.parent
-IMPORTED = (
-    "modularforge.cli", "launcher.__main__", "modularforge.stages.backbone", "modularforge.stages.expert",
-    "modularforge.stages.assemble", "modularforge.stages.evaluate", "modularforge.evaluation.conversation",
-    "sklearn.decomposition",
+IMPORTED = (  # not the programs themselves, of which runpy would warn
+    "modularforge.cli", "launcher.runs", "launcher.status", "modularforge.stages.backbone",
+    "modularforge.stages.expert", "modularforge.stages.assemble", "modularforge.stages.evaluate",
+    "modularforge.evaluation.conversation", "sklearn.decomposition",
 )  # fmt: skip
 
 
