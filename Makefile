@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 PIP_CONSTRAINTS ?= --constraint constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_CONSTRAINTS)
 PYTEST_ARGS ?=
-# Tests mostly wait for processes, so two files are tested at a time; 0 tests in this process alone.
-PYTEST_WORKERS ?= 2
+# Tests often wait for processes, so three files are tested at a time on two cores; 0 tests in this process alone.
+PYTEST_WORKERS ?= 3
 # The python of `make gpu-proof`: that of .venv where there is one.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 # Ten folders, one for each domain, for `make real-model`.

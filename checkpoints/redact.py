@@ -6,6 +6,7 @@ this process knows (environment variables and fsspec's configuration).
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -110,8 +111,18 @@ def _without_signature(query: re.Match[str]) -> str:
 
 
 def _known_secrets() -> list[str]:
-    """The longest first, because one may hold another."""
-    found = {secret for secret in _raw_secrets() if len(secret) >= SHORTEST_SECRET and not WORD.fullmatch(secret)}
+    configured = tuple(secret for options in fsspec.config.conf.values() for secret in _secrets_in(options))
+    return _forms(tuple(os.environ.items()), configured)
+
+
+@functools.lru_cache(maxsize=4)  # a report asks for each of its cells
+def _forms(variables: tuple[tuple[str, str], ...], configured: tuple[str, ...]) -> list[str]:
+    """All forms of the secrets in environment variables and in fsspec's configuration.
+
+    The longest first, because one may hold another.
+    """
+    raw = (*configured, *(secret for name, value in variables for secret in _secrets_of(name, value)))
+    found = {secret for secret in raw if len(secret) >= SHORTEST_SECRET and not WORD.fullmatch(secret)}
     # As they stand in URLs and in Python's and JSON's quoting as well.
     forms = {
         form
@@ -121,14 +132,11 @@ def _known_secrets() -> list[str]:
     return sorted(forms, key=len, reverse=True)
 
 
-def _raw_secrets() -> Iterator[str]:
-    for name, value in os.environ.items():
-        if SECRET_NAME.search(name) and not HARMLESS.search(name):
-            yield from (value, *value.split())  # a token with a line break is quoted in part as well
-        if "://" in value and (match := USER_INFO.search(value)):
-            yield match[0].removesuffix("@").partition(":")[2]
-    for options in fsspec.config.conf.values():
-        yield from _secrets_in(options)
+def _secrets_of(name: str, value: str) -> Iterator[str]:
+    if SECRET_NAME.search(name) and not HARMLESS.search(name):
+        yield from (value, *value.split())  # a token with a line break is quoted in part as well
+    if "://" in value and (match := USER_INFO.search(value)):
+        yield match[0].removesuffix("@").partition(":")[2]
 
 
 def _secrets_in(options: Any) -> Iterator[str]:

@@ -6,10 +6,11 @@ Later wins: the file, ``--smoke-test``, ``--set key=value``, ``--data-dir`` and 
 from __future__ import annotations
 
 import difflib
+import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +260,13 @@ def _read(path: str) -> bytes:
 
 def to_yaml(config: Config) -> str:
     """The resolved settings as YAML; feeding it back gives the same run."""
-    return to_yaml_text(config.model_dump(mode="json"))
+    return _yaml_of(config.model_dump_json())
+
+
+@lru_cache(maxsize=8)
+def _yaml_of(values: str) -> str:
+    """Of settings as JSON: a run writes the same ones behind each of its stages."""
+    return to_yaml_text(json.loads(values))
 
 
 def _change(override: str | tuple[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import socket
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,8 @@ def norms(folder: Path) -> Floats:
 
 def together(size: int, work: Callable[[], object]) -> None:
     """Run `work` in forked processes that are each other's ranks, without torchrun, which takes seconds to start."""
+    for needed in ("torch._dynamo", "torch.distributed.fsdp"):  # else each rank imports them, which takes a second too
+        import_module(needed)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -21,7 +21,7 @@ from modularforge.model.moe import SparseMoE, moe_layers
 def use_grouped(decoder: Decoder) -> Decoder:
     """The same decoder with grouped products in its mixture layers."""
     for layer in moe_layers(decoder):
-        layer._visit = MethodType(visit, layer)
+        layer._visit = MethodType(visit, layer)  # type: ignore[method-assign]
     return decoder
 
 

@@ -16,6 +16,7 @@ from modularforge.model.backbone import Decoder
 from modularforge.model.deferred import Deferred, read
 from modularforge.model.folder import fill, read_tensors
 from modularforge.model.hub_config import model_config_of
+from modularforge.model.meta import without_weights
 from modularforge.model.moe import build_moe
 from modularforge.routing.solvers import router_rows
 from modularforge.stage_outputs import Backbone
@@ -59,7 +60,7 @@ def _merge(config: Config, backbone: Backbone, branches: Sequence[Artifact]) -> 
     rows = router_rows(config, list(branches), model)
     tensors.update({name: torch.from_numpy(row) for name, row in rows.items()})
     experts = len(branches) + int(kept)
-    with torch.device("meta"):
+    with without_weights():
         decoder = build_moe(model, int(backbone.values["vocab_size"]), experts, config.assembly.experts_per_token)
     return decoder, tensors
 

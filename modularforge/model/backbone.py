@@ -439,7 +439,7 @@ def rotary_frequencies(model: ModelConfig) -> tuple[Tensor, float]:
     """Angle per position [H/2] in float32 (arXiv 2104.09864), and the factor of cosines and sines (1 but for YaRN)."""
     width, scaling = model.width_per_head, model.rope_scaling
     # Written as transformers does: at position 100,000 the last bit of a frequency is a hundredth of a turn.
-    plain = 1.0 / model.rope_theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+    plain = 1.0 / model.rope_theta ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width)
     if scaling is None:
         return plain, 1.0
     original = scaling.original_max_position_embeddings or model.positions
@@ -490,7 +490,7 @@ def _yarn(plain: Tensor, scaling: RopeScalingConfig, original: int, theta: float
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
     span = high - low or 0.001  # as transformers does, against a division by zero
-    stretched = ((torch.arange(len(plain), dtype=torch.float32) - low) / span).clamp(0, 1)
+    stretched = ((torch.arange(len(plain), dtype=torch.float32, device="cpu") - low) / span).clamp(0, 1)
     return plain / scaling.factor * stretched + plain * (1 - stretched)
 
 

@@ -4,18 +4,17 @@ before the next, so that where weights lie in pieces no process ever holds more 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from modularforge.errors import MismatchError
 from modularforge.model.backbone import Decoder, draw
+from modularforge.model.meta import without_weights
 from modularforge.model.shards import is_sharded, own_piece
 
 Weights = Mapping[str, Callable[[], Tensor]]
@@ -39,7 +38,7 @@ def drawn(build: Callable[[], Decoder], layers: int) -> Deferred:
     """The model that `build` makes without the weights that it draws from torch's global generator: it is left where
     drawing all of them would leave it, and the weights are the same.
     """
-    with _drawing_in_vain():
+    with without_weights(draws_in_vain=True):
         decoder = build()
     return Deferred(decoder, {name: drawn_weight(name, weight, layers) for name, weight in decoder.named_parameters()})
 
@@ -105,19 +104,3 @@ def _unlike(name: str, expected: tuple[int, ...], found: tuple[int, ...]) -> str
 
 def _itself(tensor: Tensor) -> Tensor:
     return tensor
-
-
-@contextmanager
-def _drawing_in_vain() -> Iterator[None]:
-    """What is built here lies on the meta device, but draws what it would draw on the host, one tensor at a time."""
-    with torch.device("meta"), _Draws():  # type: ignore[no-untyped-call]
-        yield
-
-
-class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Draws for tensors on the meta device into ones on the host, which are then forgotten."""
-
-    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
-        if operation in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default) and arguments[0].is_meta:
-            operation(torch.empty(arguments[0].shape, dtype=arguments[0].dtype, device="cpu"), *arguments[1:])
-        return operation(*arguments, **(named or {}))

@@ -25,6 +25,7 @@ from modularforge.model.adapter_config import ADAPTERS_NAME
 from modularforge.model.backbone import Decoder, build_backbone
 from modularforge.model.hub_config import OWN_ROWS_NAME, TABLES_NAME, experts_of, is_moe, model_config_of, read_config
 from modularforge.model.lora_mixture import Even, load_adapters
+from modularforge.model.meta import without_weights
 from modularforge.model.moe import build_moe, moe_layers
 from modularforge.model.own_rows import load_own_rows
 from modularforge.model.shards import host_tensors
@@ -76,7 +77,7 @@ def load_model(folder: Path) -> Decoder:
     """The backbone or assembled model in a folder, ready for evaluation."""
     values = read_config(folder)
     model, vocab_size = model_config_of(values), int(values["vocab_size"])
-    with torch.device("meta"):
+    with without_weights():
         if is_moe(values):
             decoder = build_moe(model, vocab_size, experts_of(values), values["num_experts_per_tok"])
         else:
@@ -127,7 +128,7 @@ def load_pretrained(folder: Path) -> Decoder:
     """A pretrained dense model in a folder, mapped from its files in the types that they have."""
     values = read_config(folder)
     model, vocab_size = model_config_of(values), int(values["vocab_size"])
-    with torch.device("meta"):
+    with without_weights():
         decoder = build_backbone(model, vocab_size)
     tensors = read_tensors(folder)
     return fill(decoder, {n: t for n, t in tensors.items() if not names.is_redundant(n, model.tied_head)})
@@ -184,7 +185,7 @@ def load_on_demand(values: Mapping[str, Any], present: Collection[str], source: 
     Raises MismatchError when names are missing or left over; shapes of experts are checked when they are read.
     """
     config, vocab_size = model_config_of(values), int(values["vocab_size"])
-    with torch.device("meta"):
+    with without_weights():
         decoder = build_moe(config, vocab_size, experts_of(values), values["num_experts_per_tok"])
     wanted = {name for name, _ in decoder.named_parameters()}
     if wrong := sorted(wanted ^ set(present)):

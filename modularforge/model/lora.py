@@ -19,6 +19,7 @@ from checkpoints.tensors import LaterTensor
 from modularforge.model import names
 from modularforge.model.adapter_config import AdapterShape, check_fits, paired
 from modularforge.model.backbone import Decoder
+from modularforge.model.meta import without_weights
 from modularforge.model.shards import host_tensors
 from modularforge.model.sizes import AdapterCounts
 
@@ -32,7 +33,7 @@ class LoraLinear(nn.Linear):
     """
 
     def __init__(self, matrix: nn.Linear, shape: AdapterShape, stored: tuple[Tensor, Tensor] | None = None) -> None:
-        with torch.device("meta"):
+        with without_weights():
             super().__init__(matrix.in_features, matrix.out_features, bias=False)
             self.lora_A = nn.Linear(matrix.in_features, shape.rank, bias=False)
             self.lora_B = nn.Linear(shape.rank, matrix.out_features, bias=False)

@@ -35,6 +35,7 @@ from modularforge.model.adapter_config import (
 )
 from modularforge.model.backbone import Block, Decoder, FeedForward
 from modularforge.model.lora import PARTS, LoraLinear, fitting_pairs, with_adapter
+from modularforge.model.meta import without_weights
 from modularforge.model.moe import SparseMoE
 from modularforge.model.sizes import AdapterCounts
 
@@ -95,7 +96,7 @@ class MixedLinear(nn.Linear):
     def __init__(
         self, matrix: nn.Linear, adapters: Mapping[int, tuple[AdapterShape, Pair]], layer: AdapterLayer
     ) -> None:
-        with torch.device("meta"):
+        with without_weights():
             super().__init__(matrix.in_features, matrix.out_features, bias=False)
             ranks = sum(shape.rank for shape, _ in adapters.values())
             self.lora_A = nn.Linear(matrix.in_features, ranks, bias=False)
@@ -210,7 +211,7 @@ def _adapted(plain: FeedForward, shape: AdapterShape, pairs: Mapping[str, Pair])
     """The block with one adapter, sharing its matrices; the block itself where the adapter is elsewhere."""
     if not any(part in pairs for part in MLP_MODULES):
         return plain
-    with torch.device("meta"):
+    with without_weights():
         adapted = FeedForward(plain.gate_proj.in_features, plain.gate_proj.out_features)
     for part in MLP_MODULES:
         matrix: nn.Linear = getattr(plain, part)

@@ -102,8 +102,6 @@ class SparseMoE(nn.Module):
         weight_NA, expert_NA = self.choose(logits_NE)
         return torch.zeros_like(logits_NE).scatter(1, expert_NA, weight_NA)
 
-    # Groups have other sizes in every step: a graph of their sum would be made anew for each until torch gives up.
-    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def _visit(self, x_ND: Tensor, weight_NA: Tensor, expert_NA: Tensor) -> Tensor:
         """Visits sorted by expert once: a GPU says the ends of all groups at once, not one group's size at a time."""
         sorted_V, visit_V = expert_NA.flatten().sort(stable=True)

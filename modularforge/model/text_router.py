@@ -102,7 +102,6 @@ class TextRouter(nn.Module):
             torch.full((batch,), NO_TOKEN, dtype=torch.long, device=prior_R.device),
         )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would unroll the loop over tokens
     @torch.no_grad()
     def forward(
         self, tokens_BT: Tensor, state: TextState | None = None, starts_BT: Tensor | None = None

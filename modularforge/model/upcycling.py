@@ -17,6 +17,7 @@ from modularforge.model.backbone import INITIAL_STD, build_backbone
 from modularforge.model.deferred import Deferred, read
 from modularforge.model.folder import OWN_ROWS
 from modularforge.model.hub_config import model_config_of
+from modularforge.model.meta import without_weights
 from modularforge.model.moe import build_moe, moe_layers
 from modularforge.model.own_rows import OwnRows
 
@@ -41,7 +42,7 @@ def joint_mixture(
             tensors |= {names.dense_to_expert(name, slot, model.family): tensor for slot in range(experts)}
     for layer in range(model.layers):
         tensors[names.gate(layer, model.family)] = nn.init.normal_(torch.empty(experts, model.width), std=INITIAL_STD)
-    with torch.device("meta"):
+    with without_weights():
         decoder = build_moe(model, vocab_size, experts, experts_per_token)
     if freeze_shared:
         decoder.requires_grad_(False)
@@ -87,7 +88,7 @@ def widened(backbone: dict[str, Tensor], values: dict[str, Any], times: int) -> 
     model, vocab_size = model_config_of(values), int(values["vocab_size"])
     weights = {name: partial(_widened, name, tensor, times) for name, tensor in backbone.items()}
     wide = model.model_copy(update={"ffn_width": times * model.ffn_width})
-    with torch.device("meta"):
+    with without_weights():
         decoder = build_backbone(wide, vocab_size)
     return Deferred(decoder, weights)
 

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,10 +19,18 @@ import torch
 from torch import nn
 
 from modularforge.model.backbone import Block, Decoder
+from modularforge.model.moe import SparseMoE
+from modularforge.model.text_router import TextRouter
 from modularforge.training.job import Job
 
 LONG = 1000  # steps from which a graph, which takes a minute or so to make, is worth it
 C_COMPILERS = ("cc", "gcc", "clang")
+# What is in no graph, and whether what it calls is not either. Groups of visits have other sizes in every step: a graph
+# of their sum would be made anew for each until torch gives up; the loop over tokens would be unrolled.
+OUTSIDE: tuple[tuple[type[nn.Module], str, bool], ...] = (
+    (SparseMoE, "_visit", False),
+    (TextRouter, "forward", True),
+)
 
 
 def is_compiled(job: Job, model: nn.Module, device: torch.device) -> bool:
@@ -42,7 +51,15 @@ def compiled(function: Any) -> Any:
     """
     if _chooses_by_rule():
         _inductor().deterministic = True
+    _keep_outside()
     return torch.compile(function)
+
+
+@cache
+def _keep_outside() -> None:
+    """Not by decorators: these would import torch._dynamo, which takes a second, in processes that compile nothing."""
+    for owner, name, recursive in OUTSIDE:
+        setattr(owner, name, torch.compiler.disable(getattr(owner, name), recursive=recursive))  # type: ignore[no-untyped-call]
 
 
 def _inductor() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +21,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 RANDOM_STATE = "random_state"
 
 
-def build_optimizer(
-    groups: Sequence[ParameterGroup], phase: PhaseConfig, training: TrainingConfig
-) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """torch's, whose methods keep themselves out of graphs: to do so they import torch._dynamo, which takes a second.
+
+    Every job would pay that at its start; a step is in no graph here, since only models are compiled.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+def build_optimizer(groups: Sequence[ParameterGroup], phase: PhaseConfig, training: TrainingConfig) -> AdamW:
     """AdamW over all parameters of a job; matrices decay, norm gains and embeddings do not.
 
     Those that are frozen at a step get no gradient, and AdamW leaves them and their moments alone.
@@ -37,7 +47,7 @@ def build_optimizer(
             for weights, share in ((decayed, decay), (plain, 0.0))
             if weights
         ]
-    return torch.optim.AdamW(made, lr=phase.peak_learning_rate, betas=(training.beta1, training.beta2), fused=True)
+    return AdamW(made, lr=phase.peak_learning_rate, betas=(training.beta1, training.beta2), fused=True)
 
 
 def _decays(name: str, weight: Tensor) -> bool:

@@ -244,7 +244,7 @@ def near_its_limit(stub_run: Make, **more: int) -> Launched:
 
 def test_a_job_near_its_time_limit_goes_back_to_the_queue(stub_run: Make) -> None:
     run = near_its_limit(stub_run)
-    wait_for(lambda: run.events("expert-0", "requeued"), "expert-0 is requeued", 90)
+    wait_for(lambda: run.events("expert-0", "requeued"), "expert-0 is requeued")
     assert [event["reason"] for event in run.events("expert-0", "requeued")] == ["time limit"]
     wait_for(lambda: len(run.events("expert-0", "started")) == 2, "expert-0 starts again")
 

@@ -8,19 +8,28 @@ from pathlib import Path
 import pytest
 
 from benchmarks.assembly import assemble_once
+from checkpoints import Artifact
 from modularforge.config import ModelConfig
 from tests.synthetic_models import describe, write_parts
 
 # Megabytes. What grows with the number of experts is their manifests: 0.25 MB each were measured.
 MOST_MEGABYTES, MOST_GROWTH = 300, 15
-COUNTS = (2, 8, 32)
+COUNTS = (2, 32)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, list[Artifact]]:
+    """A backbone and experts of 14 MB each."""
+    model = ModelConfig(width=768, layers=3, heads=12, kv_heads=4, ffn_width=2048, context_length=64, tied_head=True)
+    return write_parts(tmp_path_factory.mktemp("parts"), model, 8_000, max(COUNTS))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc/self/smaps_rollup")
 @pytest.mark.parametrize("router", ["ridge", "evidence"])
-def test_peak_anonymous_memory_is_flat_in_the_number_of_experts(router: str, tmp_path: Path) -> None:
-    model = ModelConfig(width=768, layers=3, heads=12, kv_heads=4, ffn_width=2048, context_length=64, tied_head=True)
-    backbone, experts = write_parts(tmp_path, model, 8_000, max(COUNTS))
+def test_peak_anonymous_memory_is_flat_in_the_number_of_experts(
+    router: str, parts: tuple[Artifact, list[Artifact]], tmp_path: Path
+) -> None:
+    backbone, experts = parts
     peaks = []
     for count in COUNTS:
         describe(tmp_path, backbone, experts[:count])

@@ -24,6 +24,7 @@ from modularforge.run import Run
 from modularforge.stage_outputs import Backbone
 from modularforge.training import loop
 from modularforge.training.checkpointing import Checkpointing
+from modularforge.training.optimizer import AdamW
 from tests.conftest import tiny_config, tiny_values
 from tests.lora_runs import KIND_LORA, LORA, WEIGHTS, lora_config, made
 
@@ -57,9 +58,9 @@ def test_the_backbone_keeps_its_bytes_its_type_and_gets_no_gradients(
     before = Backbone(Run(config).require("backbone")).tensors
     half = {name: tensor.bfloat16() for name, tensor in before.items()}
     monkeypatch.setattr("modularforge.model.folder.read_tensors", lambda _folder: dict(half))
-    step = torch.optim.AdamW.step
+    step = AdamW.step
 
-    def watched(self: torch.optim.AdamW, *arguments: Any) -> Any:
+    def watched(self: AdamW, *arguments: Any) -> Any:
         for name, weight in models[0].named_parameters():
             kind = "adapters" if ".lora_" in name else "frozen"
             seen[kind].add((weight.dtype, weight.grad is not None))
@@ -73,7 +74,7 @@ def test_the_backbone_keeps_its_bytes_its_type_and_gets_no_gradients(
         return prepare(model, *arguments)
 
     monkeypatch.setattr(training, "adapters", remembered)
-    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    monkeypatch.setattr(AdamW, "step", watched)
     made(config)
     assert seen == {"frozen": {(torch.bfloat16, False)}, "adapters": {(torch.float32, True)}}
     after = {name: weight for name, weight in models[0].named_parameters() if ".lora_" not in name}

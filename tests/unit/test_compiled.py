@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from modularforge.config import ModelConfig, PhaseConfig, TrainingConfig
+from modularforge.config import Config, ModelConfig, PhaseConfig, TrainingConfig
+from modularforge.config_files import to_yaml
 from modularforge.errors import DataError, MismatchError
 from modularforge.evaluation.generation import Sampling, continue_batch, continue_fixed
 from modularforge.model import head
@@ -18,6 +22,7 @@ from modularforge.model.moe import build_anchored_pair
 from modularforge.training import compiled
 from modularforge.training.compiled import LONG, is_compiled
 from modularforge.training.job import Job
+from tests.conftest import ROOT
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -123,3 +128,18 @@ def test_fixed_steps_are_refused_where_shapes_follow_from_tokens_or_the_context_
         continue_fixed(mixture, [[1]], 2, (), mixture.fixed_logits)
     with pytest.raises(DataError, match="context of 8 tokens, but have 3 and 6"):
         continue_fixed(decoder, [[1, 2, 3]], 6, (), decoder.fixed_logits)
+
+
+def test_a_job_that_compiles_nothing_starts_without_torchs_compiler(finished_run: Config, tmp_path: Path) -> None:
+    """Importing torch._dynamo takes as long as torch itself."""
+    training = finished_run.training.model_copy(update={"compile": False})
+    config = finished_run.model_copy(
+        update={"output_dir": str(tmp_path), "data_dir": finished_run.data_url, "training": training}
+    )
+    (tmp_path / "settings.yaml").write_text(to_yaml(config))
+    program = (
+        "import sys; from modularforge.run import Run; from modularforge.config_files import load_config; "
+        "run = Run(load_config(sys.argv[1])); run.make('backbone'); run.make('expert', 0); "
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "settings.yaml")], cwd=ROOT, check=True)

@@ -28,6 +28,7 @@ from modularforge.model.backbone import Decoder, build_backbone
 from modularforge.model.deferred import Deferred, drawn_weight, read
 from modularforge.model.folder import Weight, fill, save_tensors
 from modularforge.model.hub_config import model_config_of
+from modularforge.model.meta import without_weights
 from modularforge.model.moe import build_anchored_pair
 from modularforge.model.shards import host_tensors
 from modularforge.routing.statistics import (
@@ -144,7 +145,7 @@ def load_expert(
 def _empty(values: dict[str, Any], anchored: bool) -> Decoder:
     """An expert's own model on the meta device."""
     model, vocab_size = model_config_of(values), int(values["vocab_size"])
-    with torch.device("meta"):
+    with without_weights():
         return build_anchored_pair(model, vocab_size) if anchored else build_backbone(model, vocab_size)
 
 
