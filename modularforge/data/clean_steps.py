@@ -153,8 +153,8 @@ def try_steps(steps: Sequence[CleanStepConfig], scratch: Path) -> None:
             apply(datatrove("data").Document(PROBE, ""))
         except Exception as error:  # each rule has exceptions of its own for what it cannot work with
             raise ConfigError(
-                f"data.clean must give {steps[place].step} options that it can work with, but with these it breaks on a "
-                f"plain text ({one_line(error)}); change them ({', '.join(steps[place].options) or 'there are none'})"
+                f"data.clean must give {steps[place].step} options that it can work with, but with these it breaks on "
+                f"a plain text ({one_line(error)}); change them ({', '.join(steps[place].options) or 'there are none'})"
             ) from error
 
 

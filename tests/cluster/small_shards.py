@@ -23,7 +23,7 @@ def main() -> None:
     pieces.UNIT_WEIGHT, pieces.PIECE_BYTES, shards.SHARD_BYTES, cleaning.SHARDS_A_FILE = 4000, 2500, 1500, 2
     vars(cleaning)["cores"] = vars(clean_shares)["cores"] = lambda: 1
     if " filter_0 --index 1 " in f" {' '.join(arguments)} " and not int(os.environ.get("SLURM_RESTART_COUNT") or 0):
-        vars(cleaning)["clean_shard"] = held_after_two(cleaning.clean_shard, held)
+        vars(cleaning)["clean_shard"] = held_after_two(vars(cleaning)["clean_shard"], held)
     sys.path[0] = str(Path(arguments[0]).parent)
     runpy.run_path(arguments[0], run_name="__main__")
 
