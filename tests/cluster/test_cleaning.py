@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 
 from checkpoints import find_artifact, paths
 from modularforge.config_files import make_config
@@ -52,7 +53,8 @@ def test_a_node_that_dies_amid_cleaning_changes_no_byte_of_a_corpus_on_s3(
     assert {name: len(run.events(name, "started")) for name in starts} == starts
 
     make_small(monkeypatch)
-    local = {**run.values, "output_dir": str(tmp_path / "alone"), "cluster": {}}
+    values = yaml.safe_load(run.config_file.read_text())  # the order of options is recorded
+    local = {**values, "output_dir": str(tmp_path / "alone"), "cluster": {}}
     alone = Run(make_config(local, "tests")).make("clean").manifest
     made = Run(run.config).require("clean").manifest
     assert made.files == alone.files
