@@ -2,7 +2,7 @@
 
     python benchmarks/assembly.py --folder /a/disk                       # 8 experts of 4 layers
     python benchmarks/assembly.py --folder /a/disk --layers 22           # 8 experts of a 1.1 B model: 40 GB of disk
-    python benchmarks/assembly.py --folder /a/disk --only speed          # or link, memory, stores, mergekit
+    python benchmarks/assembly.py --folder /a/disk --only merge          # or speed, link, memory, stores, mergekit
     python benchmarks/assembly.py --folder /a/disk --mergekit ENV/bin/mergekit-moe
 
 Measures, in one run and in turns: (1) `assembly.mode: merge`, hashing in and out and fsync included, against `cp` and
@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,8 +91,8 @@ def main() -> None:
         size = sum(item.manifest.size for item in experts)
         print(f"{options.experts} experts of {size / options.experts / 1e9:.2f} GB, {options.layers} layers, bf16")
         measured = [options.only] if options.only else ["speed", "link", "memory", "stores", "mergekit"]
-        if "speed" in measured:
-            speed(folder, backbone, experts, options.rounds)
+        if "speed" in measured or "merge" in measured:
+            speed(folder, backbone, experts, options.rounds, CONTENDERS[:1] if options.only == "merge" else CONTENDERS)
         if "link" in measured:
             link_of_many(folder)
         if "memory" in measured:
@@ -112,22 +112,33 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4, help="22 for the whole 1.1 B model")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--most-experts", type=int, default=32, help="for the memory of many experts")
-    parser.add_argument("--only", choices=["speed", "link", "memory", "stores", "mergekit"], help="one of them alone")
+    parser.add_argument(
+        "--only", choices=["merge", "speed", "link", "memory", "stores", "mergekit"], help="one of them alone"
+    )
     parser.add_argument("--url", default="", help="a place on an object store, for experts and model there")
     parser.add_argument("--mergekit", default="", help="path of the mergekit-moe command")
     return parser.parse_args()
 
 
-def speed(folder: Path, backbone: Artifact, experts: list[Artifact], rounds: int) -> None:
+CONTENDERS = (
+    ("merge", "merge", "ridge"),
+    ("merge, evidence", "merge", "evidence"),
+    ("link", "link", "random"),
+    ("link, ridge", "link", "ridge"),
+)
+
+
+def speed(
+    folder: Path,
+    backbone: Artifact,
+    experts: list[Artifact],
+    rounds: int,
+    contenders: Sequence[tuple[str, str, str]],
+) -> None:
     """Each contender in turn; medians and ratios."""
     seconds: dict[str, list[float]] = {}
     for _ in range(rounds):
-        for name, mode, router in (
-            ("merge", "merge", "ridge"),
-            ("merge, evidence", "merge", "evidence"),
-            ("link", "link", "random"),
-            ("link, ridge", "link", "ridge"),
-        ):
+        for name, mode, router in contenders:
             found = assemble_once(folder, mode, router)
             seconds.setdefault(name, []).append(found["seconds"])
         seconds.setdefault("cp + fsync", []).append(copy_all(folder, backbone, experts))

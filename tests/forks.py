@@ -118,8 +118,9 @@ def _become(files: list[int], words: list[str], folder: str, environment: dict[s
         # As Python ends, but for taking all modules apart, which would copy the memory of the other process.
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if not stream.closed:  # absl closes standard error at the end
+                stream.flush()
         os._exit(code)
 
 

@@ -83,7 +83,7 @@ def _say_what_was_verified(artifact: Artifact, tensors: int) -> None:
     manifest = artifact.manifest
     size = sum(entry.size for entry in manifest.files.values())
     logger.info(
-        "verified %d files, %d bytes: every byte has the sha256 that %s/manifest.json says, and the weight files have "
+        "verified %d files, %d bytes: every byte has the hash that %s/manifest.json says, and the weight files have "
         "the %d tensors that config.json asks for",
         len(manifest.files),
         size,

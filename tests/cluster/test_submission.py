@@ -163,24 +163,26 @@ def test_a_failed_expert_stops_nobody_and_assembly_names_it(stub_run: Make, tmp_
     wait_for_experts(run, [1])
 
 
-def test_one_task_cancelled_by_hand_is_resumed_beside_the_living_and_the_chain_waits_for_both(
+def test_one_task_cancelled_by_hand_takes_the_chain_along_and_is_resumed_beside_the_living(
     stub_run: Make, tmp_path: Path
 ) -> None:
     run = stub_run("hold")
     run.submit()
     wait_for(lambda: started(tmp_path) == [0, 1, 2], "all have started")
     array, assemble = run.job("expert"), run.job("assemble")
-    assert f"expert-2: cancelled {array}_2" in run.launcher("cancel", "expert", "2")
+    said = run.launcher("cancel", "expert", "2")
+    assert f"expert-2: cancelled {array}_2" in said
+    assert "assemble, evaluate: cannot start without expert-2" in said
+    wait_for(lambda: assemble not in run.cluster.jobs(), "the assembly, which would fail, is gone")
     wait_for(lambda: run.events("expert-2", "ended"), "expert-2 has ended")
     assert {name: row["state"] for name, row in run.rows().items() if row["stage"] == "expert"} == {
         "expert-0": "running", "expert-1": "running", "expert-2": "cancelled",
     }  # fmt: skip
-    assert f"assemble: job {assemble} is taken back" in run.launcher("resume")
+    run.launcher("resume")
     assert [(item["group"], item["indices"]) for item in run.submissions()[3:]] == [
         ("expert", [2]), ("assemble", []), ("evaluate", []),
     ]  # fmt: skip
     assert run.submissions()[4]["after"] == [array, run.job("expert")]
-    wait_for(lambda: assemble not in run.cluster.jobs(), "the old assembly is gone")
     wait_for(lambda: started(tmp_path) == [0, 1, 2, 2], "expert-2 starts again, and no other")
 
 
@@ -236,7 +238,8 @@ def test_partitions_added_later_submit_only_the_new_experts(stub_run: Make, tmp_
 
 
 def near_its_limit(stub_run: Make, **more: int) -> Launched:
-    limits = {"expert": {"cpus": 1, "time_minutes": 1}, "warning_seconds": 50, **more}
+    # Warned 20 s after its start: on a full machine a job that was warned after 10 had not begun to listen.
+    limits = {"expert": {"cpus": 1, "time_minutes": 2}, "warning_seconds": 100, **more}
     run = stub_run("hold", cluster=limits)
     run.submit()
     return run
@@ -252,7 +255,7 @@ def test_a_job_near_its_time_limit_goes_back_to_the_queue(stub_run: Make) -> Non
 @pytest.mark.slow
 def test_a_job_that_always_reaches_its_time_limit_is_given_up(stub_run: Make) -> None:
     run = near_its_limit(stub_run, max_time_limits=1)
-    wait_for(lambda: run.events("expert-0", "ended"), "expert-0 gives up", 200)
+    wait_for(lambda: run.events("expert-0", "ended"), "expert-0 gives up", 300)
     assert run.events("expert-0", "ended")[0]["reason"] == "time limit"
     assert len(run.events("expert-0", "started")) == 2
 
