@@ -49,7 +49,7 @@ LIMITS: dict[tuple[str, str], tuple[float, float]] = {
     ("length", "min_words"): (0, math.inf),
     ("length", "max_words"): (0, math.inf),
 }
-PROBE = """The ferry left in the rain, and nobody on the quay could say why it had not waited for the post.
+PROBE = """The ferry left in the rain, and nobody in the café could say why it had not waited for the post.
 
 Three letters came a week later. One was for the teacher, who read it twice and put it under her clock; the others
 belonged to people that had moved away. "We shall keep them," said the clerk, "until somebody asks."
