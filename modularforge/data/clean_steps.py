@@ -176,7 +176,7 @@ def _made(item: CleanStepConfig, index: Path) -> Apply:
     if step in FILTERS:
         maker = _class("filters", FILTERS[step])
         rule = maker(**{**checked(step, options, maker), "language": words_of(options)})
-        return _dropping(step, quick(step, rule))
+        return _dropping(step, quick(step, rule, options.get("language") is None))
     if step in FORMATTERS:
         maker = _class("formatters", FORMATTERS[step])
         return _changing(quick(step, maker(**checked(step, options, maker))))

@@ -14,10 +14,10 @@ from typing import Any
 OTHER_LINE = re.compile(r"^[\t -%'-;=-~]*[^\t\n -%'-;=-~][^\n]*\n?", re.MULTILINE)
 
 
-def quick(step: str, rule: Any) -> Any:
-    """The rule of this step, made quick."""
+def quick(step: str, rule: Any, has_plain_words: bool = True) -> Any:
+    """The rule of this step, made quick; with `has_plain_words`, it splits text as `clean_steps` does by itself."""
     rule.stat_update = _not_counted  # c4 counts each line twice
-    if step in _CHANGES:
+    if step in _CHANGES and (has_plain_words or step != "fineweb"):  # a language may join what blanks separate
         _CHANGES[step](rule)
     return rule
 
@@ -51,17 +51,37 @@ def _personal(rule: Any) -> None:
     rule.emails_replacer.replace = lambda text: replace(text) if "@" in text else text
 
 
-def _fineweb(rule: Any) -> None:
-    """Of the 170 signs that may end a line, each line is compared with those that do end one of the text."""
-    signs, whole = frozenset(rule.stop_chars), rule.filter
-    if any(len(sign) != 1 for sign in signs):
-        return
+def _c4(rule: Any) -> None:
+    """Each word of each line is measured in Python, to find one that is too long: only where the text has one."""
+    limit, whole = rule.max_word_length, rule.filter
 
     def found(document: Any) -> Any:
-        rule.stop_chars = tuple(signs.intersection(line[-1:] for line in document.text.split("\n")))
+        rule.max_word_length = -1 if max(map(len, document.text.split()), default=0) <= limit else limit
         return whole(document)
 
     rule.filter = found
 
 
-_CHANGES: dict[str, Callable[[Any], None]] = {"repair": _repair, "personal": _personal, "fineweb": _fineweb}
+def _fineweb(rule: Any) -> None:
+    """Words are split to count them, beside the line ends: only where what blanks separate is too little of them."""
+    words, line_ends_a_word = rule.language, rule.new_line_ratio
+
+    class EnoughWords(type(words)):  # type: ignore[misc]
+        """Words of a text; or the parts between blanks, each of which has a word, where already these are enough."""
+
+        def word_tokenize(self, text: str) -> list[str]:
+            parts = text.split()
+            if parts and text.count("\n") / len(parts) <= line_ends_a_word:
+                return parts
+            found: list[str] = words.word_tokenize(text)
+            return found
+
+    rule.language = EnoughWords()
+
+
+_CHANGES: dict[str, Callable[[Any], None]] = {
+    "repair": _repair,
+    "personal": _personal,
+    "c4": _c4,
+    "fineweb": _fineweb,
+}

@@ -26,8 +26,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"fix_encoding": False, "remove_control_chars": False, "remove_terminal_escapes": False},
     ],
     "personal": [{}, {"remove_emails": False}, {"email_replacement": "nobody"}],
-    "fineweb": [{}, {"stop_chars": (".", "end.")}, {"line_punct_thr": 0.5, "short_line_thr": 0.9}],
-    "c4": [{}, {"min_num_sentences": 1}],
+    "fineweb": [{}, {"line_punct_thr": 0.0, "short_line_thr": 0.99, "char_duplicates_ratio": 1.0, "new_line_ratio": 0.07}],
+    "c4": [{}, {"min_num_sentences": 1}, {"max_word_length": 9, "min_num_sentences": 2, "split_paragraph": False}],
     "gopher": [{}, {"min_doc_words": 1}],
     "repetition": [{}],
 }
@@ -65,6 +65,13 @@ def test_a_quick_rule_says_what_datatroves_own_says(step: str) -> None:
         found = [(result(own, text), result(ours, text)) for text in texts()]
         assert all(theirs == mine for theirs, mine in found)
         assert len({str(theirs) for theirs, _ in found}) > 1
+
+
+def test_what_separates_our_words_separates_parts_too() -> None:
+    signs = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000))))
+    blanks = set(signs) - set(words_of({}).word_tokenize(" ".join(signs)))
+    assert len(signs.split()) > 1
+    assert all(sign.isspace() or sign.isalnum() for sign in blanks - set("".join(words_of({}).word_tokenize(signs))))
 
 
 def test_a_line_that_is_longer_than_ftfy_looks_at_once_is_repaired_as_by_ftfy() -> None:
