@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 # A line of ASCII without signs of HTML and control characters is nothing that ftfy changes, with any of its settings.
@@ -51,6 +52,20 @@ def _personal(rule: Any) -> None:
     rule.emails_replacer.replace = lambda text: replace(text) if "@" in text else text
 
 
+def _gopher(rule: Any) -> None:
+    """Letters are looked for in each word in Python: only where words of nothing but letters are too few."""
+    share, whole = rule.max_non_alpha_words_ratio, rule.filter
+    split = import_module("datatrove.utils.text").split_into_words  # which remembers the last texts
+
+    def found(document: Any) -> Any:
+        words = split(document.text, rule.language)
+        is_enough = share and words and sum(map(str.isalpha, words)) / len(words) >= share
+        rule.max_non_alpha_words_ratio = 0 if is_enough else share
+        return whole(document)
+
+    rule.filter = found
+
+
 def _c4(rule: Any) -> None:
     """Each word of each line is measured in Python, to find one that is too long: only where the text has one."""
     limit, whole = rule.max_word_length, rule.filter
@@ -82,6 +97,7 @@ def _fineweb(rule: Any) -> None:
 _CHANGES: dict[str, Callable[[Any], None]] = {
     "repair": _repair,
     "personal": _personal,
+    "gopher": _gopher,
     "c4": _c4,
     "fineweb": _fineweb,
 }

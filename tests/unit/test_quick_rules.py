@@ -28,7 +28,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "personal": [{}, {"remove_emails": False}, {"email_replacement": "nobody"}],
     "fineweb": [{}, {"line_punct_thr": 0.0, "short_line_thr": 0.99, "char_duplicates_ratio": 1.0, "new_line_ratio": 0.07}],
     "c4": [{}, {"min_num_sentences": 1}, {"max_word_length": 9, "min_num_sentences": 2, "split_paragraph": False}],
-    "gopher": [{}, {"min_doc_words": 1}],
+    "gopher": [{}, {"min_doc_words": 1, "max_avg_word_length": 0, "min_avg_word_length": 0}, {"max_non_alpha_words_ratio": 0.5}],
     "repetition": [{}],
 }
 
