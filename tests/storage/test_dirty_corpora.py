@@ -83,9 +83,17 @@ def parquet(**columns: list[Any]) -> bytes:
 
 
 OTHER_SHARDS: dict[str, tuple[str, bytes, str]] = {
-    "another column": ("jsonl", lines({"text": "Here."}, {"body": "There."}), r"web-2\.jsonl:2 must have a column text"),
+    "another column": (
+        "jsonl",
+        lines({"text": "Here."}, {"body": "There."}),
+        r"web-2\.jsonl:2 must have a column text",
+    ),
     "another type": ("jsonl", lines({"text": ["Here.", "There."]}), r"web-2\.jsonl:1 must have text in column text"),
-    "another column, Parquet": ("parquet", parquet(body=["There."]), r"web-2\.parquet must have a column text, but has"),
+    "another column, Parquet": (
+        "parquet",
+        parquet(body=["There."]),
+        r"web-2\.parquet must have a column text, but has",
+    ),
     "another type, Parquet": ("parquet", parquet(text=[1, 2]), r"web-2\.parquet, row 1 must have text in column text"),
 }
 
@@ -126,7 +134,9 @@ def once_at(action: Callable[[], None], is_the_moment: Callable[[Request], bool]
 
 
 @pytest.mark.parametrize("tasks", TASKS)
-@pytest.mark.parametrize(("change", "said"), [(gone, "gone|does not exist"), (written_again, "written again|bytes and now has")])
+@pytest.mark.parametrize(
+    ("change", "said"), [(gone, "gone|does not exist"), (written_again, "written again|bytes and now has")]
+)
 @pytest.mark.parametrize("moment", ["web-1.jsonl", "valid.jsonl"])
 def test_an_object_that_changes_while_it_is_read_is_named_and_put_back_nothing_is_lost(
     proxy: FaultProxy,
