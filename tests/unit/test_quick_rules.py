@@ -14,8 +14,8 @@ from tests.unit.test_cleaning import prose
 PIECES = (
     "the ferry left", "The caf\u00c3\u00a9", "na\u00efve", "&amp;", "&lt;b&gt;", "<br>", "&hellip;", "&#10;", "\n",
     "\n", "\n\n", "\r\n",
-    "\x1b[31m", "\x07", "\x7f", "\u201cquoted\u201d", "\u00e2\u20ac\u0153", "\ufb01ne", "\uff21\uff22", "\u2028", "\x85",
-    "\t", " ", ".", "!",
+    "\x1b[31m", "\x07", "\x7f", "\u201cquoted\u201d", "\u00e2\u20ac\u0153", "\ufb01ne", "\uff21\uff22", "\u2028",
+    "\x85", "\t", " ", ".", "!",
     "\u3002", "\u061f", "{", "javascript", "lorem ipsum", "Use of cookies.", "jane@company.org", "a@b", "@",
     "8.8.4.4", "10.0.0.1",
     "1.2.3", "Why not?", "It is so \u2014 or not.", "''", "word " * 12 + "end.",
