@@ -1,12 +1,13 @@
 """What each step of cleaning finds of planted faults, and its speed beside datatrove's own step on the same texts.
 
-    python -m benchmarks.cleaning [--faults 40 | 0]    # extra benchmarks
+    python -m benchmarks.cleaning [--faults 40 | 0] [--rounds 2]    # extra benchmarks
 
 Faults are planted one kind at a time among clean documents of the package's sample: copies of which 100, 90, 80 and
 50 % of the words are the original's (the rest those of another document), French, boilerplate, and mojibake. Recall is
 the share of planted documents that the step dropped, or repaired to the very original; precision the share of planted
 ones among all that it dropped or changed. Speeds are megabytes per second of processor time of one core, with the same
-splitter of words: ours from files to files, and datatrove's with its reader and writer, and on a list of documents.
+splitter of words: ours from files to files, and datatrove's with its reader and writer, and on a list of documents; the
+best of some rounds in alternation.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modularforge.config import CleanStepConfig, Config, DataConfig, SourceConfig
+from modularforge.config import Config, DataConfig, SourceConfig
 from modularforge.data import cleaning
 from modularforge.data.clean_shards import read_cleaned
-from modularforge.data.clean_steps import datatrove, hashing, make_steps, words_of
+from modularforge.data.clean_steps import FILTERS, FORMATTERS, datatrove, hashing, words_of
 from modularforge.data.cleaning import clean_corpus
 from modularforge.data.files import find_files
 from modularforge.data.formats import read_file
@@ -40,7 +41,9 @@ MENU = ("Home", "About us", "Contact", "Sign in", "Subscribe to our newsletter",
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=40, help="documents planted of each kind; 0 measures speed alone")
-    count = parser.parse_args().faults
+    parser.add_argument("--rounds", type=int, default=2, help="of each speed, of which the best counts")
+    arguments = parser.parse_args()
+    count = arguments.faults
     logging.disable()
     vars(cleaning)["cores"] = lambda: 1
     clean = [text for domain in DOMAINS for text in texts_of(domain)]
@@ -54,7 +57,11 @@ def main() -> None:
     print(f"\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for step in ("repair", "repetition", "gopher", "c4", "fineweb", "personal", "near"):
         speed(clean[:9], step), speed_alone(clean[:9], step, True)  # what is imported once is not measured
-        ours, files, alone = speed(texts, step), speed_alone(texts, step, True), speed_alone(texts, step, False)
+        rounds = [
+            (speed(texts, step), speed_alone(texts, step, True), speed_alone(texts, step, False))
+            for _ in range(arguments.rounds)
+        ]
+        ours, files, alone = map(max, zip(*rounds, strict=True))
         print(
             f"| `{step}` | {ours:.2f} | {files:.2f} | {ours / files:.2f} | {alone:.2f} | {ours / alone:.2f} |",
             flush=True,
@@ -156,8 +163,19 @@ def stored(documents: Iterable[Any], target: Any) -> None:
 
 
 def passed(documents: Iterable[Any], step: str) -> Iterator[Any]:
-    apply = make_steps([CleanStepConfig.model_validate({"step": step})], Path(), None)[0]
-    return (document for document in documents if apply(document) is None)
+    """datatrove's own class, without what `make_steps` spares it; words are split as ours are."""
+    room, places = ("filters", FILTERS) if step in FILTERS else ("formatters", FORMATTERS)
+    module, _, name = places[step].partition(":")
+    maker = getattr(datatrove(f"pipeline.{room}.{module}"), name)
+    rule = maker(language=words_of({})) if step in FILTERS else maker()
+    if step in FILTERS:
+        return (document for document in documents if rule.filter(document) is True)
+    return (formatted(rule, document) for document in documents)
+
+
+def formatted(rule: Any, document: Any) -> Any:
+    document.text = rule.format(document.text)
+    return document
 
 
 def deduplicated(documents: Iterable[Any], step: str, folder: str) -> Iterator[Any]:

@@ -49,9 +49,10 @@ class Tally:
     reasons: dict[str, Counter[str]] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
 
-    def note(self, place: int, before: str, after: str, reason: str | None) -> None:
-        """Count what the step at this place did to a text."""
-        counts = self.steps.setdefault(str(place), Counter())
+    def note(self, place: int, before: str, after: str, reason: str | None, label: str) -> None:
+        """Count what the step at this place did to a text of the domain `label`."""
+        if (counts := self.steps.get(str(place))) is None:  # for each text at each step: no Counter is made in vain
+            counts = self.steps[str(place)] = Counter()
         counts["documents"] += 1
         if reason is None and after == before:
             return
@@ -60,9 +61,9 @@ class Tally:
             counts["dropped_bytes"] += len(before.encode())
             self.reasons.setdefault(str(place), Counter())[reason] += 1
         if sum(sample["place"] == place for sample in self.samples) < SAMPLES:
-            self.samples.append(
-                {"place": place, "source": self.source, "reason": reason, **_excerpt(before, after, reason)}
-            )
+            domain = {"label": label} if label != self.source else {}
+            sample = {"place": place, "source": self.source, **domain, "reason": reason}
+            self.samples.append({**sample, **_excerpt(before, after, reason)})
 
 
 def clean_shard(steps: Sequence[CleanStepConfig], scratch: Path, first: int, last: int, task: Task) -> Path:
@@ -73,10 +74,11 @@ def clean_shard(steps: Sequence[CleanStepConfig], scratch: Path, first: int, las
         return task.target
     tally, lines = Tally(task.source, task.split), []
     documents = _without(task, first - 1, tally)
+    quoted = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder for each text
     for document in _kept(documents, make_steps(steps, scratch, task.source, first, last), steps, tally):
-        record = {"text": document.text, "label": document.metadata["label"]}
-        lines.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        tally.kept.update(documents=1, bytes=len(document.text.encode()))
+        text, label = document.text, document.metadata["label"]
+        lines.append(f'{{"text": {quoted(text)}, "label": {quoted(label)}}}\n'.encode())
+        _add(tally.kept, text)
     write_atomically(_tally_path(task.target), [json.dumps(vars(tally)).encode()], replace=True)
     write_atomically(task.target, [zstandard.compress(b"".join(lines))], replace=True)
     return task.target
@@ -128,11 +130,17 @@ def _without(task: Task, place: int, tally: Tally) -> Iterator[Any]:
     """The documents of a task but those that the step before this pass removes."""
     documents = _documents(task.documents) if isinstance(task.documents, list) else read_shard(task.documents)
     for index, document in enumerate(documents):
-        tally.read.update(documents=1, bytes=len(document.text.encode()))
+        _add(tally.read, document.text)
         if isinstance(task.documents, Path):
-            tally.note(place, document.text, document.text, "copy" if index in task.removed else None)
+            reason = "copy" if index in task.removed else None
+            tally.note(place, document.text, document.text, reason, document.metadata["label"])
         if index not in task.removed:
             yield document
+
+
+def _add(amount: Counter[str], text: str) -> None:
+    amount["documents"] += 1
+    amount["bytes"] += len(text) if text.isascii() else len(text.encode())
 
 
 def _kept(
@@ -150,7 +158,7 @@ def _kept(
                     f"{tally.source}, but not the one that begins {before[:60]!r} ({one_line(error)}); change its "
                     "options, or leave the document out"
                 ) from error
-            tally.note(place, before, document.text, reason)
+            tally.note(place, before, document.text, reason, document.metadata["label"])
             if reason is not None:
                 break
         if reason is None:

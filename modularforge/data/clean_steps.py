@@ -22,6 +22,7 @@ import numpy as np
 from modularforge.config import WHOLE_CORPUS, CleanStepConfig, SourceConfig
 from modularforge.data.files import find_files
 from modularforge.data.formats import read_file
+from modularforge.data.quick_rules import quick
 from modularforge.errors import ConfigError, DataError, one_line
 
 Apply = Callable[[Any], str | None]
@@ -48,7 +49,7 @@ LIMITS: dict[tuple[str, str], tuple[float, float]] = {
     ("length", "min_words"): (0, math.inf),
     ("length", "max_words"): (0, math.inf),
 }
-PROBE = """The ferry left in the rain, and nobody on the quay could say why it had not waited for the post.
+PROBE = """The ferry left in the rain, and nobody in the café could say why it had not waited for the post.
 
 Three letters came a week later. One was for the teacher, who read it twice and put it under her clock; the others
 belonged to people that had moved away. "We shall keep them," said the clerk, "until somebody asks."
@@ -174,10 +175,11 @@ def _made(item: CleanStepConfig, index: Path) -> Apply:
     step, options = item.step, dict(item.options)
     if step in FILTERS:
         maker = _class("filters", FILTERS[step])
-        return _dropping(step, maker(**{**checked(step, options, maker), "language": words_of(options)}))
+        rule = maker(**{**checked(step, options, maker), "language": words_of(options)})
+        return _dropping(step, quick(step, rule, options.get("language") is None))
     if step in FORMATTERS:
         maker = _class("formatters", FORMATTERS[step])
-        return _changing(maker(**checked(step, options, maker)))
+        return _changing(quick(step, maker(**checked(step, options, maker))))
     if step == "length":
         return _length(**checked(step, options, _length))
     if step == "language":

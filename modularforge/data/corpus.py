@@ -112,7 +112,7 @@ def _read_split(source: SourceConfig, split: Split, files: Files | None) -> Iter
 
 def _home_split(text: str, source: SourceConfig, split: Split, data: DataConfig) -> Split:
     """The split a document read for `split` belongs to; only the training files are divided."""
-    if split != "train" and getattr(source, split):
+    if (split != "train" and getattr(source, split)) or (source.validation and source.test):
         return split
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     position = int.from_bytes(digest, "big") / 2**64 / data.heldout_fraction

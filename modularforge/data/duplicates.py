@@ -9,6 +9,7 @@ or are linked by others that do.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import shutil
 import unicodedata
@@ -153,7 +154,19 @@ def signer(item: CleanStepConfig, folder: str) -> Any:
     signer = datatrove("pipeline.dedup.minhash").MinhashDedupSignature(folder, config, words_of(item.options))
     signer.word_tokenizer = _Unmarked(signer.word_tokenizer)
     signer.get_signature = partial(_signature, signer.get_signature)
+    signer.get_shingles = partial(_shingles, signer.word_tokenizer, config)
     return signer
+
+
+def _shingles(tokenizer: Any, config: Any, text: str) -> Any:
+    """datatrove's hashes of n-grams, [N, 1]: the first 64 bits of SHA-1, which it unpacks one by one in Python."""
+    words = tokenizer.word_tokenize(datatrove("utils.text").simplify_text(text, config.norm_config))
+    encoded = "\n".join(words).encode().split(b"\n")
+    if len(encoded) != len(words):  # a language's words may have line ends in them, and no words are no empty word
+        encoded = [word.encode() for word in words]
+    grams = map(b" ".join, zip(*(encoded[at:] for at in range(config.n_grams)), strict=False))
+    digests = b"".join([hashlib.sha1(gram, usedforsecurity=False).digest() for gram in grams])
+    return np.frombuffer(digests, np.dtype([("first", "<u8"), ("rest", "V12")]))["first"].reshape(-1, 1)
 
 
 def _signature(whole: Callable[[Any], list[list[int]]], shingles: Any) -> list[list[int]]:

@@ -241,6 +241,11 @@ def explained(url: str) -> Iterator[None]:
             f"let `modularforge init {name}` write the settings"
         ) from error
     except (OSError, asyncio.TimeoutError) as error:
+        if type(error).__name__ == "FileExpired":  # of s3fs, which reads all of an object or none
+            raise DataError(
+                f"{name} must stay as it is while it is read, but was written again or is gone; run again when nobody "
+                "writes to it"
+            ) from error
         raise _unreadable(name, error) from error
     except Exception as error:
         if not _is_clients(error):

@@ -34,10 +34,11 @@ class Counts(_Part):
 
 
 class Sample(_Part):
-    """A text that a step dropped, for a reason, or changed."""
+    """A text that a step dropped, for a reason, or changed; `label` is its domain where that is not the source."""
 
     place: Count
     source: str
+    label: str | None = None
     reason: str | None
     before: str
     after: str | None

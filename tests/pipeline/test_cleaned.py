@@ -56,6 +56,18 @@ def test_the_report_shows_what_was_dropped_and_why(config: Config, tmp_path: Pat
         parse_cleaning(b'{"counts": 5}', "cleaning.json")
 
 
+def test_texts_of_the_report_name_their_domain_where_the_source_has_labels(config: Config, tmp_path: Path) -> None:
+    for name in ("train", "validation", "test"):
+        path = tmp_path / f"novels.{name}.jsonl"
+        rows = [json.loads(line) | {"topic": "sea"} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = config.data.sources[0].model_copy(update={"label_field": "topic"})
+    labelled = config.model_copy(update={"data": config.data.model_copy(update={"sources": [source]})})
+    Run(labelled).make("clean")
+    page = make_page(read_run(str(tmp_path / "run")), [])
+    assert "<b>length</b>, novels (sea), dropped: too short: &lt;b&gt;Too&lt;/b&gt; short." in page
+
+
 def test_a_run_without_cleaning_has_no_such_stage(tmp_path: Path) -> None:
     config = make_config(tiny_values(tmp_path), "tests")
     assert not STAGES["clean"].is_wanted(config)

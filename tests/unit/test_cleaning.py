@@ -175,16 +175,17 @@ def test_signatures_are_datatroves_own_whatever_the_script_and_the_length(
         "\u0301 שָׁלוֹם عَرَبِيّ हिन्दी ไทย 3 ½ \u2000Ω Å",
         f"{prose(55)} é",
     ]
-    item = CleanStepConfig(step="near", options={"n_grams": 1})
-    plain = datatrove("pipeline.dedup.minhash").MinhashDedupSignature(
-        str(tmp_path), duplicates.minhash_config(item.options), words_of(item.options)
-    )
-    ours = duplicates.signer(item, str(tmp_path))
-    for text in texts:
-        shingles = ours.get_shingles(text)
-        assert shingles.tolist() == plain.get_shingles(text).tolist()
-        if len(shingles):
-            assert ours.get_signature(shingles) == plain.get_signature(shingles)
+    for n_grams in (1, 5):
+        item = CleanStepConfig(step="near", options={"n_grams": n_grams})
+        plain = datatrove("pipeline.dedup.minhash").MinhashDedupSignature(
+            str(tmp_path), duplicates.minhash_config(item.options), words_of(item.options)
+        )
+        ours = duplicates.signer(item, str(tmp_path))
+        for text in texts:
+            shingles = ours.get_shingles(text)
+            assert shingles.tolist() == plain.get_shingles(text).tolist()
+            if len(shingles):
+                assert ours.get_signature(shingles) == plain.get_signature(shingles)
 
 
 def test_documents_that_share_words_with_a_given_set_are_dropped(tmp_path: Path) -> None:
