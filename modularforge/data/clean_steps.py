@@ -22,7 +22,6 @@ import numpy as np
 from modularforge.config import WHOLE_CORPUS, CleanStepConfig, SourceConfig
 from modularforge.data.files import find_files
 from modularforge.data.formats import read_file
-from modularforge.data.quick_rules import quick
 from modularforge.errors import ConfigError, DataError, one_line
 
 Apply = Callable[[Any], str | None]
@@ -175,11 +174,10 @@ def _made(item: CleanStepConfig, index: Path) -> Apply:
     step, options = item.step, dict(item.options)
     if step in FILTERS:
         maker = _class("filters", FILTERS[step])
-        rule = maker(**{**checked(step, options, maker), "language": words_of(options)})
-        return _dropping(step, quick(step, rule, options.get("language") is None))
+        return _dropping(step, maker(**{**checked(step, options, maker), "language": words_of(options)}))
     if step in FORMATTERS:
         maker = _class("formatters", FORMATTERS[step])
-        return _changing(quick(step, maker(**checked(step, options, maker))))
+        return _changing(maker(**checked(step, options, maker)))
     if step == "length":
         return _length(**checked(step, options, _length))
     if step == "language":
