@@ -139,7 +139,7 @@ def test_verify_says_what_it_compared_and_what_nobody_can_know(
         with caplog.at_level("INFO", logger="modularforge"):
             artifact = fetch(str(source), str(tmp_path / "copy"), verify=True)
         size = sum(entry.size for entry in artifact.manifest.files.values())
-        assert f"verified {len(artifact.manifest.files)} files, {size} bytes: every byte has the sha256" in caplog.text
+        assert f"verified {len(artifact.manifest.files)} files, {size} bytes: every byte has the hash" in caplog.text
         assert "tensors that config.json asks for" in caplog.text
         assert f"copied from {source}; whether that was what its maker published cannot be verified" in caplog.text
     caplog.clear()
