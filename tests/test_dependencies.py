@@ -75,3 +75,11 @@ def test_every_dependency_is_imported() -> None:
     """`s3fs` is fsspec's own for s3:// and imported by it."""
     used = {name for name, _ in foreign(LIBRARY)} | {"s3fs"}
     assert declared() - used == set()
+
+
+def test_each_distribution_is_pinned_once_and_what_we_name_is_pinned() -> None:
+    """Two versions of one cannot be installed; what is missing here comes in any version."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = [line.partition("==")[0].lower().replace("_", "-") for line in lines if not line.startswith("#")]
+    assert [name for name in pinned if pinned.count(name) > 1] == []
+    assert declared("blake3", "tests") - set(pinned) == {"tomli"}, "which Python has itself since 3.11"
