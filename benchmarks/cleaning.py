@@ -23,10 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modularforge.config import Config, DataConfig, SourceConfig
+from modularforge.config import CleanStepConfig, Config, DataConfig, SourceConfig
 from modularforge.data import cleaning
 from modularforge.data.clean_shards import read_cleaned
-from modularforge.data.clean_steps import FILTERS, FORMATTERS, datatrove, hashing, words_of
+from modularforge.data.clean_steps import datatrove, hashing, make_steps, words_of
 from modularforge.data.cleaning import clean_corpus
 from modularforge.data.files import find_files
 from modularforge.data.formats import read_file
@@ -163,19 +163,8 @@ def stored(documents: Iterable[Any], target: Any) -> None:
 
 
 def passed(documents: Iterable[Any], step: str) -> Iterator[Any]:
-    """datatrove's own class, without what `make_steps` spares it; words are split as ours are."""
-    room, places = ("filters", FILTERS) if step in FILTERS else ("formatters", FORMATTERS)
-    module, _, name = places[step].partition(":")
-    maker = getattr(datatrove(f"pipeline.{room}.{module}"), name)
-    rule = maker(language=words_of({})) if step in FILTERS else maker()
-    if step in FILTERS:
-        return (document for document in documents if rule.filter(document) is True)
-    return (formatted(rule, document) for document in documents)
-
-
-def formatted(rule: Any, document: Any) -> Any:
-    document.text = rule.format(document.text)
-    return document
+    apply = make_steps([CleanStepConfig.model_validate({"step": step})], Path(), None)[0]
+    return (document for document in documents if apply(document) is None)
 
 
 def deduplicated(documents: Iterable[Any], step: str, folder: str) -> Iterator[Any]:

@@ -74,11 +74,10 @@ def clean_shard(steps: Sequence[CleanStepConfig], scratch: Path, first: int, las
         return task.target
     tally, lines = Tally(task.source, task.split), []
     documents = _without(task, first - 1, tally)
-    quoted = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder for each text
+    encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder for each text
     for document in _kept(documents, make_steps(steps, scratch, task.source, first, last), steps, tally):
-        text, label = document.text, document.metadata["label"]
-        lines.append(f'{{"text": {quoted(text)}, "label": {quoted(label)}}}\n'.encode())
-        _add(tally.kept, text)
+        lines.append(encode({"text": document.text, "label": document.metadata["label"]}).encode() + b"\n")
+        _add(tally.kept, document.text)
     write_atomically(_tally_path(task.target), [json.dumps(vars(tally)).encode()], replace=True)
     write_atomically(task.target, [zstandard.compress(b"".join(lines))], replace=True)
     return task.target

@@ -158,6 +158,7 @@ def measure_models(
         harness.measure(name, model)
         if bench.chat and name in with_samples:
             replies[name] = bench.chat.replies(model, config.evaluation.sample_tokens)
+        del model  # before the next is loaded: two may not fit
     if bench.chat:
         results["chat"] = {"questions": [item.model_dump() for item in bench.chat.questions], "replies": replies}
     if tasks:

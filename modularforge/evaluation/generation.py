@@ -221,22 +221,27 @@ def continue_fixed(
 
 
 def captured(model: Decoder) -> FixedStep:
-    """Steps of a model on a GPU as one CUDA graph for each cache, which is captured when that cache is first seen."""
-    graphs: dict[int, tuple[torch.cuda.CUDAGraph, FixedCache, Tensor]] = {}
+    """Steps of a model on a GPU as one CUDA graph for each cache, which is captured when that cache is first seen.
+
+    The last cache and its graph are kept.
+    """
+    held: list[tuple[FixedCache, torch.cuda.CUDAGraph, Tensor, Tensor]] = []
 
     def step(token_B1: Tensor, cache: FixedCache) -> Tensor:
-        if id(cache) not in graphs:
+        if not held or held[0][0] is not cache:
+            held.clear()  # before the next takes its memory
+            own_B1 = token_B1.clone()  # what the graph reads, whatever it is called with
             aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):  # libraries settle before a capture, as torch asks; a step may be repeated
-                model.fixed_logits(token_B1, cache)
+                model.fixed_logits(own_B1, cache)
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                logits_BV = model.fixed_logits(token_B1, cache)
-            graphs.clear()
-            graphs[id(cache)] = graph, cache, logits_BV
-        graph, _, logits_BV = graphs[id(cache)]
+                logits_BV = model.fixed_logits(own_B1, cache)
+            held.append((cache, graph, own_B1, logits_BV))
+        _, graph, own_B1, logits_BV = held[0]
+        own_B1.copy_(token_B1)
         graph.replay()
         return logits_BV
 

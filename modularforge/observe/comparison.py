@@ -110,11 +110,15 @@ def compare(runs: Mapping[str, Run], band: float = 2.0) -> Comparison:
 
 
 def tokenizers(runs: Mapping[str, Run]) -> dict[str, str]:
-    """What tells the tokenizer of each run: its bytes, or where these are not known of all what it is made by."""
+    """What tells the tokenizer of each run: its bytes, or where these are not known of all what it is made by.
+
+    Hashes of two algorithms say nothing of each other.
+    """
     artifacts = {name: run.artifacts.get("prepare-data") for name, run in runs.items()}
     entries = {name: found and found.manifest.files.get("tokenizer.json") for name, found in artifacts.items()}
     known = {name: entry.digest for name, entry in entries.items() if entry}
-    return known if len(known) == len(runs) else {name: _made_by(run) for name, run in runs.items()}
+    are_alike = len({entry.algorithm for entry in entries.values() if entry}) == 1
+    return known if are_alike and len(known) == len(runs) else {name: _made_by(run) for name, run in runs.items()}
 
 
 def _made_by(run: Run) -> str:

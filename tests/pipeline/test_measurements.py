@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from checkpoints import find_artifact, paths
 from modularforge.config import Config, PhaseConfig
 from modularforge.config_files import make_config
 from modularforge.errors import ConfigError, DataError
-from modularforge.evaluation.bench import PROBE_SHARE
+from modularforge.evaluation.bench import PROBE_SHARE, measure_models
 from modularforge.evaluation.results import checked_results
+from modularforge.model.backbone import Decoder
 from modularforge.observe.evaluation import markdown, verdict
 from modularforge.pipeline import stage_url
 from modularforge.run import Run
@@ -42,6 +45,22 @@ def test_every_model_is_measured_on_every_probe(results: dict[str, Any], finishe
     limit = finished_run.evaluation.tokens_per_domain // PROBE_SHARE
     for item in results["models"]["backbone"]["probes"]["switch"]["domains"].values():
         assert limit - finished_run.model.context_length < item["tokens"] <= limit
+
+
+def test_models_are_held_one_after_another(finished_run: Config) -> None:
+    run, held = Run(finished_run), list[weakref.ref[Decoder]]()
+
+    def load() -> Decoder:
+        gc.collect()
+        assert [model() for model in held] == [None] * len(held)
+        model = run.backbone.model()
+        held.append(weakref.ref(model))
+        return model
+
+    names = ["first", "second"]
+    found = measure_models(finished_run, run.corpus, dict.fromkeys(names, load), names)
+    assert list(found["models"]) == names
+    assert len(held) == 2
 
 
 def test_sums_over_documents_are_those_of_the_losses(results: dict[str, Any], folder: Path) -> None:

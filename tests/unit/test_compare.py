@@ -295,15 +295,18 @@ def test_what_can_be_said_leads_although_one_step_of_another_loss_is_common(tmp_
     assert said.index("\nSettings") < said.index("\nIn short")
 
 
-def test_runs_of_different_tokenizers_are_compared_by_bits_per_byte(tmp_path: Path) -> None:
+def test_runs_of_different_tokenizers_are_compared_by_bits_per_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nats for each token of one vocabulary beside those of another were a ratio, and a divergence, of nothing."""
-    for name, vocab_size in (("a", 400), ("b", 500), ("c", 400)):
+    for name, vocab_size in (("a", 400), ("b", 500), ("c", 400), ("d", 400)):
         data = {**tiny_values(tmp_path)["data"], "vocab_size": vocab_size}
         config = write_run(str(tmp_path / name), seed=vocab_size, data=data)
         files = {"tokenizer.json": {"of": vocab_size}}
         shutil.rmtree(tmp_path / name / "data")
+        monkeypatch.setenv("MODULARFORGE_HASH", "blake3" if name == "d" else "sha256")
         write_stage(str(tmp_path / name), "data", "corpus", config, files)
-    runs = {name: read_run(str(tmp_path / name)) for name in ("a", "b", "c")}
+    runs = {name: read_run(str(tmp_path / name)) for name in ("a", "b", "c", "d")}
     found = compare({name: runs[name] for name in ("a", "b")})
     said = in_short(found)
     assert not found.have_one_tokenizer
@@ -319,6 +322,7 @@ def test_runs_of_different_tokenizers_are_compared_by_bits_per_byte(tmp_path: Pa
     same = compare({name: runs[name] for name in ("a", "c")})
     assert same.have_one_tokenizer
     assert "tokenizers" not in in_short(same)
+    assert compare({name: runs[name] for name in ("a", "d")}).have_one_tokenizer, "hashed by another algorithm"
     for run in runs.values():
         del run.artifacts["prepare-data"]
     assert not compare({name: runs[name] for name in ("a", "b")}).have_one_tokenizer, "their settings say so too"
