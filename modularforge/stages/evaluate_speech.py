@@ -126,6 +126,7 @@ def _measured(run: Run, models: dict[str, Artifact], tests: Tests) -> tuple[Row,
         if usage:
             gates[name] = gates_of(model, held_out, usage)
         logger.info("%s: word error rate %.3f, mean test loss %.4f", name, rows[name]["wer"], rows[name]["mean_loss"])
+        del model  # before the next is loaded: two may not fit
     experts = {name: row for name, row in rows.items() if JobName.parse(name).stage == "expert"}
     if experts:
         rows["oracle"] = oracle_row(experts) | costs([models["backbone"], *map(models.__getitem__, experts)])
