@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from checkpoints import paths, retry
+from checkpoints import digests, paths, retry
 from checkpoints.artifact import Artifact
 from checkpoints.errors import ArtifactExistsError, StoreError, StoreFullError
 from checkpoints.folder import exchange
@@ -307,6 +307,7 @@ def write_artifact(
     With `resume`, finished files are kept when the writer is interrupted, and the next writer with the same `resume`
     takes them over: it must be a hash (hexadecimal) of all that the bytes depend on.
     """
+    digests.new()  # what is chosen is refused before the work whose bytes it would hash
     manifest = Manifest(kind, fingerprint, redact_values(settings or {}), inputs or {})
     with ExitStack() as stack:
         try:

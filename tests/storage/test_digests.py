@@ -152,8 +152,11 @@ def test_without_the_package_a_sentence_names_the_extra(tmp_path: Path, blake: p
     assert not (tmp_path / "other").exists()
 
 
-def test_another_algorithm_is_refused_before_anything_is_written(tmp_path: Path, blake: pytest.MonkeyPatch) -> None:
+def test_another_algorithm_is_refused_before_the_work(tmp_path: Path, blake: pytest.MonkeyPatch) -> None:
     blake.setenv("MODULARFORGE_HASH", "md5")
-    with pytest.raises(StoreError, match="MODULARFORGE_HASH must be sha256 or blake3, but is 'md5'"):
-        weights(str(tmp_path / "expert"))
+    with (
+        pytest.raises(StoreError, match="MODULARFORGE_HASH must be sha256 or blake3, but is 'md5'"),
+        write_artifact(str(tmp_path / "expert"), "expert", "f"),
+    ):
+        raise AssertionError("the work began")
     assert not (tmp_path / "expert").exists()
