@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,8 @@ from modularforge.metric_writers import scalars, step_of, writers_of
 logger = logging.getLogger("modularforge")
 Mode = Literal["auto", "on", "off"]
 FOLDER = "tensorboard"
+LOCK_SECONDS = 10.0  # a killed process keeps its locks until its memory is given back: seconds where it held much
+POLL_SECONDS = 0.1
 
 
 def configure_logging(*, quiet: bool = False) -> None:
@@ -66,7 +69,7 @@ class MetricsLog:
     def restart_after(self, step: int) -> None:
         """Keep the lines up to `step`: a job that resumes there will write the later ones again.
 
-        On a folder, raises StoreError while another process writes the same job's metrics.
+        On a folder, raises StoreError when another process writes the same job's metrics and does not end soon.
         """
         if paths.is_local(self.url):
             _claim(paths.local_path(self.url))
@@ -117,7 +120,7 @@ def _claim(path: Path) -> None:
     lock.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock_soon(descriptor)
     except (BlockingIOError, PermissionError) as error:
         os.close(descriptor)
         raise StoreError(
@@ -127,6 +130,19 @@ def _claim(path: Path) -> None:
     except OSError as error:
         logger.debug("no lock on %s: %s", lock, error)
     _LOCKS[lock] = descriptor
+
+
+def _lock_soon(descriptor: int) -> None:
+    """Lock the file; a job that starts again at once after its killed predecessor waits until that is gone."""
+    end = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() >= end:
+                raise
+        time.sleep(POLL_SECONDS)
 
 
 def _release(path: Path) -> None:

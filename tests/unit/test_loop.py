@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from checkpoints import CorruptArtifactError
+from modularforge import log as log_module
 from modularforge.config import PhaseConfig, TrainingConfig
 from modularforge.errors import Interrupted, StoreError, TrainingError
 from modularforge.experts.trainable import ParameterGroup, Tensors, Trainable, trainable
@@ -235,7 +236,8 @@ def test_metrics_after_the_checkpoint_are_dropped_on_restart_and_torn_lines_too(
     assert rows[-1]["loss"] == "inf"
 
 
-def test_a_second_process_cannot_write_the_same_jobs_metrics(tmp_path: Path) -> None:
+def test_a_second_process_cannot_write_the_same_jobs_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_module, "LOCK_SECONDS", 0.0)
     path = tmp_path / "metrics" / "backbone.jsonl"
     code = (
         f"import sys; from modularforge.log import MetricsLog; MetricsLog({str(path)!r}).restart_after(0); print(1); "
@@ -252,9 +254,31 @@ def test_a_second_process_cannot_write_the_same_jobs_metrics(tmp_path: Path) -> 
     MetricsLog(str(path)).restart_after(0)  # the same process may, after an interruption
 
 
+def test_a_job_waits_for_the_end_of_its_killed_predecessor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "backbone.jsonl"
+    code = (
+        f"from modularforge.log import MetricsLog; MetricsLog({str(path)!r}).restart_after(0); print(1, flush=True); "
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code + "input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"1\n"
+        waits: list[float] = []
+
+        def end_the_other(seconds: float) -> None:
+            waits.append(seconds)
+            process.kill()
+            process.wait()
+
+        monkeypatch.setattr("modularforge.log.time.sleep", end_the_other)
+        MetricsLog(str(path)).restart_after(0)
+        assert waits == [log_module.POLL_SECONDS]
+
+
 def test_a_job_that_ended_gives_its_metrics_free(tmp_path: Path) -> None:
     path = tmp_path / "backbone.jsonl"
-    code = f"from modularforge.log import MetricsLog; MetricsLog({str(path)!r}).restart_after(0)"
+    code = f"from modularforge import log; log.LOCK_SECONDS = 0; log.MetricsLog({str(path)!r}).restart_after(0)"
     log = MetricsLog(str(path))
     log.restart_after(0)
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode
