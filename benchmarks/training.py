@@ -1,13 +1,13 @@
 """Speed of training against named references, measured in one process, interleaved: ratios, not times.
 
 1. The loop against a bare PyTorch loop over the same model, batches and optimizer (target: at least 0.95).
-2. A plain expert's step against a full training step of the backbone (target: at most 0.8), and the anchored one's.
+2. An expert's step beside a full training step of the backbone, and that ratio beside the one of their FLOPs at the
+   same shape (target: at most 1.05 of it): forward 1 + backward 1 + its own share of the other 1, of a full step's 3,
+   since an expert saves the weight gradients of attention, embedding and head. The anchored one passes two FFNs.
 
     python benchmarks/training.py [--width 256] [--rounds 5] [--steps 10]
 
-The floor of a step is its FLOPs over the matmul rate of the machine, printed beside what was reached. A plain expert
-saves the weight gradients of attention, embedding and head: forward 1 + backward 1 + its own share of the other 1,
-of a full step's 3.
+The floor of a step is its FLOPs over the matmul rate of the machine, printed beside what was reached.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from modularforge.experts.trainable import Loss, trainable
 from modularforge.model.backbone import Decoder, build_backbone
 from modularforge.model.folder import backbone_tensors
 from modularforge.model.hub_config import backbone_config
-from modularforge.model.sizes import model_sizes
+from modularforge.model.sizes import ffn_parameters, model_sizes
 from modularforge.tasks.task import Batch
 from modularforge.tasks.text import TEXT, text_batches
 from modularforge.training.distributed import World
@@ -65,8 +65,19 @@ def main() -> None:
         ],
         options.rounds,
     )
-    print(f"plain expert:    {plain / full:.3f} of the time of a full training step (target <= 0.8)")
-    print(f"anchored expert: {anchored / full:.3f} of the time of a full training step (two FFNs, no target)")
+    for name, seconds, share in zip(("plain", "anchored"), (plain, anchored), arithmetic(model), strict=True):
+        print(
+            f"{name + ' expert:':<16} {seconds / full:.3f} of the time of a full training step, {share:.3f} of its "
+            f"FLOPs: {seconds / full / share:.3f} of the arithmetic (target <= 1.05)"
+        )
+
+
+def arithmetic(model: ModelConfig) -> tuple[float, float]:
+    """FLOPs of a plain and of an anchored expert's step beside a full one's: two passes, and the third for its FFN."""
+    full, own = model_sizes(model, VOCABULARY), 2 * model.layers * ffn_parameters(model)
+    pair = model_sizes(model, VOCABULARY, 2, 2)
+    plain, anchored = 2 * full.flops_per_token + own, 2 * pair.flops_per_token + own
+    return plain / full.training_flops_per_token, anchored / full.training_flops_per_token
 
 
 def compare(cases: list[Callable[[], float]], rounds: int) -> list[float]:

@@ -183,7 +183,8 @@ def describe_simulation(config: Config, texts: Sequence[str] = ()) -> str:
         rows.append([name, *_figures(outcomes, arranged)])
     said = ", ".join(f"{name} {_plain(value)}" for name, value in assumed if value is not None)
     lines = [_checkpoints(cluster, phase[0], len(phase)) for phase in [*phases, [single]]]
-    return "\n".join([f"assumed on {cluster.gpus:,} GPUs: {said}", *lines, *_table(rows), WHAT_IT_IS])
+    short = _short(cluster, phases)
+    return "\n".join([f"assumed on {_gpus(cluster.gpus)}: {said}", *lines, *_table(rows), *short, WHAT_IT_IS])
 
 
 WHAT_IT_IS = (
@@ -192,14 +193,36 @@ WHAT_IT_IS = (
 )
 
 
+def _short(cluster: Cluster, phases: Phases) -> list[str]:
+    """A sentence where jobs wait and start for longer than they train, so that goodput is that of their starts."""
+    around = cluster.queue + cluster.start
+    named = [_named(phase[0], len(phase)) for phase in phases if phase[0].work < around]
+    if not named:
+        return []
+    return [
+        f"{', '.join(named)}: shorter than the {span(around)} that a job takes to queue and start (queue_minutes, "
+        "start_minutes), so that goodput says little of how such a run goes; assume less of these, or simulate longer "
+        "jobs"
+    ]
+
+
+def _named(job: Job, count: int) -> str:
+    return job.name if count == 1 else f"{count} x {job.name.rsplit('-', 1)[0]}"
+
+
+def _gpus(count: int) -> str:
+    return f"{count:,} GPU" if count == 1 else f"{count:,} GPUs"
+
+
 def _plain(value: float) -> str:
     return f"{value:.3g}" if isinstance(value, float) else f"{value}"
 
 
 def _checkpoints(cluster: Cluster, job: Job, count: int) -> str:
     mtbf, cost = cluster.mtbf(job.gpus), job.pause
-    name = job.name if count == 1 else f"{count} x {job.name.rsplit('-', 1)[0]}"
-    head = f"{name}: {span(job.work)} on {job.gpus} GPU(s), a checkpoint of {job.state_bytes / 1e9:.3g} GB"
+    head = (
+        f"{_named(job, count)}: {span(job.work)} on {_gpus(job.gpus)}, a checkpoint of {job.state_bytes / 1e9:.3g} GB"
+    )
     if math.isinf(mtbf):
         return f"{head}, and no failures"
     best = f"{span(young_interval(cost, mtbf))} (Young), {span(best_interval(cost, mtbf))} (Daly)"

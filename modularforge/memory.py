@@ -18,6 +18,7 @@ from modularforge.pipeline import Stage
 BYTES_HALF, BYTES_MOMENTS = 2, 8
 ROOM = 0.9  # of a GPU's memory, as `training.recompute: auto` has it
 MOST_GPUS = 1 << 14
+USUAL_NODE = 8  # GPUs of a node where the settings ask for one GPU or none
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,27 @@ def smallest(config: Config, stage: Stage, room: float) -> tuple[int, str] | Non
     phase = stage.phase(config)
     for recomputes in (False, True):
         for gpus in _counts(phase.batch_size // phase.accumulation_steps):
-            for parallel in ("ddp",) if gpus == 1 else ("ddp", "fsdp"):
-                if job_memory(config, stage, gpus, parallel, recomputes=recomputes).total <= room:
-                    return gpus, f"{parallel} with training.recompute blocks" if recomputes else parallel
+            for parallel, shards in _ways(config, stage, gpus):
+                if job_memory(config, stage, gpus, parallel, shards, recomputes).total <= room:
+                    given = [f"training.shard_ranks {shards}"] if parallel == "hsdp" and shards < gpus else []
+                    given += ["training.recompute blocks"] if recomputes else []
+                    return gpus, " with ".join([parallel, " and ".join(given)] if given else [parallel])
     return None
+
+
+def _ways(config: Config, stage: Stage, gpus: int) -> list[tuple[str, int]]:
+    """The ways in which a job shares its model on so many GPUs, with the GPUs that each weight is cut over.
+
+    `hsdp` cuts over those of a node, if these divide all. It needs less than `fsdp` where a batch is accumulated, and
+    more over several nodes; where it needs the same, it is not named.
+    """
+    if gpus == 1:
+        return [("ddp", 1)]
+    asked = getattr(config.cluster, stage.nodes).gpus
+    shards = min(config.training.shard_ranks or (asked if asked > 1 else USUAL_NODE), gpus)
+    ways = [("ddp", 1), ("fsdp", gpus)]
+    of_fsdp, of_hsdp = (job_memory(config, stage, gpus, name, shards) for name in ("fsdp", "hsdp"))
+    return [*ways, ("hsdp", shards)] if of_hsdp != of_fsdp and gpus % shards == 0 else ways
 
 
 def _counts(most: int) -> Iterator[int]:
@@ -134,7 +152,7 @@ def too_large(config: Config, stage: Stage) -> str | None:
     cure = f"{found[1]} on {found[0]} would do" if found else "no number of GPUs that divides its batch would do"
     return (
         f"{stage.name} must fit into {100 * ROOM:.0f} % of cluster.gpu_memory_gb ({memory:g}), but needs about "
-        f"{needed / 1e9:.0f} GB on each of {gpus} GPU(s) with training.parallel {training.parallel}; {cure}"
+        f"{needed / 1e9:.0f} GB on each of {_gpus(gpus)} with training.parallel {training.parallel}; {cure}"
     )
 
 
@@ -151,10 +169,11 @@ def memory_table(config: Config, counts: Sequence[int]) -> list[str]:
     lines = []
     for stage in trained_stages(config):
         for gpus in counts:
-            for parallel in ("ddp",) if gpus == 1 else ("ddp", "fsdp"):
-                found = job_memory(config, stage, gpus, parallel)
+            for parallel, shards in _ways(config, stage, gpus):
+                found = job_memory(config, stage, gpus, parallel, shards)
                 parts = ", ".join(f"{name} {_gb(value)}" for name, value in found.parts.items() if value)
-                what = f"{stage.name} on {gpus} GPU{'s' if gpus > 1 else ''}, {parallel}"
+                way = f"hsdp over {shards}" if parallel == "hsdp" else parallel
+                what = f"{stage.name} on {_gpus(gpus)}, {way}"
                 lines.append(f"memory:     {what}: {_gb(found.total)} GB each ({parts})")
         lines += _fits(config, stage)
     return lines
@@ -164,8 +183,12 @@ def _fits(config: Config, stage: Stage) -> Iterator[str]:
     memory = config.cluster.gpu_memory_gb
     if memory is not None:
         found = smallest(config, stage, ROOM * memory * 1e9)
-        what = f"{found[1]} on {found[0]} GPU(s)" if found else "no number of GPUs that divides its batch"
+        what = f"{found[1]} on {_gpus(found[0])}" if found else "no number of GPUs that divides its batch"
         yield f"memory:     {stage.name} fits into {memory:g} GB on: {what}"
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPU{'s' if count > 1 else ''}"
 
 
 def _gb(count: float) -> str:

@@ -47,6 +47,7 @@ from modularforge.tasks.text import TEXT, TextValidation, text_batches
 from modularforge.training.backbone_job import save_backbone, train_backbone
 from modularforge.training.distributed import World, default_device
 from modularforge.training.job import Job
+from modularforge.training.precision import measuring
 
 __all__ = ["Evaluator", "LayerNormCalibrator", "ModuleTrainer", "SharedTrainer", "StreamingAssembler", "open_run"]
 
@@ -125,7 +126,8 @@ class SharedTrainer:
         if self.model is None:
             raise ConfigError("SharedTrainer must be trained before it is saved, but is not; call train first")
         with _writing(_plan(self.config, "backbone", path, {"loader": self._seen})) as writer:
-            statistics = gather_statistics(self.model, self._sample, World().device)
+            with measuring(self.config.training, World().device):
+                statistics = gather_statistics(self.model, self._sample, World().device)
             facts = save_backbone(self.config, self.model, writer.folder, tokenizer, statistics)
             return writer.commit(facts)
 
@@ -227,7 +229,8 @@ class Evaluator:
         domains = {label: encode(self.tokenizer, found, end) for label, found in texts.items()}
         limit, lengths = self.config.evaluation.tokens_per_domain, _byte_lengths(self.tokenizer)
         model, batch_size = load_model(folder).to(default_device()), self.config.evaluation.batch_size
-        return measure(model, domains, lengths, batch_size, limit, self.config.model.context_length)
+        with measuring(self.config.training, default_device()):
+            return measure(model, domains, lengths, batch_size, limit, self.config.model.context_length)
 
 
 def _end_token(values: Mapping[str, Any]) -> int:

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.sharding import forget_peak, resident
 from modularforge.config import ExpertsConfig, LoraConfig, ModelConfig, PhaseConfig, TrainingConfig
@@ -35,7 +37,7 @@ from modularforge.model.deferred import Deferred, drawn
 from modularforge.model.folder import save_tensors
 from modularforge.model.hub_config import backbone_config
 from modularforge.model.moe import build_moe, moe_layers, restrict_routing
-from modularforge.model.shards import host_tensors, in_company
+from modularforge.model.shards import gathered, host_tensors, in_company
 from modularforge.model.upcycling import joint_mixture, widened
 from modularforge.norm_files import Floats, norms_url, parse_norms
 from modularforge.pipeline import JobName
@@ -57,6 +59,7 @@ LARGE_V = 2048
 SMALL = ModelConfig(width=16, layers=2, heads=2, kv_heads=1, ffn_width=24, context_length=T)
 LARGE = ModelConfig(width=256, layers=12, heads=4, kv_heads=4, ffn_width=1024, context_length=T)
 DEFERRED = ("random", "tied", "joint", "wide", "plain", "fresh", "anchored")
+IN_PIECES = TrainingConfig(parallel="fsdp")
 TOKENS = np.random.default_rng(0).integers(0, V, 2000).astype(np.uint16)
 
 
@@ -113,21 +116,67 @@ def make_in_pieces(folder: Path) -> None:
 
     def work() -> None:
         with joined_world(torch.device("cpu")) as world:
-            pieces, facts = TrainingConfig(parallel="fsdp"), {}
+            facts = {}
             for name in DEFERRED:  # first, so that what is imported on the way is no part of what is measured
                 whole, state = begun(name, SMALL).whole().state_dict(), torch.get_rng_state()
-                looked_at = spread(begun(name, SMALL), pieces, world)
+                looked_at = spread(begun(name, SMALL), IN_PIECES, world)
                 found = {key: weight.full_tensor() for key, weight in looked_at.state_dict().items()}
                 facts[name] = float(are_the_same(found, whole) and torch.equal(state, torch.get_rng_state()))
             before = resident("VmRSS")
             forget_peak(world.device)
-            made = shard(deferred(begun("random", LARGE)), pieces, world)
+            made = shard(deferred(begun("random", LARGE)), IN_PIECES, world)
             most = max(world.total([float(resident("VmHWM") - before) * (rank == world.rank) for rank in range(2)]))
             facts["share"] = most / sum(4 * weight.numel() for weight in made.model.parameters())
             if world.is_main:
                 (folder / "facts.json").write_text(json.dumps(facts))
 
     together(2, work)
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes that a tensor had which something made, wherever they came from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((made, args)):
+            if isinstance(tensor, Tensor):
+                self.most = max(self.most, tensor.untyped_storage().nbytes())
+        return made
+
+
+def gather_wholes(folder: Path) -> None:
+    """Save of each layout whether tensors are whole on the rank that wants them alone, and the most bytes that a rank
+    had in one tensor meanwhile, beside those of all of that tensor.
+    """
+
+    def work(layout: str) -> None:
+        with joined_world(torch.device("cpu")) as world:
+            settings = TrainingConfig(parallel="hsdp", shard_ranks=2) if layout == "4-hsdp" else IN_PIECES
+            model = shard(job_of("half_expert"), settings, world).model  # of two types
+            wanted_by = world.size - 1
+            facts = {"same": 0.0, "tensors": 0.0, "whole": 0.0}
+            shares = [0.0] * world.size
+            for weight in model.parameters():
+                everything = weight.full_tensor()  # type: ignore[attr-defined]
+                with Largest() as largest:
+                    found = gathered(weight, wanted_by)
+                facts["tensors"] += 1
+                facts["whole"] += found is not None
+                facts["same"] += found is not None and torch.equal(found, everything) and found.dtype == weight.dtype
+                share = largest.most / everything.untyped_storage().nbytes()
+                shares[world.rank] = max(shares[world.rank], share)
+            keys = list(facts)
+            facts = dict(zip(keys, world.total([facts[key] for key in keys]), strict=True))
+            others = world.total(shares)
+            if world.is_main:
+                (folder / f"{layout}.json").write_text(json.dumps([facts, others]))
+
+    for layout in ("3-fsdp", "4-hsdp"):
+        together(int(layout[0]), partial(work, layout))
 
 
 def are_the_same(found: dict[str, Tensor], whole: dict[str, Tensor]) -> bool:
@@ -235,6 +284,9 @@ if __name__ == "__main__":
         sys.exit()
     if sys.argv[2:] == ["deferred"]:
         make_in_pieces(Path(sys.argv[1]))
+        sys.exit()
+    if sys.argv[2:] == ["wholes"]:
+        gather_wholes(Path(sys.argv[1]))
         sys.exit()
     for wanted in sys.argv[2:]:
         kind, *layouts = wanted.split(":")

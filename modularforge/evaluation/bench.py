@@ -151,13 +151,14 @@ def measure_models(
         logger.info("%s: mean test loss %.4f (%d of %d)", name, row["mean_loss"], number, len(loaders))
         if visits:
             results["routing"][name] = routing_summary(visits)
-        if name in with_samples:
-            results["samples"][name] = sample_texts(config, corpus, model)
-        for task in tasks:
-            task.ask(name, model, {corpus.end_token, *ends})
-        harness.measure(name, model)
-        if bench.chat and name in with_samples:
-            replies[name] = bench.chat.replies(model, config.evaluation.sample_tokens)
+        with measuring(config.training, device):
+            if name in with_samples:
+                results["samples"][name] = sample_texts(config, corpus, model)
+            for task in tasks:
+                task.ask(name, model, {corpus.end_token, *ends})
+            harness.measure(name, model)
+            if bench.chat and name in with_samples:
+                replies[name] = bench.chat.replies(model, config.evaluation.sample_tokens)
         del model  # before the next is loaded: two may not fit
     if bench.chat:
         results["chat"] = {"questions": [item.model_dump() for item in bench.chat.questions], "replies": replies}

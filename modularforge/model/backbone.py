@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,13 @@ class RMSNorm(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Normalise over the last axis; the mean square is taken in float32 whatever the input's type."""
         return F.rms_norm(x_BTD, self.weight.shape, self.weight.to(x_BTD.dtype), self.epsilon)
+
+
+class Cache(Protocol):
+    """What attention asks of keys and values that are kept."""
+
+    def extend(self, layer: int, key_BKTH: Tensor, value_BKTH: Tensor) -> tuple[Tensor, Tensor]:
+        """Add new keys and values of a layer, and return all that is to be seen."""
 
 
 class KeyValueCache:
@@ -82,16 +89,18 @@ class KeyValueCache:
         self.text = None if self.text is None else self.text.only(rows)
 
 
-class FixedCache(KeyValueCache):
+class FixedCache:
     """A full room of keys and values whose every step has the same shapes and places, as a CUDA graph needs: one token
     of each row is written where tensors say, and sees what a mask over all of the room lets it see.
+
+    Its length is a tensor and its rows stay as they are: it is no `KeyValueCache`, whose room grows and forgets rows.
     """
 
     def __init__(self, filled: KeyValueCache) -> None:
-        """From a cache that has read the prompts, with their examples told, and has room for all to come."""
-        super().__init__(filled.text, filled.room)
+        """Take the room of a cache that has read the prompts, with their examples told, and can hold all to come."""
         assert filled.examples_BS is not None
-        self.layers, self.lengths = filled.layers, filled.lengths
+        assert filled.text is None  # a text router would go on with it
+        self.layers, self.room = filled.layers, filled.room
         is_text_BS = filled.examples_BS >= 0
         for store in itertools.chain(*self.layers.values()):
             store[:, :, filled.length :] = 0  # read behind a mask, where 0 times what memory holds may be NaN
@@ -146,7 +155,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_width, model.norm_epsilon) if normalises else nn.Identity()
 
     def forward(
-        self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor, cache: KeyValueCache | None, mask: Tensor | None = None
+        self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor, cache: Cache | None, mask: Tensor | None = None
     ) -> Tensor:
         """Mix each position with those before it; `cos`/`sin` are of the T new positions.
 
@@ -207,7 +216,7 @@ class Block(nn.Module):
             self.ffn.given_NE = given
 
     def forward(
-        self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor, cache: KeyValueCache | None, mask: Tensor | None = None
+        self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor, cache: Cache | None, mask: Tensor | None = None
     ) -> Tensor:
         """Residual stream in, residual stream out."""
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_TH, sin_TH, cache, mask)

@@ -3,7 +3,8 @@
 A forward pass of such a model, and each tensor that is to be whole, are the work of all ranks. What one rank does
 alone, as rank 0 writes artifacts and gathers sums, or does more often than others, as validation in uneven shares, it
 does `in_company`: it tells the others before, and who has nothing left to do runs along until all are done. So no rank
-ever holds more than one block, or one tensor, of the others.
+ever holds more than one block of the others; a tensor that one wants whole is whole there alone, and the others send it
+their rows.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from checkpoints.tensors import LaterTensor
@@ -52,8 +54,37 @@ def host_tensors(named: Mapping[str, Tensor]) -> dict[str, Tensor | LaterTensor]
     }
 
 
+@torch.no_grad()
+def gathered(tensor: Any, wanted_by: int) -> Tensor | None:
+    """A tensor in pieces as a whole on the host of one rank, None on all others (called on every rank).
+
+    They send their rows and hold nothing of others. With `hsdp` the group of that rank has all rows, and the other
+    groups nothing to do. Pieces are rows, as `fully_shard` cuts them: the same number on each rank but for the last.
+    """
+    mesh = tensor.device_mesh
+    group = mesh.get_group(mesh.ndim - 1)
+    ranks = dist.get_process_group_ranks(group)
+    if wanted_by not in ranks:
+        return None
+    own, rows = own_piece(tensor).detach(), -(-len(tensor) // len(ranks))
+    piece = own.contiguous() if len(own) == rows else torch.cat([own, own.new_zeros(rows - len(own), *own.shape[1:])])
+    if dist.get_rank() != wanted_by:
+        dist.gather(_bytes(piece), dst=wanted_by, group=group)
+        return None
+    whole = own.new_empty(rows * len(ranks), *own.shape[1:])
+    dist.gather(_bytes(piece), list(_bytes(whole).chunk(len(ranks))), dst=wanted_by, group=group)
+    return whole[: len(tensor)].cpu()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """A tensor's memory, which every backend can send whatever it stands for."""
+    return tensor.view(-1).view(torch.uint8)
+
+
 class _Company:
-    """The ranks of one model, and what they are told: (ranks that run forward, number of a tensor that one wants)."""
+    """The ranks of one model, and what they are told: (ranks that run forward, number of a tensor that one wants, its
+    rank).
+    """
 
     def __init__(self, model: nn.Module, total: Total, further: Mapping[str, Tensor]) -> None:
         self.model, self.total, self.runs_along = model, total, False
@@ -64,27 +95,25 @@ class _Company:
     def before_forward(self, *_: object) -> None:
         """Tell the others, unless they have told this rank."""
         if not self.runs_along:
-            self.total([1.0, 0.0])
+            self.total([1.0, 0.0, 0.0])
 
     def whole(self, name: str) -> Tensor:
-        """A weight, on the host."""
-        self.total([0.0, float(self.numbers[name])])
-        return self._gathered(name)
+        """A weight, on this rank's host."""
+        rank = dist.get_rank()
+        self.total([0.0, float(self.numbers[name]), float(rank)])
+        whole = gathered(self.weights[name], rank)
+        assert whole is not None
+        return whole
 
     def attend(self) -> None:
         """Run along until no rank has anything left to do."""
         names, self.runs_along = list(self.weights), True
-        while any(told := self.total([0.0, 0.0])):
+        while any(told := self.total([0.0, 0.0, 0.0])):
             if told[1]:
-                self._gathered(names[int(told[1]) - 1])
+                gathered(self.weights[names[int(told[1]) - 1]], int(told[2]))
             else:
                 self._run_along()
         self.runs_along = False
-
-    def _gathered(self, name: str) -> Tensor:
-        weight: Any = self.weights[name]
-        whole: Tensor = weight.full_tensor().cpu()
-        return whole
 
     @torch.no_grad()
     def _run_along(self) -> None:

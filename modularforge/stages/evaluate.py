@@ -28,6 +28,7 @@ from modularforge.provenance import commit, making
 from modularforge.run import Run, is_kept
 from modularforge.stage_outputs import Backbone
 from modularforge.stored_models import StoredModel, stored_model
+from modularforge.training.precision import measuring
 
 RESULTS_NAME = "results.json"
 REPORT_NAME = "report.md"
@@ -118,7 +119,8 @@ def harness_of_folder(config: Config, url: str) -> Results:
     loaded = load_for_generation(url)
     name = url.rstrip("/").rsplit("/", 1)[-1]
     harness = Harness(config, loaded.tokenizer, next(iter(loaded.end_tokens), 0))
-    harness.measure(name, loaded.model)
+    with measuring(config.training, loaded.model.lm_head.weight.device):
+        harness.measure(name, loaded.model)
     return {"harness": harness.results()}
 
 

@@ -28,6 +28,7 @@ from modularforge.speech.model import SpeechModel
 from modularforge.tasks.speech import HeldOutSpeech, gates_of, held_out_speech, held_out_test, listing, measure
 from modularforge.training.distributed import default_device
 from modularforge.training.meter import peak_memory_bytes
+from modularforge.training.precision import measuring
 
 RESULTS_NAME, REPORT_NAME, LISTING_NAME = "results.json", "report.md", "utterances.json"
 RESULTS_FORMAT = "speech-2"
@@ -71,7 +72,8 @@ def measure_folder(run: Run, url: str, place: str | None = None) -> Row:
     name, model = url.rstrip("/").rsplit("/", 1)[-1], _load(run, url)
     with _tests(run, [set_at(place)] if place else config.speech.decoding.tests or ()) as tests:
         held_out = next(iter(tests.values())) if place else held_out_speech(config, run.corpus)
-        row, listings, _ = measured_row(model, held_out, {} if place else tests, device)
+        with measuring(config.training, device):
+            row, listings, _ = measured_row(model, held_out, {} if place else tests, device)
     found = {"models": {name: row}, "chosen": name, "routing": {}, "errors": _worst(listings)}
     shared = {"name": config.name, "task": config.task, "domains": list(held_out.domains), "samples": {}}
     facts = {"peak_memory_bytes": peak_memory_bytes(device), "seconds": round(time.perf_counter() - start, 3)}
@@ -121,10 +123,11 @@ def _measured(run: Run, models: dict[str, Artifact], tests: Tests) -> tuple[Row,
     for name, artifact in models.items():
         is_expert = JobName.parse(name).stage == "expert"
         model: Any = run.backbone.expert(artifact) if is_expert else load_speech(artifact.local_folder())
-        row, listings[name], usage = measured_row(model, held_out, tests, device)
+        with measuring(config.training, device):
+            row, listings[name], usage = measured_row(model, held_out, tests, device)
+            if usage:
+                gates[name] = gates_of(model, held_out, usage)
         rows[name] = row | _costs(models, name)
-        if usage:
-            gates[name] = gates_of(model, held_out, usage)
         logger.info("%s: word error rate %.3f, mean test loss %.4f", name, rows[name]["wer"], rows[name]["mean_loss"])
         del model  # before the next is loaded: two may not fit
     experts = {name: row for name, row in rows.items() if JobName.parse(name).stage == "expert"}

@@ -30,6 +30,7 @@ from modularforge.study.study_file import NEEDS, Variant
 from modularforge.tasks.speech import HeldOutSpeech, held_out_speech
 from modularforge.training.distributed import default_device
 from modularforge.training.job import Job
+from modularforge.training.precision import measuring
 
 KINDS = ("backbone", "dense", "joint", "experts", "assembled")
 WITHOUT: dict[str, Any] = {"documents": {}, "flops_per_token": None}
@@ -67,7 +68,8 @@ class SpeechBench:
         return {"rows": {"": row}, "calibration": calibration}
 
     def _row(self, model: Any, jobs: list[Artifact]) -> dict[str, Any]:
-        row, _, _ = measured_row(model, self.held_out, {}, default_device())
+        with measuring(self.run.config.training, default_device()):
+            row, _, _ = measured_row(model, self.held_out, {}, default_device())
         return {**row, **costs(jobs), **WITHOUT}
 
     def _measure_experts(self, jobs: dict[str, Artifact]) -> dict[str, Any]:

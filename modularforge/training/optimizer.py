@@ -19,17 +19,33 @@ from modularforge.model.shards import is_sharded, like_piece, own_piece
 LARGEST = 1e300  # a loss that any validation is better than, as a number of JSON
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 RANDOM_STATE = "random_state"
+# What lies around an optimizer's methods: both import the compiler; the last is put there when one is first made.
+OPTIMIZER = "torch.optim.optimizer"
+AROUND = {("torch._compile", "inner"), (OPTIMIZER, "_use_grad"), (OPTIMIZER, "wrapper")}
+
+
+def bare(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method without what torch (2.6 to 2.13) wraps around an optimizer's; as it is where anything else does."""
+    found: Any = method
+    while hasattr(found, "__wrapped__"):
+        place = (found.__globals__["__name__"], found.__code__.co_name) if inspect.isfunction(found) else None
+        if place not in AROUND:
+            return method
+        found = found.__wrapped__
+    plain: Callable[..., Any] = found
+    return plain
 
 
 class AdamW(torch.optim.AdamW):
     """torch's, whose methods keep themselves out of graphs: to do so they import torch._dynamo, which takes a second.
 
-    Every job would pay that at its start; a step is in no graph here, since only models are compiled.
+    Every job would pay that at its start; a step is in no graph here, since only models are compiled. Methods that a
+    torch of another version has made in another way stay as they are, and cost that second.
     """
 
-    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    add_param_group = bare(torch.optim.Optimizer.add_param_group)
+    zero_grad = bare(torch.optim.Optimizer.zero_grad)
+    step = torch.no_grad()(bare(torch.optim.AdamW.step))
 
 
 def build_optimizer(groups: Sequence[ParameterGroup], phase: PhaseConfig, training: TrainingConfig) -> AdamW:

@@ -122,6 +122,16 @@ def test_weights_are_made_in_pieces_as_in_one_process_and_no_rank_holds_all(tmp_
     assert facts == dict.fromkeys(shard_ranks.DEFERRED, 1.0)
 
 
+def test_a_tensor_is_whole_on_the_rank_that_wants_it_and_the_others_hold_their_rows_alone(tmp_path: Path) -> None:
+    """In bf16 and float32, with rows that the ranks do not divide; with `hsdp` one group alone has something to do."""
+    run_command("tests.shard_ranks", str(tmp_path), "wholes")
+    for layout, most in (("3-fsdp", 0.5), ("4-hsdp", 0.5)):
+        facts, shares = json.loads((tmp_path / f"{layout}.json").read_text())
+        assert facts["same"] == facts["whole"] == facts["tensors"] / int(layout[0]) > 0
+        assert 1 <= shares[-1] < 1.2
+        assert max(shares[:-1]) <= most
+
+
 def made(folder: Path, ranks: int, kind: str, jobs: list[str], **training: Any) -> Config:
     """Stages of a tiny run of three experts, FFNs anchored, on so many ranks; its data lies beside its folder."""
     experts = {"anchored": kind == "ffn", "kind": kind, **({"unfreeze": ["attention"]} if kind == "ffn" else {})}

@@ -25,10 +25,11 @@ from modularforge.speech.model import SpeechModel
 from modularforge.speech.steering import GateUsage, Steering
 from modularforge.speech.transcribe import features_of, transcribe_files
 from modularforge.stage_outputs import Backbone
-from modularforge.stages.evaluate_speech import measure_folder
-from modularforge.tasks.speech import SPEECH, arguments, held_out_speech, speech_file
+from modularforge.stages.evaluate_speech import measure_folder, measured_row
+from modularforge.tasks.speech import SPEECH, arguments, gates_of, held_out_speech, speech_file
 from modularforge.training.checkpointing import Checkpointing
 from tests.conftest import run_command
+from tests.measured import seen_without_gradients
 from tests.speech.runs import run_all, speech_config
 from tests.speech.sounds import wav, words
 
@@ -304,3 +305,25 @@ def test_info_counts_utterances_and_no_feed_forward_experts(sounds: Path, tmp_pa
     said = describe(speech_config(tmp_path / "run", sounds))
     assert "projector 8 steps of 4 utterances; each of 2 experts 8 steps of 4 utterances" in said
     assert "assembled" not in said
+
+
+def test_every_stage_of_speech_looks_at_its_models_in_the_type_that_measuring_has(
+    sounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with seen_without_gradients(monkeypatch) as seen:
+        run_all(speech_config(tmp_path / "run", sounds))
+    assert not seen.outside, "\n".join(seen.outside)
+    assert seen.inside > 1000
+
+
+def test_a_model_that_is_measured_in_bf16_says_nearly_the_same(finished: Config) -> None:
+    """As a GPU measures it; here autocast alone, whose sums a CPU rounds too."""
+    run = Run(finished)
+    held_out, cpu = held_out_speech(finished, run.corpus), torch.device("cpu")
+    for stage in ("backbone", "assemble"):
+        model = load_speech(run.require(stage).local_folder())
+        exact, _, _ = measured_row(model, held_out, {}, cpu)
+        with torch.autocast("cpu", torch.bfloat16):
+            half, _, gates = measured_row(model, held_out, {}, cpu)
+            assert not gates or gates_of(model, held_out, gates)
+        assert 0 < abs(half["mean_loss"] - exact["mean_loss"]) < 0.05

@@ -17,7 +17,7 @@ from modularforge.config_files import to_yaml
 from modularforge.errors import DataError, MismatchError
 from modularforge.evaluation.generation import Sampling, continue_batch, continue_fixed
 from modularforge.model import head
-from modularforge.model.backbone import Decoder, build_backbone
+from modularforge.model.backbone import Decoder, FixedCache, KeyValueCache, build_backbone
 from modularforge.model.moe import build_anchored_pair
 from modularforge.training import compiled
 from modularforge.training.compiled import LONG, is_compiled
@@ -120,6 +120,20 @@ def test_steps_of_generation_are_one_graph_of_fixed_shapes_and_give_the_same_tok
     some = continue_batch(model, prompts, 20, Sampling(temperature=0), (end,))
     assert continue_fixed(model, prompts, 20, (end,), model.fixed_logits) == some
     assert len({len(row) for row in some}) > 1
+
+
+def test_a_room_of_fixed_size_has_nothing_that_would_change_it_from_the_host(decoder: Decoder) -> None:
+    filled = KeyValueCache(room=6)
+    decoder.next_logits(torch.tensor([[1, 2], [3, 4]]), filled, torch.zeros(2, 2, dtype=torch.int64))
+    cache = FixedCache(filled)
+    assert not isinstance(cache, KeyValueCache)
+    assert not {"keep", "length", "lengths", "text"} & {*dir(cache)}
+    for place in (2, 3):  # the tensors say how much was read
+        assert cache.place_1.tolist() == [place]
+        assert cache.seen_BS.sum(dim=1).tolist() == [place + 1] * 2
+        decoder.fixed_logits(torch.tensor([[5], [6]]), cache)
+        assert [bool(key[:, :, place].any()) for key, _ in cache.layers.values()] == [True] * len(cache.layers)
+        cache.advance()
 
 
 def test_fixed_steps_are_refused_where_shapes_follow_from_tokens_or_the_context_ends(decoder: Decoder) -> None:

@@ -79,6 +79,20 @@ def test_sums_without_outer_products_and_their_tokens_are_part_of_the_identity(t
     assert of("dense", statistics="norms", statistics_tokens=99) == of("dense")
 
 
+def test_tokens_of_sums_with_outer_products_count_for_what_depends_on_them_and_for_nothing_else(
+    tmp_path: Path,
+) -> None:
+    """Of the settings alone: what is made of experts then has other inputs."""
+
+    def of(tokens: int) -> dict[str, str]:
+        config = tiny_config(tmp_path, experts={"statistics": "moments", "statistics_tokens": tokens})
+        return {name: fingerprint(name, stage_settings(config, name), {}) for name in STAGES}
+
+    before, after = of(4096), of(99)
+    changed = {name for name in before if before[name] != after[name] and not name.startswith("round_")}
+    assert changed == {"expert", "branch"}
+
+
 # Of anchored experts with configs/default.yaml, by the router's name at commit 795ecc8, where they were taken.
 OF_ROUTERS = {
     "evidence": "328af6f8ef253a5c84947946a736be7b",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -31,7 +32,7 @@ from modularforge.training.checkpointing import Checkpointing
 from modularforge.training.distributed import World
 from modularforge.training.job import Job
 from modularforge.training.loop import _pieces, fit
-from modularforge.training.optimizer import build_optimizer, learning_rate
+from modularforge.training.optimizer import AdamW, bare, build_optimizer, learning_rate
 from tests.conftest import tiny_config
 
 
@@ -52,6 +53,47 @@ class Lines:
 
 def squared_error(model: nn.Module, tensors: Tensors) -> Tensor:
     return (model(tensors["x"]) - tensors["y"]).square().mean()
+
+
+def test_only_what_torch_is_known_to_wrap_around_its_methods_is_left_out() -> None:
+    """Torch's own, the hook that it adds when an optimizer is first made, and those that somebody else has made."""
+    weight = nn.Parameter(torch.ones(2))
+    torch.optim.AdamW([weight])
+    hooked: Any = torch.optim.AdamW.step
+    assert hooked.hooked
+    for method in (torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.zero_grad, hooked):
+        found = bare(method)
+        assert not hasattr(found, "__wrapped__")
+        assert found.__code__.co_name in ("add_param_group", "zero_grad", "step")
+
+    def step(self: torch.optim.Optimizer) -> None:
+        self.zero_grad()
+
+    @functools.wraps(hooked)
+    def counted(*arguments: Any) -> Any:
+        return hooked(*arguments)
+
+    assert bare(counted) is counted  # what it does besides is not lost
+    assert bare(step) is step
+    assert bare(functools.partial(step)) is not step
+
+
+def test_adamw_does_the_same_step_where_torchs_methods_stay_as_they_are() -> None:
+    class Kept(torch.optim.AdamW):
+        step = torch.no_grad()(torch.optim.AdamW.step)
+
+    found = []
+    for kind in (AdamW, Kept, torch.optim.AdamW):
+        weight = nn.Parameter(torch.arange(4.0))
+        optimizer = kind([{"params": [weight], "weight_decay": 0.1}], lr=0.1, fused=True)
+        for _ in range(3):
+            weight.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert weight.grad is None
+        found.append(weight.detach())
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 PHASE = PhaseConfig(steps=100, warmup_steps=10, peak_learning_rate=1.0, final_learning_rate_ratio=0.1)

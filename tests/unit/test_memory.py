@@ -107,7 +107,7 @@ def test_a_calibration_that_cannot_fit_is_refused_and_counts_bf16_for_what_is_fr
     why = too_large(large(**sizes), STAGES["calibrate"])
     assert why is not None
     assert why.startswith("calibrate must fit into 90 % of cluster.gpu_memory_gb (80), but needs about ")
-    assert "on each of 1 GPU(s) with training.parallel ddp; fsdp on " in why  # ddp calibrates in one process
+    assert "on each of 1 GPU with training.parallel ddp; fsdp on " in why  # ddp calibrates in one process
     assert too_large(large(**sizes, **{"training.parallel": "fsdp"}), STAGES["calibrate"]) is None
     whole = job_memory(large(), STAGES["calibrate"], 1, "ddp")
     pretrained = large().model.model_copy(update={"pretrained": "given"})
@@ -121,6 +121,31 @@ def test_info_says_it_for_the_numbers_that_are_asked_for() -> None:
     assert [line for line in lines if line.startswith("memory:     backbone on 8 GPUs, fsdp: ")]
     assert sum("fits into 80 GB on: " in line for line in lines) == len(trained_stages(large()))
     assert memory_table(large(), []) == []
+
+
+def test_hsdp_is_named_where_it_needs_something_else_than_fsdp_and_chosen_where_it_alone_fits() -> None:
+    """Over nodes of 8 it holds more; where a batch is accumulated it keeps gradients in pieces, which fsdp does not."""
+
+    def rows(config: Config, gpus: int) -> list[str]:
+        table = memory_table(config, [gpus])
+        return [line.split(", ")[1].split(":")[0] for line in table if line.startswith("memory:     backbone on ")]
+
+    plain = large()
+    assert rows(plain, 8) == ["ddp", "fsdp"]
+    assert rows(plain, 64) == ["ddp", "fsdp", "hsdp over 8"]
+    assert rows(large(**{"cluster.backbone": {"nodes": 16, "gpus": 4}}), 64)[2] == "hsdp over 4"
+    wide = {"training.parallel": "hsdp", "training.shard_ranks": 16}
+    assert rows(large(**wide), 64)[2] == "hsdp over 16"
+    assert rows(large(**wide | {"training.shard_ranks": 24}), 64) == ["ddp", "fsdp"]  # cannot be
+    accumulated = large(**{"backbone.batch_size": 128, "backbone.accumulation_steps": 16})
+    assert rows(accumulated, 8) == ["ddp", "fsdp", "hsdp over 8"]
+    whole, pieces = (job_memory(accumulated, STAGES["backbone"], 8, way, 8).total for way in ("fsdp", "hsdp"))
+    found = smallest(accumulated, STAGES["backbone"], (whole + pieces) / 2)
+    assert found == (8, "hsdp")
+    few = large(**{"backbone.batch_size": 512, "backbone.accumulation_steps": 16, "cluster.backbone.gpus": 4})
+    least = job_memory(few, STAGES["backbone"], 32, "hsdp", 4).total
+    assert least < job_memory(few, STAGES["backbone"], 32, "fsdp").total
+    assert smallest(few, STAGES["backbone"], least) == (32, "hsdp with training.shard_ranks 4")
 
 
 def test_a_number_of_gpus_that_is_none_is_refused() -> None:

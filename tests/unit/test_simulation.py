@@ -170,6 +170,20 @@ def test_a_plan_is_simulated(tmp_path) -> None:
     assert describe_simulation(config, ["gpus=64", "seeds=2"]) == text
 
 
+def test_a_plan_of_jobs_shorter_than_their_start_says_that_goodput_says_little(tmp_path) -> None:
+    words = "shorter than the 2 min that a job takes to queue and start (queue_minutes, start_minutes)"
+    config = tiny_config(tmp_path)
+    short = describe_simulation(config, ["gpus=1", "seeds=2"])
+    assert short.startswith("assumed on 1 GPU: ")
+    assert "on 1 GPU, a checkpoint" in short
+    assert "1 GPUs" not in short
+    assert "GPU(s)" not in short
+    assert f"backbone, 3 x expert, assemble: {words}" in short
+    assert words not in describe_simulation(config, ["gpus=1", "seeds=2", "start_minutes=0"])
+    slow = describe_simulation(config, ["gpus=1", "seeds=2", "peak_teraflops=1e-6", "failures_per_gpu_hour=0"])
+    assert "so that goodput says little" not in slow
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
