@@ -19,7 +19,7 @@ from checkpoints.hashing import CHUNK_BYTES, FileEntry, FileHasher
 from checkpoints.owners import locked
 from checkpoints.parallel import in_order
 from checkpoints.retry import call
-from checkpoints.streams import fetch_file
+from checkpoints.streams import passing_file
 from checkpoints.writer import ArtifactWriter
 
 FILES_AT_ONCE = 3
@@ -86,12 +86,9 @@ def _append(source: Artifact, name: str, target: Path, report: Report) -> None:
         hasher = _hash_beginning(file, name, entry)
         report(hasher.size)
         with DurableFile(file) as durable:
-
-            def write(part: memoryview) -> None:
+            for part in passing_file(source.file_url(name), entry, hasher):
                 durable.write(part)
                 report(len(part))
-
-            fetch_file(source.file_url(name), entry, hasher, write)
 
 
 def _hash_beginning(file: BinaryIO, name: str, entry: FileEntry) -> FileHasher:

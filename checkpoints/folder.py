@@ -104,7 +104,7 @@ class FolderStore:
         call("delete", url, lambda: _delete_tree(local_path(url)))
 
 
-def write_atomically(path: Path, parts: Iterable[bytes], *, replace: bool) -> None:
+def write_atomically(path: Path, parts: Iterable[bytes | memoryview], *, replace: bool) -> None:
     """Write beside the target, flush to disk, then link or rename: a reader sees all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(hidden_name(path.name))
