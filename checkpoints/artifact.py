@@ -21,7 +21,8 @@ from checkpoints.options import cache_folder
 from checkpoints.owners import one_at_a_time
 from checkpoints.parallel import in_order
 from checkpoints.parsing import parse_json
-from checkpoints.streams import check_local_file, check_size, compare_size, stream_file
+from checkpoints.retry import call
+from checkpoints.streams import check_local_file, check_size, compare_size, passing_file, stream_file
 from checkpoints.urls import ATTEMPT, HIDDEN, MANIFEST_NAME, OWNER_NAME, UnsafeNameError, checked_path
 
 READS_AT_ONCE = 8
@@ -112,7 +113,7 @@ class Artifact:
     def problem_of(self, name: str) -> str:
         """What is wrong with one file, or an empty string; reads all of it."""
         try:
-            for _ in self.stream(name):
+            for _ in passing_file(self.file_url(name), self.manifest.files[name]):
                 pass
         except CorruptArtifactError as error:
             return str(error)
@@ -149,7 +150,8 @@ class Artifact:
             try:
                 return check_local_file(target, entry)
             except CorruptArtifactError:
-                paths.upload(str(target), self.stream(name))
+                parts = passing_file(self.file_url(name), entry)
+                call("write", str(target), lambda: paths.write_atomically(target, parts, replace=True))
         return target
 
 

@@ -19,7 +19,7 @@ from checkpoints.hashing import CHUNK_BYTES, FileEntry, FileHasher
 from checkpoints.owners import locked
 from checkpoints.parallel import in_order
 from checkpoints.retry import call
-from checkpoints.streams import stream_file
+from checkpoints.streams import passing_file
 from checkpoints.writer import ArtifactWriter
 
 FILES_AT_ONCE = 3
@@ -86,7 +86,7 @@ def _append(source: Artifact, name: str, target: Path, report: Report) -> None:
         hasher = _hash_beginning(file, name, entry)
         report(hasher.size)
         with DurableFile(file) as durable:
-            for part in stream_file(source.file_url(name), entry, hasher):
+            for part in passing_file(source.file_url(name), entry, hasher):
                 durable.write(part)
                 report(len(part))
 

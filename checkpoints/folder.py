@@ -49,6 +49,10 @@ class FolderStore:
         """The same bytes as `read`, here in one piece."""
         return [self.read(url, start, end)]
 
+    def read_into(self, url: str, start: int, view: memoryview) -> int:
+        """Fill a buffer with the bytes behind `start`; returns how many there are, fewer at the file's end."""
+        return call("read", url, lambda: _read_into(local_path(url), start, view))
+
     def size(self, url: str) -> int:
         """Size of a file; raises FileNotFoundError, also for a folder."""
         return call("look at", url, lambda: _file_size(local_path(url)))
@@ -100,7 +104,7 @@ class FolderStore:
         call("delete", url, lambda: _delete_tree(local_path(url)))
 
 
-def write_atomically(path: Path, parts: Iterable[bytes], *, replace: bool) -> None:
+def write_atomically(path: Path, parts: Iterable[bytes | memoryview], *, replace: bool) -> None:
     """Write beside the target, flush to disk, then link or rename: a reader sees all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(hidden_name(path.name))
@@ -178,6 +182,16 @@ def _read(path: Path, start: int, end: int | None) -> bytes:
     with open(path, "rb") as file:
         file.seek(start)
         return file.read() if end is None else file.read(end - start)
+
+
+def _read_into(path: Path, start: int, view: memoryview) -> int:
+    check_regular(path)
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        done = 0
+        while more := file.readinto(view[done:]):
+            done += more
+    return done
 
 
 def _file_size(path: Path) -> int:

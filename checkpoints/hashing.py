@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from checkpoints import digests
 from checkpoints.errors import CorruptArtifactError
-from checkpoints.parallel import consumer
+from checkpoints.parallel import consumer, meanwhile
 from checkpoints.safetensors import LENGTH_BYTES, Header, header_length, parse_header
 
 # Blocks of this size are used again by malloc; fresh ones of 16 MiB cost up to 2 s of page faults per GiB (measured).
@@ -77,6 +78,17 @@ class FileHasher:
                     update(chunk)
 
             yield update_later
+
+    @contextmanager
+    def beside(self, chunk: bytes | memoryview) -> Iterator[None]:
+        """Take the next bytes in threads while the body of the `with` runs; at its end nobody reads them any more."""
+        with ExitStack() as threads:
+            for update in self._updates():
+                if len(chunk) > CHUNK_BYTES:
+                    threads.enter_context(meanwhile(partial(update, chunk)))
+                else:
+                    update(chunk)
+            yield
 
     def entry(self) -> FileEntry:
         """What has been taken so far as a whole file; raises CorruptArtifactError for a weight file that is not one."""

@@ -29,6 +29,12 @@ class ObjectStore:
         """The same bytes as `read`, here in one piece."""
         return [self.read(url, start, end)]
 
+    def read_into(self, url: str, start: int, view: memoryview) -> int:
+        """Fill a buffer with the bytes behind `start`; returns how many there are, fewer at the file's end."""
+        content = self.read(url, start, start + len(view))
+        view[: len(content)] = content
+        return len(content)
+
     def size(self, url: str) -> int:
         """Size of a file; raises FileNotFoundError."""
         info = call("look at", url, lambda: self._files.info(url))

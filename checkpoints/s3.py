@@ -24,6 +24,7 @@ REQUESTS_IN_FLIGHT = 8
 LARGEST_COPY = 5 << 30  # of one CopyObject request
 COPY_PART = 1 << 30
 PIECE_BYTES = 1 << 20  # malloc uses blocks of this size again; fresh larger ones cost page faults
+RECEIVED_BYTES = 256 << 10  # still in the processor's cache when urllib3 copies it on
 OBJECT_MARKERS = {"ContinuationToken": "NextContinuationToken"}
 UPLOAD_MARKERS = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
 KEYS_OF_A_DELETE = 1_000  # of one DeleteObjects request
@@ -62,6 +63,11 @@ class S3Store:
             return []
         options = {"Range": f"bytes={start}-{'' if end is None else end - 1}"} if start or end is not None else {}
         return call("read", url, lambda: self._get(url, options))
+
+    def read_into(self, url: str, start: int, view: memoryview) -> int:
+        """Fill a buffer with the bytes behind `start`; returns how many there are, fewer at the object's end."""
+        options = {"Range": f"bytes={start}-{start + len(view) - 1}"}
+        return call("read", url, lambda: self._get_into(url, options, view))
 
     def size(self, url: str) -> int:
         """Size of an object; raises FileNotFoundError."""
@@ -303,6 +309,14 @@ class S3Store:
         body = self._call("get_object", bucket, Key=key, **options)["Body"]
         with closing(body):
             return list(iter(lambda: body.read(PIECE_BYTES), b""))
+
+    def _get_into(self, url: str, options: dict[str, Any], view: memoryview) -> int:
+        bucket, key = _split(url)
+        done = 0
+        with closing(self._call("get_object", bucket, Key=key, **options)["Body"]) as body:
+            while more := body.readinto(view[done : done + RECEIVED_BYTES]):
+                done += more
+        return done
 
     def _put(self, url: str, content: bytes, **options: Any) -> str:
         bucket, key = _split(url)
