@@ -124,9 +124,10 @@ def _ways(config: Config, stage: Stage, gpus: int) -> list[tuple[str, int]]:
     """
     if gpus == 1:
         return [("ddp", 1)]
+    with_ddp: list[tuple[str, int]] = [] if stage.within else [("ddp", 1)]  # by itself such a job is one process
     asked = getattr(config.cluster, stage.nodes).gpus
     shards = min(config.training.shard_ranks or (asked if asked > 1 else USUAL_NODE), gpus)
-    ways = [("ddp", 1), ("fsdp", gpus)]
+    ways = [*with_ddp, ("fsdp", gpus)]
     of_fsdp, of_hsdp = (job_memory(config, stage, gpus, name, shards) for name in ("fsdp", "hsdp"))
     return [*ways, ("hsdp", shards)] if of_hsdp != of_fsdp and gpus % shards == 0 else ways
 
@@ -141,7 +142,7 @@ def too_large(config: Config, stage: Stage) -> str | None:
     None where it can, and where `cluster.gpu_memory_gb` does not say how large they are.
     """
     memory, training, nodes = config.cluster.gpu_memory_gb, config.training, getattr(config.cluster, stage.nodes)
-    gpus = nodes.nodes * nodes.gpus if training.parallel != "ddp" or not stage.within else min(1, nodes.gpus)
+    gpus = min(1, nodes.gpus) if training.parallel == "ddp" and stage.within else nodes.nodes * nodes.gpus
     if memory is None or not gpus:
         return None
     shards, again = training.shard_ranks or nodes.gpus, training.recompute == "auto"  # which chooses by what is there
@@ -168,7 +169,16 @@ def memory_table(config: Config, counts: Sequence[int]) -> list[str]:
     """Lines of text: by job, way and number of GPUs, what each GPU needs, and the smallest number that fits."""
     lines = []
     for stage in trained_stages(config):
+        assert stage.phase is not None
+        phase = stage.phase(config)
+        sequences = phase.batch_size // phase.accumulation_steps
         for gpus in counts:
+            if sequences % gpus:
+                lines.append(
+                    f"memory:     {stage.name} on {_gpus(gpus)}: cannot be, as they cannot share its {sequences} "
+                    "sequences at a time (batch_size / accumulation_steps) evenly"
+                )
+                continue
             for parallel, shards in _ways(config, stage, gpus):
                 found = job_memory(config, stage, gpus, parallel, shards)
                 parts = ", ".join(f"{name} {_gb(value)}" for name, value in found.parts.items() if value)

@@ -123,6 +123,14 @@ def test_info_says_it_for_the_numbers_that_are_asked_for() -> None:
     assert memory_table(large(), []) == []
 
 
+def test_info_names_no_way_in_which_a_job_cannot_run() -> None:
+    """More GPUs than they can share a batch, and calibration by ddp, which is one process."""
+    lines = memory_table(large(), [8, 48])
+    assert sum("backbone on 48 GPUs: cannot be, as they cannot share its " in line for line in lines) == 1
+    assert not [line for line in lines if "48 GPUs, " in line]
+    assert [line.split(", ")[1].split(":")[0] for line in lines if "calibrate on 8 GPUs, " in line] == ["fsdp"]
+
+
 def test_hsdp_is_named_where_it_needs_something_else_than_fsdp_and_chosen_where_it_alone_fits() -> None:
     """Over nodes of 8 it holds more; where a batch is accumulated it keeps gradients in pieces, which fsdp does not."""
 
