@@ -150,8 +150,11 @@ class Artifact:
             try:
                 return check_local_file(target, entry)
             except CorruptArtifactError:
-                parts = passing_file(self.file_url(name), entry)
-                call("write", str(target), lambda: paths.write_atomically(target, parts, replace=True))
+
+                def write() -> None:  # from the first byte, if it must be tried again
+                    paths.write_atomically(target, passing_file(self.file_url(name), entry), replace=True)
+
+                call("write", str(target), write)
         return target
 
 

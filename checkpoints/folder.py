@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from checkpoints.errors import CorruptArtifactError
 from checkpoints.owners import claimed
-from checkpoints.retry import call, logger
+from checkpoints.retry import call, explain, is_transient, logger
 from checkpoints.urls import DELETED, FileInfo, hidden_name, local_path
 
 # Another disk, a file system without hard links, or one that forbids more of them.
@@ -67,8 +67,17 @@ class FolderStore:
         call("write", url, lambda: write_atomically(local_path(url), [content], replace=True))
 
     def upload(self, url: str, parts: Iterable[bytes]) -> None:
-        """Write a file from its parts."""
-        call("write", url, lambda: write_atomically(local_path(url), parts, replace=True))
+        """Write a file from its parts; tried once, since parts that have passed do not come again."""
+
+        def write() -> None:
+            try:
+                write_atomically(local_path(url), parts, replace=True)
+            except OSError as error:
+                if is_transient(error):
+                    raise explain(error, "write", url) from error
+                raise
+
+        call("write", url, write)
 
     def copy_inside(self, source: str, target: str, _size: int | None = None) -> bool:
         """Hard-link a file, in place of an older one; False where the file system cannot."""

@@ -68,15 +68,16 @@ def _filled_again(url: str, start: int, end: int) -> Iterator[memoryview]:
     time of a download. The first parts of a large file are small, so that what is done with them begins sooner.
     """
     store, ahead = paths.store_of(url), LOCAL_READS_AHEAD if paths.is_local(url) else READS_IN_FLIGHT
+    spans = list(_spans(start, end, ahead))
     free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-    for _ in range(ahead):
-        free.put(memoryview(bytearray(min(PART_BYTES, end - start))))  # no memory yet, but what is then filled
+    for _ in spans[:ahead]:  # no more than there are parts: a bytearray is written over when it is made
+        free.put(memoryview(bytearray(min(PART_BYTES, end - start))))
 
     def fill(span: tuple[int, int]) -> tuple[memoryview, int]:
         buffer = free.get()
         return buffer, store.read_into(url, span[0], buffer[: span[1] - span[0]])
 
-    for buffer, filled in in_order(fill, _spans(start, end, ahead), ahead):
+    for buffer, filled in in_order(fill, spans, ahead):
         yield buffer[:filled]
         free.put(buffer)
 

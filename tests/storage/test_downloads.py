@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoints import Artifact, CorruptArtifactError, open_artifact, paths, streams, write_artifact
+from checkpoints import Artifact, CorruptArtifactError, StoreError, open_artifact, paths, retry, streams, write_artifact
 from checkpoints.copying import copy_artifact
+from checkpoints.folder import DurableFile
 from tests.storage.proxy import Fault, FaultProxy, Request
 
 PART = 2 << 20
@@ -84,3 +85,31 @@ def test_a_file_that_shrinks_while_it_is_read_is_damage(tmp_path: Path) -> None:
     os.truncate(file, 5 << 20)
     with pytest.raises(CorruptArtifactError, match="must have sha256"):
         list(parts)
+
+
+@pytest.fixture
+def one_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second write of a process to a folder fails once, as one to a network file system may."""
+    counted, write = itertools.count(), DurableFile.write
+
+    def write_or_fail(file: DurableFile, chunk: bytes | memoryview) -> None:
+        if next(counted) == 1:
+            raise TimeoutError("timed out")
+        write(file, chunk)
+
+    monkeypatch.setattr(DurableFile, "write", write_or_fail)
+    monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.0)
+
+
+def test_a_cached_file_is_fetched_anew_when_a_write_failed(
+    s3: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    artifact = weights(s3, tmp_path)
+    request.getfixturevalue("one_timeout")
+    assert artifact.local_file(NAME).read_bytes() == (tmp_path / NAME).read_bytes()
+
+
+def test_parts_that_pass_once_are_not_written_without_those_that_passed(tmp_path: Path, one_timeout: None) -> None:
+    with pytest.raises(StoreError, match="cannot write"):
+        paths.upload(str(tmp_path / "file"), iter([b"first", b"second", b"third"]))
+    assert list(tmp_path.iterdir()) == []
