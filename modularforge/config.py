@@ -545,9 +545,11 @@ class ExpertsConfig(PhaseConfig):
     """An expert starts as a copy of the public FFN, or from random weights."""
     z_loss: float = Field(1e-3, ge=0)
     """Weight of the router z-loss, mean of logsumexp(router logits) squared."""
-    statistics: Literal["moments", "norms"] = "moments"
+    statistics: Literal["moments", "norms"] | None = None
     """What a finished expert gathers for routers. `moments`: sums with outer products, for any router; `norms`: sums
-    alone, of 4,096 tokens at the most, for all but `ridge`. On a large backbone, moments are gigabytes and minutes."""
+    alone, of 4,096 tokens at the most, for all but `ridge`. On a large backbone, moments are gigabytes and minutes:
+    null gathers norms on a pretrained one, unless `assembly.router` is `ridge` or `evaluation.baselines` has `btx`, and
+    moments elsewhere."""
     statistics_tokens: int = Field(262_144, ge=1)
     """Tokens of its partition from which a finished expert gathers router statistics."""
     counted_tokens: int = Field(20_000_000, ge=1)
@@ -568,16 +570,6 @@ class ExpertsConfig(PhaseConfig):
     weights that the assembled model has."""
     outer: OuterConfig = OuterConfig()
     lora: LoraConfig = LoraConfig()
-
-    @property
-    def gathers_moments(self) -> bool:
-        """Whether outer products are among the statistics."""
-        return self.statistics == "moments"
-
-    @property
-    def gathered_tokens(self) -> int:
-        """Tokens that statistics are gathered from."""
-        return self.statistics_tokens if self.gathers_moments else min(self.statistics_tokens, FEW_TOKENS)
 
 
 class BaselineConfig(Section):
@@ -1144,6 +1136,24 @@ class Config(SafeSection):
         parts = self.experts.unfreeze if self.assembly.shared == "own" else []
         return [part for part in ("embeddings", "head") if part in parts]
 
+    @property
+    def needs_moments(self) -> bool:
+        """Whether something of the run is solved from outer products."""
+        return self.assembly.router == "ridge" or "btx" in self.evaluation.baselines
+
+    @property
+    def gathers_moments(self) -> bool:
+        """Whether outer products are among the statistics."""
+        if self.experts.statistics is not None:
+            return self.experts.statistics == "moments"
+        return self.model.pretrained is None or self.experts.kind == "steering" or self.needs_moments
+
+    @property
+    def gathered_tokens(self) -> int:
+        """Tokens that statistics are gathered from."""
+        tokens = self.experts.statistics_tokens
+        return tokens if self.gathers_moments else min(tokens, FEW_TOKENS)
+
     def baseline_phase(self, name: TrainedOnAll) -> PhaseConfig:
         """How a baseline trains that sees all partitions at once: on the very windows of all experts.
 
@@ -1274,12 +1284,11 @@ def _impossible_assembly(config: Config) -> Iterator[str]:
             f"assembly.router must not be {assembly.router} when experts.anchored is false, because plain experts "
             "train no router rows; use ridge or means"
         )
-    if "btx" in config.evaluation.baselines or assembly.router == "ridge":
-        for _, value in _changed(experts, "statistics"):
-            yield (
-                f"experts.statistics must be moments where assembly.router is ridge or evaluation.baselines has btx, "
-                f"which is solved from outer products, but is {value}; set it to moments, or use another router"
-            )
+    if config.needs_moments and experts.statistics == "norms":
+        yield (
+            "experts.statistics must be moments where assembly.router is ridge or evaluation.baselines has btx, which "
+            "is solved from outer products, but is norms; set it to moments, or use another router"
+        )
 
 
 def _impossible_chats(config: Config) -> Iterator[str]:
@@ -1462,9 +1471,8 @@ def _settings_of_other_kinds(config: Config) -> Iterator[str]:
                 f"experts.{name} must be left out with experts.kind {kind}, since only ffn experts have it, but is "
                 f"{value}; remove it, or set experts.kind to ffn"
             )
-    if kind == "steering":
-        for name, value in _changed(experts, "statistics"):
-            yield f"experts.{name} must be moments with experts.kind steering, but is {value}; remove it"
+    if kind == "steering" and experts.statistics == "norms":
+        yield "experts.statistics must be moments with experts.kind steering, but is norms; remove it"
     if kind != "lora":
         yield from _settings_of_lora(config)
     if kind != "steering":

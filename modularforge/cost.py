@@ -108,7 +108,7 @@ def part_flops(config: Config, stage: Stage) -> float:
     phase, forward = stage.phase(config), sizes_of(config, stage.name).flops_per_token
     training, is_counted = config.training, stage.name in ("backbone", "expert")
     read = (phase.steps // training.validate_every + 1) * training.validation_tokens
-    read += config.experts.statistics_tokens if is_counted else 0
+    read += config.gathered_tokens if is_counted else 0
     return _phase_tokens(config, stage) * training_flops_per_token(config, stage.name) + read * forward
 
 

@@ -632,6 +632,7 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
     if "{data}" in stage.folder:
         values["seed"] = config.preparation_seed
     values["assembly"]["router"] = config.assembly.recorded_router
+    values["experts"]["statistics"] = "moments" if config.gathers_moments else "norms"
     found: dict[str, Any] = {}
     reads = (HOW_READ, *HOW_DRAWN) if stage.phase else (HOW_READ,) if name == "evaluate" else ()
     own, also = kind_of(config).settings, SETTINGS_FOR.get(config.task, {}).get(name, ())
@@ -650,7 +651,7 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
         value = value_of(values, own)
         found.pop(own, None)
         found[general] = value_of(values, general) if value is None else value
-    if name == "backbone" and config.experts.gathers_moments:  # missing as ever, so that old runs go on
+    if name == "backbone" and config.gathers_moments:  # missing as ever, so that old runs go on
         del found["experts.statistics_tokens"]
     # It has the rows that the assembled model's experts have, and none, whatever is said, where those have none.
     if name == "joint_evidence" and config.own_row_parts:

@@ -202,8 +202,8 @@ def _examples(
     config: Config, stream: Stream, batch_size: int, seed: int, name: str, sample_seed: int
 ) -> InstructionExamples:
     context, packs = config.model.context_length, config.training.packing
-    rows = config.experts.gathered_tokens // context
-    sample = sample_seed, rows, config.experts.gathers_moments
+    rows = config.gathered_tokens // context
+    sample = sample_seed, rows, config.gathers_moments
     return InstructionExamples(_checked(stream), context, batch_size, seed, name, packs, *sample)
 
 

@@ -213,8 +213,8 @@ def text_batches(stream: Iterable[tuple[Tensor, Tensor, int]]) -> Iterator[Batch
 
 def _examples(config: Config, tokens: Tokens, batch_size: int, seed: int, name: str, sample_seed: int) -> TextExamples:
     context = config.model.context_length
-    sample = sample_seed, config.experts.gathered_tokens // context, config.evaluation.batch_size
-    return TextExamples(tokens, context, batch_size, seed, name, *sample, config.experts.gathers_moments)
+    sample = sample_seed, config.gathered_tokens // context, config.evaluation.batch_size
+    return TextExamples(tokens, context, batch_size, seed, name, *sample, config.gathers_moments)
 
 
 def own_text(config: Config, file: TokenFile, labels: Sequence[str]) -> Tokens | None:

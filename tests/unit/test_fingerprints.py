@@ -9,8 +9,9 @@ from typing import Any, get_args
 import pytest
 
 from modularforge import config_files, pipeline
-from modularforge.config import RECORDED_ROUTERS, Config, RouterKind
+from modularforge.config import FEW_TOKENS, RECORDED_ROUTERS, Config, RouterKind
 from modularforge.config_files import load_config, setting_names
+from modularforge.cost import part_flops
 from modularforge.experts.kind import OWN, find_kind
 from modularforge.pipeline import (
     CAME_LATER,
@@ -77,6 +78,27 @@ def test_sums_without_outer_products_and_their_tokens_are_part_of_the_identity(t
         assert len({*found}) == 3
     assert of("backbone", statistics_tokens=99) == of("backbone")
     assert of("dense", statistics="norms", statistics_tokens=99) == of("dense")
+
+
+def test_outer_products_of_a_pretrained_backbone_are_gathered_where_something_is_solved_from_them(
+    tmp_path: Path,
+) -> None:
+    """They are gigabytes and minutes; of a backbone of the run's own they are gathered as ever."""
+    shape = tiny_config(tmp_path).model
+
+    def config(**sections: Any) -> Config:
+        pretrained = shape.model_copy(update={"pretrained": "given"})
+        return tiny_config(tmp_path, **sections).model_copy(update={"model": pretrained})
+
+    few, solved = config(), config(assembly={"router": "ridge", "experts_per_token": 1})
+    said = config(experts={"statistics": "moments", "statistics_tokens": 2 * FEW_TOKENS})
+    assert [one.gathers_moments for one in (few, solved, said, tiny_config(tmp_path))] == [False, True, True, True]
+    assert few.gathered_tokens == FEW_TOKENS < said.gathered_tokens
+    for stage in ("backbone", "expert"):
+        assert stage_settings(few, stage)["experts.statistics"] == "norms"
+        assert "experts.statistics" not in stage_settings(said, stage)
+        assert "experts.statistics" not in stage_settings(tiny_config(tmp_path), stage)
+    assert part_flops(few, STAGES["expert"]) < part_flops(said, STAGES["expert"])
 
 
 def test_tokens_of_sums_with_outer_products_count_for_what_depends_on_them_and_for_nothing_else(
