@@ -55,7 +55,7 @@ def test_the_backbone_trains_by_hand_on_two_nodes(new_run: Make, finished_run: C
 
 
 def test_an_expert_by_hand_saves_its_state_when_preempted_and_goes_on(trained_run: Make) -> None:
-    run = trained_run(experts=LONG, training=TRAINING)
+    run = trained_run(experts={**LONG, "steps": 5000}, training=TRAINING)  # not over before it is preempted
     job = submit(run, "train_experts.sh", "--array=0", "--partition=preemptible")
     run.wait_for_step("expert-0", 40)
     assert run.rows()["expert-0"]["state"] == "running"
