@@ -219,7 +219,8 @@ def read_yaml(path: str) -> dict[str, Any]:
         values = parse_yaml(_read(_shipped(path)))
     except (FileNotFoundError, NotADirectoryError):
         here = Path(FOLDER) if Path(FOLDER).is_dir() else PACKAGED
-        near = ", ".join(sorted(f"{FOLDER}/{found.name}" for found in here.glob("*.yaml")))
+        there = sorted(f"{FOLDER}/{found.name}" for found in here.glob("*.yaml"))
+        near = ", ".join(difflib.get_close_matches(path, there, n=3, cutoff=0.7) or there)
         raise ConfigError(f"{path} must be a YAML file, but does not exist; there is {near}") from None
     except StoreError as error:
         raise ConfigError(f"{path} must be a YAML file, but {error}") from error

@@ -120,7 +120,7 @@ def _claim(path: Path) -> None:
     lock.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        _lock_soon(descriptor)
+        _lock_soon(descriptor, path)
     except (BlockingIOError, PermissionError) as error:
         os.close(descriptor)
         raise StoreError(
@@ -132,9 +132,9 @@ def _claim(path: Path) -> None:
     _LOCKS[lock] = descriptor
 
 
-def _lock_soon(descriptor: int) -> None:
+def _lock_soon(descriptor: int, path: Path) -> None:
     """Lock the file; a job that starts again at once after its killed predecessor waits until that is gone."""
-    end = time.monotonic() + LOCK_SECONDS
+    end, is_told = time.monotonic() + LOCK_SECONDS, False
     while True:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,6 +142,9 @@ def _lock_soon(descriptor: int) -> None:
         except (BlockingIOError, PermissionError):
             if time.monotonic() >= end:
                 raise
+            if not is_told:
+                is_told = True
+                logger.info("another process still holds %s; waiting %.0f s for its end", path.name, LOCK_SECONDS)
         time.sleep(POLL_SECONDS)
 
 

@@ -131,6 +131,7 @@ def test_an_artifact_of_another_config_is_refused_and_kept(copied_run: tuple[Con
     ("arguments", "message"),
     [
         (["run-all", "--config", "nowhere.yaml"], "error: nowhere.yaml must be a YAML file, but does not exist"),
+        (["run-all", "--config", "configs/smal.yaml"], "but does not exist; there is configs/small.yaml, "),
         (["run-all", "--config", "configs"], "error: configs must be a YAML file, but cannot read configs"),
         (["study", "nowhere.yaml"], "error: nowhere.yaml must be a YAML file, but does not exist"),
         (
