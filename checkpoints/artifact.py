@@ -15,6 +15,7 @@ from typing import Any
 
 from checkpoints import paths
 from checkpoints.errors import CorruptArtifactError, MissingArtifactError
+from checkpoints.fetching import fetch_file
 from checkpoints.hashing import FileEntry
 from checkpoints.manifest import CHECKPOINT_KIND, Manifest
 from checkpoints.options import cache_folder
@@ -152,7 +153,8 @@ class Artifact:
             except CorruptArtifactError:
 
                 def write() -> None:  # from the first byte, if it must be tried again
-                    paths.write_atomically(target, passing_file(self.file_url(name), entry), replace=True)
+                    with paths.written_beside(target) as scratch:
+                        fetch_file(self.file_url(name), entry, scratch)
 
                 call("write", str(target), write)
         return target

@@ -9,17 +9,14 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from checkpoints import paths
 from checkpoints.artifact import Artifact, find_artifact
-from checkpoints.errors import ArtifactExistsError, CorruptArtifactError, StoreError
-from checkpoints.folder import DurableFile
-from checkpoints.hashing import CHUNK_BYTES, FileEntry, FileHasher
+from checkpoints.errors import ArtifactExistsError, StoreError
+from checkpoints.fetching import fetch_file
 from checkpoints.owners import locked
 from checkpoints.parallel import in_order
 from checkpoints.retry import call
-from checkpoints.streams import passing_file
 from checkpoints.writer import ArtifactWriter
 
 FILES_AT_ONCE = 3
@@ -59,46 +56,13 @@ def _copy_to_folder(source: Artifact, writer: ArtifactWriter, report: Report) ->
             raise StoreError(f"{writer.folder} must have one writer, but another copy is running; wait for it")
 
         def fetch(name: str) -> str:
-            call("write", writer.url, lambda: _fetch(source, name, writer.folder / name, report))
+            entry, target = source.manifest.files[name], writer.folder / name
+            call("write", writer.url, lambda: fetch_file(source.file_url(name), entry, target, report))
             return name
 
         for name in in_order(fetch, source.manifest.files, FILES_AT_ONCE):
             writer.adopt(name, source.manifest.files[name])
         writer.commit(source.manifest.facts, source.manifest.created)
-
-
-def _fetch(source: Artifact, name: str, target: Path, report: Report) -> None:
-    """Bring one file to its place, behind what an earlier copy left; a damaged beginning is fetched again."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    begun = target.exists() and paths.check_regular(target).st_size > 0
-    try:
-        _append(source, name, target, report)
-    except CorruptArtifactError:
-        if not begun:
-            raise
-        target.unlink()
-        _append(source, name, target, report)
-
-
-def _append(source: Artifact, name: str, target: Path, report: Report) -> None:
-    entry = source.manifest.files[name]
-    with open(target, "ab+") as file:
-        hasher = _hash_beginning(file, name, entry)
-        report(hasher.size)
-        with DurableFile(file) as durable:
-            for part in passing_file(source.file_url(name), entry, hasher):
-                durable.write(part)
-                report(len(part))
-
-
-def _hash_beginning(file: BinaryIO, name: str, entry: FileEntry) -> FileHasher:
-    """Hash what is there; more than the whole file cannot be ours and is cut off."""
-    file.truncate(min(os.fstat(file.fileno()).st_size, entry.size))
-    file.seek(0)
-    hasher = FileHasher(name, entry.digest)
-    while chunk := file.read(CHUNK_BYTES):
-        hasher.update(chunk)
-    return hasher
 
 
 def _copy_to_objects(source: Artifact, writer: ArtifactWriter, report: Report) -> None:

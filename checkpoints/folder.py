@@ -12,7 +12,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -34,6 +34,7 @@ SPECIAL = {
 # to their host have to be fetched from there first: 3 s instead of 0.3 s per GiB (measured).
 PIECE_BYTES = 256 << 10
 FLUSH_BYTES = 8 << 20
+Take = Callable[[memoryview], bool]
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # an old kernel, or a network file system
 
@@ -52,6 +53,25 @@ class FolderStore:
     def read_into(self, url: str, start: int, view: memoryview) -> int:
         """Fill a buffer with the bytes behind `start`; returns how many there are, fewer at the file's end."""
         return call("read", url, lambda: _read_into(local_path(url), start, view))
+
+    def read_through(self, url: str, start: int, end: int, take: Take) -> None:
+        """Hand bytes [start, end) over in pieces that are there until `take` returns.
+
+        Ends early where `take` says False, and at the file's end. After a fault it goes on behind what has come.
+        """
+        buffer, at = memoryview(bytearray(PIECE_BYTES)), start
+
+        def go_on() -> None:
+            nonlocal at
+            check_regular(local_path(url))
+            with open(local_path(url), "rb", buffering=0) as file:
+                file.seek(at)
+                while at < end and (size := file.readinto(buffer[: end - at])):
+                    at += size
+                    if not take(buffer[:size]):
+                        return
+
+        call("read", url, go_on)
 
     def size(self, url: str) -> int:
         """Size of a file; raises FileNotFoundError, also for a folder."""
@@ -115,16 +135,24 @@ class FolderStore:
 
 def write_atomically(path: Path, parts: Iterable[bytes | memoryview], *, replace: bool) -> None:
     """Write beside the target, flush to disk, then link or rename: a reader sees all of it or nothing."""
+    with written_beside(path, replace=replace) as scratch, open(scratch, "r+b") as file, DurableFile(file) as target:
+        for part in parts:
+            target.write(part)
+
+
+@contextlib.contextmanager
+def written_beside(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """An empty file beside a place, which takes it at the end of the body; whoever writes it flushes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(hidden_name(path.name))
     try:
-        with open(scratch, "wb") as file, claimed(scratch), DurableFile(file) as target:
-            for part in parts:
-                target.write(part)
-        if replace:
-            os.replace(scratch, path)
-        else:
-            os.link(scratch, path)
+        open(scratch, "xb").close()
+        with claimed(scratch):
+            yield scratch
+            if replace:
+                os.replace(scratch, path)
+            else:
+                os.link(scratch, path)
         sync_folder(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
@@ -251,7 +279,9 @@ class DurableFile:
             self._waiting_bytes += done
             view = view[done:]
         if self._waiting_bytes >= FLUSH_BYTES:
-            self._start_flush()
+            end = os.lseek(self._descriptor, 0, os.SEEK_CUR)
+            start_flush(self._descriptor, end - self._waiting_bytes, self._waiting_bytes)
+            self._waiting_bytes = 0
 
     def __enter__(self) -> DurableFile:
         return self
@@ -262,12 +292,11 @@ class DurableFile:
         if error is None:
             os.fsync(self._descriptor)
 
-    def _start_flush(self) -> None:
-        """On Linux this advice starts the writing of these pages and returns; they are in use, so they stay cached."""
-        if hasattr(os, "posix_fadvise"):
-            start = os.lseek(self._descriptor, 0, os.SEEK_CUR) - self._waiting_bytes
-            os.posix_fadvise(self._descriptor, start, self._waiting_bytes, os.POSIX_FADV_DONTNEED)
-        self._waiting_bytes = 0
+
+def start_flush(descriptor: int, start: int, size: int) -> None:
+    """Let the disk begin with bytes just written: the advice starts that on Linux, and they stay cached meanwhile."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
 
 
 def exchange(new: Path, old: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import datetime
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from checkpoints.retry import call
 from checkpoints.urls import FileInfo
 
+PIECE_BYTES = 4 << 20  # of one request
 _CREATING = threading.Lock()  # fsspec's memory file system checks and writes in two steps
 
 
@@ -34,6 +35,13 @@ class ObjectStore:
         content = self.read(url, start, start + len(view))
         view[: len(content)] = content
         return len(content)
+
+    def read_through(self, url: str, start: int, end: int, take: Callable[[memoryview], bool]) -> None:
+        """Hand bytes [start, end) over in pieces; ends early where `take` says False, and where the file ends."""
+        for first in range(start, end, PIECE_BYTES):
+            content = self.read(url, first, min(first + PIECE_BYTES, end))
+            if not take(memoryview(content)) or len(content) < min(PIECE_BYTES, end - first):
+                return
 
     def size(self, url: str) -> int:
         """Size of a file; raises FileNotFoundError."""

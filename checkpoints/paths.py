@@ -28,6 +28,7 @@ from checkpoints.folder import (
     sync_file,
     sync_folder,
     write_atomically,
+    written_beside,
 )
 from checkpoints.objects import ObjectStore
 from checkpoints.options import settings_hash
@@ -39,6 +40,7 @@ __all__ = [
     "FileInfo", "check_regular", "check_within", "copy_inside", "create_bytes", "exists", "file_size", "filesystem",
     "is_local", "join", "leads_out", "linked_folders", "list_folder", "local_path", "open_to_append", "read_bytes",
     "relative", "remove", "replace_bytes", "store_of", "sync_file", "sync_folder", "upload", "walk", "write_atomically",
+    "written_beside",
 ]  # fmt: skip
 
 Store = FolderStore | S3Store | ObjectStore

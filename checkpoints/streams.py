@@ -40,7 +40,7 @@ def stream_file(url: str, entry: FileEntry) -> Iterator[bytes]:
                 update(part)
                 yield part
     except FileNotFoundError as error:  # deleted since its size was asked
-        raise _missing(url) from error
+        raise missing(url) from error
     check_hash(url, entry, hasher)
 
 
@@ -57,7 +57,7 @@ def passing_file(url: str, entry: FileEntry, hasher: FileHasher | None = None) -
             with hasher.beside(part):
                 yield part
     except FileNotFoundError as error:  # deleted since its size was asked
-        raise _missing(url) from error
+        raise missing(url) from error
     check_hash(url, entry, hasher)
 
 
@@ -113,19 +113,20 @@ def check_size(url: str, entry: FileEntry) -> None:
     try:
         compare_size(url, entry, paths.file_size(url))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise _missing(url) from error
+        raise missing(url) from error
 
 
 def compare_size(url: str, entry: FileEntry, size: int | None) -> None:
     """Raise CorruptArtifactError unless a file has the size that its entry says; None for one that is missing."""
     if size is None:
-        raise _missing(url)
+        raise missing(url)
     if size != entry.size:
         state = "truncated" if size < entry.size else "too long"
         raise CorruptArtifactError(f"{url} must have {entry.size} bytes, but has {size} ({state}); {REMEDY}")
 
 
-def _missing(url: str) -> CorruptArtifactError:
+def missing(url: str) -> CorruptArtifactError:
+    """What is wrong where a file that a manifest names is not there."""
     return CorruptArtifactError(f"{url} must be there, as a manifest names it, but is missing; {REMEDY}")
 
 

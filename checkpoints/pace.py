@@ -1,0 +1,86 @@
+"""How many requests to a store are under way at once: more of them while that brings more bytes a second.
+
+One connection to S3 brings some 50 to 100 MB/s whatever the network could do, so that a fast network wants many; where
+the network, the server or the processor is what limits, more of them only wait for each other.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+LEAST, MOST = 8, 32
+WINDOW_SECONDS = 1.0
+GAIN = 1.25  # twice the connections bring twice the bytes where connections are what limits; less than this is noise
+WINDOWS_UNTIL_TRIED_AGAIN = 60
+
+
+class Pace:
+    """Doubles the requests at once as long as the measured rate grows with them; for many transfers of one store.
+
+    After each change one window passes unmeasured, in which connections are opened.
+    """
+
+    def __init__(self, least: int = LEAST, most: int = MOST, clock: Callable[[], float] = time.monotonic) -> None:
+        self._least, self._most, self._clock = least, most, clock
+        self._lock = threading.Lock()
+        self._transfers = 0
+        self._since = 0.0
+        self._bytes = 0
+        self._best: float | None = None
+        self._is_opening = False
+        self._waits = 0
+        self.width = least
+
+    @contextmanager
+    def transfer(self) -> Iterator[None]:
+        """While the body runs bytes are expected; time between transfers is not measured."""
+        with self._lock:
+            self._transfers += 1
+            if self._transfers == 1:
+                self._begin_window()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._transfers -= 1
+
+    def passed(self, size: int) -> None:
+        """Count bytes that have come or gone."""
+        with self._lock:
+            self._bytes += size
+            seconds = self._clock() - self._since
+            if seconds >= WINDOW_SECONDS:
+                self._take(self._bytes / seconds)
+                self._begin_window()
+
+    def _begin_window(self) -> None:
+        self._since, self._bytes = self._clock(), 0
+
+    def _take(self, rate: float) -> None:
+        if self._is_opening:
+            self._is_opening = False
+        elif self._waits:
+            self._waits -= 1
+            self._best = None
+        elif self._best is None or rate >= GAIN * self._best:
+            self._best = rate
+            self._change(min(2 * self.width, self._most))
+        else:
+            self._change(max(self.width // 2, self._least))
+            self._waits = WINDOWS_UNTIL_TRIED_AGAIN
+
+    def _change(self, width: int) -> None:
+        self._is_opening = width > self.width
+        if width == self.width:
+            self._waits = WINDOWS_UNTIL_TRIED_AGAIN
+        self.width = width
+
+
+@lru_cache(maxsize=64)
+def reading_of(place: str) -> Pace:
+    """The pace at which this process reads from a store, a bucket of it say."""
+    return Pace()
