@@ -17,6 +17,7 @@ from checkpoints.fetching import fetch_file
 from checkpoints.owners import locked
 from checkpoints.parallel import in_order
 from checkpoints.retry import call
+from checkpoints.streams import passing_file
 from checkpoints.writer import ArtifactWriter
 
 FILES_AT_ONCE = 3
@@ -74,7 +75,7 @@ def _copy_to_objects(source: Artifact, writer: ArtifactWriter, report: Report) -
         if there.get(name) == entry.size:  # uploads are atomic, and this key holds nothing but this file
             report(entry.size)
         else:
-            writer.write_known(name, _reported(source.stream(name), report), entry.size, lambda: entry, True)
+            writer.upload_copy(name, _reported(passing_file(source.file_url(name), entry), report), entry)
         return name
 
     for name in in_order(send, source.manifest.files, FILES_AT_ONCE):
@@ -82,7 +83,7 @@ def _copy_to_objects(source: Artifact, writer: ArtifactWriter, report: Report) -
     writer.commit(source.manifest.facts, source.manifest.created)
 
 
-def _reported(parts: Iterator[bytes], report: Report) -> Iterator[bytes]:
+def _reported(parts: Iterator[memoryview], report: Report) -> Iterator[memoryview]:
     for part in parts:
         yield part
         report(len(part))

@@ -86,7 +86,7 @@ class FolderStore:
         """Write a file, in place of an older one if there is one."""
         call("write", url, lambda: write_atomically(local_path(url), [content], replace=True))
 
-    def upload(self, url: str, parts: Iterable[bytes]) -> None:
+    def upload(self, url: str, parts: Iterable[bytes | memoryview]) -> None:
         """Write a file from its parts; tried once, since parts that have passed do not come again."""
 
         def write() -> None:

@@ -60,7 +60,7 @@ class ObjectStore:
         """Write a file, in place of an older one if there is one."""
         call("write", url, lambda: self._files.pipe_file(url, content))
 
-    def upload(self, url: str, parts: Iterable[bytes]) -> None:
+    def upload(self, url: str, parts: Iterable[bytes | memoryview]) -> None:
         """Write a file from its parts; what an error leaves is under a key that no manifest names."""
         with call("write", url, lambda: self._files.open(url, "wb")) as file:
             for part in parts:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 
 LEAST, MOST = 8, 32
+MOST_SENT = 16  # each holds a part in memory
 WINDOW_SECONDS = 1.0
 GAIN = 1.25  # twice the connections bring twice the bytes where connections are what limits; less than this is noise
 WINDOWS_UNTIL_TRIED_AGAIN = 60
@@ -84,3 +85,9 @@ class Pace:
 def reading_of(place: str) -> Pace:
     """The pace at which this process reads from a store, a bucket of it say."""
     return Pace()
+
+
+@lru_cache(maxsize=64)
+def writing_to(place: str) -> Pace:
+    """The pace at which this process writes to a store."""
+    return Pace(most=MOST_SENT)

@@ -35,12 +35,43 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers:
             call.thread.join()
 
 
-class _Call(Generic[Item, Result]):
-    """One call in a thread of its own."""
+def as_done(function: Callable[[Item], Result], items: Iterable[Item], workers: Callable[[], int]) -> Iterator[Result]:
+    """Results of `function` as they come, so that a slow call holds up no other; at most `workers()` are under way.
 
-    def __init__(self, function: Callable[[Item], Result], item: Item) -> None:
+    The first error is raised in the caller's thread; all started calls have ended by then.
+    """
+    running: set[_Call[Item, Result]] = set()
+    ended: queue.SimpleQueue[_Call[Item, Result]] = queue.SimpleQueue()
+
+    def next_result() -> Result:
+        call = ended.get()
+        running.remove(call)
+        return call.result()
+
+    try:
+        for item in items:
+            running.add(_Call(function, item, ended.put))
+            while len(running) >= workers():
+                yield next_result()
+        while running:
+            yield next_result()
+    finally:
+        for call in running:
+            call.thread.join()
+
+
+class _Call(Generic[Item, Result]):
+    """One call in a thread of its own, which is told of at its end."""
+
+    def __init__(
+        self,
+        function: Callable[[Item], Result],
+        item: Item,
+        ended: Callable[[_Call[Item, Result]], object] = lambda call: None,
+    ) -> None:
         self._results: list[Result] = []
         self._error: BaseException | None = None
+        self._ended = ended
         self.thread = threading.Thread(target=self._run, args=(function, item))
         self.thread.start()
 
@@ -49,6 +80,7 @@ class _Call(Generic[Item, Result]):
             self._results.append(function(item))
         except BaseException as error:  # carried to the caller's thread
             self._error = error
+        self._ended(self)
 
     def result(self) -> Result:
         self.thread.join()

@@ -33,7 +33,7 @@ from checkpoints.folder import (
 from checkpoints.objects import ObjectStore
 from checkpoints.options import settings_hash
 from checkpoints.redact import is_redacted
-from checkpoints.s3 import S3Store, open_client
+from checkpoints.s3 import PART_BYTES, S3Store, open_client
 from checkpoints.urls import MANIFEST_NAME, FileInfo, is_local, join, local_path, relative
 
 __all__ = [
@@ -150,16 +150,17 @@ def replace_bytes(url: str, content: bytes) -> None:
     store_of(url).replace(url, content)
 
 
-def upload(url: str, parts: Iterable[bytes], resumes: bool = False) -> None:
-    """Write a file from parts with only a few of them in memory; nothing appears before the last.
+def upload(url: str, chunks: Iterable[bytes | memoryview], part_bytes: int = 0, resumes: bool = False) -> None:
+    """Write a file from its bytes with only a few of them in memory; nothing appears before the last.
 
-    Where it `resumes`, parts that an interrupted upload of the same bytes to S3 left are not sent again.
+    On S3 in parts of a size, and where it `resumes`, parts that an interrupted upload of the same bytes left are not
+    sent again.
     """
     store = store_of(url)
     if isinstance(store, S3Store):
-        store.upload(url, parts, resumes)
+        store.upload(url, chunks, part_bytes or PART_BYTES, resumes)
     else:
-        store.upload(url, parts)
+        store.upload(url, chunks)
 
 
 def copy_inside(source: str, target: str, size: int | None = None) -> bool:

@@ -16,11 +16,14 @@ from typing import Any
 from checkpoints import retry
 from checkpoints.errors import CorruptArtifactError, StoreError
 from checkpoints.options import max_attempts
-from checkpoints.parallel import in_order
+from checkpoints.pace import writing_to
+from checkpoints.parallel import as_done, in_order
+from checkpoints.parts import Parts
 from checkpoints.retry import call
 from checkpoints.urls import FileInfo, join
 
 REQUESTS_IN_FLIGHT = 8
+PART_BYTES = 16 << 20
 LARGEST_COPY = 5 << 30  # of one CopyObject request
 COPY_PART = 1 << 30
 PIECE_BYTES = 1 << 20  # malloc uses blocks of this size again; fresh larger ones cost page faults
@@ -120,18 +123,21 @@ class S3Store:
         """Write an object, in place of an older one if there is one."""
         call("write", url, lambda: self._put(url, content))
 
-    def upload(self, url: str, parts: Iterable[bytes], resumes: bool = False) -> None:
-        """Write an object from its parts (all but the last of at least 5 MiB), a few of them at a time in memory.
+    def upload(
+        self, url: str, chunks: Iterable[bytes | memoryview], part_bytes: int = PART_BYTES, resumes: bool = False
+    ) -> None:
+        """Write an object in parts of a size of at least 5 MiB, a few of them at a time in memory.
 
         Where it `resumes`, parts that an interrupted upload of the same object left are not sent again, and its own are
         left for the next one, unless the bytes turn out to be damaged.
         """
+        parts = Parts(chunks, part_bytes)
         rest = iter(parts)
-        first, second = next(rest, b""), next(rest, None)
+        first, second = next(rest, bytearray()), next(rest, None)
         if second is None:
-            self.replace(url, first)
+            self.replace(url, bytes(first))
         else:
-            self._upload_parts(url, chain([first, second], rest), resumes)
+            self._upload_parts(url, parts, chain([first, second], rest), resumes)
 
     def copy_inside(self, source: str, target: str, size: int | None = None) -> bool:
         """Let the server copy an object, in parts of 1 GiB where it is larger than one request may copy."""
@@ -234,22 +240,29 @@ class S3Store:
         except FileNotFoundError:
             retry.logger.debug("the upload of %s has ended already", url)
 
-    def _upload_parts(self, url: str, parts: Iterator[bytes], resumes: bool) -> None:
+    def _upload_parts(self, url: str, parts: Parts, filled: Iterator[bytearray], resumes: bool) -> None:
         upload_id, there = self._begun(url) if resumes else ("", {})
         upload_id = upload_id or self._request("start the upload of", url, "create_multipart_upload")["UploadId"]
         sizes: list[int] = []
+        pace = writing_to(f"s3://{_split(url)[0]}")
 
-        def send(numbered: tuple[int, bytes]) -> dict[str, Any]:
+        def send(numbered: tuple[int, bytearray]) -> dict[str, Any]:
             number, part = numbered
-            sizes.append(len(part))
-            if number in there and there[number] == (len(part), hashlib.md5(part, usedforsecurity=False).hexdigest()):
-                return {"PartNumber": number, "ETag": f'"{there[number][1]}"'}
-            answer = self._request("upload", url, "upload_part", UploadId=upload_id, PartNumber=number, Body=part)
-            return {"PartNumber": number, "ETag": answer["ETag"]}
+            size = len(part)
+            sizes.append(size)
+            if number in there and there[number] == (size, hashlib.md5(part, usedforsecurity=False).hexdigest()):
+                tag = f'"{there[number][1]}"'
+            else:
+                answer = self._request("upload", url, "upload_part", UploadId=upload_id, PartNumber=number, Body=part)
+                tag = answer["ETag"]
+                pace.passed(size)
+            parts.give_back(part)
+            return {"PartNumber": number, "ETag": tag}
 
         try:
-            done = list(in_order(send, enumerate(parts, 1), REQUESTS_IN_FLIGHT))
-            self._complete(url, upload_id, done, sum(sizes))
+            with pace.transfer():
+                done = list(as_done(send, enumerate(filled, 1), lambda: pace.width))
+            self._complete(url, upload_id, sorted(done, key=lambda part: part["PartNumber"]), sum(sizes))
         except BaseException as error:
             if not resumes or isinstance(error, CorruptArtifactError):
                 self._abort_quietly(url, upload_id)

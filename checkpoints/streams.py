@@ -22,7 +22,6 @@ from checkpoints.parallel import in_order
 from checkpoints.retry import call
 
 PART_BYTES = 16 << 20
-FIRST_PART_BYTES = 4 << 20
 READS_IN_FLIGHT = 8
 LOCAL_READS_AHEAD = 2
 NAMES_IN_MESSAGE = 3
@@ -44,16 +43,15 @@ def stream_file(url: str, entry: FileEntry) -> Iterator[bytes]:
     check_hash(url, entry, hasher)
 
 
-def passing_file(url: str, entry: FileEntry, hasher: FileHasher | None = None) -> Iterator[memoryview]:
+def passing_file(url: str, entry: FileEntry) -> Iterator[memoryview]:
     """The file as `stream_file` gives it, in large parts of which each is there only until the next is asked for.
 
-    A part is hashed while the caller does what it does with it. A `hasher` that has taken the first bytes already (of
-    an earlier, interrupted reading) continues behind them.
+    A part is hashed while the caller does what it does with it.
     """
-    hasher = hasher or FileHasher(url, entry.digest)
+    hasher = FileHasher(url, entry.digest)
     check_size(url, entry)
     try:
-        for part in _filled_again(url, hasher.size, entry.size):
+        for part in _filled_again(url, entry.size):
             with hasher.beside(part):
                 yield part
     except FileNotFoundError as error:  # deleted since its size was asked
@@ -61,17 +59,17 @@ def passing_file(url: str, entry: FileEntry, hasher: FileHasher | None = None) -
     check_hash(url, entry, hasher)
 
 
-def _filled_again(url: str, start: int, end: int) -> Iterator[memoryview]:
-    """Bytes [start, end) of a file in parts, in order, fetched a few ahead; each is there until the next is asked for.
+def _filled_again(url: str, size: int) -> Iterator[memoryview]:
+    """A file in parts, in order, fetched a few ahead; each is there until the next is asked for.
 
     A few buffers serve for all: fresh memory of a whole file was 110,000 page faults for 512 MiB, much of the system's
-    time of a download. The first parts of a large file are small, so that what is done with them begins sooner.
+    time of a download.
     """
     store, ahead = paths.store_of(url), LOCAL_READS_AHEAD if paths.is_local(url) else READS_IN_FLIGHT
-    spans = list(_spans(start, end, ahead))
+    spans = [(first, min(first + PART_BYTES, size)) for first in range(0, size, PART_BYTES)]
     free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
     for _ in spans[:ahead]:  # no more than there are parts: a bytearray is written over when it is made
-        free.put(memoryview(bytearray(min(PART_BYTES, end - start))))
+        free.put(memoryview(bytearray(min(PART_BYTES, size))))
 
     def fill(span: tuple[int, int]) -> tuple[memoryview, int]:
         buffer = free.get()
@@ -80,14 +78,6 @@ def _filled_again(url: str, start: int, end: int) -> Iterator[memoryview]:
     for buffer, filled in in_order(fill, spans, ahead):
         yield buffer[:filled]
         free.put(buffer)
-
-
-def _spans(start: int, end: int, ahead: int) -> Iterator[tuple[int, int]]:
-    first, is_large = start, end - start > ahead * PART_BYTES
-    while first < end:
-        size = FIRST_PART_BYTES if is_large and first < start + ahead * FIRST_PART_BYTES else PART_BYTES
-        yield first, min(first + size, end)
-        first += size
 
 
 def stream_span(url: str, start: int, end: int) -> Iterator[bytes]:
@@ -193,22 +183,6 @@ def continue_local(path: Path, chunks: Iterable[Chunk], size: int) -> None:
                 file.seek(-len(found), os.SEEK_CUR)
             target.write(chunk)
         file.truncate(size)
-
-
-def in_parts(chunks: Iterable[Chunk], part_bytes: int) -> Iterator[bytes]:
-    """The same bytes in parts of one size, the last one shorter; chunks must stay as they are until the next part."""
-    pieces: list[memoryview] = []
-    missing = part_bytes
-    for chunk in chunks:
-        rest = memoryview(chunk)
-        while len(rest) >= missing:
-            yield b"".join([*pieces, rest[:missing]])
-            rest, pieces, missing = rest[missing:], [], part_bytes
-        if len(rest):
-            pieces.append(rest)
-            missing -= len(rest)
-    if pieces:
-        yield b"".join(pieces)
 
 
 def passed_to(update: Callable[[Chunk], None], pieces: Iterable[Chunk]) -> Iterator[Chunk]:

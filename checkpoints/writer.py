@@ -35,7 +35,6 @@ from checkpoints.streams import (
     PART_BYTES,
     Chunk,
     continue_local,
-    in_parts,
     passed_to,
     read_chunks,
     steady_pieces,
@@ -94,20 +93,23 @@ class ArtifactWriter:
         self.written[name] = hasher.entry()
         return self.written[name]
 
-    def write_known(
-        self, name: str, chunks: Iterable[Chunk], size: int, finish: Callable[[], FileEntry], resumes: bool = False
-    ) -> FileEntry:
+    def write_known(self, name: str, chunks: Iterable[Chunk], size: int, finish: Callable[[], FileEntry]) -> FileEntry:
         """Write one file of `size` bytes whose hashes the caller takes: `finish` tells its entry after the last chunk.
 
-        A resumable writer, or one whose attempt an earlier writer of the same bytes had (`resumes`), goes on in a file
-        that an interrupted one left: bytes, or parts on S3, that are there already are compared instead of written.
+        A resumable writer goes on in a file that an interrupted one left: bytes, or parts on S3, that are there already
+        are compared instead of written.
         """
         if paths.is_local(self.url):
             continue_local(self._path(name), chunks, size)
         else:
-            self._upload(name, chunks, size, SMALL_PART_BYTES, resumes or self.resumes)
+            self._upload(name, chunks, size, SMALL_PART_BYTES, self.resumes)
         self.adopt(name, finish())
         return self.written[name]
+
+    def upload_copy(self, name: str, chunks: Iterable[Chunk], entry: FileEntry) -> None:
+        """Send a copy of a file to an object store; parts that an earlier writer of this attempt left stay."""
+        self._upload(name, chunks, entry.size, resumes=True)
+        self.adopt(name, entry)
 
     def link(self, name: str, source_url: str, entry: FileEntry) -> bool:
         """Take a committed file without moving its bytes: a hard link, or a copy made by the object store.
@@ -180,8 +182,7 @@ class ArtifactWriter:
     def _upload(
         self, name: str, chunks: Iterable[Chunk], size: int, least: int = PART_BYTES, resumes: bool = False
     ) -> None:
-        part_bytes = max(least, -(-size // MAX_PARTS))
-        paths.upload(self._upload_url(name), in_parts(steady_pieces(chunks), part_bytes), resumes)
+        paths.upload(self._upload_url(name), chunks, max(least, -(-size // MAX_PARTS)), resumes)
 
     def _upload_url(self, name: str) -> str:
         return paths.join(self.url, self.attempt, self._checked(name))
