@@ -29,8 +29,9 @@ from typing import Any
 import torch
 
 from checkpoints import open_artifact, paths, write_artifact
+from checkpoints.fetching import fetch_file
+from checkpoints.s3 import PART_BYTES
 from checkpoints.saver import CheckpointSaver
-from checkpoints.streams import PART_BYTES, passing_file
 from checkpoints.training import Checkpoint, save_checkpoint
 
 Contenders = dict[str, Callable[[], object]]
@@ -129,9 +130,9 @@ def in_process(big: Path, url: str, options: argparse.Namespace) -> None:
         obstore.put(store, "obstore", big, chunk_size=PART_BYTES, max_concurrency=8)
 
     def get(artifact: Any) -> None:
-        with open(big.with_name("got"), "wb") as file:
-            for part in passing_file(artifact.file_url("big.bin"), artifact.manifest.files["big.bin"]):
-                file.write(part)
+        target = big.with_name("got")
+        target.unlink(missing_ok=True)
+        fetch_file(artifact.file_url("big.bin"), artifact.manifest.files["big.bin"], target)
 
     def obstore_get() -> None:
         with open(big.with_name("got"), "wb") as file:

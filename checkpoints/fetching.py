@@ -193,13 +193,11 @@ class _Crew:
         self._url, self._entry, self._landing = url, entry, landing
         self._store = paths.store_of(url)
         self._pace = Pace(LOCAL_READS, LOCAL_READS) if paths.is_local(url) else reading_of(_place(url))
-        self._transfer = self._pace.transfer()
         self._lock = threading.Lock()
         self._working = 0
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> None:
-        self._transfer.__enter__()
         self._grow()
 
     def __exit__(
@@ -209,7 +207,6 @@ class _Crew:
             self._landing.stop()
         for thread in self._threads:
             thread.join()
-        self._transfer.__exit__(kind, error, trace)
         if kind:
             self._landing.cut()
 
@@ -226,7 +223,6 @@ class _Crew:
         try:
             while part:
                 self._bring(part)
-                self._grow()
                 part = self._landing.next_part(self._pace.width) if self._working <= self._pace.width else None
         except BaseException as error:  # carried to the caller's thread
             self._landing.fail(error)
@@ -236,10 +232,13 @@ class _Crew:
     def _bring(self, part: _Part) -> None:
         def take(content: memoryview) -> bool:
             self._pace.passed(len(content))
+            if self._working < self._pace.width:
+                self._grow()
             return self._landing.write(part, content)
 
         try:
-            self._store.read_through(self._url, part.at, part.end, take)
+            with self._pace.request():
+                self._store.read_through(self._url, part.at, part.end, take)
         except FileNotFoundError as error:  # deleted since its size was asked
             raise missing(self._url) from error
         if part.at < part.end and self._landing.wants_bytes:

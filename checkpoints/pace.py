@@ -22,63 +22,63 @@ WINDOWS_UNTIL_TRIED_AGAIN = 60
 class Pace:
     """Doubles the requests at once as long as the measured rate grows with them; for many transfers of one store.
 
-    After each change one window passes unmeasured, in which connections are opened.
+    Only windows count in which so many were under way from beginning to end: not those in which connections are opened,
+    or in which a transfer has little left.
     """
 
     def __init__(self, least: int = LEAST, most: int = MOST, clock: Callable[[], float] = time.monotonic) -> None:
-        self._least, self._most, self._clock = least, most, clock
+        self._least, self.most, self._clock = least, most, clock
         self._lock = threading.Lock()
-        self._transfers = 0
-        self._since = 0.0
+        self._running = 0
+        self._begun: float | None = None
         self._bytes = 0
         self._best: float | None = None
-        self._is_opening = False
         self._waits = 0
         self.width = least
 
     @contextmanager
-    def transfer(self) -> Iterator[None]:
-        """While the body runs bytes are expected; time between transfers is not measured."""
+    def request(self) -> Iterator[None]:
+        """While the body runs bytes are expected of it."""
         with self._lock:
-            self._transfers += 1
-            if self._transfers == 1:
-                self._begin_window()
+            self._running += 1
+            self._look()
         try:
             yield
         finally:
             with self._lock:
-                self._transfers -= 1
+                self._running -= 1
+                self._look()
 
     def passed(self, size: int) -> None:
         """Count bytes that have come or gone."""
         with self._lock:
             self._bytes += size
-            seconds = self._clock() - self._since
+            if self._begun is None:
+                return
+            seconds = self._clock() - self._begun
             if seconds >= WINDOW_SECONDS:
                 self._take(self._bytes / seconds)
-                self._begin_window()
+                self._begun = None
+                self._look()
 
-    def _begin_window(self) -> None:
-        self._since, self._bytes = self._clock(), 0
+    def _look(self) -> None:
+        """Begin a window, or give it up."""
+        if self._running < self.width:
+            self._begun = None
+        elif self._begun is None:
+            self._begun, self._bytes = self._clock(), 0
 
     def _take(self, rate: float) -> None:
-        if self._is_opening:
-            self._is_opening = False
-        elif self._waits:
+        if self._waits:
             self._waits -= 1
             self._best = None
         elif self._best is None or rate >= GAIN * self._best:
             self._best = rate
-            self._change(min(2 * self.width, self._most))
+            self._waits = 0 if self.width < self.most else WINDOWS_UNTIL_TRIED_AGAIN
+            self.width = min(2 * self.width, self.most)
         else:
-            self._change(max(self.width // 2, self._least))
+            self.width = max(self.width // 2, self._least)
             self._waits = WINDOWS_UNTIL_TRIED_AGAIN
-
-    def _change(self, width: int) -> None:
-        self._is_opening = width > self.width
-        if width == self.width:
-            self._waits = WINDOWS_UNTIL_TRIED_AGAIN
-        self.width = width
 
 
 @lru_cache(maxsize=64)

@@ -10,9 +10,10 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Generic, TypeVar
 
+LOOK_AGAIN_SECONDS = 0.5
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -43,18 +44,16 @@ def as_done(function: Callable[[Item], Result], items: Iterable[Item], workers: 
     running: set[_Call[Item, Result]] = set()
     ended: queue.SimpleQueue[_Call[Item, Result]] = queue.SimpleQueue()
 
-    def next_result() -> Result:
-        call = ended.get()
-        running.remove(call)
-        return call.result()
-
     try:
         for item in items:
             running.add(_Call(function, item, ended.put))
             while len(running) >= workers():
-                yield next_result()
+                with suppress(queue.Empty):  # there may be more workers by now
+                    running.remove(call := ended.get(timeout=LOOK_AGAIN_SECONDS))
+                    yield call.result()
         while running:
-            yield next_result()
+            running.remove(call := ended.get())
+            yield call.result()
     finally:
         for call in running:
             call.thread.join()

@@ -253,15 +253,16 @@ class S3Store:
             if number in there and there[number] == (size, hashlib.md5(part, usedforsecurity=False).hexdigest()):
                 tag = f'"{there[number][1]}"'
             else:
-                answer = self._request("upload", url, "upload_part", UploadId=upload_id, PartNumber=number, Body=part)
-                tag = answer["ETag"]
-                pace.passed(size)
+                with pace.request():
+                    tag = self._request("upload", url, "upload_part", UploadId=upload_id, PartNumber=number, Body=part)[
+                        "ETag"
+                    ]
+                    pace.passed(size)
             parts.give_back(part)
             return {"PartNumber": number, "ETag": tag}
 
         try:
-            with pace.transfer():
-                done = list(as_done(send, enumerate(filled, 1), lambda: pace.width))
+            done = list(as_done(send, enumerate(filled, 1), lambda: pace.width))
             self._complete(url, upload_id, sorted(done, key=lambda part: part["PartNumber"]), sum(sizes))
         except BaseException as error:
             if not resumes or isinstance(error, CorruptArtifactError):

@@ -20,8 +20,8 @@ from checkpoints.folder import DurableFile
 from checkpoints.hashing import CHUNK_BYTES, FileEntry, FileHasher, hash_file
 from checkpoints.parallel import in_order
 from checkpoints.retry import call
+from checkpoints.s3 import PART_BYTES
 
-PART_BYTES = 16 << 20
 READS_IN_FLIGHT = 8
 LOCAL_READS_AHEAD = 2
 NAMES_IN_MESSAGE = 3

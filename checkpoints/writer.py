@@ -31,8 +31,8 @@ from checkpoints.owners import locked
 from checkpoints.parallel import in_order, meanwhile
 from checkpoints.redact import redact_values
 from checkpoints.retry import logger
+from checkpoints.s3 import PART_BYTES
 from checkpoints.streams import (
-    PART_BYTES,
     Chunk,
     continue_local,
     passed_to,
@@ -89,7 +89,7 @@ class ArtifactWriter:
             write_local(self._path(name), chunks, hasher)
         else:
             with hasher.in_background() as update:
-                self._upload(name, passed_to(update, steady_pieces(chunks)), size)
+                self._upload(name, passed_to(update, steady_pieces(chunks)), size, PART_BYTES)
         self.written[name] = hasher.entry()
         return self.written[name]
 
@@ -108,7 +108,7 @@ class ArtifactWriter:
 
     def upload_copy(self, name: str, chunks: Iterable[Chunk], entry: FileEntry) -> None:
         """Send a copy of a file to an object store; parts that an earlier writer of this attempt left stay."""
-        self._upload(name, chunks, entry.size, resumes=True)
+        self._upload(name, chunks, entry.size, PART_BYTES, resumes=True)
         self.adopt(name, entry)
 
     def link(self, name: str, source_url: str, entry: FileEntry) -> bool:
@@ -179,9 +179,7 @@ class ArtifactWriter:
         except StoreError as error:  # the first error is the one to report; gc finds the rest
             logger.warning("could not delete %s: %s", paths.join(self.url, self.attempt), error)
 
-    def _upload(
-        self, name: str, chunks: Iterable[Chunk], size: int, least: int = PART_BYTES, resumes: bool = False
-    ) -> None:
+    def _upload(self, name: str, chunks: Iterable[Chunk], size: int, least: int, resumes: bool = False) -> None:
         paths.upload(self._upload_url(name), chunks, max(least, -(-size // MAX_PARTS)), resumes)
 
     def _upload_url(self, name: str) -> str:

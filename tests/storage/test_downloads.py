@@ -1,30 +1,43 @@
-"""A file that is copied comes in parts into a few buffers, which are filled again, and each byte of it is compared."""
+"""A file that is copied comes in parts, written side by side where they belong, and each byte of it is compared."""
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoints import Artifact, CorruptArtifactError, StoreError, open_artifact, paths, retry, streams, write_artifact
+from checkpoints import (
+    Artifact,
+    CorruptArtifactError,
+    StoreError,
+    StoreFullError,
+    fetching,
+    open_artifact,
+    paths,
+    retry,
+    streams,
+    write_artifact,
+)
 from checkpoints.copying import copy_artifact
 from checkpoints.folder import DurableFile
+from checkpoints.pace import Pace
 from tests.storage.proxy import Fault, FaultProxy, Request
 
 PART = 2 << 20
-FIRST = 1 << 20
 NAME = "x.safetensors"
 
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a file of 24 MB has more parts than there are buffers, and the small ones of a large file's beginning."""
+    """So that a file of 24 MB has more parts than there are buffers or requests."""
     monkeypatch.setattr(streams, "PART_BYTES", PART)
-    monkeypatch.setattr(streams, "FIRST_PART_BYTES", FIRST)
+    monkeypatch.setattr(fetching, "LEAST_PART_BYTES", 1 << 20)
 
 
 def weights(url: str, folder: Path) -> Artifact:
@@ -36,22 +49,47 @@ def weights(url: str, folder: Path) -> Artifact:
         return writer.commit()
 
 
-def test_a_pulled_weight_file_is_the_same_and_a_few_buffers_serve_for_it(s3: str, tmp_path: Path) -> None:
+def test_a_pulled_weight_file_is_the_same(s3: str, tmp_path: Path) -> None:
     artifact = weights(s3, tmp_path)
-    assert copy_artifact(artifact, str(tmp_path / "copy"), lambda size: None)
+    told: list[int] = []
+    assert copy_artifact(artifact, str(tmp_path / "copy"), told.append)
     assert (tmp_path / "copy" / NAME).read_bytes() == (tmp_path / NAME).read_bytes()
     assert (tmp_path / "copy" / "empty.bin").read_bytes() == b""
+    assert sum(told) == artifact.manifest.size
     open_artifact(str(tmp_path / "copy")).verify()
-    entry, sizes, buffers = artifact.manifest.files[NAME], [], set()
-    for part in streams.passing_file(artifact.file_url(NAME), entry):
+
+
+def test_a_few_buffers_serve_for_a_file_that_is_verified(s3: str, tmp_path: Path) -> None:
+    artifact = weights(s3, tmp_path)
+    sizes, buffers = [], set()
+    for part in streams.passing_file(artifact.file_url(NAME), artifact.manifest.files[NAME]):
         sizes.append(len(part))
         buffers.add(id(part.obj))
     assert len(buffers) <= streams.READS_IN_FLIGHT < len(sizes)
-    assert sum(sizes) == entry.size
-    assert sizes[: streams.READS_IN_FLIGHT + 1] == [FIRST] * streams.READS_IN_FLIGHT + [PART]
+    assert sum(sizes) == artifact.manifest.files[NAME].size
 
 
-def test_a_part_that_was_cut_off_is_filled_from_its_beginning(proxy: FaultProxy, proxied: str, tmp_path: Path) -> None:
+def test_parts_become_smaller_to_the_end_of_a_file(
+    proxy: FaultProxy, proxied: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "reading_of", lambda place: Pace(2, 2))
+    artifact = weights(proxied, tmp_path)
+    proxy.reset()
+    copy_artifact(artifact, str(tmp_path / "copy"), lambda size: None)
+    sizes = [size_of(request) for request in proxy.requests if NAME in request.path and "Range" in request.headers]
+    assert sizes[0] > 2 * sizes[-2]
+    assert sum(sizes) == artifact.manifest.files[NAME].size
+
+
+def size_of(request: Request) -> int:
+    first, last = request.headers["Range"].removeprefix("bytes=").split("-")
+    return int(last) + 1 - int(first)
+
+
+def test_a_part_that_was_cut_off_goes_on_where_it_was(
+    proxy: FaultProxy, proxied: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "LEAST_PART_BYTES", 8 << 20)
     artifact = weights(proxied, tmp_path)
     counted = itertools.count()
 
@@ -61,8 +99,54 @@ def test_a_part_that_was_cut_off_is_filled_from_its_beginning(proxy: FaultProxy,
 
     proxy.reset(cut)
     assert copy_artifact(artifact, str(tmp_path / "copy"), lambda size: None)
-    assert next(counted) > 3
+    asked = [request.headers["Range"] for request in proxy.requests if "Range" in request.headers]
+    ends = [span.split("-")[1] for span in asked]
+    (again,) = {end for end in ends if ends.count(end) > 1}
+    first, second = (int(span.split("=")[1].split("-")[0]) for span in asked if span.endswith(f"-{again}"))
+    assert second > first
     assert (tmp_path / "copy" / NAME).read_bytes() == (tmp_path / NAME).read_bytes()
+
+
+def test_a_fetch_goes_on_behind_the_first_gap_of_a_killed_one(proxy: FaultProxy, proxied: str, tmp_path: Path) -> None:
+    artifact = weights(proxied, tmp_path)
+    proxy.reset()
+    content, target = (tmp_path / NAME).read_bytes(), tmp_path / "fetched"
+    with open(target, "wb") as file:  # as parts that are written side by side leave it
+        file.write(content[: 8 << 20])
+        file.seek(16 << 20)
+        file.write(content[16 << 20 : 17 << 20])
+    told: list[int] = []
+    fetching.fetch_file(artifact.file_url(NAME), artifact.manifest.files[NAME], target, told.append)
+    assert target.read_bytes() == content
+    assert sum(told) == len(content)
+    assert sum(size_of(request) for request in proxy.requests if "Range" in request.headers) <= len(content) - (7 << 20)
+
+
+def test_an_interrupted_fetch_leaves_no_gap(s3: str, tmp_path: Path) -> None:
+    artifact = weights(s3, tmp_path)
+    content, target = (tmp_path / NAME).read_bytes(), tmp_path / "fetched"
+
+    def interrupt(size: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetching.fetch_file(artifact.file_url(NAME), artifact.manifest.files[NAME], target, interrupt)
+    left = target.read_bytes()
+    assert left
+    assert content.startswith(left)
+
+
+def test_a_full_disk_is_told_as_one_and_not_as_trouble_of_the_store(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = weights(s3, tmp_path)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(StoreFullError, match=r"cannot write .*copy"):
+        copy_artifact(artifact, str(tmp_path / "copy"), lambda size: None)
 
 
 @pytest.mark.parametrize("where", [3 << 20, 13 << 20, -1])
@@ -98,6 +182,14 @@ def one_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
         write(file, chunk)
 
     monkeypatch.setattr(DurableFile, "write", write_or_fail)
+    pwrite = os.pwrite
+
+    def pwrite_or_fail(*arguments: Any) -> int:
+        if next(counted) == 1:
+            raise TimeoutError("timed out")
+        return pwrite(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", pwrite_or_fail)
     monkeypatch.setattr(retry, "FIRST_DELAY_SECONDS", 0.0)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import CorruptArtifactError, StoreError, open_artifact, paths, write_artifact
+from checkpoints import CorruptArtifactError, StoreError, open_artifact, paths, write_artifact, writer
 from checkpoints.copying import copy_artifact
 from checkpoints.s3 import S3Store
 from checkpoints.writer import SMALL_PART_BYTES
@@ -17,11 +17,16 @@ PARTS = 5
 CONTENT = os.urandom(SMALL_PART_BYTES * (PARTS - 1) + 100)
 
 
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "PART_BYTES", SMALL_PART_BYTES)
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> str:
-    with write_artifact(str(tmp_path / "backbone"), "backbone", "f") as writer:
-        writer.write_chunks("a.bin", [CONTENT])
-        writer.commit()
+    with write_artifact(str(tmp_path / "backbone"), "backbone", "f") as one:
+        one.write_chunks("a.bin", [CONTENT])
+        one.commit()
     return str(tmp_path / "backbone")
 
 
