@@ -61,9 +61,7 @@ def main() -> None:
         paths.remove(url)
     for action in ("put", "get"):
         fixed, free = (statistics.median(seconds[action, kind]) for kind in ("8 at once", "by the rate"))
-        print(
-            f"{action} {options.size_mb} MiB: {free:.1f} s by the rate, {fixed / free:.2f} x as fast as 8 at once"
-        )
+        print(f"{action} {options.size_mb} MiB: {free:.1f} s by the rate, {fixed / free:.2f} x as fast as 8 at once")
 
 
 def new_paces(bucket: str, most: int) -> None:

@@ -4,9 +4,9 @@
 
 Measures (1) put and get of one file by command: `python -m checkpoints push|pull`, hashing and fsync included,
 against those of `aws s3 cp`, `s5cmd` and `rclone` that are installed, whose gets are flushed to the disk too; (2) the
-same within one process against obstore, which does not hash; (3) writing into a folder against `cp` and fsync; (4) the
-pause of a training loop at a background save as a share of a save that it waits for. Credentials and endpoint come from
-the AWS variables, the hash from MODULARFORGE_HASH.
+same within one process, of a weight file too, against obstore, which does not hash; (3) writing into a folder against
+`cp` and fsync; (4) the pause of a training loop at a background save as a share of a save that it waits for.
+Credentials and endpoint come from the AWS variables, the hash from MODULARFORGE_HASH.
 Contenders take turns; printed are medians of seconds and of the client's processor time, and both beside the best of
 the others, with the goal.
 """
@@ -24,13 +24,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from checkpoints import open_artifact, paths, write_artifact
+from checkpoints import Artifact, open_artifact, paths, write_artifact
 from checkpoints.fetching import fetch_file
 from checkpoints.s3 import PART_BYTES
+from checkpoints.safetensors import header_bytes
 from checkpoints.saver import CheckpointSaver
 from checkpoints.training import Checkpoint, save_checkpoint
 
@@ -119,29 +119,53 @@ def in_process(big: Path, url: str, options: argparse.Namespace) -> None:
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
     store = S3Store(bucket, prefix=prefix, client_options={"allow_http": True})
 
-    def put() -> str:
-        target = paths.join(url, uuid.uuid4().hex)
-        with write_artifact(target, "benchmark", "f") as writer:
-            writer.write_chunks("big.bin", read(big), big.stat().st_size)
+    weights = big.with_name("weights.safetensors")
+    make_weights(weights, big)
+    made: list[str] = []
+
+    def put(path: Path) -> None:
+        made.append(paths.join(url, uuid.uuid4().hex))
+        with write_artifact(made[-1], "benchmark", "f") as writer:
+            writer.write_chunks(path.name, read(path), path.stat().st_size)
             writer.commit()
-        return target
 
     def obstore_put() -> None:
         obstore.put(store, "obstore", big, chunk_size=PART_BYTES, max_concurrency=8)
 
-    def get(artifact: Any) -> None:
+    def get(artifact: Artifact) -> None:
+        ((name, entry),) = artifact.manifest.files.items()
         target = big.with_name("got")
         target.unlink(missing_ok=True)
-        fetch_file(artifact.file_url("big.bin"), artifact.manifest.files["big.bin"], target)
+        fetch_file(artifact.file_url(name), entry, target)
 
     def obstore_get() -> None:
         with open(big.with_name("got"), "wb") as file:
             for part in obstore.get(store, "obstore").stream(min_chunk_size=PART_BYTES):
                 file.write(part)
+            os.fsync(file.fileno())
 
-    compare(f"put {options.size_mb} MiB in process", {"ours": put, "obstore": obstore_put}, options)
-    artifact = open_artifact(put())
-    compare(f"get {options.size_mb} MiB in process", {"ours": lambda: get(artifact), "obstore": obstore_get}, options)
+    def clean() -> None:
+        while made:
+            paths.remove(made.pop())
+
+    names = "file", "weight file"  # of which each tensor is hashed too
+    puts: Contenders = {name: lambda p=path: put(p) for name, path in zip(names, (big, weights), strict=True)}  # type: ignore[misc]
+    compare(f"put {options.size_mb} MiB in process", {**puts, "obstore": obstore_put}, options, clean, ours=2)
+    put(big)
+    put(weights)
+    there = [open_artifact(place) for place in made]
+    gets: Contenders = {name: lambda a=artifact: get(a) for name, artifact in zip(names, there, strict=True)}  # type: ignore[misc]
+    compare(f"get {options.size_mb} MiB in process", {**gets, "obstore": obstore_get}, options, ours=2)
+    clean()
+
+
+def make_weights(path: Path, content: Path) -> None:
+    """A weight file of the bytes of another one, in 64 tensors."""
+    size = content.stat().st_size // 64
+    with open(path, "wb") as file:
+        file.write(header_bytes((f"{i:02}", "U8", (size,), size) for i in range(64)))
+        for chunk in read(content):
+            file.write(chunk)
 
 
 def into_a_folder(big: Path, folder: Path, options: argparse.Namespace) -> None:
@@ -191,7 +215,11 @@ def pause_of_the_loop(url: str, options: argparse.Namespace) -> None:
 
 
 def compare(
-    title: str, contenders: Contenders, options: argparse.Namespace, after: Any = lambda: None, ours: int = 1
+    title: str,
+    contenders: Contenders,
+    options: argparse.Namespace,
+    after: Callable[[], object] = lambda: None,
+    ours: int = 1,
 ) -> None:
     """Run the contenders, the first of which are `ours`, in turns; print medians, and ratios to the best of others."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
