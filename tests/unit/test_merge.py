@@ -97,7 +97,7 @@ def test_random_models_are_merged_as_a_naive_merge_would(seed: int, tmp_path: Pa
 def test_shards_and_chunk_sizes_change_no_tensor(
     seed: int, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modularforge.assembly.stream.LOCAL_CHUNK", chunk)
+    monkeypatch.setattr("modularforge.assembly.stream.CHUNK_BYTES", chunk)
     backbone, members, layers = random_model(tmp_path, seed)
     plan = plan_merge(output_tensors(spans_of(tmp_path, len(members), layers)), random.Random(seed).randint(50, 5000))
     (tmp_path / "out").mkdir()
@@ -174,7 +174,7 @@ def test_killed_at_every_write_the_assembly_continues_to_the_same_bytes(
 ) -> None:
     """Every call that writes a chunk, notes a finished file or commits is once the last one of its process."""
     _, members, layers = random_model(tmp_path, 0)
-    monkeypatch.setattr("modularforge.assembly.stream.LOCAL_CHUNK", 2000)
+    monkeypatch.setattr("modularforge.assembly.stream.CHUNK_BYTES", 2000)
     tensors = output_tensors(spans_of(tmp_path, len(members), layers))
     sources = {} if mode == "merge" else experts_files(tmp_path, len(members))
     root = str(tmp_path / "store") if store == "folder" else f"memory://{mode}-{shard_bytes}"
