@@ -7,20 +7,20 @@ hashes on the way in are those on the way out where no byte changes, and of the 
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints import ArtifactWriter, FileEntry, digests, paths
 from checkpoints.digests import BLAKE3, Hash
+from checkpoints.folder import FileSpan, OpenFile
 from checkpoints.parallel import consumer, in_order
 from checkpoints.safetensors import ITEM_BYTES, TensorSpan
 from checkpoints.screen import Progress, progress
@@ -35,6 +35,7 @@ CHUNKS_AHEAD = 16  # that wait to be hashed: what bounds memory where the disk i
 OPEN_FILES = 64  # of any number of experts; a process may often have no more than 1024
 
 Data = bytes | memoryview
+Content = Data | FileSpan
 Taker = Callable[[Any], None]
 LowRankValues = tuple[NDArray[np.float32], NDArray[np.float32]]
 
@@ -86,10 +87,10 @@ def write_file(file: OutputFile, writer: ArtifactWriter, bar: Progress | None = 
         check, count = hashes.in_background(stack)
         sources = stack.enter_context(Sources())
 
-        def chunks() -> Iterator[Data]:
+        def chunks() -> Iterator[Content]:
             count((None, file.header, False))
             yield file.header
-            for piece, content in sources.read(file):
+            for piece, content in sources.read(file, copies=paths.is_local(writer.url)):
                 check((piece, content))
                 for out, ends in _on_the_way(piece, content, sources):
                     count((piece, out, ends))
@@ -103,7 +104,8 @@ def write_file(file: OutputFile, writer: ArtifactWriter, bar: Progress | None = 
             hashes.raise_problem()
             return FileEntry(file.size, hashes.file.text(), dict(sorted(hashes.tensors.items())))
 
-        return writer.write_known(file.name, chunks(), file.size, finish)
+        # Spans of files are written as any chunk is, on folders alone.
+        return writer.write_known(file.name, cast(Iterator[Data], chunks()), file.size, finish)
 
 
 def requests(file: OutputFile, most: int) -> Iterator[Request]:
@@ -136,12 +138,13 @@ def _pieces(file: OutputFile) -> Iterator[Piece]:
             yield Piece(name, tensor, start, min(start + step, span.length))
 
 
-def _on_the_way(piece: Piece, content: Data, sources: Sources) -> Iterator[tuple[Data, bool]]:
+def _on_the_way(piece: Piece, content: Content, sources: Sources) -> Iterator[tuple[Content, bool]]:
     """What is written for a piece, and whether the tensor ends with it."""
     tensor = piece.tensor
     if tensor.is_copy:
         yield content, piece.is_last
         return
+    assert not isinstance(content, FileSpan), "only what is copied is not looked at"
     if tensor.added:
         content, source = _with_added(piece, content, sources.low_rank(tensor.added)), "F32"
     else:
@@ -209,12 +212,12 @@ class _Hashes:
         later: Taker = stack.enter_context(consumer(_call, CHUNKS_AHEAD))
         return lambda item: later(partial(self.take_source, item)), lambda item: later(partial(self.take_output, item))
 
-    def take_source(self, item: tuple[Piece, Data]) -> None:
+    def take_source(self, item: tuple[Piece, Content]) -> None:
         """The next bytes of a source tensor."""
         piece, content = item
         span = piece.tensor.span
         self._source = self._source or digests.like(span.digest)
-        self._source.update(content)
+        self._source.update(_bytes_in(content))
         if not piece.is_last:
             return
         found, self._source = self._source.text(), None
@@ -226,13 +229,13 @@ class _Hashes:
         if self._keeps_digest(piece.tensor):
             self.tensors[piece.name] = found
 
-    def take_output(self, item: tuple[Piece | None, Data, bool]) -> None:
+    def take_output(self, item: tuple[Piece | None, Content, bool]) -> None:
         """The next bytes of the file."""
         piece, content, ends = item
-        self.file.update(content)
+        self.file.update(_bytes_in(content))
         if piece is None or self._keeps_digest(piece.tensor):
             return
-        self._output.update(content)
+        self._output.update(_bytes_in(content))
         if ends:
             self.tensors[piece.name], self._output = self._output.text(), digests.new()
 
@@ -255,7 +258,7 @@ class Sources:
     """Reads many files: local ones in this thread, but where others are among them, all a few requests ahead."""
 
     def __init__(self) -> None:
-        self._open: dict[str, int] = {}
+        self._open: dict[str, OpenFile] = {}
         self._free: deque[NDArray[np.uint8]] = deque()
         self._low_rank: tuple[LowRank, LowRankValues] | None = None
 
@@ -263,14 +266,20 @@ class Sources:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
+        self._open.clear()
 
-    def read(self, file: OutputFile) -> Iterator[tuple[Piece, Data]]:
-        """The pieces of a file with their bytes, in order; raises DataError when a source ends too early."""
+    def read(self, file: OutputFile, copies: bool = False) -> Iterator[tuple[Piece, Content]]:
+        """The pieces of a file with their bytes, in order; raises DataError when a source ends too early.
+
+        Where local files are copied (`copies`), bytes that do not change are not read here.
+        """
         if all(paths.is_local(tensor.span.url) for _, tensor in file.tensors):
-            for request in requests(file, CHUNK_BYTES):
-                yield from _split(request, self._local_bytes(request.url, request.start, request.length))
+            for piece in _pieces(file):
+                source, (url, start), length = piece.tensor, _place(piece), piece.end - piece.start
+                if copies and source.is_copy:
+                    yield piece, FileSpan(self._file(url), start, length)
+                else:
+                    yield piece, self._file(url).read(start, length)
             return
         for request, content in in_order(self._fetched, requests(file, REQUEST_BYTES), REQUESTS_AHEAD):
             yield from _split(request, content)
@@ -280,7 +289,7 @@ class Sources:
         """Bytes [start, end) of a tensor."""
         first, length = span.start + start, end - start
         if paths.is_local(span.url):
-            return self._local_bytes(span.url, first, length)
+            return self._file(span.url).read(first, length)
         content = paths.read_bytes(span.url, first, first + length) if length else b""
         _check_length(span.url, length, len(content))
         return content
@@ -316,24 +325,20 @@ class Sources:
         weakref.finalize(lease, self._free.append, memory)
         return memoryview(lease)
 
-    def _local_bytes(self, url: str, first: int, length: int) -> bytes:
-        content = os.pread(self._descriptor(url), length, first)
-        while len(content) < length and (
-            more := os.pread(self._open[url], length - len(content), first + len(content))
-        ):
-            content += more
-        _check_length(url, length, len(content))
-        return content
-
-    def _descriptor(self, url: str) -> int:
+    def _file(self, url: str) -> OpenFile:
         if url not in self._open:
             if len(self._open) >= OPEN_FILES:
-                os.close(self._open.pop(next(iter(self._open))))
-            self._open[url] = os.open(paths.local_path(url), os.O_RDONLY)
+                self._open.pop(next(iter(self._open)))
+            self._open[url] = OpenFile(url)
         return self._open[url]
 
 
-def _split(request: Request, content: Data) -> Iterator[tuple[Piece, Data]]:
+def _bytes_in(content: Content) -> Data:
+    """What is to be hashed; of a span of a file, read by the thread that hashes it."""
+    return content.content if isinstance(content, FileSpan) else content
+
+
+def _split(request: Request, content: memoryview) -> Iterator[tuple[Piece, Data]]:
     """The pieces of a request, each with its bytes of the content."""
     start = 0
     for piece in request.pieces:
