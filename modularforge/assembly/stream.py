@@ -29,6 +29,7 @@ from modularforge.assembly.values import converted, values_of, widened
 from modularforge.errors import DataError, MismatchError
 
 CHUNK_BYTES = 1 << 20  # stays in the processor's cache between reading, hashing and writing
+CHUNKS_OF_A_COPY = 8
 REQUEST_BYTES = 8 << 20  # of a store that is far away
 REQUESTS_AHEAD = 8  # to hide its latency
 CHUNKS_AHEAD = 16  # that wait to be hashed: what bounds memory where the disk is faster than hashing
@@ -87,11 +88,15 @@ def write_file(file: OutputFile, writer: ArtifactWriter, bar: Progress | None = 
         check, count = hashes.in_background(stack)
         sources = stack.enter_context(Sources())
 
+        # By sha256, hashing takes longer than all of the reading and writing, so that one more thread has to read.
+        copies = paths.is_local(writer.url) and hashes.file.algorithm == BLAKE3
+
         def chunks() -> Iterator[Content]:
             count((None, file.header, False))
             yield file.header
-            for piece, content in sources.read(file, copies=paths.is_local(writer.url)):
-                check((piece, content))
+            for piece, content in sources.read(file, copies):
+                if not isinstance(content, FileSpan):
+                    check((piece, content))
                 for out, ends in _on_the_way(piece, content, sources):
                     count((piece, out, ends))
                     yield out
@@ -128,12 +133,12 @@ def _place(piece: Piece, behind: int = 0) -> tuple[str, int]:
     return piece.tensor.span.url, piece.tensor.span.start + piece.start + behind
 
 
-def _pieces(file: OutputFile) -> Iterator[Piece]:
+def _pieces(file: OutputFile, copies: bool = False) -> Iterator[Piece]:
     for name, tensor in file.tensors:
         span = tensor.span
         has_rows = tensor.columns or tensor.rows or tensor.added
         unit = ITEM_BYTES[span.dtype] * (span.shape[1] if has_rows else 1)
-        step = max(CHUNK_BYTES // unit, 1) * unit
+        step = max(CHUNK_BYTES // unit, 1) * unit * (CHUNKS_OF_A_COPY if copies and tensor.is_copy else 1)
         for start in range(0, max(span.length, 1), step):
             yield Piece(name, tensor, start, min(start + step, span.length))
 
@@ -212,14 +217,43 @@ class _Hashes:
         later: Taker = stack.enter_context(consumer(_call, CHUNKS_AHEAD))
         return lambda item: later(partial(self.take_source, item)), lambda item: later(partial(self.take_output, item))
 
-    def take_source(self, item: tuple[Piece, Content]) -> None:
+    def take_source(self, item: tuple[Piece, Data]) -> None:
         """The next bytes of a source tensor."""
         piece, content = item
-        span = piece.tensor.span
-        self._source = self._source or digests.like(span.digest)
-        self._source.update(_bytes_in(content))
-        if not piece.is_last:
+        self._source = self._source or digests.like(piece.tensor.span.digest)
+        self._source.update(content)
+        if piece.is_last:
+            self._end_source(piece)
+
+    def take_output(self, item: tuple[Piece | None, Content, bool]) -> None:
+        """The next bytes of the file; those of a span of another one are read, and taken as its too."""
+        piece, content, ends = item
+        if isinstance(content, FileSpan):
+            assert piece is not None
+            self._take_copy(piece, content)
             return
+        self.file.update(content)
+        if piece is None or self._keeps_digest(piece.tensor):
+            return
+        self._output.update(content)
+        if ends:
+            self._end_output(piece)
+
+    def _take_copy(self, piece: Piece, span: FileSpan) -> None:
+        source = self._source or digests.like(piece.tensor.span.digest)
+        taking = [source, self.file, *([] if self._keeps_digest(piece.tensor) else [self._output])]
+        for block in span.blocks():
+            for one in taking:
+                one.update(block)
+        self._source = source
+        if piece.is_last:
+            self._end_source(piece)
+            if not self._keeps_digest(piece.tensor):
+                self._end_output(piece)
+
+    def _end_source(self, piece: Piece) -> None:
+        span = piece.tensor.span
+        assert self._source is not None
         found, self._source = self._source.text(), None
         if span.digest and found != span.digest:
             self.problem = self.problem or MismatchError(
@@ -229,15 +263,8 @@ class _Hashes:
         if self._keeps_digest(piece.tensor):
             self.tensors[piece.name] = found
 
-    def take_output(self, item: tuple[Piece | None, Content, bool]) -> None:
-        """The next bytes of the file."""
-        piece, content, ends = item
-        self.file.update(_bytes_in(content))
-        if piece is None or self._keeps_digest(piece.tensor):
-            return
-        self._output.update(_bytes_in(content))
-        if ends:
-            self.tensors[piece.name], self._output = self._output.text(), digests.new()
+    def _end_output(self, piece: Piece) -> None:
+        self.tensors[piece.name], self._output = self._output.text(), digests.new()
 
     def _keeps_digest(self, tensor: OutputTensor) -> bool:
         """Whether the digest on the way in is that on the way out: the same bytes, hashed as the file is."""
@@ -274,9 +301,9 @@ class Sources:
         Where local files are copied (`copies`), bytes that do not change are not read here.
         """
         if all(paths.is_local(tensor.span.url) for _, tensor in file.tensors):
-            for piece in _pieces(file):
-                source, (url, start), length = piece.tensor, _place(piece), piece.end - piece.start
-                if copies and source.is_copy:
+            for piece in _pieces(file, copies):
+                (url, start), length = _place(piece), piece.end - piece.start
+                if copies and piece.tensor.is_copy:
                     yield piece, FileSpan(self._file(url), start, length)
                 else:
                     yield piece, self._file(url).read(start, length)
@@ -331,11 +358,6 @@ class Sources:
                 self._open.pop(next(iter(self._open)))
             self._open[url] = OpenFile(url)
         return self._open[url]
-
-
-def _bytes_in(content: Content) -> Data:
-    """What is to be hashed; of a span of a file, read by the thread that hashes it."""
-    return content.content if isinstance(content, FileSpan) else content
 
 
 def _split(request: Request, content: memoryview) -> Iterator[tuple[Piece, Data]]:
