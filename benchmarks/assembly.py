@@ -7,13 +7,14 @@
 
 Measures, in one run and in turns: (1) `assembly.mode: merge`, hashing in and out and fsync included, against `cp` and
 fsync of the same bytes, with the ridge router, which is solved first from sums that `cp` does not read, and with random
-rows, so that bytes alone are moved; (2) the same with the evidence router, which widens every matrix; (3) `link`, with random rows
-and with the ridge router, which has to read the experts' sums; (4) the peak of anonymous memory, in a process of its
-own, from /proc/self/smaps_rollup, with 2, 8 and more experts; (5) mergekit-moe on the same experts as dense models,
-when its command is given (an environment of its own: pip install mergekit); (6) with `--url s3://bucket/prefix`, a
-merge whose experts lie on an object store and whose model goes there, against `aws s3 cp` of the same files down and
-up, and obstore, which streams them through this process without hashing. MODULARFORGE_HASH=blake3 hashes parts and
-model by BLAKE3; OPENSSL_ia32cap=:~0x20000000 takes a core's instructions for sha256 away from OpenSSL.
+rows, so that bytes alone are moved; (2) the same with the evidence router, which widens every matrix; (3) `link`, with
+random rows and with the ridge router, which has to read the experts' sums; (4) the peak of anonymous memory, in a
+process of its own, from /proc/self/smaps_rollup, with 2, 8 and more experts; (5) mergekit-moe on the same experts as
+dense models, when its command is given (an environment of its own: pip install mergekit); (6) with
+`--url s3://bucket/prefix`, a merge whose experts lie on an object store and whose model goes there, against `aws s3 cp`
+of the same files down and up, and obstore, which streams them through this process without hashing.
+MODULARFORGE_HASH=blake3 hashes parts and model by BLAKE3; OPENSSL_ia32cap=:~0x20000000 takes a core's instructions for
+sha256 away from OpenSSL.
 """
 
 from __future__ import annotations
