@@ -6,13 +6,15 @@
     python benchmarks/assembly.py --folder /a/disk --mergekit ENV/bin/mergekit-moe
 
 Measures, in one run and in turns: (1) `assembly.mode: merge`, hashing in and out and fsync included, against `cp` and
-fsync of the same bytes; (2) the same with the evidence router, which widens every matrix; (3) `link`, with random rows
-and with the ridge router, which has to read the experts' sums; (4) the peak of anonymous memory, in a process of its
-own, from /proc/self/smaps_rollup, with 2, 8 and more experts; (5) mergekit-moe on the same experts as dense models,
-when its command is given (an environment of its own: pip install mergekit); (6) with `--url s3://bucket/prefix`, a
-merge whose experts lie on an object store and whose model goes there, against `aws s3 cp` of the same files down and
-up, and obstore, which streams them through this process without hashing. MODULARFORGE_HASH=blake3 hashes parts and
-model by BLAKE3; OPENSSL_ia32cap=:~0x20000000 takes a core's instructions for sha256 away from OpenSSL.
+fsync of the same bytes, with the ridge router, which is solved first from sums that `cp` does not read, and with random
+rows, so that bytes alone are moved; (2) the same with the evidence router, which widens every matrix; (3) `link`, with
+random rows and with the ridge router, which has to read the experts' sums; (4) the peak of anonymous memory, in a
+process of its own, from /proc/self/smaps_rollup, with 2, 8 and more experts; (5) mergekit-moe on the same experts as
+dense models, when its command is given (an environment of its own: pip install mergekit); (6) with
+`--url s3://bucket/prefix`, a merge whose experts lie on an object store and whose model goes there, against `aws s3 cp`
+of the same files down and up, and obstore, which streams them through this process without hashing.
+MODULARFORGE_HASH=blake3 hashes parts and model by BLAKE3; OPENSSL_ia32cap=:~0x20000000 takes a core's instructions for
+sha256 away from OpenSSL.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoints import Artifact, open_artifact, paths
 from checkpoints.copying import copy_artifact
-from checkpoints.streams import PART_BYTES
+from checkpoints.s3 import PART_BYTES
 from modularforge.config import ModelConfig
 from modularforge.experts.ffn import EXPERT_NAME
 from tests.synthetic_models import describe, write_parts, write_sparse_experts
@@ -94,7 +96,7 @@ def main() -> None:
         print(f"{options.experts} experts of {size / options.experts / 1e9:.2f} GB, {options.layers} layers, bf16")
         measured = [options.only] if options.only else ["speed", "link", "memory", "stores", "mergekit"]
         if "speed" in measured or "merge" in measured:
-            speed(folder, backbone, experts, options.rounds, CONTENDERS[:1] if options.only == "merge" else CONTENDERS)
+            speed(folder, backbone, experts, options.rounds, CONTENDERS[:2] if options.only == "merge" else CONTENDERS)
         if "link" in measured:
             link_of_many(folder)
         if "memory" in measured:
@@ -124,6 +126,7 @@ def parse() -> argparse.Namespace:
 
 CONTENDERS = (
     ("merge", "merge", "ridge"),
+    ("merge, bytes", "merge", "random"),
     ("merge, evidence", "merge", "evidence"),
     ("link", "link", "random"),
     ("link, ridge", "link", "ridge"),

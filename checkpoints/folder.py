@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from checkpoints.errors import CorruptArtifactError
+from checkpoints.errors import CorruptArtifactError, DataError
 from checkpoints.owners import claimed
 from checkpoints.retry import call, explain, is_transient, logger
 from checkpoints.urls import DELETED, FileInfo, hidden_name, local_path
@@ -35,6 +35,9 @@ SPECIAL = {
 PIECE_BYTES = 256 << 10
 FLUSH_BYTES = 8 << 20
 Take = Callable[[memoryview], bool]
+BLOCK_BYTES = 1 << 20  # stays in the processor's cache while it is hashed
+# Another disk, an old kernel, or a file system or a sandbox that does not copy; then the bytes pass through us.
+NO_COPIES = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # an old kernel, or a network file system
 
@@ -264,6 +267,53 @@ def _delete_tree(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+class OpenFile:
+    """A local file that is read from any place and by any thread; closed when nobody has it any more."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.descriptor = os.open(local_path(url), os.O_RDONLY)
+        self.copies = hasattr(os, "copy_file_range")
+        """Whether the kernel has not refused to copy from it yet."""
+
+    def read(self, start: int, length: int) -> bytes:
+        """Bytes [start, start + length); raises DataError when the file ends before."""
+        content = os.pread(self.descriptor, length, start)
+        while len(content) < length:
+            more = os.pread(self.descriptor, length - len(content), start + len(content))
+            if not more:
+                missing = length - len(content)
+                raise DataError(
+                    f"{self.url} must be a whole weight file, but ends {missing} bytes early; make it again"
+                )
+            content += more
+        return content
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class FileSpan:
+    """Bytes [start, start + length) of an open file as something to write; read by those alone who look at them."""
+
+    def __init__(self, file: OpenFile, start: int, length: int) -> None:
+        self.file, self.start, self.length = file, start, length
+
+    def blocks(self, behind: int = 0) -> Iterator[bytes]:
+        """The bytes behind the first ones, in blocks of 1 MiB; raises DataError when the file ends before."""
+        for first in range(behind, self.length, BLOCK_BYTES):
+            yield self.file.read(self.start + first, min(BLOCK_BYTES, self.length - first))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __eq__(self, other: object) -> bool:
+        return self.file.read(self.start, self.length) == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class DurableFile:
     """Writes where an open binary file stands; at the end of a `with` without error all is on the disk."""
 
@@ -271,13 +321,18 @@ class DurableFile:
         self._descriptor = file.fileno()
         self._waiting_bytes = 0
 
-    def write(self, chunk: bytes | memoryview) -> None:
-        """Write all of a chunk, and let the disk begin with every 8 MiB."""
-        view = memoryview(chunk)
-        while len(view):
-            done = os.write(self._descriptor, view[:PIECE_BYTES])
-            self._waiting_bytes += done
-            view = view[done:]
+    def write(self, chunk: bytes | memoryview | FileSpan) -> None:
+        """Write all of a chunk, and let the disk begin with every 8 MiB.
+
+        Bytes of another file are copied by the kernel where it can: within it, by a server, or as a second name of the
+        same blocks.
+        """
+        for block in chunk.blocks(self._copied(chunk)) if isinstance(chunk, FileSpan) else [chunk]:
+            view = memoryview(block)
+            while len(view):
+                done = os.write(self._descriptor, view[:PIECE_BYTES])
+                self._waiting_bytes += done
+                view = view[done:]
         if self._waiting_bytes >= FLUSH_BYTES:
             end = os.lseek(self._descriptor, 0, os.SEEK_CUR)
             start_flush(self._descriptor, end - self._waiting_bytes, self._waiting_bytes)
@@ -291,6 +346,23 @@ class DurableFile:
     ) -> None:
         if error is None:
             os.fsync(self._descriptor)
+
+    def _copied(self, span: FileSpan) -> int:
+        """How many bytes of a span the kernel has copied: fewer than all where it cannot."""
+        done = 0
+        while span.file.copies and done < len(span):
+            source, left = span.file.descriptor, len(span) - done
+            try:
+                more = os.copy_file_range(source, self._descriptor, left, span.start + done)
+            except OSError as error:
+                if error.errno not in NO_COPIES:
+                    raise
+                span.file.copies = False
+            else:
+                span.file.copies = more > 0  # some file systems copy nothing, and say no error
+                done += more
+        self._waiting_bytes += done
+        return done
 
 
 def start_flush(descriptor: int, start: int, size: int) -> None:

@@ -1,22 +1,26 @@
 """Execute a merge plan: read spans of bytes, check their hashes, convert, write files one after another.
 
-Memory is a few chunks, whatever the size of the model and the number of experts; nothing here imports torch. Hashing
-runs in two threads beside the writing: one for the tensors, whose hashes on the way in are those on the way out where
-no byte changes, and one for the file.
+Memory is a few chunks, whatever the size of the model and the number of experts; nothing here imports torch. Tensors
+that follow each other in their source are fetched together. Hashing runs beside the writing: of the tensors, whose
+hashes on the way in are those on the way out where no byte changes, and of the file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints import ArtifactWriter, FileEntry, digests, paths
-from checkpoints.digests import Hash
+from checkpoints.digests import BLAKE3, Hash
+from checkpoints.folder import FileSpan, OpenFile
 from checkpoints.parallel import consumer, in_order
 from checkpoints.safetensors import ITEM_BYTES, TensorSpan
 from checkpoints.screen import Progress, progress
@@ -24,13 +28,16 @@ from modularforge.assembly.plan import LowRank, MergePlan, OutputFile, OutputTen
 from modularforge.assembly.values import converted, values_of, widened
 from modularforge.errors import DataError, MismatchError
 
-LOCAL_CHUNK = 1 << 20  # stays in the processor's cache between reading, hashing and writing
-REMOTE_CHUNK = 4 << 20
-READS_AHEAD = 8  # of remote pieces, to hide a store's latency
+CHUNK_BYTES = 1 << 20  # stays in the processor's cache between reading, hashing and writing
+CHUNKS_OF_A_COPY = 8
+REQUEST_BYTES = 8 << 20  # of a store that is far away
+REQUESTS_AHEAD = 8  # to hide its latency
 CHUNKS_AHEAD = 16  # that wait to be hashed: what bounds memory where the disk is faster than hashing
 OPEN_FILES = 64  # of any number of experts; a process may often have no more than 1024
 
 Data = bytes | memoryview
+Content = Data | FileSpan
+Taker = Callable[[Any], None]
 LowRankValues = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
@@ -55,6 +62,16 @@ class Piece:
         return self.start // width, self.end // width
 
 
+@dataclass(frozen=True)
+class Request:
+    """Pieces that lie behind each other in one file: its bytes [start, start + length)."""
+
+    url: str
+    start: int
+    length: int
+    pieces: tuple[Piece, ...]
+
+
 def execute(plan: MergePlan, writer: ArtifactWriter) -> None:
     """Write all weight files of the plan; those that an interrupted run of the same artifact finished are kept."""
     writer.require_space(sum(file.size for file in plan.files if not writer.is_written(file.name)))
@@ -68,15 +85,18 @@ def write_file(file: OutputFile, writer: ArtifactWriter, bar: Progress | None = 
     """Write one weight file; raises MismatchError when a source tensor is not what its manifest says."""
     hashes = _Hashes()
     with ExitStack() as stack:
-        check = stack.enter_context(consumer(hashes.take_source, CHUNKS_AHEAD))
-        count = stack.enter_context(consumer(hashes.take_output, CHUNKS_AHEAD))
+        check, count = hashes.in_background(stack)
         sources = stack.enter_context(Sources())
 
-        def chunks() -> Iterator[Data]:
+        # By sha256, hashing takes longer than all of the reading and writing, so that one more thread has to read.
+        copies = paths.is_local(writer.url) and hashes.file.algorithm == BLAKE3
+
+        def chunks() -> Iterator[Content]:
             count((None, file.header, False))
             yield file.header
-            for piece, content in sources.read(_pieces(file)):
-                check((piece, content))
+            for piece, content in sources.read(file, copies):
+                if not isinstance(content, FileSpan):
+                    check((piece, content))
                 for out, ends in _on_the_way(piece, content, sources):
                     count((piece, out, ends))
                     yield out
@@ -85,30 +105,51 @@ def write_file(file: OutputFile, writer: ArtifactWriter, bar: Progress | None = 
                 hashes.raise_problem()
 
         def finish() -> FileEntry:
-            stack.close()  # both threads have taken everything
+            stack.close()  # everything has been hashed
             hashes.raise_problem()
             return FileEntry(file.size, hashes.file.text(), dict(sorted(hashes.tensors.items())))
 
-        return writer.write_known(file.name, chunks(), file.size, finish)
+        # Spans of files are written as any chunk is, on folders alone.
+        return writer.write_known(file.name, cast(Iterator[Data], chunks()), file.size, finish)
 
 
-def _pieces(file: OutputFile) -> Iterator[Piece]:
+def requests(file: OutputFile, most: int) -> Iterator[Request]:
+    """All that is read for a file, in its order; each of `most` bytes, or of one piece."""
+    joined: list[Piece] = []
+    length = 0
+    for piece in _pieces(file):
+        size = piece.end - piece.start
+        if joined and (length + size > most or _place(joined[0], length) != _place(piece)):
+            yield Request(*_place(joined[0]), length, tuple(joined))
+            joined, length = [], 0
+        joined.append(piece)
+        length += size
+    if joined:
+        yield Request(*_place(joined[0]), length, tuple(joined))
+
+
+def _place(piece: Piece, behind: int = 0) -> tuple[str, int]:
+    """The file of a piece, and the place of its first byte there or of one that is so far behind."""
+    return piece.tensor.span.url, piece.tensor.span.start + piece.start + behind
+
+
+def _pieces(file: OutputFile, copies: bool = False) -> Iterator[Piece]:
     for name, tensor in file.tensors:
         span = tensor.span
-        size = REMOTE_CHUNK if not paths.is_local(span.url) else LOCAL_CHUNK
         has_rows = tensor.columns or tensor.rows or tensor.added
         unit = ITEM_BYTES[span.dtype] * (span.shape[1] if has_rows else 1)
-        step = max(size // unit, 1) * unit
+        step = max(CHUNK_BYTES // unit, 1) * unit * (CHUNKS_OF_A_COPY if copies and tensor.is_copy else 1)
         for start in range(0, max(span.length, 1), step):
             yield Piece(name, tensor, start, min(start + step, span.length))
 
 
-def _on_the_way(piece: Piece, content: Data, sources: Sources) -> Iterator[tuple[Data, bool]]:
+def _on_the_way(piece: Piece, content: Content, sources: Sources) -> Iterator[tuple[Content, bool]]:
     """What is written for a piece, and whether the tensor ends with it."""
     tensor = piece.tensor
     if tensor.is_copy:
         yield content, piece.is_last
         return
+    assert not isinstance(content, FileSpan), "only what is copied is not looked at"
     if tensor.added:
         content, source = _with_added(piece, content, sources.low_rank(tensor.added)), "F32"
     else:
@@ -154,7 +195,7 @@ def _bytes_of(values: Any) -> memoryview:
 
 @dataclass
 class _Hashes:
-    """Hashes of the sources' tensors, of the tensors as written and of the file, taken in two threads."""
+    """Hashes of the sources' tensors, of the tensors as written and of the file."""
 
     file: Hash = field(default_factory=digests.new)
     tensors: dict[str, str] = field(default_factory=dict)
@@ -162,14 +203,57 @@ class _Hashes:
     _source: Hash | None = None
     _output: Hash = field(default_factory=digests.new)
 
+    def in_background(self, stack: ExitStack) -> tuple[Taker, Taker]:
+        """Takers of what is read and of what is written, until the end of the stack, that return at once.
+
+        Two hashes by sha256 need two cores to be as fast as a disk. Those by BLAKE3 do not (2.4 GB/s, measured), and in
+        one thread the second finds the bytes in the processor's cache.
+        """
+        if self.file.algorithm != BLAKE3:
+            takers = [
+                stack.enter_context(consumer(take, CHUNKS_AHEAD)) for take in (self.take_source, self.take_output)
+            ]
+            return takers[0], takers[1]
+        later: Taker = stack.enter_context(consumer(_call, CHUNKS_AHEAD))
+        return lambda item: later(partial(self.take_source, item)), lambda item: later(partial(self.take_output, item))
+
     def take_source(self, item: tuple[Piece, Data]) -> None:
         """The next bytes of a source tensor."""
         piece, content = item
-        span = piece.tensor.span
-        self._source = self._source or digests.like(span.digest)
+        self._source = self._source or digests.like(piece.tensor.span.digest)
         self._source.update(content)
-        if not piece.is_last:
+        if piece.is_last:
+            self._end_source(piece)
+
+    def take_output(self, item: tuple[Piece | None, Content, bool]) -> None:
+        """The next bytes of the file; those of a span of another one are read, and taken as its too."""
+        piece, content, ends = item
+        if isinstance(content, FileSpan):
+            assert piece is not None
+            self._take_copy(piece, content)
             return
+        self.file.update(content)
+        if piece is None or self._keeps_digest(piece.tensor):
+            return
+        self._output.update(content)
+        if ends:
+            self._end_output(piece)
+
+    def _take_copy(self, piece: Piece, span: FileSpan) -> None:
+        source = self._source or digests.like(piece.tensor.span.digest)
+        taking = [source, self.file, *([] if self._keeps_digest(piece.tensor) else [self._output])]
+        for block in span.blocks():
+            for one in taking:
+                one.update(block)
+        self._source = source
+        if piece.is_last:
+            self._end_source(piece)
+            if not self._keeps_digest(piece.tensor):
+                self._end_output(piece)
+
+    def _end_source(self, piece: Piece) -> None:
+        span = piece.tensor.span
+        assert self._source is not None
         found, self._source = self._source.text(), None
         if span.digest and found != span.digest:
             self.problem = self.problem or MismatchError(
@@ -179,15 +263,8 @@ class _Hashes:
         if self._keeps_digest(piece.tensor):
             self.tensors[piece.name] = found
 
-    def take_output(self, item: tuple[Piece | None, Data, bool]) -> None:
-        """The next bytes of the file."""
-        piece, content, ends = item
-        self.file.update(content)
-        if piece is None or self._keeps_digest(piece.tensor):
-            return
-        self._output.update(content)
-        if ends:
-            self.tensors[piece.name], self._output = self._output.text(), digests.new()
+    def _end_output(self, piece: Piece) -> None:
+        self.tensors[piece.name], self._output = self._output.text(), digests.new()
 
     def _keeps_digest(self, tensor: OutputTensor) -> bool:
         """Whether the digest on the way in is that on the way out: the same bytes, hashed as the file is."""
@@ -200,44 +277,48 @@ class _Hashes:
             raise self.problem
 
 
+def _call(function: Callable[[], object]) -> None:
+    function()
+
+
 class Sources:
-    """Reads pieces of many files, local ones in this thread and remote ones a few ahead."""
+    """Reads many files: local ones in this thread, but where others are among them, all a few requests ahead."""
 
     def __init__(self) -> None:
-        self._open: dict[str, BinaryIO] = {}
+        self._open: dict[str, OpenFile] = {}
+        self._free: deque[NDArray[np.uint8]] = deque()
         self._low_rank: tuple[LowRank, LowRankValues] | None = None
 
     def __enter__(self) -> Sources:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self._open.values():
-            file.close()
+        self._open.clear()
 
-    def read(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Data]]:
-        """The pieces with their bytes, in order; raises DataError when a file ends too early."""
-        batch: list[Piece] = []
-        for piece in pieces:
-            if not paths.is_local(piece.tensor.span.url):
-                batch.append(piece)
-                continue
-            yield from self._read_remote(batch)
-            batch = []
-            yield piece, self.bytes_of(piece.tensor.span, piece.start, piece.end)
-        yield from self._read_remote(batch)
+    def read(self, file: OutputFile, copies: bool = False) -> Iterator[tuple[Piece, Content]]:
+        """The pieces of a file with their bytes, in order; raises DataError when a source ends too early.
+
+        Where local files are copied (`copies`), bytes that do not change are not read here.
+        """
+        if all(paths.is_local(tensor.span.url) for _, tensor in file.tensors):
+            for piece in _pieces(file, copies):
+                (url, start), length = _place(piece), piece.end - piece.start
+                if copies and piece.tensor.is_copy:
+                    yield piece, FileSpan(self._file(url), start, length)
+                else:
+                    yield piece, self._file(url).read(start, length)
+            return
+        for request, content in in_order(self._fetched, requests(file, REQUEST_BYTES), REQUESTS_AHEAD):
+            yield from _split(request, content)
+            del content  # its buffer is free once nobody else has a view of it
 
     def bytes_of(self, span: TensorSpan, start: int, end: int) -> bytes:
         """Bytes [start, end) of a tensor."""
         first, length = span.start + start, end - start
         if paths.is_local(span.url):
-            file = self._file(span.url)
-            file.seek(first)
-            content = file.read(length)
-        else:
-            content = paths.read_bytes(span.url, first, first + length) if length else b""
-        if len(content) < length:
-            missing = length - len(content)
-            raise DataError(f"{span.url} must be a whole weight file, but ends {missing} bytes early; make it again")
+            return self._file(span.url).read(first, length)
+        content = paths.read_bytes(span.url, first, first + length) if length else b""
+        _check_length(span.url, length, len(content))
         return content
 
     def low_rank(self, matrix: LowRank) -> LowRankValues:
@@ -247,13 +328,47 @@ class Sources:
             self._low_rank = matrix, (a_RI, b_OR * np.float32(matrix.scale))
         return self._low_rank[1]
 
-    def _read_remote(self, pieces: list[Piece]) -> Iterator[tuple[Piece, Data]]:
-        contents = in_order(lambda p: self.bytes_of(p.tensor.span, p.start, p.end), pieces, READS_AHEAD)
-        return zip(pieces, contents, strict=True)
+    def _fetched(self, request: Request) -> tuple[Request, memoryview]:
+        view = self._buffer(request.length)
+        if request.length:
+            _check_length(
+                request.url, request.length, paths.store_of(request.url).read_into(request.url, request.start, view)
+            )
+        return request, view.toreadonly()
 
-    def _file(self, url: str) -> BinaryIO:
+    def _buffer(self, length: int) -> memoryview:
+        """So many bytes of memory, used again when the last view of it is gone, whoever had it.
+
+        Fresh memory for every request would cost a page fault for each 4 KiB. Nobody waits for a buffer that is free:
+        who writes may keep any number of views, until they are a part of its own size.
+        """
+        try:
+            memory = self._free.popleft()
+        except IndexError:
+            memory = np.empty(0, np.uint8)
+        if len(memory) < length:
+            memory = np.empty(max(length, REQUEST_BYTES), np.uint8)
+        lease: Any = memory[:length]
+        weakref.finalize(lease, self._free.append, memory)
+        return memoryview(lease)
+
+    def _file(self, url: str) -> OpenFile:
         if url not in self._open:
             if len(self._open) >= OPEN_FILES:
-                self._open.pop(next(iter(self._open))).close()
-            self._open[url] = open(paths.local_path(url), "rb", buffering=0)  # noqa: SIM115 - closed by __exit__
+                self._open.pop(next(iter(self._open)))
+            self._open[url] = OpenFile(url)
         return self._open[url]
+
+
+def _split(request: Request, content: memoryview) -> Iterator[tuple[Piece, Data]]:
+    """The pieces of a request, each with its bytes of the content."""
+    start = 0
+    for piece in request.pieces:
+        end = start + piece.end - piece.start
+        yield piece, content[start:end]
+        start = end
+
+
+def _check_length(url: str, length: int, found: int) -> None:
+    if found < length:
+        raise DataError(f"{url} must be a whole weight file, but ends {length - found} bytes early; make it again")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
+import re
 import subprocess
 import sys
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,11 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import ArtifactWriter, paths, plain_folder, write_artifact
-from checkpoints.folder import DurableFile
+from checkpoints.folder import NO_COPIES, DurableFile
 from checkpoints.hashing import FileEntry, describe_file
+from checkpoints.objects import ObjectStore
 from checkpoints.safetensors import TensorSpan, read_spans
 from modularforge.assembly.parts import Source, group, part_key, write_parts
-from modularforge.assembly.plan import OutputTensor, output_tensors, plan_merge, plan_parts
+from modularforge.assembly.plan import MergePlan, OutputTensor, output_tensors, plan_merge, plan_parts
 from modularforge.assembly.stream import execute
 from modularforge.assembly.values import converted
 from modularforge.errors import DataError, MismatchError
@@ -97,7 +103,7 @@ def test_random_models_are_merged_as_a_naive_merge_would(seed: int, tmp_path: Pa
 def test_shards_and_chunk_sizes_change_no_tensor(
     seed: int, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modularforge.assembly.stream.LOCAL_CHUNK", chunk)
+    monkeypatch.setattr("modularforge.assembly.stream.CHUNK_BYTES", chunk)
     backbone, members, layers = random_model(tmp_path, seed)
     plan = plan_merge(output_tensors(spans_of(tmp_path, len(members), layers)), random.Random(seed).randint(50, 5000))
     (tmp_path / "out").mkdir()
@@ -142,7 +148,11 @@ def test_matrices_grow_by_zeros_and_by_what_lies_beside_and_below(tmp_path: Path
     assert torch.equal(out["rows"], torch.nn.functional.pad(matrix.bfloat16().float(), (0, 0, 0, 1)))
 
 
-def test_a_changed_byte_and_a_file_that_ends_early_are_told_with_their_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", ["sha256", "blake3"])
+def test_a_changed_byte_and_a_file_that_ends_early_are_told_with_their_names(
+    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODULARFORGE_HASH", algorithm)
     _, members, layers = random_model(tmp_path, 3)
     spans = spans_of(tmp_path, len(members), layers)
     victim = tmp_path / "0.safetensors"
@@ -156,6 +166,128 @@ def test_a_changed_byte_and_a_file_that_ends_early_are_told_with_their_names(tmp
         execute(plan_merge(output_tensors(spans), 10**9), plain_folder(tmp_path / "out"))
 
 
+def merged_by_blake3(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[bytes, FileEntry]:
+    """A model whose tensors are copied, merged; its bytes and what the writer says of them."""
+    monkeypatch.setenv("MODULARFORGE_HASH", "blake3")
+    _, members, layers = random_model(folder, 5)
+    writer = plain_folder(folder / "out")
+    writer.folder.mkdir(exist_ok=True)
+    execute(plan_merge(output_tensors(spans_of(folder, len(members), layers)), 10**9), writer)
+    return (writer.folder / "model.safetensors").read_bytes(), writer.written["model.safetensors"]
+
+
+@pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="Linux alone copies within the kernel")
+@pytest.mark.parametrize("refused", [*NO_COPIES, 0], ids=lambda code: errno.errorcode.get(code, "nothing copied"))
+def test_where_the_kernel_does_not_copy_the_bytes_are_read_and_written(
+    refused: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It copies a few bytes first, and each file is tried once."""
+    expected = merged_by_blake3(tmp_path, monkeypatch)
+    calls: list[int] = []
+    copy = os.copy_file_range
+
+    def refusing(source: int, target: int, count: int, start: int) -> int:
+        calls.append(source)
+        if len(calls) == 1:
+            return copy(source, target, 3, start)
+        if refused:
+            raise OSError(refused, os.strerror(refused))
+        return 0
+
+    monkeypatch.setattr("checkpoints.folder.os.copy_file_range", refusing)
+    assert merged_by_blake3(tmp_path, monkeypatch)[0] == expected[0]
+    assert not calls, "all bytes were there, and were compared"
+    (tmp_path / "out" / "model.safetensors").unlink()
+    assert merged_by_blake3(tmp_path, monkeypatch) == expected
+    assert expected[1] == describe_file(tmp_path / "out" / "model.safetensors")
+    assert len(calls) == 1 + len({*calls}), "one more of the first file"
+
+
+@pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="Linux alone copies within the kernel")
+def test_a_disk_that_is_full_is_no_reason_to_copy_in_another_way(tmp_path: Path, monkeypatch) -> None:
+    def full(*_: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("checkpoints.folder.os.copy_file_range", full)
+    with pytest.raises(OSError, match="No space left"):
+        merged_by_blake3(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "blake3"])
+def test_copied_bytes_are_hashed_as_parts_and_whole_whatever_the_parts_were_hashed_with(
+    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts by the other algorithm are compared by that one, and described anew."""
+    monkeypatch.setenv("MODULARFORGE_HASH", "blake3" if algorithm == "sha256" else "sha256")
+    _, members, layers = random_model(tmp_path, 4)
+    spans = spans_of(tmp_path, len(members), layers)
+    monkeypatch.setenv("MODULARFORGE_HASH", algorithm)
+    writer = plain_folder(tmp_path / "out")
+    writer.folder.mkdir()
+    execute(plan_merge(output_tensors(spans), 10**9), writer)
+    assert writer.written["model.safetensors"] == describe_file(tmp_path / "out" / "model.safetensors")
+
+
+def on_a_store(folder: Path, root: str, seed: int) -> MergePlan:
+    """The plan of a merge whose backbone and experts lie on an object store."""
+    _, members, layers = random_model(folder, seed)
+    for path in folder.glob("*.safetensors"):
+        paths.replace_bytes(f"{root}/{path.name}", path.read_bytes())
+    tensors = output_tensors(spans_of(folder, len(members), layers))
+    there = {
+        name: replace(tensor, span=replace(tensor.span, url=f"{root}/{Path(tensor.span.url).name}"))
+        for name, tensor in tensors.items()
+    }
+    return plan_merge(there, 10**9)
+
+
+@pytest.mark.parametrize("most", [64, 10**6])
+def test_tensors_that_lie_together_on_a_store_are_one_request(most: int, tmp_path: Path, monkeypatch) -> None:
+    plan = on_a_store(tmp_path, f"memory://together-{most}", 7)
+    spans = [tensor.span for _, tensor in plan.files[0].tensors]
+    apart = sum((one.url, one.start + one.length) != (two.url, two.start) for one, two in pairwise(spans))
+    monkeypatch.setattr("modularforge.assembly.stream.REQUEST_BYTES", most)
+    monkeypatch.setattr("modularforge.assembly.stream.CHUNK_BYTES", 32)
+    sizes: list[int] = []
+    original = ObjectStore.read_into
+
+    def reading(store: ObjectStore, url: str, start: int, view: memoryview) -> int:
+        sizes.append(len(view))
+        return original(store, url, start, view)
+
+    monkeypatch.setattr(ObjectStore, "read_into", reading)
+    (tmp_path / "local").mkdir()
+    execute(plan, plain_folder(tmp_path / "local"))
+    assert sum(sizes) == sum(span.length for span in spans)
+    assert max(sizes) <= most
+    assert len(sizes) == apart + 1 < len(spans) if most > 64 else len(sizes) > len(spans)
+    with write_artifact(f"memory://together-{most}/out", "assembled", "f") as writer:
+        execute(plan, writer)
+        artifact = writer.commit()
+    assert artifact.read_bytes("model.safetensors") == (tmp_path / "local" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["flipped", "shorter"])
+def test_damage_within_a_joined_request_is_told_with_the_name_of_its_tensor(damage: str, tmp_path: Path) -> None:
+    root = f"memory://damaged-{damage}"
+    plan = on_a_store(tmp_path, root, 7)
+    tensors = plan.files[0].tensors
+    place = next(
+        k
+        for k in range(1, len(tensors))
+        if tensors[k][1].span.start == tensors[k - 1][1].span.start + tensors[k - 1][1].span.length
+        and tensors[k][1].span.url == tensors[k - 1][1].span.url
+    )
+    name, span = tensors[place][0], tensors[place][1].span
+    content = bytearray(paths.read_bytes(span.url))
+    content[span.start] ^= 1
+    paths.replace_bytes(span.url, bytes(content if damage == "flipped" else content[: span.start + 1]))
+    (tmp_path / "out").mkdir()
+    told = rf"^{re.escape(name)} in {span.url} must have the hash" if damage == "flipped" else r"ends \d+ bytes early"
+    with pytest.raises(MismatchError if damage == "flipped" else DataError, match=told):
+        execute(plan, plain_folder(tmp_path / "out"))
+
+
 class Killed(BaseException):
     """Stands for a process that ends here."""
 
@@ -167,14 +299,16 @@ def experts_files(folder: Path, experts: int) -> dict[str, Source]:
     return {keys[path]: Source(str(path), entry) for path, entry in entries.items()}
 
 
-@pytest.mark.parametrize("store", ["folder", "memory"])
+@pytest.mark.parametrize(("store", "algorithm"), [("folder", "sha256"), ("folder", "blake3"), ("memory", "sha256")])
 @pytest.mark.parametrize(("mode", "shard_bytes"), [("merge", 4000), ("merge", 10**9), ("auto", 2500), ("auto", 10**9)])
 def test_killed_at_every_write_the_assembly_continues_to_the_same_bytes(
-    mode: str, store: str, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mode: str, store: str, algorithm: str, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every call that writes a chunk, notes a finished file or commits is once the last one of its process."""
+    monkeypatch.setenv("MODULARFORGE_HASH", algorithm)
     _, members, layers = random_model(tmp_path, 0)
-    monkeypatch.setattr("modularforge.assembly.stream.LOCAL_CHUNK", 2000)
+    # A copy is made in larger chunks.
+    monkeypatch.setattr("modularforge.assembly.stream.CHUNK_BYTES", 2000 if algorithm == "sha256" else 250)
     tensors = output_tensors(spans_of(tmp_path, len(members), layers))
     sources = {} if mode == "merge" else experts_files(tmp_path, len(members))
     root = str(tmp_path / "store") if store == "folder" else f"memory://{mode}-{shard_bytes}"
