@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from checkpoints import paths
 from checkpoints.errors import CorruptArtifactError
@@ -56,7 +57,7 @@ def _fetch(url: str, entry: FileEntry, path: Path, report: Report) -> None:
         file.truncate(start)
         landing = _Landing(file.fileno(), start, entry.size)
         with hasher.in_background(entry.size) as update, _Crew(url, entry, landing):
-            for chunk in _landed(file.fileno(), landing, entry.size):
+            for chunk in _landed(file, landing, entry.size):
                 update(chunk)
                 report(len(chunk))
         os.fsync(file.fileno())
@@ -76,14 +77,16 @@ def _begun(descriptor: int, size: int) -> int:
     return min(end, size)
 
 
-def _landed(descriptor: int, landing: _Landing, size: int) -> Iterator[bytes]:
+def _landed(file: BinaryIO, landing: _Landing, size: int) -> Iterator[bytes]:
     """A file's bytes in order, as they come; by pread, as a page that cannot be read ends a process that mapped it."""
     done = came = 0
     while done < size:
         came = landing.wait_beyond(done) if came <= done else came
-        chunk = os.pread(descriptor, min(CHUNK_BYTES, came - done), done)
+        chunk = os.pread(file.fileno(), min(CHUNK_BYTES, came - done), done)
         if not chunk:
-            raise CorruptArtifactError("a file became shorter while it was written: two processes write it; try again")
+            raise CorruptArtifactError(
+                f"{file.name} became shorter while it was written, by another process; try again"
+            )
         yield chunk
         done += len(chunk)
 
@@ -111,11 +114,6 @@ class _Landing:
         self._is_over = False
 
     @property
-    def wants_more(self) -> bool:
-        """Whether there are bytes that were not asked for yet."""
-        return self.wants_bytes and self._given < self._size
-
-    @property
     def wants_bytes(self) -> bool:
         """Whether requests shall go on."""
         return not self._is_over
@@ -123,9 +121,9 @@ class _Landing:
     def next_part(self, requests: int) -> _Part | None:
         """The next bytes to ask for: smaller ones to the end, so that all requests end together."""
         with self._changed:
-            if not self.wants_more:
-                return None
             left = self._size - self._given
+            if self._is_over or not left:
+                return None
             size = min(max(left // (2 * requests), LEAST_PART_BYTES), LARGEST_PART_BYTES)
             aligned = (self._given + size) // BLOCK_BYTES * BLOCK_BYTES  # so that a gap has blocks of its own
             part = _Part(min(aligned, self._size), self._given, self._given)
@@ -212,22 +210,28 @@ class _Crew:
 
     def _grow(self) -> None:
         with self._lock:
-            while self._working < self._pace.width and self._landing.wants_more:
+            while self._working < self._pace.width and (part := self._landing.next_part(self._pace.width)):
+                thread = threading.Thread(target=self._work, args=[part])
+                thread.start()
+                self._threads.append(thread)
                 self._working += 1
-                self._threads.append(
-                    threading.Thread(target=self._work, args=[self._landing.next_part(self._pace.width)])
-                )
-                self._threads[-1].start()
 
     def _work(self, part: _Part | None) -> None:
         try:
             while part:
                 self._bring(part)
-                part = self._landing.next_part(self._pace.width) if self._working <= self._pace.width else None
+                part = self._next()
         except BaseException as error:  # carried to the caller's thread
             self._landing.fail(error)
+
+    def _next(self) -> _Part | None:
+        """The next part for a thread, or None where it is one too many; under a lock, so that not all of them go."""
         with self._lock:
-            self._working -= 1
+            width = self._pace.width
+            part = self._landing.next_part(width) if self._working <= width else None
+            if part is None:
+                self._working -= 1
+            return part
 
     def _bring(self, part: _Part) -> None:
         def take(content: memoryview) -> bool:

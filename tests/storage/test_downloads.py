@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +123,45 @@ def test_a_fetch_goes_on_behind_the_first_gap_of_a_killed_one(proxy: FaultProxy,
     assert target.read_bytes() == content
     assert sum(told) == len(content)
     assert sum(size_of(request) for request in proxy.requests if "Range" in request.headers) <= len(content) - (7 << 20)
+
+
+class Narrowing:
+    """A pace of eight requests, until all eight have ended; then, asked at one moment where that can be, of two."""
+
+    def __init__(self) -> None:
+        self.ended, self.asked = threading.Barrier(8), threading.Barrier(8)
+        self.is_narrow = False
+
+    @property
+    def width(self) -> int:
+        if self.is_narrow:
+            with suppress(threading.BrokenBarrierError):
+                self.asked.wait(0.2)
+            return 2
+        return 8
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        yield
+        if not self.is_narrow:
+            self.ended.wait(30)
+            self.is_narrow = True
+
+    def passed(self, size: int) -> None:
+        pass
+
+
+def test_requests_that_become_too_many_at_once_do_not_all_end(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, pace = weights(s3, tmp_path), Narrowing()
+    monkeypatch.setattr(fetching, "reading_of", lambda place: pace)
+    entry, target = artifact.manifest.files[NAME], tmp_path / "fetched"
+    fetch = threading.Thread(target=fetching.fetch_file, args=[artifact.file_url(NAME), entry, target], daemon=True)
+    fetch.start()
+    fetch.join(60)
+    assert not fetch.is_alive()
+    assert target.read_bytes() == (tmp_path / NAME).read_bytes()
 
 
 def test_an_interrupted_fetch_leaves_no_gap(s3: str, tmp_path: Path) -> None:
