@@ -51,7 +51,7 @@ def fetch_file(url: str, entry: FileEntry, path: Path, report: Report = lambda s
 
 def _fetch(url: str, entry: FileEntry, path: Path, report: Report) -> None:
     check_size(url, entry)
-    hasher = FileHasher(path.name, entry.digest)
+    hasher = FileHasher(url, entry.digest)  # by the name that tells a weight file, which a scratch file may not have
     with open(path, "r+b" if path.exists() else "x+b", buffering=0) as file:
         start = _begun(file.fileno(), entry.size)
         file.truncate(start)
