@@ -238,8 +238,8 @@ def test_partitions_added_later_submit_only_the_new_experts(stub_run: Make, tmp_
 
 
 def near_its_limit(stub_run: Make, **more: int) -> Launched:
-    # Warned 20 s after its start: on a full machine a job that was warned after 10 had not begun to listen.
-    limits = {"expert": {"cpus": 1, "time_minutes": 2}, "warning_seconds": 100, **more}
+    # Warned 40 s after its start: on a full machine a job that was warned after 20 had not begun to listen.
+    limits = {"expert": {"cpus": 1, "time_minutes": 2}, "warning_seconds": 80, **more}
     run = stub_run("hold", cluster=limits)
     run.submit()
     return run
