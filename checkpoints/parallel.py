@@ -10,7 +10,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 LOOK_AGAIN_SECONDS = 0.5
@@ -48,9 +48,12 @@ def as_done(function: Callable[[Item], Result], items: Iterable[Item], workers: 
         for item in items:
             running.add(_Call(function, item, ended.put))
             while len(running) >= workers():
-                with suppress(queue.Empty):  # there may be more workers by now
-                    running.remove(call := ended.get(timeout=LOOK_AGAIN_SECONDS))
-                    yield call.result()
+                try:
+                    call = ended.get(timeout=LOOK_AGAIN_SECONDS)
+                except queue.Empty:  # there may be more workers by now
+                    continue
+                running.remove(call)
+                yield call.result()
         while running:
             running.remove(call := ended.get())
             yield call.result()
