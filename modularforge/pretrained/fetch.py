@@ -34,6 +34,7 @@ from checkpoints.options import cache_folder
 from checkpoints.redact import redact
 from checkpoints.safetensors import WEIGHTS_NAME
 from checkpoints.screen import shown_command
+from checkpoints.streams import stream_span
 from modularforge.errors import DataError, MismatchError, StoreError
 from modularforge.facts import fact
 from modularforge.log import logger
@@ -53,7 +54,6 @@ from modularforge.pretrained.sources import (
 KIND = "pretrained"
 GGUF_FACT = "gguf_sha256"  # of the file that a folder was made of
 CACHE_FACT = "from_cache"  # copied without a network, so that the Hub's hashes were not asked for
-PART_BYTES = 16 << 20
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 CHUNK_BYTES = 1 << 20
 
@@ -244,9 +244,7 @@ def _read(folder: str, name: str) -> bytes:
 
 
 def _chunks(url: str) -> Iterator[bytes]:
-    size = paths.file_size(url)
-    for start in range(0, size, PART_BYTES):
-        yield paths.read_bytes(url, start, min(start + PART_BYTES, size))
+    return stream_span(url, 0, paths.file_size(url))
 
 
 def _commit(writer: ArtifactWriter, url: str, facts: dict[str, Any]) -> Artifact:
